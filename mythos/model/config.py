@@ -1,0 +1,114 @@
+"""The model's dimensions and switches, independent of training, data and logging."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+
+# Rows of grouped and fused kernels must be 16-byte multiples, and vocabulary tiles are fastest at 128.
+VOCAB_MULTIPLE = 128
+
+
+class Section(BaseModel):
+    """Base of every configuration section: frozen, strict about names and types, documented at each field."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        use_attribute_docstrings=True,
+        validate_default=True,
+        protected_namespaces=(),
+    )
+
+
+class ModelConfig(Section):
+    """A recurrent-depth transformer: prelude, looped core, coda.
+
+    Select a named size with ``preset`` and override any field by its name. Defaults are those of ``mythos_nano``.
+    """
+
+    preset: str = "mythos_nano"
+    """Named size whose values the other fields of this section override; `train.py --list-presets` prints all."""
+
+    # Size
+    vocab_size: PositiveInt | Literal["auto"] = "auto"
+    """Token ids the embedding has rows for (padded up to a multiple of 128); auto = the tokenizer's size."""
+    dim: PositiveInt = 128
+    """Width D of the residual stream; a multiple of 8."""
+    prelude_layers: NonNegativeInt = 1
+    """Dense blocks run once before the loop."""
+    core_layers: PositiveInt = 1
+    """Blocks inside the loop, run at every pass."""
+    coda_layers: NonNegativeInt = 1
+    """Dense blocks run once after the loop."""
+    context_length: PositiveInt = 1024
+    """Longest sequence in tokens the model is meant for; no parameter depends on it."""
+    tie_embeddings: bool = True
+    """Share one matrix between the token embedding and the output head."""
+
+    # Attention
+    attention: Literal["gqa", "mla"] = "mla"
+    """Grouped-query attention (arXiv 2305.13245) or multi-head latent attention (arXiv 2405.04434)."""
+    n_heads: PositiveInt = 4
+    """Query heads."""
+    n_kv_heads: PositiveInt = 2
+    """Key and value heads of gqa; must divide n_heads. Unused by mla."""
+    head_dim: PositiveInt = 32
+    """Dimension of a gqa head; even, because RoPE rotates pairs. Unused by mla."""
+    kv_lora_rank: PositiveInt = 48
+    """mla: width of the latent that keys and values are expanded from (what a cache stores per token)."""
+    q_lora_rank: NonNegativeInt = 0
+    """mla: width of the query latent; 0 projects queries directly from the residual stream."""
+    qk_rope_head_dim: PositiveInt = 16
+    """mla: dimensions of a query or key head that carry RoPE; the rotated key is shared by all heads. Even."""
+    qk_nope_head_dim: PositiveInt = 16
+    """mla: dimensions of a query or key head without positions."""
+    v_head_dim: PositiveInt = 32
+    """mla: dimension of a value head."""
+    qk_norm: bool = True
+    """RMSNorm on query and key heads (arXiv 2010.04245); in mla on the query heads and the shared rotated key."""
+    rope_theta: Annotated[float, Field(gt=1)] = 10_000.0
+    """Base of the RoPE frequencies (arXiv 2104.09864). Tables are computed, never stored."""
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-6
+    """Added to the mean square in every RMSNorm."""
+
+    # Feed-forward
+    ffn_dim: PositiveInt = 256
+    """Hidden width of the dense SwiGLU in prelude, coda and (core_ffn: dense) core; a multiple of 8."""
+    core_ffn: Literal["moe", "dense"] = "moe"
+    """Feed-forward of the core: mixture of experts or one dense SwiGLU of width ffn_dim."""
+    n_experts: PositiveInt = 8
+    """Routed experts of a core block."""
+    experts_per_token: PositiveInt = 2
+    """Routed experts a token is sent to (top-k); at most n_experts."""
+    expert_dim: PositiveInt = 64
+    """Hidden width of a routed expert; a multiple of 8."""
+    n_shared_experts: NonNegativeInt = 1
+    """Experts every token passes through."""
+    shared_expert_dim: PositiveInt = 64
+    """Hidden width of one shared expert; a multiple of 8."""
+    router_bias_rate: Annotated[float, Field(ge=0)] = 1e-3
+    """Step gamma of the load-balancing bias, moved once per optimizer step (arXiv 2408.15664); 0 turns it off."""
+
+    # Recurrence
+    loops: PositiveInt = 6
+    """Passes through the core the model is trained for on average: the default of depth.mean and of inference."""
+    injection: Literal["lti", "linear", "add", "none"] = "lti"
+    """How the encoded input enters every pass: lti = stable by construction (rho(A) < 1), linear = one unconstrained
+    matrix over state and input, add = plain sum; none = a fixed-depth transformer whose core runs once."""
+    prelude_norm: bool = True
+    """RMSNorm on the prelude's output before it is injected (arXiv 2604.12946: without it long runs blow up)."""
+    state_init: Literal["normal", "zero"] = "normal"
+    """Initial state in training: truncated-normal noise of std sqrt(2 / (5 D)), or zeros. Evaluation starts at zero."""
+    lora_rank: NonNegativeInt = 4
+    """Rank of the core's depth-wise low-rank adapter, one scale vector per trained loop (arXiv 2410.20672); 0 = none."""
+    loop_embedding: bool = False
+    """Add a sinusoidal embedding of the loop index to the core's input."""
+
+
+def padded_vocab_size(size: int) -> int:
+    """Round a number of token ids up to the next multiple of 128."""
+    return -(-size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
