@@ -1,5 +1,6 @@
 """The model's dimensions and switches, independent of training, data and logging."""
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,6 +19,7 @@ class Section(BaseModel):
         frozen=True,
         extra="forbid",
         strict=True,
+        allow_inf_nan=False,
         use_attribute_docstrings=True,
         validate_default=True,
         protected_namespaces=(),
@@ -104,7 +106,7 @@ class ModelConfig(Section):
     state_init: Literal["normal", "zero"] = "normal"
     """Initial state in training: truncated-normal noise of std sqrt(2 / (5 D)), or zeros. Evaluation starts at zero."""
     lora_rank: NonNegativeInt = 4
-    """Rank of the core's depth-wise low-rank adapter, one scale vector per trained loop (arXiv 2410.20672); 0 = none."""
+    """Rank of the core's depth-wise low-rank adapter, one scale vector a trained loop (arXiv 2410.20672); 0 = none."""
     loop_embedding: bool = False
     """Add a sinusoidal embedding of the loop index to the core's input."""
 
@@ -112,3 +114,32 @@ class ModelConfig(Section):
 def padded_vocab_size(size: int) -> int:
     """Round a number of token ids up to the next multiple of 128."""
     return -(-size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def model_contradictions(config: ModelConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield the fields and the explanation of every pair of values that cannot hold together.
+
+    Fields that the chosen attention or feed-forward does not use are not looked at.
+    """
+    widths = ["dim", "ffn_dim"]
+    if config.core_ffn == "moe":
+        widths += ["expert_dim", *(["shared_expert_dim"] if config.n_shared_experts else [])]
+        if config.experts_per_token > config.n_experts:
+            given = f"got {config.experts_per_token} and {config.n_experts}"
+            yield ("experts_per_token", "n_experts"), f"{given}; a token is sent to at most n_experts experts"
+    for name in widths:
+        if getattr(config, name) % 8:
+            yield (name,), f"got {getattr(config, name)}; allowed: a multiple of 8 (rows of 16 bytes in bfloat16)"
+
+    if config.attention == "gqa" and config.n_heads % config.n_kv_heads:
+        given = f"got {config.n_heads} and {config.n_kv_heads}"
+        yield ("n_heads", "n_kv_heads"), f"{given}; n_kv_heads must divide n_heads"
+    rotated = "head_dim" if config.attention == "gqa" else "qk_rope_head_dim"
+    if getattr(config, rotated) % 2:
+        yield (rotated,), f"got {getattr(config, rotated)}; allowed: an even number (RoPE rotates pairs)"
+
+    if config.injection == "none":
+        for name, only in (("loops", 1), ("lora_rank", 0), ("loop_embedding", False)):
+            if getattr(config, name) != only:
+                rule = f"without injection the core runs once, so {name} must be {str(only).lower()}"
+                yield ("injection", name), f"got none and {str(getattr(config, name)).lower()}; {rule}"

@@ -1,0 +1,175 @@
+"""Causal attention over packed sequences: grouped-query and multi-head latent."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from mythos.model.config import ModelConfig
+from mythos.model.layers import Linear, RMSNorm, apply_rope, rope_table, zeros
+
+
+@dataclass(frozen=True)
+class AttentionContext:
+    """What every attention layer of a step shares; made once per step, not per layer or loop."""
+
+    cos: Tensor
+    """(S, rotated dims / 2) float32."""
+    sin: Tensor
+    mask: Tensor | BlockMask | None
+    """None = causal; (B, 1, S, S) bool, True where a query may look; or the same as a block mask on a GPU."""
+
+    def first_rows(self, rows: int) -> "AttentionContext":
+        """The context of the leading `rows` sequences."""
+        return self if self.mask is None else AttentionContext(self.cos, self.sin, self.mask[:rows])
+
+
+def rotated_dim(config: ModelConfig) -> int:
+    """Dimensions of a head that carry positions."""
+    return config.qk_rope_head_dim if config.attention == "mla" else config.head_dim
+
+
+def attention_context(
+    config: ModelConfig, length: int, device: torch.device, document_ids: Tensor | None
+) -> AttentionContext:
+    """Tables and mask for sequences of `length` tokens.
+
+    document_ids is (B, S) int or None; where it is given, a query sees earlier positions of its own document only.
+    Positions need not restart there: rotary scores depend on distances alone.
+    """
+    cos, sin = rope_table(length, rotated_dim(config), config.rope_theta, device)
+    if document_ids is None:
+        return AttentionContext(cos, sin, None)
+    if device.type == "cuda":
+        return AttentionContext(cos, sin, document_block_mask(document_ids))
+    same_document = document_ids[:, None, :, None] == document_ids[:, None, None, :]
+    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return AttentionContext(cos, sin, same_document & causal)
+
+
+def document_block_mask(document_ids: Tensor) -> BlockMask:
+    """Causal, document-wise block mask for flex attention, which skips the blocks that are wholly masked."""
+    rows, length = document_ids.shape
+
+    def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (document_ids[row, query] == document_ids[row, key])
+
+    return create_block_mask(visible, rows, None, length, length, device=document_ids.device)
+
+
+@cache
+def _compiled_flex_attention():  # noqa: ANN202 - torch.compile's wrapper has no public type
+    # Uncompiled, flex attention materialises the scores.
+    return torch.compile(flex_attention)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
+    """Causal softmax attention through torch's fused kernels.
+
+    query (B, S, H, d), key (B, S, KV, d), value (B, S, KV, v) with KV dividing H -> (B, S, H, v).
+    """
+    heads, value_dim, dim = query.shape[2], value.shape[-1], query.shape[-1]
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    if isinstance(context.mask, BlockMask):
+        flex = _compiled_flex_attention() if query.is_cuda else flex_attention
+        output = flex(query, key, value, block_mask=context.mask, enable_gqa=heads != key.shape[1])
+        return output.transpose(1, 2)
+    # Unequal head dims fall back to the kernel that keeps all S x S scores; zeros change neither scores nor outputs.
+    if value_dim < dim:
+        value = F.pad(value, (0, dim - value_dim))
+    elif value_dim > dim:
+        query, key = F.pad(query, (0, value_dim - dim)), F.pad(key, (0, value_dim - dim))
+    output = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=context.mask,
+        is_causal=context.mask is None,
+        scale=dim**-0.5,
+        enable_gqa=heads != key.shape[1],
+    )
+    return output[..., :value_dim].transpose(1, 2)
+
+
+class GroupedQueryAttention(nn.Module):
+    """Grouped-query attention (arXiv 2305.13245) with RoPE and optional QK-norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        dim, self.head_dim = config.dim, config.head_dim
+        self.heads, self.kv_heads = config.n_heads, config.n_kv_heads
+        self.query = Linear(dim, self.heads * self.head_dim)
+        self.key = Linear(dim, self.kv_heads * self.head_dim)
+        self.value = Linear(dim, self.kv_heads * self.head_dim)
+        self.out = Linear(self.heads * self.head_dim, dim, zeros)
+        self.query_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.key_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+        """(B, S, D) -> (B, S, D)."""
+        query = self.query(x).unflatten(-1, (self.heads, self.head_dim))
+        key = self.key(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        value = self.value(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        query = apply_rope(query, context.cos, context.sin).to(value.dtype)
+        key = apply_rope(key, context.cos, context.sin).to(value.dtype)
+        return self.out(attend(query, key, value, context).flatten(-2))
+
+
+class MultiHeadLatentAttention(nn.Module):
+    """Multi-head latent attention (arXiv 2405.04434).
+
+    Keys and values are expanded from one normalised latent per token; one rotated key is shared by all heads. QK-norm
+    acts on the query heads and on the shared rotated key, never on the expanded keys: those would have to be cached per
+    head, where the latent and the rotated key are all that a decoder needs.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        dim, self.heads, eps = config.dim, config.n_heads, config.norm_eps
+        self.nope, self.rope, self.value_dim = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        self.latent_dim = config.kv_lora_rank
+        query_dim = self.heads * (self.nope + self.rope)
+        if config.q_lora_rank:
+            self.query_down = Linear(dim, config.q_lora_rank)
+            self.query_latent_norm = RMSNorm(config.q_lora_rank, eps)
+            self.query = Linear(config.q_lora_rank, query_dim)
+        else:
+            self.query_down = self.query_latent_norm = None
+            self.query = Linear(dim, query_dim)
+        self.key_value_down = Linear(dim, self.latent_dim + self.rope)
+        self.latent_norm = RMSNorm(self.latent_dim, eps)
+        self.key_value_up = Linear(self.latent_dim, self.heads * (self.nope + self.value_dim))
+        self.out = Linear(self.heads * self.value_dim, dim, zeros)
+        self.query_norm = RMSNorm(self.nope + self.rope, eps) if config.qk_norm else None
+        self.rope_key_norm = RMSNorm(self.rope, eps) if config.qk_norm else None
+
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+        """(B, S, D) -> (B, S, D)."""
+        if self.query_down is not None and self.query_latent_norm is not None:
+            query = self.query(self.query_latent_norm(self.query_down(x)))
+        else:
+            query = self.query(x)
+        query = query.unflatten(-1, (self.heads, self.nope + self.rope))
+        latent, rope_key = self.key_value_down(x).split((self.latent_dim, self.rope), dim=-1)
+        rope_key = rope_key.unsqueeze(2)
+        if self.query_norm is not None and self.rope_key_norm is not None:
+            query, rope_key = self.query_norm(query), self.rope_key_norm(rope_key)
+
+        expanded = self.key_value_up(self.latent_norm(latent)).unflatten(-1, (self.heads, self.nope + self.value_dim))
+        nope_key, value = expanded.split((self.nope, self.value_dim), dim=-1)
+        nope_query, rope_query = query.split((self.nope, self.rope), dim=-1)
+        rope_query = apply_rope(rope_query, context.cos, context.sin)
+        rope_key = apply_rope(rope_key, context.cos, context.sin).expand(-1, -1, self.heads, -1)
+        query = torch.cat((nope_query.to(value.dtype), rope_query.to(value.dtype)), dim=-1)
+        key = torch.cat((nope_key, rope_key.to(value.dtype)), dim=-1)
+        return self.out(attend(query, key, value, context).flatten(-2))
+
+
+def build_attention(config: ModelConfig) -> nn.Module:
+    """The attention module that `config.attention` names."""
+    return {"gqa": GroupedQueryAttention, "mla": MultiHeadLatentAttention}[config.attention](config)

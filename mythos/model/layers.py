@@ -1,0 +1,127 @@
+"""The small parts every block is made of, and their deterministic initialisation."""
+
+import zlib
+from collections.abc import Callable
+from math import sqrt
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Initializer = Callable[[Tensor, torch.Generator], None]
+
+
+def zeros(weight: Tensor, generator: torch.Generator) -> None:
+    weight.zero_()
+
+
+def ones(weight: Tensor, generator: torch.Generator) -> None:
+    weight.fill_(1.0)
+
+
+def identity(scale: float = 1.0) -> Initializer:
+    """(n, m) matrix with `scale` on the diagonal."""
+
+    def fill(weight: Tensor, generator: torch.Generator) -> None:
+        nn.init.eye_(weight).mul_(scale)
+
+    return fill
+
+
+def constant(value: float) -> Initializer:
+    def fill(weight: Tensor, generator: torch.Generator) -> None:
+        weight.fill_(value)
+
+    return fill
+
+
+def truncated_normal(fan_in: int) -> Initializer:
+    """Normal of std sqrt(2 / (5 fan_in)), cut at three standard deviations (Huginn, arXiv 2502.05171)."""
+    std = sqrt(2 / (5 * fan_in))
+
+    def fill(weight: Tensor, generator: torch.Generator) -> None:
+        nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std, generator=generator)
+
+    return fill
+
+
+def name_generator(seed: int, name: str) -> torch.Generator:
+    """CPU generator of one parameter: its values depend on (seed, name) and not on what else the model contains."""
+    return torch.Generator().manual_seed(((seed << 32) | zlib.crc32(name.encode())) % 2**63)
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, seed: int) -> None:
+    """Fill every parameter from (seed, its name), drawn on the CPU in float32, so every device gets the same weights.
+
+    Each module that owns parameters declares `initializers`, one per parameter; buffers start at zero.
+    """
+    for name, parameter in model.named_parameters():
+        owner_name, _, leaf = name.rpartition(".")
+        value = torch.empty(parameter.shape, dtype=torch.float32)
+        model.get_submodule(owner_name).initializers[leaf](value, name_generator(seed, name))
+        parameter.copy_(value)
+    for buffer in model.buffers():
+        buffer.zero_()
+
+
+class Linear(nn.Module):
+    """y = x W^T without bias; W is (out_features, in_features)."""
+
+    def __init__(self, in_features: int, out_features: int, init: Initializer | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.initializers = {"weight": init or truncated_normal(in_features)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features), in the autocast type."""
+        return F.linear(x, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a learned scale (arXiv 1910.07467), always computed in float32."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.eps = eps
+        self.initializers = {"weight": ones}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., dim) of any float type -> (..., dim) float32."""
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward W_down(silu(W_gate x) * W_up x) (arXiv 2002.05202); gate and up share one product."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_up = Linear(dim, 2 * hidden)
+        self.down = Linear(hidden, dim, zeros)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+def rope_table(length: int, dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of rotary positions 0..length-1 (arXiv 2104.09864).
+
+    Returns two float32 tensors (length, dim / 2). Angles are formed in float64: at position 1,000,000 a float32 product
+    is off by up to 0.06 rad.
+    """
+    frequency = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
+    angle = torch.arange(length, dtype=torch.float64, device=device)[:, None] * frequency
+    return angle.cos().float(), angle.sin().float()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (x_i, x_{i + d/2}) of the last dimension.
+
+    x is (B, S, heads, d), cos and sin are (S, d / 2); the result has x's dtype and is computed in float32.
+    """
+    first, second = x.float().chunk(2, dim=-1)
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

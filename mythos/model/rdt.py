@@ -1,0 +1,217 @@
+"""The recurrent-depth transformer: embed, prelude, loop, coda, head."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mythos.model.attention import AttentionContext, attention_context
+from mythos.model.config import ModelConfig, padded_vocab_size
+from mythos.model.layers import Initializer, Linear, RMSNorm, identity, initialize, truncated_normal
+from mythos.model.moe import MixtureOfExperts
+from mythos.model.recurrence import LoopState, LTIInjection, Recurrence, dense_block
+
+IGNORE_INDEX = -100
+
+
+class TokenEmbedding(nn.Module):
+    """Rows of a (V, D) table, scaled by sqrt(D) so that their entries have the size of a block's output."""
+
+    def __init__(self, vocab_size: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, dim))
+        self.initializers: dict[str, Initializer] = {"weight": truncated_normal(dim)}
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(B, S) int64 -> (B, S, D)."""
+        return F.embedding(ids, self.weight) * sqrt(self.weight.shape[1])
+
+
+@dataclass
+class RDTOutput:
+    """What a forward pass returns; measurements carry no gradient and stay on the device."""
+
+    logits: Tensor | None
+    """(B, S, V) float32 when no targets were given."""
+    loss: Tensor | None
+    """Sum of the cross-entropy over all targets, nats, float32 scalar."""
+    state_norm: Tensor
+    """Mean of log ||h_T|| over positions."""
+    state_delta: Tensor
+    """Mean of ||h_T - h_{T-1}|| / ||h_T|| over positions."""
+    expert_load: Tensor | None
+    """(core layers, trained loops, experts) int64: tokens sent to each expert at each loop index; the last index also
+    counts the loops beyond the trained ones. None for a dense core."""
+
+
+@dataclass
+class DepthReadout:
+    """The model read out after a number of loops, all rows alike."""
+
+    loops: int
+    losses: Tensor
+    """(B, S) float32 nats; 0 where the target is ignored."""
+    state_delta: Tensor
+    """Mean of ||h_t - h_{t-1}|| / ||h_t|| over positions."""
+    depth_overlap: Tensor | None
+    """Share of the experts chosen in this pass that the pass before chose too, mean over positions and layers; None for a
+    dense core or the first pass."""
+
+
+class RecurrentDepthTransformer(nn.Module):
+    """logits = Head(RMSNorm(Coda(C h_T))) with h_T from the recurrence over e = RMSNorm(Prelude(Embed(ids)))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        if not isinstance(config.vocab_size, int):
+            raise ValueError("model.vocab_size is 'auto': resolve it to the tokenizer's size before building the model")
+        self.config = config
+        dim, looped = config.dim, config.injection != "none"
+        vocab = padded_vocab_size(config.vocab_size)
+        self.embedding = TokenEmbedding(vocab, dim)
+        self.prelude = nn.ModuleList(dense_block(config) for _ in range(config.prelude_layers))
+        self.prelude_norm = RMSNorm(dim, config.norm_eps) if config.prelude_norm and looped else None
+        self.recurrence = Recurrence(config)
+        self.readout = Linear(dim, dim, identity()) if looped else None
+        self.coda = nn.ModuleList(dense_block(config) for _ in range(config.coda_layers))
+        self.norm = RMSNorm(dim, config.norm_eps)
+        self.head = Linear(dim, vocab)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+
+    def initialize(self, seed: int) -> "RecurrentDepthTransformer":
+        """Give every parameter its starting value, a function of (seed, parameter name); returns self."""
+        initialize(self, seed)
+        return self
+
+    def forward(
+        self,
+        ids: Tensor,
+        targets: Tensor | None = None,
+        *,
+        loops: int | Sequence[int] | None = None,
+        backprop: int | None = None,
+        state: Tensor | None = None,
+        document_ids: Tensor | None = None,
+    ) -> RDTOutput:
+        """Run every row for its number of loops.
+
+        ids (B, S) int64; targets (B, S) int64, -100 where there is none; `loops` one number for all rows or one per row,
+        deepest first (default config.loops); `backprop` how many last loops carry gradient (default all); `state` h_0
+        (B, S, D) float32 (default zeros); document_ids (B, S) int keeps attention within documents.
+
+        Raises ValueError for loops below 1, rows that are not ordered deepest first, or a number of loops that does not
+        match the rows.
+        """
+        rows = self.check_loops(loops, len(ids))
+        context = attention_context(self.config, ids.shape[1], ids.device, document_ids)
+        e = self.encode(ids, context)
+        if state is None:
+            state = e.new_zeros(e.shape, dtype=torch.float32)
+        load = self.empty_load(ids.device)
+        for last in self.recurrence(e, state, rows, backprop or rows[0], context):
+            if load is not None:
+                add_load(load, last)
+        hidden = self.decode(last.state, context)
+        norm, delta = state_measures(last)
+        if targets is None:
+            return RDTOutput(self.head(hidden).float(), None, norm, delta, load)
+        return RDTOutput(None, self.losses(hidden, targets).sum(), norm, delta, load)
+
+    @torch.no_grad()
+    def read_depths(
+        self, ids: Tensor, targets: Tensor, depths: Sequence[int], document_ids: Tensor | None = None
+    ) -> list[DepthReadout]:
+        """The losses after each of `depths` loops, from one run of the deepest: the loops of a shallower run are a prefix
+        of it. Shapes as in `forward`; the state starts at zero."""
+        context = attention_context(self.config, ids.shape[1], ids.device, document_ids)
+        e = self.encode(ids, context)
+        state = e.new_zeros(e.shape, dtype=torch.float32)
+        readouts, before = [], []
+        for after in self.recurrence(e, state, [max(depths)] * len(ids), 0, context):
+            if after.loop in depths:
+                losses = self.losses(self.decode(after.state, context), targets)
+                overlap = chosen_overlap(before, after.experts) if before else None
+                readouts.append(DepthReadout(after.loop, losses, state_measures(after)[1], overlap))
+            before = after.experts
+        return readouts
+
+    def check_loops(self, loops: int | Sequence[int] | None, rows: int) -> list[int]:
+        """`loops` as one host integer per row, deepest first."""
+        if loops is None or isinstance(loops, int):
+            loops = [self.config.loops if loops is None else loops] * rows
+        loops = list(loops)
+        if len(loops) != rows:
+            raise ValueError(f"{len(loops)} loop counts for {rows} rows: give one number, or one per row")
+        if min(loops) < 1 or sorted(loops, reverse=True) != loops:
+            raise ValueError(f"loops {loops}: every row needs at least 1, and rows must be ordered deepest first")
+        if self.config.injection == "none" and loops[0] != 1:
+            raise ValueError(f"loops {loops[0]}: a fixed-depth model (injection: none) runs its core once")
+        return loops
+
+    def encode(self, ids: Tensor, context: AttentionContext) -> Tensor:
+        """e = RMSNorm(Prelude(Embed(ids))): (B, S) -> (B, S, D)."""
+        x = self.embedding(ids)
+        for block in self.prelude:
+            x, _ = block(x, context)
+        return x if self.prelude_norm is None else self.prelude_norm(x)
+
+    def decode(self, state: Tensor, context: AttentionContext) -> Tensor:
+        """RMSNorm(Coda(C h)): (B, S, D) -> (B, S, D)."""
+        x = state if self.readout is None else self.readout(state).float()
+        for block in self.coda:
+            x, _ = block(x, context)
+        return self.norm(x)
+
+    def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy of each target in nats, (B, S) float32; 0 where the target is -100."""
+        logits = self.head(hidden).float().flatten(0, 1)
+        return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none").view_as(targets)
+
+    def empty_load(self, device: torch.device) -> Tensor | None:
+        """Zero counts in the layout of `RDTOutput.expert_load`."""
+        config = self.config
+        if config.core_ffn != "moe":
+            return None
+        return torch.zeros(config.core_layers, config.loops, config.n_experts, dtype=torch.int64, device=device)
+
+    def rebalance(self, load: Tensor) -> None:
+        """Move the router biases once, given the counts of a whole optimizer step (`RDTOutput.expert_load`, summed)."""
+        for block, counts in zip(self.recurrence.blocks, load, strict=True):
+            assert isinstance(block.ffn, MixtureOfExperts)
+            block.ffn.router.rebalance(counts.sum(0), self.config.router_bias_rate)
+
+    @torch.no_grad()
+    def spectral_radius(self) -> Tensor | None:
+        """rho(A), a float32 scalar on the device; None where the injection is not LTI."""
+        injection = self.recurrence.injection
+        return injection.decay().max() if isinstance(injection, LTIInjection) else None
+
+
+@torch.no_grad()
+def add_load(load: Tensor, done: LoopState) -> None:
+    """Count the tokens that a pass sent to each expert, at the loop index of their row."""
+    _, slots, experts = load.shape
+    for counts, chosen in zip(load, done.experts, strict=True):
+        cell = done.slots.clamp(max=slots - 1)[:, None, None] * experts + chosen
+        counts.view(-1).scatter_add_(0, cell.flatten(), counts.new_ones(()).expand(cell.numel()))
+
+
+@torch.no_grad()
+def state_measures(last: LoopState) -> tuple[Tensor, Tensor]:
+    """Mean over positions of log ||h|| and of the relative change of the last pass, two scalars."""
+    norm = last.state.norm(dim=-1)
+    change = (last.state - last.previous).norm(dim=-1)
+    return norm.log().mean(), (change / norm).mean()
+
+
+def chosen_overlap(before: list[Tensor], after: list[Tensor]) -> Tensor:
+    """Share of the experts chosen after that were chosen before, mean over layers, positions and k; scalar."""
+    shares = [
+        (new.unsqueeze(-1) == old.unsqueeze(-2)).any(-1).float().mean()
+        for old, new in zip(before, after, strict=True)
+    ]
+    return torch.stack(shares).mean()

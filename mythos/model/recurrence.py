@@ -1,0 +1,242 @@
+"""The loop: injection, core blocks, depth-wise adapter, and the growing prefix of rows."""
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from math import expm1, log, sqrt
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mythos.model.attention import AttentionContext, build_attention
+from mythos.model.config import ModelConfig
+from mythos.model.layers import Linear, RMSNorm, SwiGLU, constant, identity, ones, zeros
+from mythos.model.moe import build_core_ffn
+
+START_DECAY = sqrt(1 / 5)
+"""Entries of A at the start."""
+
+# With these bounds A stays within [1e-19, 1 - 6e-6], which float32 tells from 0 and 1.
+DT_BOUNDS = (-6.0, 6.0)
+LOG_A_BOUNDS = (-6.0, 2.0)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; its residual stream is float32."""
+
+    def __init__(self, config: ModelConfig, ffn: nn.Module) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = build_attention(config)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn = ffn
+
+    def forward(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor | None]:
+        """(B, S, D) -> (B, S, D), and the chosen experts (B, S, k) if the feed-forward routes."""
+        x = x + self.attention(self.attention_norm(x), context)
+        output = self.ffn(self.ffn_norm(x))
+        output, experts = output if isinstance(output, tuple) else (output, None)
+        return x + output, experts
+
+
+def dense_block(config: ModelConfig) -> Block:
+    """A block of the prelude or the coda."""
+    return Block(config, SwiGLU(config.dim, config.ffn_dim))
+
+
+class LTIInjection(nn.Module):
+    """u = A * h + Delta * (e B^T), linear, time-invariant and stable by construction (arXiv 2604.12946).
+
+    Delta = softplus(dt) and A = exp(-Delta * exp(log_a)), per dimension. dt and log_a are bounded where they are used, so
+    every entry of A lies strictly between 0 and 1 in float32 whatever an optimizer does to them. All in float32.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dt = nn.Parameter(torch.empty(dim))
+        self.log_a = nn.Parameter(torch.empty(dim))
+        self.weight = nn.Parameter(torch.empty(dim, dim))
+        self.initializers = {"dt": constant(log(expm1(-log(START_DECAY)))), "log_a": zeros, "weight": identity()}
+
+    def delta(self) -> Tensor:
+        """Step size Delta, (D,) float32."""
+        return F.softplus(self.dt.clamp(*DT_BOUNDS))
+
+    def decay(self) -> Tensor:
+        """Diagonal of A, (D,) float32; its largest entry is rho(A)."""
+        return torch.exp(-self.delta() * self.log_a.clamp(*LOG_A_BOUNDS).exp())
+
+    def encode(self, e: Tensor) -> tuple[Tensor, Tensor]:
+        """What all loops share: A (D,) and Delta * (e B^T) (B, S, D), float32."""
+        with torch.autocast(e.device.type, enabled=False):
+            return self.decay(), self.delta() * F.linear(e.float(), self.weight)
+
+    def forward(self, state: Tensor, decay: Tensor, injected: Tensor) -> Tensor:
+        """The core's input u, (n, S, D) float32."""
+        return torch.addcmul(injected, decay, state)
+
+
+class LinearInjection(nn.Module):
+    """u = W_h h + W_e e, unconstrained: the adapter of Huginn (arXiv 2502.05171), started where LTI starts."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.state = Linear(dim, dim, identity(START_DECAY))
+        self.input = Linear(dim, dim, identity(-log(START_DECAY)))
+
+    def encode(self, e: Tensor) -> tuple[Tensor, Tensor]:
+        """What all loops share: W_h (D, D) and W_e e (B, S, D)."""
+        return self.state.weight, self.input(e).float()
+
+    def forward(self, state: Tensor, weight: Tensor, injected: Tensor) -> Tensor:
+        """The core's input u, (n, S, D) float32."""
+        return injected + F.linear(state, weight)
+
+
+class AddInjection(nn.Module):
+    """u = h + e (the simplest looped transformer)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+
+    def encode(self, e: Tensor) -> tuple[Tensor, Tensor]:
+        """What all loops share: nothing learned, and e itself."""
+        return e.new_ones(()), e
+
+    def forward(self, state: Tensor, unused: Tensor, injected: Tensor) -> Tensor:
+        """The core's input u, (n, S, D) float32."""
+        return injected + state
+
+
+class LoopAdapter(nn.Module):
+    """Low-rank branch of the core, up(scale[t] * down(norm(u))), with one scale vector per trained loop.
+
+    After Relaxed Recursive Transformers (arXiv 2410.20672). The up-projection starts at zero. Loops beyond the trained
+    ones reuse the last scale.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.down = Linear(config.dim, config.lora_rank)
+        self.up = Linear(config.lora_rank, config.dim, zeros)
+        self.scale = nn.Parameter(torch.empty(config.loops, config.lora_rank))
+        self.initializers = {"scale": ones}
+
+    def forward(self, x: Tensor, loop: Tensor) -> Tensor:
+        """(n, S, D) and each row's loop index (n,) int64 -> (n, S, D)."""
+        # Looked up as a product: its gradient touches every slot in one deterministic operation.
+        slot = F.one_hot(loop.clamp(max=self.scale.shape[0] - 1), self.scale.shape[0]).to(self.scale.dtype)
+        return self.up(self.down(self.norm(x)) * (slot @ self.scale).unsqueeze(1))
+
+
+class LoopEmbedding(nn.Module):
+    """Sinusoids of the loop index, scaled by a learned gain that starts at zero; defined at any depth."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.empty(dim))
+        self.initializers = {"gain": zeros}
+
+    def forward(self, loop: Tensor) -> Tensor:
+        """Loop index of each row (n,) -> (n, 1, D) float32."""
+        half = self.gain.shape[0] // 2
+        frequency = torch.exp(torch.arange(half, device=loop.device) * (-log(10_000.0) / half))
+        angle = loop.unsqueeze(-1) * frequency
+        return (self.gain * torch.cat((angle.sin(), angle.cos()), dim=-1)).unsqueeze(1)
+
+
+INJECTIONS = {"lti": LTIInjection, "linear": LinearInjection, "add": AddInjection}
+
+
+@dataclass
+class LoopState:
+    """The recurrence after one of its passes, all rows that are active then."""
+
+    loop: int
+    """Passes done, counted for the deepest row."""
+    state: Tensor
+    """(n, S, D) float32."""
+    previous: Tensor
+    """The state this pass started from, (n, S, D)."""
+    slots: Tensor
+    """Loop index of each row in this pass, (n,) int64."""
+    experts: list[Tensor]
+    """Chosen experts of each routed core block, (n, S, k) int64."""
+
+
+class Recurrence(nn.Module):
+    """h_{t+1} = u_t + Transformer(u_t; t) with u_t = A * h_t + Delta * (e B^T), for every row its own number of loops."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.injection = INJECTIONS[config.injection](config.dim) if config.injection != "none" else None
+        self.blocks = nn.ModuleList(Block(config, build_core_ffn(config)) for _ in range(config.core_layers))
+        self.adapter = LoopAdapter(config) if config.lora_rank else None
+        self.embedding = LoopEmbedding(config.dim) if config.loop_embedding else None
+        self.checkpoint_loops = False
+
+    def forward(
+        self, e: Tensor, state: Tensor, loops: Sequence[int], backprop: int, context: AttentionContext
+    ) -> Iterator[LoopState]:
+        """Run row r for loops[r] passes and yield after every pass; all rows end with the last one.
+
+        e and state are (B, S, D); `loops` (host integers, deepest first) sets how many rows each pass computes: row r
+        joins the active prefix when loops[r] passes remain, so exactly sum(loops) row-passes are run. Only the last
+        `backprop` passes carry gradient (truncated backpropagation, arXiv 2502.05171).
+        """
+        deepest, gradient = loops[0], torch.is_grad_enabled()
+        shallow_first = sorted(loops)
+        row_loops = torch.tensor(loops, device=e.device)
+        shared, injected = self.injection.encode(e) if self.injection is not None else (e, e)
+        current = state[:0]
+        for remaining in range(deepest, 0, -1):
+            active = len(loops) - bisect_right(shallow_first, remaining - 1)
+            if active > len(current):
+                current = torch.cat((current, state[len(current) : active]))
+            slots = row_loops[:active] - remaining
+            inputs = (current, shared, injected[:active], slots, context.first_rows(active))
+            with torch.set_grad_enabled(gradient and remaining <= backprop):
+                if self.checkpoint_loops and torch.is_grad_enabled():
+                    after, experts = checkpoint(self.step, *inputs, use_reentrant=False)
+                else:
+                    after, experts = self.step(*inputs)
+            yield LoopState(deepest - remaining + 1, after, current, slots, experts)
+            current = after
+
+    def step(
+        self, state: Tensor, shared: Tensor, injected: Tensor, loop: Tensor, context: AttentionContext
+    ) -> tuple[Tensor, list[Tensor]]:
+        """One pass of the core over (n, S, D) rows standing at loop indices `loop` (n,)."""
+        u = self.injection(state, shared, injected) if self.injection is not None else injected
+        x = u if self.embedding is None else u + self.embedding(loop)
+        adapted = self.adapter(x, loop) if self.adapter is not None else None
+        routed = []
+        for block in self.blocks:
+            x, experts = block(x, context)
+            if experts is not None:
+                routed.append(experts)
+        return (x if adapted is None else x + adapted), routed
+
+
+def initial_state(
+    config: ModelConfig, rows: Sequence[int], length: int, *, seed: int, step: int, device: torch.device
+) -> Tensor:
+    """h_0 of training: (len(rows), length, D) float32, a function of (seed, step, global row) for each row.
+
+    Truncated-normal noise of std sqrt(2 / (5 D)), or zeros with `state_init: zero`. The values for one row do not depend on
+    the micro-batch or rank it is in; they do depend on the device type, whose generator draws them.
+    """
+    state = torch.zeros(len(rows), length, config.dim, device=device)
+    if config.state_init == "normal" and config.injection != "none":
+        std = sqrt(2 / (5 * config.dim))
+        generator = torch.Generator(device)
+        for row, row_state in zip(rows, state, strict=True):
+            digest = blake2b(f"{seed}/{step}/{row}".encode(), digest_size=8).digest()
+            generator.manual_seed(int.from_bytes(digest) >> 1)
+            nn.init.trunc_normal_(row_state, std=std, a=-3 * std, b=3 * std, generator=generator)
+    return state

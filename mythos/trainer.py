@@ -1,0 +1,380 @@
+"""The training loop, from configuration to trained model, readable top to bottom."""
+
+import contextlib
+import logging
+import math
+import platform
+import sys
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from tqdm import tqdm
+
+from mythos import checkpoint
+from mythos.config import Config, save_config
+from mythos.data.corpus import cache_directory, holdout_fraction, open_corpus, open_validation
+from mythos.data.stream import TokenStreams, validation_sequences
+from mythos.data.tokenizer import check_vocabulary, load_tokenizer
+from mythos.depth import DepthPlan, DepthSchedule
+from mythos.errors import MythosError
+from mythos.estimate import count_parameters, forward_flops
+from mythos.evaluation.validation import losses_by_depth, validation_metrics
+from mythos.metrics import MetricsLog, expert_balance, peak_flops, peak_memory
+from mythos.model.generate import generate
+from mythos.model.rdt import RecurrentDepthTransformer
+from mythos.model.recurrence import initial_state
+from mythos.optim import build_optimizer, learning_rate
+from mythos.parallel import check_single_process, choose_device, choose_dtype, prepare_model
+from mythos.plots import draw_plots
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class StepResult:
+    """What a training step leaves on the device; reading it synchronises, so only logged steps do."""
+
+    loss: Tensor
+    """Mean over the step's targets, nats."""
+    grad_norm: Tensor
+    state_norm: Tensor
+    state_delta: Tensor
+    expert_load: Tensor | None
+    plan: DepthPlan
+    lr: float
+
+
+class Trainer:
+    """Builds everything a run needs, in the order in which it can fail cheapest, and trains."""
+
+    def __init__(self, config: Config) -> None:
+        check_single_process()
+        self.device = choose_device(config.train.device)
+        self.dtype = choose_dtype(config.train.dtype, self.device)
+        self.run_dir = config.run_dir
+        prepare_directory(self.run_dir)
+        self.checkpoints = self.run_dir / "checkpoints"
+        found = checkpoint.find(self.checkpoints, config.run.resume)
+        meta = checkpoint.read_meta(found) if found else None
+
+        # Data: the corpus, its tokenizer (which sizes the model's vocabulary), training streams, validation rows.
+        corpus = open_corpus(config.data)
+        holdout = holdout_fraction(config.data)
+        self.tokenizer = load_tokenizer(
+            config.tokenizer,
+            corpus,
+            run_dir=self.run_dir,
+            cache_dir=cache_directory(config.data),
+            holdout_fraction=holdout,
+        )
+        self.config = config = resolve_vocabulary(config, self.tokenizer.padded_size)
+        check_vocabulary(self.tokenizer, config.model.vocab_size)
+        if meta:
+            check_same_model(config, meta["config"]["model"], found)
+        self.streams = TokenStreams(
+            corpus,
+            self.tokenizer,
+            streams=config.data.streams,
+            sequence_length=config.data.sequence_length,
+            seed=config.run.seed,
+            mask_documents=config.data.mask_documents,
+            holdout_fraction=holdout,
+        )
+        validation_corpus = open_validation(config.data)
+        self.validation = validation_sequences(
+            validation_corpus or corpus,
+            self.tokenizer,
+            sequences=config.eval.batches * config.train.micro_batch,
+            sequence_length=config.data.sequence_length,
+            holdout_fraction=None if validation_corpus else holdout,
+            mask_documents=config.data.mask_documents,
+        )
+
+        # Model: shaped without memory, then filled from (seed, parameter name).
+        with torch.device("meta"):
+            model = RecurrentDepthTransformer(config.model)
+        self.model = model.to_empty(device=self.device).initialize(config.run.seed)
+        prepare_model(config, self.model)
+        self.optimizer = build_optimizer(self.model, config.optim)
+        self.schedule = DepthSchedule(config)
+
+        self.step = 0
+        if found and meta:
+            self.streams.load_state_dict(meta["data"])
+            checkpoint.load(found, checkpoint.training_state(self.model, self.optimizer))
+            self.step = meta["step"]
+        save_config(config, self.run_dir / "config.yaml")
+        self.log = MetricsLog(self.run_dir, config, self.step)
+        self.announce(found)
+
+    def run(self) -> None:
+        """Train from the current step to the last, then validate, save, plot and sum up."""
+        config, steps = self.config, self.config.train_steps
+        saved = self.step if self.step else None
+        metrics: dict[str, Any] = {}
+        bar = tqdm(total=steps, initial=self.step, unit="step", desc="training", dynamic_ncols=True)
+        with contextlib.closing(self.log), contextlib.closing(bar):
+            window_start, window_steps = time.perf_counter(), 0
+            while self.step < steps:
+                result = self.train_step()
+                self.step += 1
+                window_steps += 1
+                bar.update()
+                last = self.step == steps
+                if last or self.step % config.log.every == 0 or self.due(config.eval.every):
+                    metrics = self.measure(result)  # waits for the device, so the window's time is whole
+                    elapsed = time.perf_counter() - window_start
+                    metrics |= self.throughput(result.plan, elapsed / window_steps)
+                    bar.set_postfix(loss=f"{metrics['loss']:.3f}", tok_s=f"{metrics['tokens_per_second']:,.0f}")
+                    if last or self.due(config.eval.every):
+                        metrics |= self.validate()
+                    self.log.write(metrics)
+                    window_start, window_steps = time.perf_counter(), 0
+                if last or self.due(config.checkpoint.every):
+                    saving = time.perf_counter()
+                    self.save()
+                    saved = self.step
+                    window_start += time.perf_counter() - saving
+            if saved != self.step:
+                self.save()
+            if "val/loss" not in metrics:  # continued at its last step: nothing was trained
+                metrics = {"step": self.step, "tokens": self.tokens} | self.validate()
+        self.sum_up(metrics)
+
+    def due(self, every: int) -> bool:
+        """Whether something that happens every so many steps (0 = never) happens after this one."""
+        return every > 0 and self.step % every == 0
+
+    def train_step(self) -> StepResult:
+        """One optimizer step over the global batch; nothing in it waits for the device."""
+        config, step = self.config, self.step
+        plan = self.schedule.plan(step)
+        batch = self.streams.next_batch(self.schedule.slots)
+        # Deepest rows first: the model's active rows are then always a prefix, and micro-batches are of like depth.
+        rows = batch.rows.tolist()
+        order = sorted(range(len(rows)), key=lambda i: -plan.loops[rows[i]])
+        targets = config.tokens_per_step
+
+        totals: dict[str, Tensor] = {}
+        for start in range(0, len(order), config.train.micro_batch):
+            micro = order[start : start + config.train.micro_batch]
+            micro_rows = [rows[i] for i in micro]
+            ids = batch.ids[micro].to(self.device, non_blocking=True)
+            documents = batch.document_ids
+            with self.autocast:
+                output = self.model(
+                    ids[:, :-1],
+                    ids[:, 1:],
+                    loops=[plan.loops[row] for row in micro_rows],
+                    backprop=plan.backprop,
+                    state=initial_state(
+                        config.model,
+                        micro_rows,
+                        config.data.sequence_length,
+                        seed=config.run.seed,
+                        step=step,
+                        device=self.device,
+                    ),
+                    document_ids=None if documents is None else documents[micro].to(self.device, non_blocking=True),
+                )
+            (output.loss / targets).backward()
+            share = len(micro) / len(order)
+            add(totals, "loss", output.loss.detach() / targets)
+            add(totals, "state_norm", output.state_norm * share)
+            add(totals, "state_delta", output.state_delta * share)
+            if output.expert_load is not None:
+                add(totals, "expert_load", output.expert_load)
+
+        # Without a limit the norm is still measured: a run that is about to diverge shows it there first.
+        limit = config.optim.clip or math.inf
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        lr = learning_rate(config.optim, step, config.train_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        load = totals.get("expert_load")
+        if load is not None:
+            self.model.rebalance(load)
+        return StepResult(
+            totals["loss"], grad_norm, totals["state_norm"], totals["state_delta"], load, plan, lr
+        )
+
+    @property
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Matrix products in the run's dtype."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens consumed."""
+        return self.step * self.config.tokens_per_step
+
+    @cached_property
+    def mean_loops(self) -> int:
+        """The whole number of loops that validation and samples mean by 'the mean depth'."""
+        return round(self.config.depth_mean)
+
+    def measure(self, result: StepResult) -> dict[str, Any]:
+        """The step's record. Raises MythosError if the loss is not finite."""
+        loss = result.loss.item()
+        if not math.isfinite(loss):
+            complete = checkpoint.complete_checkpoints(self.checkpoints)
+            raise MythosError(
+                f"the loss is {loss} at step {self.step}: training has diverged. The last checkpoint is "
+                f"{complete[-1] if complete else 'not yet written'}; lower optim.lr or optim.clip and continue from it."
+            )
+        plan = result.plan
+        metrics: dict[str, Any] = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "loss": loss,
+            "lr": result.lr,
+            "grad_norm": result.grad_norm.item(),
+            "loops": sum(plan.loops) / len(plan.loops),
+            "backprop_loops": plan.mean_backprop,
+            "state_norm": result.state_norm.item(),
+            "state_delta": result.state_delta.item(),
+            "peak_memory_bytes": peak_memory(self.device),
+        }
+        radius = self.model.spectral_radius()
+        if radius is not None:
+            metrics["rho_a"] = radius.item()
+        if result.expert_load is not None:
+            metrics |= expert_balance(result.expert_load)
+        if any(self.streams.skipped.values()):
+            metrics |= {f"data/{key}": count for key, count in self.streams.skipped.items()}
+        return metrics
+
+    def throughput(self, plan: DepthPlan, seconds: float) -> dict[str, float]:
+        """Tokens per second, and on known GPUs the share of peak that the step's needed FLOPs make."""
+        metrics = {"tokens_per_second": self.config.tokens_per_step / seconds, "time": time.time()}
+        peak = peak_flops(self.device, self.dtype)
+        if peak is not None:
+            flops = forward_flops(self.config.model, self.config.data.sequence_length)
+            needed = flops.training(plan.loops, plan.backprop) * self.config.tokens_per_step
+            metrics["mfu"] = needed / seconds / peak
+        return metrics
+
+    def validate(self) -> dict[str, float]:
+        """Validation loss at several depths; text samples go to samples.txt."""
+        config = self.config
+        self.model.eval()
+        metrics = validation_metrics(
+            self.model,
+            self.validation,
+            depths=config.eval.loops,
+            main_depth=self.mean_loops,
+            micro_batch=config.train.micro_batch,
+            device=self.device,
+            autocast=self.autocast,
+        )
+        with (self.run_dir / "samples.txt").open("a") as file:
+            for index in range(config.eval.samples):
+                file.write(f"--- step {self.step}, sample {index + 1}\n{self.sample(index)}\n")
+        self.model.train()
+        return metrics
+
+    def sample(self, index: int) -> str:
+        """Text after one of eval.prompts, at the mean depth; the same draw at every step."""
+        config = self.config
+        prompt = config.eval.prompts[index % len(config.eval.prompts)]
+        ids = torch.tensor([self.tokenizer.encode_batch([prompt])[0] or [self.tokenizer.eos_id]], device=self.device)
+        generator = torch.Generator(self.device).manual_seed(config.run.seed + index)
+        with self.autocast:
+            ids = generate(
+                self.model,
+                ids,
+                config.eval.sample_tokens,
+                generator=generator,
+                loops=self.mean_loops,
+                stop_id=self.tokenizer.eos_id,
+            )
+        return self.tokenizer.decode(ids[0].tolist())
+
+    def save(self) -> None:
+        """Write a checkpoint, remove the ones no longer kept, redraw the plots."""
+        meta = {
+            "tokens": self.tokens,
+            "data": self.streams.state_dict(),
+            "config": self.config.model_dump(mode="json"),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "transformers": transformers.__version__},
+        }
+        state = checkpoint.training_state(self.model, self.optimizer)
+        checkpoint.save(self.checkpoints, self.step, state, meta)
+        checkpoint.prune(self.checkpoints, self.config.checkpoint.keep, self.config.checkpoint.keep_every)
+        draw_plots(self.run_dir, self.config.depth_mean)
+
+    def announce(self, found: Path | None) -> None:
+        """Print what the configuration amounts to."""
+        config = self.config
+        parameters = count_parameters(config.model)
+        rows = config.train.global_batch
+        print(
+            f"model     {config.model.preset}: {parameters.total:,} parameters, {parameters.active:,} active per token and loop\n"
+            f"depth     {config.depth_mean:g} loops on average ({config.depth.sampling}, at most {config.depth_maximum}), "
+            f"gradient through the last {config.depth_backprop}\n"
+            f"data      {config.data.kind}, {config.data.streams} streams, {len(self.validation.ids)} validation sequences\n"
+            f"training  {config.train_steps:,} steps of {rows} x {config.data.sequence_length} = {config.tokens_per_step:,} "
+            f"tokens, {config.train_steps * config.tokens_per_step:,} in all\n"
+            f"device    {self.device}, {str(self.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads\n"
+            f"run       {self.run_dir}" + (f", continuing at step {self.step} from {found}" if found else ""),
+            file=sys.stderr,
+        )
+
+    def sum_up(self, metrics: dict[str, Any]) -> None:
+        """Print the depth table, a sample, and where everything is."""
+        curve = losses_by_depth(metrics)
+        print(f"\nValidation after {self.tokens:,} tokens\n\n  loops      loss  perplexity")
+        for loops, loss in curve.items():
+            mark = "  <- training mean" if loops == self.mean_loops else ""
+            print(f"  {loops:5d}  {loss:8.4f}  {math.exp(loss):10.2f}{mark}")
+        print(f"\n  {metrics['val/bits_per_byte']:.3f} bits per byte at {self.mean_loops} loops")
+        if self.config.eval.samples:
+            print(f"\nSample\n\n  {self.sample(0)!r}")
+        plots = "\n            ".join(map(str, draw_plots(self.run_dir, self.config.depth_mean)))
+        newest = checkpoint.complete_checkpoints(self.checkpoints)[-1]
+        print(f"\nplots       {plots}\nmetrics     {self.log.path}\ncheckpoint  {newest}")
+
+
+def add(totals: dict[str, Tensor], key: str, value: Tensor) -> None:
+    """Sum a measurement over micro-batches, on the device."""
+    totals[key] = totals[key] + value if key in totals else value
+
+
+def prepare_directory(run_dir: Path) -> None:
+    """Make the run directory. Raises MythosError if it cannot be written."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise MythosError(f"run directory {run_dir} cannot be written ({error}): choose another run.dir") from error
+
+
+def resolve_vocabulary(config: Config, tokenizer_size: int) -> Config:
+    """The configuration with `model.vocab_size: auto` replaced by the tokenizer's padded size."""
+    if config.model.vocab_size != "auto":
+        return config
+    model = config.model.model_copy(update={"vocab_size": tokenizer_size})
+    return config.model_copy(update={"model": model})
+
+
+def check_same_model(config: Config, saved: dict[str, Any], path: Path | None) -> None:
+    """Refuse to continue with another model than the checkpoint's. Raises MythosError naming every differing field."""
+    here = config.model.model_dump(mode="json")
+    differing = [name for name in here if name != "preset" and here[name] != saved.get(name)]
+    if differing:
+        lines = [f"  model.{name}: {saved.get(name)!r} in the checkpoint, {here[name]!r} here" for name in differing]
+        raise MythosError(
+            f"checkpoint {path} is of another model:\n" + "\n".join(lines) + "\nRestore these values to continue it, or "
+            "give this run another run.name."
+        )
