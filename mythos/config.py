@@ -1,10 +1,25 @@
 """The whole configuration: one YAML file a run, overridden by key=value, every error reported at once."""
 
-from typing import Annotated, Literal
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import Field
 
-from mythos.model.config import ModelConfig, NonNegativeInt, PositiveInt, Section
+from mythos.errors import MythosError
+from mythos.model.config import (
+    ModelConfig,
+    NonNegativeInt,
+    PositiveInt,
+    Section,
+    model_contradictions,
+    padded_vocab_size,
+)
+from mythos.presets import PRESETS
+from mythos.schema import Problems, allowed, apply_override, read_yaml, sections, shown, suggestion, valid_values
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -57,7 +72,8 @@ class DataConfig(Section):
     text_column: str = "text"
     """Column (parquet) or key (jsonl) that holds a document's text."""
     streams: PositiveInt = 64
-    """Logical streams the corpus is read by. Part of the run's identity: it fixes the global batches at any world size."""
+    """Logical streams the corpus is read by. Part of the run's identity: they fix the global batches at any world
+    size."""
     sequence_length: PositiveInt = 1024
     """Tokens of a training sequence, at most model.context_length."""
     mask_documents: bool = False
@@ -74,7 +90,8 @@ class CurriculumConfig(Section):
     """A ramp counted in optimizer steps."""
 
     shape: Literal["none", "linear", "1-sqrt", "cosine", "steps"] = "none"
-    """Form of the ramp; none = the target from the first step. 1-sqrt rises as 1 - sqrt(1 - x); steps in 4 equal stairs."""
+    """Form of the ramp; none = the target from the first step. 1-sqrt rises as 1 - sqrt(1 - x); steps in 4 equal
+    stairs."""
     over: Fraction = 0.25
     """Share of the training steps that the ramp takes."""
     start: Annotated[float, Field(ge=1)] = 1.0
@@ -152,7 +169,7 @@ class EvalConfig(Section):
     batches: PositiveInt = 16
     """Validation batches of train.micro_batch sequences, the same ones every time."""
     loops: list[PositiveInt] = [1, 4, 8, 16]
-    """Loop counts validation loss is measured at."""
+    """Loop counts validation loss is measured at, increasing; [1] unless given where model.injection is none."""
     samples: NonNegativeInt = 1
     """Text samples written at each validation."""
     sample_tokens: PositiveInt = 64
@@ -217,3 +234,200 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     parallel: ParallelConfig = ParallelConfig()
     log: LogConfig = LogConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        """Directory the run writes to."""
+        return Path(self.run.dir if self.run.dir is not None else f"runs/{self.run.name}")
+
+    @property
+    def depth_mean(self) -> float:
+        """Mean loops of a sequence at the end of the curriculum."""
+        return float(self.model.loops if self.depth.mean is None else self.depth.mean)
+
+    @property
+    def depth_backprop(self) -> int:
+        """Most last loops that carry gradient at the end of the curriculum."""
+        return math.ceil(self.depth_mean / 2) if self.depth.backprop is None else self.depth.backprop
+
+    @property
+    def depth_maximum(self) -> int:
+        """Most loops a sequence may draw; 1 for a fixed-depth model."""
+        if self.depth.maximum is not None:
+            return self.depth.maximum
+        return 1 if self.model.injection == "none" else math.ceil(2 * self.depth_mean)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of an optimizer step over all ranks."""
+        return self.train.global_batch * self.data.sequence_length
+
+    @property
+    def train_steps(self) -> int:
+        """Optimizer steps of the whole run. Raises MythosError if the configuration gives neither steps nor tokens."""
+        if self.train.steps is not None:
+            return self.train.steps
+        if self.train.tokens is None:
+            raise MythosError("train.steps, train.tokens: got null and null; give one of them")
+        return math.ceil(self.train.tokens / self.tokens_per_step)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply ``key.path=value`` overrides, fill in the preset, and check everything.
+
+    Values of overrides are YAML (``eval.loops=[1,4]``, ``depth.mean=null``); ``3e-4`` and ``1e9`` are numbers.
+
+    Raises MythosError with one line for every problem found.
+    """
+    problems = Problems(str(path), Config)
+    data = read_yaml(Path(path), problems)
+    for override in overrides:
+        data = apply_override(data, override, problems)
+    return _build(data, problems)
+
+
+def config_from_dict(data: Mapping[str, Any]) -> Config:
+    """Build the configuration from plain values, as ``load_config`` does from a file.
+
+    Raises MythosError with one line for every problem found.
+    """
+    return _build(dict(data), Problems("configuration", Config))
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Write every field as YAML that ``load_config`` reads back as an equal object."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    Path(path).write_text(text, encoding="utf-8")
+
+
+def describe(section: str | None = None) -> str:
+    """Explain the configuration: its sections, or every field of one section with type, default and meaning.
+
+    ``section`` is a name such as ``model`` or ``depth.curriculum``. Raises MythosError if there is none of that name.
+    """
+    known = dict(sections(Config))
+    if section is None:
+        lines = [f"  {name:<12} {_summary(kind)}" for name, kind in known.items() if "." not in name]
+        where = "Every field is declared and explained in mythos/config.py and mythos/model/config.py."
+        return "\n".join(["Sections:", *lines, "", "train.py --help SECTION prints every field of a section.", where])
+    if section not in known:
+        raise MythosError(f"{section}: unknown section; {suggestion(section, list(known))}")
+    lines = [f"{section}: {_summary(known[section])}"]
+    schemas = known[section].model_json_schema()["properties"]
+    for name, field in known[section].model_fields.items():
+        path = f"{section}.{name}"
+        if path in known:
+            lines += ["", describe(path)]
+        else:
+            lines += ["", f"{path}: {allowed(schemas[name])} (default {shown(field.get_default())})"]
+            lines += [f"    {line}" for line in (field.description or "").splitlines()]
+    return "\n".join(lines)
+
+
+def _summary(section: type[Section]) -> str:
+    return (section.__doc__ or "").splitlines()[0]
+
+
+def _build(data: dict[str, Any], problems: Problems) -> Config:
+    """Check every field alone, complete the valid ones from preset and defaults, and check them together."""
+    values = valid_values(Config, data, problems)
+    model = values.setdefault("model", {})
+    preset = model.get("preset", ModelConfig.model_fields["preset"].default)
+    if preset in PRESETS:
+        values["model"] = {**PRESETS[preset], **model}
+    else:
+        problems.add("model.preset", f"got {shown(preset)}; {suggestion(preset, list(PRESETS))}")
+        # What the preset would have set is unknown, so nothing it leaves at a default may count as a contradiction.
+        problems.paths |= {f"model.{name}" for name in ModelConfig.model_fields if name not in model}
+    if values["model"].get("injection") == "none":
+        values.setdefault("eval", {}).setdefault("loops", [1])
+    config = Config.model_validate(values)
+    for paths, message in _contradictions(config, problems.paths):
+        problems.add_contradiction(paths, message)
+    problems.raise_any()
+    return config
+
+
+def _contradictions(config: Config, reported: set[str]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield the paths and the explanation of all values that cannot hold together.
+
+    A path in ``reported`` had a bad value, for which its default stands in ``config``.
+    """
+    for names, message in model_contradictions(config.model):
+        yield tuple(f"model.{name}" for name in names), message
+    run, data, depth, train = config.run, config.data, config.depth, config.train
+    if not run.name:
+        yield ("run.name",), "got an empty name; give the run a name"
+
+    model_vocabulary = config.model.vocab_size
+    if config.tokenizer.name == "bpe":
+        size = config.tokenizer.vocab_size
+        if size < 384:
+            yield ("tokenizer.vocab_size",), f"got {size}; allowed: at least 384 (256 bytes and some merges)"
+        if model_vocabulary != "auto" and size > padded_vocab_size(model_vocabulary):
+            rule = "the model needs a row for every token id; lower the first or set the second to auto"
+            yield ("tokenizer.vocab_size", "model.vocab_size"), f"got {size} and {model_vocabulary}; {rule}"
+
+    if data.kind == "files" and not data.path:
+        yield ("data.kind", "data.path"), "got files and no path; give a glob or a list of globs"
+    if data.kind == "hub" and not data.dataset:
+        yield ("data.kind", "data.dataset"), "got hub and no dataset; give a dataset id, e.g. HuggingFaceFW/fineweb-edu"
+    used_by = {"path": "files", "dataset": "hub", "subset": "hub", "split": "hub", "text_column": "files or hub"}
+    for name, kinds in used_by.items():
+        value = getattr(data, name)
+        if data.kind not in kinds and value != DataConfig.model_fields[name].default:
+            rule = f"{name} is for kind {kinds} only"
+            yield ("data.kind", f"data.{name}"), f"got {data.kind} and {shown(value)}; {rule}"
+    if data.validation.fraction == 0 and not data.validation.path:
+        rule = "hold out a share of the documents or give files to validate on"
+        yield ("data.validation.fraction", "data.validation.path"), f"got 0 and no path; {rule}"
+    if data.sequence_length > config.model.context_length:
+        given = f"got {data.sequence_length} and {config.model.context_length}"
+        yield ("data.sequence_length", "model.context_length"), f"{given}; the first must not exceed the second"
+    if train.global_batch % data.streams:
+        given = f"got {train.global_batch} and {data.streams}"
+        yield ("train.global_batch", "data.streams"), f"{given}; the first must be a multiple of the second"
+    if (train.steps is None) == (train.tokens is None):
+        given = f"got {shown(train.steps)} and {shown(train.tokens)}"
+        yield ("train.steps", "train.tokens"), f"{given}; give exactly one of them, null for the other"
+
+    def source(name: str, otherwise: str) -> str:
+        given = getattr(depth, name) is not None or f"depth.{name}" in reported
+        return f"depth.{name}" if given else otherwise
+
+    mean_path = source("mean", "model.loops")
+    maximum_path, backprop_path = source("maximum", mean_path), source("backprop", mean_path)
+    if config.model.injection == "none":
+        for name in ("mean", "maximum", "backprop"):
+            if getattr(depth, name) not in (None, 1):
+                given = f"got none and {getattr(depth, name):g}"
+                yield ("model.injection", f"depth.{name}"), f"{given}; without injection the core runs once: null or 1"
+        if config.eval.loops != [1]:
+            given = f"got none and {shown(config.eval.loops)}"
+            yield ("model.injection", "eval.loops"), f"{given}; without injection the core runs once: [1]"
+    elif config.depth_maximum < config.depth_mean:
+        given = f"got {config.depth_maximum} and {config.depth_mean:g}"
+        yield (maximum_path, mean_path), f"{given}; the maximum must not be below the mean"
+    elif config.depth_backprop > config.depth_maximum:
+        given = f"got {config.depth_backprop}, and at most {config.depth_maximum} loops are run"
+        yield (backprop_path, maximum_path), f"{given}; backpropagate through no more"
+    for name, target, path in (
+        ("curriculum", config.depth_mean, mean_path),
+        ("backprop_curriculum", config.depth_backprop, backprop_path),
+    ):
+        ramp: CurriculumConfig = getattr(depth, name)
+        if ramp.shape != "none" and ramp.start > target:
+            given = f"got {ramp.start:g} and a target of {target:g}"
+            yield (f"depth.{name}.start", path), f"{given}; a curriculum starts at or below its target"
+    if not depth.backprop_curriculum.start.is_integer():
+        yield ("depth.backprop_curriculum.start",), f"got {depth.backprop_curriculum.start:g}; allowed: a whole number"
+
+    optim = config.optim
+    if optim.schedule == "wsd" and optim.warmup + optim.decay > 1:
+        given = f"got {optim.warmup:g} and {optim.decay:g}"
+        yield ("optim.warmup", "optim.decay"), f"{given}; together they may take at most all (1) of the steps"
+    loops = config.eval.loops
+    if not loops or any(left >= right for left, right in itertools.pairwise(loops)):
+        yield ("eval.loops",), f"got {shown(loops)}; allowed: at least one loop count, each above the one before"
+    if config.eval.samples and not config.eval.prompts:
+        yield ("eval.samples", "eval.prompts"), "got no prompts; give at least one, or set eval.samples to 0"

@@ -24,7 +24,12 @@ class AttentionContext:
 
     def first_rows(self, rows: int) -> "AttentionContext":
         """The context of the leading `rows` sequences."""
-        return self if self.mask is None else AttentionContext(self.cos, self.sin, self.mask[:rows])
+        if self.mask is None:
+            return self
+        mask = self.mask[:rows]
+        if isinstance(mask, BlockMask) and isinstance(self.mask, BlockMask):
+            mask.mask_mod = self.mask.mask_mod  # slicing drops it, for its row indices may no longer fit; a prefix's do
+        return AttentionContext(self.cos, self.sin, mask)
 
 
 def rotated_dim(config: ModelConfig) -> int:

@@ -65,6 +65,12 @@ def initialize(model: nn.Module, seed: int) -> None:
         buffer.zero_()
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The type that autocast gives matrix products on x's device, or x's own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 class Linear(nn.Module):
     """y = x W^T without bias; W is (out_features, in_features)."""
 

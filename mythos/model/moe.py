@@ -5,13 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mythos.model.config import ModelConfig
-from mythos.model.layers import Initializer, SwiGLU, truncated_normal, zeros
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The type that autocast gives matrix products on x's device, or x's own."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+from mythos.model.layers import Initializer, SwiGLU, autocast_dtype, truncated_normal, zeros
 
 
 class Router(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mythos.model.attention import AttentionContext, attention_context
 from mythos.model.config import ModelConfig, padded_vocab_size
-from mythos.model.layers import Initializer, Linear, RMSNorm, identity, initialize, truncated_normal
+from mythos.model.layers import Initializer, Linear, RMSNorm, autocast_dtype, identity, initialize, truncated_normal
 from mythos.model.moe import MixtureOfExperts
 from mythos.model.recurrence import LoopState, LTIInjection, Recurrence, dense_block
 
@@ -78,9 +78,12 @@ class RecurrentDepthTransformer(nn.Module):
         self.readout = Linear(dim, dim, identity()) if looped else None
         self.coda = nn.ModuleList(dense_block(config) for _ in range(config.coda_layers))
         self.norm = RMSNorm(dim, config.norm_eps)
-        self.head = Linear(dim, vocab)
-        if config.tie_embeddings:
-            self.head.weight = self.embedding.weight
+        self.head = None if config.tie_embeddings else Linear(dim, vocab)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, D) matrix from hidden states to logits: the embedding's where they are tied."""
+        return self.embedding.weight if self.head is None else self.head.weight
 
     def initialize(self, seed: int) -> "RecurrentDepthTransformer":
         """Give every parameter its starting value, a function of (seed, parameter name); returns self."""
@@ -118,7 +121,7 @@ class RecurrentDepthTransformer(nn.Module):
         hidden = self.decode(last.state, context)
         norm, delta = state_measures(last)
         if targets is None:
-            return RDTOutput(self.head(hidden).float(), None, norm, delta, load)
+            return RDTOutput(F.linear(hidden, self.head_weight).float(), None, norm, delta, load)
         return RDTOutput(None, self.losses(hidden, targets).sum(), norm, delta, load)
 
     @torch.no_grad()
@@ -167,9 +170,20 @@ class RecurrentDepthTransformer(nn.Module):
         return self.norm(x)
 
     def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy of each target in nats, (B, S) float32; 0 where the target is -100."""
-        logits = self.head(hidden).float().flatten(0, 1)
-        return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none").view_as(targets)
+        """Cross-entropy of each target in nats, (B, S) float32; 0 where the target is -100.
+
+        The head is applied chunk by chunk, so that (tokens, vocabulary) logits never exist whole.
+        """
+        dtype = autocast_dtype(hidden)  # autocast does not know this function and would leave it in float32
+        losses = F.linear_cross_entropy(
+            hidden.flatten(0, 1).to(dtype),
+            self.head_weight.to(dtype),
+            targets.flatten(),
+            ignore_index=IGNORE_INDEX,
+            reduction="none",
+            options=nn.LinearCrossEntropyOptions(acc_dtype=torch.float32),
+        )
+        return losses.float().view_as(targets)
 
     def empty_load(self, device: torch.device) -> Tensor | None:
         """Zero counts in the layout of `RDTOutput.expert_load`."""

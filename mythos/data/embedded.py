@@ -1,0 +1,320 @@
+"""English documentation text that is already on the machine, so that a first run needs no network.
+
+Sources are Python's help topics and the docstrings of the standard library and of this project's installed
+dependencies. Files are read as text, never imported. A docstring is found by a lexer of string literals instead of
+Python's parser: the same text in a tenth of the time.
+"""
+
+import ast
+import hashlib
+import inspect
+import platform
+import random
+import re
+import sysconfig
+import warnings
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from packaging.requirements import Requirement
+from tqdm import tqdm
+
+from mythos.errors import MythosError
+
+VERSION = 1
+"""Part of the cache key: raise it when the gathered text changes."""
+
+# The project's own requirements; theirs are followed from here. Not read from this project's metadata, so that the
+# text is the same whether the project is installed or run from a checkout.
+ROOTS = [
+    "torch",
+    "datasets",
+    "transformers",
+    "accelerate",
+    "wandb",
+    "pyyaml",
+    "tqdm",
+    "pydantic",
+    "safetensors",
+    "matplotlib",
+    "tokenizers",
+    "pyarrow",
+    "numpy",
+]
+
+ROW_GROUPS = 128
+MINIMUM_DOCSTRING = 120
+MINIMUM_DOCUMENT = 500
+MAXIMUM_DOCUMENT = 4000
+MINIMUM_PARAGRAPH = 50
+
+# Tests hold text that is there to be processed, vendored copies repeat other packages.
+SKIPPED_FOLDERS = {"tests", "test", "testing", "_vendor", "vendor", "vendored", "site-packages", "dist-packages"}
+
+# Every branch begins with a fixed character, which lets the search skip quickly from one to the next. Comments and
+# short strings are matched so that quotes inside them open nothing.
+STRINGS = re.compile(
+    r"""\#[^\n]*"""
+    r"""|(?P<long>\"{3}(?:[^"\\]++|\\.|"(?!""))*+"{3}|'{3}(?:[^'\\]++|\\.|'(?!''))*+'{3})"""
+    r"""|"(?:[^"\\\n]++|\\.)*+"|'(?:[^'\\\n]++|\\.)*+'""",
+    re.DOTALL,
+)
+PREFIX = re.compile(r"\b[rRbBuUfF]{1,2}$")
+
+STOPWORDS = frozenset(
+    re.findall(
+        r"\w+",
+        """
+        a all also an and any are as at be because been both but by can do does each for from had has have how if in
+        into is it its may more must no not of on one only or other same should so some such than that the their them
+        then there these they this those to used using was we when where which while will with would you your between
+        """,
+    )
+)
+
+# What a paragraph must contain for the pattern to be tried, the pattern, and what is put in its place.
+MARKUP = (
+    (":`~", re.compile(r":[a-z:+-]+:`~[^`]*?([^`.]+)`"), r"`\1`"),  # :class:`~torch.nn.Linear` -> `Linear`
+    (":`", re.compile(r":[a-z:+-]+:`([^`<]*?)\s*(?:<[^`>]*>)?`"), r"`\1`"),  # :func:`text <target>` -> `text`
+    (">`_", re.compile(r"`([^`<]+?)\s*<[^`>]*>`__?"), r"\1"),  # `text <target>`_ -> text
+    ("[`~", re.compile(r"\[`~[^`\]]*?([^`\].]+)`\]"), r"`\1`"),  # [`~Trainer.train`] -> `train`
+    ("](", re.compile(r"\[([^\]]+)\]\([^)]*\)"), r"\1"),  # [text](target) -> text
+    ("[`", re.compile(r"\[`([^`\]]+)`\]"), r"`\1`"),
+    ("``", re.compile(r"``([^`]+)``"), r"`\1`"),
+    ("`_", re.compile(r"`([^`]+)`__?(?=\W|$)"), r"`\1`"),
+    ("**", re.compile(r"\*\*([^*]+)\*\*"), r"\1"),
+    ("*", re.compile(r"(?<![\w*])\*([A-Za-z][^*]*?)\*(?![\w*])"), r"\1"),
+    ("]_", re.compile(r"\s*\[\d+\]_"), ""),
+)
+SPACES = re.compile(r"\s+")
+ENDINGS = ".!?\"'`)_*]"
+
+BULLET = re.compile(r"\s*(?:[-*+•]|\d+[.)]|\(\w\))\s+")
+UNDERLINE = re.compile(r"\s*([=\-~^\"'*#`+.])\1{2,}\s*$")
+FIELD = re.compile(r"\s*(?::\w[^:`]*:\s|\*{0,2}[\w.`*\[\], ]{1,40}\s*(?:\([^()]*(?:\([^()]*\)[^()]*)*\))?\s?:(?:\s|$))")
+SENTENCE = re.compile(r"[\"'`(]*[A-Z`].*[.!?][\"'`)]*$", re.DOTALL)
+WORDS = re.compile(r"[A-Za-z]+")
+PLAIN = re.compile(r"[^\W\d_ ]+| +")
+ODD = re.compile(r"https?:|\\[a-z]|[{}|<>=_#@]{2}|\$\w|::|\bTODO\b|\bFIXME\b|>>>|\bself\.|\.\.\s")
+
+
+def gather(cache_dir: Path, progress: bool = True) -> list[Path]:
+    """Gather the text once and return the parquet files (columns ``text``, ``source``; at least 64 row groups).
+
+    A file is kept per version of Python, of the packages and of this module, and written under a temporary name, so
+    that an interrupted gathering leaves nothing that could be taken for a complete one.
+
+    Raises:
+        MythosError: the cache folder cannot be written, or there is almost no text.
+    """
+    packages = dependencies()
+    versions = [platform.python_version(), str(VERSION), *(f"{name}=={metadata.version(name)}" for name in packages)]
+    key = hashlib.blake2b("\n".join(versions).encode(), digest_size=8).hexdigest()
+    target = cache_dir / f"embedded-{key}.parquet"
+    if target.is_file():
+        return [target]
+    documents = collect(packages, progress)
+    if len(documents) < ROW_GROUPS:
+        raise MythosError(
+            f"data.kind: embedded found {len(documents)} documents in the {len(packages)} installed packages, "
+            "too few to train on. Use data.kind: files."
+        )
+    # In random order row groups, and with them the streams, hold alike text.
+    random.Random(0).shuffle(documents)
+    table = pa.table({"text": [text for text, _ in documents], "source": [source for _, source in documents]})
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_suffix(f".{random.SystemRandom().getrandbits(32):08x}.tmp")
+        try:
+            pq.write_table(table, temporary, compression="zstd", row_group_size=-(-len(documents) // ROW_GROUPS))
+            temporary.rename(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise MythosError(
+            f"data.cache_dir: {cache_dir} cannot be written: {error}. Set data.cache_dir or $MYTHOS_CACHE to a folder "
+            "that can."
+        ) from error
+    return [target]
+
+
+def dependencies() -> list[str]:
+    """Names of the installed distributions this project needs, directly and through others, sorted."""
+    found: set[str] = set()
+    wanted = list(ROOTS)
+    while wanted:
+        name = re.sub(r"[-_.]+", "-", wanted.pop()).lower()
+        if name in found:
+            continue
+        try:
+            requirements = [Requirement(line) for line in metadata.requires(name) or []]
+        except metadata.PackageNotFoundError:
+            continue
+        found.add(name)
+        wanted += [r.name for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
+    return sorted(found)
+
+
+def collect(packages: list[str], progress: bool = True) -> list[tuple[str, str]]:
+    """Documents and their sources ("package module"), without repeated paragraphs, in a fixed order."""
+    seen: set[bytes] = set()
+    documents: list[tuple[str, str]] = []
+    files = [*_standard_library(), *(file for package in packages for file in _package_files(package))]
+    documents += [(text, "python topics") for text in _merge(_paragraphs(topic, seen) for topic in _topics())]
+    for package, module, path in tqdm(files, desc="gathering documentation text", unit="file", disable=not progress):
+        docstrings = (_paragraphs(text, seen) for text in literals(_read(path)))
+        documents += [(text, f"{package} {module}") for text in _merge(docstrings)]
+    return documents
+
+
+def literals(source: str) -> Iterator[str]:
+    """Values of the triple-quoted strings in Python source, where docstrings and documentation tables are."""
+    for match in STRINGS.finditer(source):
+        token = match["long"]
+        if token is None or len(token) < MINIMUM_DOCSTRING:
+            continue
+        prefix = PREFIX.search(source, max(0, match.start() - 3), match.start())
+        kind = prefix[0].lower() if prefix else ""
+        if "b" in kind or "f" in kind:
+            continue
+        if "r" in kind or "\\" not in token:
+            yield token[3:-3]
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # invalid escapes, common in docstrings with formulas
+                yield ast.literal_eval(token)
+        except (SyntaxError, ValueError):
+            continue
+
+
+def _standard_library() -> list[tuple[str, str, Path]]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    return [
+        ("python", _module(p.relative_to(root)), p) for p in sorted(root.rglob("*.py")) if _wanted(p.relative_to(root))
+    ]
+
+
+def _package_files(package: str) -> list[tuple[str, str, Path]]:
+    files = [file for file in metadata.files(package) or [] if file.suffix == ".py" and _wanted(file)]
+    return [(package, _module(file), Path(str(file.locate()))) for file in sorted(files)]
+
+
+def _wanted(path: Path) -> bool:
+    return not SKIPPED_FOLDERS.intersection(path.parts) and path.parts[0] != "pydoc_data"
+
+
+def _module(path: Path) -> str:
+    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:  # listed by a package but not there
+        return ""
+
+
+def _topics() -> list[str]:
+    from pydoc_data.topics import topics
+
+    return list(topics.values())
+
+
+def _paragraphs(text: str, seen: set[bytes]) -> list[str]:
+    """The prose of a docstring, paragraph by paragraph, without what was seen before."""
+    kept = []
+    for paragraph in prose(text):
+        digest = hashlib.blake2b("".join(WORDS.findall(paragraph.lower())).encode(), digest_size=12).digest()
+        if digest not in seen:
+            seen.add(digest)
+            kept.append(paragraph)
+    return kept if sum(map(len, kept)) >= MINIMUM_DOCSTRING else []
+
+
+def prose(docstring: str) -> Iterator[str]:
+    """English paragraphs of a docstring, each on one line, markup reduced; no code, tables, signatures, formulas."""
+    for lines in _units(inspect.cleandoc(docstring).splitlines()):
+        paragraph = " ".join(line.strip() for line in lines)
+        if len(paragraph) >= MINIMUM_PARAGRAPH and paragraph[-1] in ENDINGS and (text := _clean(paragraph)):
+            yield text
+
+
+@lru_cache(maxsize=2**16)  # packages repeat the descriptions of their parameters hundreds of times
+def _clean(paragraph: str) -> str:
+    """The paragraph without markup, or nothing if it is not prose."""
+    for trigger, pattern, replacement in MARKUP:
+        if trigger in paragraph:
+            paragraph = pattern.sub(replacement, paragraph)
+    paragraph = SPACES.sub(" ", paragraph).strip()
+    return paragraph if is_prose(BULLET.sub("", paragraph, count=1)) else ""
+
+
+def is_prose(paragraph: str) -> bool:
+    """Whether a paragraph reads as English sentences: length, ending, function words, and few symbols."""
+    if len(paragraph) < MINIMUM_PARAGRAPH or not SENTENCE.match(paragraph) or ODD.search(paragraph):
+        return False
+    words = WORDS.findall(paragraph.lower())
+    common = sum(word in STOPWORDS for word in words)
+    symbols = len(PLAIN.sub("", paragraph))
+    return len(words) >= 8 and common >= 0.25 * len(words) and symbols <= 0.12 * len(paragraph)
+
+
+def _units(lines: list[str]) -> Iterator[list[str]]:
+    """Cut lines into paragraphs, list items and descriptions; leave out fences, literal blocks, headings."""
+    unit: list[str] = []
+    indent = 0
+    literal: int | None = None  # lines indented deeper than this belong to a literal block
+    fenced = False
+    example = False  # of an interactive session, with what it prints, up to a blank line
+    for line in [*lines, ""]:
+        stripped = line.strip()
+        depth = len(line) - len(line.lstrip())
+        if stripped.startswith(("```", "~~~")):
+            fenced = not fenced
+            stripped = ""
+        if literal is not None and stripped and depth <= literal:
+            literal = None
+        example = bool(stripped) and (example or stripped.startswith(">>>"))
+        if fenced or literal is not None:
+            continue
+        if UNDERLINE.match(line):
+            unit = []  # the line above is a heading
+            continue
+        starts_new = depth != indent or bool(BULLET.match(line)) or (":" in line and bool(FIELD.match(line)))
+        # The lines of a list item are indented like its text.
+        if unit and depth > indent and BULLET.match(unit[0]) and not BULLET.match(line):
+            starts_new = False
+        if unit and (not stripped or starts_new or example):
+            yield unit
+            unit = []
+        if stripped.startswith(".. "):  # a directive and what is indented below it
+            literal = depth
+            continue
+        if example or stripped.startswith(("+--", "|")):
+            continue
+        if stripped:
+            if not unit:
+                indent = depth
+            unit.append(line)
+            if stripped.endswith("::"):
+                unit = []  # a sentence that only introduces the literal block
+                literal = depth
+
+
+def _merge(docstrings: Iterable[list[str]]) -> Iterator[str]:
+    """Join the docstrings of one module into documents of 500 to 4,000 characters; what is left over is dropped."""
+    pending = ""
+    for paragraphs in docstrings:
+        for paragraph in paragraphs:
+            if len(pending) + len(paragraph) > MAXIMUM_DOCUMENT - 2 and len(pending) >= MINIMUM_DOCUMENT:
+                yield pending
+                pending = ""
+            pending = f"{pending}\n\n{paragraph}" if pending else paragraph
+        if len(pending) >= MINIMUM_DOCUMENT:
+            yield pending
+            pending = ""

@@ -1,0 +1,269 @@
+"""Text to token ids and back, by any Hugging Face tokenizer or a byte-level BPE trained on the corpus."""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# Set before the library is loaded: without it the first fork after a batch prints a warning and turns threads off.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+
+from mythos.config import TokenizerConfig
+from mythos.data.corpus import Corpus, is_held_out
+from mythos.errors import MythosError
+from mythos.model.config import padded_vocab_size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+logger = logging.getLogger(__name__)
+
+END_OF_DOCUMENT = "<|endoftext|>"
+MINIMUM_BPE_SIZE = 384
+
+# More text than this changes the merges of a small vocabulary very little.
+BPE_TRAINING_BYTES = 20 * 10**6
+
+# What the run asked for, kept beside the tokenizer to refuse a run directory of another configuration.
+REQUEST_FILE = "request.json"
+
+# Tells apart tokenizers that share a vocabulary but cut differently.
+PROBE = "The loop's depth, 12345.678 times; naïve café 深い\n\n    return x += 1\tEND don't STOP"
+
+
+class Tokenizer:
+    """A fast tokenizer without special tokens, truncation or padding, and with one end-of-document id.
+
+    Attributes:
+        eos_id: the end-of-document token: ``<|endoftext|>`` if the tokenizer has it, else its eos token. Text that
+            spells this token is encoded as ordinary text, so the id stands between documents only.
+        size: highest id + 1.
+        padded_size: ``size`` rounded up to a multiple of 128.
+        fingerprint: identifies vocabulary, end-of-document token and segmentation.
+        request: the configuration the tokenizer came from.
+
+    Raises:
+        MythosError: no fast implementation, or no end-of-document token.
+    """
+
+    def __init__(self, fast: "PreTrainedTokenizerFast", request: dict[str, Any]) -> None:
+        name = request["name"]
+        if not getattr(fast, "is_fast", False):
+            raise MythosError(f"tokenizer.name: {name} has no fast implementation. Take one that has a tokenizer.json.")
+        self.request = request
+        self._fast = fast
+        self._backend: Backend = fast.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._backend.encode_special_tokens = True
+        vocabulary = self._backend.get_vocab()
+        eos_id = vocabulary.get(END_OF_DOCUMENT, fast.eos_token_id)
+        if eos_id is None:
+            raise MythosError(
+                f"tokenizer.name: {name} has no end-of-document token (neither {END_OF_DOCUMENT} nor an eos token). "
+                "Take a tokenizer that has one, or tokenizer.name: bpe."
+            )
+        self.eos_id: int = eos_id
+        self.size: int = max(vocabulary.values()) + 1
+        self.padded_size: int = padded_vocab_size(self.size)
+        identity = [sorted(vocabulary.items(), key=lambda item: item[1]), eos_id, self.encode_batch([PROBE])]
+        self.fingerprint: str = hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of every text, no special tokens added."""
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_with_bytes(self, text: str) -> tuple[list[int], list[int]]:
+        """Token ids, and for each the UTF-8 bytes of ``text`` it accounts for; the bytes add up to the whole text.
+
+        A character that spans several tokens counts for the first of them; text the tokenizer drops counts for the
+        token that follows it, or for the last one. Text that gives no token at all gives no bytes.
+        """
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        ends: list[int] = []
+        done = 0
+        total = 0
+        for _, end in encoding.offsets:
+            if end > done:
+                total += len(text[done:end].encode())
+                done = end
+            ends.append(total)
+        if ends:
+            ends[-1] = len(text.encode())
+        return encoding.ids, [end - start for start, end in zip([0, *ends], ends, strict=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids, special tokens included."""
+        return self._fast.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def save(self, directory: Path | str) -> None:
+        """Write the tokenizer as a folder that Hugging Face and :meth:`load` read; an existing one is replaced.
+
+        Raises:
+            MythosError: the folder cannot be written.
+        """
+        directory = Path(directory)
+        temporary = directory.with_name(f".{directory.name}.{os.getpid()}")
+        # How this process encodes is no part of the tokenizer that others load.
+        self._backend.encode_special_tokens = False
+        try:
+            temporary.mkdir(parents=True, exist_ok=True)
+            self._fast.save_pretrained(str(temporary))
+            (temporary / REQUEST_FILE).write_text(json.dumps(self.request))
+            if directory.exists():
+                shutil.rmtree(directory)
+            temporary.rename(directory)
+        except OSError as error:
+            raise MythosError(
+                f"tokenizer: {directory} cannot be written: {error}. Make room or give another folder (run.dir, "
+                "data.cache_dir or $MYTHOS_CACHE)."
+            ) from error
+        finally:
+            self._backend.encode_special_tokens = True
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    @classmethod
+    def load(cls, name: Path | str) -> "Tokenizer":
+        """Load a saved tokenizer or any Hugging Face tokenizer by hub id or path; code on the hub is never run.
+
+        Raises:
+            MythosError: it cannot be found, reached or used.
+        """
+        # Imported here because it costs a second or more.
+        from transformers import AutoTokenizer
+
+        saved = Path(name) / REQUEST_FILE
+        request = json.loads(saved.read_text()) if saved.is_file() else {"name": str(name)}
+        try:
+            # Not given, the answer would be asked for on the terminal.
+            fast = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
+        except Exception as error:  # hub, network and format errors share no base class
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise MythosError(
+                f"tokenizer.name: {name} cannot be loaded: {reason}. Give a Hugging Face id (needs the network or its "
+                "cache), the path of a saved tokenizer, or bpe to train one on the corpus."
+            ) from error
+        return cls(fast, request)
+
+
+def load_tokenizer(
+    config: TokenizerConfig,
+    corpus: Corpus,
+    *,
+    run_dir: Path | None,
+    cache_dir: Path,
+    holdout_fraction: float = 0.0,
+    progress: bool = True,
+) -> Tokenizer:
+    """The tokenizer of a run: that of the run directory if there is one, else trained (bpe) or loaded by name.
+
+    With a ``run_dir`` the tokenizer is also written to ``run_dir/tokenizer``. A bpe is trained on documents that
+    :func:`mythos.data.corpus.is_held_out` leaves to training, and cached by corpus, size and share held out.
+
+    Raises:
+        MythosError: the run directory's tokenizer is not what the configuration asks for, or none can be made.
+    """
+    request = _request(config)
+    kept = run_dir / "tokenizer" if run_dir else None
+    if kept and kept.is_dir():
+        tokenizer = Tokenizer.load(kept)
+        if tokenizer.request != request:
+            raise MythosError(
+                f"tokenizer: {kept} was made for {tokenizer.request}, the configuration asks for {request}. Give the "
+                "run another run.dir, or the former tokenizer settings."
+            )
+        return tokenizer
+    if config.name != "bpe":
+        tokenizer = Tokenizer.load(config.name)
+        tokenizer.request = request
+    else:
+        key = f"{corpus.fingerprint}/{config.vocab_size}/{holdout_fraction}"
+        cached = cache_dir / f"bpe-{config.vocab_size}-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}"
+        if cached.is_dir():
+            tokenizer = Tokenizer.load(cached)
+        else:
+            documents = training_documents(corpus, holdout_fraction)
+            tokenizer = train_bpe(documents, config.vocab_size, progress=progress)
+            tokenizer.save(cached)
+    if kept:
+        tokenizer.save(kept)
+    return tokenizer
+
+
+def training_documents(corpus: Corpus, holdout_fraction: float) -> Iterator[str]:
+    """Documents that are not held out, shard by shard in an order that does not depend on their names."""
+    shards = sorted(range(len(corpus.shards)), key=lambda s: hashlib.blake2b(str(s).encode()).digest())
+    for shard in shards:
+        for document in corpus.read(shard, 0):
+            if document is not None and not is_held_out(document, holdout_fraction):
+                yield document
+
+
+def train_bpe(documents: Iterator[str], vocab_size: int, *, progress: bool = True) -> Tokenizer:
+    """Train a byte-level BPE (every byte has a token, so any text round-trips) on about 20 MB of documents.
+
+    Raises:
+        MythosError: fewer than 384 tokens are asked for, or there is no text.
+    """
+    if vocab_size < MINIMUM_BPE_SIZE:
+        raise MythosError(
+            f"tokenizer.vocab_size: {vocab_size} is too small for a byte-level bpe; give at least {MINIMUM_BPE_SIZE}."
+        )
+    from transformers import PreTrainedTokenizerFast
+
+    texts: list[str] = []
+    read = 0
+    with tqdm(
+        total=BPE_TRAINING_BYTES, unit="B", unit_scale=True, desc="reading text for the tokenizer", disable=not progress
+    ) as bar:
+        for document in documents:
+            texts.append(document)
+            size = len(document.encode())
+            read += size
+            bar.update(size)
+            if read >= BPE_TRAINING_BYTES:
+                break
+        bar.total = read
+        bar.refresh()
+    if not texts:
+        raise MythosError("data: the corpus has no document with text in it; nothing to train a tokenizer on.")
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_DOCUMENT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=progress,
+    )
+    backend.train_from_iterator(texts, trainer, length=len(texts))
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_DOCUMENT)
+    tokenizer = Tokenizer(fast, {"name": "bpe", "vocab_size": vocab_size})
+    if tokenizer.size < vocab_size:
+        logger.warning("tokenizer.vocab_size: the corpus has text for %d of %d tokens", tokenizer.size, vocab_size)
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Refuse a model whose embedding has no row for some token.
+
+    Raises:
+        MythosError: ``vocab_size``, padded to a multiple of 128, is smaller than the tokenizer.
+    """
+    if padded_vocab_size(vocab_size) < tokenizer.size:
+        raise MythosError(
+            f"model.vocab_size: {vocab_size} is smaller than the tokenizer ({tokenizer.request['name']}), which has "
+            f"{tokenizer.size} ids. Set model.vocab_size: auto, or take another tokenizer."
+        )
+
+
+def _request(config: TokenizerConfig) -> dict[str, Any]:
+    return {"name": "bpe", "vocab_size": config.vocab_size} if config.name == "bpe" else {"name": config.name}

@@ -1,0 +1,214 @@
+"""Plain values checked against a tree of configuration sections: every problem is collected, none raised early."""
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import yaml
+from pydantic import ValidationError
+
+from mythos.errors import MythosError
+from mythos.model.config import Section
+
+_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+
+
+class Problems:
+    """What is wrong with a configuration: a line for each problem, and the dotted paths that have been reported."""
+
+    def __init__(self, source: str, root: type[Section]) -> None:
+        """Start empty; ``source`` (a file name) opens the final message, ``root`` is the whole schema."""
+        self.source = source
+        self.root = root
+        self.paths: set[str] = set()
+        self.lines: list[str] = []
+
+    def add(self, path: str, message: str) -> None:
+        """Report a path, once."""
+        if path not in self.paths:
+            self.paths.add(path)
+            self.lines.append(f"{path}: {message}")
+
+    def add_contradiction(self, paths: Sequence[str], message: str) -> None:
+        """Report values that cannot hold together, unless one of them has been reported itself."""
+        if not any(path == known or path.startswith(f"{known}.") for path in paths for known in self.paths):
+            self.lines.append(f"{', '.join(paths)}: {message}")
+
+    def raise_any(self) -> None:
+        """Raise MythosError with all lines if there are any."""
+        if self.lines:
+            count = "1 problem" if len(self.lines) == 1 else f"{len(self.lines)} problems"
+            raise MythosError("\n  ".join([f"{self.source}: {count} in the configuration", *self.lines]))
+
+
+def read_yaml(path: Path, problems: Problems) -> dict[str, Any]:
+    """Read the mapping in a YAML file and report its duplicate keys, of which PyYAML silently keeps the last.
+
+    Raises MythosError if the file cannot be read, is empty, or is not a YAML mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree = yaml.compose(text, yaml.SafeLoader)
+        data = yaml.safe_load(text)
+    except OSError as error:
+        raise MythosError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise MythosError(f"{path}: not valid YAML: {error}") from error
+    if data is None:
+        raise MythosError(f"{path}: the file is empty; see configs/ for examples")
+    if not isinstance(data, dict):
+        raise MythosError(f"{path}: got {shown(data)}; allowed: a mapping of sections; see configs/ for examples")
+    for key, line in _duplicates(tree, "", set()):
+        problems.add(key, f"given again in line {line}; keep one of them")
+    return data
+
+
+def apply_override(data: dict[str, Any], override: str, problems: Problems) -> dict[str, Any]:
+    """Return ``data`` with one ``key.path=value`` applied; a mapping as value sets each of its keys."""
+    path, equals, text = override.partition("=")
+    if not equals or not all(path.split(".")):
+        problems.add(override, "not an override; give key.path=value, e.g. optim.lr=3e-4")
+        return data
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):
+        value = text  # for instance *.txt, which YAML takes for an alias
+    section, _, name = path.rpartition(".")
+    kind = dict(sections(problems.root)).get(section)
+    schema = kind.model_json_schema()["properties"].get(name, {}) if kind else {}
+    if "text" in [allowed(option) for option in _options(schema)] and not isinstance(value, str | list | dict | None):
+        value = text  # run.name=7 is a name
+    for keys, leaf in _leaves(path.split("."), value):
+        try:
+            data = _replaced(data, keys, leaf)
+        except KeyError as error:
+            problems.add(error.args[0], f"is not a section, so {override} cannot be set")
+    return data
+
+
+def valid_values(section: type[Section], data: Any, problems: Problems, prefix: str = "") -> dict[str, Any]:
+    """Return the values that are valid each on its own, converted; report the others and leave them out."""
+    if data is None:  # a section whose every line is commented out
+        return {}
+    if not isinstance(data, dict):
+        problems.add(prefix[:-1], f"got {shown(data)}; allowed: a mapping of {', '.join(section.model_fields)}")
+        return {}
+    schemas = section.model_json_schema()["properties"]
+    values: dict[str, Any] = {}
+    for name, value in data.items():
+        path = f"{prefix}{name}"
+        if name not in section.model_fields:
+            elsewhere = [f"{other}.{name}" for other, kind in sections(problems.root) if name in kind.model_fields]
+            problems.add(path, f"unknown; {suggestion(str(name), list(section.model_fields), elsewhere)}")
+            continue
+        kind = section.model_fields[name].annotation
+        if _is_section(kind):
+            values[name] = valid_values(kind, value, problems, f"{path}.")
+            continue
+        converted = _converted(schemas[name], value)
+        try:
+            section.model_validate({name: converted})
+            values[name] = converted
+        except ValidationError:
+            problems.add(path, f"got {shown(value)}; allowed: {allowed(schemas[name])}")
+    return values
+
+
+def sections(root: type[Section], prefix: str = "") -> Iterator[tuple[str, type[Section]]]:
+    """Yield the dotted path and the class of every section below ``root``."""
+    for name, field in root.model_fields.items():
+        if _is_section(field.annotation):
+            yield f"{prefix}{name}", field.annotation
+            yield from sections(field.annotation, f"{prefix}{name}.")
+
+
+def allowed(schema: dict[str, Any]) -> str:
+    """Say in words what a field's JSON schema accepts."""
+    if "anyOf" in schema:
+        return " or ".join(allowed(option) for option in schema["anyOf"])
+    if "enum" in schema or "const" in schema:
+        return " | ".join(schema.get("enum") or [schema["const"]])
+    kind = schema.get("type", "")
+    if kind == "array":
+        if "prefixItems" in schema:
+            items = [allowed(item) for item in schema["prefixItems"]]
+            return f"list of {len(items)}: {', '.join(items)}"
+        return f"list of ({allowed(schema['items'])})"
+    words = {"string": "text", "boolean": "true or false"}.get(kind, kind)
+    signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    bounds = " ".join(f"{sign} {schema[key]}" for key, sign in signs.items() if key in schema)
+    return f"{words} {bounds}".strip()
+
+
+def shown(value: Any) -> str:
+    """Write a value as YAML would, shortened."""
+    text = json.dumps(value, ensure_ascii=False) if isinstance(value, str | bool | None) else str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def suggestion(name: str, names: Sequence[str], elsewhere: Sequence[str] = ()) -> str:
+    """Point at the nearest of the valid names, or at paths where the name is valid, or list the valid names."""
+    nearest = difflib.get_close_matches(name, names, n=1) or elsewhere
+    return f"did you mean {nearest[0]}?" if nearest else f"allowed: {', '.join(names)}"
+
+
+def _is_section(annotation: Any) -> TypeGuard[type[Section]]:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def _duplicates(node: yaml.Node, prefix: str, visited: set[int]) -> Iterator[tuple[str, int]]:
+    if not isinstance(node, yaml.MappingNode) or id(node) in visited:
+        return
+    visited.add(id(node))
+    seen: set[str] = set()
+    for key, value in node.value:
+        path = f"{prefix}{key.value}"
+        if path in seen:
+            yield path, key.start_mark.line + 1
+        seen.add(path)
+        yield from _duplicates(value, f"{path}.", visited)
+
+
+def _leaves(keys: list[str], value: Any) -> Iterator[tuple[list[str], Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves([*keys, str(key)], inner)
+    else:
+        yield keys, value
+
+
+def _replaced(data: dict[str, Any], keys: list[str], value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return a copy with one value replaced, because a YAML anchor may share the original between sections."""
+    key, *rest = keys
+    if rest:
+        inner = data.get(key)
+        if inner is not None and not isinstance(inner, dict):
+            raise KeyError(f"{prefix}{key}")
+        value = _replaced(inner or {}, rest, value, f"{prefix}{key}.")
+    return {**data, key: value}
+
+
+def _options(schema: dict[str, Any]) -> list[dict[str, Any]]:
+    return schema.get("anyOf", [schema])
+
+
+def _converted(schema: dict[str, Any], value: Any) -> Any:
+    """Convert what YAML reads otherwise than it is meant: 3e-4 and none as text, tuples as lists."""
+    options = _options(schema)
+    types = {option["type"] for option in options}
+    if isinstance(value, str) and value.lower() == "none" and "null" in types:
+        return None
+    if isinstance(value, str) and types & {"number", "integer"} and _EXPONENT.fullmatch(value):
+        value = float(value)
+    if isinstance(value, float) and value.is_integer() and "integer" in types:
+        return int(value)
+    if isinstance(value, list) and "array" in types:
+        array = next(option for option in options if option["type"] == "array")
+        items = array.get("prefixItems", [array.get("items")] * len(value))
+        if len(items) == len(value):
+            converted = [_converted(item, inner) for item, inner in zip(items, value, strict=True)]
+            return tuple(converted) if "prefixItems" in array else converted
+    return value

@@ -1,0 +1,24 @@
+"""What every test runs under: no network, no services, no files outside its temporary folder."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+# Read by libraries when they are imported, so set before any test module is.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    WANDB_MODE="disabled",
+    TOKENIZERS_PARALLELISM="false",
+    MPLBACKEND="Agg",
+)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # many small operations: threads cost more than they bring
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep gathered corpora and trained tokenizers of the tests out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MYTHOS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
