@@ -294,10 +294,14 @@ def config_from_dict(data: Mapping[str, Any]) -> Config:
     return _build(dict(data), Problems("configuration", Config))
 
 
+def dump_config(config: Config) -> str:
+    """Every field as YAML that ``load_config`` reads back as an equal object."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
 def save_config(config: Config, path: str | Path) -> None:
-    """Write every field as YAML that ``load_config`` reads back as an equal object."""
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    Path(path).write_text(text, encoding="utf-8")
+    """Write :func:`dump_config` to a file."""
+    Path(path).write_text(dump_config(config), encoding="utf-8")
 
 
 def describe(section: str | None = None) -> str:

@@ -47,7 +47,8 @@ def truncated_normal(fan_in: int) -> Initializer:
 
 def name_generator(seed: int, name: str) -> torch.Generator:
     """CPU generator of one parameter: its values depend on (seed, name) and not on what else the model contains."""
-    return torch.Generator().manual_seed(((seed << 32) | zlib.crc32(name.encode())) % 2**63)
+    # One checksum of both: a CPU generator uses only the low 32 bits of its seed.
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
 
 
 @torch.no_grad()
