@@ -1,7 +1,7 @@
 """Checkpoints that are either complete or not there: written aside, renamed, and marked last.
 
-`step-N/` holds torch.distributed.checkpoint shards in the safetensors format (no pickle), `meta.json` with everything that
-is not a tensor, and the empty file `committed`, without which a directory does not count.
+`step-N/` holds torch.distributed.checkpoint shards in the safetensors format (no pickle), `meta.json` with everything
+that is not a tensor, and the empty file `committed`, without which a directory does not count.
 """
 
 import json
@@ -99,7 +99,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-class quiet:  # noqa: N801 - reads as a statement
+class quiet:
     """Silence a logger below ERROR for the duration of a with block."""
 
     def __init__(self, name: str) -> None:
@@ -183,7 +183,7 @@ def load(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def prune(directory: Path, keep: int, keep_every: int) -> None:
-    """Remove all but the newest `keep` complete checkpoints, those at multiples of `keep_every`, and what was left aside."""
+    """Remove all but the newest `keep` complete checkpoints and multiples of `keep_every`, and what was left aside."""
     for path in complete_checkpoints(directory)[:-keep]:
         if not keep_every or int(path.name.removeprefix("step-")) % keep_every:
             (path / MARKER).unlink()

@@ -32,9 +32,9 @@ class DepthPlan:
 class DepthSchedule:
     """Draws the plan of any step from the configuration alone.
 
-    Row g of the global batch is slot g // S of stream g % S (S = data.streams), and all rows of a slot share a depth, so
-    that every rank, holding whole streams, does the same work. The slots of a step are drawn by stratified sampling in random
-    order, which keeps the step's mean close to the target.
+    Row g of the global batch is slot g // S of stream g % S (S = data.streams), and all rows of a slot share a depth,
+    so that every rank, holding whole streams, does the same work. The slots of a step are drawn by stratified sampling
+    in random order, which keeps the step's mean close to the target.
     """
 
     def __init__(self, config: Config) -> None:

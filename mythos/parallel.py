@@ -17,7 +17,7 @@ def check_single_process() -> None:
     processes = os.environ.get("WORLD_SIZE", "1")
     if processes != "1":
         raise MythosError(
-            f"started as one of {processes} processes, but this version trains in one: run python train.py without torchrun"
+            f"started as one of {processes} processes, but this version trains in one: run train.py without torchrun"
         )
 
 

@@ -10,8 +10,10 @@ from mythos.metrics import read_metrics
 
 
 def draw_plots(run_dir: Path, mean_depth: float) -> list[Path]:
-    """Write `plots/loss.png` (training and validation loss over tokens) and `plots/depth.png` (validation loss by loops,
-    first to last validation); returns what was written."""
+    """Write `plots/loss.png` and `plots/depth.png`; returns what was written.
+
+    The first shows training and validation loss over tokens, the second validation loss by loops over the validations.
+    """
     records = read_metrics(run_dir / "metrics.jsonl")
     validations = [record for record in records if "val/loss" in record]
     directory = run_dir / "plots"
@@ -20,10 +22,14 @@ def draw_plots(run_dir: Path, mean_depth: float) -> list[Path]:
 
     figure, axes = new_axes("Training and validation loss", "tokens", "loss (nats per token)")
     trained = [record for record in records if "loss" in record]
-    axes.plot([r["tokens"] for r in trained], [r["loss"] for r in trained], color="tab:blue", alpha=0.5, label="training")
+    axes.plot(
+        [r["tokens"] for r in trained], [r["loss"] for r in trained], color="tab:blue", alpha=0.5, label="training"
+    )
     if validations:
         tokens, losses = [r["tokens"] for r in validations], [r["val/loss"] for r in validations]
-        axes.plot(tokens, losses, color="tab:red", marker="o", markersize=3, label=f"validation at {mean_depth:g} loops")
+        axes.plot(
+            tokens, losses, color="tab:red", marker="o", markersize=3, label=f"validation at {mean_depth:g} loops"
+        )
     axes.legend()
     written.append(finish(figure, directory / "loss.png"))
 

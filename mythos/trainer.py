@@ -4,7 +4,6 @@ import contextlib
 import logging
 import math
 import platform
-import sys
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -116,7 +115,6 @@ class Trainer:
     def run(self) -> None:
         """Train from the current step to the last, then validate, save, plot and sum up."""
         config, steps = self.config, self.config.train_steps
-        saved = self.step if self.step else None
         metrics: dict[str, Any] = {}
         bar = tqdm(total=steps, initial=self.step, unit="step", desc="training", dynamic_ncols=True)
         with contextlib.closing(self.log), contextlib.closing(bar):
@@ -127,24 +125,23 @@ class Trainer:
                 window_steps += 1
                 bar.update()
                 last = self.step == steps
-                if last or self.step % config.log.every == 0 or self.due(config.eval.every):
+                validating = last or self.due(config.eval.every)
+                if validating or self.due(config.log.every):
                     metrics = self.measure(result)  # waits for the device, so the window's time is whole
                     elapsed = time.perf_counter() - window_start
                     metrics |= self.throughput(result.plan, elapsed / window_steps)
                     bar.set_postfix(loss=f"{metrics['loss']:.3f}", tok_s=f"{metrics['tokens_per_second']:,.0f}")
-                    if last or self.due(config.eval.every):
+                    if validating:
                         metrics |= self.validate()
                     self.log.write(metrics)
                     window_start, window_steps = time.perf_counter(), 0
                 if last or self.due(config.checkpoint.every):
                     saving = time.perf_counter()
                     self.save()
-                    saved = self.step
                     window_start += time.perf_counter() - saving
-            if saved != self.step:
-                self.save()
-            if "val/loss" not in metrics:  # continued at its last step: nothing was trained
-                metrics = {"step": self.step, "tokens": self.tokens} | self.validate()
+        if not metrics:
+            print(f"nothing to train: the run is at step {self.step}; raise train.steps, or choose another run.name")
+            metrics = self.validate()
         self.sum_up(metrics)
 
     def due(self, every: int) -> bool:
@@ -202,9 +199,7 @@ class Trainer:
         load = totals.get("expert_load")
         if load is not None:
             self.model.rebalance(load)
-        return StepResult(
-            totals["loss"], grad_norm, totals["state_norm"], totals["state_delta"], load, plan, lr
-        )
+        return StepResult(totals["loss"], grad_norm, totals["state_norm"], totals["state_delta"], load, plan, lr)
 
     @property
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -304,8 +299,11 @@ class Trainer:
             "tokens": self.tokens,
             "data": self.streams.state_dict(),
             "config": self.config.model_dump(mode="json"),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                         "transformers": transformers.__version__},
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
         }
         state = checkpoint.training_state(self.model, self.optimizer)
         checkpoint.save(self.checkpoints, self.step, state, meta)
@@ -314,20 +312,20 @@ class Trainer:
 
     def announce(self, found: Path | None) -> None:
         """Print what the configuration amounts to."""
-        config = self.config
+        config, length = self.config, self.config.data.sequence_length
         parameters = count_parameters(config.model)
-        rows = config.train.global_batch
-        print(
-            f"model     {config.model.preset}: {parameters.total:,} parameters, {parameters.active:,} active per token and loop\n"
-            f"depth     {config.depth_mean:g} loops on average ({config.depth.sampling}, at most {config.depth_maximum}), "
-            f"gradient through the last {config.depth_backprop}\n"
-            f"data      {config.data.kind}, {config.data.streams} streams, {len(self.validation.ids)} validation sequences\n"
-            f"training  {config.train_steps:,} steps of {rows} x {config.data.sequence_length} = {config.tokens_per_step:,} "
-            f"tokens, {config.train_steps * config.tokens_per_step:,} in all\n"
-            f"device    {self.device}, {str(self.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads\n"
-            f"run       {self.run_dir}" + (f", continuing at step {self.step} from {found}" if found else ""),
-            file=sys.stderr,
-        )
+        lines = {
+            "model": f"{config.model.preset}: {parameters.total:,} parameters, {parameters.active:,} active per loop",
+            "depth": f"{config.depth_mean:g} loops on average ({config.depth.sampling}, "
+            f"at most {config.depth_maximum}), gradient through the last {config.depth_backprop}",
+            "data": f"{config.data.kind}, {config.data.streams} streams, "
+            f"{len(self.validation.ids)} validation sequences",
+            "training": f"{config.train_steps:,} steps of {config.train.global_batch} x {length} = "
+            f"{config.tokens_per_step:,} tokens, {config.train_steps * config.tokens_per_step:,} in all",
+            "device": f"{self.device}, {str(self.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads",
+            "run": f"{self.run_dir}" + (f", continuing at step {self.step} from {found}" if found else ""),
+        }
+        print("\n".join(f"{name:9} {line}" for name, line in lines.items()))
 
     def sum_up(self, metrics: dict[str, Any]) -> None:
         """Print the depth table, a sample, and where everything is."""
@@ -375,6 +373,8 @@ def check_same_model(config: Config, saved: dict[str, Any], path: Path | None) -
     if differing:
         lines = [f"  model.{name}: {saved.get(name)!r} in the checkpoint, {here[name]!r} here" for name in differing]
         raise MythosError(
-            f"checkpoint {path} is of another model:\n" + "\n".join(lines) + "\nRestore these values to continue it, or "
+            f"checkpoint {path} is of another model:\n"
+            + "\n".join(lines)
+            + "\nRestore these values to continue it, or "
             "give this run another run.name."
         )

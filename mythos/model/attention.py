@@ -66,7 +66,7 @@ def document_block_mask(document_ids: Tensor) -> BlockMask:
 
 
 @cache
-def _compiled_flex_attention():  # noqa: ANN202 - torch.compile's wrapper has no public type
+def _compiled_flex_attention():
     # Uncompiled, flex attention materialises the scores.
     return torch.compile(flex_attention)
 

@@ -18,9 +18,10 @@ def generate(
     top_k: int = 40,
     stop_id: int | None = None,
 ) -> Tensor:
-    """Sample up to `new_tokens` after ids (1, S) int64, S at least 1; returns (1, S + generated), without the stop token.
+    """Sample up to `new_tokens` after ids (1, S) int64, S at least 1.
 
-    Temperature 0 takes the likeliest token. The context is cut to the model's context length from the left.
+    Returns (1, S + generated), without the stop token. Temperature 0 takes the likeliest token. The context is cut to
+    the model's context length from the left.
     """
     for _ in range(new_tokens):
         logits = model(ids[:, -model.config.context_length :], loops=loops).logits[:, -1]

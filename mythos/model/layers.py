@@ -12,10 +12,12 @@ Initializer = Callable[[Tensor, torch.Generator], None]
 
 
 def zeros(weight: Tensor, generator: torch.Generator) -> None:
+    """Fill with 0."""
     weight.zero_()
 
 
 def ones(weight: Tensor, generator: torch.Generator) -> None:
+    """Fill with 1."""
     weight.fill_(1.0)
 
 
@@ -29,6 +31,8 @@ def identity(scale: float = 1.0) -> Initializer:
 
 
 def constant(value: float) -> Initializer:
+    """Fill with `value`."""
+
     def fill(weight: Tensor, generator: torch.Generator) -> None:
         weight.fill_(value)
 

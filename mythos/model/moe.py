@@ -12,7 +12,7 @@ class Router(nn.Module):
     """Chooses experts per token (arXiv 2408.15664, 2412.19437).
 
     Affinity is sigmoid(x W^T) in float32. The k experts of largest affinity + bias are chosen; the gate weights are the
-    chosen affinities, without the bias, normalised to sum 1. The bias is a buffer: `rebalance` moves it, no gradient does.
+    chosen affinities, without the bias, normalised to sum 1. The bias is a buffer, moved by `rebalance` alone.
     """
 
     def __init__(self, dim: int, experts: int, chosen: int) -> None:

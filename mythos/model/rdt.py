@@ -57,8 +57,9 @@ class DepthReadout:
     state_delta: Tensor
     """Mean of ||h_t - h_{t-1}|| / ||h_t|| over positions."""
     depth_overlap: Tensor | None
-    """Share of the experts chosen in this pass that the pass before chose too, mean over positions and layers; None for a
-    dense core or the first pass."""
+    """Share of the experts chosen in this pass that the pass before chose too, mean over positions and layers.
+
+    None for a dense core or the first pass."""
 
 
 class RecurrentDepthTransformer(nn.Module):
@@ -102,9 +103,9 @@ class RecurrentDepthTransformer(nn.Module):
     ) -> RDTOutput:
         """Run every row for its number of loops.
 
-        ids (B, S) int64; targets (B, S) int64, -100 where there is none; `loops` one number for all rows or one per row,
-        deepest first (default config.loops); `backprop` how many last loops carry gradient (default all); `state` h_0
-        (B, S, D) float32 (default zeros); document_ids (B, S) int keeps attention within documents.
+        ids (B, S) int64; targets (B, S) int64, -100 where there is none; `loops` one number for all rows or one per
+        row, deepest first (default config.loops); `backprop` how many last loops carry gradient (default all); `state`
+        h_0 (B, S, D) float32 (default zeros); document_ids (B, S) int keeps attention within documents.
 
         Raises ValueError for loops below 1, rows that are not ordered deepest first, or a number of loops that does not
         match the rows.
@@ -128,8 +129,10 @@ class RecurrentDepthTransformer(nn.Module):
     def read_depths(
         self, ids: Tensor, targets: Tensor, depths: Sequence[int], document_ids: Tensor | None = None
     ) -> list[DepthReadout]:
-        """The losses after each of `depths` loops, from one run of the deepest: the loops of a shallower run are a prefix
-        of it. Shapes as in `forward`; the state starts at zero."""
+        """Losses after each of `depths` loops, from one run of the deepest: a shallower run is a prefix of it.
+
+        Shapes as in `forward`; the state starts at zero.
+        """
         context = attention_context(self.config, ids.shape[1], ids.device, document_ids)
         e = self.encode(ids, context)
         state = e.new_zeros(e.shape, dtype=torch.float32)
@@ -225,7 +228,6 @@ def state_measures(last: LoopState) -> tuple[Tensor, Tensor]:
 def chosen_overlap(before: list[Tensor], after: list[Tensor]) -> Tensor:
     """Share of the experts chosen after that were chosen before, mean over layers, positions and k; scalar."""
     shares = [
-        (new.unsqueeze(-1) == old.unsqueeze(-2)).any(-1).float().mean()
-        for old, new in zip(before, after, strict=True)
+        (new.unsqueeze(-1) == old.unsqueeze(-2)).any(-1).float().mean() for old, new in zip(before, after, strict=True)
     ]
     return torch.stack(shares).mean()

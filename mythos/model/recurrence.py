@@ -50,8 +50,8 @@ def dense_block(config: ModelConfig) -> Block:
 class LTIInjection(nn.Module):
     """u = A * h + Delta * (e B^T), linear, time-invariant and stable by construction (arXiv 2604.12946).
 
-    Delta = softplus(dt) and A = exp(-Delta * exp(log_a)), per dimension. dt and log_a are bounded where they are used, so
-    every entry of A lies strictly between 0 and 1 in float32 whatever an optimizer does to them. All in float32.
+    Delta = softplus(dt) and A = exp(-Delta * exp(log_a)), per dimension. dt and log_a are bounded where they are used,
+    so every entry of A lies strictly between 0 and 1 in float32 whatever an optimizer does to them. All in float32.
     """
 
     def __init__(self, dim: int) -> None:
@@ -169,7 +169,7 @@ class LoopState:
 
 
 class Recurrence(nn.Module):
-    """h_{t+1} = u_t + Transformer(u_t; t) with u_t = A * h_t + Delta * (e B^T), for every row its own number of loops."""
+    """h_{t+1} = u_t + Transformer(u_t; t), u_t = A * h_t + Delta * (e B^T), for every row its own number of loops."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -228,8 +228,8 @@ def initial_state(
 ) -> Tensor:
     """h_0 of training: (len(rows), length, D) float32, a function of (seed, step, global row) for each row.
 
-    Truncated-normal noise of std sqrt(2 / (5 D)), or zeros with `state_init: zero`. The values for one row do not depend on
-    the micro-batch or rank it is in; they do depend on the device type, whose generator draws them.
+    Truncated-normal noise of std sqrt(2 / (5 D)), or zeros with `state_init: zero`. The values of a row do not depend
+    on the micro-batch or rank it is in; they do depend on the device type, whose generator draws them.
     """
     state = torch.zeros(len(rows), length, config.dim, device=device)
     if config.state_init == "normal" and config.injection != "none":

@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from tests.model.conftest import scrambled
 from torch import Tensor
 
 from mythos.model.attention import AttentionContext, attend, attention_context, build_attention, document_block_mask
+from tests.model.conftest import scrambled
 
 LENGTH = 13
 DOCUMENTS = torch.tensor([[0] * 5 + [1] * 8, [0] * 1 + [1] * 6 + [2] * 6], dtype=torch.int32)
@@ -142,5 +142,9 @@ def test_rotation_stays_exact_at_a_million_positions(small):
     dim = config.qk_rope_head_dim
     for position in (1, 65_537, 2**20 - 1):
         angles = [position * 1e6 ** (-2 * i / dim) for i in range(dim // 2)]
-        torch.testing.assert_close(context.cos[position], torch.tensor([math.cos(a) for a in angles]), rtol=0, atol=1e-6)
-        torch.testing.assert_close(context.sin[position], torch.tensor([math.sin(a) for a in angles]), rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            context.cos[position], torch.tensor([math.cos(a) for a in angles]), rtol=0, atol=1e-6
+        )
+        torch.testing.assert_close(
+            context.sin[position], torch.tensor([math.sin(a) for a in angles]), rtol=0, atol=1e-6
+        )

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.model.conftest import scrambled
 from torch import Tensor
 
 from mythos.model.moe import MixtureOfExperts, Router
+from tests.model.conftest import scrambled
 
 GENERATOR_SEED = 0
 
@@ -29,7 +29,9 @@ def naive_moe(module: MixtureOfExperts, x: Tensor) -> Tensor:
     return output.view_as(x)
 
 
-@pytest.mark.parametrize("changes", [{}, {"n_shared_experts": 0}, {"experts_per_token": 1}, {"n_shared_experts": 2}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"n_shared_experts": 0}, {"experts_per_token": 1}, {"n_shared_experts": 2}], ids=str
+)
 def test_matches_loop_over_experts_and_its_gradient(small, changes):
     module = scrambled(MixtureOfExperts(small(**changes)))
     module.router.bias.copy_(torch.linspace(-0.3, 0.3, len(module.router.bias)))

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mythos.depth import DepthSchedule
 from mythos.model.attention import attention_context
 from mythos.model.rdt import RecurrentDepthTransformer
-from mythos.model.recurrence import LTIInjection, LinearInjection, initial_state
+from mythos.model.recurrence import LinearInjection, LTIInjection, initial_state
 from tests.model.conftest import scrambled
 from tests.test_depth import config_with
 
@@ -24,7 +24,9 @@ DEPTHS = [5, 3, 3, 1]
 LENGTH = 7
 
 
-def inputs(model: RecurrentDepthTransformer, rows: int = len(DEPTHS), length: int = LENGTH) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(
+    model: RecurrentDepthTransformer, rows: int = len(DEPTHS), length: int = LENGTH
+) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(5)
     ids = torch.randint(0, 128, (rows, length + 1), generator=generator)
     state = torch.randn(rows, length, model.config.dim, generator=generator)
@@ -41,7 +43,9 @@ def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]
     assert actual.keys() == expected.keys()
     for name, reference in expected.items():
         scale = reference.abs().max().clamp_min(1.0)
-        torch.testing.assert_close(actual[name] / scale, reference / scale, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            actual[name] / scale, reference / scale, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_injection_follows_its_formula():
@@ -133,7 +137,9 @@ def test_rows_together_equal_rows_alone(model, changes):
         assert together.expert_load.sum() == sum(DEPTHS) * LENGTH * 2 * model.config.core_layers
 
 
-def unrolled_loss(model: RecurrentDepthTransformer, ids: Tensor, targets: Tensor, state: Tensor, loops: int, backprop: int) -> Tensor:
+def unrolled_loss(
+    model: RecurrentDepthTransformer, ids: Tensor, targets: Tensor, state: Tensor, loops: int, backprop: int
+) -> Tensor:
     """The design's equations, loop by loop, with `detach` where the gradient stops."""
     config = model.config
     context = attention_context(config, ids.shape[1], ids.device, None)
@@ -363,7 +369,9 @@ def test_memory_of_a_step_does_not_grow_with_the_loops(model, tmp_path):
     shallow = peak_bytes(lambda: train(8), tmp_path / "8.json")
     deep = peak_bytes(lambda: train(64), tmp_path / "64.json")
     everything = peak_bytes(lambda: model(ids, targets, loops=64, state=state).loss.backward(), tmp_path / "all.json")
-    print(f"peak at 64 loops with 8 backprop loops / at 8: {deep / shallow:.3f}; with all 64: {everything / shallow:.2f}")
+    print(
+        f"peak at 64 loops with 8 backprop loops / at 8: {deep / shallow:.3f}; with all 64: {everything / shallow:.2f}"
+    )
     assert deep <= 1.1 * shallow
     assert everything > 3 * shallow, "the measurement must see what is kept"
 
