@@ -8,12 +8,15 @@ Python's parser: the same text in a tenth of the time.
 import ast
 import hashlib
 import inspect
+import multiprocessing
+import os
 import platform
 import random
 import re
 import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -162,13 +165,22 @@ def dependencies() -> list[str]:
 def collect(packages: list[str], progress: bool = True) -> list[tuple[str, str]]:
     """Documents and their sources ("package module"), without repeated paragraphs, in a fixed order."""
     seen: set[bytes] = set()
-    documents: list[tuple[str, str]] = []
     files = [*_standard_library(), *(file for package in packages for file in _package_files(package))]
-    documents += [(text, "python topics") for text in _merge(_paragraphs(topic, seen) for topic in _topics())]
-    for package, module, path in tqdm(files, desc="gathering documentation text", unit="file", disable=not progress):
-        docstrings = (_paragraphs(text, seen) for text in literals(_read(path)))
-        documents += [(text, f"{package} {module}") for text in _merge(docstrings)]
+    topics = (_unseen(list(prose(topic)), seen) for topic in _topics())
+    documents = [(text, "python topics") for text in _merge(topics)]
+    # Spawned, not forked: the caller may have started threads.
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        found = pool.map(_docstrings, [path for _, _, path in files], chunksize=128)
+        bar = tqdm(found, total=len(files), desc="gathering documentation text", unit="file", disable=not progress)
+        for (package, module, _), docstrings in zip(files, bar, strict=True):
+            new = (_unseen(paragraphs, seen) for paragraphs in docstrings)
+            documents += [(text, f"{package} {module}") for text in _merge(new)]
     return documents
+
+
+def _docstrings(path: Path) -> list[list[str]]:
+    """The paragraphs of every docstring of a file."""
+    return [list(prose(text)) for text in literals(_read(path))]
 
 
 def literals(source: str) -> Iterator[str]:
@@ -225,10 +237,10 @@ def _topics() -> list[str]:
     return list(topics.values())
 
 
-def _paragraphs(text: str, seen: set[bytes]) -> list[str]:
-    """The prose of a docstring, paragraph by paragraph, without what was seen before."""
+def _unseen(paragraphs: list[str], seen: set[bytes]) -> list[str]:
+    """The paragraphs of a docstring without those seen before; nothing if little is left."""
     kept = []
-    for paragraph in prose(text):
+    for paragraph in paragraphs:
         digest = hashlib.blake2b("".join(WORDS.findall(paragraph.lower())).encode(), digest_size=12).digest()
         if digest not in seen:
             seen.add(digest)
