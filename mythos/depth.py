@@ -11,7 +11,8 @@ from mythos.config import Config, CurriculumConfig
 
 LOGNORMAL_SIGMA = 0.5
 """Spread of the log-normal Poisson (Huginn, arXiv 2502.05171)."""
-LOGNORMAL_POINTS = 64
+LOGNORMAL_POINTS = 32
+"""Quantiles that stand for the log-normal when probabilities are computed."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def cumulative_probabilities(sampling: str, mean: float, maximum: int) -> tuple[
             normal = NormalDist(-(LOGNORMAL_SIGMA**2) / 2, LOGNORMAL_SIGMA)
             multipliers = [exp(normal.inv_cdf((i + 0.5) / LOGNORMAL_POINTS)) for i in range(LOGNORMAL_POINTS)]
         low, high = 0.0, 64.0 * maximum
-        for _ in range(100):
+        for _ in range(48):
             rate = (low + high) / 2
             mass = clipped_poisson(rate, multipliers, maximum)
             too_low = sum(k * p for k, p in enumerate(mass, start=1)) < mean

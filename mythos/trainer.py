@@ -104,6 +104,7 @@ class Trainer:
         self.schedule = DepthSchedule(config)
 
         self.step = 0
+        self.newest = found
         if found and meta:
             self.streams.load_state_dict(meta["data"])
             checkpoint.load(found, checkpoint.training_state(self.model, self.optimizer))
@@ -136,6 +137,7 @@ class Trainer:
                     self.log.write(metrics)
                     window_start, window_steps = time.perf_counter(), 0
                 if last or self.due(config.checkpoint.every):
+                    self.check_finite(result)  # what is saved is continued from, and replaces older checkpoints
                     saving = time.perf_counter()
                     self.save()
                     window_start += time.perf_counter() - saving
@@ -216,20 +218,24 @@ class Trainer:
         """The whole number of loops that validation and samples mean by 'the mean depth'."""
         return round(self.config.depth_mean)
 
-    def measure(self, result: StepResult) -> dict[str, Any]:
-        """The step's record. Raises MythosError if the loss is not finite."""
-        loss = result.loss.item()
-        if not math.isfinite(loss):
-            complete = checkpoint.complete_checkpoints(self.checkpoints)
+    def check_finite(self, result: StepResult) -> None:
+        """Raise MythosError if the loss or the gradient is not finite: then the weights are lost."""
+        loss, norm = result.loss.item(), result.grad_norm.item()
+        if not math.isfinite(loss + norm):
             raise MythosError(
-                f"the loss is {loss} at step {self.step}: training has diverged. The last checkpoint is "
-                f"{complete[-1] if complete else 'not yet written'}; lower optim.lr or optim.clip and continue from it."
+                f"the loss is {loss} and the norm of the gradient {norm} at step {self.step}: training has diverged. "
+                f"The last checkpoint is {self.newest or 'not yet written'}; lower optim.lr or optim.clip and "
+                "continue from it."
             )
+
+    def measure(self, result: StepResult) -> dict[str, Any]:
+        """The step's record. Raises MythosError if the step has diverged."""
+        self.check_finite(result)
         plan = result.plan
         metrics: dict[str, Any] = {
             "step": self.step,
             "tokens": self.tokens,
-            "loss": loss,
+            "loss": result.loss.item(),
             "lr": result.lr,
             "grad_norm": result.grad_norm.item(),
             "loops": sum(plan.loops) / len(plan.loops),
@@ -306,7 +312,7 @@ class Trainer:
             },
         }
         state = checkpoint.training_state(self.model, self.optimizer)
-        checkpoint.save(self.checkpoints, self.step, state, meta)
+        self.newest = checkpoint.save(self.checkpoints, self.step, state, meta)
         checkpoint.prune(self.checkpoints, self.config.checkpoint.keep, self.config.checkpoint.keep_every)
         draw_plots(self.run_dir, self.config.depth_mean)
 
@@ -338,8 +344,7 @@ class Trainer:
         if self.config.eval.samples:
             print(f"\nSample\n\n  {self.sample(0)!r}")
         plots = "\n            ".join(map(str, draw_plots(self.run_dir, self.config.depth_mean)))
-        newest = checkpoint.complete_checkpoints(self.checkpoints)[-1]
-        print(f"\nplots       {plots}\nmetrics     {self.log.path}\ncheckpoint  {newest}")
+        print(f"\nplots       {plots}\nmetrics     {self.log.path}\ncheckpoint  {self.newest}")
 
 
 def add(totals: dict[str, Tensor], key: str, value: Tensor) -> None:
