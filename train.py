@@ -1,6 +1,7 @@
 """Train a recurrent-depth transformer: python train.py CONFIG.yaml [key.path=value ...]."""
 
 import argparse
+import errno
 import logging
 import sys
 
@@ -19,7 +20,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--help", "-h", nargs="?", const="", metavar="SECTION")
     parser.add_argument("--list-presets", action="store_true")
     parser.add_argument("--dry-run", action="store_true")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)  # options may stand between the overrides
     try:
         if options.help is not None:
             print(describe(options.help) if options.help else f"{USAGE}\n{OPTIONS}\n\n{describe()}")
@@ -44,8 +45,15 @@ def main(arguments: list[str]) -> int:
     except MythosError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(
+            f"error: {error}. Free some space and run the same command again; checkpoints are intact", file=sys.stderr
+        )
+        return 1
     except KeyboardInterrupt:
-        print("stopped; the same command continues from the newest checkpoint", file=sys.stderr)
+        print("stopped; the same command continues from the newest checkpoint, if there is one", file=sys.stderr)
         return 130
     return 0
 

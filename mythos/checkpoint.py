@@ -46,8 +46,7 @@ def save(directory: Path, step: int, tensors: dict[str, Tensor], meta: dict[str,
     aside = final.with_name(final.name + ".tmp")
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for path in (aside, final):
-            shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
         needed = sum(tensor.nbytes for tensor in tensors.values()) + SPARE_BYTES
         free = shutil.disk_usage(directory).free
         if needed > free:
@@ -57,6 +56,7 @@ def save(directory: Path, step: int, tensors: dict[str, Tensor], meta: dict[str,
         (aside / META).write_text(json.dumps({"step": step, **meta}, indent=1))
         for path in (*aside.iterdir(), aside):
             _sync(path)
+        remove(final)  # only now that its replacement is whole
         aside.rename(final)
         (final / MARKER).touch()
         for path in (final, directory):
@@ -73,6 +73,12 @@ def save(directory: Path, step: int, tensors: dict[str, Tensor], meta: dict[str,
             "Free some space (or set run.dir to another disk, checkpoint.keep lower) and run the same command again."
         ) from error
     return final
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint, if it exists; one that is interrupted here no longer counts as complete."""
+    (path / MARKER).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _write_tensors(directory: Path, tensors: dict[str, Tensor]) -> None:
@@ -121,7 +127,9 @@ def complete_checkpoints(directory: Path) -> list[Path]:
 def find(directory: Path, resume: str) -> Path | None:
     """The checkpoint that `run.resume` means, or None to start from the beginning.
 
-    Raises MythosError for a path that is no complete checkpoint, and for `never` where there are checkpoints already.
+    A path counts while the run has no checkpoint of its own: the same command, given again, continues the run.
+    Raises MythosError for a path that is no complete checkpoint or one of this run's that has successors, and for
+    `never` where there are checkpoints already.
     """
     complete = complete_checkpoints(directory)
     if resume == "auto":
@@ -140,7 +148,12 @@ def find(directory: Path, resume: str) -> Path | None:
             f"run.resume={resume} is no complete checkpoint (a directory step-* with a file '{MARKER}'); "
             f"complete ones: {found}"
         )
-    return path
+    if complete and path.resolve() in [own.resolve() for own in complete[:-1]]:
+        raise MythosError(
+            f"run.resume={resume} has successors up to {complete[-1]}: to go back, move those away, or set run.dir to "
+            "a new directory"
+        )
+    return complete[-1] if complete else path
 
 
 def read_meta(path: Path) -> dict[str, Any]:
@@ -183,10 +196,14 @@ def load(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def prune(directory: Path, keep: int, keep_every: int) -> None:
-    """Remove all but the newest `keep` complete checkpoints and multiples of `keep_every`, and what was left aside."""
-    for path in complete_checkpoints(directory)[:-keep]:
-        if not keep_every or int(path.name.removeprefix("step-")) % keep_every:
-            (path / MARKER).unlink()
-            shutil.rmtree(path)
-    for path in directory.glob("step-*.tmp"):
-        shutil.rmtree(path)
+    """Remove all but the newest `keep` checkpoints and multiples of `keep_every`, and all that is not complete."""
+    complete = complete_checkpoints(directory)
+    kept = complete[-keep:] + [path for path in complete if keep_every and step_of(path) % keep_every == 0]
+    for path in directory.glob("step-*"):
+        if path not in kept:
+            remove(path)
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.name.removeprefix("step-"))

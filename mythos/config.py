@@ -166,8 +166,8 @@ class EvalConfig(Section):
 
     every: NonNegativeInt = 500
     """Steps between validations; 0 = only at the end."""
-    batches: PositiveInt = 16
-    """Validation batches of train.micro_batch sequences, the same ones every time."""
+    batches: PositiveInt = 4
+    """Validation batches, each of data.streams sequences; the same ones every time."""
     loops: list[PositiveInt] = [1, 4, 8, 16]
     """Loop counts validation loss is measured at, increasing; [1] unless given where model.injection is none."""
     samples: NonNegativeInt = 1
@@ -301,7 +301,9 @@ def dump_config(config: Config) -> str:
 
 def save_config(config: Config, path: str | Path) -> None:
     """Write :func:`dump_config` to a file."""
-    Path(path).write_text(dump_config(config), encoding="utf-8")
+    aside = Path(path).with_suffix(".yaml.tmp")
+    aside.write_text(dump_config(config), encoding="utf-8")
+    aside.replace(path)
 
 
 def describe(section: str | None = None) -> str:
@@ -412,6 +414,9 @@ def _contradictions(config: Config, reported: set[str]) -> Iterator[tuple[tuple[
     elif config.depth_maximum < config.depth_mean:
         given = f"got {config.depth_maximum} and {config.depth_mean:g}"
         yield (maximum_path, mean_path), f"{given}; the maximum must not be below the mean"
+    elif depth.sampling == "uniform" and config.depth_maximum < 2 * config.depth_mean - 1:
+        given = f"got {config.depth_maximum} and {config.depth_mean:g}"
+        yield (maximum_path, mean_path), f"{given}; uniform draws reach 2 mean - 1, which the maximum must not cut"
     elif config.depth_backprop > config.depth_maximum:
         given = f"got {config.depth_backprop}, and at most {config.depth_maximum} loops are run"
         yield (backprop_path, maximum_path), f"{given}; backpropagate through no more"

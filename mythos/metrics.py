@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mythos.config import Config
+from mythos.errors import MythosError
 
 PEAK_BF16_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 """Dense bfloat16 matrix products per second by part of the device's name, from the vendor's data sheets."""
@@ -57,7 +58,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def start_wandb(run_dir: Path, config: Config) -> Any | None:
-    """A W&B run that keeps its id over resumes, or None if log.wandb.mode is disabled."""
+    """A W&B run that keeps its id over resumes, or None if log.wandb.mode is disabled.
+
+    Raises MythosError where W&B cannot be reached or does not know the user.
+    """
     settings = config.log.wandb
     if settings.mode == "disabled":
         return None
@@ -66,17 +70,23 @@ def start_wandb(run_dir: Path, config: Config) -> Any | None:
     id_file = run_dir / "wandb_id"
     if not id_file.exists():
         id_file.write_text(secrets.token_hex(8))
-    return wandb.init(
-        mode=settings.mode,
-        project=settings.project,
-        entity=settings.entity,
-        tags=settings.tags,
-        name=config.run.name,
-        id=id_file.read_text(),
-        resume="allow",
-        dir=str(run_dir),
-        config=config.model_dump(),
-    )
+    try:
+        return wandb.init(
+            mode=settings.mode,
+            project=settings.project,
+            entity=settings.entity,
+            tags=settings.tags,
+            name=config.run.name,
+            id=id_file.read_text(),
+            resume="allow",
+            dir=str(run_dir),
+            config=config.model_dump(),
+        )
+    except wandb.errors.Error as error:
+        raise MythosError(
+            f"log.wandb.mode is {settings.mode}, but W&B cannot be started: {error} Run `wandb login`, or set "
+            "log.wandb.mode to offline or disabled."
+        ) from error
 
 
 def peak_memory(device: torch.device) -> int:

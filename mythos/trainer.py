@@ -7,11 +7,11 @@ import platform
 import time
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,6 +25,7 @@ from mythos.errors import MythosError
 from mythos.estimate import count_parameters, forward_flops
 from mythos.evaluation.validation import losses_by_depth, validation_metrics
 from mythos.metrics import MetricsLog, expert_balance, peak_flops, peak_memory
+from mythos.model.config import padded_vocab_size
 from mythos.model.generate import generate
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.model.recurrence import initial_state
@@ -89,7 +90,7 @@ class Trainer:
         self.validation = validation_sequences(
             validation_corpus or corpus,
             self.tokenizer,
-            sequences=config.eval.batches * config.train.micro_batch,
+            sequences=config.eval.batches * config.data.streams,
             sequence_length=config.data.sequence_length,
             holdout_fraction=None if validation_corpus else holdout,
             mask_documents=config.data.mask_documents,
@@ -103,12 +104,12 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, config.optim)
         self.schedule = DepthSchedule(config)
 
-        self.step = 0
+        self.step = self.tokens = 0
         self.newest = found
         if found and meta:
             self.streams.load_state_dict(meta["data"])
             checkpoint.load(found, checkpoint.training_state(self.model, self.optimizer))
-            self.step = meta["step"]
+            self.step, self.tokens = meta["step"], meta["tokens"]
         save_config(config, self.run_dir / "config.yaml")
         self.log = MetricsLog(self.run_dir, config, self.step)
         self.announce(found)
@@ -123,6 +124,7 @@ class Trainer:
             while self.step < steps:
                 result = self.train_step()
                 self.step += 1
+                self.tokens += config.tokens_per_step
                 window_steps += 1
                 bar.update()
                 last = self.step == steps
@@ -151,7 +153,7 @@ class Trainer:
         return every > 0 and self.step % every == 0
 
     def train_step(self) -> StepResult:
-        """One optimizer step over the global batch; nothing in it waits for the device."""
+        """One optimizer step over the global batch; nothing in it reads from the device."""
         config, step = self.config, self.step
         plan = self.schedule.plan(step)
         batch = self.streams.next_batch(self.schedule.slots)
@@ -164,7 +166,7 @@ class Trainer:
         for start in range(0, len(order), config.train.micro_batch):
             micro = order[start : start + config.train.micro_batch]
             micro_rows = [rows[i] for i in micro]
-            ids = batch.ids[micro].to(self.device, non_blocking=True)
+            ids = self.to_device(batch.ids[micro])
             documents = batch.document_ids
             with self.autocast:
                 output = self.model(
@@ -180,7 +182,7 @@ class Trainer:
                         step=step,
                         device=self.device,
                     ),
-                    document_ids=None if documents is None else documents[micro].to(self.device, non_blocking=True),
+                    document_ids=None if documents is None else self.to_device(documents[micro]),
                 )
             (output.loss / targets).backward()
             share = len(micro) / len(order)
@@ -203,15 +205,14 @@ class Trainer:
             self.model.rebalance(load)
         return StepResult(totals["loss"], grad_norm, totals["state_norm"], totals["state_delta"], load, plan, lr)
 
+    def to_device(self, values: Tensor) -> Tensor:
+        """Copy without waiting: from pinned memory, where the device is a GPU."""
+        return values.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else values
+
     @property
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Matrix products in the run's dtype."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
-
-    @property
-    def tokens(self) -> int:
-        """Training tokens consumed."""
-        return self.step * self.config.tokens_per_step
 
     @cached_property
     def mean_loops(self) -> int:
@@ -294,6 +295,7 @@ class Trainer:
                 ids,
                 config.eval.sample_tokens,
                 generator=generator,
+                vocabulary=self.tokenizer.size,
                 loops=self.mean_loops,
                 stop_id=self.tokenizer.eos_id,
             )
@@ -305,11 +307,8 @@ class Trainer:
             "tokens": self.tokens,
             "data": self.streams.state_dict(),
             "config": self.config.model_dump(mode="json"),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
+            "versions": {"python": platform.python_version()}
+            | {name: version(name) for name in ("torch", "transformers", "tokenizers", "datasets")},
         }
         state = checkpoint.training_state(self.model, self.optimizer)
         self.newest = checkpoint.save(self.checkpoints, self.step, state, meta)
@@ -367,14 +366,24 @@ def resolve_vocabulary(config: Config, tokenizer_size: int) -> Config:
     """The configuration with `model.vocab_size: auto` replaced by the tokenizer's padded size."""
     if config.model.vocab_size != "auto":
         return config
+    if config.tokenizer.name == "bpe":
+        # A small corpus may give fewer tokens than asked for; the written configuration asks for them again.
+        tokenizer_size = max(tokenizer_size, padded_vocab_size(config.tokenizer.vocab_size))
     model = config.model.model_copy(update={"vocab_size": tokenizer_size})
     return config.model_copy(update={"model": model})
+
+
+FREE_MODEL_FIELDS = {"preset", "context_length", "loops", "router_bias_rate", "state_init"}
+"""Fields of the model that may change between a checkpoint and the run that continues it.
+
+None changes the function that the weights compute at a given number of loops. (The adapter has a slot per loop; its
+shape is checked with all others.)"""
 
 
 def check_same_model(config: Config, saved: dict[str, Any], path: Path | None) -> None:
     """Refuse to continue with another model than the checkpoint's. Raises MythosError naming every differing field."""
     here = config.model.model_dump(mode="json")
-    differing = [name for name in here if name != "preset" and here[name] != saved.get(name)]
+    differing = [name for name in here if name not in FREE_MODEL_FIELDS and here[name] != saved.get(name)]
     if differing:
         lines = [f"  model.{name}: {saved.get(name)!r} in the checkpoint, {here[name]!r} here" for name in differing]
         raise MythosError(

@@ -229,7 +229,8 @@ class HubCorpus(Corpus):
         MythosError: the dataset, subset or split cannot be opened, or has no such text column.
     """
 
-    read_errors = (Exception,)  # those of the hub, the network and every format share no other base class
+    # Bad content alone: were an outage a bad shard, shards would be left out by chance and no resume were exact.
+    read_errors = (EOFError, zlib.error, pa.ArrowException)
 
     def __init__(self, dataset: str, subset: str | None, split: str, text_column: str, on_error: str) -> None:
         super().__init__(on_error)
@@ -269,7 +270,17 @@ class HubCorpus(Corpus):
 
     def _rows(self, shard: int, row: int, step: int) -> Iterator[Any]:
         rows = self._stream.shard(num_shards=len(self.shards), index=shard).skip(row)
-        return (record[self._column] for record in islice(rows, 0, None, step))
+        try:
+            for record in islice(rows, 0, None, step):
+                yield record[self._column]
+        except self.read_errors:
+            raise
+        except Exception as error:  # those of the hub, the network and the file system share no base class
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise MythosError(
+                f"data: {self.shards[shard]} cannot be reached: {reason}. When the network and the hub answer again, "
+                "run the same command: it continues from the newest checkpoint."
+            ) from error
 
 
 def open_corpus(config: DataConfig) -> Corpus:

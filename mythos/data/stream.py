@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from mythos.data.corpus import Corpus, is_held_out
 from mythos.data.tokenizer import Tokenizer, training_documents
@@ -224,7 +225,6 @@ class TokenStreams:
             "corpus": corpus.fingerprint,
             "tokenizer": tokenizer.fingerprint,
             "streams": streams,
-            "sequence_length": sequence_length,
             "seed": seed,
             "holdout_fraction": holdout_fraction,
         }
@@ -315,7 +315,9 @@ def validation_sequences(
     wanted = sequences * sequence_length + 1
     ids: list[int] = []
     sizes: list[int] = []
-    for text in training_documents(corpus, 0.0):
+    # Quick on local files; a small share of a large hub dataset takes a while to find.
+    documents = tqdm(training_documents(corpus, 0.0), desc="reading validation documents", unit="doc", delay=3)
+    for text in documents:
         if holdout_fraction is not None and not is_held_out(text, holdout_fraction):
             continue
         document, document_bytes = tokenizer.encode_with_bytes(text)

@@ -24,7 +24,7 @@ class AttentionContext:
 
     def first_rows(self, rows: int) -> "AttentionContext":
         """The context of the leading `rows` sequences."""
-        if self.mask is None:
+        if self.mask is None or rows == self.mask.shape[0]:
             return self
         mask = self.mask[:rows]
         if isinstance(mask, BlockMask) and isinstance(self.mask, BlockMask):

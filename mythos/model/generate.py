@@ -13,6 +13,7 @@ def generate(
     new_tokens: int,
     *,
     generator: torch.Generator,
+    vocabulary: int | None = None,
     loops: int | None = None,
     temperature: float = 0.8,
     top_k: int = 40,
@@ -20,11 +21,12 @@ def generate(
 ) -> Tensor:
     """Sample up to `new_tokens` after ids (1, S) int64, S at least 1.
 
-    Returns (1, S + generated), without the stop token. Temperature 0 takes the likeliest token. The context is cut to
-    the model's context length from the left.
+    Returns (1, S + generated), without the stop token. Only the first `vocabulary` ids are drawn (default all): the
+    rows that pad the table stand for no text. Temperature 0 takes the likeliest token. The context is cut to the
+    model's context length from the left.
     """
     for _ in range(new_tokens):
-        logits = model(ids[:, -model.config.context_length :], loops=loops).logits[:, -1]
+        logits = model(ids[:, -model.config.context_length :], loops=loops).logits[:, -1, :vocabulary]
         if temperature == 0:
             token = logits.argmax(-1, keepdim=True)
         else:

@@ -41,7 +41,8 @@ class MixtureOfExperts(nn.Module):
     """Fine-grained routed experts beside always-on shared ones (arXiv 2401.06066).
 
     Routed experts are stacked parameters, so that they shard, load and train as one tensor whatever the routing. Tokens
-    are sorted by expert on the device and multiplied by `grouped_mm`: no host synchronisation, no loop over experts.
+    are sorted by expert on the device and multiplied by `grouped_mm`, without a loop over experts of our own; where
+    torch has a grouped kernel (on GPUs bfloat16) it has none either, and nothing waits for the host.
     """
 
     def __init__(self, config: ModelConfig) -> None:

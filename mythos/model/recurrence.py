@@ -191,7 +191,7 @@ class Recurrence(nn.Module):
         """
         deepest, gradient = loops[0], torch.is_grad_enabled()
         shallow_first = sorted(loops)
-        row_loops = torch.tensor(loops, device=e.device)
+        row_loops = torch.tensor(loops, pin_memory=e.is_cuda).to(e.device, non_blocking=True)
         shared, injected = self.injection.encode(e) if self.injection is not None else (e, e)
         current = state[:0]
         for remaining in range(deepest, 0, -1):
