@@ -69,7 +69,7 @@ class Trainer:
         self.tokenizer = load_tokenizer(
             config.tokenizer,
             corpus,
-            run_dir=self.run_dir,
+            run_dir=self.run_dir if found else None,
             cache_dir=cache_directory(config.data),
             holdout_fraction=holdout,
         )
@@ -110,6 +110,8 @@ class Trainer:
             self.streams.load_state_dict(meta["data"])
             checkpoint.load(found, checkpoint.training_state(self.model, self.optimizer))
             self.step, self.tokens = meta["step"], meta["tokens"]
+        else:  # only now that everything fits: a start that failed must not bind the next one
+            self.tokenizer.save(self.run_dir / "tokenizer")
         save_config(config, self.run_dir / "config.yaml")
         self.log = MetricsLog(self.run_dir, config, self.step)
         self.announce(found)
@@ -265,7 +267,7 @@ class Trainer:
         return metrics
 
     def validate(self) -> dict[str, float]:
-        """Validation loss at several depths; text samples go to samples.txt."""
+        """Validation loss at several depths; text samples go to samples/step-N.txt."""
         config = self.config
         self.model.eval()
         metrics = validation_metrics(
@@ -277,9 +279,11 @@ class Trainer:
             device=self.device,
             autocast=self.autocast,
         )
-        with (self.run_dir / "samples.txt").open("a") as file:
-            for index in range(config.eval.samples):
-                file.write(f"--- step {self.step}, sample {index + 1}\n{self.sample(index)}\n")
+        if config.eval.samples:
+            samples = [self.sample(index) for index in range(config.eval.samples)]
+            path = self.run_dir / "samples" / f"step-{self.step:08d}.txt"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("\n\n".join(samples) + "\n", encoding="utf-8")
         self.model.train()
         return metrics
 

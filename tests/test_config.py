@@ -138,11 +138,12 @@ CONTRADICTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"data": {"kind": "hub", "dataset": "a/b", "path": "a.txt"}}, ("data.kind", "data.path")),
     ({"data": {"validation": {"fraction": 0}}}, ("data.validation.fraction", "data.validation.path")),
     ({"depth": {"mean": 8, "maximum": 6}}, ("depth.maximum", "depth.mean")),
+    ({"depth": {"mean": 8, "maximum": 10, "sampling": "uniform"}}, ("depth.maximum", "depth.mean")),
     ({"depth": {"maximum": 4}}, ("depth.maximum", "model.loops")),
     ({"model": {"preset": "dense_140m"}, "depth": {"backprop": 2}}, ("model.injection", "depth.backprop")),
-    ({"depth": {"backprop": 13}}, ("depth.backprop", "model.loops")),
+    ({"depth": {"backprop": 17}}, ("depth.backprop", "model.loops")),
     ({"depth": {"backprop": 9, "maximum": 8}}, ("depth.backprop", "depth.maximum")),
-    ({"depth": {"curriculum": {"shape": "linear", "start": 7}}}, ("depth.curriculum.start", "model.loops")),
+    ({"depth": {"curriculum": {"shape": "linear", "start": 9}}}, ("depth.curriculum.start", "model.loops")),
     (
         {"depth": {"backprop": 2, "backprop_curriculum": {"shape": "steps", "start": 3}}},
         ("depth.backprop_curriculum.start", "depth.backprop"),
@@ -220,8 +221,8 @@ def test_all_problems_come_in_one_message(tmp_path: Path) -> None:
 
 
 def test_contradiction_of_a_field_reported_already_is_not_added() -> None:
-    # With n_kv_heads replaced by its default, 5 heads would not divide evenly.
-    line = problem(model={"attention": "gqa", "n_heads": 5, "n_kv_heads": "many"})
+    # With n_kv_heads replaced by the preset's 2, 5 heads would not divide evenly.
+    line = problem(model={"preset": "mythos_tiny", "attention": "gqa", "n_heads": 5, "n_kv_heads": "many"})
     assert line.startswith("model.n_kv_heads: ")
     # With mean replaced by its default, model.loops, the maximum would be below it.
     line = problem(depth={"mean": "deep", "maximum": 2})
@@ -384,7 +385,7 @@ def test_derived_values() -> None:
     assert (config.depth_mean, config.depth_backprop, config.depth_maximum) == (4.5, 3, 9)
     assert isinstance(config.depth_mean, float)
     default = build()
-    assert (default.depth_mean, default.depth_backprop, default.depth_maximum) == (6.0, 3, 12)
+    assert (default.depth_mean, default.depth_backprop, default.depth_maximum) == (8.0, 4, 16)
     given = build(depth={"mean": 4, "backprop": 1, "maximum": 5})
     assert (given.depth_mean, given.depth_backprop, given.depth_maximum) == (4.0, 1, 5)
     assert default.tokens_per_step == 64 * 1024

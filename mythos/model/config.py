@@ -54,21 +54,21 @@ class ModelConfig(Section):
     # Attention
     attention: Literal["gqa", "mla"] = "mla"
     """Grouped-query attention (arXiv 2305.13245) or multi-head latent attention (arXiv 2405.04434)."""
-    n_heads: PositiveInt = 4
+    n_heads: PositiveInt = 2
     """Query heads."""
-    n_kv_heads: PositiveInt = 2
+    n_kv_heads: PositiveInt = 1
     """Key and value heads of gqa; must divide n_heads. Unused by mla."""
-    head_dim: PositiveInt = 32
+    head_dim: PositiveInt = 64
     """Dimension of a gqa head; even, because RoPE rotates pairs. Unused by mla."""
     kv_lora_rank: PositiveInt = 48
     """mla: width of the latent that keys and values are expanded from (what a cache stores per token)."""
     q_lora_rank: NonNegativeInt = 0
     """mla: width of the query latent; 0 projects queries directly from the residual stream."""
-    qk_rope_head_dim: PositiveInt = 16
+    qk_rope_head_dim: PositiveInt = 32
     """mla: dimensions of a query or key head that carry RoPE; the rotated key is shared by all heads. Even."""
-    qk_nope_head_dim: PositiveInt = 16
+    qk_nope_head_dim: PositiveInt = 32
     """mla: dimensions of a query or key head without positions."""
-    v_head_dim: PositiveInt = 32
+    v_head_dim: PositiveInt = 64
     """mla: dimension of a value head."""
     qk_norm: bool = True
     """RMSNorm on query and key heads (arXiv 2010.04245); in mla on the query heads and the shared rotated key."""
@@ -96,7 +96,7 @@ class ModelConfig(Section):
     """Step gamma of the load-balancing bias, moved once per optimizer step (arXiv 2408.15664); 0 turns it off."""
 
     # Recurrence
-    loops: PositiveInt = 6
+    loops: PositiveInt = 8
     """Passes through the core the model is trained for on average: the default of depth.mean and of inference."""
     injection: Literal["lti", "linear", "add", "none"] = "lti"
     """How the encoded input enters every pass: lti = stable by construction (rho(A) < 1), linear = one unconstrained

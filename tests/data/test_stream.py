@@ -171,7 +171,7 @@ def test_resume_at_another_world_size(parquet_folder: Callable[..., str], tokeni
 
 @pytest.mark.parametrize(
     ("changes", "named"),
-    [({"seed": 4}, "seed was 3, is 4"), ({"streams": 2}, "streams was 4, is 2"), ({"sequence_length": 8}, "is 8")],
+    [({"seed": 4}, "seed was 3, is 4"), ({"streams": 2}, "streams was 4, is 2")],
 )
 def test_a_state_of_other_data_is_refused(
     changes: dict, named: str, parquet_folder: Callable[..., str], tokenizer: Tokenizer
@@ -183,6 +183,18 @@ def test_a_state_of_other_data_is_refused(
     parquet_folder(make_documents(61), 3)
     with pytest.raises(MythosError, match="corpus was"):
         make_streams(files(path), tokenizer).load_state_dict(state)
+
+
+def test_another_sequence_length_continues_at_the_same_token(
+    parquet_folder: Callable[..., str], tokenizer: Tokenizer
+) -> None:
+    corpus = files(parquet_folder(make_documents(60), 3))
+    short, long = (make_streams(corpus, tokenizer, streams=1, sequence_length=length) for length in (8, 16))
+    expected = torch.cat([short.next_batch(1).ids[0, :-1] for _ in range(9)])
+    long.next_batch(2)
+    resumed = make_streams(corpus, tokenizer, streams=1, sequence_length=8)
+    resumed.load_state_dict(long.state_dict())
+    assert torch.equal(resumed.next_batch(1).ids[0, :-1], expected[32:40])
 
 
 def test_held_out_documents_are_only_in_validation(parquet_folder: Callable[..., str], tokenizer: Tokenizer) -> None:

@@ -1,0 +1,549 @@
+"""Training as a whole: against a loop written out, under other layouts of the same work, and over interruptions."""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mythos import checkpoint, trainer
+from mythos.config import Config
+from mythos.data.corpus import holdout_fraction, open_corpus
+from mythos.data.stream import TokenStreams
+from mythos.depth import DepthSchedule
+from mythos.errors import MythosError
+from mythos.model.layers import RMSNorm
+from mythos.model.moe import MixtureOfExperts, Router
+from mythos.model.rdt import RecurrentDepthTransformer
+from mythos.model.recurrence import LTIInjection, initial_state
+from mythos.optim import learning_rate
+from mythos.parallel import choose_dtype
+from mythos.trainer import Trainer
+from tests.runs import losses, measurements, tiny, write_settings
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_plots() -> Iterator[None]:
+    """Drawing takes longer than these runs; the tests of the command line look at the plots."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "draw_plots", lambda *_: [])
+        yield
+
+
+def run(config: Config) -> Trainer:
+    made = Trainer(config)
+    made.run()
+    return made
+
+
+def state_of(made: Trainer) -> dict[str, Tensor]:
+    return checkpoint.training_state(made.model, made.optimizer)
+
+
+def assert_identical(one: Trainer, other: Trainer) -> None:
+    """Weights, router biases and optimizer state, bit by bit."""
+    expected = state_of(one)
+    for name, tensor in state_of(other).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+# --- against a reference
+
+
+def reference_run(config: Config, made: Trainer, steps: int) -> tuple[RecurrentDepthTransformer, list[float]]:
+    """AdamW over whole batches, written out: same data, depths and initial states; loss from the logits."""
+    model = RecurrentDepthTransformer(made.config.model).initialize(config.run.seed)
+    streams = TokenStreams(
+        open_corpus(config.data),
+        made.tokenizer,
+        streams=config.data.streams,
+        sequence_length=config.data.sequence_length,
+        seed=config.run.seed,
+        holdout_fraction=holdout_fraction(config.data),
+    )
+    schedule = DepthSchedule(config)
+    optim = config.optim
+    tables = ("embedding.weight", "readout.weight", "recurrence.injection.weight", "recurrence.adapter.scale")
+    decay = {
+        name: 0.0 if parameter.ndim == 1 or name in tables else optim.weight_decay
+        for name, parameter in model.named_parameters()
+    }
+    moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in model.named_parameters()}
+    history = []
+    for step in range(steps):
+        plan, batch = schedule.plan(step), streams.next_batch(schedule.slots)
+        order = sorted(range(len(plan.loops)), key=lambda row: -plan.loops[row])
+        assert batch.rows.tolist() == list(range(len(order)))
+        ids = batch.ids[order]
+        output = model(
+            ids[:, :-1],
+            loops=[plan.loops[row] for row in order],
+            backprop=plan.backprop,
+            state=initial_state(
+                config.model, order, ids.shape[1] - 1, seed=config.run.seed, step=step, device=torch.device("cpu")
+            ),
+        )
+        loss = F.cross_entropy(output.logits.flatten(0, 1), ids[:, 1:].flatten())
+        history.append(loss.item())
+        model.zero_grad()
+        loss.backward()
+        norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in model.parameters()))
+        scale = min(1.0, optim.clip / norm)
+        lr = learning_rate(optim, step, config.train_steps)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                first, second = moments[name]
+                first.lerp_(p.grad * scale, 1 - optim.betas[0])
+                second.lerp_((p.grad * scale).square(), 1 - optim.betas[1])
+                corrected = (second / (1 - optim.betas[1] ** (step + 1))).sqrt() + optim.eps
+                p.mul_(1 - lr * decay[name])
+                p.sub_(lr * (first / (1 - optim.betas[0] ** (step + 1))) / corrected)
+            for block, load in zip(model.recurrence.blocks, output.expert_load.sum(1), strict=True):
+                away = (load.double().mean() - load).sign()
+                block.ffn.router.bias.add_(config.model.router_bias_rate * away.float())
+    return model, history
+
+
+def test_steps_equal_a_loop_written_out(tmp_path):
+    """Data, depths, accumulation, normalisation by tokens, clipping, learning rate, decay, AdamW, router biases."""
+    config = tiny(
+        tmp_path,
+        train__global_batch=10,
+        train__micro_batch=4,  # does not divide the batch
+        train__steps=4,
+        optim__clip=0.7,
+        optim__lr=1e-3,
+        optim__warmup=0.3,
+        optim__eps=1e-5,  # an element's first update is lr x sign otherwise, and rounding decides signs near zero
+        optim__weight_decay=1.0,
+        model__router_bias_rate=0.01,
+    )
+    made = Trainer(config)
+    results = []
+    for _ in range(4):
+        results.append(made.train_step())
+        made.step += 1
+    assert len({tuple(result.plan.loops) for result in results}) > 1, "the curriculum must show"
+    assert any(len(set(result.plan.loops)) > 1 for result in results), "rows of one step must differ in depth"
+    model, history = reference_run(config, made, 4)
+    for result, expected in zip(results, history, strict=True):
+        assert result.loss.item() == pytest.approx(expected, rel=1e-5)
+        assert result.grad_norm > 0.7, "clipping must act"
+    for (name, actual), expected in zip(made.model.state_dict().items(), model.state_dict().values(), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    assert made.model.recurrence.blocks[0].ffn.router.bias.abs().max() > 0.009
+
+
+@pytest.mark.parametrize(
+    "changes", [{"train__micro_batch": 2}, {"parallel__activation_checkpointing": "loop"}], ids=str
+)
+def test_layout_of_the_work_changes_nothing(tmp_path, changes):
+    """Accumulation in more micro-batches, or recomputation: same losses, gradients and expert counts."""
+    layout = {"train__micro_batch": 8, "optim__eps": 1e-5, **changes}
+    made, other = Trainer(tiny(tmp_path, train__micro_batch=8, optim__eps=1e-5)), Trainer(tiny(tmp_path, **layout))
+    for _ in range(4):
+        one, two = made.train_step(), other.train_step()
+        made.step, other.step = made.step + 1, other.step + 1
+        for name in ("loss", "grad_norm", "state_norm", "state_delta"):
+            assert getattr(two, name).item() == pytest.approx(getattr(one, name).item(), rel=1e-5), name
+        assert torch.equal(one.expert_load, two.expert_load)
+    for (name, actual), expected in zip(
+        other.model.state_dict().items(), made.model.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_checkpointing_recomputes(tmp_path):
+    """The switch reaches the model: with it, every pass that carries gradient is computed twice."""
+    calls = []
+    for mode in ("none", "loop"):
+        made = Trainer(tiny(tmp_path, parallel__activation_checkpointing=mode, depth__sampling="fixed"))
+        made.step = 3  # past the curriculum
+        count = 0
+
+        def counted(*_, **__) -> None:
+            nonlocal count
+            count += 1
+
+        made.model.recurrence.blocks[0].attention.out.register_forward_hook(counted)
+        made.train_step()
+        calls.append(count)
+    micro_batches, loops, carried = 2, 3, 2
+    assert calls == [micro_batches * loops, micro_batches * (loops + carried)]
+
+
+# --- learning and measuring
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory) -> Trainer:
+    directory = tmp_path_factory.mktemp("learned")
+    return run(tiny(directory, train__steps=40, optim__lr=1e-2, data__mask_documents=True, eval__every=20))
+
+
+def test_loss_falls(learned):
+    records = measurements(learned.run_dir)
+    assert [record["step"] for record in records] == list(range(1, 41))
+    assert records[0]["loss"] == pytest.approx(math.log(384), abs=0.4)
+    assert records[-1]["loss"] < 2.5
+    validations = [record["val/loss"] for record in records if "val/loss" in record]
+    assert len(validations) == 2 and validations[1] < validations[0] - 0.1
+
+
+def test_record_of_a_step(learned):
+    for number, record in enumerate(measurements(learned.run_dir), start=1):
+        plan = learned.schedule.plan(number - 1)
+        assert record["tokens"] == number * 8 * 32
+        assert record["loops"] == sum(plan.loops) / 8
+        assert record["backprop_loops"] == sum(min(row, 2) for row in plan.loops) / 8
+        assert record["lr"] == learning_rate(learned.config.optim, number - 1, 40)
+        assert 0 < record["rho_a"] < 1
+    assert record["rho_a"] == learned.model.recurrence.injection.decay().max().item()
+    timed = [json.loads(line) for line in (learned.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["tokens_per_second"] > 0 and line["peak_memory_bytes"] > 1e7 for line in timed)
+    assert abs(timed[-1]["time"] - time.time()) < 600
+
+
+def test_router_biases_follow_the_load(tmp_path):
+    """Counts by hand, from what every router call of the step chose, all micro-batches and loops."""
+    made = Trainer(tiny(tmp_path, model__core_layers=2, model__router_bias_rate=0.25))
+    made.step = 3
+    chosen: dict[int, list[Tensor]] = {0: [], 1: []}
+    hooks = [
+        block.ffn.router.register_forward_hook(lambda _, __, out, k=number: chosen[k].append(out[1].flatten()))
+        for number, block in enumerate(made.model.recurrence.blocks)
+    ]
+    result = made.train_step()
+    for hook in hooks:
+        hook.remove()
+    made.step += 1
+    record = made.measure(result)
+    counts = torch.stack([torch.cat(calls).bincount(minlength=4) for calls in chosen.values()])
+    assert counts.sum() == 2 * sum(result.plan.loops) * 32 * 2
+    assert record["moe/load_max_over_mean"] == pytest.approx(
+        max(row.max().item() / (row.sum().item() / 4) for row in counts), rel=1e-12
+    )
+    assert record["moe/dead_experts"] == (counts == 0).sum()
+    for block, row in zip(made.model.recurrence.blocks, counts.tolist(), strict=True):
+        expected = [0.25 * ((sum(row) / 4 > count) - (sum(row) / 4 < count)) for count in row]
+        assert block.ffn.router.bias.tolist() == expected
+        assert max(expected) > 0 > min(expected)
+
+
+def test_validation_equals_runs_by_hand(learned):
+    """Each depth run alone, row by row; bits over the bytes of the text that the targets spell."""
+    record = measurements(learned.run_dir)[-1]
+    model, data = learned.model.eval(), learned.validation
+    assert data.document_ids is not None and len(data.ids) == 8
+    totals = dict.fromkeys((1, 3), 0.0)
+    with torch.no_grad():
+        for ids, documents in zip(data.ids, data.document_ids, strict=True):
+            for depth in totals:
+                logits = model(ids[None, :-1], loops=depth, document_ids=documents[None]).logits[0]
+                totals[depth] += F.cross_entropy(logits, ids[1:], reduction="sum").item()
+    tokens = 8 * 32
+    assert record["val/loss@1"] == pytest.approx(totals[1] / tokens, rel=1e-5)
+    assert record["val/loss@3"] == pytest.approx(totals[3] / tokens, rel=1e-5)
+    assert record["val/loss"] == record["val/loss@3"], "the mean depth is 3"
+    text = "".join(learned.tokenizer.decode(ids[1:].tolist()).replace("<|endoftext|>", "") for ids in data.ids)
+    assert record["val/bits_per_byte"] == pytest.approx(totals[3] / math.log(2) / len(text.encode()), rel=1e-5)
+
+
+def test_validation_and_samples_change_nothing(tmp_path):
+    changes = {"train__steps": 5, "log__every": 1}
+    silent = run(tiny(tmp_path, run__dir=str(tmp_path / "silent"), **changes))
+    looked = run(tiny(tmp_path, run__dir=str(tmp_path / "looked"), eval__every=1, eval__samples=2, **changes))
+    assert sum("val/loss" in record for record in measurements(looked.run_dir)) == 5
+    assert sum("val/loss" in record for record in measurements(silent.run_dir)) == 1
+    assert losses(looked.run_dir) == losses(silent.run_dir)
+    assert_identical(silent, looked)
+    assert looked.model.training
+
+
+def test_diverged_run_stops_and_saves_nothing_spoilt(tmp_path):
+    """Unlogged steps too: a checkpoint of a diverged model would replace the one to go back to."""
+    made = Trainer(tiny(tmp_path, log__every=100, checkpoint__every=2, train__steps=8))
+    original = made.train_step
+
+    def diverging() -> trainer.StepResult:
+        result = original()
+        if made.step >= 3:
+            result.grad_norm.fill_(math.nan)
+        return result
+
+    made.train_step = diverging
+    with pytest.raises(MythosError, match=r"diverged.*step-00000002"):
+        made.run()
+    assert [path.name for path in checkpoint.complete_checkpoints(made.checkpoints)] == ["step-00000002"]
+
+
+# --- interruptions
+
+EVERYTHING = {
+    "train__steps": 9,
+    "train__micro_batch": 4,
+    "eval__every": 2,
+    "eval__samples": 1,
+    "checkpoint__every": 3,
+    "data__mask_documents": True,
+    "depth__backprop_curriculum": {"shape": "steps", "over": 0.6, "start": 1},
+}
+"""Curriculum, routed experts, accumulation, validation in between."""
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt(config: Config, step: int) -> None:
+    """Train until `step` is done, then lose everything that is not on disk."""
+    made = Trainer(config)
+    original = made.train_step
+
+    def until() -> trainer.StepResult:
+        if made.step == step:
+            raise Interrupted
+        return original()
+
+    made.train_step = until
+    with pytest.raises(Interrupted):
+        made.run()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Trainer:
+    return run(tiny(tmp_path_factory.mktemp("uninterrupted"), **EVERYTHING))
+
+
+@pytest.mark.parametrize("stop", [2, 3, 8])
+def test_resume_is_exact(tmp_path, uninterrupted, stop):
+    """Before the first checkpoint, right after one, and after unsaved steps whose records are already on disk."""
+    config = tiny(tmp_path, **EVERYTHING)
+    interrupt(config, stop)
+    assert len(measurements(config.run_dir)) == stop
+    continued = run(config)
+    assert measurements(config.run_dir) == measurements(uninterrupted.run_dir)
+    assert_identical(uninterrupted, continued)
+
+
+def test_leftovers_of_a_kill_in_the_middle_of_a_save(tmp_path, uninterrupted):
+    config = tiny(tmp_path, **EVERYTHING)
+    interrupt(config, 7)
+    checkpoints = config.run_dir / "checkpoints"
+    # Killed while writing, and between the renaming and the marker; and in the middle of a line of metrics.
+    shutil.copytree(checkpoints / "step-00000006", checkpoints / "step-00000007.tmp")
+    uncommitted = checkpoints / "step-00000009"
+    shutil.copytree(checkpoints / "step-00000003", uncommitted)
+    (uncommitted / "committed").unlink()
+    with (config.run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')
+    continued = run(config)
+    assert measurements(config.run_dir) == measurements(uninterrupted.run_dir)
+    assert_identical(uninterrupted, continued)
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step-00000006", "step-00000009"]
+    assert (checkpoints / "latest").read_text() == "step-00000009"
+
+
+def test_resume_from_a_named_checkpoint_in_another_run(tmp_path, uninterrupted):
+    source = uninterrupted.checkpoints / "step-00000006"
+    config = tiny(tmp_path, **EVERYTHING, run__resume=str(source))
+    interrupt(config, 8)
+    continued = run(config)
+    assert measurements(config.run_dir) == measurements(uninterrupted.run_dir)[6:]
+    assert_identical(uninterrupted, continued)
+    # Given again, the command continues this run and does not start over from the path.
+    interrupt(tiny(tmp_path, **{**EVERYTHING, "train__steps": 12}, run__resume=str(source)), 10)
+    assert [record["step"] for record in measurements(config.run_dir)] == [7, 8, 9, 10]
+
+
+def test_tokens_are_counted_over_a_change_of_the_batch(tmp_path):
+    run(tiny(tmp_path, train__steps=2, train__global_batch=8))
+    made = run(tiny(tmp_path, train__steps=3, train__global_batch=4))
+    assert made.tokens == measurements(made.run_dir)[-1]["tokens"] == (2 * 8 + 4) * 32
+
+
+def test_nothing_left_to_train(tmp_path, uninterrupted, capsys):
+    """A finished run is validated again and summed up, wherever its checkpoint is."""
+    before = (uninterrupted.run_dir / "metrics.jsonl").read_text()
+    run(uninterrupted.config)
+    assert (uninterrupted.run_dir / "metrics.jsonl").read_text() == before
+    source = uninterrupted.checkpoints / "step-00000009"
+    run(tiny(tmp_path, **EVERYTHING, run__resume=str(source)))
+    printed = capsys.readouterr().out
+    assert printed.count("nothing to train: the run is at step 9") == 2
+    expected = measurements(uninterrupted.run_dir)[-1]
+    assert printed.count(f"{expected['val/loss@3']:.4f}") == 2
+    assert f"checkpoint  {source}" in printed
+
+
+def start(config: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "train.py", str(config)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
+def test_killed_process_continues_with_identical_losses(tmp_path):
+    changes = {**EVERYTHING, "train__steps": 40, "eval__every": 10, "eval__samples": 0, "checkpoint__every": 8}
+    (tmp_path / "reference").mkdir()
+    whole = run(tiny(tmp_path / "reference", **changes))
+    command = write_settings(tmp_path, **changes)
+    process = start(command)
+    marker = tmp_path / "run" / "checkpoints" / "step-00000008" / "committed"
+    deadline = time.monotonic() + 120
+    try:
+        while not marker.exists():
+            assert process.poll() is None, "the run ended before its checkpoint"
+            assert time.monotonic() < deadline, "no checkpoint came"
+            time.sleep(0.005)
+        time.sleep(0.1)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert 8 <= len(measurements(tmp_path / "run")) < 40, "killed in the middle"
+    assert start(command).wait(timeout=120) == 0
+    assert measurements(tmp_path / "run") == measurements(whole.run_dir)
+    assert [record["step"] for record in measurements(tmp_path / "run")] == list(range(1, 41))
+
+
+# --- number formats and compilation
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"amx_bf16": True}, torch.bfloat16),
+        ({"avx512_bf16": True, "amx_bf16": False}, torch.bfloat16),
+        ({"avx2": True, "avx512_f": True, "avx512_bf16": False, "amx_tile": True}, torch.float32),
+        ({}, torch.float32),
+    ],
+    ids=str,
+)
+def test_automatic_dtype_on_a_cpu(monkeypatch, capabilities, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    cpu = torch.device("cpu")
+    assert choose_dtype("auto", cpu) == expected
+    assert choose_dtype("float32", cpu) == torch.float32
+    assert choose_dtype("bfloat16", cpu) == torch.bfloat16
+
+
+class ProductTypes(TorchDispatchMode):
+    """Types of the arguments of every matrix product, by the part of the model that is running."""
+
+    PRODUCTS = frozenset({"mm", "addmm", "bmm", "_grouped_mm", "addcmul"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = "elsewhere"
+        self.seen: dict[str, set[torch.dtype]] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket.__name__ in self.PRODUCTS:
+            tensors = [arg for arg in args if isinstance(arg, Tensor) and arg.is_floating_point()]
+            self.seen.setdefault(self.part, set()).update(tensor.dtype for tensor in tensors)
+        return function(*args, **(kwargs or {}))
+
+    @contextlib.contextmanager
+    def inside(self, part: str) -> Iterator[None]:
+        outer, self.part = self.part, part
+        yield
+        self.part = outer
+
+
+def test_bfloat16_run(tmp_path, monkeypatch):
+    """Finite, near the float32 run; injection, norms, router and the state between loops stay float32."""
+    full = run(tiny(tmp_path, run__dir=str(tmp_path / "full"), train__steps=3))
+    made = Trainer(tiny(tmp_path, run__dir=str(tmp_path / "half"), train__steps=3, train__dtype="bfloat16"))
+    types = ProductTypes()
+    parts = {LTIInjection: ("encode", "forward"), Router: ("forward",), MixtureOfExperts: ("run_experts",)}
+
+    def traced(kind: type, name: str) -> None:
+        method = getattr(kind, name)
+
+        def inside(self, *args):
+            with types.inside(kind.__name__):
+                return method(self, *args)
+
+        monkeypatch.setattr(kind, name, inside)
+
+    for kind, methods in parts.items():
+        for name in methods:
+            traced(kind, name)
+    outputs: dict[str, set[torch.dtype]] = {}
+
+    def record(part: str, *tensors: Tensor) -> None:
+        outputs.setdefault(part, set()).update(tensor.dtype for tensor in tensors)
+
+    for module in made.model.modules():
+        if isinstance(module, RMSNorm):
+            module.register_forward_hook(lambda _, __, out: record("norm", out))
+        elif isinstance(module, Router):
+            module.register_forward_hook(lambda _, __, out: record("gates", out[0]))
+        elif isinstance(module, LTIInjection):
+            module.register_forward_hook(lambda _, inputs, out: record("state", *inputs, out))
+    made.model.prelude[0].ffn.gate_up.register_forward_hook(lambda _, __, out: record("product", out))
+    with types:
+        made.run()
+    assert outputs == {
+        "norm": {torch.float32},
+        "gates": {torch.float32},
+        "state": {torch.float32},
+        "product": {torch.bfloat16},
+    }
+    assert types.seen["LTIInjection"] == types.seen["Router"] == {torch.float32}
+    assert types.seen["MixtureOfExperts"] == {torch.bfloat16}
+    assert torch.bfloat16 in types.seen["elsewhere"]
+    assert all(tensor.dtype == torch.float32 for tensor in state_of(made).values())
+    assert losses(made.run_dir) == pytest.approx(losses(full.run_dir), rel=0.02)
+    assert losses(made.run_dir) != losses(full.run_dir)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model__attention": "gqa", "model__core_ffn": "dense", "model__prelude_layers": 0, "model__coda_layers": 0},
+        # One shape, for time's sake: the curriculum and the growing prefix are above.
+        {
+            "train__dtype": "bfloat16",
+            "model__prelude_layers": 0,
+            "model__coda_layers": 0,
+            "depth": {"sampling": "fixed", "backprop": 3},
+        },
+    ],
+    ids=["dense", "moe-bfloat16"],
+)
+def test_compiled_blocks(tmp_path, monkeypatch, changes):
+    """Traced and differentiated ahead of time; the code generator itself takes a minute on a CPU and is left out."""
+    compiled = []
+    original = torch.nn.Module.compile
+    changes = {**changes, "train__micro_batch": 8}
+
+    def compile_quickly(module: torch.nn.Module) -> None:
+        compiled.append(module)
+        original(module, backend="aot_eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_quickly)
+    torch.compiler.reset()
+    plain = Trainer(tiny(tmp_path, **changes))
+    assert not compiled
+    made = Trainer(tiny(tmp_path, train__compile=True, **changes))
+    assert compiled == [*made.model.prelude, *made.model.recurrence.blocks, *made.model.coda]
+    for _ in range(3):
+        assert made.train_step().loss.item() == pytest.approx(plain.train_step().loss.item(), rel=1e-4)
+        made.step, plain.step = made.step + 1, plain.step + 1
+    assert made.model.state_dict().keys() == plain.model.state_dict().keys()
+    torch.compiler.reset()
