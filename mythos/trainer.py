@@ -227,8 +227,8 @@ class Trainer:
         if not math.isfinite(loss + norm):
             raise MythosError(
                 f"the loss is {loss} and the norm of the gradient {norm} at step {self.step}: training has diverged. "
-                f"The last checkpoint is {self.newest or 'not yet written'}; lower optim.lr or optim.clip and "
-                "continue from it."
+                f"The last checkpoint is {self.newest or 'not yet written'}; lower optim.lr, or set a lower optim.clip "
+                "than the norms before, and continue from it."
             )
 
     def measure(self, result: StepResult) -> dict[str, Any]:
