@@ -3,3 +3,8 @@
 
 class MythosError(Exception):
     """Bad input. The message says what was given, what is allowed and what to do; entry points print it and exit 1."""
+
+
+def short_reason(error: BaseException) -> str:
+    """The first line of another library's error, or its type where it says nothing: what fits in a message of ours."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

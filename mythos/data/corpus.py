@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from mythos.config import DataConfig
 from mythos.data import embedded
-from mythos.errors import MythosError
+from mythos.errors import MythosError, short_reason
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class Corpus(ABC):
         return None
 
     def _reject_shard(self, name: str, error: BaseException) -> None:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = short_reason(error)
         if self.on_error == "fail":
             raise MythosError(
                 f"data: {name} cannot be read: {reason}. Repair or remove it, or set data.on_error: skip to leave "
@@ -253,7 +253,7 @@ class HubCorpus(Corpus):
                 stream = stream.reshard()
             columns = stream.column_names or list(next(iter(stream), {}))
         except Exception as error:  # hub, network and format errors share no base class
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = short_reason(error)
             raise MythosError(
                 f"data.dataset: {described} cannot be opened: {reason}. Check the names and the network, or use "
                 "data.kind: files or embedded."
@@ -276,7 +276,7 @@ class HubCorpus(Corpus):
         except self.read_errors:
             raise
         except Exception as error:  # those of the hub, the network and the file system share no base class
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = short_reason(error)
             raise MythosError(
                 f"data: {self.shards[shard]} cannot be reached: {reason}. When the network and the hub answer again, "
                 "run the same command: it continues from the newest checkpoint."

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from mythos.config import TokenizerConfig
 from mythos.data.corpus import Corpus, is_held_out
-from mythos.errors import MythosError
+from mythos.errors import MythosError, short_reason
 from mythos.model.config import padded_vocab_size
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ class Tokenizer:
             # Not given, the answer would be asked for on the terminal.
             fast = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
         except Exception as error:  # hub, network and format errors share no base class
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = short_reason(error)
             raise MythosError(
                 f"tokenizer.name: {name} cannot be loaded: {reason}. Give a Hugging Face id (needs the network or its "
                 "cache), the path of a saved tokenizer, or bpe to train one on the corpus."
