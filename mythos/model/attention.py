@@ -6,10 +6,13 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from mythos.model.config import ModelConfig
 from mythos.model.layers import Linear, RMSNorm, apply_rope, rope_table, zeros
+
+BLOCK = 128
+"""Positions in a side of flex attention's blocks."""
 
 
 @dataclass(frozen=True)
@@ -17,8 +20,9 @@ class AttentionContext:
     """What every attention layer of a step shares; made once per step, not per layer or loop."""
 
     cos: Tensor
-    """(S, rotated dims / 2) float32."""
+    """(S, rotated dims / 2) float32, the same for all rows, or (B, S, rotated dims / 2) where rows hold documents."""
     sin: Tensor
+    """Like `cos`."""
     mask: Tensor | BlockMask | None
     """None = causal; (B, 1, S, S) bool, True where a query may look; or the same as a block mask on a GPU."""
 
@@ -29,7 +33,7 @@ class AttentionContext:
         mask = self.mask[:rows]
         if isinstance(mask, BlockMask) and isinstance(self.mask, BlockMask):
             mask.mask_mod = self.mask.mask_mod  # slicing drops it, for its row indices may no longer fit; a prefix's do
-        return AttentionContext(self.cos, self.sin, mask)
+        return AttentionContext(self.cos[:rows], self.sin[:rows], mask)
 
 
 def rotated_dim(config: ModelConfig) -> int:
@@ -42,27 +46,55 @@ def attention_context(
 ) -> AttentionContext:
     """Tables and mask for sequences of `length` tokens.
 
-    document_ids is (B, S) int or None; where it is given, a query sees earlier positions of its own document only.
-    Positions need not restart there: rotary scores depend on distances alone.
+    document_ids is (B, S) int or None; a document is a run of equal ids. Where they are given, positions count from 0
+    in each document and a query sees earlier positions of its own document only: nothing a document computes depends
+    on where in a row it lies.
     """
     cos, sin = rope_table(length, rotated_dim(config), config.rope_theta, device)
     if document_ids is None:
         return AttentionContext(cos, sin, None)
+    starts = document_starts(document_ids)
+    position = torch.arange(length, device=device)
+    cos, sin = cos[position - starts], sin[position - starts]
     if device.type == "cuda":
-        return AttentionContext(cos, sin, document_block_mask(document_ids))
-    same_document = document_ids[:, None, :, None] == document_ids[:, None, None, :]
-    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return AttentionContext(cos, sin, same_document & causal)
+        return AttentionContext(cos, sin, document_block_mask(starts))
+    visible = (position[:, None] >= position) & (position >= starts[..., None])
+    return AttentionContext(cos, sin, visible.unsqueeze(1))
 
 
-def document_block_mask(document_ids: Tensor) -> BlockMask:
-    """Causal, document-wise block mask for flex attention, which skips the blocks that are wholly masked."""
-    rows, length = document_ids.shape
+def document_starts(document_ids: Tensor) -> Tensor:
+    """Where the document of each position begins: (B, S) int, runs of equal ids -> (B, S) int64."""
+    begins = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0))
+    return (begins * torch.arange(begins.shape[1], device=begins.device)).cummax(dim=1).values
+
+
+def document_block_mask(starts: Tensor) -> BlockMask:
+    """Causal, document-wise block mask for flex attention, which skips the blocks that are wholly masked.
+
+    starts is (B, S) int64, as `document_starts` gives them.
+    """
+    # varlen_attn would skip other documents too, but takes neither float32 nor values narrower than keys (mla).
+    # create_block_mask tries all B x S x S pairs, at 10 bytes each (1.3 GB for 8 x 4,096); but starts never decrease
+    # along a row, so the first and the last query of a block tell all that the block sees.
+    length = starts.shape[1]
+    padded = F.pad(starts, (0, -length % BLOCK), value=length)  # an incomplete block of queries sees none in full
+    first, last = padded[:, ::BLOCK, None], padded[:, BLOCK - 1 :: BLOCK, None]
+    block = torch.arange(first.shape[1], device=starts.device)
+    seen = (block[:, None] >= block) & (block >= first // BLOCK)
+    full = (block[:, None] > block) & (block * BLOCK >= last)
 
     def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query >= key) & (document_ids[row, query] == document_ids[row, key])
+        return (query >= key) & (key >= starts[row, query])
 
-    return create_block_mask(visible, rows, None, length, length, device=document_ids.device)
+    return BlockMask.from_kv_blocks(
+        *listed(seen & ~full), *listed(full), BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=(length, length)
+    )
+
+
+def listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, Q, K) bool -> how many key blocks each query block has, (B, 1, Q), and which, foremost in (B, 1, Q, K)."""
+    order = blocks.int().argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32).unsqueeze(1), order.int().unsqueeze(1)
 
 
 @cache

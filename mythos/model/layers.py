@@ -131,8 +131,9 @@ def rope_table(length: int, dim: int, theta: float, device: torch.device) -> tup
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (x_i, x_{i + d/2}) of the last dimension.
 
-    x is (B, S, heads, d), cos and sin are (S, d / 2); the result has x's dtype and is computed in float32.
+    x is (B, S, heads, d), cos and sin are (S, d / 2) or (B, S, d / 2); the result has x's dtype and is computed in
+    float32.
     """
     first, second = x.float().chunk(2, dim=-1)
-    cos, sin = cos[:, None, :], sin[:, None, :]
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

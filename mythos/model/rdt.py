@@ -105,7 +105,8 @@ class RecurrentDepthTransformer(nn.Module):
 
         ids (B, S) int64; targets (B, S) int64, -100 where there is none; `loops` one number for all rows or one per
         row, deepest first (default config.loops); `backprop` how many last loops carry gradient (default all); `state`
-        h_0 (B, S, D) float32 (default zeros); document_ids (B, S) int keeps attention within documents.
+        h_0 (B, S, D) float32 (default zeros); document_ids (B, S) int, a document being a run of equal ids, keeps
+        attention within documents and counts positions from the start of each.
 
         Raises ValueError for loops below 1, rows that are not ordered deepest first, or a number of loops that does not
         match the rows.

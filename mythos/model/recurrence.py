@@ -198,8 +198,9 @@ class Recurrence(nn.Module):
             active = len(loops) - bisect_right(shallow_first, remaining - 1)
             if active > len(current):
                 current = torch.cat((current, state[len(current) : active]))
+                visible = context.first_rows(active)
             slots = row_loops[:active] - remaining
-            inputs = (current, shared, injected[:active], slots, context.first_rows(active))
+            inputs = (current, shared, injected[:active], slots, visible)
             with torch.set_grad_enabled(gradient and remaining <= backprop):
                 if self.checkpoint_loops and torch.is_grad_enabled():
                     after, experts = checkpoint(self.step, *inputs, use_reentrant=False)
