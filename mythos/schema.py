@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -108,6 +108,9 @@ def valid_values(section: type[Section], data: Any, problems: Problems, prefix: 
         if _is_section(kind):
             values[name] = valid_values(kind, value, problems, f"{path}.")
             continue
+        if (member := _named_sections(kind)) and isinstance(value, dict):
+            values[name] = {str(key): valid_values(member, v, problems, f"{path}.{key}.") for key, v in value.items()}
+            continue
         converted = _converted(schemas[name], value)
         try:
             section.model_validate({name: converted})
@@ -137,6 +140,8 @@ def allowed(schema: dict[str, Any]) -> str:
             items = [allowed(item) for item in schema["prefixItems"]]
             return f"list of {len(items)}: {', '.join(items)}"
         return f"list of ({allowed(schema['items'])})"
+    if kind == "object":
+        return "mapping of names to sections"
     words = {"string": "text", "boolean": "true or false"}.get(kind, kind)
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     bounds = " ".join(f"{sign} {schema[key]}" for key, sign in signs.items() if key in schema)
@@ -157,6 +162,11 @@ def suggestion(name: str, names: Sequence[str], elsewhere: Sequence[str] = ()) -
 
 def _is_section(annotation: Any) -> TypeGuard[type[Section]]:
     return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def _named_sections(annotation: Any) -> type[Section] | None:
+    """The section that a field of the type dict[str, Section] holds by names of the user's choice."""
+    return get_args(annotation)[1] if get_origin(annotation) is dict else None
 
 
 def _duplicates(node: yaml.Node, prefix: str, visited: set[int]) -> Iterator[tuple[str, int]]:
@@ -198,7 +208,7 @@ def _options(schema: dict[str, Any]) -> list[dict[str, Any]]:
 def _converted(schema: dict[str, Any], value: Any) -> Any:
     """Convert what YAML reads otherwise than it is meant: 3e-4 and none as text, tuples as lists."""
     options = _options(schema)
-    types = {option["type"] for option in options}
+    types = {option.get("type") for option in options}
     if isinstance(value, str) and value.lower() == "none" and "null" in types:
         return None
     if isinstance(value, str) and types & {"number", "integer"} and _EXPONENT.fullmatch(value):

@@ -17,9 +17,12 @@ from tqdm import tqdm
 
 from mythos import checkpoint
 from mythos.config import Config, save_config
-from mythos.data.corpus import cache_directory, holdout_fraction, open_corpus, open_validation
-from mythos.data.stream import TokenStreams, validation_sequences
+from mythos.data.corpus import cache_directory, holdout_fraction, open_corpora, pin_revisions, weighted
+from mythos.data.loader import Loader
+from mythos.data.source import open_sources, open_validation_sources
+from mythos.data.stream import Batch, DifferentData, TokenStreams
 from mythos.data.tokenizer import check_vocabulary, load_tokenizer
+from mythos.data.validation import validation_set
 from mythos.depth import DepthPlan, DepthSchedule
 from mythos.errors import MythosError
 from mythos.estimate import count_parameters, forward_flops
@@ -63,37 +66,42 @@ class Trainer:
         found = checkpoint.find(self.checkpoints, config.run.resume)
         meta = checkpoint.read_meta(found) if found else None
 
-        # Data: the corpus, its tokenizer (which sizes the model's vocabulary), training streams, validation rows.
-        corpus = open_corpus(config.data)
-        holdout = holdout_fraction(config.data)
+        # Data: corpora, their tokenizer (which sizes the model's vocabulary), training streams, validation rows.
+        data = pin_revisions(config.data, meta["config"]["data"] if meta else {})
+        corpora = open_corpora(data)
+        cache = cache_directory(data)
         self.tokenizer = load_tokenizer(
             config.tokenizer,
-            corpus,
+            weighted(data, corpora),
             run_dir=self.run_dir if found else None,
-            cache_dir=cache_directory(config.data),
-            holdout_fraction=holdout,
+            cache_dir=cache,
+            holdout_fraction=holdout_fraction(data),
         )
+        config = config.model_copy(update={"data": data})
         self.config = config = resolve_vocabulary(config, self.tokenizer.padded_size)
         check_vocabulary(self.tokenizer, config.model.vocab_size)
         if meta:
             check_same_model(config, meta["config"]["model"], found)
-        self.streams = TokenStreams(
-            corpus,
-            self.tokenizer,
-            streams=config.data.streams,
-            sequence_length=config.data.sequence_length,
+        self.schedule = DepthSchedule(config)
+        sources = open_sources(data, corpora, self.tokenizer)
+        streams = TokenStreams(
+            sources,
+            streams=data.streams,
+            sequence_length=data.sequence_length,
             seed=config.run.seed,
-            mask_documents=config.data.mask_documents,
-            holdout_fraction=holdout,
+            eos_id=self.tokenizer.eos_id if data.mask_documents else None,
         )
-        validation_corpus = open_validation(config.data)
-        self.validation = validation_sequences(
-            validation_corpus or corpus,
-            self.tokenizer,
-            sequences=config.eval.batches * config.data.streams,
-            sequence_length=config.data.sequence_length,
-            holdout_fraction=None if validation_corpus else holdout,
-            mask_documents=config.data.mask_documents,
+        self.loader = Loader(streams, slots=self.schedule.slots, workers=data.workers, prefetch=data.prefetch)
+        if meta:
+            self.restore_data(meta["data"])
+        self.loader.start()  # the workers read the first batches while the rest is built
+        self.validation = validation_set(
+            open_validation_sources(data, sources, self.tokenizer),
+            sequences=config.eval.batches * data.streams,
+            sequence_length=data.sequence_length,
+            eos_id=self.tokenizer.eos_id,
+            mask_documents=data.mask_documents,
+            cache_dir=cache,
         )
 
         # Model: shaped without memory, then filled from (seed, parameter name).
@@ -102,12 +110,10 @@ class Trainer:
         self.model = model.to_empty(device=self.device).initialize(config.run.seed)
         prepare_model(config, self.model)
         self.optimizer = build_optimizer(self.model, config.optim)
-        self.schedule = DepthSchedule(config)
 
         self.step = self.tokens = 0
         self.newest = found
         if found and meta:
-            self.streams.load_state_dict(meta["data"])
             checkpoint.load(found, checkpoint.training_state(self.model, self.optimizer))
             self.step, self.tokens = meta["step"], meta["tokens"]
         else:  # only now that everything fits: a start that failed must not bind the next one
@@ -116,15 +122,25 @@ class Trainer:
         self.log = MetricsLog(self.run_dir, config, self.step)
         self.announce(found)
 
+    def restore_data(self, state: dict[str, Any]) -> None:
+        """Continue the data where the checkpoint left it; raises MythosError for other data, unless it restarts."""
+        try:
+            self.loader.load_state_dict(state)
+        except DifferentData as error:
+            if self.config.data.on_mismatch == "fail":
+                raise
+            logger.warning("%s\ndata.on_mismatch is restart: the data starts from its beginning", error)
+
     def run(self) -> None:
         """Train from the current step to the last, then validate, save, plot and sum up."""
         config, steps = self.config, self.config.train_steps
         metrics: dict[str, Any] = {}
+        result: StepResult | None = None
         bar = tqdm(total=steps, initial=self.step, unit="step", desc="training", dynamic_ncols=True)
-        with contextlib.closing(self.log), contextlib.closing(bar):
+        with contextlib.closing(self.log), contextlib.closing(self.loader), contextlib.closing(bar):
             window_start, window_steps = time.perf_counter(), 0
             while self.step < steps:
-                result = self.train_step()
+                result = self.train_step(self.next_batch(result))
                 self.step += 1
                 self.tokens += config.tokens_per_step
                 window_steps += 1
@@ -154,11 +170,22 @@ class Trainer:
         """Whether something that happens every so many steps (0 = never) happens after this one."""
         return every > 0 and self.step % every == 0
 
-    def train_step(self) -> StepResult:
+    def next_batch(self, last: StepResult | None) -> Batch:
+        """The data of the next step; where it cannot be had, saves what was trained and raises MythosError."""
+        try:
+            return self.loader.next_batch()
+        except MythosError as error:
+            if last is None:
+                raise
+            if self.newest is None or checkpoint.step_of(self.newest) != self.step:
+                self.check_finite(last)
+                self.save()
+            raise MythosError(f"{error}\nStopped after step {self.step}, which is saved: {self.newest}") from error
+
+    def train_step(self, batch: Batch) -> StepResult:
         """One optimizer step over the global batch; nothing in it reads from the device."""
         config, step = self.config, self.step
         plan = self.schedule.plan(step)
-        batch = self.streams.next_batch(self.schedule.slots)
         # Deepest rows first: the model's active rows are then always a prefix, and micro-batches are of like depth.
         rows = batch.rows.tolist()
         order = sorted(range(len(rows)), key=lambda i: -plan.loops[rows[i]])
@@ -252,8 +279,7 @@ class Trainer:
             metrics["rho_a"] = radius.item()
         if result.expert_load is not None:
             metrics |= expert_balance(result.expert_load)
-        if any(self.streams.skipped.values()):
-            metrics |= {f"data/{key}": count for key, count in self.streams.skipped.items()}
+        metrics |= {f"data/{kind}": count for kind, count in self.loader.skipped.items()}
         return metrics
 
     def throughput(self, plan: DepthPlan, seconds: float) -> dict[str, float]:
@@ -309,7 +335,7 @@ class Trainer:
         """Write a checkpoint, remove the ones no longer kept, redraw the plots."""
         meta = {
             "tokens": self.tokens,
-            "data": self.streams.state_dict(),
+            "data": self.loader.state_dict(),
             "config": self.config.model_dump(mode="json"),
             "versions": {"python": platform.python_version()}
             | {name: version(name) for name in ("torch", "transformers", "tokenizers", "datasets")},

@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 
 from mythos.config import DataConfig, load_config
-from mythos.data.corpus import holdout_fraction, is_held_out, open_corpus
+from mythos.data.corpus import holdout_fraction, is_held_out, open_corpora, weighted
 from mythos.data.tokenizer import train_bpe, training_documents
 from mythos.errors import MythosError
 
@@ -48,14 +48,14 @@ def train(options: argparse.Namespace) -> None:
         data = DataConfig(kind="files", path=options.path, text_column=options.text_column)
     else:
         data = DataConfig(kind="embedded")
-    corpus = open_corpus(data)
+    corpora = weighted(data, open_corpora(data))
     held_out = holdout_fraction(data)
-    tokenizer = train_bpe(training_documents(corpus, held_out), options.vocab_size or vocab_size)
+    tokenizer = train_bpe(training_documents(corpora, held_out), options.vocab_size or vocab_size)
     tokenizer.save(Path(options.out))
-    unseen = (text for text in training_documents(corpus, 0.0) if is_held_out(text, held_out))
+    unseen = (text for text in training_documents(corpora, 0.0) if is_held_out(text, held_out))
     measured, what = list(islice(unseen, MEASURED_DOCUMENTS)), "held-out"
     if not measured:
-        measured, what = list(islice(training_documents(corpus, held_out), MEASURED_DOCUMENTS)), "training"
+        measured, what = list(islice(training_documents(corpora, held_out), MEASURED_DOCUMENTS)), "training"
     size = sum(len(text.encode()) for text in measured)
     tokens = sum(map(len, tokenizer.encode_batch(measured)))
     print(f"{options.out}: {tokenizer.size} tokens")

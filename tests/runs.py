@@ -34,7 +34,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "context_length": 64,
     },
     "tokenizer": {"vocab_size": 384},
-    "data": {"kind": "files", "streams": 2, "sequence_length": 32, "validation": {"fraction": 0.2}},
+    "data": {"kind": "files", "streams": 2, "sequence_length": 32, "workers": 0, "validation": {"fraction": 0.2}},
     "depth": {"backprop": 2, "curriculum": {"shape": "linear", "over": 0.5, "start": 1}},
     "train": {"steps": 4, "global_batch": 8, "micro_batch": 4, "dtype": "float32", "device": "cpu"},
     "eval": {"every": 0, "batches": 4, "loops": [1, 3], "samples": 0, "sample_tokens": 4},

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mythos.data.stream import ValidationSet
+from mythos.data.validation import ValidationSet
 from mythos.evaluation.validation import losses_by_depth, validation_metrics
 from mythos.model.config import ModelConfig
 from mythos.model.layers import name_generator

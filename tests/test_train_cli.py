@@ -195,10 +195,12 @@ def test_corpus_errors(tmp_path, refused):
     (tmp_path / "empty.txt").touch()
     assert "the corpus is empty" in refused(path, f"data.path={tmp_path}/empty.txt")
     (tmp_path / "blank.jsonl").write_text('{"text": " "}\n{"text": null}\n')
-    assert "no document with text" in refused(path, f"data.path={tmp_path}/blank.jsonl")
+    blank = f"data.path={tmp_path}/blank.jsonl"
+    assert "row 1 cannot be used: its text is null" in refused(path, blank)
+    assert "no document with text" in refused(path, blank, "data.on_error=skip")
     (tmp_path / "short.jsonl").write_text(json.dumps({"text": documents()[0]}) + "\n")
     message = refused(path, f"data.validation.path={tmp_path}/short.jsonl", "data.sequence_length=64")
-    assert "do not fill one sequence of 64" in message
+    assert "does not fill one sequence of 64" in message
     assert "data.text_column" in refused(path, "data.text_column=body")
 
 
@@ -228,7 +230,8 @@ def test_checkpoint_of_another_model(finished, refused, override, before, here):
 
 def test_checkpoint_of_other_data(finished, refused):
     message = refused(finished.yaml, "run.seed=1", "train.steps=7")
-    assert "the checkpoint's position is in other data (seed was 0, is 1)" in message
+    assert "the checkpoint's position is in other data: seed was 0, is 1" in message
+    assert "data.on_mismatch=restart" in message
 
 
 @pytest.mark.parametrize("part", ["meta.json", "*.safetensors"])
@@ -288,7 +291,7 @@ def test_divergence(tmp_path, refused):
 
 
 def test_interrupt(tmp_path, monkeypatch, capsys):
-    def pressed(_) -> None:
+    def pressed(*_) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("mythos.trainer.Trainer.train_step", pressed)

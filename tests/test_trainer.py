@@ -20,8 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mythos import checkpoint, trainer
 from mythos.config import Config
-from mythos.data.corpus import holdout_fraction, open_corpus
-from mythos.data.stream import TokenStreams
+from mythos.data.corpus import open_corpora
+from mythos.data.source import open_sources
+from mythos.data.stream import Batch, TokenStreams
 from mythos.depth import DepthSchedule
 from mythos.errors import MythosError
 from mythos.model.layers import RMSNorm
@@ -31,7 +32,7 @@ from mythos.model.recurrence import LTIInjection, initial_state
 from mythos.optim import learning_rate
 from mythos.parallel import choose_dtype
 from mythos.trainer import Trainer
-from tests.runs import losses, measurements, tiny, write_settings
+from tests.runs import documents, losses, measurements, tiny, write_settings
 
 ROOT = Path(__file__).parents[1]
 
@@ -68,12 +69,10 @@ def reference_run(config: Config, made: Trainer, steps: int) -> tuple[RecurrentD
     """AdamW over whole batches, written out: same data, depths and initial states; loss from the logits."""
     model = RecurrentDepthTransformer(made.config.model).initialize(config.run.seed)
     streams = TokenStreams(
-        open_corpus(config.data),
-        made.tokenizer,
+        open_sources(config.data, open_corpora(config.data), made.tokenizer),
         streams=config.data.streams,
         sequence_length=config.data.sequence_length,
         seed=config.run.seed,
-        holdout_fraction=holdout_fraction(config.data),
     )
     schedule = DepthSchedule(config)
     optim = config.optim
@@ -135,7 +134,7 @@ def test_steps_equal_a_loop_written_out(tmp_path):
     made = Trainer(config)
     results = []
     for _ in range(4):
-        results.append(made.train_step())
+        results.append(made.train_step(made.next_batch(None)))
         made.step += 1
     assert len({tuple(result.plan.loops) for result in results}) > 1, "the curriculum must show"
     assert any(len(set(result.plan.loops)) > 1 for result in results), "rows of one step must differ in depth"
@@ -156,7 +155,7 @@ def test_layout_of_the_work_changes_nothing(tmp_path, changes):
     layout = {"train__micro_batch": 8, "optim__eps": 1e-5, **changes}
     made, other = Trainer(tiny(tmp_path, train__micro_batch=8, optim__eps=1e-5)), Trainer(tiny(tmp_path, **layout))
     for _ in range(4):
-        one, two = made.train_step(), other.train_step()
+        one, two = made.train_step(made.next_batch(None)), other.train_step(other.next_batch(None))
         made.step, other.step = made.step + 1, other.step + 1
         for name in ("loss", "grad_norm", "state_norm", "state_delta"):
             assert getattr(two, name).item() == pytest.approx(getattr(one, name).item(), rel=1e-5), name
@@ -180,7 +179,7 @@ def test_checkpointing_recomputes(tmp_path):
             count += 1
 
         made.model.recurrence.blocks[0].attention.out.register_forward_hook(counted)
-        made.train_step()
+        made.train_step(made.next_batch(None))
         calls.append(count)
     micro_batches, loops, carried = 2, 3, 2
     assert calls == [micro_batches * loops, micro_batches * (loops + carried)]
@@ -227,7 +226,7 @@ def test_router_biases_follow_the_load(tmp_path):
         block.ffn.router.register_forward_hook(lambda _, __, out, k=number: chosen[k].append(out[1].flatten()))
         for number, block in enumerate(made.model.recurrence.blocks)
     ]
-    result = made.train_step()
+    result = made.train_step(made.next_batch(None))
     for hook in hooks:
         hook.remove()
     made.step += 1
@@ -297,8 +296,8 @@ def test_diverged_run_stops_and_saves_nothing_spoilt(tmp_path):
     made = Trainer(tiny(tmp_path, log__every=100, checkpoint__every=2, train__steps=8))
     original = made.train_step
 
-    def diverging() -> trainer.StepResult:
-        result = original()
+    def diverging(batch: Batch) -> trainer.StepResult:
+        result = original(batch)
         if made.step >= 3:
             result.grad_norm.fill_(math.nan)
         return result
@@ -332,10 +331,10 @@ def interrupt(config: Config, step: int) -> None:
     made = Trainer(config)
     original = made.train_step
 
-    def until() -> trainer.StepResult:
+    def until(batch: Batch) -> trainer.StepResult:
         if made.step == step:
             raise Interrupted
-        return original()
+        return original(batch)
 
     made.train_step = until
     with pytest.raises(Interrupted):
@@ -386,6 +385,48 @@ def test_resume_from_a_named_checkpoint_in_another_run(tmp_path, uninterrupted):
     # Given again, the command continues this run and does not start over from the path.
     interrupt(tiny(tmp_path, **{**EVERYTHING, "train__steps": 12}, run__resume=str(source)), 10)
     assert [record["step"] for record in measurements(config.run_dir)] == [7, 8, 9, 10]
+
+
+def test_data_starts_again_on_purpose_only(tmp_path, caplog):
+    """From the same weights, with the batches of a fresh start on the other data."""
+    run(tiny(tmp_path, train__steps=2, checkpoint__every=2))
+    other = {"train__steps": 4, "data__path": str(tmp_path / "other.jsonl")}
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps({"text": f"Other {text}"}) + "\n" for text in documents()))
+    with pytest.raises(MythosError, match=r"corpus was .*, is .*data\.on_mismatch=restart"):
+        Trainer(tiny(tmp_path, **other))
+    made = Trainer(tiny(tmp_path, **other, data__on_mismatch="restart"))
+    assert made.step == 2 and "the data starts from its beginning" in caplog.text
+    fresh = TokenStreams(
+        open_sources(made.config.data, open_corpora(made.config.data), made.tokenizer),
+        streams=made.config.data.streams,
+        sequence_length=made.config.data.sequence_length,
+        seed=made.config.run.seed,
+    )
+    assert torch.equal(made.next_batch(None).ids, fresh.next_batch(4).ids)
+    # The position saved from here on is in the new data.
+    made.run()
+    assert Trainer(tiny(tmp_path, **{**other, "train__steps": 5})).step == 4
+
+
+@pytest.mark.parametrize("every", [0, 3])
+def test_what_was_trained_is_saved_when_data_fails(tmp_path, every):
+    """The same command then continues as if nothing had been."""
+    changes = {**EVERYTHING, "eval__every": 0, "checkpoint__every": every, "data__streams": 1, "train__global_batch": 4}
+    (tmp_path / "whole").mkdir()
+    whole = run(tiny(tmp_path / "whole", **changes))
+    config = tiny(tmp_path, **changes)
+    made = Trainer(config)
+    original = made.loader.next_batch
+
+    def failing() -> Batch:
+        if made.step == 6:
+            raise MythosError("data: shard x cannot be reached")
+        return original()
+
+    made.loader.next_batch = failing
+    with pytest.raises(MythosError, match=r"shard x cannot be reached\nStopped after step 6, .*step-00000006"):
+        made.run()
+    assert_identical(whole, run(config))
 
 
 def test_tokens_are_counted_over_a_change_of_the_batch(tmp_path):
@@ -561,7 +602,9 @@ def test_compiled_blocks(tmp_path, monkeypatch, changes):
     made = Trainer(tiny(tmp_path, train__compile=True, **changes))
     assert compiled == [*made.model.prelude, *made.model.recurrence.blocks, *made.model.coda]
     for _ in range(3):
-        assert made.train_step().loss.item() == pytest.approx(plain.train_step().loss.item(), rel=1e-4)
+        assert made.train_step(made.next_batch(None)).loss.item() == pytest.approx(
+            plain.train_step(plain.next_batch(None)).loss.item(), rel=1e-4
+        )
         made.step, plain.step = made.step + 1, plain.step + 1
     assert made.model.state_dict().keys() == plain.model.state_dict().keys()
     torch.compiler.reset()

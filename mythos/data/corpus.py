@@ -1,313 +1,266 @@
-"""Where documents come from: shards that can be read from any row on."""
+"""Where documents come from: shards whose rows can be read from any one on, and what is left out of them."""
 
 import glob
-import gzip
 import hashlib
 import json
 import logging
 import os
-import zlib
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import islice
+import re
+from collections.abc import Iterator, Mapping
+from enum import Enum
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from mythos.config import DataConfig
+from mythos.config import DataConfig, FilterConfig, SourceConfig
 from mythos.data import embedded
+from mythos.data.formats import EXTENSIONS, READ_ERRORS, Broken, File, Piece, Reader, Unreadable, local_file
+from mythos.data.hub import resolve_hub
+from mythos.data.remote import Unreachable, is_remote, remote_files
 from mythos.errors import MythosError, short_reason
 
 logger = logging.getLogger(__name__)
 
-EXTENSIONS = (".parquet", ".jsonl", ".jsonl.gz", ".txt")
+# With shards dealt evenly to within one, this many per stream keep the streams' epochs within a quarter of each other.
+SHARDS_PER_STREAM = 4
 
-# Plain jsonl files are cut at this many bytes, so that a resumed run reads at most this much again.
-JSONL_SHARD_BYTES = 8 * 2**20
+_COMMIT = re.compile("[0-9a-f]{40}")
 
-# Splitting hub files into row groups reads the footer of every file; beyond this many, files are shards enough.
-RESHARD_MAX_FILES = 1000
-
-READ_ERRORS: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, pa.ArrowException)
+LENGTH = "length"
+"""Name under which data.filters means the characters of the text instead of a column."""
 
 
-@dataclass(frozen=True)
-class Unreadable:
-    """A record that is there but cannot be decoded (invalid JSON, not UTF-8)."""
+class Skipped(Enum):
+    """Why a row, or the rest of a shard, gives no document."""
 
-    reason: str
+    FILTERED = "filtered_documents"
+    """A filter does not let it pass."""
+    DOCUMENT = "skipped_documents"
+    """Null, empty, not text, undecodable or too long."""
+    SHARD = "skipped_shards"
+    """The shard cannot be read any further (of a whole parquet file: the row group)."""
 
 
-class Corpus(ABC):
-    """Documents in shards.
+class Corpus:
+    """Documents of parquet (a shard is a row group, or a file where files are many), jsonl and txt files.
+
+    jsonl and txt files are cut at 8 MiB; jsonl.gz files are one shard each, and passed over up to the position where
+    a run resumes. In a txt file documents are separated by blank lines. Text is UTF-8.
+
+    Args:
+        files: local paths or URLs, with their sizes.
+        text_column: column or key of the text.
+        filters: what columns must hold.
+        on_error: ``fail`` raises where a document or shard cannot be used, ``skip`` leaves it out.
+        max_document_bytes: longest document, in bytes of UTF-8.
+        minimum_shards: with at least so many parquet files, a file is a shard.
+        patience: seconds that a remote file may be unreachable.
+        what: the configuration's field that named the files, for messages.
 
     Attributes:
-        shards: a stable name for every shard, for messages.
+        shards: what each shard is called in messages.
         fingerprint: identifies the corpus; a saved position is meaningful in a corpus of the same fingerprint only.
-        skipped: what this process has met and left out: ``documents`` (empty, not text, undecodable; counted at
-            every reading) and ``shards`` (distinct unreadable ones).
-    """
-
-    shards: list[str]
-    fingerprint: str
-    read_errors = READ_ERRORS
-
-    def __init__(self, on_error: str) -> None:
-        self.on_error = on_error
-        self._bad_documents = 0
-        self._bad_shards: set[str] = set()
-        self._warned: set[int] = set()
-
-    @property
-    def skipped(self) -> dict[str, int]:
-        """Counts of documents and shards left out so far."""
-        return {"documents": self._bad_documents, "shards": len(self._bad_shards)}
-
-    def read(self, shard: int, row: int, step: int = 1) -> Iterator[str | None]:
-        """Yield rows ``row, row + step, ...`` of a shard, one item per row so that positions are exact.
-
-        A row that is empty, not text or undecodable yields None and is counted. A shard that breaks off ends early
-        and is counted.
-
-        Raises:
-            MythosError: with ``on_error: fail``, an undecodable row or a shard that cannot be read.
-        """
-        index = row
-        try:
-            for document in self._rows(shard, row, step):
-                yield self._check(document, shard, index)
-                index += step
-        except MythosError:
-            raise
-        except self.read_errors as error:
-            self._reject_shard(self.shards[shard], error)
-
-    @abstractmethod
-    def _rows(self, shard: int, row: int, step: int) -> Iterator[Any]:
-        """Yield the raw rows: text, anything else that stands where text should be, or Unreadable."""
-
-    def _check(self, document: Any, shard: int, row: int) -> str | None:
-        if isinstance(document, str) and document.strip():
-            try:
-                document.encode()
-                return document
-            except UnicodeEncodeError as error:  # a lone surrogate, written as an escape in JSON
-                document = Unreadable(str(error))
-        if isinstance(document, Unreadable):
-            where = f"data: {self.shards[shard]}, row {row} cannot be decoded"
-            if self.on_error == "fail":
-                raise MythosError(
-                    f"{where}: {document.reason}. Repair it, or set data.on_error: skip to leave such documents out "
-                    "and count them."
-                )
-            if shard not in self._warned:
-                self._warned.add(shard)
-                logger.warning("%s and is left out, as others of this shard will be: %s", where, document.reason)
-        self._bad_documents += 1
-        return None
-
-    def _reject_shard(self, name: str, error: BaseException) -> None:
-        reason = short_reason(error)
-        if self.on_error == "fail":
-            raise MythosError(
-                f"data: {name} cannot be read: {reason}. Repair or remove it, or set data.on_error: skip to leave "
-                "unreadable shards out and count them."
-            ) from error
-        if name not in self._bad_shards:
-            logger.warning("data: %s cannot be read and is left out: %s", name, reason)
-        self._bad_shards.add(name)
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """A shard of a file: a parquet row group, or the lines that start in a byte range of a jsonl file."""
-
-    path: str
-    start: int = 0
-    end: int = 0
-
-
-class FilesCorpus(Corpus):
-    """Parquet (a shard is a row group), jsonl (8 MiB of lines), jsonl.gz and txt (a file) on disk.
-
-    In a txt file documents are separated by blank lines. Text is UTF-8.
 
     Raises:
-        MythosError: an unknown extension, an empty corpus, a file without the text column, or (``on_error: fail``) a
-            file that cannot be opened.
+        MythosError: an unknown extension, an empty corpus, a first file without the columns asked for, or (``on_error:
+            fail``) a file that cannot be read.
     """
 
-    def __init__(self, files: list[str], text_column: str = "text", on_error: str = "fail") -> None:
-        super().__init__(on_error)
-        self.text_column = text_column
-        self._pieces: list[_Piece] = []
-        self.shards = []
-        base = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
-        identity: list[Any] = [text_column]
+    def __init__(
+        self,
+        files: list[File],
+        *,
+        text_column: str = "text",
+        filters: dict[str, FilterConfig] | None = None,
+        on_error: str = "fail",
+        max_document_bytes: int = 10_000_000,
+        minimum_shards: int = 2**63,
+        patience: float = 600.0,
+        what: str = "data.path",
+    ) -> None:
+        self.on_error = on_error
+        self.max_document_bytes = max_document_bytes
+        self._reader = Reader(patience)
+        self._text_column = text_column
+        self._filters = dict(filters or {})
+        self._columns = [text_column, *(name for name in self._filters if name != LENGTH)]
+        self._warned: set[int] = set()
+        self._pieces: list[Piece] = []
+        self.shards: list[str] = []
+        whole = len(files) >= minimum_shards
+        checked = False
         for file in files:
-            if not file.endswith(EXTENSIONS):
-                raise MythosError(f"data.path: {file} has an unknown extension; allowed are {', '.join(EXTENSIONS)}.")
-            identity.append([os.path.relpath(os.path.abspath(file), base), os.path.getsize(file)])
+            if not file.path.endswith(EXTENSIONS):
+                raise MythosError(f"{what}: {file.path} has an unknown extension; allowed are {', '.join(EXTENSIONS)}.")
             try:
-                pieces = list(self._cut(file))
+                pieces = self._reader.pieces(file, whole)
+                if pieces and not checked:
+                    self._require_columns(file)
+                    checked = True
+                self._pieces += pieces
+                self.shards += [str(piece) if len(pieces) > 1 else file.path for piece in pieces]
             except READ_ERRORS as error:
-                self._reject_shard(file, error)
-                continue
-            self._pieces += pieces
-            kind = "row group" if file.endswith(".parquet") else "byte"
-            self.shards += [f"{file}, {kind} {piece.start}" if len(pieces) > 1 else file for piece in pieces]
+                self._reject(f"data: {file.path}", short_reason(error))
         if not self._pieces:
             raise MythosError(
-                f"data.path: the corpus is empty: none of the {len(files)} files (first: {files[0]}) holds a readable "
-                "document. Give files with text in them."
+                f"{what}: the corpus is empty: none of the {len(files)} files (first: {files[0].path}) holds a "
+                "readable document. Give files with text in them."
             )
-        self.fingerprint = _digest([*identity, len(self._pieces)])
+        rules = {name: rule.model_dump() for name, rule in self._filters.items()}
+        self.fingerprint = digest([_identity(files), text_column, rules, max_document_bytes, len(self._pieces)])
 
-    def _cut(self, file: str) -> Iterator[_Piece]:
-        size = os.path.getsize(file)
-        if file.endswith(".parquet"):
-            with pq.ParquetFile(file) as parquet:
-                self._require_column(file, parquet.schema_arrow.names)
-                groups = parquet.metadata.num_row_groups
-                yield from (_Piece(file, g) for g in range(groups) if parquet.metadata.row_group(g).num_rows)
-        elif size == 0:
+    def read(self, shard: int, row: int = 0, step: int = 1) -> Iterator[tuple[int, str | Skipped]]:
+        """Yield the number and the text of rows ``row, row + step, ...`` of a shard, or why there is none.
+
+        Raises:
+            MythosError: with ``on_error: fail``, a document or shard that cannot be used; the message names it.
+            Unreachable: a remote file that was unreachable for longer than ``data.patience``.
+        """
+        try:
+            for index, values in self._reader.rows(self._pieces[shard], row, step, self._columns):
+                yield index, self._document(shard, index, values)
+        except Unreachable as error:
+            raise Unreachable(f"data: shard {self.shards[shard]}: {error}") from error
+
+    def _document(self, shard: int, row: int, values: list[Any] | Unreadable | Broken) -> str | Skipped:
+        if isinstance(values, Broken):
+            self._reject(f"data: {self.shards[shard]}, from row {row} on", values.reason)
+            return Skipped.SHARD
+        if isinstance(values, Unreadable):
+            return self._reject_document(shard, row, values.reason)
+        text, *others = values
+        for name, value in zip(self._columns[1:], others, strict=True):
+            if not self._passes(name, value):
+                return Skipped.FILTERED
+        if not isinstance(text, str):
+            return self._reject_document(shard, row, f"its text is {'null' if text is None else type(text).__name__}")
+        try:
+            size = len(text.encode())
+        except UnicodeEncodeError as error:  # a lone surrogate, written as an escape in JSON
+            return self._reject_document(shard, row, str(error))
+        if size > self.max_document_bytes:
+            return self._reject_document(
+                shard, row, f"it has {size:,} bytes, and data.max_document_bytes is {self.max_document_bytes:,}"
+            )
+        if LENGTH in self._filters and not self._passes(LENGTH, len(text)):
+            return Skipped.FILTERED
+        return text if text.strip() else Skipped.DOCUMENT
+
+    def _passes(self, name: str, value: Any) -> bool:
+        rule = self._filters[name]
+        if value is None or (rule.one_of is not None and value not in rule.one_of):
+            return False
+        if rule.min is None and rule.max is None:
+            return True
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise MythosError(
+                f"data.filters.{name}: min and max need numbers, and the column holds {value!r}. Use one_of instead."
+            )
+        return (rule.min is None or value >= rule.min) and (rule.max is None or value <= rule.max)
+
+    def _require_columns(self, file: File) -> None:
+        names = self._reader.columns(file)
+        if not names:  # a first line that is no record is told when it is read
             return
-        elif file.endswith(".txt"):
-            yield _Piece(file)
-        else:
-            self._look_at_first_line(file)
-            cut = JSONL_SHARD_BYTES if file.endswith(".jsonl") else size
-            yield from (_Piece(file, start, min(start + cut, size)) for start in range(0, size, cut))
+        for name in self._columns:
+            if name not in names:
+                field = "data.text_column" if name == self._text_column else f"data.filters.{name}"
+                raise MythosError(
+                    f"{field}: {file.path} has no column {name!r}; it has {', '.join(sorted(names))}. Give the name of "
+                    "a column that is there."
+                )
 
-    def _require_column(self, where: str, names: list[str]) -> None:
-        if self.text_column not in names:
+    def _reject_document(self, shard: int, row: int, reason: str) -> Skipped:
+        where = f"data: {self.shards[shard]}, row {row} cannot be used"
+        if self.on_error == "fail":
             raise MythosError(
-                f"data.text_column: {where} has no column {self.text_column!r}; it has {', '.join(sorted(names))}. "
-                "Set data.text_column to the one that holds the text."
+                f"{where}: {reason}. Repair it, or set data.on_error: skip to leave such documents out and count them."
             )
+        if shard not in self._warned:
+            self._warned.add(shard)
+            logger.warning("%s and is left out, as others of this shard will be: %s", where, reason)
+        return Skipped.DOCUMENT
 
-    def _look_at_first_line(self, file: str) -> None:
-        with _open_lines(file) as lines:
-            first = next((line for line in lines if line.strip()), b"{}")
-        record = _parse_json(first)
-        if isinstance(record, dict) and record:
-            self._require_column(file, list(record))
-
-    def _rows(self, shard: int, row: int, step: int) -> Iterator[Any]:
-        piece = self._pieces[shard]
-        if piece.path.endswith(".parquet"):
-            return self._parquet_rows(piece, row, step)
-        if piece.path.endswith(".txt"):
-            return islice(_txt_documents(piece.path), row, None, step)
-        return (self._jsonl_document(line) for line in islice(_jsonl_lines(piece), row, None, step))
-
-    def _parquet_rows(self, piece: _Piece, row: int, step: int) -> Iterator[Any]:
-        with pq.ParquetFile(piece.path) as parquet:
-            first = 0
-            for batch in parquet.iter_batches(256, row_groups=[piece.start], columns=[self.text_column]):
-                column = batch.column(0)
-                while row < first + len(column):
-                    yield _parquet_value(column[row - first])
-                    row += step
-                first += len(column)
-
-    def _jsonl_document(self, line: bytes) -> Any:
-        record = _parse_json(line)
-        return record.get(self.text_column) if isinstance(record, dict) else record
-
-
-class HubCorpus(Corpus):
-    """A Hugging Face dataset, streamed; a shard is a row group where the format allows it, else a file.
-
-    ``dataset`` is a hub id, ``id@revision`` to pin one, or a local folder. The revision is resolved when the corpus
-    is opened and is part of the fingerprint.
-
-    Raises:
-        MythosError: the dataset, subset or split cannot be opened, or has no such text column.
-    """
-
-    # Bad content alone: were an outage a bad shard, shards would be left out by chance and no resume were exact.
-    read_errors = (EOFError, zlib.error, pa.ArrowException)
-
-    def __init__(self, dataset: str, subset: str | None, split: str, text_column: str, on_error: str) -> None:
-        super().__init__(on_error)
-        # Imported here because it costs a second that runs on local files need not pay.
-        import datasets
-        from huggingface_hub import HfApi
-
-        name, _, revision = dataset.partition("@")
-        described = f"{dataset}" + (f", subset {subset}" if subset else "") + f", split {split}"
-        try:
-            if os.path.isdir(name):
-                identity = [
-                    [path.name, path.stat().st_size] for path in sorted(Path(name).rglob("*")) if path.is_file()
-                ]
-            else:
-                revision = HfApi().dataset_info(name, revision=revision or None).sha or revision
-                identity = [[name, revision]]
-            stream = datasets.load_dataset(name, subset, split=split, streaming=True, revision=revision or None)
-            if stream.num_shards <= RESHARD_MAX_FILES:
-                stream = stream.reshard()
-            columns = stream.column_names or list(next(iter(stream), {}))
-        except Exception as error:  # hub, network and format errors share no base class
-            reason = short_reason(error)
+    def _reject(self, where: str, reason: str) -> None:
+        if self.on_error == "fail":
             raise MythosError(
-                f"data.dataset: {described} cannot be opened: {reason}. Check the names and the network, or use "
-                "data.kind: files or embedded."
-            ) from error
-        if text_column not in columns:
-            raise MythosError(
-                f"data.text_column: {described} has no column {text_column!r}; it has {', '.join(sorted(columns))}. "
-                "Set data.text_column to the one that holds the text."
+                f"{where} cannot be read: {reason}. Repair or remove it, or set data.on_error: skip to leave "
+                "unreadable shards out and count them."
             )
-        self._stream = stream.select_columns([text_column])
-        self._column = text_column
-        self.shards = [f"{described}, shard {index}" for index in range(stream.num_shards)]
-        self.fingerprint = _digest([*identity, subset, split, text_column, len(self.shards)])
-
-    def _rows(self, shard: int, row: int, step: int) -> Iterator[Any]:
-        rows = self._stream.shard(num_shards=len(self.shards), index=shard).skip(row)
-        try:
-            for record in islice(rows, 0, None, step):
-                yield record[self._column]
-        except self.read_errors:
-            raise
-        except Exception as error:  # those of the hub, the network and the file system share no base class
-            reason = short_reason(error)
-            raise MythosError(
-                f"data: {self.shards[shard]} cannot be reached: {reason}. When the network and the hub answer again, "
-                "run the same command: it continues from the newest checkpoint."
-            ) from error
+        logger.warning("%s cannot be read and is left out: %s", where, reason)
 
 
-def open_corpus(config: DataConfig) -> Corpus:
-    """Open the training corpus; validation files named by ``data.validation.path`` are left out of it.
+def open_corpora(config: DataConfig) -> dict[str, Corpus]:
+    """Open the training corpora by the names of their sources, except the pre-tokenized ones.
+
+    Files named by ``data.validation.path`` are left out.
 
     Raises:
         MythosError: nothing matches, or what matches cannot be used; the message names it.
     """
-    if config.kind == "hub":
-        if not config.dataset:
-            raise MythosError("data.dataset: data.kind: hub needs the id of a dataset, e.g. HuggingFaceFW/fineweb-edu.")
-        return HubCorpus(config.dataset, config.subset, config.split, config.text_column, config.on_error)
-    if config.kind == "embedded":
-        files = [str(path) for path in embedded.gather(cache_directory(config))]
-        return FilesCorpus(files, "text", config.on_error)
-    files = _matching_files(config.path, "data.path")
-    if config.validation.path:
-        held_out = {os.path.realpath(file) for file in _matching_files(config.validation.path, "data.validation.path")}
-        training = [file for file in files if os.path.realpath(file) not in held_out]
-        if not training:
-            raise MythosError(
-                "data.path: every file is also matched by data.validation.path; none is left to train on."
-            )
-        if len(training) < len(files):
-            logger.warning("data.path: %d files of data.validation.path are left out", len(files) - len(training))
-        files = training
-    return FilesCorpus(files, config.text_column, config.on_error)
+    named = config.named_sources.items()
+    return {name: open_corpus(config, source) for name, source in named if source.kind != "tokens"}
+
+
+def pin_revisions(config: DataConfig, saved: Mapping[str, Any]) -> DataConfig:
+    """Replace the revision of every hub source by a commit: the one that ``saved`` names, else the newest of it.
+
+    Args:
+        config: the data section; a revision that is a commit already stays.
+        saved: the data section, as plain values, of the run that is continued, or nothing.
+
+    Raises:
+        MythosError: a dataset cannot be found or reached.
+    """
+
+    def pinned(source: SourceConfig, before: Mapping[str, Any]) -> SourceConfig:
+        if source.kind != "hub" or _COMMIT.fullmatch(source.revision or ""):
+            return source
+        revision = before.get("revision") if before.get("dataset") == source.dataset else None
+        if revision is None:
+            assert source.dataset is not None
+            directory = cache_directory(config)
+            revision = resolve_hub(
+                source.dataset, source.subset, source.split, source.revision, directory, config.patience
+            ).revision
+        return source.model_copy(update={"revision": revision})
+
+    before = saved.get("sources", {})
+    sources = {name: pinned(source, before.get(name, {})) for name, source in config.sources.items()}
+    return pinned(config, saved).model_copy(update={"sources": sources})
+
+
+def weighted(config: DataConfig, corpora: Mapping[str, Corpus]) -> list[tuple[Corpus, float]]:
+    """The corpora with the weights of their sources, for what is made of all their text."""
+    return [(corpus, getattr(config.named_sources[name], "weight", 1.0)) for name, corpus in corpora.items()]
+
+
+def open_corpus(config: DataConfig, source: SourceConfig) -> Corpus:
+    """Open one source of text.
+
+    Raises:
+        MythosError: nothing matches, or what matches cannot be used; the message names it.
+    """
+    what = "data.dataset" if source.kind == "hub" else "data.path"
+    if source.kind == "embedded":
+        files = [local_file(str(path)) for path in embedded.gather(cache_directory(config))]
+    elif source.kind == "hub":
+        assert source.dataset is not None
+        found = resolve_hub(
+            source.dataset, source.subset, source.split, source.revision, cache_directory(config), config.patience
+        )
+        files = [File(*file) for file in found.files]
+    else:
+        files = _without_validation(_matching_files(source.path, what, config.patience), config)
+    return Corpus(
+        files,
+        text_column=source.text_column,
+        filters=source.filters,
+        on_error=config.on_error,
+        max_document_bytes=config.max_document_bytes,
+        minimum_shards=SHARDS_PER_STREAM * config.streams,
+        patience=config.patience,
+        what=what,
+    )
 
 
 def open_validation(config: DataConfig) -> Corpus | None:
@@ -318,8 +271,13 @@ def open_validation(config: DataConfig) -> Corpus | None:
     """
     if not config.validation.path:
         return None
-    return FilesCorpus(
-        _matching_files(config.validation.path, "data.validation.path"), config.text_column, config.on_error
+    return Corpus(
+        _matching_files(config.validation.path, "data.validation.path", config.patience),
+        text_column=config.text_column,
+        on_error=config.on_error,
+        max_document_bytes=config.max_document_bytes,
+        patience=config.patience,
+        what="data.validation.path",
     )
 
 
@@ -329,85 +287,78 @@ def holdout_fraction(config: DataConfig) -> float:
 
 
 def cache_directory(config: DataConfig) -> Path:
-    """Where gathered corpora and trained tokenizers are kept."""
+    """Where gathered corpora, file lists, validation sets and trained tokenizers are kept."""
     return Path(config.cache_dir or os.environ.get("MYTHOS_CACHE") or "~/.cache/mythos").expanduser()
 
 
+def content_hash(text: str) -> int:
+    """64 bits of a document's stripped text, by which it is held out or not: duplicates stay together."""
+    return int.from_bytes(hashlib.blake2b(text.strip().encode(), digest_size=8).digest(), "big")
+
+
+def holdout_limit(fraction: float) -> int:
+    """Documents whose :func:`content_hash` is below this are held out."""
+    return int(fraction * 2**64)
+
+
 def is_held_out(text: str, fraction: float) -> bool:
-    """Whether a document belongs to validation: a function of its stripped text alone, so duplicates stay together."""
-    digest = hashlib.blake2b(text.strip().encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
+    """Whether a document belongs to validation: a function of its stripped text alone."""
+    return content_hash(text) < holdout_limit(fraction)
 
 
-def _matching_files(patterns: str | list[str] | None, key: str) -> list[str]:
+def source_identity(corpus: str, tokenizer: str, holdout_fraction: float) -> dict[str, Any]:
+    """What a position in a source belongs to; the same for text and for the tokens made of it."""
+    return {"corpus": corpus, "tokenizer": tokenizer, "holdout_fraction": holdout_fraction}
+
+
+def in_fixed_order(shards: int) -> list[int]:
+    """The shards in an order that depends on neither their names nor a seed, for what reads a corpus's beginning."""
+    return sorted(range(shards), key=lambda shard: hashlib.blake2b(str(shard).encode()).digest())
+
+
+def digest(value: Any) -> str:
+    """128 bits of plain JSON data, hexadecimal."""
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()
+
+
+def _identity(files: list[File]) -> list[list[Any]]:
+    """Names and sizes; a local corpus that is moved to another folder stays what it is."""
+    if any(is_remote(file.path) for file in files):
+        return [list(file) for file in files]
+    base = os.path.commonpath([os.path.dirname(os.path.abspath(file.path)) for file in files])
+    return [[os.path.relpath(os.path.abspath(file.path), base), file.size] for file in files]
+
+
+def _without_validation(files: list[File], config: DataConfig) -> list[File]:
+    if not config.validation.path:
+        return files
+    held_out = {
+        os.path.realpath(file.path)
+        for file in _matching_files(config.validation.path, "data.validation.path", config.patience)
+    }
+    training = [file for file in files if os.path.realpath(file.path) not in held_out]
+    if not training:
+        raise MythosError("data.path: every file is also matched by data.validation.path; none is left to train on.")
+    if len(training) < len(files):
+        logger.warning("data.path: %d files of data.validation.path are left out", len(files) - len(training))
+    return training
+
+
+def _matching_files(patterns: str | list[str] | None, key: str, patience: float) -> list[File]:
     patterns = [patterns] if isinstance(patterns, str) else patterns or []
-    files: set[str] = set()
+    files: dict[str, File] = {}
     for pattern in patterns:
-        matches = [file for file in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(file)]
+        if is_remote(pattern):
+            matches = [File(*file) for file in remote_files(pattern, patience)]
+        else:
+            found = glob.glob(os.path.expanduser(pattern), recursive=True)
+            matches = [local_file(file) for file in found if os.path.isfile(file)]
         if not matches:
             raise MythosError(
                 f"{key}: {pattern} matches no file (looked from {os.getcwd()}). Give a glob such as data/*.parquet; "
                 f"allowed extensions are {', '.join(EXTENSIONS)}."
             )
-        files.update(matches)
+        files |= {file.path: file for file in matches}
     if not files:
         raise MythosError(f"{key}: no files are given. Give a glob such as data/*.parquet.")
-    return sorted(files)
-
-
-def _digest(value: Any) -> str:
-    return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()
-
-
-def _parquet_value(scalar: pa.Scalar) -> Any:
-    try:
-        return scalar.as_py()
-    except UnicodeDecodeError as error:
-        return Unreadable(str(error))
-
-
-def _parse_json(line: bytes) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError as error:  # covers JSONDecodeError and UnicodeDecodeError
-        return Unreadable(f"invalid JSON: {error}")
-
-
-def _open_lines(path: str) -> IO[bytes]:
-    return gzip.open(path) if path.endswith(".gz") else open(path, "rb")  # type: ignore[return-value]
-
-
-def _jsonl_lines(piece: _Piece) -> Iterator[bytes]:
-    """Non-blank lines that start inside the piece."""
-    with _open_lines(piece.path) as lines:
-        if piece.path.endswith(".gz"):
-            yield from (line for line in lines if line.strip())
-            return
-        position = piece.start
-        if position:  # the line that runs into this piece belongs to the one before
-            lines.seek(position - 1)
-            position += len(lines.readline()) - 1
-        while position < piece.end and (line := lines.readline()):
-            position += len(line)
-            if line.strip():
-                yield line
-
-
-def _txt_documents(path: str) -> Iterator[str | Unreadable]:
-    with open(path, "rb") as lines:
-        document: list[bytes] = []
-        for line in lines:
-            if line.strip():
-                document.append(line)
-            elif document:
-                yield _decode(b"".join(document))
-                document = []
-        if document:
-            yield _decode(b"".join(document))
-
-
-def _decode(data: bytes) -> str | Unreadable:
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        return Unreadable(str(error))
+    return [files[path] for path in sorted(files)]

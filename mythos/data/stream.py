@@ -1,32 +1,30 @@
-"""Packed token sequences from a fixed number of resumable streams, and the validation set."""
+"""Packed token sequences from a fixed number of resumable streams."""
 
 import hashlib
-import logging
-from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from mythos.data.corpus import Corpus, is_held_out
-from mythos.data.tokenizer import Tokenizer, training_documents
+from mythos.data.corpus import SHARDS_PER_STREAM, Skipped
+from mythos.data.source import Source
 from mythos.errors import MythosError
 
-logger = logging.getLogger(__name__)
-
-# Documents a stream tokenizes at once: enough for the tokenizer's threads, little to read again after a resume.
-TOKENIZE_DOCUMENTS = 8
-
-# With shards dealt evenly to within one, this many per stream keep the streams' epochs within a quarter of each other.
-BALANCED_PARTS_PER_STREAM = 4
+# Rows of a mixture that are drawn together: the weights hold in each block to within one row.
+MIXTURE_BLOCK = 256
 
 
-@dataclass(frozen=True)
-class Batch:
+class DifferentData(MythosError):
+    """A saved position is in other data than the configuration's."""
+
+
+class Batch(NamedTuple):
     """Sequences of this rank, in ascending order of their global row.
 
     Attributes:
@@ -39,21 +37,6 @@ class Batch:
     ids: Tensor
     document_ids: Tensor | None
     rows: Tensor
-
-
-@dataclass(frozen=True)
-class ValidationSet:
-    """Sequences in a fixed order, packed like training batches.
-
-    Attributes:
-        ids: int64 (n, sequence_length + 1).
-        document_ids: int32 (n, sequence_length) or None, see :class:`Batch`.
-        bytes: int64 (n,), exact UTF-8 bytes of each row's targets; end-of-document tokens count 0.
-    """
-
-    ids: Tensor
-    document_ids: Tensor | None
-    bytes: Tensor
 
 
 class Position(NamedTuple):
@@ -82,50 +65,81 @@ def deal_parts(shards: int, streams: int, seed: int) -> list[list[Part]]:
         the parts of every stream.
     """
     step = 1
-    while shards * step % streams and shards * step < BALANCED_PARTS_PER_STREAM * streams:
+    while shards * step % streams and shards * step < SHARDS_PER_STREAM * streams:
         step += 1
     parts = [Part(shard, first, step) for shard in range(shards) for first in range(step)]
-    order = _permutation(len(parts), f"deal/{seed}")
+    order = permutation(len(parts), f"deal/{seed}")
     return [[parts[index] for index in order[stream::streams]] for stream in range(streams)]
 
 
-def _permutation(size: int, key: str) -> list[int]:
-    # Sorted by hash and not by a random generator, whose sequence may change with the library's version: a run that
-    # resumes after an upgrade must go on with the same order.
-    return sorted(range(size), key=lambda index: hashlib.blake2b(f"{key}/{index}".encode(), digest_size=16).digest())
+def permutation(size: int, key: str) -> list[int]:
+    """A permutation of 0..size-1 that depends on the key alone.
+
+    Sorted by hash and not by a random generator, whose sequence may change with the library's version: a run that
+    resumes after an upgrade must go on with the same order.
+    """
+    return sorted(range(size), key=lambda index: _hash(f"{key}/{index}"))
 
 
-class _Stream:
-    """One endless walk over its parts: every epoch in a new order, every document once."""
+def _hash(key: str) -> bytes:
+    return hashlib.blake2b(key.encode(), digest_size=16).digest()
 
-    def __init__(
-        self, index: int, parts: list[Part], corpus: Corpus, tokenizer: Tokenizer, seed: int, holdout_fraction: float
-    ) -> None:
-        self.index = index
+
+def drawn_source(weights: tuple[float, ...], seed: int, row: int) -> int:
+    """Index of the source that a row of a mixture is taken from: a function of the arguments alone.
+
+    ``row`` counts global rows since the start of the run: sequence n of stream s is row n * streams + s. Rows are drawn
+    in blocks of 256 by stratified sampling with one random offset, so that each block holds the weights to within one
+    row and none is favoured in the long run.
+    """
+    block, place = divmod(row, MIXTURE_BLOCK)
+    strata, offset = _mixture_block(seed, block)
+    total = sum(weights)
+    bounds = list(accumulate(weight / total for weight in weights))
+    return min(bisect_right(bounds, (strata[place] + offset) / MIXTURE_BLOCK), len(weights) - 1)
+
+
+@lru_cache(maxsize=64)
+def _mixture_block(seed: int, block: int) -> tuple[list[int], float]:
+    key = f"mixture/{seed}/{block}"
+    return permutation(MIXTURE_BLOCK, key), int.from_bytes(_hash(key)[:6], "big") / 2**48
+
+
+class _Walk:
+    """One endless walk over parts of a source: every epoch in a new order, every document once."""
+
+    def __init__(self, name: str, index: int, parts: list[Part], source: Source, seed: int) -> None:
+        self.name = name
+        self._index = index
         self._parts = parts
-        self._corpus = corpus
-        self._tokenizer = tokenizer
+        self._source = source
         self._seed = seed
-        self._holdout_fraction = holdout_fraction
-        self.seek(Position(0, 0, 0), 0)
+        self.seek(Position(0, 0, 0), 0, Counter())
 
-    def seek(self, position: Position, offset: int) -> None:
-        """Continue at token ``offset`` of the document at ``position``."""
-        self._documents = self._walk(position)
-        self._end = position
-        self._queue: deque[tuple[Position, np.ndarray]] = deque()
+    def seek(self, position: Position, offset: int, skipped: Mapping[str, int]) -> None:
+        """Continue at token ``offset`` of the document at ``position``, before which rows were left out."""
+        self._start = position
         self._offset = offset
         self._available = -offset
+        self._skipped = Counter(skipped)
+        self._queue: deque[tuple[Position, np.ndarray, dict[str, int]]] = deque()
+        # Made when first needed: a walk that has not begun can be sent to another process.
+        self._documents: Iterator[tuple[Position, np.ndarray, dict[str, int]]] | None = None
 
-    def tell(self) -> tuple[Position, int]:
-        """Position of the next token that :meth:`take` has not consumed."""
-        return (self._queue[0][0] if self._queue else self._end), self._offset
+    def tell(self) -> tuple[Position, int, dict[str, int]]:
+        """Position of the next token that :meth:`take` has not consumed, and what was left out before it."""
+        position, _, skipped = self._queue[0] if self._queue else (self._start, None, dict(self._skipped))
+        return position, self._offset, skipped
 
     def take(self, count: int) -> np.ndarray:
-        """Consume ``count`` tokens and return them together with the one that follows, int64 (count + 1,)."""
+        """Consume ``count`` tokens and return them together with the one that follows, int32 (count + 1,)."""
+        if self._documents is None:
+            self._documents = self._walk(self._start)
         while self._available < count + 1:
-            self._tokenize_more()
-        tokens = np.concatenate([ids for _, ids in self._first_documents(self._offset + count + 1)])
+            document = next(self._documents)
+            self._queue.append(document)
+            self._available += len(document[1])
+        tokens = np.concatenate([ids for _, ids, _ in self._first_documents(self._offset + count + 1)])
         tokens = tokens[self._offset : self._offset + count + 1]
         self._available -= count
         self._offset += count
@@ -133,143 +147,180 @@ class _Stream:
             self._offset -= len(self._queue.popleft()[1])
         return tokens
 
-    def _first_documents(self, tokens: int) -> Iterator[tuple[Position, np.ndarray]]:
+    def _first_documents(self, tokens: int) -> Iterator[tuple[Position, np.ndarray, dict[str, int]]]:
         for document in self._queue:
             if tokens <= 0:
                 return
             tokens -= len(document[1])
             yield document
 
-    def _tokenize_more(self) -> None:
-        documents = [next(self._documents) for _ in range(TOKENIZE_DOCUMENTS)]
-        encoded = self._tokenizer.encode_batch([text for _, text in documents])
-        for (position, _), ids in zip(documents, encoded, strict=True):
-            self._queue.append((position, np.array([*ids, self._tokenizer.eos_id], dtype=np.int64)))
-            self._available += len(ids) + 1
-
-    def _walk(self, start: Position) -> Iterator[tuple[Position, str]]:
+    def _walk(self, start: Position) -> Iterator[tuple[Position, np.ndarray, dict[str, int]]]:
         epoch, part, row = start
         found = True  # what came before the start is not known to be nothing
         while True:
-            order = _permutation(len(self._parts), f"epoch/{self._seed}/{self.index}/{epoch}")
+            order = permutation(len(self._parts), f"epoch/{self._seed}/{self._index}/{epoch}")
             for place in range(part, len(order)):
                 shard, first, step = self._parts[order[place]]
-                for text in self._corpus.read(shard, first + row * step, step):
-                    if text is not None and not is_held_out(text, self._holdout_fraction):
-                        found = True
-                        yield Position(epoch, place, row), text
-                    row += 1
+                for index, document in self._source.read(shard, first + row * step, step):
+                    if isinstance(document, Skipped):
+                        self._skipped[document.value] += 1
+                        continue
+                    found = True
+                    yield Position(epoch, place, (index - first) // step), document, dict(self._skipped)
                 row = 0
             if not found:
                 raise MythosError(
-                    f"data: stream {self.index} has read all of its {len(self._parts)} parts of the corpus and found "
-                    f"no training document (left out so far: {self._corpus.skipped}). Give more text, or set "
-                    "data.streams lower than the number of documents, or check data.text_column and "
+                    f"data: stream {self._index} has read all of its {len(self._parts)} parts of {self.name} and found "
+                    f"no training document (left out so far: {dict(self._skipped)}). Give more text, or set "
+                    "data.streams lower than the number of documents, or check data.text_column, data.filters and "
                     "data.validation.fraction."
                 )
             epoch, part, found = epoch + 1, 0, False
 
 
+class _Stream:
+    """One stream: a walk over every source, and the count of sequences by which a mixture chooses among them."""
+
+    def __init__(self, index: int, walks: list[_Walk]) -> None:
+        self.index = index
+        self.walks = walks
+        self.sequences = 0
+
+
 class TokenStreams:
     """Endless packed sequences, the same global batches at every world size.
 
-    ``streams`` logical streams each own a fixed share of the documents (:func:`deal_parts`) and walk it once per epoch
-    of their own, so that over an epoch of all streams every training document is read exactly once. Documents end with
-    the end-of-document token and are packed without padding; the last id of a sequence is the first of the stream's
-    next, so every token but the stream's very first is a target exactly once. Stream i belongs to rank i % world_size.
+    ``streams`` logical streams each own a fixed share of every source's documents (:func:`deal_parts`) and walk it once
+    per epoch of their own, so that over an epoch of all streams every training document is read exactly once.
+    Documents end with the end-of-document token and are packed without padding; the last id of a sequence is the first
+    of what the stream takes next from that source, so every token but the very first is a target exactly once. With
+    several sources, each sequence comes from one (:func:`drawn_source`).
+
+    Stream i belongs to rank i % world_size. A rank's share is divided among worker processes in the same way: worker w
+    of W on rank r holds what rank r + w * world_size of world_size * W would.
 
     Args:
-        corpus: where documents come from.
-        tokenizer: what they are tokenized with.
+        sources: sources and their weights by name.
         streams: number S of streams.
         sequence_length: inputs of a sequence.
         seed: seed of the order.
-        mask_documents: number the documents of every sequence.
-        holdout_fraction: share of documents left to validation.
+        eos_id: end-of-document token, given to number the documents of every sequence; None leaves them out.
         rank: this process.
-        world_size: number of processes; divides ``streams``.
-
-    Raises:
-        MythosError: ``world_size`` does not divide ``streams``.
+        world_size: number of processes.
     """
 
     def __init__(
         self,
-        corpus: Corpus,
-        tokenizer: Tokenizer,
+        sources: Mapping[str, tuple[Source, float]],
         *,
         streams: int,
         sequence_length: int,
         seed: int,
-        mask_documents: bool = False,
-        holdout_fraction: float,
+        eos_id: int | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        if streams % world_size:
-            raise MythosError(
-                f"data.streams: {streams} is not a multiple of the {world_size} processes. Use a number of processes "
-                "that divides it; changing data.streams starts another run."
-            )
-        self.corpus = corpus
-        self.tokenizer = tokenizer
+        self.sources = dict(sources)
         self.streams = streams
         self.sequence_length = sequence_length
-        self.mask_documents = mask_documents
-        parts = deal_parts(len(corpus.shards), streams, seed)
-        self._local = [
-            _Stream(index, parts[index], corpus, tokenizer, seed, holdout_fraction)
-            for index in range(rank, streams, world_size)
-        ]
-        self._identity = {
-            "corpus": corpus.fingerprint,
-            "tokenizer": tokenizer.fingerprint,
+        self.seed = seed
+        self.eos_id = eos_id
+        self.rank = rank
+        self.world_size = world_size
+        self._weights = tuple(weight for _, weight in self.sources.values())
+        indices = range(rank, streams, world_size)
+        walks: dict[int, list[_Walk]] = {index: [] for index in indices}
+        for name, (source, _) in self.sources.items():
+            parts = deal_parts(len(source.shards), streams, seed)
+            for index in indices:
+                walks[index].append(_Walk(name, index, parts[index], source, seed))
+        self._local = [_Stream(index, walks[index]) for index in indices]
+        self.identity = {
             "streams": streams,
             "seed": seed,
-            "holdout_fraction": holdout_fraction,
+            "sources": {name: source.identity for name, (source, _) in self.sources.items()},
         }
 
-    @property
-    def skipped(self) -> dict[str, int]:
-        """Documents and shards this process has left out, see :class:`mythos.data.corpus.Corpus`."""
-        return self.corpus.skipped
+    def share(self, worker: int, workers: int) -> "TokenStreams":
+        """The streams of one of this rank's worker processes, at the position of these."""
+        share = TokenStreams(
+            self.sources,
+            streams=self.streams,
+            sequence_length=self.sequence_length,
+            seed=self.seed,
+            eos_id=self.eos_id,
+            rank=self.rank + worker * self.world_size,
+            world_size=workers * self.world_size,
+        )
+        share.load_state_dict(self.state_dict())
+        return share
 
-    def next_batch(self, slots: int) -> Batch:
-        """Consume ``slots`` sequences of every stream of this rank: slots x streams / world_size rows.
+    def next_ids(self, slots: int) -> tuple[np.ndarray, np.ndarray]:
+        """Consume ``slots`` sequences of each of these streams: int32 ids (rows, L + 1), and int64 rows (rows,).
 
         Raises:
             MythosError: a stream without training documents, or (``on_error: fail``) one that cannot be read.
         """
-        length = self.sequence_length
-        taken = np.stack([stream.take(slots * length) for stream in self._local])
-        ids = torch.from_numpy(taken).unfold(1, length + 1, length).transpose(0, 1).reshape(-1, length + 1)
-        stream_indices = torch.tensor([stream.index for stream in self._local])
-        rows = (torch.arange(slots)[:, None] * self.streams + stream_indices).flatten()
-        return Batch(ids, self._document_ids(ids), rows)
+        taken = [self._next_sequence(stream) for _ in range(slots) for stream in self._local]
+        indices = np.array([stream.index for stream in self._local])
+        return np.stack(taken), (np.arange(slots)[:, None] * self.streams + indices).reshape(-1)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Position after what :meth:`next_batch` has returned, of this rank's streams; plain JSON.
-
-        The ``positions`` of several ranks are merged by key: together they load at any world size.
-        """
-        positions = {}
-        for stream in self._local:
-            position, offset = stream.tell()
-            positions[str(stream.index)] = [*position, offset]
-        return {**self._identity, "positions": positions}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly after the batch that ``state`` was taken after.
+    def next_batch(self, slots: int) -> Batch:
+        """Consume ``slots`` sequences of each of these streams: slots x streams / world_size rows.
 
         Raises:
-            MythosError: the state is of another corpus, tokenizer, seed or shape, or lacks streams of this rank.
+            MythosError: as :meth:`next_ids`.
         """
-        different = [key for key, value in self._identity.items() if state.get(key) != value]
+        return self.batch(*self.next_ids(slots))
+
+    def batch(self, ids: np.ndarray, rows: np.ndarray) -> Batch:
+        """What :meth:`next_ids` of these streams, or of their shares, returned, as a batch in the order of the rows."""
+        order = np.argsort(rows, kind="stable")
+        tokens = torch.from_numpy(ids[order].astype(np.int64))
+        documents = None if self.eos_id is None else number_documents(tokens, self.eos_id)
+        return Batch(tokens, documents, torch.from_numpy(rows[order]))
+
+    def _next_sequence(self, stream: _Stream) -> np.ndarray:
+        source = 0
+        if len(self._weights) > 1:
+            source = drawn_source(self._weights, self.seed, stream.sequences * self.streams + stream.index)
+        stream.sequences += 1
+        return stream.walks[source].take(self.sequence_length)
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """What these streams have left out since the start of the run, by kind of :class:`Skipped`."""
+        return count_skipped(self.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position after what :meth:`next_batch` has returned, of these streams; plain JSON.
+
+        By stream: ``sequences`` consumed, ``positions`` as [epoch, part, row, tokens of that row consumed] by source,
+        and what was ``skipped`` by source. :func:`merge_states` joins the states of several ranks; together they load
+        at any world size.
+        """
+        state: dict[str, Any] = {"sequences": {}, "positions": {}, "skipped": {}}
+        for stream in self._local:
+            key = str(stream.index)
+            told = {walk.name: walk.tell() for walk in stream.walks}
+            state["sequences"][key] = stream.sequences
+            state["positions"][key] = {name: [*position, offset] for name, (position, offset, _) in told.items()}
+            state["skipped"][key] = {name: skipped for name, (_, _, skipped) in told.items()}
+        return {**self.identity, **state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue exactly after the batch that ``state`` was taken after. The weights of a mixture may have changed.
+
+        Raises:
+            DifferentData: the state is of other sources, another tokenizer, seed or number of streams.
+            MythosError: it lacks some of these streams.
+        """
+        different = list(_differences(state, self.identity))
         if different:
-            found = "; ".join(f"{key} was {state.get(key)}, is {self._identity[key]}" for key in different)
-            raise MythosError(
-                f"data: the checkpoint's position is in other data ({found}). Restore what the run was started with, "
-                "or start a new run (another run.dir, or run.resume: never)."
+            raise DifferentData(
+                f"data: the checkpoint's position is in other data: {'; '.join(different)}. Restore what the run was "
+                "started with, or start a new run (another run.name), or set data.on_mismatch=restart to go on from "
+                "the same weights and read the data from its beginning."
             )
         missing = [stream.index for stream in self._local if str(stream.index) not in state["positions"]]
         if missing:
@@ -277,63 +328,46 @@ class TokenStreams:
                 f"data: the checkpoint has no position for streams {missing}; merge the state of every rank that saved."
             )
         for stream in self._local:
-            epoch, part, row, offset = state["positions"][str(stream.index)]
-            stream.seek(Position(epoch, part, row), offset)
+            key = str(stream.index)
+            stream.sequences = state["sequences"][key]
+            for walk in stream.walks:
+                epoch, part, row, offset = state["positions"][key][walk.name]
+                walk.seek(Position(epoch, part, row), offset, state["skipped"][key][walk.name])
 
-    def _document_ids(self, ids: Tensor) -> Tensor | None:
-        return _number_documents(ids, self.tokenizer.eos_id) if self.mask_documents else None
+
+def _differences(saved: dict[str, Any], here: dict[str, Any]) -> Iterator[str]:
+    for key in ("streams", "seed"):
+        if saved.get(key) != here[key]:
+            yield f"{key} was {saved.get(key)}, is {here[key]}"
+    then, now = saved.get("sources", {}), here["sources"]
+    if then.keys() != now.keys():
+        yield f"sources were {', '.join(then) or 'none'}, are {', '.join(now)}"
+        return
+    for name, identity in now.items():
+        of = f" of {name}" if len(now) > 1 else ""
+        for key, value in identity.items():
+            if then[name].get(key) != value:
+                yield f"{key}{of} was {then[name].get(key)}, is {value}"
 
 
-def _number_documents(ids: Tensor, eos_id: int) -> Tensor:
+def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Join the states of ranks or workers that hold different streams."""
+    merged = dict(states[0])
+    for key in ("sequences", "positions", "skipped"):
+        merged[key] = {stream: value for state in states for stream, value in state[key].items()}
+    return merged
+
+
+def count_skipped(state: dict[str, Any]) -> dict[str, int]:
+    """Rows left out since the start of the run, by kind of :class:`Skipped`, over the streams of a state."""
+    total: Counter[str] = Counter()
+    for of_stream in state["skipped"].values():
+        for of_source in of_stream.values():
+            total.update(of_source)
+    return dict(total)
+
+
+def number_documents(ids: Tensor, eos_id: int) -> Tensor:
     """Count, for every input, the ends of documents before it: int32 (rows, L) from ids (rows, L + 1)."""
     ends = (ids[:, :-1] == eos_id).int()
     return (ends.cumsum(1) - ends).int()
-
-
-def validation_sequences(
-    corpus: Corpus,
-    tokenizer: Tokenizer,
-    *,
-    sequences: int,
-    sequence_length: int,
-    holdout_fraction: float | None,
-    mask_documents: bool = False,
-) -> ValidationSet:
-    """Pack the first validation documents, in an order fixed by the corpus alone.
-
-    Args:
-        corpus: the training corpus, whose held-out documents are taken, or a corpus of validation documents.
-        tokenizer: the run's tokenizer.
-        sequences: how many sequences to return; fewer if there is no more text.
-        sequence_length: inputs of a sequence.
-        holdout_fraction: share held out of the training corpus; None takes all of a validation corpus.
-        mask_documents: number the documents of every sequence.
-
-    Raises:
-        MythosError: not enough text for one sequence.
-    """
-    wanted = sequences * sequence_length + 1
-    ids: list[int] = []
-    sizes: list[int] = []
-    # Quick on local files; a small share of a large hub dataset takes a while to find.
-    documents = tqdm(training_documents(corpus, 0.0), desc="reading validation documents", unit="doc", delay=3)
-    for text in documents:
-        if holdout_fraction is not None and not is_held_out(text, holdout_fraction):
-            continue
-        document, document_bytes = tokenizer.encode_with_bytes(text)
-        ids += [*document, tokenizer.eos_id]
-        sizes += [*document_bytes, 0]
-        if len(ids) >= wanted:
-            break
-    count = min(sequences, (len(ids) - 1) // sequence_length)
-    if count < 1:
-        raise MythosError(
-            f"data.validation: {len(ids)} tokens of validation text do not fill one sequence of {sequence_length}. "
-            "Raise data.validation.fraction, give files in data.validation.path, or lower data.sequence_length."
-        )
-    if count < sequences:
-        logger.warning("data.validation: text for %d of %d sequences; using these", count, sequences)
-    rows = torch.tensor(ids[: count * sequence_length + 1]).unfold(0, sequence_length + 1, sequence_length)
-    targets = torch.tensor(sizes[1 : count * sequence_length + 1]).view(count, sequence_length)
-    documents = _number_documents(rows, tokenizer.eos_id) if mask_documents else None
-    return ValidationSet(rows.contiguous(), documents, targets.sum(1))

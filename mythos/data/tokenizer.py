@@ -17,7 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 from mythos.config import TokenizerConfig
-from mythos.data.corpus import Corpus, is_held_out
+from mythos.data.corpus import Corpus, digest, in_fixed_order, is_held_out
 from mythos.errors import MythosError, short_reason
 from mythos.model.config import padded_vocab_size
 
@@ -76,6 +76,14 @@ class Tokenizer:
         self.padded_size: int = padded_vocab_size(self.size)
         identity = [sorted(vocabulary.items(), key=lambda item: item[1]), eos_id, self.encode_batch([PROBE])]
         self.fingerprint: str = hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy in another process encodes, and needs no import of transformers for it, which takes seconds."""
+        return {**self.__dict__, "_fast": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = state
+        self._backend.encode_special_tokens = True
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of every text, no special tokens added."""
@@ -156,7 +164,7 @@ class Tokenizer:
 
 def load_tokenizer(
     config: TokenizerConfig,
-    corpus: Corpus,
+    corpora: Sequence[tuple[Corpus, float]],
     *,
     run_dir: Path | None,
     cache_dir: Path,
@@ -165,8 +173,9 @@ def load_tokenizer(
 ) -> Tokenizer:
     """The tokenizer of a run: that of the run directory if there is one, else trained (bpe) or loaded by name.
 
-    With a ``run_dir`` the tokenizer is also written to ``run_dir/tokenizer``. A bpe is trained on documents that
-    :func:`mythos.data.corpus.is_held_out` leaves to training, and cached by corpus, size and share held out.
+    With a ``run_dir`` the tokenizer is also written to ``run_dir/tokenizer``. A bpe is trained on documents of the
+    corpora, by their weights, that :func:`mythos.data.corpus.is_held_out` leaves to training, and cached by corpora,
+    size and share held out.
 
     Raises:
         MythosError: the run directory's tokenizer is not what the configuration asks for, or none can be made.
@@ -185,12 +194,12 @@ def load_tokenizer(
         tokenizer = Tokenizer.load(config.name)
         tokenizer.request = request
     else:
-        key = f"{corpus.fingerprint}/{config.vocab_size}/{holdout_fraction}"
-        cached = cache_dir / f"bpe-{config.vocab_size}-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}"
+        identity = [[corpus.fingerprint, weight] for corpus, weight in corpora]
+        cached = cache_dir / f"bpe-{config.vocab_size}-{digest([identity, config.vocab_size, holdout_fraction])[:16]}"
         if cached.is_dir():
             tokenizer = Tokenizer.load(cached)
         else:
-            documents = training_documents(corpus, holdout_fraction)
+            documents = training_documents(corpora, holdout_fraction)
             tokenizer = train_bpe(documents, config.vocab_size, progress=progress)
             tokenizer.save(cached)
     if kept:
@@ -198,12 +207,27 @@ def load_tokenizer(
     return tokenizer
 
 
-def training_documents(corpus: Corpus, holdout_fraction: float) -> Iterator[str]:
-    """Documents that are not held out, shard by shard in an order that does not depend on their names."""
-    shards = sorted(range(len(corpus.shards)), key=lambda s: hashlib.blake2b(str(s).encode()).digest())
-    for shard in shards:
-        for document in corpus.read(shard, 0):
-            if document is not None and not is_held_out(document, holdout_fraction):
+def training_documents(corpora: Sequence[tuple[Corpus, float]], holdout_fraction: float) -> Iterator[str]:
+    """Documents that are not held out, of every corpus in proportion to its weight in characters.
+
+    Within a corpus they come shard by shard, in an order that does not depend on names.
+    """
+    readers = [_documents(corpus, holdout_fraction) for corpus, _ in corpora]
+    shares = {index: 0.0 for index in range(len(readers))}
+    while shares:
+        index = min(shares, key=shares.__getitem__)
+        document = next(readers[index], None)
+        if document is None:
+            del shares[index]
+        else:
+            shares[index] += len(document) / corpora[index][1]
+            yield document
+
+
+def _documents(corpus: Corpus, holdout_fraction: float) -> Iterator[str]:
+    for shard in in_fixed_order(len(corpus.shards)):
+        for _, document in corpus.read(shard):
+            if isinstance(document, str) and not is_held_out(document, holdout_fraction):
                 yield document
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mythos.data.stream import ValidationSet
+from mythos.data.validation import ValidationSet
 from mythos.model.rdt import RecurrentDepthTransformer
 
 

@@ -9,6 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mythos.config import DataConfig
+from mythos.data.corpus import open_corpus
+from mythos.data.source import Source, TextSource
+from mythos.data.stream import TokenStreams
 from mythos.data.tokenizer import Tokenizer, train_bpe
 
 WORDS = [
@@ -41,6 +45,18 @@ def make_documents(count: int, seed: int = 0) -> list[str]:
 
 def write_parquet(path: Path, documents: list, row_group: int = 10, column: str = "text") -> None:
     pq.write_table(pa.table({column: documents, "id": range(len(documents))}), path, row_group_size=row_group)
+
+
+def text_source(path: str | Path, tokenizer: Tokenizer, holdout_fraction: float = 0.0, **fields) -> TextSource:
+    """The documents of a glob."""
+    config = DataConfig(kind="files", path=str(path), **fields)
+    return TextSource(open_corpus(config, config), tokenizer, holdout_fraction)
+
+
+def make_streams(source: Source | dict[str, tuple[Source, float]], **changes) -> TokenStreams:
+    """Four streams of sequences of 16 tokens."""
+    sources = source if isinstance(source, dict) else {"files": (source, 1.0)}
+    return TokenStreams(sources, **{"streams": 4, "sequence_length": 16, "seed": 3, **changes})
 
 
 def write_jsonl(path: Path, documents: list) -> None:

@@ -1,5 +1,7 @@
 """Tokenizers: round trips, exact bytes, what a run keeps, and what is refused."""
 
+import pickle
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -28,7 +30,12 @@ TEXTS = [
 def corpus(tmp_path: Path) -> Corpus:
     (tmp_path / "corpus").mkdir()
     write_parquet(tmp_path / "corpus" / "x.parquet", make_documents(200))
-    return open_corpus(DataConfig(kind="files", path=str(tmp_path / "corpus" / "*.parquet")))
+    return opened(tmp_path / "corpus" / "*.parquet")
+
+
+def opened(path: Path) -> Corpus:
+    config = DataConfig(kind="files", path=str(path), on_error="skip")
+    return open_corpus(config, config)
 
 
 @pytest.mark.parametrize("text", [*TEXTS, *make_documents(5, seed=5)])
@@ -90,7 +97,7 @@ def test_bpe_is_trained_on_training_documents_once(
     def load(run: str | None, config: TokenizerConfig = config) -> Tokenizer:
         run_dir = tmp_path / run if run else None
         return load_tokenizer(
-            config, corpus, run_dir=run_dir, cache_dir=tmp_path / "cache", holdout_fraction=0.2, progress=False
+            config, [(corpus, 1.0)], run_dir=run_dir, cache_dir=tmp_path / "cache", holdout_fraction=0.2, progress=False
         )
 
     first = load("one")
@@ -105,32 +112,50 @@ def test_bpe_is_trained_on_training_documents_once(
 
 
 def test_the_whole_corpus_is_read_for_training(corpus: Corpus) -> None:
-    assert sorted(training_documents(corpus, 0.0)) == sorted(make_documents(200))
+    assert sorted(training_documents([(corpus, 1.0)], 0.0)) == sorted(make_documents(200))
+
+
+def test_corpora_are_read_in_proportion_to_their_weights(corpus: Corpus, tmp_path: Path) -> None:
+    others = [f"other {text}" for text in make_documents(2000, seed=1)]
+    write_parquet(tmp_path / "other.parquet", others)
+    documents = training_documents([(corpus, 1.0), (opened(tmp_path / "other.parquet"), 3.0)], 0.0)
+    first = list(islice(documents, 400))
+    share = sum(len(text) for text in first if text.startswith("other")) / sum(map(len, first))
+    assert share == pytest.approx(0.75, abs=0.02)
+    assert sorted([*first, *documents]) == sorted(make_documents(200) + others), "then what is left of the longer"
+
+
+def test_a_copy_for_a_worker_encodes_alike(tokenizer: Tokenizer) -> None:
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    assert copy.encode_batch(TEXTS) == tokenizer.encode_batch(TEXTS)
+    assert (copy.eos_id, copy.fingerprint) == (tokenizer.eos_id, tokenizer.fingerprint)
 
 
 def test_local_path(corpus: Corpus, tmp_path: Path, tokenizer: Tokenizer) -> None:
     tokenizer._fast.save_pretrained(tmp_path / "local")
     config = TokenizerConfig(name=str(tmp_path / "local"))
     for _ in range(2):  # the second time from the run directory
-        loaded = load_tokenizer(config, corpus, run_dir=tmp_path / "run", cache_dir=tmp_path / "cache")
+        loaded = load_tokenizer(config, [(corpus, 1.0)], run_dir=tmp_path / "run", cache_dir=tmp_path / "cache")
         assert loaded.encode_batch(TEXTS) == tokenizer.encode_batch(TEXTS)
     with pytest.raises(MythosError, match="was made for"):
-        load_tokenizer(TokenizerConfig(name="bpe"), corpus, run_dir=tmp_path / "run", cache_dir=tmp_path / "cache")
+        load_tokenizer(
+            TokenizerConfig(name="bpe"), [(corpus, 1.0)], run_dir=tmp_path / "run", cache_dir=tmp_path / "cache"
+        )
 
 
 def test_refused_tokenizers(corpus: Corpus, tmp_path: Path) -> None:
     with pytest.raises(MythosError, match=r"tokenizer\.name: nobody/nothing cannot be loaded.*or bpe"):
-        load_tokenizer(TokenizerConfig(name="nobody/nothing"), corpus, run_dir=None, cache_dir=tmp_path)
+        load_tokenizer(TokenizerConfig(name="nobody/nothing"), [(corpus, 1.0)], run_dir=None, cache_dir=tmp_path)
     backend = Backend(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
     PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path / "endless")
     with pytest.raises(MythosError, match="has no end-of-document token"):
         Tokenizer.load(tmp_path / "endless")
     write_parquet(tmp_path / "x.parquet", ["", None])
-    empty = open_corpus(DataConfig(kind="files", path=str(tmp_path / "x.parquet")))
+    empty = opened(tmp_path / "x.parquet")
     with pytest.raises(MythosError, match="no document with text"):
-        load_tokenizer(TokenizerConfig(name="bpe"), empty, run_dir=None, cache_dir=tmp_path, progress=False)
+        load_tokenizer(TokenizerConfig(name="bpe"), [(empty, 1.0)], run_dir=None, cache_dir=tmp_path, progress=False)
     with pytest.raises(MythosError, match="at least 384"):
-        load_tokenizer(TokenizerConfig(name="bpe", vocab_size=300), empty, run_dir=None, cache_dir=tmp_path)
+        load_tokenizer(TokenizerConfig(name="bpe", vocab_size=300), [(empty, 1.0)], run_dir=None, cache_dir=tmp_path)
 
 
 def test_vocabulary_must_fit(tokenizer: Tokenizer) -> None:

@@ -1,0 +1,194 @@
+"""Hub datasets: which files, at which commit, a subset and split are made of."""
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from huggingface_hub import constants
+
+from mythos.data.formats import EXTENSIONS
+from mythos.data.remote import Unreachable, hub_json, hub_tree, hub_url, open_remote
+from mythos.errors import MythosError, short_reason
+
+# Where a dataset says which files its subsets and splits are made of.
+DECLARATIONS = ("README.md", ".huggingface.yaml")
+# Says nothing of files, and cannot be read when it is empty.
+LEGACY = "dataset_infos.json"
+CONVERTED = "The hub may hold a conversion to parquet: data.revision=refs/convert/parquet."
+
+
+@dataclass(frozen=True)
+class HubFiles:
+    """The files of a subset and split.
+
+    Attributes:
+        revision: the commit; None for a local folder.
+        files: (hf:// URL or local path, size in bytes), sorted.
+    """
+
+    revision: str | None
+    files: list[tuple[str, int]]
+
+
+def resolve_hub(
+    dataset: str, subset: str | None, split: str, revision: str | None, cache_dir: Path, patience: float
+) -> HubFiles:
+    """Find the files of a hub dataset, or of a local folder in the layout of one, the way ``datasets`` finds them.
+
+    The list is kept in ``cache_dir``: with a commit for ``revision`` it is found there without a request.
+
+    Args:
+        dataset: NAMESPACE/NAME on the hub, or a folder.
+        subset: name of a configuration; None for the default one.
+        split: such as train.
+        revision: branch, tag or commit; None for the main branch. Ignored for a folder.
+        cache_dir: where lists are kept.
+        patience: seconds without an answer after which to give up.
+
+    Raises:
+        MythosError: no such dataset, revision, subset or split, or files that cannot be read; it names the field.
+        Unreachable: the hub gave no answer within ``patience`` seconds.
+    """
+    if os.path.isdir(os.path.expanduser(dataset)):
+        folder = Path(dataset).expanduser().resolve()
+        paths = _select(folder, dataset, subset, split)
+        return HubFiles(None, [(str(folder / path), (folder / path).stat().st_size) for path in paths])
+    if revision is None or not re.fullmatch("[0-9a-f]{40}", revision):
+        revision = _commit(dataset, revision, patience)
+    kept = cache_dir / "hub" / f"{_digest([dataset, subset, split, revision])}.json"
+    sizes = _load(kept)
+    if sizes is None:
+        sizes = _list(dataset, subset, split, revision, patience)
+        _save(kept, {"dataset": dataset, "subset": subset, "split": split, "revision": revision, "files": sizes})
+    return HubFiles(revision, [(hub_url("dataset", dataset, revision, path), size) for path, size in sizes.items()])
+
+
+def _commit(dataset: str, revision: str | None, patience: float) -> str:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(dataset)
+    except HFValidationError:
+        malformed = True
+    else:
+        malformed = "/" not in dataset
+    if malformed:
+        raise MythosError(
+            f"data.dataset: {dataset} is neither a folder nor the id of a hub dataset. Give a folder that exists, or "
+            "NAMESPACE/NAME, such as HuggingFaceFW/fineweb-edu."
+        )
+    revision = revision or constants.DEFAULT_REVISION
+    with _naming_fields(dataset, revision):
+        answer, _ = hub_json(f"/api/datasets/{dataset}/revision/{quote(revision, safe='')}", patience)
+    return answer["sha"]
+
+
+def _list(dataset: str, subset: str | None, split: str, revision: str, patience: float) -> dict[str, int]:
+    """Path in the repository -> bytes, of the files of the subset and split."""
+    with _naming_fields(dataset, revision):
+        tree = hub_tree("dataset", dataset, revision, "", patience)
+        declarations = {
+            path: open_remote(hub_url("dataset", dataset, revision, path), tree[path], patience).read()
+            for path in DECLARATIONS
+            if path in tree
+        }
+    # `datasets` asks the hub with retries and timeouts of its own, which know no patience. It treats a folder by the
+    # same rules, so it is shown one: the repository's tree, with empty files but for the declarations.
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary).resolve()
+        for path in tree:
+            file = folder / path
+            if ".." in file.parts or not file.is_relative_to(folder):
+                raise MythosError(f"data.dataset: {dataset} holds a file {path}, outside of its own folder.")
+            if path == LEGACY:
+                continue
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(declarations.get(path, b""))
+        return {path: tree[path] for path in _select(folder, dataset, subset, split)}
+
+
+def _select(folder: Path, dataset: str, subset: str | None, split: str) -> list[str]:
+    """Paths in a folder of the files that ``datasets`` takes for the subset and split, sorted."""
+    import datasets  # here because it takes a second
+
+    with tempfile.TemporaryDirectory() as cache:
+        try:
+            subsets = datasets.get_dataset_config_names(str(folder))
+            chosen = subset or datasets.get_dataset_default_config_name(str(folder))
+            if chosen in subsets:
+                splits = datasets.load_dataset_builder(str(folder), chosen, cache_dir=cache).config.data_files or {}
+        except Exception as error:  # those of datasets, of fsspec and of the YAML header share no base class
+            raise MythosError(
+                f"data.dataset: the files of {dataset} cannot be told: {short_reason(error)}. Check its README.md, or "
+                f"name the files with data.kind: files. {CONVERTED}"
+            ) from error
+    if chosen not in subsets:
+        given = f"{dataset} has no subset {subset}" if subset else f"{dataset} has no default subset"
+        raise MythosError(f"data.subset: {given}; it has {_some(subsets)}. Choose one of them.")
+    if split not in splits:
+        raise MythosError(
+            f"data.split: {dataset}, subset {chosen}, has no split {split}; it has {_some(map(str, splits))}. "
+            "Choose one of them."
+        )
+    files = sorted({Path(file) for file in splits[split]})
+    for file in files:
+        if not file.is_relative_to(folder):
+            raise MythosError(
+                f"data.dataset: {dataset}, subset {chosen}, is made of files elsewhere ({file}). Name them with "
+                "data.kind: files."
+            )
+        if not file.name.endswith(EXTENSIONS):
+            raise MythosError(
+                f"data.dataset: {dataset}, subset {chosen}, holds {file.relative_to(folder).as_posix()}; what can be "
+                f"read is {', '.join(EXTENSIONS)}. {CONVERTED}"
+            )
+    return [file.relative_to(folder).as_posix() for file in files]
+
+
+@contextmanager
+def _naming_fields(dataset: str, revision: str) -> Iterator[None]:
+    """Say which field is wrong when the hub refuses."""
+    try:
+        yield
+    except Unreachable:
+        raise
+    except MythosError as error:
+        response = getattr(error.__cause__, "response", None)
+        if response is not None and response.headers.get("X-Error-Code") == "RevisionNotFound":
+            raise MythosError(
+                f"data.revision: {dataset} has no branch, tag or commit {revision}. Give one that it has, or null for "
+                "the newest."
+            ) from error
+        raise MythosError(f"data.dataset: {error}") from error
+
+
+def _some(names: Iterable[str], most: int = 20) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _digest(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()
+
+
+def _load(path: Path) -> dict[str, int] | None:
+    try:
+        return dict(json.loads(path.read_text())["files"])
+    except (OSError, ValueError, KeyError, TypeError):  # absent or damaged: it is made again
+        return None
+
+
+def _save(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.{os.getpid()}")
+    aside.write_text(json.dumps(content, indent=1))
+    os.replace(aside, path)

@@ -1,0 +1,176 @@
+"""Batches read and tokenized ahead of training by worker processes, with the state of what has been consumed."""
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from mythos.data.stream import Batch, TokenStreams, count_skipped, merge_states
+from mythos.errors import MythosError
+
+
+class _Share(NamedTuple):
+    """A worker's part of a batch, and where its streams stand after it."""
+
+    ids: np.ndarray
+    rows: np.ndarray
+    state: dict[str, Any]
+
+
+class _Shares(IterableDataset):
+    """The endless shares of the worker process that iterates; a problem comes as the last item."""
+
+    def __init__(self, streams: TokenStreams, slots: int) -> None:
+        self.streams = streams
+        self.slots = slots
+
+    def __iter__(self) -> Iterator[_Share | MythosError]:
+        info = get_worker_info()
+        assert info is not None
+        try:
+            share = self.streams.share(info.id, info.num_workers)
+            while True:
+                yield _Share(*share.next_ids(self.slots), share.state_dict())
+        except MythosError as error:  # raised here, the message would be buried in a traceback
+            yield error
+
+
+class Loader:
+    """The batches of this rank's streams, in order, whatever number of worker processes reads them.
+
+    Each worker holds a share of the rank's streams and is ``prefetch`` steps ahead. The state is that of the batches
+    handed out: what workers have read beyond is read again by the next process.
+
+    Args:
+        streams: this rank's streams.
+        slots: sequences of every stream in a batch.
+        workers: worker processes, at most one a stream; 0 reads in this process.
+        prefetch: batches that workers are ahead.
+
+    Raises:
+        MythosError: the number of processes does not divide the number of streams.
+    """
+
+    def __init__(self, streams: TokenStreams, *, slots: int, workers: int, prefetch: int) -> None:
+        if streams.streams % streams.world_size:
+            raise MythosError(
+                f"data.streams: {streams.streams} is not a multiple of the {streams.world_size} processes. Use a "
+                "number of processes that divides it; changing data.streams starts another run."
+            )
+        self.streams = streams
+        self.slots = slots
+        self.workers = min(workers, streams.streams // streams.world_size)
+        self.prefetch = prefetch
+        self._state = streams.state_dict()
+        self._shares: Iterator[_Share | MythosError] | None = None
+
+    def start(self) -> None:
+        """Start the workers, so that they read while the caller does something else; the first batch does it too."""
+        if not self.workers or self._shares is not None:
+            return
+        with warnings.catch_warnings(), _without_interrupts():
+            warnings.simplefilter("ignore", UserWarning)  # more workers than cores: the user's to decide
+            self._shares = iter(self._data_loader())
+
+    def _data_loader(self) -> DataLoader:
+        return DataLoader(
+            _Shares(self.streams, self.slots),
+            batch_size=None,
+            num_workers=self.workers,
+            prefetch_factor=self.prefetch,
+            # Forked, a worker would hold locks of threads (of the tokenizer, of CUDA) that do not exist in it.
+            multiprocessing_context="spawn",
+            worker_init_fn=_begin_worker,
+            # Items are NumPy arrays and plain values; converted to tensors, they would need shared memory.
+            collate_fn=_unchanged,
+        )
+
+    def next_batch(self) -> Batch:
+        """Hand out the next batch.
+
+        Raises:
+            MythosError: the data cannot be read, or a worker has died. The state stays that of the last batch.
+        """
+        if not self.workers:
+            batch = self.streams.next_batch(self.slots)
+            self._state = self.streams.state_dict()
+            return batch
+        self.start()
+        assert self._shares is not None
+        shares = []
+        for _ in range(self.workers):
+            try:
+                share = next(self._shares)
+            except RuntimeError as error:
+                raise MythosError(
+                    f"a data worker has died ({error}). Out of memory? Lower data.workers or data.prefetch; the same "
+                    "command continues from the newest checkpoint."
+                ) from error
+            if isinstance(share, MythosError):
+                raise share
+            shares.append(share)
+        self._state = self._state | merge_states([share.state for share in shares])
+        return self.streams.batch(
+            np.concatenate([share.ids for share in shares]), np.concatenate([share.rows for share in shares])
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position after the last batch handed out, see :meth:`TokenStreams.state_dict`."""
+        return self._state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue exactly after the batch that ``state`` was taken after; raises as :class:`TokenStreams` does."""
+        self.close()
+        self.streams.load_state_dict(state)
+        self._state = self.streams.state_dict()
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """What this rank's streams have left out since the start of the run, by kind."""
+        return count_skipped(self._state)
+
+    def close(self) -> None:
+        """End the workers. A loader that is not closed ends them when its process ends, in whatever way."""
+        self._shares = None  # the iterator of a DataLoader ends its workers when it is dropped
+
+
+def _unchanged(item: Any) -> Any:
+    return item
+
+
+def _begin_worker(_: int) -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    # The rank's workers share its cores: each is one thread.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    pa.set_cpu_count(1)
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+
+
+def _end_with(parent: Any) -> None:
+    """End this process when its parent ends, even by SIGKILL and in the middle of a read that waits for a server."""
+    parent.join()
+    os._exit(1)
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Processes started in here ignore Ctrl-C, which a terminal sends to all: their parent ends them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)

@@ -1,0 +1,433 @@
+"""Files that are read over a network, by byte ranges, through faults that pass.
+
+Own requests rather than fsspec's or huggingface_hub's: those retry a fixed number of times whatever the patience,
+list repositories without a timeout, and hand a body that is shorter than asked to the reader, as if data were corrupt.
+"""
+
+import errno
+import io
+import logging
+import os
+import random
+import re
+import time
+from collections.abc import Callable
+from email.utils import parsedate_to_datetime
+from functools import cache
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+from huggingface_hub import constants, hf_hub_url, parse_hf_uri
+from huggingface_hub.errors import HfUriError
+from huggingface_hub.utils import build_hf_headers, httpx, parse_ratelimit_headers
+
+from mythos.errors import MythosError, short_reason
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+FIRST_DELAY = 0.5  # seconds
+LONGEST_DELAY = 30.0  # seconds
+WARN_EVERY = 30.0  # seconds
+BUFFER_BYTES = 2**20
+
+_TRANSIENT_STATUS = (408, 425, 429)  # and 500 and above
+# What the network does under other libraries' file systems; their errors share no base class. (module, class)
+_FOREIGN = {
+    ("aiohttp", "ClientError"),
+    ("botocore", "HTTPClientError"),
+    ("httpx", "TransportError"),
+    ("urllib3", "HTTPError"),
+}
+_LOCAL_FAULTS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+_LOCAL_CODES = (errno.ENOSPC, errno.EROFS, errno.EMFILE, errno.ENFILE)
+
+# Not the global generator: waiting must not change what a seeded run draws.
+_jitter = random.SystemRandom()
+_last_warning = -WARN_EVERY
+
+
+class Unreachable(MythosError):
+    """Something stayed unreachable for longer than the patience; nothing is wrong with the data."""
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path has a scheme, such as hf://, https:// or s3://."""
+    return re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://", path) is not None
+
+
+def persist(action: Callable[[], T], what: str, patience: float) -> T:
+    """Run an action again until the network lets it through.
+
+    Waits grow from 0.5 to 30 s, with jitter; where the server says how long to wait (Retry-After, the hub's RateLimit),
+    at least that long.
+
+    Args:
+        action: what to do; run again from its start after each transient failure.
+        what: names it in messages, with its URL.
+        patience: seconds from the first failure on; a last attempt is made when they are over.
+
+    Raises:
+        Unreachable: it still failed when the patience was over.
+        MythosError: it can never succeed (not found, access refused).
+    """
+    first_failure: float | None = None
+    delay = FIRST_DELAY
+    while True:
+        try:
+            return action()
+        except Exception as error:
+            if not _is_transient(error):
+                _raise_permanent(error, what)
+                raise
+            now = time.monotonic()
+            first_failure = now if first_failure is None else first_failure
+            left = first_failure + patience - now
+            if left <= 0:
+                raise Unreachable(
+                    f"{what} stayed unreachable for {patience:g} s: {_reason(error)}. When the network answers again, "
+                    "run the same command: it continues from the newest checkpoint."
+                ) from error
+            wait = min(_asked_wait(error) + delay * _jitter.uniform(0.5, 1.0), left)
+            delay = min(2 * delay, LONGEST_DELAY)
+            _warn(f"{what}: {_reason(error)}; trying again in {wait:.1f} s, giving up in {left:.0f} s")
+        time.sleep(wait)
+
+
+def remote_files(pattern: str, patience: float) -> list[tuple[str, int]]:
+    """Expand a URL or a glob of URLs to sorted (url, size in bytes).
+
+    hf:// and the file systems of fsspec (s3://, gs://, ...) can be globbed; http(s):// names one file.
+
+    Raises:
+        MythosError: nothing matches, the URL is malformed, or the package that reads its scheme is not installed.
+        Unreachable: the server gave no answer within ``patience`` seconds.
+    """
+    scheme = pattern.partition("://")[0].lower()
+    if scheme in ("http", "https"):
+        if "*" in pattern:
+            raise MythosError(f"{pattern}: a web server does not list its files. Give the URL of every file instead.")
+        return [(pattern, persist(lambda: _http_size(pattern), pattern, patience))]
+    files = _hub_glob(pattern, patience) if scheme == "hf" else _fsspec_glob(pattern, patience)
+    if not files:
+        raise MythosError(
+            f"{pattern} matches no file. Check the names; a glob looks like hf://datasets/a/b/data/*.parquet"
+        )
+    return sorted(files)
+
+
+def open_remote(url: str, size: int, patience: float) -> io.BufferedReader:
+    """Open a remote file of known size for reading; it is seekable and nothing is fetched before the first read.
+
+    A read beyond 1 MiB is one request for exactly these bytes; smaller ones come from a buffer of 1 MiB.
+
+    Reading raises Unreachable when a range could not be had within ``patience`` seconds, and MythosError when the file
+    is gone, refused, or no longer of this size.
+    """
+    return _RemoteReader(_RemoteFile(url, size, patience))
+
+
+def hub_tree(repo_type: str, repo: str, revision: str, folder: str, patience: float) -> dict[str, int]:
+    """List the files of a hub repository below a folder ("" for all): path in the repository -> bytes.
+
+    Raises:
+        MythosError: there is no such repository, revision or folder, or no access to it.
+        Unreachable: the hub gave no answer within ``patience`` seconds.
+    """
+    inside = f"/{quote(folder)}" if folder else ""
+    url = f"/api/{repo_type}s/{repo}/tree/{quote(revision, safe='')}{inside}?recursive=true"
+    files: dict[str, int] = {}
+    while url:
+        entries, url = hub_json(url, patience)
+        files |= {entry["path"]: entry["size"] for entry in entries if entry["type"] == "file"}
+    return files
+
+
+def hub_json(route: str, patience: float) -> tuple[Any, str]:
+    """Ask the hub's API; return the decoded answer and the URL of its next page ("" for none).
+
+    Args:
+        route: begins with a slash, or is the URL of a next page.
+        patience: seconds.
+
+    Raises:
+        MythosError: it does not exist or is not accessible; ``__cause__`` holds the answer.
+        Unreachable: no answer within ``patience`` seconds.
+    """
+    url = constants.ENDPOINT + route if route.startswith("/") else route
+
+    def ask() -> tuple[Any, str]:
+        response = _session(os.getpid()).get(url, headers=_headers(is_hub=True))
+        response.raise_for_status()
+        try:
+            return response.json(), response.links.get("next", {}).get("url", "")
+        except ValueError as error:  # half an answer, or the page of a proxy
+            raise OSError(f"the answer is not JSON: {short_reason(error)}") from error
+
+    return persist(ask, url, patience)
+
+
+class _RemoteFile(io.RawIOBase):
+    """Reads byte ranges; knows its position and its size, and keeps no data."""
+
+    def __init__(self, url: str, size: int, patience: float) -> None:
+        self.name = url
+        self.size = size
+        self._patience = patience
+        self._position = 0
+        self._fetch = _range_reader(url, size)
+
+    def fetch(self, start: int, length: int) -> bytes:
+        """Exactly these bytes, however often they must be asked for."""
+
+        def action() -> bytes:
+            data = self._fetch(start, length)
+            if len(data) != length:
+                raise OSError(f"the answer holds {len(data)} of {length} bytes")
+            return data
+
+        return persist(action, f"{self.name}, bytes {start} to {start + length}", self._patience)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}[whence]
+        if position < 0:
+            raise ValueError(f"negative seek position {position}")
+        self._position = position
+        return position
+
+    def readinto(self, buffer: Any) -> int:
+        length = max(0, min(len(buffer), self.size - self._position))
+        if length:
+            buffer[:length] = self.fetch(self._position, length)
+            self._position += length
+        return length
+
+
+class _RemoteReader(io.BufferedReader):
+    """Makes a large read one request: the base class would ask for what exceeds whole buffers by itself."""
+
+    raw: _RemoteFile
+
+    def __init__(self, raw: _RemoteFile) -> None:
+        super().__init__(raw, BUFFER_BYTES)
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        start = self.tell()
+        left = max(0, self.raw.size - start)
+        length = left if size is None or size < 0 else min(size, left)
+        if length <= BUFFER_BYTES:
+            return super().read(length)
+        data = self.raw.fetch(start, length)
+        self.seek(start + length)
+        return data
+
+
+def _range_reader(url: str, size: int) -> Callable[[int, int], bytes]:
+    """What reads ``length`` bytes from ``start`` on, in one attempt."""
+    scheme = url.partition("://")[0].lower()
+    if scheme in ("http", "https"):
+        return lambda start, length: _http_range(url, url, size, start, length, _headers())
+    if scheme == "hf":
+        place = parse_hf_uri(url)
+        address = hf_hub_url(place.id, place.path_in_repo, repo_type=place.type, revision=place.revision)
+        return lambda start, length: _http_range(url, address, size, start, length, _headers(is_hub=True))
+    filesystem, path = _fsspec(url)
+    return lambda start, length: filesystem.cat_file(path, start=start, end=start + length)
+
+
+def _http_range(url: str, address: str, size: int, start: int, length: int, headers: dict[str, str]) -> bytes:
+    headers["Range"] = f"bytes={start}-{start + length - 1}"
+    with _session(os.getpid()).stream("GET", address, headers=headers) as response:
+        response.raise_for_status()
+        place = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
+        if response.status_code != 206 or place is None:
+            raise MythosError(
+                f"{url}: the server does not serve byte ranges. Download the file and give its path instead."
+            )
+        if int(place[2]) != size:
+            raise MythosError(
+                f"{url} holds {place[2]} bytes where {size} were listed: it was changed on the server. Restore it, or "
+                "start a run with a name of its own."
+            )
+        if int(place[1]) != start:
+            raise OSError(f"the answer begins at byte {place[1]}")
+        data = bytearray()
+        for chunk in response.iter_raw():
+            data += chunk
+            if len(data) > length:
+                break
+        return bytes(data)
+
+
+def _http_size(url: str) -> int:
+    with _session(os.getpid()).stream("GET", url, headers={**_headers(), "Range": "bytes=0-0"}) as response:
+        total = response.headers.get("Content-Range", "").rpartition("/")[2]
+        if response.status_code in (206, 416) and total.isdigit():  # 416 is what an empty file answers
+            return int(total)
+        response.raise_for_status()
+        raise MythosError(f"{url}: the server does not serve byte ranges. Download the file and give its path instead.")
+
+
+def _hub_glob(pattern: str, patience: float) -> list[tuple[str, int]]:
+    from fsspec.utils import glob_translate
+
+    try:
+        place = parse_hf_uri(pattern)
+    except HfUriError as error:
+        raise MythosError(
+            f"{pattern}: {short_reason(error)}. Write hf://datasets/NAMESPACE/NAME@REVISION/PATH; PATH may be a glob."
+        ) from error
+    if place.type == "bucket":
+        return _fsspec_glob(pattern, patience)
+    revision = place.revision or constants.DEFAULT_REVISION
+    folder = re.split(r"[*?\[]", place.path_in_repo)[0].rpartition("/")[0]
+    tree = hub_tree(place.type, place.id, revision, folder, patience)
+    matches = re.compile(glob_translate(place.path_in_repo)).match
+    return [(hub_url(place.type, place.id, revision, path), size) for path, size in tree.items() if matches(path)]
+
+
+def hub_url(repo_type: str, repo: str, revision: str, path: str) -> str:
+    """The hf:// URL of a file in a hub repository."""
+    kind = "" if repo_type == "model" else f"{repo_type}s/"
+    return f"hf://{kind}{repo}@{quote(revision, safe='')}/{path}"
+
+
+def _fsspec_glob(pattern: str, patience: float) -> list[tuple[str, int]]:
+    filesystem, path = _fsspec(pattern)
+
+    def ask() -> list[tuple[str, int]]:
+        filesystem.invalidate_cache()
+        found = filesystem.glob(path, detail=True)
+        return [
+            (filesystem.unstrip_protocol(name), info["size"]) for name, info in found.items() if info["type"] == "file"
+        ]
+
+    return persist(ask, pattern, patience)
+
+
+def _fsspec(url: str) -> tuple[Any, str]:
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise MythosError(
+            f"{url} cannot be read: {short_reason(error)}. Install what that says, or copy the files to a local folder."
+        ) from error
+
+
+@cache
+def _session(process: int) -> httpx.Client:
+    """One pool of connections a process; a forked one must not talk on its parent's."""
+    return httpx.Client(follow_redirects=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+
+
+def _headers(is_hub: bool = False) -> dict[str, str]:
+    if is_hub and constants.is_offline_mode():
+        raise MythosError(
+            "HF_HUB_OFFLINE is set, so the hub is not asked. Unset it, or use local files (data.kind: files)."
+        )
+    # A compressed body would not have the length of the range.
+    return (build_hf_headers() if is_hub else {}) | {"Accept-Encoding": "identity"}
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """An error and what caused it: libraries wrap those of the network in errors of their own."""
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None and cause not in chain:
+        chain.append(cause)
+    return chain
+
+
+def _status(error: BaseException) -> int | None:
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", None) or getattr(error, "status", None)
+    return status if isinstance(status, int) else None
+
+
+def _is_transient(error: BaseException) -> bool:
+    chain = _chain(error)
+    if any(isinstance(link, MythosError) for link in chain):
+        return False
+    for link in chain:
+        if status := _status(link):
+            # Behind a redirect 403 means that the signed address is too old; the next attempt gets a fresh one.
+            expired = status == 403 and getattr(getattr(link, "response", None), "history", None)
+            return status >= 500 or status in _TRANSIENT_STATUS or bool(expired)
+    if any(type(link).__name__ == "OfflineModeIsEnabled" for link in chain):
+        return False
+    return any(_is_network_fault(link) for link in chain)
+
+
+def _is_network_fault(error: BaseException) -> bool:
+    if isinstance(error, httpx.UnsupportedProtocol | httpx.LocalProtocolError):
+        return False
+    if isinstance(error, httpx.TransportError):
+        return True
+    if isinstance(error, OSError):
+        return not isinstance(error, _LOCAL_FAULTS) and error.errno not in _LOCAL_CODES
+    return any((kind.__module__.partition(".")[0], kind.__name__) in _FOREIGN for kind in type(error).__mro__)
+
+
+def _raise_permanent(error: BaseException, what: str) -> None:
+    """Raise what a person can act on for the known errors that no waiting heals."""
+    status = next(filter(None, map(_status, _chain(error))), None)
+    if isinstance(error, MythosError):
+        return
+    if status in (401, 403) or isinstance(error, PermissionError):
+        raise MythosError(
+            f"{what}: access refused ({_reason(error)}). It is private, gated or misspelt: check the name, accept its "
+            "terms on its page, and log in (hf auth login, or set HF_TOKEN; for object stores, their credentials)."
+        ) from error
+    if status in (404, 410) or isinstance(error, FileNotFoundError):
+        raise MythosError(f"{what} does not exist ({_reason(error)}). Check the name and the revision.") from error
+    if status is not None or isinstance(error, httpx.HTTPError | httpx.InvalidURL):
+        raise MythosError(f"{what} cannot be read: {_reason(error)}. Check the URL.") from error
+
+
+def _reason(error: BaseException) -> str:
+    for link in _chain(error):
+        if status := _status(link):
+            response = getattr(link, "response", None)
+            headers = getattr(response, "headers", {})
+            detail = headers.get("X-Error-Message") or getattr(response, "reason_phrase", "")
+            return f"HTTP {status} {detail}".strip()
+    reason = short_reason(error)
+    return reason if type(error) is OSError else f"{type(error).__name__}: {reason}"
+
+
+def _asked_wait(error: BaseException) -> float:
+    """Seconds that the server asks to be left alone; 0 where it does not."""
+    for link in _chain(error):
+        headers = getattr(getattr(link, "response", None), "headers", None) or getattr(link, "headers", None)
+        if not headers:
+            continue
+        limit = parse_ratelimit_headers(headers) if _status(link) == 429 else None
+        if limit is not None and limit.remaining == 0:
+            return float(limit.reset_in_seconds)
+        value = headers.get("Retry-After", "").strip()
+        if value.isdigit():
+            return float(value)
+        if value:
+            try:
+                return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+            except ValueError:
+                return 0.0
+    return 0.0
+
+
+def _warn(message: str) -> None:
+    global _last_warning
+    if time.monotonic() - _last_warning >= WARN_EVERY:
+        _last_warning = time.monotonic()
+        logger.warning("%s", message)

@@ -1,0 +1,123 @@
+"""Documents as token ids: what streams walk, whether text is tokenized on the way or was before."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from mythos.config import DataConfig
+from mythos.data.corpus import (
+    Corpus,
+    Skipped,
+    content_hash,
+    holdout_fraction,
+    holdout_limit,
+    in_fixed_order,
+    open_validation,
+    source_identity,
+)
+from mythos.data.tokenizer import Tokenizer
+from mythos.data.tokens import TokenSource
+
+# Documents tokenized by one call: as fast as many, and little to read again after a resume.
+TOKENIZE_DOCUMENTS = 8
+
+
+class Source(Protocol):
+    """Shards of tokenized documents.
+
+    Attributes:
+        shards: what each shard is called in messages.
+        identity: what a saved position belongs to, plain values: corpus, tokenizer, share held out.
+    """
+
+    shards: list[str]
+    identity: dict[str, Any]
+
+    def read(self, shard: int, row: int, step: int) -> Iterator[tuple[int, np.ndarray | Skipped]]:
+        """Yield rows ``row, row + step, ...`` that are not held out: int32 ids with the end-of-document token."""
+        ...
+
+    def held_out(self) -> Iterator[tuple[list[int], list[int]]]:
+        """Yield the ids (without end-of-document token) and their exact bytes of text, of every held-out document."""
+        ...
+
+
+class TextSource:
+    """A corpus, tokenized as it is read.
+
+    Args:
+        corpus: the documents.
+        tokenizer: what they are tokenized with.
+        holdout_fraction: share of documents left to validation, by content hash.
+    """
+
+    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, holdout_fraction: float) -> None:
+        self.corpus = corpus
+        self.tokenizer = tokenizer
+        self.shards = corpus.shards
+        self.identity = source_identity(corpus.fingerprint, tokenizer.fingerprint, holdout_fraction)
+        self._limit = holdout_limit(holdout_fraction)
+
+    def read(self, shard: int, row: int, step: int) -> Iterator[tuple[int, np.ndarray | Skipped]]:
+        """Yield rows ``row, row + step, ...`` that are not held out: int32 ids with the end-of-document token."""
+        rows: list[tuple[int, str | Skipped]] = []
+        texts = 0
+        for index, document in self.corpus.read(shard, row, step):
+            if isinstance(document, str):
+                if content_hash(document) < self._limit:
+                    continue
+                texts += 1
+            rows.append((index, document))
+            if texts == TOKENIZE_DOCUMENTS:
+                yield from self._tokenized(rows)
+                rows, texts = [], 0
+        yield from self._tokenized(rows)
+
+    def _tokenized(self, rows: list[tuple[int, str | Skipped]]) -> Iterator[tuple[int, np.ndarray | Skipped]]:
+        encoded = iter(self.tokenizer.encode_batch([text for _, text in rows if isinstance(text, str)]))
+        for index, document in rows:
+            if isinstance(document, Skipped):
+                yield index, document
+            else:
+                yield index, np.array([*next(encoded), self.tokenizer.eos_id], dtype=np.int32)
+
+    def held_out(self) -> Iterator[tuple[list[int], list[int]]]:
+        """Yield the ids (without end-of-document token) and their exact bytes of text, of every held-out document."""
+        for shard in in_fixed_order(len(self.shards)):
+            for _, document in self.corpus.read(shard):
+                if isinstance(document, str) and content_hash(document) < self._limit:
+                    yield self.tokenizer.encode_with_bytes(document)
+
+
+def open_sources(
+    config: DataConfig, corpora: Mapping[str, Corpus], tokenizer: Tokenizer
+) -> dict[str, tuple[Source, float]]:
+    """The training sources and their weights by name.
+
+    Args:
+        config: the data section.
+        corpora: from :func:`mythos.data.corpus.open_corpora`.
+        tokenizer: the run's.
+
+    Raises:
+        MythosError: pre-tokenized shards that are missing, damaged or of another tokenizer.
+    """
+    holdout = holdout_fraction(config)
+    sources: dict[str, tuple[Source, float]] = {}
+    for name, source in config.named_sources.items():
+        if source.kind == "tokens":
+            opened: Source = TokenSource(Path(str(source.path)), tokenizer, holdout, on_error=config.on_error)
+        else:
+            opened = TextSource(corpora[name], tokenizer, holdout)
+        sources[name] = (opened, getattr(source, "weight", 1.0))
+    return sources
+
+
+def open_validation_sources(
+    config: DataConfig, sources: Mapping[str, tuple[Source, float]], tokenizer: Tokenizer
+) -> dict[str, tuple[Source, float]]:
+    """Sources whose ``held_out`` documents are the validation set: the training sources, or files of its own."""
+    corpus = open_validation(config)
+    return dict(sources) if corpus is None else {"validation": (TextSource(corpus, tokenizer, 1.0), 1.0)}

@@ -1,0 +1,321 @@
+"""Tokenizing a corpus into the folder that :mod:`mythos.data.tokens` describes."""
+
+import os
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from mythos.config import SourceConfig
+from mythos.data.corpus import Corpus, Skipped, content_hash, holdout_limit
+from mythos.data.tokenizer import Tokenizer
+from mythos.data.tokens import (
+    ENTRY,
+    FORMAT,
+    INDEX,
+    PLAN,
+    STATUS,
+    TOKENIZER,
+    Shard,
+    array_path,
+    aside,
+    read_header,
+    read_index,
+    read_json,
+    write_json,
+)
+from mythos.errors import MythosError, short_reason
+
+VALIDATION_SHARE = 0.05
+"""Share of the documents, by content hash, whose tokens keep their bytes: the most that can be held out."""
+
+# A restart with other workers must find the same parts, so their size depends on the corpus alone: a few hundred parts
+# for most corpora, and little to do again after an interruption of large ones.
+WANTED_PARTS = 256
+LARGEST_PART = 64
+
+# What is tokenized by one call: enough to be fast, and little memory.
+BATCH_ROWS = 256
+BATCH_CHARACTERS = 2**20
+
+
+class TokenWriter:
+    """Writes a corpus as token shards, part by part, in any order and by any number of processes.
+
+    A file gets its name when it is whole, ``index.json`` after all others. It holds the format's version, the corpus'
+    fingerprint and description, the tokenizer, the dtype of tokens, the validation share, totals, and a :class:`Shard`
+    for every shard of the corpus.
+
+    Args:
+        corpus: the documents.
+        tokenizer: what they are tokenized with.
+        directory: the folder.
+        source: where the corpus is from, for the index.
+        validation_share: share of the documents that can be held out later.
+
+    Attributes:
+        parts: the shards of every part.
+
+    Every method raises MythosError where the folder cannot be written.
+    """
+
+    def __init__(
+        self, corpus: Corpus, tokenizer: Tokenizer, directory: Path, source: SourceConfig, validation_share: float
+    ) -> None:
+        self.corpus = corpus
+        self.tokenizer = tokenizer
+        self.directory = directory
+        self.dtype = np.dtype("<u2" if max(tokenizer.size - 1, tokenizer.eos_id) < 2**16 else "<u4")
+        shards = len(corpus.shards)
+        size = min(max(-(-shards // WANTED_PARTS), 1), LARGEST_PART)
+        self.parts = [range(first, min(first + size, shards)) for first in range(0, shards, size)]
+        self._limit = holdout_limit(validation_share)
+        self._header = {
+            "format": FORMAT,
+            "corpus": corpus.fingerprint,
+            "source": source.model_dump(
+                mode="json", include={"kind", *(source.model_fields_set & SourceConfig.model_fields.keys())}
+            ),
+            "tokenizer": {
+                "fingerprint": tokenizer.fingerprint,
+                "name": tokenizer.request["name"],
+                "eos_id": tokenizer.eos_id,
+            },
+            "dtype": self.dtype.name,
+            "validation_share": validation_share,
+        }
+
+    def begin(self) -> list[int]:
+        """Prepare the folder and return the parts that are not finished; none if the folder is complete.
+
+        Raises:
+            MythosError: the folder holds something else, or was begun with another corpus, tokenizer or share.
+        """
+        with self._writing():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            before = read_header(self.directory)
+            if before is None:
+                if any(self.directory.iterdir()):
+                    raise MythosError(f"--out: {self.directory} holds something else. Give a new or empty folder.")
+                write_json(self.directory / PLAN, self._header)
+            else:
+                self._require_same(before)
+                self._header |= {"source": before["source"]}
+            for path in self.directory.glob("*.tmp"):  # of a run that was killed
+                path.unlink()
+            if (self.directory / INDEX).exists():
+                self._reopen()
+            if not (self.directory / TOKENIZER).is_dir():
+                self.tokenizer.save(self.directory / TOKENIZER)
+            return [part for part in range(len(self.parts)) if not self._is_finished(part)]
+
+    def write_part(self, part: int, report: Callable[[int, int, int], None] = lambda *_: None) -> None:
+        """Tokenize the shards of a part; ``report`` is called with the shards, documents and tokens done since.
+
+        Raises:
+            MythosError: as :meth:`mythos.data.corpus.Corpus.read`.
+        """
+        with self._writing(), ExitStack() as stack:
+            tokens, entries, sizes = (
+                stack.enter_context(_ArrayFile(array_path(self.directory, part, kind), dtype))
+                for kind, dtype in (("tokens", self.dtype), ("documents", ENTRY), ("bytes", np.dtype("<u4")))
+            )
+            shards = []
+            for shard in self.parts[part]:
+                shards.append(self._write_shard(shard, part, tokens, entries, sizes, report)._asdict())
+                report(1, 0, 0)
+            for file in (tokens, entries, sizes):
+                file.commit()
+            write_json(self._part_path(part), {"shards": shards})
+
+    def finish(self) -> dict[str, Any]:
+        """Write the index of the finished parts and return it."""
+        with self._writing():
+            if not (self.directory / INDEX).exists():
+                shards = [shard for part in range(len(self.parts)) for shard in self._finished(part)]
+                skipped: Counter[str] = Counter()
+                for shard in shards:
+                    skipped.update(shard["skipped"])
+                totals = {key: sum(shard[key] for shard in shards) for key in ("documents", "tokens")}
+                index = {**self._header, "totals": {**totals, "skipped": dict(skipped)}, "shards": shards}
+                write_json(self.directory / INDEX, index)
+            for path in (self.directory / PLAN, *map(self._part_path, range(len(self.parts)))):
+                path.unlink(missing_ok=True)
+            return read_index(self.directory)
+
+    def _require_same(self, before: dict[str, Any]) -> None:
+        for what, then, now in (
+            ("corpus", before["corpus"], self.corpus.fingerprint),
+            ("tokenizer", before["tokenizer"]["fingerprint"], self.tokenizer.fingerprint),
+            ("validation share", before["validation_share"], self._header["validation_share"]),
+        ):
+            if then != now:
+                raise MythosError(
+                    f"--out: {self.directory} was begun with another {what} ({then}, now {now}). Give the "
+                    "configuration and options that it was begun with, or another folder."
+                )
+
+    def _reopen(self) -> None:
+        """Make a complete folder that lacks files an unfinished one, so that these parts alone are written again."""
+        shards = read_index(self.directory)["shards"]
+        missing = [part for part in range(len(self.parts)) if not self._has_arrays(part)]
+        for part in range(len(self.parts)):
+            if part not in missing:
+                kept = [shard for shard in shards if shard["part"] == part]
+                write_json(self._part_path(part), {"shards": kept})
+        if missing:
+            write_json(self.directory / PLAN, self._header)
+            (self.directory / INDEX).unlink()
+
+    def _is_finished(self, part: int) -> bool:
+        return self._part_path(part).exists() and self._has_arrays(part)
+
+    def _has_arrays(self, part: int) -> bool:
+        return all(array_path(self.directory, part, kind).exists() for kind in ("tokens", "documents", "bytes"))
+
+    def _finished(self, part: int) -> list[dict[str, Any]]:
+        return read_json(self._part_path(part))["shards"]
+
+    def _part_path(self, part: int) -> Path:
+        return self.directory / f"{part:05}.json"
+
+    def _write_shard(
+        self,
+        shard: int,
+        part: int,
+        tokens: "_ArrayFile",
+        entries: "_ArrayFile",
+        sizes: "_ArrayFile",
+        report: Callable[[int, int, int], None],
+    ) -> Shard:
+        first_row, first_token, first_size = entries.count, tokens.count, sizes.count
+        entries.crc32 = sizes.crc32 = documents = 0
+        skipped: Counter[str] = Counter()
+        for batch in self._batches(shard):
+            start, found = tokens.count, 0
+            encoded = self._encoded([text for text, _ in batch if isinstance(text, str)])
+            values = []
+            for document, broke_at in batch:
+                if isinstance(document, Skipped):
+                    # A break is one, however many rows it costs.
+                    row = entries.count + len(values) - first_row
+                    skipped[document.value] += document is not Skipped.SHARD or row == broke_at
+                    values.append((tokens.count, 0, 0, broke_at, STATUS[document]))
+                    continue
+                key, ids, of_text = next(encoded)
+                array = np.array([*ids, self.tokenizer.eos_id], self.dtype)
+                values.append((tokens.count, len(array), zlib.crc32(array), key, 0))
+                tokens.append(array)
+                if of_text is not None:
+                    sizes.append(np.array(of_text, sizes.dtype))
+                found += 1
+            entries.append(np.array(values, ENTRY))
+            documents += found
+            report(0, found, tokens.count - start)
+        return Shard(
+            name=self.corpus.shards[shard],
+            part=part,
+            first_row=first_row,
+            rows=entries.count - first_row,
+            crc32=entries.crc32,
+            first_size=first_size,
+            sizes=sizes.count - first_size,
+            sizes_crc32=sizes.crc32,
+            documents=documents,
+            tokens=tokens.count - first_token,
+            skipped=dict(skipped),
+        )
+
+    def _batches(self, shard: int) -> Iterator[list[tuple[str | Skipped, int]]]:
+        batch: list[tuple[str | Skipped, int]] = []
+        characters = 0
+        for document, broke_at in self._rows(shard):
+            batch.append((document, broke_at))
+            characters += len(document) if isinstance(document, str) else 0
+            if len(batch) == BATCH_ROWS or characters >= BATCH_CHARACTERS:
+                yield batch
+                batch, characters = [], 0
+        if batch:
+            yield batch
+
+    def _rows(self, shard: int) -> Iterator[tuple[str | Skipped, int]]:
+        """Every row in order, and of rows that a break costs, the row of the break."""
+        done = broke_at = 0
+        for row, document in self.corpus.read(shard):
+            for _ in range(done, row):
+                yield Skipped.SHARD, broke_at
+            if document is Skipped.SHARD:
+                broke_at = row
+            yield document, broke_at if document is Skipped.SHARD else 0
+            done = row + 1
+
+    def _encoded(self, texts: list[str]) -> Iterator[tuple[int, list[int], list[int] | None]]:
+        """Content hash, ids and, where the document may be held out, the bytes of every token."""
+        hashes = [content_hash(text) for text in texts]
+        others = iter(
+            self.tokenizer.encode_batch([text for text, key in zip(texts, hashes, strict=True) if key >= self._limit])
+        )
+        for text, key in zip(texts, hashes, strict=True):
+            yield (key, *self.tokenizer.encode_with_bytes(text)) if key < self._limit else (key, next(others), None)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise MythosError(
+                f"--out: {self.directory} cannot be written: {short_reason(error)}. Make room or give another folder; "
+                "the same command goes on after the parts that are finished."
+            ) from error
+
+
+class _ArrayFile:
+    """A one-dimensional .npy file that grows, and has its name only when it is whole.
+
+    Attributes:
+        count: items so far.
+        crc32: of what was appended since it was last set to 0.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype) -> None:
+        self.path = path
+        self.dtype = dtype
+        self.count = self.crc32 = 0
+        self._aside = aside(path)
+        self._file = open(self._aside, "wb")  # noqa: SIM115 - closed by __exit__
+        self._write_header()
+
+    def append(self, items: np.ndarray) -> None:
+        data = items.tobytes()
+        self._file.write(data)
+        self.crc32 = zlib.crc32(data, self.crc32)
+        self.count += len(items)
+
+    def commit(self) -> None:
+        self._file.seek(0)
+        self._write_header()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._aside.replace(self.path)
+
+    def __enter__(self) -> "_ArrayFile":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with suppress(OSError):  # on a full disk, closing fails as writing did
+            self._file.close()
+        self._aside.unlink(missing_ok=True)
+
+    def _write_header(self) -> None:
+        # NumPy leaves room in the header for any number of items.
+        descr = np.lib.format.dtype_to_descr(self.dtype)
+        header = {"descr": descr, "fortran_order": False, "shape": (self.count,)}
+        np.lib.format.write_array_header_1_0(self._file, header)

@@ -1,0 +1,161 @@
+"""Worker processes change nothing in the batches, die with their parent, and pass problems on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from mythos.data.loader import Loader
+from mythos.data.stream import TokenStreams
+from mythos.data.tokenizer import Tokenizer
+from mythos.errors import MythosError
+
+from .conftest import make_documents, make_streams, text_source, write_jsonl, write_parquet
+
+ROOT = Path(__file__).parents[2]
+
+
+def make_loader(streams: TokenStreams, **changes) -> Loader:
+    return Loader(streams, **{"slots": 2, "workers": 0, "prefetch": 2, **changes})
+
+
+def running_workers() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+
+
+@pytest.mark.parametrize(("workers", "prefetch", "world_size"), [(1, 4, 2), (4, 2, 1)])
+def test_workers_and_prefetch_change_nothing(
+    workers: int, prefetch: int, world_size: int, parquet_folder: Callable[..., str], tokenizer: Tokenizer
+) -> None:
+    """Two stretches with a resume between, workers changed on the way, against streams read in this process."""
+    source = text_source(parquet_folder([*make_documents(90), None, ""], 3), tokenizer, 0.1, on_error="skip")
+
+    def ranks(state: dict | None, workers: int) -> list[Loader]:
+        made = [
+            make_loader(
+                make_streams(source, streams=6, eos_id=tokenizer.eos_id, rank=rank, world_size=world_size),
+                workers=workers,
+                prefetch=prefetch,
+            )
+            for rank in range(world_size)
+        ]
+        for loader in made:
+            if state is not None:
+                loader.load_state_dict(state)
+            loader.start()
+        return made
+
+    alone = make_streams(source, streams=6, eos_id=tokenizer.eos_id)
+    state = None
+    for stretch in (workers, 2):
+        loaders = ranks(state, stretch)
+        for _ in range(7):
+            expected = alone.next_batch(2)
+            batches = [loader.next_batch() for loader in loaders]
+            order = torch.cat([batch.rows for batch in batches]).argsort()
+            assert torch.equal(torch.cat([batch.ids for batch in batches])[order], expected.ids)
+            assert torch.equal(torch.cat([batch.document_ids for batch in batches])[order], expected.document_ids)
+            assert all(batch.rows.tolist() == sorted(batch.rows.tolist()) for batch in batches)
+            told = [loader.state_dict() for loader in loaders]
+            state = told[0]
+            for other in told[1:]:
+                state = {
+                    key: value | other[key] if key in ("sequences", "positions", "skipped") else value
+                    for key, value in state.items()
+                }
+            assert state == alone.state_dict(), "what is prefetched is not consumed"
+            state = json.loads(json.dumps(state))
+        for loader in loaders:
+            loader.close()
+    assert not running_workers()
+
+
+def test_world_size_must_divide_streams(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    write_parquet(tmp_path / "x.parquet", make_documents(20))
+    with pytest.raises(MythosError, match=r"data\.streams: 4 is not a multiple of the 3 processes"):
+        make_loader(make_streams(text_source(tmp_path / "x.parquet", tokenizer), world_size=3))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_problem_comes_in_its_turn_and_the_state_stays(workers: int, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    documents: list = make_documents(40)
+    documents[30] = None
+    write_jsonl(tmp_path / "x.jsonl", documents)
+    loader = make_loader(make_streams(text_source(tmp_path / "x.jsonl", tokenizer), streams=2), workers=workers)
+    state = loader.state_dict()
+    with pytest.raises(MythosError, match=r"^data: .*x\.jsonl, row 30 cannot be used: its text is null"):
+        while True:
+            loader.next_batch()
+            state = loader.state_dict()
+    assert loader.state_dict() == state and sum(state["sequences"].values()) > 0
+    loader.close()
+
+
+def test_a_worker_that_is_killed_is_reported(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    write_parquet(tmp_path / "x.parquet", make_documents(40))
+    loader = make_loader(make_streams(text_source(tmp_path / "x.parquet", tokenizer), streams=2), workers=1)
+    loader.next_batch()
+    (worker,) = running_workers()
+    worker.send_signal(signal.SIGKILL)
+    with pytest.raises(MythosError, match=r"a data worker has died .*data\.workers"):
+        for _ in range(100):
+            loader.next_batch()
+            time.sleep(0.02)
+    loader.close()
+
+
+PARENT = """
+    import sys, time
+    from tests.data.conftest import make_streams, text_source
+    from mythos.data.loader import Loader
+    from mythos.data.tokenizer import Tokenizer
+
+    if __name__ == "__main__":
+        source = text_source(sys.argv[1], Tokenizer.load(sys.argv[2]))
+        loader = Loader(make_streams(source), slots=2, workers=2, prefetch=50)
+        loader.next_batch()
+        print("reading", flush=True)
+        try:
+            time.sleep(600)
+        finally:
+            loader.close()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_workers_end_with_their_parent(number: signal.Signals, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    write_parquet(tmp_path / "x.parquet", make_documents(100))
+    tokenizer.save(tmp_path / "tokenizer")
+    (tmp_path / "parent.py").write_text(textwrap.dedent(PARENT))
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "parent.py"), str(tmp_path / "x.parquet"), str(tmp_path / "tokenizer")],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout and process.stdout.readline() == "reading\n"
+        workers = psutil.Process(process.pid).children(recursive=True)
+        assert len(workers) >= 2
+        if number is signal.SIGINT:  # as a terminal does: to the whole group
+            os.killpg(process.pid, number)
+        else:
+            process.send_signal(number)
+        _, errors = process.communicate(timeout=20)
+        _, alive = psutil.wait_procs(workers, timeout=20)
+        assert not alive
+        assert errors.count("Traceback") == (number is signal.SIGINT), errors
+    finally:
+        if process.poll() is None:
+            process.kill()
