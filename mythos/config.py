@@ -134,8 +134,8 @@ class DataConfig(SourceConfig):
 
     @property
     def named_sources(self) -> dict[str, SourceConfig]:
-        """The sources by name: those of a mixture, or the one that this section describes, named by its kind."""
-        return dict(self.sources) if self.kind == "mixture" else {self.kind: self}
+        """The sources by name: those of a mixture, or the one that this section describes, named corpus."""
+        return dict(self.sources) if self.kind == "mixture" else {"corpus": self}
 
 
 class CurriculumConfig(Section):

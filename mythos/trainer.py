@@ -17,12 +17,10 @@ from tqdm import tqdm
 
 from mythos import checkpoint
 from mythos.config import Config, save_config
-from mythos.data.corpus import cache_directory, holdout_fraction, open_corpora, pin_revisions, weighted
 from mythos.data.loader import Loader
-from mythos.data.source import open_sources, open_validation_sources
-from mythos.data.stream import Batch, DifferentData, TokenStreams
-from mythos.data.tokenizer import check_vocabulary, load_tokenizer
-from mythos.data.validation import validation_set
+from mythos.data.pipeline import open_data
+from mythos.data.stream import Batch, DifferentData
+from mythos.data.tokenizer import check_vocabulary
 from mythos.depth import DepthPlan, DepthSchedule
 from mythos.errors import MythosError
 from mythos.estimate import count_parameters, forward_flops
@@ -67,42 +65,24 @@ class Trainer:
         meta = checkpoint.read_meta(found) if found else None
 
         # Data: corpora, their tokenizer (which sizes the model's vocabulary), training streams, validation rows.
-        data = pin_revisions(config.data, meta["config"]["data"] if meta else {})
-        corpora = open_corpora(data)
-        cache = cache_directory(data)
-        self.tokenizer = load_tokenizer(
-            config.tokenizer,
-            weighted(data, corpora),
-            run_dir=self.run_dir if found else None,
-            cache_dir=cache,
-            holdout_fraction=holdout_fraction(data),
-        )
-        config = config.model_copy(update={"data": data})
+        data = open_data(config, self.run_dir if found else None, meta["config"]["data"] if meta else {})
+        self.tokenizer = data.tokenizer
+        config = config.model_copy(update={"data": data.config})
         self.config = config = resolve_vocabulary(config, self.tokenizer.padded_size)
         check_vocabulary(self.tokenizer, config.model.vocab_size)
         if meta:
             check_same_model(config, meta["config"]["model"], found)
         self.schedule = DepthSchedule(config)
-        sources = open_sources(data, corpora, self.tokenizer)
-        streams = TokenStreams(
-            sources,
-            streams=data.streams,
-            sequence_length=data.sequence_length,
-            seed=config.run.seed,
-            eos_id=self.tokenizer.eos_id if data.mask_documents else None,
+        self.loader = Loader(
+            data.streams(config.run.seed),
+            slots=self.schedule.slots,
+            workers=config.data.workers,
+            prefetch=config.data.prefetch,
         )
-        self.loader = Loader(streams, slots=self.schedule.slots, workers=data.workers, prefetch=data.prefetch)
         if meta:
             self.restore_data(meta["data"])
         self.loader.start()  # the workers read the first batches while the rest is built
-        self.validation = validation_set(
-            open_validation_sources(data, sources, self.tokenizer),
-            sequences=config.eval.batches * data.streams,
-            sequence_length=data.sequence_length,
-            eos_id=self.tokenizer.eos_id,
-            mask_documents=data.mask_documents,
-            cache_dir=cache,
-        )
+        self.validation = data.validation(config.eval.batches * config.data.streams)
 
         # Model: shaped without memory, then filled from (seed, parameter name).
         with torch.device("meta"):

@@ -20,9 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mythos import checkpoint, trainer
 from mythos.config import Config
-from mythos.data.corpus import open_corpora
-from mythos.data.source import open_sources
-from mythos.data.stream import Batch, TokenStreams
+from mythos.data.pipeline import open_data
+from mythos.data.stream import Batch
 from mythos.depth import DepthSchedule
 from mythos.errors import MythosError
 from mythos.model.layers import RMSNorm
@@ -68,12 +67,7 @@ def assert_identical(one: Trainer, other: Trainer) -> None:
 def reference_run(config: Config, made: Trainer, steps: int) -> tuple[RecurrentDepthTransformer, list[float]]:
     """AdamW over whole batches, written out: same data, depths and initial states; loss from the logits."""
     model = RecurrentDepthTransformer(made.config.model).initialize(config.run.seed)
-    streams = TokenStreams(
-        open_sources(config.data, open_corpora(config.data), made.tokenizer),
-        streams=config.data.streams,
-        sequence_length=config.data.sequence_length,
-        seed=config.run.seed,
-    )
+    streams = open_data(config, made.run_dir, {}).streams(config.run.seed)
     schedule = DepthSchedule(config)
     optim = config.optim
     tables = ("embedding.weight", "readout.weight", "recurrence.injection.weight", "recurrence.adapter.scale")
@@ -396,12 +390,7 @@ def test_data_starts_again_on_purpose_only(tmp_path, caplog):
         Trainer(tiny(tmp_path, **other))
     made = Trainer(tiny(tmp_path, **other, data__on_mismatch="restart"))
     assert made.step == 2 and "the data starts from its beginning" in caplog.text
-    fresh = TokenStreams(
-        open_sources(made.config.data, open_corpora(made.config.data), made.tokenizer),
-        streams=made.config.data.streams,
-        sequence_length=made.config.data.sequence_length,
-        seed=made.config.run.seed,
-    )
+    fresh = open_data(made.config, made.run_dir, {}).streams(made.config.run.seed)
     assert torch.equal(made.next_batch(None).ids, fresh.next_batch(4).ids)
     # The position saved from here on is in the new data.
     made.run()

@@ -2,7 +2,6 @@
 
 import glob
 import hashlib
-import json
 import logging
 import os
 import re
@@ -11,8 +10,11 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from mythos.config import DataConfig, FilterConfig, SourceConfig
 from mythos.data import embedded
+from mythos.data.cache import digest
 from mythos.data.formats import EXTENSIONS, READ_ERRORS, Broken, File, Piece, Reader, Unreadable, local_file
 from mythos.data.hub import resolve_hub
 from mythos.data.remote import Unreachable, is_remote, remote_files
@@ -22,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 # With shards dealt evenly to within one, this many per stream keep the streams' epochs within a quarter of each other.
 SHARDS_PER_STREAM = 4
+
+# Shards whose bad documents are told by name, in each process; metrics.jsonl counts all.
+MOST_WARNINGS = 3
 
 _COMMIT = re.compile("[0-9a-f]{40}")
 
@@ -54,10 +59,12 @@ class Corpus:
         max_document_bytes: longest document, in bytes of UTF-8.
         minimum_shards: with at least so many parquet files, a file is a shard.
         patience: seconds that a remote file may be unreachable.
+        cache_dir: where the layout of remote files is kept.
         what: the configuration's field that named the files, for messages.
 
     Attributes:
         shards: what each shard is called in messages.
+        sizes: about how many bytes each shard holds, uncompressed.
         fingerprint: identifies the corpus; a saved position is meaningful in a corpus of the same fingerprint only.
 
     Raises:
@@ -75,11 +82,12 @@ class Corpus:
         max_document_bytes: int = 10_000_000,
         minimum_shards: int = 2**63,
         patience: float = 600.0,
+        cache_dir: Path | None = None,
         what: str = "data.path",
     ) -> None:
         self.on_error = on_error
         self.max_document_bytes = max_document_bytes
-        self._reader = Reader(patience)
+        self._reader = Reader(patience, cache_dir)
         self._text_column = text_column
         self._filters = dict(filters or {})
         self._columns = [text_column, *(name for name in self._filters if name != LENGTH)]
@@ -88,7 +96,8 @@ class Corpus:
         self.shards: list[str] = []
         whole = len(files) >= minimum_shards
         checked = False
-        for file in files:
+        # Quick on a disk; over a network a footer of megabytes is read of every file, the first time.
+        for file in tqdm(files, desc="looking into files", unit="file", delay=3, leave=False):
             if not file.path.endswith(EXTENSIONS):
                 raise MythosError(f"{what}: {file.path} has an unknown extension; allowed are {', '.join(EXTENSIONS)}.")
             try:
@@ -100,6 +109,7 @@ class Corpus:
                 self.shards += [str(piece) if len(pieces) > 1 else file.path for piece in pieces]
             except READ_ERRORS as error:
                 self._reject(f"data: {file.path}", short_reason(error))
+        self.sizes = [piece.size for piece in self._pieces]
         if not self._pieces:
             raise MythosError(
                 f"{what}: the corpus is empty: none of the {len(files)} files (first: {files[0].path}) holds a "
@@ -175,9 +185,11 @@ class Corpus:
             raise MythosError(
                 f"{where}: {reason}. Repair it, or set data.on_error: skip to leave such documents out and count them."
             )
-        if shard not in self._warned:
+        if shard not in self._warned and len(self._warned) < MOST_WARNINGS:
             self._warned.add(shard)
-            logger.warning("%s and is left out, as others of this shard will be: %s", where, reason)
+            last = len(self._warned) == MOST_WARNINGS
+            others = "others from now on, counted in metrics.jsonl," if last else "others of this shard"
+            logger.warning("%s and is left out, as %s will be: %s", where, others, reason)
         return Skipped.DOCUMENT
 
     def _reject(self, where: str, reason: str) -> None:
@@ -259,6 +271,7 @@ def open_corpus(config: DataConfig, source: SourceConfig) -> Corpus:
         max_document_bytes=config.max_document_bytes,
         minimum_shards=SHARDS_PER_STREAM * config.streams,
         patience=config.patience,
+        cache_dir=cache_directory(config),
         what=what,
     )
 
@@ -277,6 +290,7 @@ def open_validation(config: DataConfig) -> Corpus | None:
         on_error=config.on_error,
         max_document_bytes=config.max_document_bytes,
         patience=config.patience,
+        cache_dir=cache_directory(config),
         what="data.validation.path",
     )
 
@@ -314,11 +328,6 @@ def source_identity(corpus: str, tokenizer: str, holdout_fraction: float) -> dic
 def in_fixed_order(shards: int) -> list[int]:
     """The shards in an order that depends on neither their names nor a seed, for what reads a corpus's beginning."""
     return sorted(range(shards), key=lambda shard: hashlib.blake2b(str(shard).encode()).digest())
-
-
-def digest(value: Any) -> str:
-    """128 bits of plain JSON data, hexadecimal."""
-    return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()
 
 
 def _identity(files: list[File]) -> list[list[Any]]:

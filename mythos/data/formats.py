@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mythos.data.cache import digest, keep, kept
 from mythos.data.remote import is_remote, open_remote
 from mythos.errors import short_reason
 
@@ -25,6 +27,9 @@ PIECE_BYTES = 8 * 2**20
 
 # Rows decoded at once: documents of a few kB each, of which every stream keeps a batch.
 PARQUET_BATCH = 64
+
+# About what text is compressed to: a part in so many.
+COMPRESSION = 3
 
 # Footers kept per process. One of 700 row groups takes megabytes, and reading it again from a hub a request of as many.
 FOOTERS_KEPT = 16
@@ -41,11 +46,15 @@ class File(NamedTuple):
 
 @dataclass(frozen=True)
 class Piece:
-    """A shard: a row group of a parquet file or all of it (``start`` None), or what starts in a range of bytes."""
+    """A shard: a row group of a parquet file or all of it (``start`` None), or what starts in a range of bytes.
+
+    ``size`` is about its number of bytes, uncompressed.
+    """
 
     file: File
     start: int | None
-    end: int = 0
+    end: int
+    size: int
 
     def __str__(self) -> str:
         return f"{self.file.path}, {'row group' if self.file.path.endswith('.parquet') else 'byte'} {self.start}"
@@ -74,17 +83,19 @@ class Reader:
 
     Args:
         patience: seconds that a remote file may be unreachable.
+        cache_dir: where the layout of remote parquet files is kept, which their footers of megabytes tell.
 
     Every method raises :class:`mythos.data.remote.Unreachable` when that has passed, and ``READ_ERRORS`` (except
     :meth:`rows`, which yields Broken instead) for a file that is damaged.
     """
 
-    def __init__(self, patience: float) -> None:
+    def __init__(self, patience: float, cache_dir: Path | None = None) -> None:
         self.patience = patience
+        self.cache_dir = cache_dir
         self._footers: OrderedDict[File, pq.FileMetaData] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"patience": self.patience, "_footers": OrderedDict()}
+        return {**self.__dict__, "_footers": OrderedDict()}
 
     def open(self, file: File) -> IO[bytes]:
         """Open for reading from any position."""
@@ -93,8 +104,7 @@ class Reader:
     def columns(self, file: File) -> list[str]:
         """Names of the columns or keys: those of the first record of a jsonl file, ``text`` for plain text."""
         if file.path.endswith(".parquet"):
-            with self._parquet(file) as parquet:
-                return parquet.schema_arrow.names
+            return self._layout(file)[0]
         if file.path.endswith(".txt"):
             return ["text"]
         with self._lines(file) as lines:
@@ -105,14 +115,12 @@ class Reader:
         """Cut a file; with ``whole`` a parquet file is one shard, and its footer is not read yet."""
         if file.path.endswith(".parquet"):
             if whole:
-                return [Piece(file, None)]
-            with self._parquet(file) as parquet:
-                meta = parquet.metadata
-            return [Piece(file, group) for group in range(meta.num_row_groups) if meta.row_group(group).num_rows]
+                return [Piece(file, None, 0, COMPRESSION * file.size)]
+            return [Piece(file, group, 0, size) for group, size in enumerate(self._layout(file)[1]) if size]
         if file.path.endswith(".gz"):  # cannot be entered in the middle
-            return [Piece(file, None)] if file.size else []
-        starts = range(0, file.size, PIECE_BYTES)
-        return [Piece(file, start, min(start + PIECE_BYTES, file.size)) for start in starts]
+            return [Piece(file, None, 0, COMPRESSION * file.size)] if file.size else []
+        ends = [(start, min(start + PIECE_BYTES, file.size)) for start in range(0, file.size, PIECE_BYTES)]
+        return [Piece(file, start, end, end - start) for start, end in ends]
 
     def rows(self, piece: Piece, row: int, step: int, columns: list[str]) -> Iterator[Row]:
         """Yield rows ``row, row + step, ...`` of a piece; Broken where it cannot be read on."""
@@ -130,6 +138,22 @@ class Reader:
                     done += step
         except READ_ERRORS as error:
             yield done, Broken(short_reason(error))
+
+    def _layout(self, file: File) -> tuple[list[str], list[int]]:
+        """Columns, and bytes of every row group (0 for one without rows), of a parquet file."""
+        path = None
+        if self.cache_dir and is_remote(file.path):
+            path = self.cache_dir / "layouts" / f"{digest(file)}.json"
+            if layout := kept(path):
+                return layout["columns"], layout["bytes"]
+        with self._parquet(file) as parquet:
+            meta = parquet.metadata
+            columns = parquet.schema_arrow.names
+        groups = [meta.row_group(group) for group in range(meta.num_row_groups)]
+        sizes = [group.total_byte_size if group.num_rows else 0 for group in groups]
+        if path:
+            keep(path, {"columns": columns, "bytes": sizes})
+        return columns, sizes
 
     @contextmanager
     def _parquet(self, file: File) -> Iterator[pq.ParquetFile]:
@@ -158,8 +182,9 @@ class Reader:
                                 yield done, values
                                 done += step
                     except READ_ERRORS as error:
-                        yield done, Broken(f"row group {group}: {short_reason(error)}")
-                        done += -(-(end - done) // step) * step  # on to the first wanted row of the next group
+                        if done < end:
+                            yield done, Broken(f"row group {group}: {short_reason(error)}")
+                            done += -(-(end - done) // step) * step  # on to the first wanted row of the next group
                     first = end
         except READ_ERRORS as error:
             yield done, Broken(short_reason(error))
@@ -174,7 +199,9 @@ def _group_rows(parquet: pq.ParquetFile, group: int, row: int, step: int, column
     for batch in parquet.iter_batches(PARQUET_BATCH, row_groups=[group], columns=columns, use_threads=False):
         end = first + len(batch)
         if row < end:
-            wanted = batch.take(pa.array(np.arange(row - first, len(batch), step)))
+            wanted = batch.slice(row - first)
+            if step > 1:
+                wanted = wanted.take(pa.array(np.arange(0, len(wanted), step)))
             decoded = [_values(wanted.column(name)) for name in columns]
             for values in zip(*decoded, strict=True):
                 unreadable = next((value for value in values if isinstance(value, Unreadable)), None)

@@ -1,7 +1,5 @@
 """Hub datasets: which files, at which commit, a subset and split are made of."""
 
-import hashlib
-import json
 import os
 import re
 import tempfile
@@ -9,11 +7,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from huggingface_hub import constants
 
+from mythos.data.cache import digest, keep, kept
 from mythos.data.formats import EXTENSIONS
 from mythos.data.remote import Unreachable, hub_json, hub_tree, hub_url, open_remote
 from mythos.errors import MythosError, short_reason
@@ -63,11 +61,11 @@ def resolve_hub(
         return HubFiles(None, [(str(folder / path), (folder / path).stat().st_size) for path in paths])
     if revision is None or not re.fullmatch("[0-9a-f]{40}", revision):
         revision = _commit(dataset, revision, patience)
-    kept = cache_dir / "hub" / f"{_digest([dataset, subset, split, revision])}.json"
-    sizes = _load(kept)
+    path = cache_dir / "hub" / f"{digest([dataset, subset, split, revision])}.json"
+    sizes = kept(path)
     if sizes is None:
         sizes = _list(dataset, subset, split, revision, patience)
-        _save(kept, {"dataset": dataset, "subset": subset, "split": split, "revision": revision, "files": sizes})
+        keep(path, sizes)
     return HubFiles(revision, [(hub_url("dataset", dataset, revision, path), size) for path, size in sizes.items()])
 
 
@@ -174,21 +172,3 @@ def _naming_fields(dataset: str, revision: str) -> Iterator[None]:
 def _some(names: Iterable[str], most: int = 20) -> str:
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _digest(value: Any) -> str:
-    return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()
-
-
-def _load(path: Path) -> dict[str, int] | None:
-    try:
-        return dict(json.loads(path.read_text())["files"])
-    except (OSError, ValueError, KeyError, TypeError):  # absent or damaged: it is made again
-        return None
-
-
-def _save(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(content, indent=1))
-    os.replace(aside, path)

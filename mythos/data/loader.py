@@ -1,9 +1,5 @@
 """Batches read and tokenized ahead of training by worker processes, with the state of what has been consumed."""
 
-import contextlib
-import logging
-import multiprocessing
-import os
 import signal
 import threading
 import warnings
@@ -11,9 +7,9 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from mythos.data.processes import START_METHOD, begin_worker, interrupts_held
 from mythos.data.stream import Batch, TokenStreams, count_skipped, merge_states
 from mythos.errors import MythosError
 
@@ -77,9 +73,14 @@ class Loader:
         """Start the workers, so that they read while the caller does something else; the first batch does it too."""
         if not self.workers or self._shares is not None:
             return
-        with warnings.catch_warnings(), _without_interrupts():
+        before = signal.getsignal(signal.SIGCHLD)
+        with warnings.catch_warnings(), interrupts_held():
             warnings.simplefilter("ignore", UserWarning)  # more workers than cores: the user's to decide
             self._shares = iter(self._data_loader())
+        # torch's handler raises wherever the process happens to be when a worker dies, in the middle of an optimizer
+        # step, say. The next batch finds out too.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, before)
 
     def _data_loader(self) -> DataLoader:
         return DataLoader(
@@ -87,8 +88,7 @@ class Loader:
             batch_size=None,
             num_workers=self.workers,
             prefetch_factor=self.prefetch,
-            # Forked, a worker would hold locks of threads (of the tokenizer, of CUDA) that do not exist in it.
-            multiprocessing_context="spawn",
+            multiprocessing_context=START_METHOD,
             worker_init_fn=_begin_worker,
             # Items are NumPy arrays and plain values; converted to tensors, they would need shared memory.
             collate_fn=_unchanged,
@@ -148,29 +148,4 @@ def _unchanged(item: Any) -> Any:
 
 
 def _begin_worker(_: int) -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    # The rank's workers share its cores: each is one thread.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    pa.set_cpu_count(1)
-    logging.basicConfig(format="%(levelname)s: %(message)s")
-
-
-def _end_with(parent: Any) -> None:
-    """End this process when its parent ends, even by SIGKILL and in the middle of a read that waits for a server."""
-    parent.join()
-    os._exit(1)
-
-
-@contextlib.contextmanager
-def _without_interrupts() -> Iterator[None]:
-    """Processes started in here ignore Ctrl-C, which a terminal sends to all: their parent ends them."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    begin_worker()

@@ -29,10 +29,12 @@ class Source(Protocol):
 
     Attributes:
         shards: what each shard is called in messages.
+        sizes: how much text each shard holds, in any unit; streams are given about as much each.
         identity: what a saved position belongs to, plain values: corpus, tokenizer, share held out.
     """
 
     shards: list[str]
+    sizes: list[int]
     identity: dict[str, Any]
 
     def read(self, shard: int, row: int, step: int) -> Iterator[tuple[int, np.ndarray | Skipped]]:
@@ -57,6 +59,7 @@ class TextSource:
         self.corpus = corpus
         self.tokenizer = tokenizer
         self.shards = corpus.shards
+        self.sizes = corpus.sizes
         self.identity = source_identity(corpus.fingerprint, tokenizer.fingerprint, holdout_fraction)
         self._limit = holdout_limit(holdout_fraction)
 

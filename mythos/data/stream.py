@@ -5,6 +5,7 @@ from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from heapq import heapreplace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -55,21 +56,42 @@ class Part(NamedTuple):
     step: int
 
 
-def deal_parts(shards: int, streams: int, seed: int) -> list[list[Part]]:
+def deal_parts(sizes: Sequence[int], streams: int, seed: int) -> list[list[Part]]:
     """Deal the shards to the streams, each row of each shard to exactly one stream.
 
-    Shards are permuted by the seed and dealt in turn. Where they are too few for that to be even (fewer than 4 per
-    stream and no multiple of the number of streams), each is first split into parts of every k-th row.
+    Parts go, the largest first and equal ones in an order drawn by the seed, to the stream that has least. Where whole
+    shards leave some stream with a quarter of the fair share more than another, so that its epochs would be that much
+    longer, large shards are split into parts of every k-th row, as few as it takes.
+
+    Args:
+        sizes: size of every shard, in bytes or any other unit.
+        streams: number of streams.
+        seed: seed of the order.
 
     Returns:
         the parts of every stream.
     """
-    step = 1
-    while shards * step % streams and shards * step < SHARDS_PER_STREAM * streams:
-        step += 1
-    parts = [Part(shard, first, step) for shard in range(shards) for first in range(step)]
-    order = permutation(len(parts), f"deal/{seed}")
-    return [[parts[index] for index in order[stream::streams]] for stream in range(streams)]
+    # Whole numbers (sizes in thousandths), so that the deal is the same on every machine.
+    sizes = [1000 * max(size, 1) for size in sizes]
+    total = sum(sizes)
+    for parts_per_stream in range(1, SHARDS_PER_STREAM + 1):
+        steps = [-(-size * parts_per_stream * streams // total) for size in sizes]
+        parts = [
+            (-size // step, Part(shard, first, step))
+            for shard, (size, step) in enumerate(zip(sizes, steps, strict=True))
+            for first in range(step)
+        ]
+        drawn = [parts[index] for index in permutation(len(parts), f"deal/{seed}")]
+        dealt: list[list[Part]] = [[] for _ in range(streams)]
+        least = [(0, stream) for stream in range(streams)]
+        for negative_size, part in sorted(drawn, key=lambda sized: sized[0]):
+            load, stream = least[0]
+            dealt[stream].append(part)
+            heapreplace(least, (load - negative_size, stream))
+        loads = [load for load, _ in least]
+        if max(loads) - min(loads) <= total // (SHARDS_PER_STREAM * streams):
+            break
+    return dealt
 
 
 def permutation(size: int, key: str) -> list[int]:
@@ -105,7 +127,7 @@ def _mixture_block(seed: int, block: int) -> tuple[list[int], float]:
     return permutation(MIXTURE_BLOCK, key), int.from_bytes(_hash(key)[:6], "big") / 2**48
 
 
-class _Walk:
+class Walk:
     """One endless walk over parts of a source: every epoch in a new order, every document once."""
 
     def __init__(self, name: str, index: int, parts: list[Part], source: Source, seed: int) -> None:
@@ -181,7 +203,7 @@ class _Walk:
 class _Stream:
     """One stream: a walk over every source, and the count of sequences by which a mixture chooses among them."""
 
-    def __init__(self, index: int, walks: list[_Walk]) -> None:
+    def __init__(self, index: int, walks: list[Walk]) -> None:
         self.index = index
         self.walks = walks
         self.sequences = 0
@@ -229,11 +251,11 @@ class TokenStreams:
         self.world_size = world_size
         self._weights = tuple(weight for _, weight in self.sources.values())
         indices = range(rank, streams, world_size)
-        walks: dict[int, list[_Walk]] = {index: [] for index in indices}
+        walks: dict[int, list[Walk]] = {index: [] for index in indices}
         for name, (source, _) in self.sources.items():
-            parts = deal_parts(len(source.shards), streams, seed)
+            parts = deal_parts(source.sizes, streams, seed)
             for index in indices:
-                walks[index].append(_Walk(name, index, parts[index], source, seed))
+                walks[index].append(Walk(name, index, parts[index], source, seed))
         self._local = [_Stream(index, walks[index]) for index in indices]
         self.identity = {
             "streams": streams,

@@ -1,6 +1,7 @@
 """Tokenizing a corpus into the folder that :mod:`mythos.data.tokens` describes."""
 
 import os
+import shutil
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -100,14 +101,16 @@ class TokenWriter:
             self.directory.mkdir(parents=True, exist_ok=True)
             before = read_header(self.directory)
             if before is None:
-                if any(self.directory.iterdir()):
+                if set(self.directory.iterdir()) - set(self.directory.glob(f"{PLAN}.*.tmp")):
                     raise MythosError(f"--out: {self.directory} holds something else. Give a new or empty folder.")
                 write_json(self.directory / PLAN, self._header)
             else:
                 self._require_same(before)
                 self._header |= {"source": before["source"]}
-            for path in self.directory.glob("*.tmp"):  # of a run that was killed
+            for path in self.directory.glob("*.tmp"):  # of a run that was killed, as are these folders
                 path.unlink()
+            for path in self.directory.glob(f".{TOKENIZER}.*"):
+                shutil.rmtree(path)
             if (self.directory / INDEX).exists():
                 self._reopen()
             if not (self.directory / TOKENIZER).is_dir():
@@ -229,6 +232,7 @@ class TokenWriter:
             documents=documents,
             tokens=tokens.count - first_token,
             skipped=dict(skipped),
+            size=self.corpus.sizes[shard],
         )
 
     def _batches(self, shard: int) -> Iterator[list[tuple[str | Skipped, int]]]:

@@ -17,7 +17,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 from mythos.config import TokenizerConfig
-from mythos.data.corpus import Corpus, digest, in_fixed_order, is_held_out
+from mythos.data.cache import digest
+from mythos.data.corpus import Corpus, in_fixed_order, is_held_out
 from mythos.errors import MythosError, short_reason
 from mythos.model.config import padded_vocab_size
 
@@ -46,6 +47,7 @@ class Tokenizer:
         eos_id: the end-of-document token: ``<|endoftext|>`` if the tokenizer has it, else its eos token. Text that
             spells this token is encoded as ordinary text, so the id stands between documents only.
         size: highest id + 1.
+        backend: the tokenizer of the library ``tokenizers``.
         padded_size: ``size`` rounded up to a multiple of 128.
         fingerprint: identifies vocabulary, end-of-document token and segmentation.
         request: the configuration the tokenizer came from.
@@ -60,11 +62,11 @@ class Tokenizer:
             raise MythosError(f"tokenizer.name: {name} has no fast implementation. Take one that has a tokenizer.json.")
         self.request = request
         self._fast = fast
-        self._backend: Backend = fast.backend_tokenizer
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        self._backend.encode_special_tokens = True
-        vocabulary = self._backend.get_vocab()
+        self.backend: Backend = fast.backend_tokenizer
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.backend.encode_special_tokens = True
+        vocabulary = self.backend.get_vocab()
         eos_id = vocabulary.get(END_OF_DOCUMENT, fast.eos_token_id)
         if eos_id is None:
             raise MythosError(
@@ -83,11 +85,11 @@ class Tokenizer:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ = state
-        self._backend.encode_special_tokens = True
+        self.backend.encode_special_tokens = True
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of every text, no special tokens added."""
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_with_bytes(self, text: str) -> tuple[list[int], list[int]]:
         """Token ids, and for each the UTF-8 bytes of ``text`` it accounts for; the bytes add up to the whole text.
@@ -95,7 +97,7 @@ class Tokenizer:
         A character that spans several tokens counts for the first of them; text the tokenizer drops counts for the
         token that follows it, or for the last one. Text that gives no token at all gives no bytes.
         """
-        encoding = self._backend.encode(text, add_special_tokens=False)
+        encoding = self.backend.encode(text, add_special_tokens=False)
         ends: list[int] = []
         done = 0
         total = 0
@@ -121,7 +123,7 @@ class Tokenizer:
         directory = Path(directory)
         temporary = directory.with_name(f".{directory.name}.{os.getpid()}")
         # How this process encodes is no part of the tokenizer that others load.
-        self._backend.encode_special_tokens = False
+        self.backend.encode_special_tokens = False
         try:
             temporary.mkdir(parents=True, exist_ok=True)
             self._fast.save_pretrained(str(temporary))
@@ -135,7 +137,7 @@ class Tokenizer:
                 "data.cache_dir or $MYTHOS_CACHE)."
             ) from error
         finally:
-            self._backend.encode_special_tokens = True
+            self.backend.encode_special_tokens = True
             shutil.rmtree(temporary, ignore_errors=True)
 
     @classmethod
@@ -184,7 +186,7 @@ def load_tokenizer(
     kept = run_dir / "tokenizer" if run_dir else None
     if kept and kept.is_dir():
         tokenizer = Tokenizer.load(kept)
-        if tokenizer.request != request:
+        if tokenizer.request != request and (config.name == "bpe" or not _same(tokenizer, config.name)):
             raise MythosError(
                 f"tokenizer: {kept} was made for {tokenizer.request}, the configuration asks for {request}. Give the "
                 "run another run.dir, or the former tokenizer settings."
@@ -274,6 +276,11 @@ def train_bpe(documents: Iterator[str], vocab_size: int, *, progress: bool = Tru
     if tokenizer.size < vocab_size:
         logger.warning("tokenizer.vocab_size: the corpus has text for %d of %d tokens", tokenizer.size, vocab_size)
     return tokenizer
+
+
+def _same(tokenizer: Tokenizer, name: str) -> bool:
+    """Whether a name means what a run has already: the copy beside its pre-tokenized text, say."""
+    return Tokenizer.load(name).fingerprint == tokenizer.fingerprint
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:

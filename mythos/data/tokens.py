@@ -72,6 +72,7 @@ class Shard(NamedTuple):
         documents: rows with a document.
         tokens: with end-of-document tokens.
         skipped: what was left out, by kind of :class:`mythos.data.corpus.Skipped`.
+        size: that of the corpus, by which shards are dealt to streams.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Shard(NamedTuple):
     documents: int
     tokens: int
     skipped: dict[str, int]
+    size: int
 
 
 class TokenSource:
@@ -124,6 +126,7 @@ class TokenSource:
         self._dtypes = {"tokens": np.dtype(index["dtype"]), "documents": ENTRY, "bytes": np.dtype("<u4")}
         self._index = [Shard(**shard) for shard in index["shards"]]
         self.shards = [shard.name for shard in self._index]
+        self.sizes = [shard.size for shard in self._index]
         self._limit = holdout_limit(holdout_fraction)
         self._share_limit = holdout_limit(share)
         self._verified: set[tuple[str, int]] = set()

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from mythos.data.corpus import digest
+from mythos.data.cache import digest
 from mythos.data.source import Source
 from mythos.data.stream import number_documents
 from mythos.errors import MythosError

@@ -205,6 +205,15 @@ def test_text_that_is_not_utf8(tmp_path: Path) -> None:
     assert everything(files(path, on_error="skip")) == ["good\n", Skipped.DOCUMENT, "better"]
 
 
+def test_parquet_text_that_is_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    texts = pa.array([b"good", b"caf\xe9", b"better"], pa.binary())
+    pq.write_table(pa.table({"text": texts.view(pa.string())}), path)
+    with pytest.raises(MythosError, match=r"x\.parquet, row 1 cannot be used: .*utf-8"):
+        everything(files(path))
+    assert everything(files(path, on_error="skip")) == ["good", Skipped.DOCUMENT, "better"]
+
+
 def test_truncated_parquet(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_parquet(tmp_path / "a.parquet", make_documents(10))
     whole = (tmp_path / "a.parquet").read_bytes()

@@ -63,7 +63,7 @@ def test_enough_text_in_enough_row_groups(gathered: list[dict]) -> None:
     texts = [row["text"] for row in gathered]
     assert sum(len(text.encode()) for text in texts) >= 3 * 10**6
     assert all(500 <= len(text) <= 6000 for text in texts)
-    assert len(open_corpora(DataConfig(kind="embedded"))["embedded"].shards) >= 64
+    assert len(open_corpora(DataConfig(kind="embedded"))["corpus"].shards) >= 64
     assert {row["source"].split()[0] for row in gathered} >= {"python", "torch", "numpy", "transformers"}
 
 

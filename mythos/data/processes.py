@@ -1,0 +1,43 @@
+"""Worker processes that read and tokenize: one thread each, unmoved by Ctrl-C, and gone when their parent is."""
+
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
+
+import pyarrow as pa
+
+# Forked, a worker would hold locks of threads (of the tokenizer, of CUDA) that do not exist in it.
+START_METHOD = "spawn"
+
+
+def begin_worker() -> None:
+    """Set up the present process as a worker; to be called first in it."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    # Work is divided among processes, which share the cores.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    pa.set_cpu_count(1)
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent ends, even by SIGKILL and in the middle of a read that waits for a server."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Ctrl-C, which a terminal sends to all, never reaches processes started in here; this one sees it afterwards."""
+    resource_tracker.ensure_running()  # started by the first worker, it would let the signal through
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,0 +1,175 @@
+"""Measure what this machine reaches: python scripts/benchmark.py data CONFIG.yaml [key.path=value ...]."""
+
+import argparse
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
+
+import psutil
+from tqdm import tqdm
+
+from mythos.config import load_config
+from mythos.data.corpus import Skipped, holdout_fraction, open_corpora, weighted
+from mythos.data.loader import Loader
+from mythos.data.pipeline import open_data
+from mythos.data.source import Source
+from mythos.data.stream import Part, Walk
+from mythos.data.tokenizer import Tokenizer, training_documents
+from mythos.errors import MythosError
+
+REPEATS = 5
+
+# Of what is given to the tokenizer alone: documents a call, and bytes in all.
+CALL_DOCUMENTS = 1000
+TEXT_BYTES = 40 * 10**6
+
+WARM_UP_DOCUMENTS = 20_000
+"""Documents before memory is measured: pools, caches of the tokenizer and prefetched batches have filled by then."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["data"], help="data: reading and tokenizing, without a model")
+    parser.add_argument("config", metavar="CONFIG.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    parser.add_argument("--workers", type=int, nargs="+", help="numbers of workers to measure (1 up to the cores)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="length of one measurement (3)")
+    parser.add_argument("--documents", type=int, default=0, help="measure the workers' memory over so many documents")
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        DataBenchmark(options).run()
+    except MythosError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+class DataBenchmark:
+    """Throughput of the loader beside the tokenizer's own, the cost of resuming late in a shard, and memory."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.config = load_config(options.config, options.overrides)
+        self.data = open_data(self.config, None, {})
+        self.texts: list[str] = []
+        size = 0
+        corpora = weighted(self.data.config, open_corpora(self.data.config))
+        for text in training_documents(corpora, holdout_fraction(self.data.config)):
+            self.texts.append(text)
+            size += len(text.encode())
+            if size > TEXT_BYTES:
+                break
+        self.cores = sorted(os.sched_getaffinity(0))
+
+    def run(self) -> None:
+        """Print every figure as it is measured."""
+        for workers in self.options.workers or range(1, len(self.cores) + 1):
+            self.throughput(workers)
+        for name, (source, _) in self.data.sources.items():
+            self.resume(name, source)
+        if self.options.documents:
+            self.memory((self.options.workers or [1])[-1])
+
+    def loader(self, workers: int) -> Loader:
+        """A loader at the beginning of the data, as a run has it."""
+        return Loader(
+            self.data.streams(self.config.run.seed), slots=1, workers=workers, prefetch=self.config.data.prefetch
+        )
+
+    def throughput(self, workers: int) -> None:
+        """Tokens per second of the loader and of the tokenizer alone, in turns, on the same cores."""
+        cores = self.cores[:workers]
+        loaded, alone = [], []
+        # Its own process, because the threads of the tokenizer are made once, as many as there are cores then.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
+            os.sched_setaffinity(0, cores)
+            loader = self.loader(workers)
+            for _ in range(REPEATS):
+                loaded.append(_loader_speed(loader, self.options.seconds))
+                if self.texts:
+                    work = other.submit(_tokenizer_speed, self.data.tokenizer, self.texts, cores, self.options.seconds)
+                    alone.append(work.result())
+            loader.close()
+            os.sched_setaffinity(0, self.cores)
+        line = f"{workers} workers on {len(cores)} cores: {statistics.median(loaded):,.0f} tokens/s"
+        if alone:
+            share = statistics.median(ours / theirs for ours, theirs in zip(loaded, alone, strict=True))
+            line += f"; the tokenizer alone {statistics.median(alone):,.0f} tokens/s; {share:.1%} of it"
+        print(line)
+
+    def resume(self, name: str, source: Source) -> None:
+        """Seconds to a stream's first sequence at the start of a shard and at nine tenths of it."""
+        shard = max(range(min(len(source.shards), 100)), key=lambda index: sum(1 for _ in source.read(index, 0, 1)))
+        rows = [row for row, document in source.read(shard, 0, 1) if not isinstance(document, Skipped)]
+        seconds = {}
+        for row in (rows[0], rows[int(0.9 * len(rows))]):
+            walk_seconds = []
+            for _ in range(REPEATS):
+                started = time.perf_counter()
+                Walk(name, 0, [Part(shard, row, 1)], source, 0).take(self.config.data.sequence_length)
+                walk_seconds.append(time.perf_counter() - started)
+            seconds[row] = min(walk_seconds)
+        first, late = seconds.values()
+        print(
+            f"{name}: first sequence from row {rows[0]} of {source.shards[shard]} ({len(rows)} documents) in "
+            f"{1000 * first:.1f} ms, from row {list(seconds)[1]} in {1000 * late:.1f} ms: {late / first:.2f} times"
+        )
+
+    def memory(self, workers: int) -> None:
+        """Growth of each worker's resident memory over many documents."""
+        loader = self.loader(workers)
+        before = {process.pid for process in psutil.Process().children()}
+        loader.start()
+        processes = [process for process in psutil.Process().children() if process.pid not in before]
+        start: list[int] = []
+        seen = 0
+        total = WARM_UP_DOCUMENTS + self.options.documents
+        with tqdm(total=total, unit="doc", desc="measuring memory") as bar:
+            while seen < total:
+                documents = int((loader.next_batch().ids[:, :-1] == self.data.tokenizer.eos_id).sum())
+                seen += documents
+                bar.update(documents)
+                if not start and seen >= WARM_UP_DOCUMENTS:
+                    start = [process.memory_info().rss for process in processes]
+        growth = [process.memory_info().rss - size for process, size in zip(processes, start, strict=True)]
+        loader.close()
+        print(
+            f"memory over {self.options.documents:,} documents: "
+            + ", ".join(f"{size / 1e6:.0f} MB {more / 1e6:+.1f} MB" for size, more in zip(start, growth, strict=True))
+        )
+
+
+def _loader_speed(loader: Loader, seconds: float) -> float:
+    warm = time.perf_counter() + seconds / 3
+    while time.perf_counter() < warm:  # what was prefetched while the tokenizer ran
+        loader.next_batch()
+    started = time.perf_counter()
+    tokens = 0
+    while (elapsed := time.perf_counter() - started) < seconds:
+        tokens += loader.next_batch().ids[:, 1:].numel()
+    return tokens / elapsed
+
+
+def _tokenizer_speed(tokenizer: Tokenizer, texts: list[str], cores: list[int], seconds: float) -> float:
+    os.sched_setaffinity(0, cores)
+    os.environ["RAYON_NUM_THREADS"] = str(len(cores))
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    backend = tokenizer.backend
+    backend.encode_batch_fast(texts[:CALL_DOCUMENTS], add_special_tokens=False)
+    started = time.perf_counter()
+    tokens = 0
+    while True:
+        documents = iter(texts)
+        while call := list(islice(documents, CALL_DOCUMENTS)):
+            tokens += sum(len(encoding) + 1 for encoding in backend.encode_batch_fast(call, add_special_tokens=False))
+            if (elapsed := time.perf_counter() - started) >= seconds:
+                return tokens / elapsed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
