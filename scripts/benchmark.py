@@ -21,7 +21,7 @@ from mythos.data.stream import Part, Walk
 from mythos.data.tokenizer import Tokenizer, training_documents
 from mythos.errors import MythosError
 
-REPEATS = 5
+REPEATS = 11
 
 # Of what is given to the tokenizer alone: documents a call, and bytes in all.
 CALL_DOCUMENTS = 1000
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("config", metavar="CONFIG.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     parser.add_argument("--workers", type=int, nargs="+", help="numbers of workers to measure (1 up to the cores)")
-    parser.add_argument("--seconds", type=float, default=3.0, help="length of one measurement (3)")
+    parser.add_argument("--seconds", type=float, default=1.5, help="length of one measurement (1.5)")
     parser.add_argument("--documents", type=int, default=0, help="measure the workers' memory over so many documents")
     options = parser.parse_intermixed_args(arguments)
     try:
@@ -77,9 +77,9 @@ class DataBenchmark:
 
     def loader(self, workers: int) -> Loader:
         """A loader at the beginning of the data, as a run has it."""
-        return Loader(
-            self.data.streams(self.config.run.seed), slots=1, workers=workers, prefetch=self.config.data.prefetch
-        )
+        config = self.config
+        slots = config.train.global_batch // config.data.streams
+        return Loader(self.data.streams(config.run.seed), slots=slots, workers=workers, prefetch=config.data.prefetch)
 
     def throughput(self, workers: int) -> None:
         """Tokens per second of the loader and of the tokenizer alone, in turns, on the same cores."""
@@ -96,14 +96,20 @@ class DataBenchmark:
                     alone.append(work.result())
             loader.close()
             os.sched_setaffinity(0, self.cores)
-        line = f"{workers} workers on {len(cores)} cores: {statistics.median(loaded):,.0f} tokens/s"
+        print(
+            f"{workers} workers on {len(cores)} cores: {_median(loaded, 0)} tokens/s, {_median(loaded, 1)} a CPU second"
+        )
         if alone:
-            share = statistics.median(ours / theirs for ours, theirs in zip(loaded, alone, strict=True))
-            line += f"; the tokenizer alone {statistics.median(alone):,.0f} tokens/s; {share:.1%} of it"
-        print(line)
+            wall, cpu = (
+                statistics.median(ours[unit] / theirs[unit] for ours, theirs in zip(loaded, alone, strict=True))
+                for unit in (0, 1)
+            )
+            print(f"  the tokenizer alone: {_median(alone, 0)} tokens/s, {_median(alone, 1)} a CPU second")
+            print(f"  the loader reaches {wall:.1%} of it by the clock, {cpu:.1%} by CPU time (medians of {REPEATS})")
 
     def resume(self, name: str, source: Source) -> None:
-        """Seconds to a stream's first sequence at the start of a shard and at nine tenths of it."""
+        """Seconds to a stream's first batch at the start of a shard and at nine tenths of it."""
+        tokens = self.loader(0).slots * self.config.data.sequence_length
         shard = max(range(min(len(source.shards), 100)), key=lambda index: sum(1 for _ in source.read(index, 0, 1)))
         rows = [row for row, document in source.read(shard, 0, 1) if not isinstance(document, Skipped)]
         seconds = {}
@@ -111,13 +117,14 @@ class DataBenchmark:
             walk_seconds = []
             for _ in range(REPEATS):
                 started = time.perf_counter()
-                Walk(name, 0, [Part(shard, row, 1)], source, 0).take(self.config.data.sequence_length)
+                Walk(name, 0, [Part(shard, row, 1)], source, 0).take(tokens)
                 walk_seconds.append(time.perf_counter() - started)
             seconds[row] = min(walk_seconds)
         first, late = seconds.values()
         print(
-            f"{name}: first sequence from row {rows[0]} of {source.shards[shard]} ({len(rows)} documents) in "
-            f"{1000 * first:.1f} ms, from row {list(seconds)[1]} in {1000 * late:.1f} ms: {late / first:.2f} times"
+            f"{name}: first batch of a stream ({tokens:,} tokens) in {1000 * first:.1f} ms at the start of "
+            f"{source.shards[shard]}, in {1000 * late:.1f} ms from row {list(seconds)[1]} of {len(rows)}: "
+            f"{late / first:.2f} times"
         )
 
     def memory(self, workers: int) -> None:
@@ -144,31 +151,43 @@ class DataBenchmark:
         )
 
 
-def _loader_speed(loader: Loader, seconds: float) -> float:
+def _median(speeds: list[tuple[float, float]], unit: int) -> str:
+    return f"{statistics.median(speed[unit] for speed in speeds):,.0f}"
+
+
+def _cpu_seconds() -> float:
+    """CPU time of this process and the workers it has."""
+    workers = (process.cpu_times() for process in psutil.Process().children())
+    return time.process_time() + sum(spent.user + spent.system for spent in workers)
+
+
+def _loader_speed(loader: Loader, seconds: float) -> tuple[float, float]:
+    """Tokens per second by the clock and by CPU time."""
     warm = time.perf_counter() + seconds / 3
     while time.perf_counter() < warm:  # what was prefetched while the tokenizer ran
         loader.next_batch()
-    started = time.perf_counter()
+    started, spent = time.perf_counter(), _cpu_seconds()
     tokens = 0
     while (elapsed := time.perf_counter() - started) < seconds:
         tokens += loader.next_batch().ids[:, 1:].numel()
-    return tokens / elapsed
+    return tokens / elapsed, tokens / (_cpu_seconds() - spent)
 
 
-def _tokenizer_speed(tokenizer: Tokenizer, texts: list[str], cores: list[int], seconds: float) -> float:
+def _tokenizer_speed(tokenizer: Tokenizer, texts: list[str], cores: list[int], seconds: float) -> tuple[float, float]:
+    """Tokens per second by the clock and by CPU time, of turning text in memory into lists of ids."""
     os.sched_setaffinity(0, cores)
     os.environ["RAYON_NUM_THREADS"] = str(len(cores))
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    backend = tokenizer.backend
-    backend.encode_batch_fast(texts[:CALL_DOCUMENTS], add_special_tokens=False)
-    started = time.perf_counter()
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if len(cores) > 1 else "false"
+    encode = tokenizer.backend.encode_batch_fast
+    encode(texts[:CALL_DOCUMENTS], add_special_tokens=False)
+    started, spent = time.perf_counter(), time.process_time()
     tokens = 0
     while True:
         documents = iter(texts)
         while call := list(islice(documents, CALL_DOCUMENTS)):
-            tokens += sum(len(encoding) + 1 for encoding in backend.encode_batch_fast(call, add_special_tokens=False))
+            tokens += sum(len(encoding.ids) + 1 for encoding in encode(call, add_special_tokens=False))
             if (elapsed := time.perf_counter() - started) >= seconds:
-                return tokens / elapsed
+                return tokens / elapsed, tokens / (time.process_time() - spent)
 
 
 if __name__ == "__main__":

@@ -48,8 +48,9 @@ class Skipped(Enum):
 class Corpus:
     """Documents of parquet (a shard is a row group, or a file where files are many), jsonl and txt files.
 
-    jsonl and txt files are cut at 8 MiB; jsonl.gz files are one shard each, and passed over up to the position where
-    a run resumes. In a txt file documents are separated by blank lines. Text is UTF-8.
+    jsonl and txt files are cut into pieces of 1 MiB (of more beyond 100 GB); jsonl.gz files are one shard each, and
+    passed over up to the position where a run resumes. In a txt file documents are separated by blank lines. Text is
+    UTF-8.
 
     Args:
         files: local paths or URLs, with their sizes.
@@ -95,13 +96,14 @@ class Corpus:
         self._pieces: list[Piece] = []
         self.shards: list[str] = []
         whole = len(files) >= minimum_shards
+        total = sum(file.size for file in files)
         checked = False
         # Quick on a disk; over a network a footer of megabytes is read of every file, the first time.
         for file in tqdm(files, desc="looking into files", unit="file", delay=3, leave=False):
             if not file.path.endswith(EXTENSIONS):
                 raise MythosError(f"{what}: {file.path} has an unknown extension; allowed are {', '.join(EXTENSIONS)}.")
             try:
-                pieces = self._reader.pieces(file, whole)
+                pieces = self._reader.pieces(file, whole, total)
                 if pieces and not checked:
                     self._require_columns(file)
                     checked = True

@@ -22,17 +22,22 @@ from mythos.errors import short_reason
 
 EXTENSIONS = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".txt")
 
-# Lines are cut at this many bytes, so that a resumed run reads at most this much again.
-PIECE_BYTES = 8 * 2**20
+# Lines are cut at this many bytes, so that a resumed run passes over at most this much; or at more, where that many
+# pieces would take seconds to deal.
+PIECE_BYTES = 2**20
+MOST_PIECES = 100_000
 
-# Rows decoded at once: documents of a few kB each, of which every stream keeps a batch.
-PARQUET_BATCH = 64
+# Rows decoded at once: every stream keeps a batch, and together they should not outgrow the processor's cache.
+PARQUET_BATCH = 16
 
 # About what text is compressed to: a part in so many.
 COMPRESSION = 3
 
 # Footers kept per process. One of 700 row groups takes megabytes, and reading it again from a hub a request of as many.
 FOOTERS_KEPT = 16
+
+# Decoded row groups kept per process, where several streams share them.
+GROUPS_KEPT_BYTES = 32 * 2**20
 
 READ_ERRORS: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, pa.ArrowException)
 
@@ -93,9 +98,10 @@ class Reader:
         self.patience = patience
         self.cache_dir = cache_dir
         self._footers: OrderedDict[File, pq.FileMetaData] = OrderedDict()
+        self._groups: OrderedDict[tuple[File, int], pa.Table] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_footers": OrderedDict()}
+        return {**self.__dict__, "_footers": OrderedDict(), "_groups": OrderedDict()}
 
     def open(self, file: File) -> IO[bytes]:
         """Open for reading from any position."""
@@ -111,15 +117,16 @@ class Reader:
             record = _parse_json(next((line for line in lines if line.strip()), b"{}"))
         return list(record) if isinstance(record, dict) else []
 
-    def pieces(self, file: File, whole: bool) -> list[Piece]:
-        """Cut a file; with ``whole`` a parquet file is one shard, and its footer is not read yet."""
+    def pieces(self, file: File, whole: bool, total: int) -> list[Piece]:
+        """Cut a file of a corpus of ``total`` bytes; with ``whole`` a parquet file is one shard, and not opened yet."""
         if file.path.endswith(".parquet"):
             if whole:
                 return [Piece(file, None, 0, COMPRESSION * file.size)]
             return [Piece(file, group, 0, size) for group, size in enumerate(self._layout(file)[1]) if size]
         if file.path.endswith(".gz"):  # cannot be entered in the middle
             return [Piece(file, None, 0, COMPRESSION * file.size)] if file.size else []
-        ends = [(start, min(start + PIECE_BYTES, file.size)) for start in range(0, file.size, PIECE_BYTES)]
+        cut = max(PIECE_BYTES, total // MOST_PIECES)
+        ends = [(start, min(start + cut, file.size)) for start in range(0, file.size, cut)]
         return [Piece(file, start, end, end - start) for start, end in ends]
 
     def rows(self, piece: Piece, row: int, step: int, columns: list[str]) -> Iterator[Row]:
@@ -178,9 +185,10 @@ class Reader:
                     end = first + parquet.metadata.row_group(group).num_rows
                     try:
                         if done < end:
-                            for values in _group_rows(parquet, group, done - first, step, columns):
-                                yield done, values
-                                done += step
+                            for batch in self._batches(parquet, piece.file, group, done - first, step, columns):
+                                for values in _decoded(batch, columns):
+                                    yield done, values
+                                    done += step
                     except READ_ERRORS as error:
                         if done < end:
                             yield done, Broken(f"row group {group}: {short_reason(error)}")
@@ -189,25 +197,35 @@ class Reader:
         except READ_ERRORS as error:
             yield done, Broken(short_reason(error))
 
+    def _batches(
+        self, parquet: pq.ParquetFile, file: File, group: int, row: int, step: int, columns: list[str]
+    ) -> Iterator[pa.RecordBatch]:
+        """Rows ``row, row + step, ...`` of a row group."""
+        if step == 1:
+            for batch in parquet.iter_batches(PARQUET_BATCH, row_groups=[group], columns=columns, use_threads=False):
+                if row < len(batch):
+                    yield batch.slice(row)
+                row = max(0, row - len(batch))
+            return
+        # Other streams share this row group: those of this process find it decoded.
+        key = (file, group)
+        if key not in self._groups:
+            self._groups[key] = parquet.read_row_group(group, columns=columns, use_threads=False)
+        self._groups.move_to_end(key)
+        table = self._groups[key]
+        while len(self._groups) > 1 and sum(kept.nbytes for kept in self._groups.values()) > GROUPS_KEPT_BYTES:
+            self._groups.popitem(last=False)
+        yield from table.take(pa.array(np.arange(row, len(table), step))).to_batches(PARQUET_BATCH)
+
     def _lines(self, file: File) -> IO[bytes]:
         handle = self.open(file)
         return gzip.GzipFile(fileobj=handle) if file.path.endswith(".gz") else handle  # type: ignore[return-value]
 
 
-def _group_rows(parquet: pq.ParquetFile, group: int, row: int, step: int, columns: list[str]) -> Iterator[Any]:
-    first = 0
-    for batch in parquet.iter_batches(PARQUET_BATCH, row_groups=[group], columns=columns, use_threads=False):
-        end = first + len(batch)
-        if row < end:
-            wanted = batch.slice(row - first)
-            if step > 1:
-                wanted = wanted.take(pa.array(np.arange(0, len(wanted), step)))
-            decoded = [_values(wanted.column(name)) for name in columns]
-            for values in zip(*decoded, strict=True):
-                unreadable = next((value for value in values if isinstance(value, Unreadable)), None)
-                yield unreadable or list(values)
-                row += step
-        first = end
+def _decoded(batch: pa.RecordBatch, columns: list[str]) -> Iterator[list[Any] | Unreadable]:
+    """The values of each row."""
+    for values in zip(*(_values(batch.column(name)) for name in columns), strict=True):
+        yield next((value for value in values if isinstance(value, Unreadable)), None) or list(values)
 
 
 def _values(column: pa.Array) -> list[Any]:

@@ -3,7 +3,9 @@
 import signal
 import threading
 import warnings
+from collections import deque
 from collections.abc import Iterator
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +14,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from mythos.data.processes import START_METHOD, begin_worker, interrupts_held
 from mythos.data.stream import Batch, TokenStreams, count_skipped, merge_states
 from mythos.errors import MythosError
+
+# Workers hand over the steps of about so many tokens at once: one by one, small steps would cost more than their text.
+ITEM_TOKENS = 2**16
 
 
 class _Share(NamedTuple):
@@ -23,21 +28,26 @@ class _Share(NamedTuple):
 
 
 class _Shares(IterableDataset):
-    """The endless shares of the worker process that iterates; a problem comes as the last item."""
+    """The endless shares of the worker process that iterates, some steps at a time; a problem comes as the last one."""
 
-    def __init__(self, streams: TokenStreams, slots: int) -> None:
+    def __init__(self, streams: TokenStreams, slots: int, steps: int) -> None:
         self.streams = streams
         self.slots = slots
+        self.steps = steps
 
-    def __iter__(self) -> Iterator[_Share | MythosError]:
+    def __iter__(self) -> Iterator[list[_Share | MythosError]]:
         info = get_worker_info()
         assert info is not None
+        item: list[_Share | MythosError] = []
         try:
             share = self.streams.share(info.id, info.num_workers)
             while True:
-                yield _Share(*share.next_ids(self.slots), share.state_dict())
+                item.append(_Share(*share.next_ids(self.slots), share.state_dict()))
+                if len(item) == self.steps:
+                    yield item
+                    item = []
         except MythosError as error:  # raised here, the message would be buried in a traceback
-            yield error
+            yield [*item, error]
 
 
 class Loader:
@@ -67,16 +77,19 @@ class Loader:
         self.workers = min(workers, streams.streams // streams.world_size)
         self.prefetch = prefetch
         self._state = streams.state_dict()
-        self._shares: Iterator[_Share | MythosError] | None = None
+        step_tokens = slots * streams.streams // streams.world_size * streams.sequence_length
+        self._item_steps = max(1, ITEM_TOKENS * self.workers // step_tokens)
+        self._items: Iterator[list[_Share | MythosError]] | None = None
+        self._ready: deque[tuple[_Share | MythosError, ...]] = deque()
 
     def start(self) -> None:
         """Start the workers, so that they read while the caller does something else; the first batch does it too."""
-        if not self.workers or self._shares is not None:
+        if not self.workers or self._items is not None:
             return
         before = signal.getsignal(signal.SIGCHLD)
         with warnings.catch_warnings(), interrupts_held():
             warnings.simplefilter("ignore", UserWarning)  # more workers than cores: the user's to decide
-            self._shares = iter(self._data_loader())
+            self._items = iter(self._data_loader())
         # torch's handler raises wherever the process happens to be when a worker dies, in the middle of an optimizer
         # step, say. The next batch finds out too.
         if threading.current_thread() is threading.main_thread():
@@ -84,10 +97,11 @@ class Loader:
 
     def _data_loader(self) -> DataLoader:
         return DataLoader(
-            _Shares(self.streams, self.slots),
+            _Shares(self.streams, self.slots, self._item_steps),
             batch_size=None,
             num_workers=self.workers,
-            prefetch_factor=self.prefetch,
+            # Two at least: one to be read while the other waits to be fetched.
+            prefetch_factor=max(2, -(-self.prefetch // self._item_steps)),
             multiprocessing_context=START_METHOD,
             worker_init_fn=_begin_worker,
             # Items are NumPy arrays and plain values; converted to tensors, they would need shared memory.
@@ -104,24 +118,29 @@ class Loader:
             batch = self.streams.next_batch(self.slots)
             self._state = self.streams.state_dict()
             return batch
-        self.start()
-        assert self._shares is not None
-        shares = []
-        for _ in range(self.workers):
-            try:
-                share = next(self._shares)
-            except RuntimeError as error:
-                raise MythosError(
-                    f"a data worker has died ({error}). Out of memory? Lower data.workers or data.prefetch; the same "
-                    "command continues from the newest checkpoint."
-                ) from error
-            if isinstance(share, MythosError):
-                raise share
-            shares.append(share)
+        if not self._ready:
+            # Each worker's item holds as many steps, unless it ends with a problem.
+            self._ready.extend(zip_longest(*(self._next_item() for _ in range(self.workers))))
+        shares = self._ready[0]
+        for problem in shares:
+            if isinstance(problem, MythosError):
+                raise problem
+        self._ready.popleft()
         self._state = self._state | merge_states([share.state for share in shares])
         return self.streams.batch(
             np.concatenate([share.ids for share in shares]), np.concatenate([share.rows for share in shares])
         )
+
+    def _next_item(self) -> list[_Share | MythosError]:
+        self.start()
+        assert self._items is not None
+        try:
+            return next(self._items)
+        except RuntimeError as error:
+            raise MythosError(
+                f"a data worker has died ({error}). Out of memory? Lower data.workers or data.prefetch; the same "
+                "command continues from the newest checkpoint."
+            ) from error
 
     def state_dict(self) -> dict[str, Any]:
         """Position after the last batch handed out, see :meth:`TokenStreams.state_dict`."""
@@ -140,7 +159,8 @@ class Loader:
 
     def close(self) -> None:
         """End the workers. A loader that is not closed ends them when its process ends, in whatever way."""
-        self._shares = None  # the iterator of a DataLoader ends its workers when it is dropped
+        self._ready.clear()
+        self._items = None  # the iterator of a DataLoader ends its workers when it is dropped
 
 
 def _unchanged(item: Any) -> Any:

@@ -1,5 +1,6 @@
 """Worker processes that read and tokenize: one thread each, unmoved by Ctrl-C, and gone when their parent is."""
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -21,6 +22,10 @@ def begin_worker() -> None:
     # Work is divided among processes, which share the cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     pa.set_cpu_count(1)
+    # What was imported stays: looking through it for garbage again and again takes 2% of the time.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000)
     logging.basicConfig(format="%(levelname)s: %(message)s")
 
 

@@ -283,9 +283,10 @@ class TokenStreams:
         Raises:
             MythosError: a stream without training documents, or (``on_error: fail``) one that cannot be read.
         """
-        taken = [self._next_sequence(stream) for _ in range(slots) for stream in self._local]
+        taken = np.stack([self._next_sequences(stream, slots) for stream in self._local], axis=1)
         indices = np.array([stream.index for stream in self._local])
-        return np.stack(taken), (np.arange(slots)[:, None] * self.streams + indices).reshape(-1)
+        rows = np.arange(slots)[:, None] * self.streams + indices
+        return taken.reshape(-1, self.sequence_length + 1), rows.reshape(-1)
 
     def next_batch(self, slots: int) -> Batch:
         """Consume ``slots`` sequences of each of these streams: slots x streams / world_size rows.
@@ -302,12 +303,15 @@ class TokenStreams:
         documents = None if self.eos_id is None else number_documents(tokens, self.eos_id)
         return Batch(tokens, documents, torch.from_numpy(rows[order]))
 
-    def _next_sequence(self, stream: _Stream) -> np.ndarray:
-        source = 0
-        if len(self._weights) > 1:
-            source = drawn_source(self._weights, self.seed, stream.sequences * self.streams + stream.index)
-        stream.sequences += 1
-        return stream.walks[source].take(self.sequence_length)
+    def _next_sequences(self, stream: _Stream, slots: int) -> np.ndarray:
+        """The stream's next sequences, int32 (slots, L + 1)."""
+        length, numbers = self.sequence_length, range(stream.sequences, stream.sequences + slots)
+        stream.sequences += slots
+        if len(self._weights) == 1:
+            tokens = stream.walks[0].take(slots * length)
+            return tokens[np.arange(slots)[:, None] * length + np.arange(length + 1)]
+        rows = (number * self.streams + stream.index for number in numbers)
+        return np.stack([stream.walks[drawn_source(self._weights, self.seed, row)].take(length) for row in rows])
 
     @property
     def skipped(self) -> dict[str, int]:

@@ -87,12 +87,12 @@ def test_world_size_must_divide_streams(tmp_path: Path, tokenizer: Tokenizer) ->
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_problem_comes_in_its_turn_and_the_state_stays(workers: int, tmp_path: Path, tokenizer: Tokenizer) -> None:
-    documents: list = make_documents(40)
-    documents[30] = None
+    documents: list = make_documents(400)
+    documents[300] = None
     write_jsonl(tmp_path / "x.jsonl", documents)
     loader = make_loader(make_streams(text_source(tmp_path / "x.jsonl", tokenizer), streams=2), workers=workers)
     state = loader.state_dict()
-    with pytest.raises(MythosError, match=r"^data: .*x\.jsonl, row 30 cannot be used: its text is null"):
+    with pytest.raises(MythosError, match=r"^data: .*x\.jsonl, row 300 cannot be used: its text is null"):
         while True:
             loader.next_batch()
             state = loader.state_dict()
@@ -108,7 +108,7 @@ def test_a_worker_that_is_killed_is_reported(tmp_path: Path, tokenizer: Tokenize
     worker.send_signal(signal.SIGKILL)
     time.sleep(0.5)  # nothing is raised outside of the loader: not in the middle of a step
     with pytest.raises(MythosError, match=r"a data worker has died .*data\.workers"):
-        for _ in range(100):
+        for _ in range(10_000):  # several items of many small steps
             loader.next_batch()
     loader.close()
 

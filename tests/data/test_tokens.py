@@ -444,14 +444,14 @@ def test_a_folder_of_something_else(folder: Path, tmp_path: Path, tokenizer: Tok
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
-    """14 MB of tokens in two shards that are read side by side."""
+    """14 MB of tokens in shards that are open side by side."""
     tokenizer = word_tokenizer(2**16 + 1)
     write_jsonl(tmp_path / "a.jsonl", ["w1 w2 " * 1000] * 1700)
     corpus, _ = opened(tmp_path / "a.jsonl")
     index = write_tokens(corpus, tokenizer, tmp_path / "tokens", share=0.0)
-    assert index["totals"]["tokens"] * 4 > 12e6 and len(index["shards"]) == 2
+    assert index["totals"]["tokens"] * 4 > 12e6
     source = TokenSource(tmp_path / "tokens", tokenizer, 0.0, "fail")
-    reading = [source.read(shard, 0, 1) for shard in (0, 1)]
+    reading = [source.read(shard, 0, 1) for shard in range(len(source.shards))]
     for documents_of_shard in reading:
         next(documents_of_shard)
     process = psutil.Process()
