@@ -1,11 +1,14 @@
 """Batches read and tokenized ahead of training by worker processes, with the state of what has been consumed."""
 
+import multiprocessing
 import signal
 import threading
 import warnings
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import zip_longest
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,20 +83,18 @@ class Loader:
         step_tokens = slots * streams.streams // streams.world_size * streams.sequence_length
         self._item_steps = max(1, ITEM_TOKENS * self.workers // step_tokens)
         self._items: Iterator[list[_Share | MythosError]] | None = None
+        self._processes: set[BaseProcess] = set()
         self._ready: deque[tuple[_Share | MythosError, ...]] = deque()
 
     def start(self) -> None:
         """Start the workers, so that they read while the caller does something else; the first batch does it too."""
         if not self.workers or self._items is not None:
             return
-        before = signal.getsignal(signal.SIGCHLD)
-        with warnings.catch_warnings(), interrupts_held():
+        others = set(multiprocessing.active_children())
+        with warnings.catch_warnings(), interrupts_held(), _child_signals():
             warnings.simplefilter("ignore", UserWarning)  # more workers than cores: the user's to decide
             self._items = iter(self._data_loader())
-        # torch's handler raises wherever the process happens to be when a worker dies, in the middle of an optimizer
-        # step, say. The next batch finds out too.
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, before)
+        self._processes = set(multiprocessing.active_children()) - others
 
     def _data_loader(self) -> DataLoader:
         return DataLoader(
@@ -135,7 +136,11 @@ class Loader:
         self.start()
         assert self._items is not None
         try:
-            return next(self._items)
+            with _child_signals():
+                for process in self._processes:
+                    if not process.is_alive():
+                        raise RuntimeError(f"process {process.pid} ended with {process.exitcode}")
+                return next(self._items)
         except RuntimeError as error:
             raise MythosError(
                 f"a data worker has died ({error}). Out of memory? Lower data.workers or data.prefetch; the same "
@@ -160,7 +165,33 @@ class Loader:
     def close(self) -> None:
         """End the workers. A loader that is not closed ends them when its process ends, in whatever way."""
         self._ready.clear()
+        self._processes.clear()
         self._items = None  # the iterator of a DataLoader ends its workers when it is dropped
+
+
+@contextmanager
+def _child_signals() -> Iterator[None]:
+    """torch's handler of a child's end in force, which raises RuntimeError.
+
+    It must be while a batch is waited for: a worker that was killed in the middle of handing one over would never
+    complete it. It must not be at other times: it would raise in the middle of an optimizer step or of a save.
+    """
+    global _torch_handler
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    if _torch_handler is not None:
+        signal.signal(signal.SIGCHLD, _torch_handler)
+    try:
+        yield
+    finally:
+        if _torch_handler is None and signal.getsignal(signal.SIGCHLD) is not before:
+            _torch_handler = signal.getsignal(signal.SIGCHLD)  # torch sets it once, with a process's first workers
+        signal.signal(signal.SIGCHLD, before)
+
+
+_torch_handler: Any = None
 
 
 def _unchanged(item: Any) -> Any:
