@@ -19,7 +19,9 @@ from mythos.data.stream import Batch, TokenStreams, count_skipped, merge_states
 from mythos.errors import MythosError
 
 # Workers hand over the steps of about so many tokens at once: one by one, small steps would cost more than their text.
-ITEM_TOKENS = 2**16
+# Not more, because the first batch waits for all of them.
+ITEM_TOKENS = 2**14
+MOST_ITEM_STEPS = 16
 
 
 class _Share(NamedTuple):
@@ -81,7 +83,7 @@ class Loader:
         self.prefetch = prefetch
         self._state = streams.state_dict()
         step_tokens = slots * streams.streams // streams.world_size * streams.sequence_length
-        self._item_steps = max(1, ITEM_TOKENS * self.workers // step_tokens)
+        self._item_steps = min(max(1, ITEM_TOKENS * self.workers // step_tokens), MOST_ITEM_STEPS)
         self._items: Iterator[list[_Share | MythosError]] | None = None
         self._processes: set[BaseProcess] = set()
         self._ready: deque[tuple[_Share | MythosError, ...]] = deque()
