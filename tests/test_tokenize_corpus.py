@@ -218,6 +218,18 @@ def test_training_on_tokens_is_training_on_the_text(undisturbed: Path, config: P
     assert losses(tmp_path / "tokens") == losses(tmp_path / "text")
 
 
+def test_a_run_on_text_goes_on_with_its_tokens(undisturbed: Path, config: Path, tmp_path: Path) -> None:
+    from train import main as train
+
+    tokens = ["data.kind=tokens", f"data.path={undisturbed}", f"tokenizer.name={undisturbed}/tokenizer"]
+    for name, continued in (("text", []), ("tokens", tokens)):
+        run = [str(config), f"run.dir={tmp_path / name}"]
+        assert train([*run, "train.steps=2"]) == 0
+        assert train([*run, *continued]) == 0
+    assert len(losses(tmp_path / "text")) > 2
+    assert losses(tmp_path / "tokens") == losses(tmp_path / "text")
+
+
 def test_a_source_of_a_mixture(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "b.txt").write_text("\n\n".join(documents(20)))
     settings = yaml.safe_load(config.read_text())
