@@ -13,10 +13,11 @@ import psutil
 from tqdm import tqdm
 
 from mythos.config import load_config
-from mythos.data.corpus import Skipped, holdout_fraction, open_corpora, weighted
+from mythos.data.corpus import Skipped, holdout_fraction
 from mythos.data.loader import Loader
 from mythos.data.pipeline import open_data
-from mythos.data.source import Source
+from mythos.data.processes import START_METHOD
+from mythos.data.source import Source, TextSource
 from mythos.data.stream import Part, Walk
 from mythos.data.tokenizer import Tokenizer, training_documents
 from mythos.errors import MythosError
@@ -58,7 +59,8 @@ class DataBenchmark:
         self.data = open_data(self.config, None, {})
         self.texts: list[str] = []
         size = 0
-        corpora = weighted(self.data.config, open_corpora(self.data.config))
+        opened = self.data.sources.values()
+        corpora = [(source.corpus, weight) for source, weight in opened if isinstance(source, TextSource)]
         for text in training_documents(corpora, holdout_fraction(self.data.config)):
             self.texts.append(text)
             size += len(text.encode())
@@ -86,7 +88,7 @@ class DataBenchmark:
         cores = self.cores[:workers]
         loaded, alone = [], []
         # Its own process, because the threads of the tokenizer are made once, as many as there are cores then.
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
+        with ProcessPoolExecutor(1, multiprocessing.get_context(START_METHOD)) as other:
             os.sched_setaffinity(0, cores)
             loader = self.loader(workers)
             for _ in range(REPEATS):
