@@ -22,6 +22,7 @@ from mythos.presets import PRESETS
 from mythos.schema import Problems, allowed, apply_override, read_yaml, sections, shown, suggestion, valid_values
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+DURATION = r"^(\d+d)?(\d+h)?(\d+m)?(\d+s)?$"
 
 
 class RunConfig(Section):
@@ -193,6 +194,15 @@ class OptimConfig(Section):
     """Last learning rate as a share of lr."""
 
 
+class ProfileConfig(Section):
+    """A window of steps traced by torch.profiler, written to the run directory's profile/."""
+
+    start: PositiveInt = 10
+    """First step of the window, counted from the start of the process."""
+    steps: NonNegativeInt = 0
+    """Steps traced; 0 = no trace."""
+
+
 class TrainConfig(Section):
     """How long and in which batches to train."""
 
@@ -202,8 +212,8 @@ class TrainConfig(Section):
     """Training tokens, rounded up to whole steps."""
     global_batch: PositiveInt = 64
     """Sequences of an optimizer step over all ranks; a multiple of data.streams."""
-    micro_batch: PositiveInt = 8
-    """Sequences of one forward and backward pass on a rank."""
+    micro_batch: PositiveInt | Literal["auto"] = 8
+    """Sequences of one forward and backward pass on a rank; auto = the most that fit, tried at the start."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Autocast type of matrix products; auto = bfloat16 where the hardware computes it natively (GPU, AMX,
     AVX512-BF16), float32 elsewhere. Parameters, optimizer and the injection stay float32."""
@@ -211,6 +221,16 @@ class TrainConfig(Section):
     """Where to train; auto = cuda if there is one."""
     compile: bool = False
     """Compile the blocks with torch.compile."""
+    max_time: Annotated[str, Field(pattern=DURATION)] | None = None
+    """Wall-clock limit of this process, e.g. 90s, 3h30m, 1d; the run then saves and ends as if finished, and the same
+    command continues it. null = none."""
+    skip_limit: PositiveInt = 5
+    """Updates skipped in a row, because loss or gradient was not finite, after which the run stops or rolls back."""
+    rollbacks: NonNegativeInt = 0
+    """How often the run may go back to its newest checkpoint's weights, and on with the data that comes next, instead
+    of stopping at skip_limit."""
+    profile: ProfileConfig = ProfileConfig()
+    """Trace of a few steps."""
 
 
 class EvalConfig(Section):
@@ -239,15 +259,39 @@ class CheckpointConfig(Section):
     """Newest checkpoints that are kept."""
     keep_every: NonNegativeInt = 0
     """Also keep each checkpoint whose step is a multiple of this; 0 = none."""
+    asynchronous: bool = True
+    """Copy what is saved and write it while training goes on; false = training waits until it is written."""
+    dir: str | None = None
+    """Where checkpoints are kept: a directory or a URL of fsspec (s3://...); null = checkpoints/ in the run
+    directory."""
 
 
 class ParallelConfig(Section):
-    """How the model is laid out over devices."""
+    """How model and work are laid out over processes, one per device."""
 
-    mode: Literal["auto", "single"] = "auto"
-    """single = one process."""
+    mode: Literal["auto", "single", "ddp", "fsdp", "hsdp"] = "auto"
+    """single = one process; ddp = every process holds the model; fsdp = parameters, gradients and optimizer are sharded
+    over all processes; hsdp = sharded over `shard` of them, replicated over the groups; auto chooses and says why."""
+    shard: PositiveInt | None = None
+    """hsdp: processes that share one copy of the model; null = those of a node."""
+    replicate: PositiveInt | None = None
+    """hsdp: copies of the model; null = as many as there are processes for."""
+    wrap: Literal["loop", "block"] = "loop"
+    """fsdp, hsdp: what is gathered at once. loop = the whole core, once whatever the number of loops; block = one
+    core block at a time, in every loop again, where the core does not fit."""
+    reshard_after_forward: bool = True
+    """fsdp, hsdp: free gathered parameters after the forward pass and gather them again for the backward pass."""
+    reduce: Literal["step", "micro_batch"] = "step"
+    """fsdp, hsdp: when gradients are reduced. step = once, each process keeping whole gradients between micro-batches;
+    micro_batch = after each, keeping shards."""
     activation_checkpointing: Literal["none", "loop"] = "none"
     """loop = keep only the state between loops and recompute each loop in the backward pass."""
+    start_timeout: Annotated[float, Field(gt=0)] = 1800.0
+    """Seconds that processes wait for each other until the first step is done (it may gather data and compile)."""
+    timeout: Annotated[float, Field(gt=0)] = 300.0
+    """Seconds that processes wait for each other after it; then the run ends, naming what it waited for."""
+    stall_after: Annotated[float, Field(gt=0)] = 120.0
+    """Seconds without a finished step after which every process writes its stacks to the run directory's stacks/."""
 
 
 class WandbConfig(Section):
@@ -268,6 +312,8 @@ class LogConfig(Section):
 
     every: PositiveInt = 10
     """Steps between lines of metrics.jsonl."""
+    trackers: list[str] = []
+    """Trackers of accelerate beside W&B, e.g. [tensorboard]; their packages must be installed."""
     wandb: WandbConfig = WandbConfig()
     """Weights & Biases."""
 

@@ -1,0 +1,191 @@
+"""The processes of a run: how they find each other, agree, and part."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mythos.config import Config
+from mythos.errors import MythosError, short_reason
+
+
+class Ranks:
+    """Processes that talk to each other on the host, over a gloo group of their own; alone without one.
+
+    Every method but the properties is collective: all ranks call it, in the same order. Values travel pickled between
+    processes of one run and never reach a disk.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.size = 1 if group is None else dist.get_world_size(group)
+
+    @property
+    def main(self) -> bool:
+        """Whether this is rank 0, the one that prints and writes what all share."""
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank, in the order of the ranks."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        if self.group is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, group=self.group, group_src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.group is not None:
+            dist.barrier(self.group)
+
+
+@dataclass
+class World:
+    """All processes of the run as this one sees them. Make it with :func:`join_world`, end it with :meth:`leave`."""
+
+    device: torch.device
+    ranks: Ranks
+    """For what the training loop agrees on."""
+    storage: Ranks
+    """The same processes over another group, for a thread that writes checkpoints meanwhile."""
+    local_rank: int = 0
+    local_size: int = 1
+    """Processes on this machine."""
+
+    @property
+    def rank(self) -> int:
+        """Number of this process, from 0."""
+        return self.ranks.rank
+
+    @property
+    def size(self) -> int:
+        """Number of processes."""
+        return self.ranks.size
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum a tensor on the device over all ranks, in place; returns it."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def set_timeout(self, seconds: float) -> None:
+        """Let every later collective fail after so many seconds."""
+        if self.size > 1:
+            for group in (None, self.ranks.group, self.storage.group):
+                dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+    def leave(self) -> None:
+        """Part together: without the barrier a process that is done early cuts the others' last messages off."""
+        if self.size > 1:
+            self.ranks.barrier()
+            dist.destroy_process_group()
+
+
+def join_world(config: Config) -> World:
+    """Find the other processes that torchrun (or anything else that sets RANK, WORLD_SIZE, MASTER_ADDR) started.
+
+    Raises MythosError if they cannot be reached, if the configuration does not fit their number, or if two ranks were
+    given different configurations.
+    """
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
+    device = choose_device(config.train.device, local_rank, local_size)
+    if size == 1:
+        return World(device, Ranks(), Ranks())
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    start = timedelta(seconds=config.parallel.start_timeout)
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=config.parallel.timeout)))
+        store.set_timeout(start)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        bound = device if device.type == "cuda" else None
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=start, device_id=bound)
+        everyone = list(range(size))
+        ranks, storage = (Ranks(dist.new_group(everyone, timeout=start, backend="gloo")) for _ in range(2))
+    except (RuntimeError, ValueError) as error:
+        raise MythosError(_no_meeting(rank, size, error)) from error
+    world = World(device, ranks, storage, local_rank, local_size)
+    check_fit(config, size)
+    check_same_config(config, ranks)
+    return world
+
+
+def _no_meeting(rank: int, size: int, error: Exception) -> str:
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    if "EADDRINUSE" in str(error) or "address already in use" in str(error):
+        return (
+            f"rank {rank} cannot listen on {address}, which is in use: set MASTER_PORT to a free port, the same on all "
+            "nodes, or end the job that holds it"
+        )
+    return (
+        f"rank {rank} of {size} cannot meet the others at {address}: {short_reason(error)}. Check MASTER_ADDR and "
+        "MASTER_PORT (the first node's, open to the others), and that all nodes were started"
+    )
+
+
+def check_fit(config: Config, size: int) -> None:
+    """Raise MythosError if so many processes cannot share the configuration's batches evenly."""
+    streams = config.data.streams
+    if streams % size:
+        fitting = [n for n in range(1, streams + 1) if streams % n == 0]
+        nearest = sorted(sorted(fitting, key=lambda n: abs(n - size))[:3])
+        raise MythosError(
+            f"data.streams: {streams} is not a multiple of the {size} processes. Use a number of processes that "
+            f"divides it (nearest: {', '.join(map(str, nearest))}); changing data.streams starts another run."
+        )
+
+
+def check_same_config(config: Config, ranks: Ranks) -> None:
+    """Raise MythosError, on every rank, naming the ranks whose configuration is not rank 0's and the first keys."""
+    mine = dict(_flat(config.model_dump(mode="json")))
+    everyone = ranks.gather(mine)
+    lines = []
+    for rank, theirs in enumerate(everyone):
+        differing = [key for key in mine.keys() | theirs.keys() if theirs.get(key) != everyone[0].get(key)]
+        lines += [f"  rank {rank}: {key}={theirs.get(key)!r}, rank 0: {everyone[0].get(key)!r}" for key in differing]
+    if lines:
+        raise MythosError(
+            "the processes were given different configurations:\n"
+            + "\n".join(lines[:10])
+            + "\nStart every process with the same file and overrides."
+        )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        pairs += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+    return pairs
+
+
+def choose_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.device:
+    """The device that `train.device` names for this process.
+
+    Raises MythosError for a GPU that is not there, and for fewer GPUs than processes of this machine.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device(name)
+    if not torch.cuda.is_available():
+        raise MythosError("train.device is cuda, but torch finds no CUDA GPU: set train.device=auto or cpu")
+    if torch.cuda.device_count() < local_size:
+        raise MythosError(
+            f"{local_size} processes on this machine, which has {torch.cuda.device_count()} GPUs: start one a GPU, or "
+            "set train.device=cpu"
+        )
+    return torch.device(name, local_rank)
