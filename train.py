@@ -3,10 +3,11 @@
 import argparse
 import errno
 import logging
+import os
 import sys
 
 from mythos.config import describe, load_config
-from mythos.errors import MythosError
+from mythos.errors import MythosError, TransientError
 
 USAGE = "python train.py CONFIG.yaml [key.path=value ...]"
 
@@ -14,12 +15,20 @@ USAGE = "python train.py CONFIG.yaml [key.path=value ...]"
 def main(arguments: list[str]) -> int:
     """Run the command line; returns the exit status."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+        from mythos.faults import refuse_restart
+
+        if refuse_restart():
+            return 1
     parser = argparse.ArgumentParser(prog="train.py", usage=USAGE, description=__doc__, add_help=False)
     parser.add_argument("config", nargs="?")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--help", "-h", nargs="?", const="", metavar="SECTION")
     parser.add_argument("--list-presets", action="store_true")
     parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--ranks", type=int)
+    parser.add_argument("--machine-ranks", type=int, default=8)
+    parser.add_argument("--device-memory", type=float, default=80.0, metavar="GIB")
     options = parser.parse_intermixed_args(arguments)  # options may stand between the overrides
     try:
         if options.help is not None:
@@ -35,33 +44,45 @@ def main(arguments: list[str]) -> int:
         config = load_config(options.config, options.overrides)
         # Only now: torch takes seconds to import, and a misspelt key should be told at once.
         if options.dry_run:
-            from mythos.estimate import plan
+            from mythos.plan import plan
 
-            print(plan(config))
+            print(plan(config, options.ranks, options.machine_ranks, int(options.device_memory * 2**30)))
         else:
             from mythos.trainer import Trainer
 
             Trainer(config).run()
-    except MythosError as error:
+    except TransientError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except MythosError as error:
+        return end(str(error))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(
-            f"error: {error}. Free some space and run the same command again; checkpoints are intact", file=sys.stderr
-        )
-        return 1
+        return end(f"{error}. Free some space and run the same command again; checkpoints are intact")
     except KeyboardInterrupt:
         print("stopped; the same command continues from the newest checkpoint, if there is one", file=sys.stderr)
         return 130
     return 0
 
 
+def end(message: str) -> int:
+    """Print an error that would be met again; under torchrun once for all processes, which are not restarted."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from mythos.faults import exit_for_good
+
+        return exit_for_good(message)
+    print(f"error: {message}", file=sys.stderr)
+    return 1
+
+
 OPTIONS = """
   --help, -h [SECTION]  this text, or every field of a section
   --list-presets        the named model sizes
-  --dry-run             check the configuration, print what it amounts to, and stop
+  --dry-run             check the configuration, print what it amounts to, and stop; for other processes than these:
+    --ranks N             so many (default: one, or as many as torchrun starts)
+    --machine-ranks M     so many on each machine (default 8)
+    --device-memory GIB   on devices of so much memory (default 80)
 
 Fields of the YAML file are overridden by key.path=value, e.g. model.preset=mythos_tiny train.steps=100."""
 

@@ -1,26 +1,46 @@
-"""Checkpoints that are either complete or not there: written aside, renamed, and marked last.
+"""Checkpoints that are either complete or not there: written aside by every rank, checked, renamed, and marked last.
 
 `step-N/` holds torch.distributed.checkpoint shards in the safetensors format (no pickle), `meta.json` with everything
-that is not a tensor, and the empty file `committed`, without which a directory does not count.
+that is not a tensor and the size and CRC-32 of every shard, and the file `committed` with the CRC-32 of meta.json,
+without which a directory does not count.
 """
 
+import contextlib
+import copy
 import json
 import logging
-import os
+import math
 import shutil
+import socket
+import tempfile
+import threading
+import uuid
 import warnings
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint import _hf_utils as layout
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
+from torch.futures import Future
 
 from mythos.errors import MythosError
+from mythos.ranks import Ranks
+from mythos.storage import MARKER, META, LocalStorage, Storage, checksum, locate, open_storage
+from mythos.storage import step_of as step_of
 
-MARKER = "committed"
-META = "meta.json"
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
 SPARE_BYTES = 1 << 20
 """Room for meta.json and file system overhead asked for beside the tensors."""
 
@@ -28,7 +48,7 @@ SPARE_BYTES = 1 << 20
 def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Every tensor that training continues from, by name; the tensors are the live ones, not copies.
 
-    `model.<name>` for parameters and buffers, `optim.<name>.<exp_avg | exp_avg_sq | step>`.
+    `model.<name>` for parameters and buffers, `optim.<name>.<exp_avg | exp_avg_sq | step>`. Sharded ones are DTensors.
     """
     parameters = dict(model.named_parameters())
     state = {f"model.{name}": tensor.detach() for name, tensor in (parameters | dict(model.named_buffers())).items()}
@@ -37,75 +57,477 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
     return state
 
 
-def save(directory: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Path:
-    """Write `directory/step-N` and commit it; returns its path.
+class Checkpoints:
+    """The checkpoints of a run. Every method is collective; a failure on any rank is the same error on all.
 
-    Raises MythosError when the disk is full or cannot be written; what was saved before stays as it was.
+    `directory` is a local directory that all ranks share, or a URL of fsspec. `ranks` speak over a group that nothing
+    else uses, because a thread of this class speaks on it while training goes on. `keep` newest checkpoints are kept,
+    and those whose step is a multiple of `keep_every` (0 = none).
     """
-    final = directory / f"step-{step:08d}"
-    aside = final.with_name(final.name + ".tmp")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)
-        needed = sum(tensor.nbytes for tensor in tensors.values()) + SPARE_BYTES
-        free = shutil.disk_usage(directory).free
-        if needed > free:
-            raise OSError(f"{needed:,} bytes are needed and {free:,} are free")
-        aside.mkdir()
-        _write_tensors(aside, tensors)
-        (aside / META).write_text(json.dumps({"step": step, **meta}, indent=1))
-        for path in (*aside.iterdir(), aside):
-            _sync(path)
-        remove(final)  # only now that its replacement is whole
-        aside.rename(final)
-        (final / MARKER).touch()
-        for path in (final, directory):
-            _sync(path)
-        pointer = directory / "latest.tmp"
-        pointer.write_text(final.name)
-        pointer.replace(directory / "latest")
-    except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        newest = complete_checkpoints(directory)[-1:]
-        kept = f"the newest complete checkpoint is {newest[0]}" if newest else "there is no earlier checkpoint"
-        raise MythosError(
-            f"checkpoint of step {step} could not be written to {directory}: {error}; {kept}. "
-            "Free some space (or set run.dir to another disk, checkpoint.keep lower) and run the same command again."
-        ) from error
-    return final
 
+    def __init__(self, directory: str | Path, ranks: Ranks, *, keep: int, keep_every: int, asynchronous: bool) -> None:
+        self.directory, self.ranks = directory, ranks
+        self.keep, self.keep_every, self.asynchronous = keep, keep_every, asynchronous
+        self.storage = open_storage(directory)
+        self._buffers: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._newest: Path | str | None = None
+        # Once and here, because filters belong to the process: the writing thread must not change them meanwhile.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
-def remove(path: Path) -> None:
-    """Delete a checkpoint, if it exists; one that is interrupted here no longer counts as complete."""
-    (path / MARKER).unlink(missing_ok=True)
-    shutil.rmtree(path, ignore_errors=True)
+    @property
+    def newest(self) -> Path | str | None:
+        """The newest checkpoint that is known to be complete: found, or committed since."""
+        return self._newest
 
+    @property
+    def failed(self) -> bool:
+        """Whether the save under way has failed, as far as this rank knows; not collective. :meth:`wait` raises it."""
+        return self._error is not None
 
-def _write_tensors(directory: Path, tensors: dict[str, Tensor]) -> None:
-    with warnings.catch_warnings(), quiet("torch.distributed.checkpoint"):
-        warnings.simplefilter("ignore")  # that no process group exists is as intended
-        writer = dcp.HuggingFaceStorageWriter(str(directory), save_distributed=True)
+    @property
+    def saving(self) -> bool:
+        """Whether bytes are being written in the background; not collective."""
+        return self._thread is not None and self._thread.is_alive()
+
+    # Finding
+
+    def find(self, resume: str) -> Path | str | None:
+        """The checkpoint that `run.resume` (auto, never or a path) means, or None to start from the beginning.
+
+        A path counts while the run has no checkpoint of its own: the same command, given again, continues the run.
+        Files are read and compared with their checksums. A damaged checkpoint of the run is reported, counts no more,
+        and the one before it is taken. Raises MythosError for a path that is no complete checkpoint or one of this
+        run's that has successors, for `never` where there are checkpoints already, and where all are damaged.
+        """
+        self.wait()
+        candidates = self._agree(lambda: self._candidates(resume) if self.ranks.main else [])[0]
+        damaged = []
+        for path in candidates:
+            problems = self._verify(path)
+            if not problems:
+                break
+            damaged.append((path, f"checkpoint {path} is damaged: {'; '.join(problems)}"))
+            if self.ranks.main:
+                logger.warning("%s", damaged[-1][1])
+        else:
+            if damaged:
+                raise MythosError(
+                    "there is no whole checkpoint to continue from:\n"
+                    + "\n".join(f"  {text}" for _, text in damaged)
+                    + "\nRestore one from a copy, name another one with run.resume, or begin anew with another "
+                    "run.name; nothing was changed."
+                )
+            return None
+        if damaged:
+            self._agree(lambda: self._fall_back(path, [bad for bad, _ in damaged]) if self.ranks.main else None)
+        self._newest = path
+        return path
+
+    def _candidates(self, resume: str) -> list[Path | str]:
+        """What may be continued from, first choice first."""
+        own = [self.storage.address(name) for name in reversed(self.storage.complete())]
+        if resume == "auto":
+            return own
+        if resume == "never":
+            if own:
+                raise MythosError(
+                    f"run.resume is never, but {own[0]} exists: choose another run.name or run.dir, move the old "
+                    "checkpoints away, or set run.resume=auto to continue from it"
+                )
+            return []
+        storage, name = locate(resume)
+        if not storage.exists(name, MARKER):
+            found = ", ".join(map(str, reversed(own))) or "none in this run's directory"
+            raise MythosError(
+                f"run.resume={resume} is no complete checkpoint (a directory step-* with a file '{MARKER}'); "
+                f"complete ones: {found}"
+            )
+        given = _absolute(resume)
+        if given in [_absolute(path) for path in own[1:]]:
+            raise MythosError(
+                f"run.resume={resume} has successors up to {own[0]}: to go back, move those away, or set run.dir to "
+                "a new directory"
+            )
+        if not own:
+            return [storage.address(name)]
+        return own[:1] if given == _absolute(own[0]) else own
+
+    def _verify(self, path: Path | str) -> list[str]:
+        """What is wrong with a checkpoint, in words; its files are divided over the ranks."""
+        storage, name = locate(path)
+
+        def listed() -> dict[str, dict[str, int]] | str:
+            try:
+                return _listed_files(path)
+            except MythosError as error:
+                return str(error).removeprefix(f"checkpoint {path} is damaged: ")
+
+        files = self._agree(lambda: listed() if self.ranks.main else {})[0]
+        if isinstance(files, str):
+            return [files]
+        by_size = sorted(files, key=lambda file: files[file]["bytes"])
+        mine = by_size[self.ranks.rank :: self.ranks.size]
+        found = self._agree(lambda: [_difference(storage, name, file, files[file]) for file in mine])
+        return sorted(problem for problems in found for problem in problems if problem)
+
+    def _fall_back(self, path: Path | str, damaged: list[Path | str]) -> None:
+        for bad in damaged:
+            self.storage.demote(locate(bad)[1])
+        self.storage.point(locate(path)[1])
+        logger.warning("continuing from %s; what was damaged is replaced by the next checkpoints", path)
+
+    # Loading
+
+    def load(self, path: Path | str, tensors: dict[str, Tensor]) -> None:
+        """Fill `tensors` in place from a checkpoint with the same names and (global) shapes, however it was sharded.
+
+        Raises MythosError, before anything is changed, for a checkpoint of another model (the first differing names are
+        listed), and for one that is damaged.
+        """
+        self.wait()
+        with self._at_hand(path) as folder:
+            self._agree(lambda: _check_fit(path, folder, tensors) if self.ranks.main else None)
+            try:
+                with _quiet("torch.distributed.checkpoint"):
+                    reader = dcp.HuggingFaceStorageReader(str(folder))
+                    dcp.load(tensors, storage_reader=reader, **self._group)
+            except CheckpointException as error:
+                raise MythosError(f"checkpoint {path} is damaged: {_first_cause(error)}") from error
+
+    @contextlib.contextmanager
+    def _at_hand(self, path: Path | str) -> Iterator[Path]:
+        """The checkpoint as a local directory; a remote one is fetched, each file once a machine."""
+        storage, name = locate(path)
+        if isinstance(storage, LocalStorage):
+            yield storage.address(name)
+            return
+        key, hosts = self.ranks.broadcast(uuid.uuid4().hex), self.ranks.gather(socket.gethostname())
+        peers = [rank for rank, host in enumerate(hosts) if host == hosts[self.ranks.rank]]
+        position = peers.index(self.ranks.rank)
+        folder = Path(tempfile.gettempdir()) / f"mythos-{name}-{key}"
+
+        def fetch() -> None:
+            folder.mkdir(mode=0o700, exist_ok=True)
+            for file in sorted(_listed_files(path))[position :: len(peers)]:
+                with storage.open(name, file) as source, open(folder / file, "wb") as target:
+                    shutil.copyfileobj(source, target)
+
         try:
-            dcp.save(tensors, storage_writer=writer, no_dist=True)
-        except CheckpointException as error:
-            raise OSError(_first_cause(error)) from error
+            self._agree(fetch)
+            yield folder
+        finally:
+            if position == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    # Saving
+
+    def save(self, step: int, tensors: dict[str, Tensor], meta: dict[str, Any], *, wait: bool = False) -> None:
+        """Write and commit `step-N`, then remove what is no longer kept; where asynchronous, while training goes on.
+
+        `tensors` and `meta` (rank 0's counts) may change on return; with `wait`, the checkpoint is on disk by then.
+        First finishes a save under way. Raises MythosError, also that one's, when a rank's disk is full or cannot be
+        written; what was saved before stays as it was.
+        """
+        self.wait()
+        part = _part(tensors, self.ranks)
+        background = self.asynchronous and not wait
+        host: dict[str, Tensor] = {}
+        with self._explained(step):
+            self._agree(lambda: host.update(self._to_host(part, background)))
+        meta = {"step": step, **copy.deepcopy(meta)}
+        needed = sum(tensor.nbytes for tensor in tensors.values()) + SPARE_BYTES
+        if not background:
+            self._write(step, part, host, meta, needed)
+            return
+
+        def work() -> None:
+            try:
+                self._write(step, part, host, meta, needed)
+            except Exception as error:
+                self._error = error
+
+        # No daemon: a process that ends while one of its threads waits for other ranks is aborted.
+        self._thread = threading.Thread(target=work, name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Finish the save under way, if there is one. Raises its MythosError."""
+        if self._thread is None:
+            return
+        self._thread.join()
+        error, self._thread, self._error = self._error, None, None
+        if error is not None:
+            raise error
+
+    def close(self) -> None:
+        """Finish the save under way and free what copies are kept in; logs the save's error."""
+        try:
+            self.wait()
+        except Exception as error:
+            logger.error("%s", error)
+        self._buffers.clear()
+
+    def _to_host(self, part: dict[str, Tensor], copied: bool) -> dict[str, Tensor]:
+        """This rank's bytes on the host: in buffers that are kept, unless they are there and no copy is needed."""
+        host, buffers = {}, {}
+        for name, tensor in part.items():
+            local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+            if local.device.type == "cpu" and not copied:
+                host[name] = local
+                continue
+            buffer = self._buffers.get(name)
+            if buffer is None or buffer.shape != local.shape or buffer.dtype != local.dtype:
+                buffer = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
+            host[name] = buffers[name] = buffer.copy_(local, non_blocking=True)
+        if any(tensor.is_cuda for tensor in part.values()):
+            torch.cuda.synchronize()
+        self._buffers |= buffers
+        return host
+
+    def _write(
+        self, step: int, part: dict[str, Tensor], host: dict[str, Tensor], meta: dict[str, Any], needed: int
+    ) -> None:
+        name, storage, ranks = f"step-{step:08d}", self.storage, self.ranks
+        folder: Path | None = None
+
+        def prepare() -> None:
+            nonlocal folder
+            if ranks.main:
+                storage.prepare(name, needed)
+            folder = storage.workspace(name, sum(tensor.nbytes for tensor in host.values()))
+
+        def seal() -> dict[str, dict[str, int]]:
+            sums = {}
+            for file in sorted(folder.glob(f"{SHARD.format(ranks.rank + 1)}*")):
+                with open(file, "rb") as stream:
+                    sums[file.name] = checksum(stream)
+                storage.deliver(name, file)
+            return sums
+
+        def commit(sums: list[dict[str, dict[str, int]]]) -> None:
+            for rank, files in enumerate(sums):
+                for file, expected in files.items():
+                    if storage.size(name, file) != expected["bytes"]:
+                        raise OSError(
+                            f"{file} of rank {rank} is not seen by rank 0: all ranks must share the directory"
+                        )
+            files = {file: expected for one in sums for file, expected in one.items()}
+            text = json.dumps({**meta, "files": files}, indent=1).encode()
+            storage.commit(name, text, json.dumps({"meta_crc32": zlib.crc32(text)}).encode())
+
+        with self._explained(step):
+            try:
+                self._agree(prepare)
+                writer = _ShardWriter(str(folder), save_distributed=True)
+                dcp.save(part, storage_writer=writer, planner=_HostPlanner(host), **self._group)
+                sums = self._agree(seal)
+                self._agree(lambda: commit(sums) if ranks.main else None)
+            finally:
+                # Gone already where it was committed. Only one rank owns a shared directory.
+                if folder is not None and (ranks.main or not isinstance(storage, LocalStorage)):
+                    storage.discard(name, folder)
+        self._newest = storage.address(name)
+        if ranks.main:
+            try:
+                storage.prune(self.keep, self.keep_every)
+            except Exception as error:  # what is saved is saved
+                logger.warning("old checkpoints in %s could not be removed: %s", self.directory, _reason(error))
+
+    # Agreement
+
+    @property
+    def _group(self) -> dict[str, Any]:
+        """How torch.distributed.checkpoint is told who takes part."""
+        return {"process_group": self.ranks.group, "no_dist": self.ranks.group is None}
+
+    def _agree(self, work: Callable[[], T]) -> list[T]:
+        """Do something on every rank and return all results, or raise the same MythosError on every rank."""
+        result = problem = cause = None
+        try:
+            result = work()
+        except Exception as error:
+            problem, cause = _reason(error), error
+        outcomes = self.ranks.gather((problem, result))
+        for rank, (problem, _) in enumerate(outcomes):
+            if problem is not None:
+                raise MythosError(f"rank {rank}: {problem}" if rank else problem) from cause
+        return [result for _, result in outcomes]
+
+    @contextlib.contextmanager
+    def _explained(self, step: int) -> Iterator[None]:
+        """Say of an error which checkpoint it lost, and which one is kept."""
+        try:
+            yield
+        except (MythosError, CheckpointException, RuntimeError) as error:
+            kept = (
+                f"the newest complete checkpoint is {self._newest}"
+                if self._newest
+                else "there is no earlier checkpoint"
+            )
+            reason = _first_cause(error) if isinstance(error, CheckpointException) else _reason(error)
+            raise MythosError(
+                f"checkpoint of step {step} could not be written to {self.directory}: {reason}; {kept}. "
+                "Free some space (or set checkpoint.dir to another disk, checkpoint.keep lower) and run the same "
+                "command again."
+            ) from error
+
+
+# Who writes what
+
+SHARD = "shard-{:05d}-"
+"""How torch.distributed.checkpoint begins the names of a rank's files, counted from 1."""
+
+
+def _part(tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """The tensors of which this rank writes its shard: of what several ranks hold alike, each an equal share.
+
+    The library deduplicates too, but only once all is copied.
+    """
+    part = {}
+    written: dict[int, list[int]] = {}
+    for name in sorted(tensors, key=lambda name: (-tensors[name].nbytes, name)):
+        copies, mine = _copies(tensors[name], ranks)
+        sizes = written.setdefault(copies, [0] * copies)
+        chosen = sizes.index(min(sizes))
+        sizes[chosen] += tensors[name].nbytes
+        if chosen == mine:
+            part[name] = tensors[name]
+    return part
+
+
+def _copies(tensor: Tensor, ranks: Ranks) -> tuple[int, int]:
+    """How many ranks hold the same bytes, and which of them this one is."""
+    if not isinstance(tensor, DTensor):
+        return ranks.size, ranks.rank
+    copies, mine = 1, 0
+    mesh = tensor.device_mesh
+    for placement, size, position in zip(tensor.placements, mesh.shape, mesh.get_coordinate(), strict=True):
+        if placement.is_replicate():
+            copies, mine = copies * size, mine * size + position
+    return copies, mine
+
+
+class _HostPlanner(dcp.DefaultSavePlanner):
+    """Plans by the live tensors' layout and hands out their copies on the host."""
+
+    def __init__(self, host: dict[str, Tensor]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.host = host
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self.host[index.fqn]
+
+
+class _ShardWriter(dcp.HuggingFaceStorageWriter):
+    """Writes a file straight from the tensors.
+
+    The library's own first builds it in memory, twice, and lets no other thread run meanwhile (seconds a gigabyte).
+    """
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        tensors = {item.index.fqn: planner.resolve_data(item).contiguous() for item in plan.items}
+        offsets = {item.index.fqn: {layout.SAVED_OFFSETS_KEY: item.tensor_data.chunk.offsets} for item in plan.items}
+        if tensors:
+            file = self.path / layout._gen_file_name(1, 1, plan.storage_data["shard_index"])
+            save_file(
+                tensors,
+                file,
+                metadata={
+                    layout.CUSTOM_METADATA_KEY: json.dumps(offsets),
+                    layout.DCP_VERSION_KEY: str(layout.HF_DCP_VERSION),
+                    layout.FORMAT_KEY: layout.FORMAT_VALUE,
+                },
+            )
+        done: Future[list[WriteResult]] = Future()
+        done.set_result([])  # only a consolidated index would need them
+        return done
+
+
+# What lies there
+
+
+def complete_checkpoints(directory: str | Path) -> list[Path | str]:
+    """The committed checkpoints of a run, oldest first."""
+    storage = open_storage(directory)
+    return [storage.address(name) for name in storage.complete()]
+
+
+def read_meta(path: Path | str) -> dict[str, Any]:
+    """The JSON part of a checkpoint. Raises MythosError if it cannot be read or is not what was written."""
+    storage, name = locate(path)
+    try:
+        content = storage.read(name, META)
+        marker = storage.read(name, MARKER)
+        # Earlier versions left the marker empty.
+        if marker and json.loads(marker)["meta_crc32"] != zlib.crc32(content):
+            raise ValueError(f"its checksum is not the one in the file '{MARKER}'")
+        return json.loads(content)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MythosError(f"checkpoint {path} is damaged: {META}: {_reason(error)}") from error
+
+
+def _listed_files(path: Path | str) -> dict[str, dict[str, int]]:
+    """Size and CRC-32 of every shard by name; empty for a checkpoint of an earlier version, which has no list."""
+    return read_meta(path).get("files", {})
+
+
+def _difference(storage: Storage, name: str, file: str, expected: dict[str, int]) -> str | None:
+    """What is wrong with a file of a checkpoint, in words."""
+    try:
+        with storage.open(name, file) as stream:
+            found = checksum(stream)
+    except OSError as error:
+        return f"{file}: {_reason(error)}"
+    if found["bytes"] != expected["bytes"]:
+        return f"{file}: has {found['bytes']:,} bytes, {expected['bytes']:,} were written"
+    if found["crc32"] != expected["crc32"]:
+        return (
+            f"{file}: its bytes are not those that were written (CRC-32 {found['crc32']:08x}, {expected['crc32']:08x})"
+        )
+    return None
+
+
+def _check_fit(path: Path | str, folder: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        with _quiet("torch.distributed.checkpoint"):
+            saved = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    except Exception as error:
+        raise MythosError(f"checkpoint {path} is damaged: {type(error).__name__}: {error}") from error
+    here = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    there = {name: tuple(entry.size) for name, entry in saved.items()}
+    if here != there:
+        differing = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+        lines = [
+            f"  {name}: {there.get(name, 'absent')} in the checkpoint, {here.get(name, 'absent')} in the model"
+            for name in differing[:5]
+        ]
+        raise MythosError(
+            f"checkpoint {path} is of another model: {len(differing)} tensors differ, first\n"
+            + "\n".join(lines)
+            + "\nUse the config.yaml it was written with, or another run.name."
+        )
+    for name, entry in saved.items():
+        if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
+            raise MythosError(f"checkpoint {path} is damaged: {name} is there in part only; a file is missing")
+
+
+def _absolute(path: Path | str) -> str:
+    return str(path).rstrip("/") if "://" in str(path) else str(Path(path).resolve())
 
 
 def _first_cause(error: CheckpointException) -> str:
     """The underlying message of a BaseException that otherwise prints every rank's whole traceback."""
-    cause = next(iter(error.failures.values()))[0]
-    return f"{type(cause).__name__}: {cause}"
+    rank, (cause, _) = min(error.failures.items())
+    return f"rank {rank}: {_reason(cause)}" if rank else _reason(cause)
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _reason(error: BaseException) -> str:
+    return str(error) if isinstance(error, OSError | MythosError) else f"{type(error).__name__}: {error}"
 
 
-class quiet:
+class _quiet:
     """Silence a logger below ERROR for the duration of a with block."""
 
     def __init__(self, name: str) -> None:
@@ -117,93 +539,3 @@ class quiet:
 
     def __exit__(self, *exception: object) -> None:
         self.logger.setLevel(self.level)
-
-
-def complete_checkpoints(directory: Path) -> list[Path]:
-    """The committed checkpoints of a run, oldest first."""
-    return sorted(marker.parent for marker in directory.glob(f"step-*[0-9]/{MARKER}"))
-
-
-def find(directory: Path, resume: str) -> Path | None:
-    """The checkpoint that `run.resume` means, or None to start from the beginning.
-
-    A path counts while the run has no checkpoint of its own: the same command, given again, continues the run.
-    Raises MythosError for a path that is no complete checkpoint or one of this run's that has successors, and for
-    `never` where there are checkpoints already.
-    """
-    complete = complete_checkpoints(directory)
-    if resume == "auto":
-        return complete[-1] if complete else None
-    if resume == "never":
-        if complete:
-            raise MythosError(
-                f"run.resume is never, but {complete[-1]} exists: choose another run.name or run.dir, move the old "
-                "checkpoints away, or set run.resume=auto to continue from it"
-            )
-        return None
-    path = Path(resume)
-    if not (path / MARKER).exists():
-        found = ", ".join(map(str, complete)) or "none in this run's directory"
-        raise MythosError(
-            f"run.resume={resume} is no complete checkpoint (a directory step-* with a file '{MARKER}'); "
-            f"complete ones: {found}"
-        )
-    if complete and path.resolve() in [own.resolve() for own in complete[:-1]]:
-        raise MythosError(
-            f"run.resume={resume} has successors up to {complete[-1]}: to go back, move those away, or set run.dir to "
-            "a new directory"
-        )
-    return complete[-1] if complete else path
-
-
-def read_meta(path: Path) -> dict[str, Any]:
-    """The JSON part of a checkpoint. Raises MythosError if it cannot be read."""
-    try:
-        return json.loads((path / META).read_text())
-    except (OSError, ValueError) as error:
-        raise MythosError(f"checkpoint {path} is damaged: {META}: {error}") from error
-
-
-def load(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill `tensors` in place from a checkpoint with the same names and shapes.
-
-    Raises MythosError, before anything is changed, for a checkpoint of another model (the first differing names are
-    listed), and for one that is damaged.
-    """
-    with warnings.catch_warnings(), quiet("torch.distributed.checkpoint"):
-        warnings.simplefilter("ignore")
-        try:
-            saved = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
-        except Exception as error:
-            raise MythosError(f"checkpoint {path} is damaged: {type(error).__name__}: {error}") from error
-        here = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        there = {name: tuple(entry.size) for name, entry in saved.items()}
-        if here != there:
-            differing = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
-            lines = [
-                f"  {name}: {there.get(name, 'absent')} in the checkpoint, {here.get(name, 'absent')} in the model"
-                for name in differing[:5]
-            ]
-            raise MythosError(
-                f"checkpoint {path} is of another model: {len(differing)} tensors differ, first\n"
-                + "\n".join(lines)
-                + "\nUse the config.yaml it was written with, or another run.name."
-            )
-        try:
-            dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=True)
-        except CheckpointException as error:
-            raise MythosError(f"checkpoint {path} is damaged: {_first_cause(error)}") from error
-
-
-def prune(directory: Path, keep: int, keep_every: int) -> None:
-    """Remove all but the newest `keep` checkpoints and multiples of `keep_every`, and all that is not complete."""
-    complete = complete_checkpoints(directory)
-    kept = complete[-keep:] + [path for path in complete if keep_every and step_of(path) % keep_every == 0]
-    for path in directory.glob("step-*"):
-        if path not in kept:
-            remove(path)
-
-
-def step_of(path: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(path.name.removeprefix("step-"))

@@ -486,6 +486,14 @@ def _contradictions(config: Config, reported: set[str]) -> Iterator[tuple[tuple[
         given = f"got {shown(train.steps)} and {shown(train.tokens)}"
         yield ("train.steps", "train.tokens"), f"{given}; give exactly one of them, null for the other"
 
+    if train.max_time is not None and not any(digit in train.max_time for digit in "123456789"):
+        yield ("train.max_time",), f"got {shown(train.max_time)}; allowed: a time such as 90s or 3h30m, or null"
+    parallel = config.parallel
+    for name in ("shard", "replicate"):
+        if getattr(parallel, name) is not None and parallel.mode != "hsdp":
+            given = f"got {parallel.mode} and {getattr(parallel, name)}"
+            yield ("parallel.mode", f"parallel.{name}"), f"{given}; the second is for mode hsdp only"
+
     def source(name: str, otherwise: str) -> str:
         given = getattr(depth, name) is not None or f"depth.{name}" in reported
         return f"depth.{name}" if given else otherwise

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 
-from mythos.config import Config, dump_config
 from mythos.model.config import ModelConfig, padded_vocab_size
 from mythos.model.moe import MixtureOfExperts
 from mythos.model.rdt import RecurrentDepthTransformer
@@ -20,12 +19,17 @@ class Parameters:
     """Those a token passes through at one loop: all but the routed experts it is not sent to."""
 
 
-def count_parameters(config: ModelConfig) -> Parameters:
-    """Count on the meta device, where nothing is allocated; `vocab_size: auto` counts as no vocabulary beyond 128."""
+def build_on_meta(config: ModelConfig) -> RecurrentDepthTransformer:
+    """The model on the meta device, where nothing is allocated; `vocab_size: auto` is built as 128."""
     if config.vocab_size == "auto":
         config = config.model_copy(update={"vocab_size": 1})
     with torch.device("meta"):
-        model = RecurrentDepthTransformer(config)
+        return RecurrentDepthTransformer(config)
+
+
+def count_parameters(config: ModelConfig) -> Parameters:
+    """Count on the meta device; `vocab_size: auto` counts as no vocabulary beyond 128."""
+    model = build_on_meta(config)
     total = sum(p.numel() for p in model.parameters())
     routed = sum(m.gate_up.numel() + m.down.numel() for m in model.modules() if isinstance(m, MixtureOfExperts))
     idle = routed * (config.n_experts - config.experts_per_token) // config.n_experts
@@ -74,22 +78,3 @@ def forward_flops(config: ModelConfig, length: int) -> ForwardFlops:
     once = (config.prelude_layers + config.coda_layers) * dense + inject_once + looped * dim * dim + dim * vocab
     loop = config.core_layers * core + inject_loop + 2 * dim * config.lora_rank
     return ForwardFlops(2.0 * once, 2.0 * loop)
-
-
-def plan(config: Config) -> str:
-    """What a configuration amounts to, for `--dry-run`: every resolved field, parameters, FLOPs by depth, steps."""
-    parameters = count_parameters(config.model)
-    flops = forward_flops(config.model, config.data.sequence_length)
-    depths = sorted({*config.eval.loops, round(config.depth_mean)})
-    automatic = config.model.vocab_size == "auto"
-    lines = [
-        dump_config(config),
-        f"parameters      {parameters.total:,} ({parameters.active:,} active per token and loop)"
-        + (", without the vocabulary, whose size the tokenizer decides" if automatic else ""),
-        f"training        {config.train_steps:,} steps of {config.tokens_per_step:,} tokens, "
-        f"{config.train_steps * config.tokens_per_step:,} in all",
-        f"run directory   {config.run_dir}",
-        f"FLOPs per token at {config.data.sequence_length} tokens, forward, by loops",
-        *(f"{depth:16d}  {flops.once + depth * flops.loop:.3e}" for depth in depths),
-    ]
-    return "\n".join(lines)

@@ -1,48 +1,91 @@
-"""Measurements of a run: metrics.jsonl first, then Weights & Biases; throughput, utilisation and memory."""
+"""Measurements of a run: metrics.jsonl first, then W&B and other trackers; utilisation, memory, stragglers."""
 
+import contextlib
 import json
+import logging
+import re
 import resource
 import secrets
+import statistics
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mythos.config import Config
-from mythos.errors import MythosError
+from mythos.errors import MythosError, short_reason
+from mythos.schema import suggestion
+
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
+
+logger = logging.getLogger(__name__)
 
 PEAK_BF16_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 """Dense bfloat16 matrix products per second by part of the device's name, from the vendor's data sheets."""
 
 
-class MetricsLog:
-    """Appends JSON objects to `metrics.jsonl`, and to W&B unless it is disabled.
+FINISH_SECONDS = 60.0
+"""How long W&B may upload what is left when the run ends, while other ranks wait; `wandb sync` uploads the rest."""
 
-    Continuing at `start_step` drops the lines of later steps that a killed run left: they will be written again.
+NO_AT_SIGN = {"mlflow", "swanlab"}
+"""Trackers that refuse a key such as `val/loss@8`, which they get as `val/loss_at_8`."""
+
+
+class MetricsLog:
+    """Appends JSON objects to `metrics.jsonl`, and to the trackers of `log.wandb` and `log.trackers`.
+
+    Continuing at `start_step` drops the lines of later steps that a killed run left: they will be written again. (W&B
+    keeps the first it got of a step and ignores the others.) A tracker that fails later on is left out with a warning.
+    With `main` false, on every rank but 0, nothing is checked, started or written.
+
+    Raises MythosError for trackers that are unknown, not installed or cannot be started, before it changes any file.
     """
 
-    def __init__(self, run_dir: Path, config: Config, start_step: int) -> None:
+    def __init__(self, run_dir: Path, config: Config, start_step: int, main: bool = True) -> None:
         self.path = run_dir / "metrics.jsonl"
+        self.main = main
+        self.trackers: list[GeneralTracker] = []
+        if not main:
+            return
+        self.trackers = start_trackers(run_dir, config, start_step)
         kept = [record for record in read_metrics(self.path) if record["step"] <= start_step] if start_step else []
         aside = self.path.with_name(self.path.name + ".tmp")
         aside.write_text("".join(json.dumps(record) + "\n" for record in kept))
         aside.replace(self.path)
         self.file = self.path.open("a")
-        self.wandb_run = start_wandb(run_dir, config)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record; it must have `step`."""
+        if not self.main:
+            return
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
-        if self.wandb_run is not None:
-            self.wandb_run.log({key: value for key, value in record.items() if key != "step"}, step=record["step"])
+        values = {key: value for key, value in record.items() if key != "step" and value is not None}
+        plain = {key.replace("@", "_at_"): value for key, value in values.items()}
+        self._each(lambda tracker: tracker.log(plain if tracker.name in NO_AT_SIGN else values, step=record["step"]))
 
     def close(self) -> None:
-        """Finish the file and the W&B run."""
-        self.file.close()
-        if self.wandb_run is not None:
-            self.wandb_run.finish()
+        """Finish the file and the trackers."""
+        if self.main:
+            self.file.close()
+            self._each(lambda tracker: tracker.finish())
+            self.trackers = []
+
+    def _each(self, act: Callable[["GeneralTracker"], None]) -> None:
+        for tracker in list(self.trackers):
+            try:
+                act(tracker)
+            except Exception as error:  # a service that went away must not end a run of weeks
+                self.trackers.remove(tracker)
+                logger.warning(
+                    "%s failed (%s: %s) and is left out until the run is continued; metrics.jsonl has everything",
+                    tracker.name,
+                    type(error).__name__,
+                    _reason(error),
+                )
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -57,36 +100,138 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def start_wandb(run_dir: Path, config: Config) -> Any | None:
-    """A W&B run that keeps its id over resumes, or None if log.wandb.mode is disabled.
+def check_trackers(names: list[str]) -> None:
+    """Raise MythosError if `log.trackers` has a name accelerate does not know or whose package is not installed."""
+    if not names:
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    from accelerate.utils import LoggerType
 
-    Raises MythosError where W&B cannot be reached or does not know the user.
+    installed = {str(kind) for kind in get_available_trackers()}
+    missing = {str(kind) for kind in LoggerType} - installed
+    for name in names:
+        if name == "wandb":
+            raise MythosError("log.trackers: got wandb, which has a section of its own; set log.wandb.mode=online")
+        known = sorted(LOGGER_TYPE_TO_CLASS.keys() - {"wandb"})
+        if name not in known:
+            raise MythosError(f"log.trackers: got {name}; {suggestion(name, known)}")
+        if name in missing:
+            raise MythosError(f"log.trackers: {name} is not installed; run `pip install {name}`")
+
+
+def start_trackers(run_dir: Path, config: Config, start_step: int) -> "list[GeneralTracker]":
+    """The trackers of the configuration, W&B first, each given the configuration without its credentials.
+
+    Raises MythosError for names that :func:`check_trackers` refuses and for a tracker that cannot be started.
     """
     settings = config.log.wandb
-    if settings.mode == "disabled":
-        return None
-    import wandb  # takes a second to import, and a run may never need it
+    check_trackers(config.log.trackers)
+    if settings.mode == "disabled" and not config.log.trackers:
+        return []
+    # accelerate takes a second to import, and a run may never need it
+    from accelerate.state import PartialState
+    from accelerate.utils import patch_environment
+
+    # Its trackers need a PartialState, which under torchrun's variables takes a device and, where there is no process
+    # group, waits for the other ranks to start one. Only this rank has trackers: let it see a process that is alone.
+    with patch_environment(LOCAL_RANK=-1, ACCELERATE_TORCH_DEVICE="cpu"):
+        PartialState()
+    trackers = []
+    if settings.mode != "disabled":
+        try:
+            trackers.append(start_wandb(run_dir, config, start_step))
+        except Exception as error:
+            raise MythosError(
+                f"log.wandb.mode is {settings.mode}, but W&B cannot be started: {_reason(error)}. Run "
+                "`wandb login`, or set log.wandb.mode to offline or disabled."
+            ) from error
+    for name in dict.fromkeys(config.log.trackers):
+        try:
+            trackers.append(start_tracker(name, run_dir, config, start_step))
+        except Exception as error:
+            raise MythosError(
+                f"log.trackers: {name} cannot be started: {_reason(error)}. Set it up as its "
+                "documentation says, or remove it from log.trackers."
+            ) from error
+    return trackers
+
+
+def start_wandb(run_dir: Path, config: Config, start_step: int) -> "GeneralTracker":
+    """A W&B run, the same one over all resumes: its id is kept in `wandb_id`."""
+    from accelerate.tracking import WandBTracker
 
     id_file = run_dir / "wandb_id"
-    if not id_file.exists():
+    if start_step == 0 or not id_file.exists():
         id_file.write_text(secrets.token_hex(8))
+    settings = config.log.wandb
+    tracker = WandBTracker(
+        settings.project,
+        mode=settings.mode,
+        entity=settings.entity,
+        tags=settings.tags,
+        name=config.run.name,
+        id=id_file.read_text(),
+        resume="allow",
+        dir=str(run_dir),
+        config=without_credentials(config.model_dump(mode="json")),
+        settings={"finish_timeout": FINISH_SECONDS},
+    )
+    with _arguments_without_credentials():
+        tracker.start()
+    return tracker
+
+
+def start_tracker(name: str, run_dir: Path, config: Config, start_step: int) -> "GeneralTracker":
+    """A tracker of accelerate; those that write files do so in the run directory, in a folder of their name."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    kind = LOGGER_TYPE_TO_CLASS[name]
+    place = [str(run_dir / name)] if kind.requires_logging_directory else []
+    # TensorBoard then hides what a killed run wrote of the steps that come again.
+    options = {"purge_step": start_step + 1} if name == "tensorboard" else {}
+    tracker = kind(config.run.name, *place, **options)
+    tracker.start()
+    if start_step == 0 or name != "tensorboard":  # which would show every resume as another run
+        tracker.store_init_configuration(_scalars(without_credentials(config.model_dump(mode="json"))))
+    return tracker
+
+
+def without_credentials(value: Any) -> Any:
+    """Plain values with `***` for user names, passwords and signed queries in the URLs of their strings."""
+    if isinstance(value, dict):
+        return {key: without_credentials(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_credentials(item) for item in value]
+    if isinstance(value, str):
+        value = re.sub(r"://[^/\s]*@", "://***@", value)
+        return re.sub(r"(://[^?\s]*\?)[^\s]*=[^\s]*", r"\1***", value)
+    return value
+
+
+def _reason(error: Exception) -> str:
+    """What to tell of another library's error, which may name the address of a service with its password."""
+    return without_credentials(short_reason(error)).rstrip(".")
+
+
+@contextlib.contextmanager
+def _arguments_without_credentials() -> Iterator[None]:
+    """Hide credentials in this process's command line, which W&B records."""
+    arguments, sys.argv = sys.argv, without_credentials(sys.argv)
     try:
-        return wandb.init(
-            mode=settings.mode,
-            project=settings.project,
-            entity=settings.entity,
-            tags=settings.tags,
-            name=config.run.name,
-            id=id_file.read_text(),
-            resume="allow",
-            dir=str(run_dir),
-            config=config.model_dump(),
-        )
-    except wandb.errors.Error as error:
-        raise MythosError(
-            f"log.wandb.mode is {settings.mode}, but W&B cannot be started: {error} Run `wandb login`, or set "
-            "log.wandb.mode to offline or disabled."
-        ) from error
+        yield
+    finally:
+        sys.argv = arguments
+
+
+def _scalars(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted path, whatever is not a number or a string as JSON."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= _scalars(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, int | float | str) else json.dumps(value)
+    return flat
 
 
 def peak_memory(device: torch.device) -> int:
@@ -95,6 +240,25 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def over_ranks(reports: list[dict[str, float]]) -> dict[str, float]:
+    """What a log window amounts to over all ranks, from every rank's report in the order of the ranks.
+
+    A report has `peak_memory_bytes` and `own_seconds`, the time the rank spent on its own work (data and forward
+    passes), not waiting for others. The result has the largest `peak_memory_bytes` and, of several ranks, about the
+    slowest one: `straggler/rank`, its number; `straggler/seconds`, its own_seconds minus the median of all ranks; and
+    `straggler/over_median`, its own_seconds divided by that median.
+    """
+    reduced = {"peak_memory_bytes": max(report["peak_memory_bytes"] for report in reports)}
+    if len(reports) > 1:
+        own = [report["own_seconds"] for report in reports]
+        slowest, median = max(own), statistics.median(own)
+        reduced["straggler/seconds"] = slowest - median
+        reduced["straggler/rank"] = own.index(slowest)
+        if median > 0:
+            reduced["straggler/over_median"] = slowest / median
+    return reduced
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

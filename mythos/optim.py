@@ -4,6 +4,7 @@ from math import cos, pi
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from mythos.config import OptimConfig
 
@@ -13,16 +14,20 @@ injection and readout, and per-loop scales."""
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW in two groups; its state exists from the start, so that a checkpoint always has the same tensors."""
+    """Fused AdamW; its state exists from the start, so that a checkpoint always has the same tensors."""
     named = dict(model.named_parameters())
-    decayed = [p for name, p in named.items() if p.ndim > 1 and not name.startswith(UNDECAYED)]
-    chosen = {id(p) for p in decayed}
-    undecayed = [p for p in named.values() if id(p) not in chosen]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": undecayed, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in named.items():
+        decay = config.weight_decay if parameter.ndim > 1 and not name.startswith(UNDECAYED) else 0.0
+        # One fused operation takes shards or whole tensors, not both.
+        groups.setdefault((decay, isinstance(parameter, DTensor)), []).append(parameter)
+    optimizer = torch.optim.AdamW(
+        [{"params": members, "weight_decay": decay} for (decay, _), members in groups.items()],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=True,
+    )
     for parameter in named.values():
         optimizer.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),

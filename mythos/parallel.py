@@ -1,33 +1,91 @@
-"""Turns a built model into one that trains on the devices at hand: activation checkpointing, then compilation."""
+"""Lays a model out over the processes: activation checkpointing -> compilation -> DDP, FSDP2 or HSDP, in that order."""
 
-import os
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, NamedTuple
 
+import psutil
 import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
 
-from mythos.config import Config
+from mythos.config import Config, ParallelConfig
 from mythos.errors import MythosError
-from mythos.model.rdt import RecurrentDepthTransformer
+from mythos.model.rdt import RDTOutput, RecurrentDepthTransformer
+from mythos.ranks import World
+
+STATE_BYTES = 16
+"""Bytes that training keeps for a parameter: weight, gradient and two moments of AdamW, float32."""
+STATE_SHARE = 0.4
+"""Share of a device's memory that these may take, which leaves the rest to activations."""
 
 
-def check_single_process() -> None:
-    """Refuse several processes: each would train alone and write over the others.
+class Layout(NamedTuple):
+    """How the processes share the model."""
 
-    Raises MythosError under torchrun with more than one process.
+    mode: Literal["single", "ddp", "fsdp", "hsdp"]
+    replicate: int
+    """Copies of the model."""
+    shard: int
+    """Processes that share a copy."""
+    why: str
+    """For people, in a few words."""
+
+    @property
+    def size(self) -> int:
+        """Number of processes."""
+        return self.replicate * self.shard
+
+    @property
+    def sharded(self) -> bool:
+        """Whether parameters are shards (FSDP2)."""
+        return self.mode in ("fsdp", "hsdp")
+
+
+def choose_layout(settings: ParallelConfig, size: int, local_size: int, parameters: int, memory: int) -> Layout:
+    """What `parallel.mode` amounts to for `size` processes, `local_size` of them on each machine.
+
+    `auto` takes the mode that communicates least among those whose share of parameters, gradients and moments (16 bytes
+    for each of `parameters`) fits in 40% of `memory`, the bytes of a device: ddp, then hsdp within each machine, then
+    fsdp. Raises MythosError for a mode that does not fit the number of processes.
     """
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes != "1":
+    mode, need, room = settings.mode, parameters * STATE_BYTES, STATE_SHARE * memory
+    if mode == "single" and size > 1:
         raise MythosError(
-            f"started as one of {processes} processes, but this version trains in one: run train.py without torchrun"
+            f"parallel.mode: got single and {size} processes, each of which would train alone: start one process, or "
+            "set parallel.mode to auto, ddp, fsdp or hsdp"
         )
+    if size == 1:
+        return Layout("single", 1, 1, "one process")
+    if mode == "auto":
+        state = f"{need / 2**30:.2g} GiB of training state"
+        if need <= room:
+            return Layout("ddp", size, 1, f"auto: {state} fits in each of {size} devices")
+        if local_size < size and size % local_size == 0 and need / local_size <= room:
+            why = f"auto: {state} fits in the {local_size} devices of a machine"
+            return Layout("hsdp", size // local_size, local_size, why)
+        return Layout("fsdp", 1, size, f"auto: {state} is shared by all {size} devices")
+    if mode == "hsdp":
+        shard = settings.shard or (size // settings.replicate if settings.replicate else local_size)
+        replicate = settings.replicate or size // shard
+        if replicate * shard != size:
+            raise MythosError(
+                f"parallel.replicate, parallel.shard: {replicate} x {shard} is not the {size} processes: give numbers "
+                "whose product is, or only one of them"
+            )
+        return Layout("hsdp", replicate, shard, f"{replicate} copies, each over {shard} processes")
+    return Layout("ddp", size, 1, "a copy each") if mode == "ddp" else Layout("fsdp", 1, size, "one copy over all")
 
 
-def choose_device(name: str) -> torch.device:
-    """The device that `train.device` names. Raises MythosError for a GPU that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise MythosError("train.device is cuda, but torch finds no CUDA GPU: set train.device=auto or cpu")
-    return torch.device(name, 0) if name == "cuda" else torch.device(name)
+def device_memory(world: World) -> int:
+    """Bytes that a process can use: its GPU's, or its share of the machine's."""
+    if world.device.type == "cuda":
+        return torch.cuda.get_device_properties(world.device).total_memory
+    return psutil.virtual_memory().total // world.local_size
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -45,10 +103,124 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def prepare_model(config: Config, model: RecurrentDepthTransformer) -> RecurrentDepthTransformer:
-    """Apply parallel.activation_checkpointing and train.compile, in that order; returns the model."""
+class ParallelModel:
+    """A model that trains on all processes as one: called like it, with gradients averaged over the processes.
+
+    `model` is the model itself, for everything but training steps; under FSDP2 its forward passes are collective.
+    """
+
+    def __init__(self, model: RecurrentDepthTransformer, layout: Layout, world: World, config: ParallelConfig) -> None:
+        self.model = model
+        self.layout = layout
+        self.world = world
+        self.reduce_always = config.reduce == "micro_batch"
+        self.ddp: DistributedDataParallel | None = None
+        if layout.mode == "ddp":
+            ids = [world.device.index] if world.device.type == "cuda" else None
+            # Buffers are the router's biases, which all ranks move alike.
+            self.ddp = DistributedDataParallel(
+                model, device_ids=ids, forward_sync_buffers=False, gradient_as_bucket_view=True
+            )
+        parameters = list(model.parameters())
+        self.shards = [p for p in parameters if isinstance(p, DTensor)]
+        self.wholes = [p for p in parameters if not isinstance(p, DTensor)]
+
+    def __call__(self, *inputs: Any, **options: Any) -> RDTOutput:
+        """The model's forward pass."""
+        return (self.ddp or self.model)(*inputs, **options)
+
+    def accumulating(self, last: bool) -> AbstractContextManager[Any]:
+        """Around forward and backward pass of a micro-batch; gradients are reduced in the last one."""
+        if self.ddp is not None and not last:
+            return self.ddp.no_sync()
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(last or self.reduce_always)
+            self.model.set_requires_all_reduce(last)
+        return nullcontext()
+
+    def finish_gradients(self) -> None:
+        """Average what FSDP2 does not manage, in one all-reduce; to be called after the last micro-batch."""
+        if self.layout.sharded:
+            gradients = [p.grad for p in self.wholes if p.grad is not None]
+            average = self.world.sum(torch.cat([g.flatten() for g in gradients])) / self.layout.size
+            for gradient, part in zip(gradients, average.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    def squared_norm(self) -> Tensor:
+        """This rank's part of the squared 2-norm of the gradient: float64 scalar; the ranks' parts add up to it."""
+        shards = get_total_norm([p.grad.to_local() for p in self.shards if p.grad is not None])
+        wholes = get_total_norm([p.grad for p in self.wholes if p.grad is not None])
+        parts = shards.double().square() / self.layout.replicate, wholes.double().square() / self.layout.size
+        return parts[0].to(self.world.device) + parts[1].to(self.world.device)
+
+
+def parallelize(config: Config, model: RecurrentDepthTransformer, layout: Layout, world: World) -> ParallelModel:
+    """Turn a model on the meta device into one that trains: laid out, on the device, at its starting values.
+
+    The values are a function of (seed, parameter name), whatever the layout.
+    """
+    prepare_model(config, model)
+    if layout.sharded:
+        dtype = choose_dtype(config.train.dtype, world.device)
+        shard_model(config.parallel, model, build_mesh(layout, world.device.type), dtype)
+    model.to_empty(device=world.device).initialize(config.run.seed)
+    return ParallelModel(model, layout, world, config.parallel)
+
+
+def prepare_model(config: Config, model: RecurrentDepthTransformer) -> None:
+    """Apply parallel.activation_checkpointing and train.compile, in that order."""
     model.recurrence.checkpoint_loops = config.parallel.activation_checkpointing == "loop"
     if config.train.compile:
         for block in (*model.prelude, *model.recurrence.blocks, *model.coda):
             block.compile()
-    return model
+
+
+def build_mesh(layout: Layout, device_type: str) -> DeviceMesh:
+    """The processes in one row, or in replicate rows of shard; expert parallelism would add a dimension here."""
+    if layout.mode == "hsdp":
+        return init_device_mesh(device_type, (layout.replicate, layout.shard), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(device_type, (layout.size,), mesh_dim_names=("shard",))
+
+
+def shard_model(
+    settings: ParallelConfig, model: RecurrentDepthTransformer, mesh: DeviceMesh, dtype: torch.dtype
+) -> None:
+    """Apply `fully_shard` from the inside out: blocks, injection, the core as a whole, then what is left.
+
+    The unit of the core is the module that owns the loop: it is gathered once before the first loop and reduced once
+    after the last, however many there are. Parameters are gathered in `dtype` and gradients reduced in float32. What is
+    never computed with in bfloat16 is small and stays whole on every rank (see `ParallelModel.finish_gradients`), but
+    for the injection's matrix, which is a unit of its own.
+    """
+    whole = set(float32_parameters(model))
+    mixed = MixedPrecisionPolicy(
+        param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+
+    def shard(module: nn.Module, policy: MixedPrecisionPolicy, reshard: bool | None) -> None:
+        if any(p not in whole for p in module.parameters()):
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, ignored_params=whole)
+
+    reshard = settings.reshard_after_forward
+    for block in model.prelude:
+        shard(block, mixed, reshard)
+    if model.recurrence.injection is not None:
+        # Its result may be the matrix itself, which the loops then use: it stays until the backward pass is over.
+        shard(model.recurrence.injection, MixedPrecisionPolicy(cast_forward_inputs=False), False)
+    if settings.wrap == "block":
+        for block in model.recurrence.blocks:
+            shard(block, mixed, reshard)
+    shard(model.recurrence, mixed, reshard)
+    for block in model.coda:
+        shard(block, mixed, reshard)
+    # Its parameters (embedding, head) are used at both ends of the forward pass, and by what follows it at once.
+    fully_shard(model, mesh=mesh, mp_policy=mixed, reshard_after_forward=False, ignored_params=whole)
+    register_fsdp_forward_method(model, "read_depths")
+
+
+def float32_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """What modules declare as `float32`: norms, routers, decay and step size of the injection, per-loop scales."""
+    for module in model.modules():
+        names: Iterable[str] = getattr(module, "float32", ())
+        for name in names:
+            yield getattr(module, name)

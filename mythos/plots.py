@@ -21,7 +21,7 @@ def draw_plots(run_dir: Path, mean_depth: float) -> list[Path]:
     written = []
 
     figure, axes = new_axes("Training and validation loss", "tokens", "loss (nats per token)")
-    trained = [record for record in records if "loss" in record]
+    trained = [record for record in records if record.get("loss") is not None]  # null: the update was skipped
     axes.plot(
         [r["tokens"] for r in trained], [r["loss"] for r in trained], color="tab:blue", alpha=0.5, label="training"
     )

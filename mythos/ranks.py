@@ -1,15 +1,18 @@
 """The processes of a run: how they find each other, agree, and part."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from mythos.config import Config
 from mythos.errors import MythosError, short_reason
+
+T = TypeVar("T")
 
 
 class Ranks:
@@ -44,6 +47,32 @@ class Ranks:
         box = [value]
         dist.broadcast_object_list(box, group=self.group, group_src=0)
         return box[0]
+
+    def max(self, value: int) -> int:
+        """The largest of all ranks' values, on every rank."""
+        if self.group is None:
+            return value
+        largest = torch.tensor(value)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+        return int(largest)
+
+    def agreed(self, action: Callable[[], T]) -> T:
+        """Run an action; if it raises MythosError on any rank, all ranks raise one instead of waiting for it."""
+        result, problem = None, None
+        try:
+            result = action()
+        except MythosError as error:
+            problem = str(error)
+        self.raise_any(problem)
+        return cast(T, result)
+
+    def raise_any(self, problem: str | None) -> None:
+        """Raise MythosError on all ranks if any rank has a problem."""
+        problems = self.gather(problem)
+        told = dict.fromkeys(text for text in problems if text is not None)
+        if told:
+            lines = [text if problems[0] == text else f"rank {problems.index(text)}: {text}" for text in told]
+            raise MythosError("\n".join(lines))
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -80,11 +109,20 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def set_timeout(self, seconds: float) -> None:
-        """Let every later collective fail after so many seconds."""
+    def in_turn(self, action: Callable[[], T]) -> T:
+        """Run an action first on one process of each machine, then on the others, which find its caches filled.
+
+        Raises MythosError on all ranks if one does.
+        """
+        first = self.ranks.agreed(lambda: action() if self.local_rank == 0 else None)
+        others = self.ranks.agreed(lambda: action() if self.local_rank != 0 else None)
+        return cast(T, first if self.local_rank == 0 else others)
+
+    def set_timeouts(self, devices: float, hosts: float) -> None:
+        """Let later collectives of the devices, and of the hosts' agreements, fail after so many seconds."""
         if self.size > 1:
-            for group in (None, self.ranks.group, self.storage.group):
-                dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=devices), None)
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=hosts), self.ranks.group)
 
     def leave(self) -> None:
         """Part together: without the barrier a process that is done early cuts the others' last messages off."""
@@ -105,6 +143,12 @@ def join_world(config: Config) -> World:
     device = choose_device(config.train.device, local_rank, local_size)
     if size == 1:
         return World(device, Ranks(), Ranks())
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise MythosError(
+            f"WORLD_SIZE is {size}, but {' and '.join(missing)} is not set: start several processes with ./launch.sh or "
+            "torchrun, or one without WORLD_SIZE"
+        )
     if device.type == "cuda":
         torch.cuda.set_device(device)
     start = timedelta(seconds=config.parallel.start_timeout)

@@ -12,34 +12,40 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import find_executable_batch_size, set_seed
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from mythos import checkpoint
+from mythos.checkpoint import Checkpoints
 from mythos.config import Config, save_config
 from mythos.data.loader import Loader
 from mythos.data.pipeline import open_data
-from mythos.data.stream import Batch, DifferentData
+from mythos.data.stream import Batch, DifferentData, count_skipped, merge_states
 from mythos.data.tokenizer import check_vocabulary
 from mythos.depth import DepthPlan, DepthSchedule
-from mythos.errors import MythosError
+from mythos.errors import MythosError, TransientError, short_reason
 from mythos.estimate import count_parameters, forward_flops
 from mythos.evaluation.validation import losses_by_depth, validation_metrics
-from mythos.metrics import MetricsLog, expert_balance, peak_flops, peak_memory
-from mythos.model.config import padded_vocab_size
+from mythos.faults import RunLock, StopRequests, Watchdog, collective_failure, parse_duration
+from mythos.metrics import MetricsLog, check_trackers, expert_balance, over_ranks, peak_flops, peak_memory
 from mythos.model.generate import generate
-from mythos.model.rdt import RecurrentDepthTransformer
+from mythos.model.rdt import RDTOutput, RecurrentDepthTransformer
 from mythos.model.recurrence import initial_state
 from mythos.optim import build_optimizer, learning_rate
-from mythos.parallel import check_single_process, choose_device, choose_dtype, prepare_model
+from mythos.parallel import choose_dtype, choose_layout, device_memory, parallelize
 from mythos.plots import draw_plots
+from mythos.preflight import check_same_model, prepare_directory, resolve_vocabulary
+from mythos.profiling import OwnTime, Profiler
+from mythos.ranks import join_world
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class StepResult:
-    """What a training step leaves on the device; reading it synchronises, so only logged steps do."""
+    """What a training step leaves on the device, the same on every rank; reading it waits for the device."""
 
     loss: Tensor
     """Mean over the step's targets, nats."""
@@ -55,17 +61,32 @@ class Trainer:
     """Builds everything a run needs, in the order in which it can fail cheapest, and trains."""
 
     def __init__(self, config: Config) -> None:
-        check_single_process()
-        self.device = choose_device(config.train.device)
+        self.stop = StopRequests(parse_duration(config.train.max_time) if config.train.max_time else None)
+        self.world = world = join_world(config)
+        self.device = world.device
         self.dtype = choose_dtype(config.train.dtype, self.device)
         self.run_dir = config.run_dir
-        prepare_directory(self.run_dir)
-        self.checkpoints = self.run_dir / "checkpoints"
-        found = checkpoint.find(self.checkpoints, config.run.resume)
+        check_trackers(config.log.trackers)
+        world.ranks.agreed(lambda: prepare_directory(self.run_dir))
+        self.resources = contextlib.ExitStack()
+        world.ranks.agreed(lambda: self.resources.enter_context(RunLock(self.run_dir)) if self.main else None)
+        self.checkpoints = Checkpoints(
+            config.checkpoint.dir or self.run_dir / "checkpoints",
+            world.storage,
+            keep=config.checkpoint.keep,
+            keep_every=config.checkpoint.keep_every,
+            asynchronous=config.checkpoint.asynchronous,
+        )
+        self.resources.callback(self.checkpoints.close)
+        found = self.checkpoints.find(config.run.resume)
         meta = checkpoint.read_meta(found) if found else None
+        self.step, self.tokens = (meta["step"], meta["tokens"]) if meta else (0, 0)
 
         # Data: corpora, their tokenizer (which sizes the model's vocabulary), training streams, validation rows.
-        data = open_data(config, self.run_dir if found else None, meta["config"]["data"] if meta else {})
+        saved_data = meta["config"]["data"] if meta else {}
+        data = world.in_turn(
+            lambda: open_data(config, self.run_dir if found else None, saved_data, progress=world.local_rank == 0)
+        )
         self.tokenizer = data.tokenizer
         config = config.model_copy(update={"data": data.config})
         self.config = config = resolve_vocabulary(config, self.tokenizer.padded_size)
@@ -74,33 +95,53 @@ class Trainer:
             check_same_model(config, meta["config"]["model"], found)
         self.schedule = DepthSchedule(config)
         self.loader = Loader(
-            data.streams(config.run.seed),
+            data.streams(config.run.seed, world.rank, world.size),
             slots=self.schedule.slots,
             workers=config.data.workers,
             prefetch=config.data.prefetch,
         )
+        self.resources.callback(self.loader.close)
         if meta:
             self.restore_data(meta["data"])
-        self.loader.start()  # the workers read the first batches while the rest is built
-        self.validation = data.validation(config.eval.batches * config.data.streams)
+        if self.step < config.train_steps:
+            self.loader.start()  # the workers read the first batches while the rest is built
+        self.validation = world.in_turn(lambda: data.validation(config.eval.batches * config.data.streams))
 
-        # Model: shaped without memory, then filled from (seed, parameter name).
+        # Model: shaped without memory, laid out over the processes, then filled from (seed, parameter name).
+        set_seed(config.run.seed)  # nothing here draws from global generators, but what users add may
         with torch.device("meta"):
             model = RecurrentDepthTransformer(config.model)
-        self.model = model.to_empty(device=self.device).initialize(config.run.seed)
-        prepare_model(config, self.model)
+        parameters = sum(p.numel() for p in model.parameters())
+        self.layout = choose_layout(
+            config.parallel, world.size, world.local_size, parameters, min(world.ranks.gather(device_memory(world)))
+        )
+        self.parallel = parallelize(config, model, self.layout, world)
+        self.model = model
         self.optimizer = build_optimizer(self.model, config.optim)
+        self.micro_batch = self.choose_micro_batch()
 
-        self.step = self.tokens = 0
-        self.newest = found
+        # Updates that were skipped, in all and in a row; on the device, so that no step waits to know.
+        self.skipped = torch.tensor(meta.get("skipped_steps", 0) if meta else 0, device=self.device)
+        self.skipped_in_a_row = torch.zeros_like(self.skipped)
+        self.rollbacks = 0
         if found and meta:
-            checkpoint.load(found, checkpoint.training_state(self.model, self.optimizer))
-            self.step, self.tokens = meta["step"], meta["tokens"]
-        else:  # only now that everything fits: a start that failed must not bind the next one
+            self.load(found)
+        elif self.main:  # only now that everything fits: a start that failed must not bind the next one
             self.tokenizer.save(self.run_dir / "tokenizer")
-        save_config(config, self.run_dir / "config.yaml")
-        self.log = MetricsLog(self.run_dir, config, self.step)
-        self.announce(found)
+        if self.main:
+            save_config(config, self.run_dir / "config.yaml")
+        self.log = world.ranks.agreed(lambda: MetricsLog(self.run_dir, config, self.step, main=self.main))
+        self.resources.callback(self.log.close)
+        self.watchdog = Watchdog(self.run_dir / "stacks", world.rank, config.parallel.stall_after)
+        self.position = self.loader.state_dict()
+        self.own_time = OwnTime(self.device)
+        if self.main:
+            self.announce(found)
+
+    @property
+    def main(self) -> bool:
+        """Whether this process is the one that prints, logs and draws."""
+        return self.world.ranks.main
 
     def restore_data(self, state: dict[str, Any]) -> None:
         """Continue the data where the checkpoint left it; raises MythosError for other data, unless it restarts."""
@@ -112,37 +153,78 @@ class Trainer:
             logger.warning("%s\ndata.on_mismatch is restart: the data starts from its beginning", error)
 
     def run(self) -> None:
-        """Train from the current step to the last, then validate, save, plot and sum up."""
+        """Train from the current step to the last, then validate, save, plot and sum up.
+
+        Returns early, with everything saved, where a signal or train.max_time asks for it. Raises MythosError where
+        training diverges or a checkpoint cannot be written, and TransientError where data cannot be had or another
+        process is lost.
+        """
+        try:
+            with self.resources, self.stop, self.watchdog:
+                self.train()
+            self.world.leave()
+        except (RuntimeError, ConnectionError) as error:
+            if not collective_failure(error):
+                raise
+            raise TransientError(
+                f"rank {self.world.rank} lost the other processes in {self.watchdog.doing}: {short_reason(error)}. One "
+                "of them has died or hangs; its own message says why. The same command continues from the newest "
+                f"checkpoint: {self.checkpoints.newest or 'none yet'}"
+            ) from error
+
+    def train(self) -> None:
+        """The loop of :meth:`run`."""
         config, steps = self.config, self.config.train_steps
         metrics: dict[str, Any] = {}
-        result: StepResult | None = None
-        bar = tqdm(total=steps, initial=self.step, unit="step", desc="training", dynamic_ncols=True)
-        with contextlib.closing(self.log), contextlib.closing(self.loader), contextlib.closing(bar):
-            window_start, window_steps = time.perf_counter(), 0
-            while self.step < steps:
-                result = self.train_step(self.next_batch(result))
+        bar = tqdm(
+            total=steps, initial=self.step, unit="step", desc="training", dynamic_ncols=True, disable=not self.main
+        )
+        with bar, Profiler(self.run_dir, config.train.profile, self.world.rank) as profiler:
+            batch, problem = self.read_ahead() if self.step < steps else (None, None)
+            self.world.ranks.raise_any(problem)
+            window_start, window_steps, first = time.perf_counter(), 0, True
+            while batch is not None:
+                result = self.train_step(batch)
                 self.step += 1
                 self.tokens += config.tokens_per_step
                 window_steps += 1
                 bar.update()
                 last = self.step == steps
+                # The device still computes: what comes next is read, and agreed on, meanwhile.
+                batch, problem = (None, None) if last else self.read_ahead()
+                stopping = self.agree_to_stop(problem)
+                tracing = time.perf_counter()
+                profiler.step()
+                window_start += time.perf_counter() - tracing  # writing a trace takes seconds
+                if first:
+                    self.world.set_timeouts(config.parallel.timeout, config.parallel.timeout + config.data.patience)
+                    first = False
+
                 validating = last or self.due(config.eval.every)
-                if validating or self.due(config.log.every):
+                if validating or stopping or self.due(config.log.every):
                     metrics = self.measure(result)  # waits for the device, so the window's time is whole
                     elapsed = time.perf_counter() - window_start
                     metrics |= self.throughput(result.plan, elapsed / window_steps)
-                    bar.set_postfix(loss=f"{metrics['loss']:.3f}", tok_s=f"{metrics['tokens_per_second']:,.0f}")
+                    loss = "skipped" if metrics["loss"] is None else f"{metrics['loss']:.3f}"
+                    bar.set_postfix(loss=loss, tok_s=f"{metrics['tokens_per_second']:,.0f}")
                     if validating:
                         metrics |= self.validate()
                     self.log.write(metrics)
+                    if validating and self.main:
+                        draw_plots(self.run_dir, config.depth_mean)
                     window_start, window_steps = time.perf_counter(), 0
-                if last or self.due(config.checkpoint.every):
-                    self.check_finite(result)  # what is saved is continued from, and replaces older checkpoints
+                if last or stopping or self.due(config.checkpoint.every):
                     saving = time.perf_counter()
-                    self.save()
+                    self.save(result, wait=last or stopping is not None)
                     window_start += time.perf_counter() - saving
+                if stopping:
+                    self.end_early(stopping, problem)
+                    return
         if not metrics:
-            print(f"nothing to train: the run is at step {self.step}; raise train.steps, or choose another run.name")
+            if self.main:
+                print(
+                    f"nothing to train: the run is at step {self.step}; raise train.steps, or choose another run.name"
+                )
             metrics = self.validate()
         self.sum_up(metrics)
 
@@ -150,69 +232,120 @@ class Trainer:
         """Whether something that happens every so many steps (0 = never) happens after this one."""
         return every > 0 and self.step % every == 0
 
-    def next_batch(self, last: StepResult | None) -> Batch:
-        """The data of the next step; where it cannot be had, saves what was trained and raises MythosError."""
+    def read_ahead(self) -> tuple[Batch | None, str | None]:
+        """The next step's data, or why it cannot be had; keeps the position after the batches trained on so far."""
+        self.watchdog.beat(f"step {self.step + 1}: waiting for data")
+        self.position = self.loader.state_dict()
         try:
-            return self.loader.next_batch()
+            with self.own_time:
+                return self.loader.next_batch(), None
         except MythosError as error:
-            if last is None:
-                raise
-            if self.newest is None or checkpoint.step_of(self.newest) != self.step:
-                self.check_finite(last)
-                self.save()
-            raise MythosError(f"{error}\nStopped after step {self.step}, which is saved: {self.newest}") from error
+            return None, str(error)
+
+    def agree_to_stop(self, problem: str | None) -> str | None:
+        """Why all ranks stop after this step, or None: a signal or the time limit on any of them, or missing data.
+
+        Raises MythosError on all of them where a checkpoint could not be written.
+        """
+        self.watchdog.beat(f"step {self.step}: agreeing to go on (all-reduce)")
+        failed = self.checkpoints.failed
+        reason = problem or self.stop.reason
+        if not self.world.ranks.max(bool(reason or failed)):
+            return None
+        told = self.world.ranks.gather((reason, failed))
+        if any(failed for _, failed in told):
+            self.checkpoints.wait()
+        rank, reason = next((rank, reason) for rank, (reason, _) in enumerate(told) if reason)
+        return f"{reason} (rank {rank})" if self.world.size > 1 else reason
+
+    def end_early(self, stopping: str, problem: str | None) -> None:
+        """Say why the run ends here, with everything saved; raises TransientError, on all ranks, if it lacks data."""
+        saved = f"Stopped after step {self.step}, which is saved: {self.checkpoints.newest}"
+        if any(self.world.ranks.gather(problem)):
+            raise TransientError(f"{stopping}\n{saved}")
+        if self.main:
+            tqdm.write(f"{stopping}. {saved}\nThe same command continues.")
 
     def train_step(self, batch: Batch) -> StepResult:
         """One optimizer step over the global batch; nothing in it reads from the device."""
-        config, step = self.config, self.step
+        config, step, world = self.config, self.step, self.world
         plan = self.schedule.plan(step)
-        # Deepest rows first: the model's active rows are then always a prefix, and micro-batches are of like depth.
+        # Deepest rows first: the model's active rows are then always a prefix, and micro-batches are of like depth. The
+        # rows of every rank are as deep, so all compute alike.
         rows = batch.rows.tolist()
         order = sorted(range(len(rows)), key=lambda i: -plan.loops[rows[i]])
-        targets = config.tokens_per_step
+        # The losses of all ranks must add up, and DDP and FSDP average.
+        targets = config.tokens_per_step / world.size
 
-        totals: dict[str, Tensor] = {}
-        for start in range(0, len(order), config.train.micro_batch):
-            micro = order[start : start + config.train.micro_batch]
-            micro_rows = [rows[i] for i in micro]
-            ids = self.to_device(batch.ids[micro])
-            documents = batch.document_ids
-            with self.autocast:
-                output = self.model(
-                    ids[:, :-1],
-                    ids[:, 1:],
-                    loops=[plan.loops[row] for row in micro_rows],
-                    backprop=plan.backprop,
-                    state=initial_state(
-                        config.model,
-                        micro_rows,
-                        config.data.sequence_length,
-                        seed=config.run.seed,
-                        step=step,
-                        device=self.device,
-                    ),
-                    document_ids=None if documents is None else self.to_device(documents[micro]),
-                )
-            (output.loss / targets).backward()
-            share = len(micro) / len(order)
-            add(totals, "loss", output.loss.detach() / targets)
-            add(totals, "state_norm", output.state_norm * share)
-            add(totals, "state_delta", output.state_delta * share)
+        sums: dict[str, Tensor] = {}
+        for start in range(0, len(order), self.micro_batch):
+            micro = order[start : start + self.micro_batch]
+            last = start + self.micro_batch >= len(order)
+            with self.parallel.accumulating(last):
+                self.watchdog.beat(f"step {step + 1}: forward pass of rows {start} on (all-gathers under FSDP)")
+                with self.own_time:
+                    output = self.forward(batch, micro, plan)
+                self.watchdog.beat(f"step {step + 1}: backward pass of rows {start} on (reducing gradients)")
+                (output.loss / targets).backward()
+            share = len(micro) / len(order) / world.size
+            add(sums, "loss", output.loss.detach() / config.tokens_per_step)
+            add(sums, "state_norm", output.state_norm * share)
+            add(sums, "state_delta", output.state_delta * share)
             if output.expert_load is not None:
-                add(totals, "expert_load", output.expert_load)
+                add(sums, "expert_load", output.expert_load)
+        self.parallel.finish_gradients()
 
-        # Without a limit the norm is still measured: a run that is about to diverge shows it there first.
-        limit = config.optim.clip or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        # One all-reduce carries all measurements of the step; float64 holds the experts' counts exactly.
+        self.watchdog.beat(f"step {step + 1}: summing measurements (all-reduce)")
+        scalars = [sums["loss"], self.parallel.squared_norm(), sums["state_norm"], sums["state_delta"]]
+        load = sums.get("expert_load")
+        packed = torch.cat(
+            [*(value.double().view(1) for value in scalars), *([load.double().view(-1)] if load is not None else [])]
+        )
+        world.sum(packed)
+        loss, squared_norm, state_norm, state_delta = packed[:4]
+        grad_norm = squared_norm.sqrt()
+        if load is not None:
+            load = packed[4:].round().long().view_as(load)
+
+        # All ranks skip an update together, on the device: they hold the same sums. The fused optimizer takes both
+        # numbers as a gradient scaler gives them: it divides by the one, and changes nothing where the other is 1.
+        skip = ~(loss.isfinite() & grad_norm.isfinite())
+        self.optimizer.found_inf = skip.float()
+        self.optimizer.grad_scale = (grad_norm / config.optim.clip).clamp(min=1).float() if config.optim.clip else None
         lr = learning_rate(config.optim, step, config.train_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        load = totals.get("expert_load")
+        self.skipped += skip
+        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * skip
         if load is not None:
-            self.model.rebalance(load)
-        return StepResult(totals["loss"], grad_norm, totals["state_norm"], totals["state_delta"], load, plan, lr)
+            self.model.rebalance(load, applied=(~skip).float())
+        return StepResult(loss, grad_norm, state_norm, state_delta, load, plan, lr)
+
+    def forward(self, batch: Batch, micro: list[int], plan: DepthPlan) -> RDTOutput:
+        """Loss and measurements of some rows of the batch."""
+        config = self.config
+        rows = batch.rows[micro].tolist()
+        ids = self.to_device(batch.ids[micro])
+        documents = batch.document_ids
+        with self.autocast:
+            return self.parallel(
+                ids[:, :-1],
+                ids[:, 1:],
+                loops=[plan.loops[row] for row in rows],
+                backprop=plan.backprop,
+                state=initial_state(
+                    config.model,
+                    rows,
+                    config.data.sequence_length,
+                    seed=config.run.seed,
+                    step=self.step,
+                    device=self.device,
+                ),
+                document_ids=None if documents is None else self.to_device(documents[micro]),
+            )
 
     def to_device(self, values: Tensor) -> Tensor:
         """Copy without waiting: from pinned memory, where the device is a GPU."""
@@ -228,68 +361,116 @@ class Trainer:
         """The whole number of loops that validation and samples mean by 'the mean depth'."""
         return round(self.config.depth_mean)
 
-    def check_finite(self, result: StepResult) -> None:
-        """Raise MythosError if the loss or the gradient is not finite: then the weights are lost."""
-        loss, norm = result.loss.item(), result.grad_norm.item()
-        if not math.isfinite(loss + norm):
-            raise MythosError(
-                f"the loss is {loss} and the norm of the gradient {norm} at step {self.step}: training has diverged. "
-                f"The last checkpoint is {self.newest or 'not yet written'}; lower optim.lr, or set a lower optim.clip "
-                "than the norms before, and continue from it."
-            )
+    def choose_micro_batch(self) -> int:
+        """train.micro_batch, or the most rows (halving from all) whose deepest step fits in memory on every rank."""
+        config = self.config
+        rows = config.train.global_batch // self.world.size
+        if config.train.micro_batch != "auto":
+            return min(config.train.micro_batch, rows)
+
+        def attempt(batch_size: int) -> int:
+            if isinstance(self.model, FSDPModule):
+                self.model.reset_iter_state()  # what an attempt that ran out of memory has left
+            ids = torch.zeros(batch_size, config.data.sequence_length + 1, dtype=torch.int64, device=self.device)
+            with self.parallel.accumulating(False), self.autocast:
+                output = self.model(ids[:, :-1], ids[:, 1:], loops=config.depth_maximum, backprop=config.depth_backprop)
+            output.loss.backward()
+            return batch_size
+
+        fitting = find_executable_batch_size(attempt, starting_batch_size=rows)()
+        self.model.zero_grad(set_to_none=True)
+        return min(self.world.ranks.gather(fitting))
 
     def measure(self, result: StepResult) -> dict[str, Any]:
-        """The step's record. Raises MythosError if the step has diverged."""
-        self.check_finite(result)
+        """The step's record. Raises MythosError, or goes back to the newest checkpoint, if training has diverged."""
         plan = result.plan
+        names = ("loss", "grad_norm", "state_norm", "state_delta")
+        values = torch.stack([*(getattr(result, name) for name in names), self.skipped, self.skipped_in_a_row]).tolist()
+        *numbers, skipped, in_a_row = values
+        self.check_progress(result, int(in_a_row))
         metrics: dict[str, Any] = {
             "step": self.step,
             "tokens": self.tokens,
-            "loss": result.loss.item(),
+            # JSON has no NaN.
+            **{name: value if math.isfinite(value) else None for name, value in zip(names, numbers, strict=True)},
             "lr": result.lr,
-            "grad_norm": result.grad_norm.item(),
             "loops": sum(plan.loops) / len(plan.loops),
             "backprop_loops": plan.mean_backprop,
-            "state_norm": result.state_norm.item(),
-            "state_delta": result.state_delta.item(),
-            "peak_memory_bytes": peak_memory(self.device),
+            "skipped_steps": int(skipped),
         }
         radius = self.model.spectral_radius()
         if radius is not None:
             metrics["rho_a"] = radius.item()
         if result.expert_load is not None:
             metrics |= expert_balance(result.expert_load)
-        metrics |= {f"data/{kind}": count for kind, count in self.loader.skipped.items()}
+        report = {"peak_memory_bytes": peak_memory(self.device), "own_seconds": self.own_time.read()}
+        told = self.world.ranks.gather((report, count_skipped(self.position)))
+        metrics |= over_ranks([report for report, _ in told])
+        for _, left_out in told:
+            for kind, count in left_out.items():
+                metrics[f"data/{kind}"] = metrics.get(f"data/{kind}", 0) + count
         return metrics
 
+    def check_progress(self, result: StepResult, in_a_row: int) -> None:
+        """Raise MythosError, or go back to the newest checkpoint, where too many updates in a row were skipped."""
+        last = self.step == self.config.train_steps
+        if in_a_row < self.config.train.skip_limit and not (last and in_a_row):
+            return
+        what = (
+            f"the loss is {result.loss.item()} and the norm of the gradient {result.grad_norm.item()} at step "
+            f"{self.step}: training has diverged ({in_a_row} updates in a row were skipped)"
+        )
+        self.checkpoints.wait()
+        if self.rollbacks < self.config.train.rollbacks and self.checkpoints.newest:
+            self.rollbacks += 1
+            self.load(self.checkpoints.newest)
+            self.skipped_in_a_row.zero_()
+            if self.main:
+                logger.warning(
+                    "%s. Rollback %d of %d: weights and optimizer are those of %s again; the data that led here is not "
+                    "repeated",
+                    what,
+                    self.rollbacks,
+                    self.config.train.rollbacks,
+                    self.checkpoints.newest,
+                )
+            return
+        raise MythosError(
+            f"{what}. The last checkpoint is {self.checkpoints.newest or 'not yet written'}; lower optim.lr, or set a "
+            "lower optim.clip than the norms before, and continue from it; or set train.rollbacks, if the data is to "
+            "blame."
+        )
+
     def throughput(self, plan: DepthPlan, seconds: float) -> dict[str, float]:
-        """Tokens per second, and on known GPUs the share of peak that the step's needed FLOPs make."""
+        """Tokens per second over all ranks, and on known GPUs the share of their peak that the needed FLOPs make."""
         metrics = {"tokens_per_second": self.config.tokens_per_step / seconds, "time": time.time()}
         peak = peak_flops(self.device, self.dtype)
         if peak is not None:
             flops = forward_flops(self.config.model, self.config.data.sequence_length)
             needed = flops.training(plan.loops, plan.backprop) * self.config.tokens_per_step
-            metrics["mfu"] = needed / seconds / peak
+            metrics["mfu"] = needed / seconds / (peak * self.world.size)
         return metrics
 
     def validate(self) -> dict[str, float]:
         """Validation loss at several depths; text samples go to samples/step-N.txt."""
         config = self.config
+        self.watchdog.beat(f"step {self.step}: validation")
         self.model.eval()
         metrics = validation_metrics(
             self.model,
             self.validation,
             depths=config.eval.loops,
             main_depth=self.mean_loops,
-            micro_batch=config.train.micro_batch,
-            device=self.device,
+            micro_batch=self.micro_batch,
+            world=self.world,
             autocast=self.autocast,
         )
-        if config.eval.samples:
-            samples = [self.sample(index) for index in range(config.eval.samples)]
+        # Under FSDP a forward pass takes all ranks; they draw the same.
+        self.samples = [self.sample(n) for n in range(config.eval.samples)] if self.main or self.layout.sharded else []
+        if self.samples and self.main:
             path = self.run_dir / "samples" / f"step-{self.step:08d}.txt"
             path.parent.mkdir(exist_ok=True)
-            path.write_text("\n\n".join(samples) + "\n", encoding="utf-8")
+            path.write_text("\n\n".join(self.samples) + "\n", encoding="utf-8")
         self.model.train()
         return metrics
 
@@ -311,19 +492,34 @@ class Trainer:
             )
         return self.tokenizer.decode(ids[0].tolist())
 
-    def save(self) -> None:
-        """Write a checkpoint, remove the ones no longer kept, redraw the plots."""
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor that training continues from."""
+        return checkpoint.training_state(self.model, self.optimizer) | {"rng": torch.get_rng_state()}
+
+    def load(self, path: Path) -> None:
+        """Take weights, optimizer state and random state from a checkpoint."""
+        state = self.state
+        self.checkpoints.load(path, state)
+        torch.set_rng_state(state["rng"])
+
+    def save(self, result: StepResult, wait: bool) -> None:
+        """Write a checkpoint of this step: in the background, unless the run is about to end."""
+        in_a_row = int(self.skipped_in_a_row.item())
+        self.check_progress(result, in_a_row)
+        if in_a_row and not wait:
+            return  # whether weights or data are to blame shows in the next steps; older checkpoints are surely good
+        self.watchdog.beat(f"step {self.step}: saving")
         meta = {
             "tokens": self.tokens,
-            "data": self.loader.state_dict(),
+            "skipped_steps": int(self.skipped.item()),
+            "data": merge_states(self.world.ranks.gather(self.position)),
             "config": self.config.model_dump(mode="json"),
+            "layout": {"mode": self.layout.mode, "replicate": self.layout.replicate, "shard": self.layout.shard},
             "versions": {"python": platform.python_version()}
             | {name: version(name) for name in ("torch", "transformers", "tokenizers", "datasets")},
         }
-        state = checkpoint.training_state(self.model, self.optimizer)
-        self.newest = checkpoint.save(self.checkpoints, self.step, state, meta)
-        checkpoint.prune(self.checkpoints, self.config.checkpoint.keep, self.config.checkpoint.keep_every)
-        draw_plots(self.run_dir, self.config.depth_mean)
+        self.checkpoints.save(self.step, self.state, meta, wait=wait)
 
     def announce(self, found: Path | None) -> None:
         """Print what the configuration amounts to."""
@@ -336,69 +532,30 @@ class Trainer:
             "data": f"{config.data.kind}, {config.data.streams} streams, "
             f"{len(self.validation.ids)} validation sequences",
             "training": f"{config.train_steps:,} steps of {config.train.global_batch} x {length} = "
-            f"{config.tokens_per_step:,} tokens, {config.train_steps * config.tokens_per_step:,} in all",
+            f"{config.tokens_per_step:,} tokens, {config.train_steps * config.tokens_per_step:,} in all; "
+            f"micro-batches of {self.micro_batch}",
             "device": f"{self.device}, {str(self.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads",
+            "parallel": f"{self.layout.mode}, {self.layout.why}",
             "run": f"{self.run_dir}" + (f", continuing at step {self.step} from {found}" if found else ""),
         }
         print("\n".join(f"{name:9} {line}" for name, line in lines.items()))
 
     def sum_up(self, metrics: dict[str, Any]) -> None:
         """Print the depth table, a sample, and where everything is."""
+        if not self.main:
+            return
         curve = losses_by_depth(metrics)
         print(f"\nValidation after {self.tokens:,} tokens\n\n  loops      loss  perplexity")
         for loops, loss in curve.items():
             mark = "  <- training mean" if loops == self.mean_loops else ""
             print(f"  {loops:5d}  {loss:8.4f}  {math.exp(loss):10.2f}{mark}")
         print(f"\n  {metrics['val/bits_per_byte']:.3f} bits per byte at {self.mean_loops} loops")
-        if self.config.eval.samples:
-            print(f"\nSample\n\n  {self.sample(0)!r}")
+        if self.samples:
+            print(f"\nSample\n\n  {self.samples[0]!r}")
         plots = "\n            ".join(map(str, draw_plots(self.run_dir, self.config.depth_mean)))
-        print(f"\nplots       {plots}\nmetrics     {self.log.path}\ncheckpoint  {self.newest}")
+        print(f"\nplots       {plots}\nmetrics     {self.log.path}\ncheckpoint  {self.checkpoints.newest}")
 
 
 def add(totals: dict[str, Tensor], key: str, value: Tensor) -> None:
     """Sum a measurement over micro-batches, on the device."""
     totals[key] = totals[key] + value if key in totals else value
-
-
-def prepare_directory(run_dir: Path) -> None:
-    """Make the run directory. Raises MythosError if it cannot be written."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        probe = run_dir / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise MythosError(f"run directory {run_dir} cannot be written ({error}): choose another run.dir") from error
-
-
-def resolve_vocabulary(config: Config, tokenizer_size: int) -> Config:
-    """The configuration with `model.vocab_size: auto` replaced by the tokenizer's padded size."""
-    if config.model.vocab_size != "auto":
-        return config
-    if config.tokenizer.name == "bpe":
-        # A small corpus may give fewer tokens than asked for; the written configuration asks for them again.
-        tokenizer_size = max(tokenizer_size, padded_vocab_size(config.tokenizer.vocab_size))
-    model = config.model.model_copy(update={"vocab_size": tokenizer_size})
-    return config.model_copy(update={"model": model})
-
-
-FREE_MODEL_FIELDS = {"preset", "context_length", "loops", "router_bias_rate", "state_init"}
-"""Fields of the model that may change between a checkpoint and the run that continues it.
-
-None changes the function that the weights compute at a given number of loops. (The adapter has a slot per loop; its
-shape is checked with all others.)"""
-
-
-def check_same_model(config: Config, saved: dict[str, Any], path: Path | None) -> None:
-    """Refuse to continue with another model than the checkpoint's. Raises MythosError naming every differing field."""
-    here = config.model.model_dump(mode="json")
-    differing = [name for name in here if name not in FREE_MODEL_FIELDS and here[name] != saved.get(name)]
-    if differing:
-        lines = [f"  model.{name}: {saved.get(name)!r} in the checkpoint, {here[name]!r} here" for name in differing]
-        raise MythosError(
-            f"checkpoint {path} is of another model:\n"
-            + "\n".join(lines)
-            + "\nRestore these values to continue it, or "
-            "give this run another run.name."
-        )

@@ -1,18 +1,27 @@
-"""Measure what this machine reaches: python scripts/benchmark.py data CONFIG.yaml [key.path=value ...]."""
+"""Measure what this machine reaches.
+
+python scripts/benchmark.py data CONFIG.yaml [key.path=value ...]
+python scripts/benchmark.py checkpoint [--preset NAME] [--vocabulary N] [--directory DIR]
+"""
 
 import argparse
 import multiprocessing
 import os
+import resource
 import statistics
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 
 import psutil
+import torch
 from tqdm import tqdm
 
-from mythos.config import load_config
+from mythos.checkpoint import Checkpoints, training_state
+from mythos.config import OptimConfig, load_config
 from mythos.data.corpus import Skipped, holdout_fraction
 from mythos.data.loader import Loader
 from mythos.data.pipeline import open_data
@@ -21,8 +30,13 @@ from mythos.data.source import Source, TextSource
 from mythos.data.stream import Part, Walk
 from mythos.data.tokenizer import Tokenizer, training_documents
 from mythos.errors import MythosError
+from mythos.model.rdt import RecurrentDepthTransformer
+from mythos.optim import build_optimizer
+from mythos.presets import preset_config
+from mythos.ranks import Ranks
 
 REPEATS = 11
+SAVES = 5
 
 # Of what is given to the tokenizer alone: documents a call, and bytes in all.
 CALL_DOCUMENTS = 1000
@@ -34,16 +48,25 @@ WARM_UP_DOCUMENTS = 20_000
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["data"], help="data: reading and tokenizing, without a model")
-    parser.add_argument("config", metavar="CONFIG.yaml")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "what",
+        choices=["data", "checkpoint"],
+        help="data: reading and tokenizing, without a model; checkpoint: how long training stands still for one",
+    )
+    parser.add_argument("config", metavar="CONFIG.yaml", nargs="?", help="data: the run")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     parser.add_argument("--workers", type=int, nargs="+", help="numbers of workers to measure (1 up to the cores)")
     parser.add_argument("--seconds", type=float, default=1.5, help="length of one measurement (1.5)")
     parser.add_argument("--documents", type=int, default=0, help="measure the workers' memory over so many documents")
+    parser.add_argument("--preset", default="dense_140m", help="checkpoint: the model (dense_140m)")
+    parser.add_argument("--vocabulary", type=int, default=19008, help="checkpoint: its tokens (19008)")
+    parser.add_argument("--directory", help="checkpoint: where to write (a temporary directory)")
     options = parser.parse_intermixed_args(arguments)
+    if (options.what == "data") != (options.config is not None):
+        parser.error("data needs CONFIG.yaml, checkpoint takes none")
     try:
-        DataBenchmark(options).run()
+        (DataBenchmark if options.what == "data" else CheckpointBenchmark)(options).run()
     except MythosError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -151,6 +174,79 @@ class DataBenchmark:
             f"memory over {self.options.documents:,} documents: "
             + ", ".join(f"{size / 1e6:.0f} MB {more / 1e6:+.1f} MB" for size, more in zip(start, growth, strict=True))
         )
+
+
+class CheckpointBenchmark:
+    """Time that saving and loading take of training, and how a loop of small products slows while bytes are written."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        torch.set_num_threads(1)
+        model = RecurrentDepthTransformer(preset_config(options.preset, vocab_size=options.vocabulary)).initialize(0)
+        self.state = training_state(model, build_optimizer(model, OptimConfig()))
+        size = sum(tensor.nbytes for tensor in self.state.values())
+        count = sum(parameter.numel() for parameter in model.parameters())
+        print(f"{options.preset}: {count:,} parameters, with AdamW {size / 1e9:.2f} GB in {len(self.state)} tensors")
+
+    def run(self) -> None:
+        """Print every figure as it is measured."""
+        with tempfile.TemporaryDirectory(prefix="mythos-benchmark-", dir=self.options.directory) as directory:
+            waiting, background = (
+                Checkpoints(f"{directory}/{name}", Ranks(), keep=1, keep_every=0, asynchronous=name == "background")
+                for name in ("waiting", "background")
+            )
+            save = [self.seconds(lambda: waiting.save(1, self.state, {})) for _ in range(SAVES)]
+            stall, whole, pace, longest = [], [], [], []
+            for _ in range(SAVES + 1):
+                alone = _products(lambda started: time.perf_counter() - started < 1)
+                started = time.perf_counter()
+                stall.append(self.seconds(lambda: background.save(1, self.state, {})))
+                beside = _products(lambda _: background.saving)
+                background.wait()
+                whole.append(time.perf_counter() - started)
+                pace.append(beside[0] / alone[0])
+                longest.append(beside[1])
+            for tensor in self.state.values():
+                tensor.zero_()
+            load = [self.seconds(lambda: background.load(background.newest, self.state)) for _ in range(SAVES)]
+            find = [self.seconds(lambda: background.find("auto")) for _ in range(SAVES)]
+        first, later = stall[0], statistics.median(stall[1:])
+        share = later / statistics.median(save)
+        print(f"save and wait: {_seconds(save)}")
+        print(
+            f"save while training goes on: training stands still for {later:.3f} s, {share:.1%} of that "
+            f"(the first time, memory is allocated: {first:.3f} s); on disk after {_seconds(whole[1:])}"
+        )
+        print(
+            f"meanwhile: small products on the same cores at {statistics.median(pace[1:]):.0%} of their speed, "
+            f"longest pause {1000 * max(longest[1:]):.0f} ms"
+        )
+        print(f"checksums at the start: {_seconds(find)}; load: {_seconds(load)}")
+        print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
+
+    @staticmethod
+    def seconds(work: Callable[[], object]) -> float:
+        """How long something takes."""
+        started = time.perf_counter()
+        work()
+        return time.perf_counter() - started
+
+
+def _products(going: Callable[[float], bool]) -> tuple[float, float]:
+    """Products of 128 x 128 matrices: how many a second, and the longest time between two, seconds."""
+    matrix = torch.randn(128, 128)
+    started = last = time.perf_counter()
+    count, longest = 0, 0.0
+    while going(started):
+        matrix @ matrix
+        count += 1
+        now = time.perf_counter()
+        longest, last = max(longest, now - last), now
+    return count / (last - started), longest
+
+
+def _seconds(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} s ({min(values):.2f} to {max(values):.2f})"
 
 
 def _median(speeds: list[tuple[float, float]], unit: int) -> str:

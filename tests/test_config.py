@@ -96,7 +96,7 @@ def test_unknown_name_suggests_the_nearest(data: dict[str, Any], path: str, near
 
 def test_unknown_name_like_no_other_lists_the_valid_ones() -> None:
     line = problem(checkpoint={"zzz": 1})
-    assert line == "checkpoint.zzz: unknown; allowed: every, keep, keep_every"
+    assert line == "checkpoint.zzz: unknown; allowed: every, keep, keep_every, asynchronous, dir"
 
 
 def test_section_that_is_no_mapping() -> None:
@@ -126,6 +126,10 @@ CONTRADICTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"model": {"preset": "dense_140m"}, "eval": {"loops": [1, 2]}}, ("model.injection", "eval.loops")),
     ({"model": {"preset": "dense_140m"}, "depth": {"maximum": 2}}, ("model.injection", "depth.maximum")),
     ({"train": {}}, ("train.steps", "train.tokens")),
+    ({"train": {"steps": 1, "max_time": "0s"}}, ("train.max_time",)),
+    ({"train": {"steps": 1, "max_time": ""}}, ("train.max_time",)),
+    ({"parallel": {"mode": "fsdp", "shard": 8}}, ("parallel.mode", "parallel.shard")),
+    ({"parallel": {"replicate": 2}}, ("parallel.mode", "parallel.replicate")),
     ({"train": {"steps": 10, "tokens": 10}}, ("train.steps", "train.tokens")),
     ({"train": {"steps": 10, "global_batch": 96}}, ("train.global_batch", "data.streams")),
     ({"data": {"sequence_length": 2048}}, ("data.sequence_length", "model.context_length")),

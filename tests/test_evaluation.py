@@ -14,9 +14,11 @@ from mythos.evaluation.validation import losses_by_depth, validation_metrics
 from mythos.model.config import ModelConfig
 from mythos.model.layers import name_generator
 from mythos.model.rdt import RecurrentDepthTransformer
+from mythos.ranks import Ranks, World
 from tests.runs import SETTINGS
 
 ROWS, LENGTH = 5, 16
+ALONE = World(torch.device("cpu"), Ranks(), Ranks())
 
 
 def build(**changes: Any) -> RecurrentDepthTransformer:
@@ -38,7 +40,7 @@ def data(masked: bool) -> ValidationSet:
 def measure(model: RecurrentDepthTransformer, rows: ValidationSet, micro_batch: int = 2, **changes: Any) -> dict:
     options: dict[str, Any] = {"depths": [1, 4], "main_depth": 3, **changes}
     return validation_metrics(
-        model, rows, micro_batch=micro_batch, device=torch.device("cpu"), autocast=contextlib.nullcontext(), **options
+        model, rows, micro_batch=micro_batch, world=ALONE, autocast=contextlib.nullcontext(), **options
     )
 
 

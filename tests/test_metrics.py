@@ -1,17 +1,33 @@
 """The record of a run: metrics.jsonl over restarts, W&B, and what is computed from counts and times."""
 
 import json
+import os
+import signal
+import socket
+import subprocess
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import tracking
 
 from mythos import trainer
 from mythos.depth import DepthPlan
 from mythos.errors import MythosError
 from mythos.estimate import forward_flops
-from mythos.metrics import MetricsLog, expert_balance, peak_flops, peak_memory, read_metrics
+from mythos.metrics import (
+    MetricsLog,
+    check_trackers,
+    expert_balance,
+    over_ranks,
+    peak_flops,
+    peak_memory,
+    read_metrics,
+    without_credentials,
+)
 from mythos.trainer import Trainer
 from tests.runs import tiny
 
@@ -79,7 +95,8 @@ def test_peak_flops(monkeypatch, name, device, dtype, expected):
 
 def test_throughput(tmp_path, monkeypatch):
     """Utilisation counts every pass forward, twice that backward where gradient flows, and no recomputation."""
-    made = SimpleNamespace(config=tiny(tmp_path, model__vocab_size=384), device=None, dtype=None)
+    config, world = tiny(tmp_path, model__vocab_size=384), SimpleNamespace(size=2)
+    made = SimpleNamespace(config=config, device=None, dtype=None, world=world)
     monkeypatch.setattr(trainer, "peak_flops", lambda *_: 1e9)
     plan = DepthPlan((4, 2, 1, 1), 2)
     metrics = Trainer.throughput(made, plan, 0.5)
@@ -87,16 +104,248 @@ def test_throughput(tmp_path, monkeypatch):
     passes = (4 + 2 + 1 + 1) / 4 + 2 * (2 + 2 + 1 + 1) / 4
     needed = (3 * flops.once + passes * flops.loop) * 8 * 32
     assert metrics["tokens_per_second"] == 8 * 32 / 0.5
-    assert metrics["mfu"] == pytest.approx(needed / 0.5 / 1e9, rel=1e-12)
+    assert metrics["mfu"] == pytest.approx(needed / 0.5 / 2e9, rel=1e-12), "of two GPUs"
     monkeypatch.setattr(trainer, "peak_flops", lambda *_: None)
     assert "mfu" not in Trainer.throughput(made, plan, 0.5)
 
 
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ([4.0], {}),
+        ([4.0, 10.0, 5.0], {"straggler/seconds": 5.0, "straggler/rank": 1, "straggler/over_median": 2.0}),
+        ([9.0, 2.0, 4.0, 3.0], {"straggler/seconds": 5.5, "straggler/rank": 0, "straggler/over_median": 9 / 3.5}),
+        ([2.0, 2.0], {"straggler/seconds": 0.0, "straggler/rank": 0, "straggler/over_median": 1.0}),
+        ([0.0, 0.0], {"straggler/seconds": 0.0, "straggler/rank": 0}),
+    ],
+)
+def test_over_ranks_by_hand(own, expected):
+    memory = [700, 900, 300, 800][: len(own)]
+    reports = [
+        {"peak_memory_bytes": held, "own_seconds": seconds, "wait_seconds": 1.0}
+        for held, seconds in zip(memory, own, strict=True)
+    ]
+    assert over_ranks(reports) == {"peak_memory_bytes": max(memory), **expected}
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    config = tiny(tmp_path, log__wandb={"mode": "online"}, log__trackers=["none of these"])
+    run_dir = tmp_path / "run"
+    log = MetricsLog(run_dir, config, 0, main=False)
+    log.write({"step": 1, "loss": 1.0})
+    log.close()
+    assert not run_dir.exists()
+
+
+class Recorder(tracking.GeneralTracker):
+    """Built as accelerate's own trackers are: it acts on what accelerate takes for the main process, and logs."""
+
+    name = "recorder"
+    requires_logging_directory = True
+    failing = False
+
+    def __init__(self, run_name: str, logging_dir: str) -> None:
+        super().__init__()
+        self.run_name, self.directory, self.calls = run_name, logging_dir, []
+
+    @property
+    def tracker(self):
+        return self.calls
+
+    @tracking.on_main_process
+    def start(self):
+        tracking.logger.debug("started")
+        self.calls.append("start")
+
+    @tracking.on_main_process
+    def store_init_configuration(self, values):
+        self.config = values
+
+    @tracking.on_main_process
+    def log(self, values, step=None):
+        if self.failing:
+            raise ConnectionError("https://me:password@service has gone.")
+        self.calls.append((step, values))
+
+    @tracking.on_main_process
+    def finish(self):
+        tracking.logger.debug("finished")
+        self.calls.append("finish")
+
+
+class Particular(Recorder):
+    name = "mlflow"
+
+
+@pytest.fixture
+def recorders(monkeypatch):
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "recorder", Recorder)
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "mlflow", Particular)
+    monkeypatch.setattr(tracking, "_available_trackers", [tracking.LoggerType.MLFLOW])
+
+
+def test_trackers_get_every_record(tmp_path, recorders):
+    config = tiny(tmp_path, log__trackers=["recorder", "mlflow", "recorder"], eval__loops=[1, 3])
+    log = MetricsLog(tmp_path, config, 0)
+    first, second = log.trackers
+    log.write({"step": 4, "loss": 1.5, "grad_norm": None, "val/loss@8": 2.5})
+    log.close()
+    assert first.calls == ["start", (4, {"loss": 1.5, "val/loss@8": 2.5}), "finish"]
+    assert second.calls == ["start", (4, {"loss": 1.5, "val/loss_at_8": 2.5}), "finish"], "MLflow refuses an @"
+    assert (first.run_name, first.directory) == ("tiny", str(tmp_path / "recorder"))
+    assert first.config["model.dim"] == 32 and first.config["log.wandb.mode"] == "disabled"
+    assert first.config["eval.loops"] == "[1, 3]" and first.config["depth.mean"] == "null"
+
+
+def test_a_failing_tracker_does_not_end_the_run(tmp_path, recorders, caplog):
+    log = MetricsLog(tmp_path, tiny(tmp_path, log__trackers=["recorder", "mlflow"]), 0)
+    first, second = log.trackers
+    log.write({"step": 1, "loss": 1.0})
+    first.failing = True
+    log.write({"step": 2, "loss": 2.0})
+    log.write({"step": 3, "loss": 3.0})
+    second.finish = lambda: 1 / 0
+    log.close()
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert [call[0] for call in second.calls[1:]] == [1, 2, 3]
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2
+    assert "recorder failed (ConnectionError: https://***@service has gone)" in messages[0]
+    assert "mlflow failed (ZeroDivisionError" in messages[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("wandb", r"section of its own; set log\.wandb\.mode=online"),
+        ("tensorbord", r"got tensorbord; did you mean tensorboard\?"),
+        ("all", r"got all; allowed: aim, clearml, comet_ml, dvclive, mlflow, .*tensorboard"),
+        ("swanlab", r"swanlab is not installed; run `pip install swanlab`"),
+    ],
+)
+def test_trackers_that_cannot_be(tmp_path, recorders, name, message):
+    with pytest.raises(MythosError, match=r"log\.trackers: .*" + message):
+        check_trackers(["mlflow", name])
+    (tmp_path / "metrics.jsonl").write_text("kept\n")
+    with pytest.raises(MythosError):
+        MetricsLog(tmp_path, tiny(tmp_path, log__trackers=["mlflow", name]), 0)
+    assert (tmp_path / "metrics.jsonl").read_text() == "kept\n"
+
+
+def test_a_tracker_that_cannot_be_started(tmp_path, recorders, monkeypatch):
+    monkeypatch.setattr(Recorder, "start", lambda _: os.stat("/nowhere/at/all"))
+    with pytest.raises(MythosError, match=r"log\.trackers: recorder cannot be started: .*No such file.*remove it"):
+        MetricsLog(tmp_path, tiny(tmp_path, log__trackers=["recorder"]), 0)
+
+
+RANKS = """
+import os, sys
+from datetime import timedelta
+from pathlib import Path
+import torch, torch.distributed as dist
+from accelerate import tracking
+from mythos.metrics import MetricsLog
+from tests.runs import tiny
+
+class Recorder(tracking.GeneralTracker):
+    name, requires_logging_directory, tracker, calls = "recorder", False, None, []
+
+    def __init__(self, run_name):
+        super().__init__()
+
+    @tracking.on_main_process
+    def log(self, values, step):
+        tracking.logger.debug("logged")
+        self.calls.append((step, values))
+
+directory, size = Path(sys.argv[1]), int(os.environ["WORLD_SIZE"])
+tracking.LOGGER_TYPE_TO_CLASS["recorder"] = Recorder
+rank, threads, before = int(os.environ["RANK"]), torch.get_num_threads(), dict(os.environ)
+if size > 1:
+    dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+    collectives = dist.group.WORLD._get_sequence_number_for_group
+if rank == 0:
+    log = MetricsLog(directory, tiny(directory, log__trackers=["recorder"]), 0)
+    issued = [collectives()] if size > 1 else []
+    log.write({"step": 1, "loss": 1.0})
+    log.close()
+    assert Recorder.calls == [(1, {"loss": 1.0})], Recorder.calls
+    if size > 1:
+        assert {*issued, collectives()} == {0}, "no collective is issued"
+assert dict(os.environ) == before and torch.get_num_threads() == threads
+if size == 1:
+    assert not dist.is_initialized()
+else:
+    total = torch.tensor(rank + 1)
+    dist.all_reduce(total)
+    assert total == 3 and collectives() == 1, (total, collectives())
+    dist.barrier()
+    dist.destroy_process_group()
+"""
+
+
+def test_trackers_leave_process_groups_alone(tmp_path):
+    """Under torchrun's variables, of two processes and of one, where accelerate would make a process group itself."""
+    root = Path(__file__).parent.parent
+    ports = []
+    for _ in range(2):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            ports.append(free.getsockname()[1])
+    started = []
+    try:
+        for rank, size in ((0, 2), (1, 2), (0, 1)):
+            directory = tmp_path / f"{rank}-of-{size}"
+            directory.mkdir()
+            variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+            variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": ports[size - 1], "PYTHONPATH": root}
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, "-c", RANKS, str(directory)],
+                    env=os.environ | {name: str(value) for name, value in variables.items()},
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+        for process in started:
+            _, errors = process.communicate(timeout=60)
+            assert process.returncode == 0, errors
+    finally:
+        for process in started:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+
+
+def test_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = tiny(tmp_path, log__trackers=["tensorboard"])
+    for start, loss in ((0, 1.0), (2, 0.5)):
+        log = MetricsLog(tmp_path, config, start)
+        for step in range(start + 1, start + 4):
+            log.write({"step": step, "loss": loss, "val/loss@8": 3.0})
+        log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "tiny"))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["loss", "val/loss@8"]
+    values = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert values == [(1, 1.0), (2, 1.0), (3, 0.5), (4, 0.5), (5, 0.5)], "the killed run's step 3 is hidden"
+
+
 def test_disabled_wandb_is_not_imported(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # any import now fails
-    Trainer(tiny(tmp_path, train__steps=1)).run()
-    with pytest.raises(ImportError):
-        Trainer(tiny(tmp_path, train__steps=2, log__wandb={"mode": "offline"}))
+    MetricsLog(tmp_path, tiny(tmp_path), 0).close()
+    with pytest.raises(MythosError, match=r"log\.wandb\.mode is offline, but W&B cannot be started: import of wandb"):
+        MetricsLog(tmp_path, tiny(tmp_path, log__wandb={"mode": "offline"}), 0)
+
+
+def written(path: Path) -> bytes:
+    """What W&B leaves in a file: its process goes on writing for a moment after the run is finished."""
+    until = time.monotonic() + 10
+    while path.stat().st_size < 100 and time.monotonic() < until:
+        time.sleep(0.05)
+    return path.read_bytes()
 
 
 def test_offline_wandb(tmp_path, monkeypatch):
@@ -104,18 +353,50 @@ def test_offline_wandb(tmp_path, monkeypatch):
     for variable in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(variable, str(tmp_path / "elsewhere"))
     monkeypatch.setenv("WANDB_SILENT", "true")
-    made = Trainer(tiny(tmp_path, train__steps=2, log__wandb={"mode": "offline"}))
-    name = made.log.wandb_run.id
-    made.run()
+    monkeypatch.setenv("WANDB_API_KEY", "k3y" * 14)
+    monkeypatch.setenv("SOME_TOKEN", "hidden-in-environment")
+    arguments = ["train.py", "data.path=https://me:hidden-in-arguments@host/a.txt", "run.name=tiny"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    path = "https://host/a.txt?X-Signature=hidden-in-config"
+    config = tiny(tmp_path, log__wandb={"mode": "offline", "tags": ["tagged"]}, data__path=path)
     run_dir = tmp_path / "run"
-    (offline,) = (run_dir / "wandb").glob("offline-run-*")
-    (stored,) = offline.glob("*.wandb")
-    contents = stored.read_bytes()
-    assert name.encode() in contents
-    for key in (b"val/loss@3", b"grad_norm", b"moe/load_max_over_mean", b"tiny"):
-        assert key in contents
-    assert (run_dir / "wandb_id").read_text() == name
-    assert "wandb" not in {key for record in read_metrics(run_dir / "metrics.jsonl") for key in record}
+    run_dir.mkdir()
+    names = []
+    for start in (0, 2):
+        log = MetricsLog(run_dir, config, start)
+        names.append(log.trackers[0].run.id)
+        log.write({"step": start + 1, "loss": 1.0, "grad_norm": None, "val/loss@8": 2.0})
+        log.close()
+    assert names[0] == names[1] == (run_dir / "wandb_id").read_text()
+    assert sys.argv is arguments
+    folders = list((run_dir / "wandb").glob("offline-run-*"))
+    assert len(folders) == 2, "W&B keeps every process's records apart until `wandb sync` joins them"
+    contents = [written(next(folder.glob("*.wandb"))) for folder in folders]
+    for stored in contents:
+        for known in (names[0], "val/loss@8", "tagged", "tiny", "https://***@host/a.txt", "https://host/a.txt?***"):
+            assert known.encode() in stored
+    for file in tmp_path.rglob("*"):
+        if file.is_file():
+            stored = file.read_bytes()
+            assert b"hidden-in" not in stored and b"k3yk3y" not in stored, file
+    assert [record["step"] for record in read_metrics(run_dir / "metrics.jsonl")] == [1, 3]
+
+
+def test_wandb_run_is_continued_only_with_the_run(tmp_path, monkeypatch):
+    import wandb
+
+    made = []
+    monkeypatch.setattr(wandb, "init", lambda **given: made.append(given))
+    config = tiny(tmp_path, log__wandb={"mode": "online", "project": "loops", "entity": "team"})
+    for start in (0, 3, 5, 0):
+        MetricsLog(tmp_path, config, start)
+    ids = [given["id"] for given in made]
+    assert ids[0] == ids[1] == ids[2] != ids[3], "a run that starts anew must not be mixed with another"
+    for given in made:
+        assert (given["mode"], given["project"], given["entity"]) == ("online", "loops", "team")
+        assert (given["resume"], given["dir"], given["name"]) == ("allow", str(tmp_path), "tiny")
+        assert 0 < given["settings"]["finish_timeout"] < config.parallel.timeout, "other ranks wait for rank 0"
+        assert wandb.Settings(**given["settings"])
 
 
 def test_wandb_that_cannot_be_started(tmp_path, monkeypatch):
@@ -126,4 +407,18 @@ def test_wandb_that_cannot_be_started(tmp_path, monkeypatch):
 
     monkeypatch.setattr(wandb, "init", no_account)
     with pytest.raises(MythosError, match=r"log\.wandb\.mode is online.*No API key.*offline or disabled"):
-        Trainer(tiny(tmp_path, log__wandb={"mode": "online"}))
+        MetricsLog(tmp_path, tiny(tmp_path, log__wandb={"mode": "online"}), 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("s3://key:secret@bucket/dir", "s3://***@bucket/dir"),
+        ("https://token@host/a?b=c&d=e", "https://***@host/a?***"),
+        ("data.path=[https://u:p@a/x.txt, https://b/y.txt]", "data.path=[https://***@a/x.txt, https://b/y.txt]"),
+        ("https://host/part-?.parquet", "https://host/part-?.parquet"),
+        ("/data/user@site/x?y=1", "/data/user@site/x?y=1"),
+    ],
+)
+def test_without_credentials(text, expected):
+    assert without_credentials({"a": [text], "b": 1, "c": None}) == {"a": [expected], "b": 1, "c": None}

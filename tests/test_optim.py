@@ -15,10 +15,10 @@ def test_decay_on_matrices_only():
     model = RecurrentDepthTransformer(preset_config("mythos_nano", vocab_size=128, tie_embeddings=False)).initialize(0)
     optimizer = build_optimizer(model, OptimConfig(weight_decay=0.3))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decayed, undecayed = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
+    groups = {group["weight_decay"]: {names[id(p)] for p in group["params"]} for group in optimizer.param_groups}
+    assert groups.keys() == {0.3, 0.0}
+    decayed, undecayed = groups[0.3], groups[0.0]
     assert decayed | undecayed == set(names.values())
-    assert optimizer.param_groups[0]["weight_decay"] == 0.3
-    assert optimizer.param_groups[1]["weight_decay"] == 0.0
     for name in ("head.weight", "recurrence.blocks.0.ffn.gate_up", "recurrence.blocks.0.ffn.router.weight",
                  "prelude.0.attention.out.weight", "recurrence.adapter.up.weight"):  # fmt: skip
         assert name in decayed

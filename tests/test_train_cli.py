@@ -62,6 +62,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., str]]:
 def test_run_directory(finished):
     assert finished.status == 0
     assert {path.name for path in finished.dir.iterdir()} == {
+        ".lock",
         "config.yaml",
         "metrics.jsonl",
         "checkpoints",
@@ -82,7 +83,7 @@ def test_metrics_of_the_contract(finished):
     lines = (finished.dir / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     every_step = {"step", "tokens", "loss", "lr", "grad_norm", "loops", "backprop_loops", "state_norm", "state_delta"}
-    every_step |= {"tokens_per_second", "peak_memory_bytes", "rho_a", "time"}
+    every_step |= {"tokens_per_second", "peak_memory_bytes", "rho_a", "time", "skipped_steps"}
     every_step |= {"moe/load_max_over_mean", "moe/dead_experts"}
     validated = {"val/loss", "val/loss@1", "val/loss@3", "val/bits_per_byte", "val/state_delta", "moe/depth_overlap"}
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
@@ -259,7 +260,8 @@ def test_run_directory_that_cannot_be_written(tmp_path, refused):
 
 def test_several_processes(tmp_path, monkeypatch, refused):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "one of 2 processes" in refused(write_settings(tmp_path))
+    message = refused(write_settings(tmp_path))
+    assert "WORLD_SIZE is 2, but RANK and MASTER_ADDR and MASTER_PORT is not set: start several" in message
     assert not (tmp_path / "run").exists()
 
 

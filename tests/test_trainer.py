@@ -30,7 +30,7 @@ from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.model.recurrence import LTIInjection, initial_state
 from mythos.optim import learning_rate
 from mythos.parallel import choose_dtype
-from mythos.trainer import Trainer
+from mythos.trainer import StepResult, Trainer
 from tests.runs import documents, losses, measurements, tiny, write_settings
 
 ROOT = Path(__file__).parents[1]
@@ -48,6 +48,19 @@ def run(config: Config) -> Trainer:
     made = Trainer(config)
     made.run()
     return made
+
+
+def take_step(made: Trainer) -> StepResult:
+    """One step as the loop of a run takes it."""
+    batch, problem = made.read_ahead()
+    assert batch is not None, problem
+    result = made.train_step(batch)
+    made.step += 1
+    return result
+
+
+def saved(made: Trainer, step: int) -> Path:
+    return made.run_dir / "checkpoints" / f"step-{step:08d}"
 
 
 def state_of(made: Trainer) -> dict[str, Tensor]:
@@ -128,8 +141,7 @@ def test_steps_equal_a_loop_written_out(tmp_path):
     made = Trainer(config)
     results = []
     for _ in range(4):
-        results.append(made.train_step(made.next_batch(None)))
-        made.step += 1
+        results.append(take_step(made))
     assert len({tuple(result.plan.loops) for result in results}) > 1, "the curriculum must show"
     assert any(len(set(result.plan.loops)) > 1 for result in results), "rows of one step must differ in depth"
     model, history = reference_run(config, made, 4)
@@ -147,10 +159,10 @@ def test_steps_equal_a_loop_written_out(tmp_path):
 def test_layout_of_the_work_changes_nothing(tmp_path, changes):
     """Accumulation in more micro-batches, or recomputation: same losses, gradients and expert counts."""
     layout = {"train__micro_batch": 8, "optim__eps": 1e-5, **changes}
-    made, other = Trainer(tiny(tmp_path, train__micro_batch=8, optim__eps=1e-5)), Trainer(tiny(tmp_path, **layout))
+    made = Trainer(tiny(tmp_path, train__micro_batch=8, optim__eps=1e-5))
+    other = Trainer(tiny(tmp_path, run__dir=str(tmp_path / "other"), **layout))
     for _ in range(4):
-        one, two = made.train_step(made.next_batch(None)), other.train_step(other.next_batch(None))
-        made.step, other.step = made.step + 1, other.step + 1
+        one, two = take_step(made), take_step(other)
         for name in ("loss", "grad_norm", "state_norm", "state_delta"):
             assert getattr(two, name).item() == pytest.approx(getattr(one, name).item(), rel=1e-5), name
         assert torch.equal(one.expert_load, two.expert_load)
@@ -164,7 +176,10 @@ def test_checkpointing_recomputes(tmp_path):
     """The switch reaches the model: with it, every pass that carries gradient is computed twice."""
     calls = []
     for mode in ("none", "loop"):
-        made = Trainer(tiny(tmp_path, parallel__activation_checkpointing=mode, depth__sampling="fixed"))
+        directory = str(tmp_path / mode)
+        made = Trainer(
+            tiny(tmp_path, run__dir=directory, parallel__activation_checkpointing=mode, depth__sampling="fixed")
+        )
         made.step = 3  # past the curriculum
         count = 0
 
@@ -173,7 +188,7 @@ def test_checkpointing_recomputes(tmp_path):
             count += 1
 
         made.model.recurrence.blocks[0].attention.out.register_forward_hook(counted)
-        made.train_step(made.next_batch(None))
+        take_step(made)
         calls.append(count)
     micro_batches, loops, carried = 2, 3, 2
     assert calls == [micro_batches * loops, micro_batches * (loops + carried)]
@@ -220,10 +235,9 @@ def test_router_biases_follow_the_load(tmp_path):
         block.ffn.router.register_forward_hook(lambda _, __, out, k=number: chosen[k].append(out[1].flatten()))
         for number, block in enumerate(made.model.recurrence.blocks)
     ]
-    result = made.train_step(made.next_batch(None))
+    result = take_step(made)
     for hook in hooks:
         hook.remove()
-    made.step += 1
     record = made.measure(result)
     counts = torch.stack([torch.cat(calls).bincount(minlength=4) for calls in chosen.values()])
     assert counts.sum() == 2 * sum(result.plan.loops) * 32 * 2
@@ -285,21 +299,64 @@ def test_validation_and_samples_change_nothing(tmp_path):
     assert looked.model.training
 
 
+def spoil(made: Trainer, steps: set[int]) -> None:
+    """Make the loss of these steps (counted from 0) NaN, and with it every gradient."""
+    forward = made.forward
+
+    def spoilt(*inputs):
+        output = forward(*inputs)
+        return output._replace(loss=output.loss * math.nan) if made.step in steps else output
+
+    made.forward = spoilt
+
+
 def test_diverged_run_stops_and_saves_nothing_spoilt(tmp_path):
     """Unlogged steps too: a checkpoint of a diverged model would replace the one to go back to."""
     made = Trainer(tiny(tmp_path, log__every=100, checkpoint__every=2, train__steps=8))
-    original = made.train_step
-
-    def diverging(batch: Batch) -> trainer.StepResult:
-        result = original(batch)
-        if made.step >= 3:
-            result.grad_norm.fill_(math.nan)
-        return result
-
-    made.train_step = diverging
-    with pytest.raises(MythosError, match=r"diverged.*step-00000002"):
+    spoil(made, {3, 4, 5, 6, 7})
+    with pytest.raises(MythosError, match=r"the loss is nan.*at step 8.*diverged.*5 updates in a row.*step-00000002"):
         made.run()
-    assert [path.name for path in checkpoint.complete_checkpoints(made.checkpoints)] == ["step-00000002"]
+    assert checkpoint.complete_checkpoints(made.run_dir / "checkpoints") == [saved(made, 2)]
+
+
+def test_skipped_update_leaves_everything_as_it_was(tmp_path):
+    """Weights, moments, step counts and router biases; the run goes on and counts it."""
+    made = Trainer(tiny(tmp_path, train__steps=6, model__router_bias_rate=0.25))
+    spoil(made, {2, 3})
+    for _ in range(2):
+        take_step(made)
+    before = {name: tensor.clone() for name, tensor in state_of(made).items()}
+    for _ in range(2):
+        take_step(made)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(made).items())
+    result = take_step(made)
+    assert not torch.equal(made.model.embedding.weight, before["model.embedding.weight"])
+    assert made.measure(result)["skipped_steps"] == 2
+
+
+def test_spoilt_steps_are_records_without_a_loss(tmp_path):
+    made = Trainer(tiny(tmp_path, train__steps=6))
+    spoil(made, {2})
+    made.run()
+    records = measurements(made.run_dir)
+    assert [record["loss"] is None for record in records] == [False, False, True, False, False, False]
+    assert [record["skipped_steps"] for record in records] == [0, 0, 1, 1, 1, 1]
+    assert json.loads((saved(made, 6) / "meta.json").read_text())["skipped_steps"] == 1
+
+
+def test_rollback_goes_on_with_the_data_that_comes_next(tmp_path):
+    """Weights and moments are the checkpoint's again; steps, schedule and data go on."""
+    changes = {"train__steps": 9, "train__skip_limit": 2, "train__rollbacks": 1, "checkpoint__every": 2}
+    made = Trainer(tiny(tmp_path, **changes))
+    spoil(made, {3, 4})
+    made.run()
+    other = Trainer(tiny(tmp_path, **changes, run__dir=str(tmp_path / "other")))
+    for step in range(9):
+        batch, _ = other.read_ahead()
+        if step not in (2, 3, 4):  # undone, and skipped
+            other.train_step(batch)
+        other.step += 1
+    assert_identical(other, made)
 
 
 # --- interruptions
@@ -370,7 +427,7 @@ def test_leftovers_of_a_kill_in_the_middle_of_a_save(tmp_path, uninterrupted):
 
 
 def test_resume_from_a_named_checkpoint_in_another_run(tmp_path, uninterrupted):
-    source = uninterrupted.checkpoints / "step-00000006"
+    source = saved(uninterrupted, 6)
     config = tiny(tmp_path, **EVERYTHING, run__resume=str(source))
     interrupt(config, 8)
     continued = run(config)
@@ -391,7 +448,7 @@ def test_data_starts_again_on_purpose_only(tmp_path, caplog):
     made = Trainer(tiny(tmp_path, **other, data__on_mismatch="restart"))
     assert made.step == 2 and "the data starts from its beginning" in caplog.text
     fresh = open_data(made.config, made.run_dir, {}).streams(made.config.run.seed)
-    assert torch.equal(made.next_batch(None).ids, fresh.next_batch(4).ids)
+    assert torch.equal(made.loader.next_batch().ids, fresh.next_batch(4).ids)
     # The position saved from here on is in the new data.
     made.run()
     assert Trainer(tiny(tmp_path, **{**other, "train__steps": 5})).step == 4
@@ -429,7 +486,7 @@ def test_nothing_left_to_train(tmp_path, uninterrupted, capsys):
     before = (uninterrupted.run_dir / "metrics.jsonl").read_text()
     run(uninterrupted.config)
     assert (uninterrupted.run_dir / "metrics.jsonl").read_text() == before
-    source = uninterrupted.checkpoints / "step-00000009"
+    source = saved(uninterrupted, 9)
     run(tiny(tmp_path, **EVERYTHING, run__resume=str(source)))
     printed = capsys.readouterr().out
     assert printed.count("nothing to train: the run is at step 9") == 2
@@ -517,7 +574,7 @@ def test_bfloat16_run(tmp_path, monkeypatch):
     full = run(tiny(tmp_path, run__dir=str(tmp_path / "full"), train__steps=3))
     made = Trainer(tiny(tmp_path, run__dir=str(tmp_path / "half"), train__steps=3, train__dtype="bfloat16"))
     types = ProductTypes()
-    parts = {LTIInjection: ("encode", "forward"), Router: ("forward",), MixtureOfExperts: ("run_experts",)}
+    parts = {LTIInjection: ("forward", "combine"), Router: ("forward",), MixtureOfExperts: ("run_experts",)}
 
     def traced(kind: type, name: str) -> None:
         method = getattr(kind, name)
@@ -542,7 +599,7 @@ def test_bfloat16_run(tmp_path, monkeypatch):
         elif isinstance(module, Router):
             module.register_forward_hook(lambda _, __, out: record("gates", out[0]))
         elif isinstance(module, LTIInjection):
-            module.register_forward_hook(lambda _, inputs, out: record("state", *inputs, out))
+            module.register_forward_hook(lambda _, inputs, out: record("state", *inputs, *out))
     made.model.prelude[0].ffn.gate_up.register_forward_hook(lambda _, __, out: record("product", out))
     with types:
         made.run()
@@ -588,12 +645,9 @@ def test_compiled_blocks(tmp_path, monkeypatch, changes):
     torch.compiler.reset()
     plain = Trainer(tiny(tmp_path, **changes))
     assert not compiled
-    made = Trainer(tiny(tmp_path, train__compile=True, **changes))
+    made = Trainer(tiny(tmp_path, train__compile=True, run__dir=str(tmp_path / "compiled"), **changes))
     assert compiled == [*made.model.prelude, *made.model.recurrence.blocks, *made.model.coda]
     for _ in range(3):
-        assert made.train_step(made.next_batch(None)).loss.item() == pytest.approx(
-            plain.train_step(plain.next_batch(None)).loss.item(), rel=1e-4
-        )
-        made.step, plain.step = made.step + 1, plain.step + 1
+        assert take_step(made).loss.item() == pytest.approx(take_step(plain).loss.item(), rel=1e-4)
     assert made.model.state_dict().keys() == plain.model.state_dict().keys()
     torch.compiler.reset()

@@ -7,6 +7,7 @@ from math import sqrt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 Initializer = Callable[[Tensor, torch.Generator], None]
 
@@ -57,14 +58,18 @@ def name_generator(seed: int, name: str) -> torch.Generator:
 
 @torch.no_grad()
 def initialize(model: nn.Module, seed: int) -> None:
-    """Fill every parameter from (seed, its name), drawn on the CPU in float32, so every device gets the same weights.
+    """Fill every parameter from (seed, its name), drawn on the CPU in float32: the same on every device and world size.
 
-    Each module that owns parameters declares `initializers`, one per parameter; buffers start at zero.
+    Each module that owns parameters declares `initializers`, one per parameter, and in `float32` those that are never
+    computed with in bfloat16; buffers start at zero.
     """
     for name, parameter in model.named_parameters():
         owner_name, _, leaf = name.rpartition(".")
         value = torch.empty(parameter.shape, dtype=torch.float32)
         model.get_submodule(owner_name).initializers[leaf](value, name_generator(seed, name))
+        if isinstance(parameter, DTensor):  # every rank draws the whole and keeps its shard: nothing is sent
+            value = value.to(parameter.device)
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
         parameter.copy_(value)
     for buffer in model.buffers():
         buffer.zero_()
@@ -91,6 +96,8 @@ class Linear(nn.Module):
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm with a learned scale (arXiv 1910.07467), always computed in float32."""
+
+    float32 = ("weight",)
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()

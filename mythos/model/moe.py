@@ -15,6 +15,8 @@ class Router(nn.Module):
     chosen affinities, without the bias, normalised to sum 1. The bias is a buffer, moved by `rebalance` alone.
     """
 
+    float32 = ("weight",)
+
     def __init__(self, dim: int, experts: int, chosen: int) -> None:
         super().__init__()
         self.chosen = chosen
@@ -31,7 +33,7 @@ class Router(nn.Module):
         return gates / gates.sum(-1, keepdim=True).clamp_min(1e-9), experts
 
     @torch.no_grad()
-    def rebalance(self, load: Tensor, rate: float) -> None:
+    def rebalance(self, load: Tensor, rate: float | Tensor) -> None:
         """Move the bias by +-rate against the load, (E,) tokens per expert of a whole optimizer step."""
         load = load.float()
         self.bias += rate * torch.sign(load.mean() - load)

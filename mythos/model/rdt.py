@@ -1,8 +1,8 @@
 """The recurrent-depth transformer: embed, prelude, loop, coda, head."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import sqrt
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,12 +26,12 @@ class TokenEmbedding(nn.Module):
         self.initializers: dict[str, Initializer] = {"weight": truncated_normal(dim)}
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(B, S) int64 -> (B, S, D)."""
-        return F.embedding(ids, self.weight) * sqrt(self.weight.shape[1])
+        """(B, S) int64 -> (B, S, D) float32."""
+        # The residual stream is float32 also where FSDP gathers the table in bfloat16.
+        return F.embedding(ids, self.weight).float() * sqrt(self.weight.shape[1])
 
 
-@dataclass
-class RDTOutput:
+class RDTOutput(NamedTuple):  # a tuple, because FSDP and DDP look for the tensors in what a module returns
     """What a forward pass returns; measurements carry no gradient and stay on the device."""
 
     logits: Tensor | None
@@ -47,8 +47,7 @@ class RDTOutput:
     counts the loops beyond the trained ones. None for a dense core."""
 
 
-@dataclass
-class DepthReadout:
+class DepthReadout(NamedTuple):
     """The model read out after a number of loops, all rows alike."""
 
     loops: int
@@ -117,9 +116,12 @@ class RecurrentDepthTransformer(nn.Module):
         if state is None:
             state = e.new_zeros(e.shape, dtype=torch.float32)
         load = self.empty_load(ids.device)
-        for last in self.recurrence(e, state, rows, backprop or rows[0], context):
+
+        def count(after: LoopState) -> None:
             if load is not None:
-                add_load(load, last)
+                add_load(load, after)
+
+        last = self.recurrence(e, state, rows, backprop or rows[0], context, count)
         hidden = self.decode(last.state, context)
         norm, delta = state_measures(last)
         if targets is None:
@@ -137,13 +139,18 @@ class RecurrentDepthTransformer(nn.Module):
         context = attention_context(self.config, ids.shape[1], ids.device, document_ids)
         e = self.encode(ids, context)
         state = e.new_zeros(e.shape, dtype=torch.float32)
-        readouts, before = [], []
-        for after in self.recurrence(e, state, [max(depths)] * len(ids), 0, context):
+        readouts: list[DepthReadout] = []
+        before: list[Tensor] = []
+
+        def read_out(after: LoopState) -> None:
+            nonlocal before
             if after.loop in depths:
                 losses = self.losses(self.decode(after.state, context), targets)
                 overlap = chosen_overlap(before, after.experts) if before else None
                 readouts.append(DepthReadout(after.loop, losses, state_measures(after)[1], overlap))
             before = after.experts
+
+        self.recurrence(e, state, [max(depths)] * len(ids), 0, context, read_out)
         return readouts
 
     def check_loops(self, loops: int | Sequence[int] | None, rows: int) -> list[int]:
@@ -187,11 +194,14 @@ class RecurrentDepthTransformer(nn.Module):
             return None
         return torch.zeros(config.core_layers, config.loops, config.n_experts, dtype=torch.int64, device=device)
 
-    def rebalance(self, load: Tensor) -> None:
-        """Move the router biases once, given the counts of a whole optimizer step (`RDTOutput.expert_load`, summed)."""
+    def rebalance(self, load: Tensor, applied: Tensor | float = 1.0) -> None:
+        """Move the router biases once, given the counts of a whole optimizer step (`RDTOutput.expert_load`, summed).
+
+        `applied` is 0 where the step's update was skipped, which leaves the biases as they are.
+        """
         for block, counts in zip(self.recurrence.blocks, load, strict=True):
             assert isinstance(block.ffn, MixtureOfExperts)
-            block.ffn.router.rebalance(counts.sum(0), self.config.router_bias_rate)
+            block.ffn.router.rebalance(counts.sum(0), self.config.router_bias_rate * applied)
 
     @torch.no_grad()
     def spectral_radius(self) -> Tensor | None:

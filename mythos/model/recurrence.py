@@ -1,10 +1,10 @@
 """The loop: injection, core blocks, depth-wise adapter, and the growing prefix of rows."""
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from math import expm1, log, sqrt
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +54,8 @@ class LTIInjection(nn.Module):
     so every entry of A lies strictly between 0 and 1 in float32 whatever an optimizer does to them. All in float32.
     """
 
+    float32 = ("dt", "log_a")
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.dt = nn.Parameter(torch.empty(dim))
@@ -69,12 +71,12 @@ class LTIInjection(nn.Module):
         """Diagonal of A, (D,) float32; its largest entry is rho(A)."""
         return torch.exp(-self.delta() * self.log_a.clamp(*LOG_A_BOUNDS).exp())
 
-    def encode(self, e: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, e: Tensor) -> tuple[Tensor, Tensor]:
         """What all loops share: A (D,) and Delta * (e B^T) (B, S, D), float32."""
         with torch.autocast(e.device.type, enabled=False):
             return self.decay(), self.delta() * F.linear(e.float(), self.weight)
 
-    def forward(self, state: Tensor, decay: Tensor, injected: Tensor) -> Tensor:
+    def combine(self, state: Tensor, decay: Tensor, injected: Tensor) -> Tensor:
         """The core's input u, (n, S, D) float32."""
         return torch.addcmul(injected, decay, state)
 
@@ -87,11 +89,11 @@ class LinearInjection(nn.Module):
         self.state = Linear(dim, dim, identity(START_DECAY))
         self.input = Linear(dim, dim, identity(-log(START_DECAY)))
 
-    def encode(self, e: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, e: Tensor) -> tuple[Tensor, Tensor]:
         """What all loops share: W_h (D, D) and W_e e (B, S, D)."""
         return self.state.weight, self.input(e).float()
 
-    def forward(self, state: Tensor, weight: Tensor, injected: Tensor) -> Tensor:
+    def combine(self, state: Tensor, weight: Tensor, injected: Tensor) -> Tensor:
         """The core's input u, (n, S, D) float32."""
         return injected + F.linear(state, weight)
 
@@ -102,11 +104,11 @@ class AddInjection(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
 
-    def encode(self, e: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, e: Tensor) -> tuple[Tensor, Tensor]:
         """What all loops share: nothing learned, and e itself."""
         return e.new_ones(()), e
 
-    def forward(self, state: Tensor, unused: Tensor, injected: Tensor) -> Tensor:
+    def combine(self, state: Tensor, unused: Tensor, injected: Tensor) -> Tensor:
         """The core's input u, (n, S, D) float32."""
         return injected + state
 
@@ -117,6 +119,8 @@ class LoopAdapter(nn.Module):
     After Relaxed Recursive Transformers (arXiv 2410.20672). The up-projection starts at zero. Loops beyond the trained
     ones reuse the last scale.
     """
+
+    float32 = ("scale",)
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -136,6 +140,8 @@ class LoopAdapter(nn.Module):
 class LoopEmbedding(nn.Module):
     """Sinusoids of the loop index, scaled by a learned gain that starts at zero; defined at any depth."""
 
+    float32 = ("gain",)
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.gain = nn.Parameter(torch.empty(dim))
@@ -152,8 +158,7 @@ class LoopEmbedding(nn.Module):
 INJECTIONS = {"lti": LTIInjection, "linear": LinearInjection, "add": AddInjection}
 
 
-@dataclass
-class LoopState:
+class LoopState(NamedTuple):  # a tuple, because FSDP looks for the tensors in what a module returns
     """The recurrence after one of its passes, all rows that are active then."""
 
     loop: int
@@ -181,18 +186,24 @@ class Recurrence(nn.Module):
         self.checkpoint_loops = False
 
     def forward(
-        self, e: Tensor, state: Tensor, loops: Sequence[int], backprop: int, context: AttentionContext
-    ) -> Iterator[LoopState]:
-        """Run row r for loops[r] passes and yield after every pass; all rows end with the last one.
+        self,
+        e: Tensor,
+        state: Tensor,
+        loops: Sequence[int],
+        backprop: int,
+        context: AttentionContext,
+        observe: Callable[[LoopState], None],
+    ) -> LoopState:
+        """Run row r for loops[r] passes, calling `observe` after every pass; all rows end with the last one.
 
         e and state are (B, S, D); `loops` (host integers, deepest first) sets how many rows each pass computes: row r
         joins the active prefix when loops[r] passes remain, so exactly sum(loops) row-passes are run. Only the last
-        `backprop` passes carry gradient (truncated backpropagation, arXiv 2502.05171).
+        `backprop` passes carry gradient (truncated backpropagation, arXiv 2502.05171). Returns the last pass's state.
         """
         deepest, gradient = loops[0], torch.is_grad_enabled()
         shallow_first = sorted(loops)
         row_loops = torch.tensor(loops, pin_memory=e.is_cuda).to(e.device, non_blocking=True)
-        shared, injected = self.injection.encode(e) if self.injection is not None else (e, e)
+        shared, injected = self.injection(e) if self.injection is not None else (e, e)
         current = state[:0]
         for remaining in range(deepest, 0, -1):
             active = len(loops) - bisect_right(shallow_first, remaining - 1)
@@ -206,14 +217,16 @@ class Recurrence(nn.Module):
                     after, experts = checkpoint(self.step, *inputs, use_reentrant=False)
                 else:
                     after, experts = self.step(*inputs)
-            yield LoopState(deepest - remaining + 1, after, current, slots, experts)
+            last = LoopState(deepest - remaining + 1, after, current, slots, experts)
+            observe(last)
             current = after
+        return last
 
     def step(
         self, state: Tensor, shared: Tensor, injected: Tensor, loop: Tensor, context: AttentionContext
     ) -> tuple[Tensor, list[Tensor]]:
         """One pass of the core over (n, S, D) rows standing at loop indices `loop` (n,)."""
-        u = self.injection(state, shared, injected) if self.injection is not None else injected
+        u = self.injection.combine(state, shared, injected) if self.injection is not None else injected
         x = u if self.embedding is None else u + self.embedding(loop)
         adapted = self.adapter(x, loop) if self.adapter is not None else None
         routed = []

@@ -52,8 +52,8 @@ def test_injection_follows_its_formula():
     injection = scrambled(LTIInjection(6))
     generator = torch.Generator().manual_seed(0)
     e, state = torch.randn(2, 3, 6, generator=generator), torch.randn(2, 3, 6, generator=generator)
-    decay, injected = injection.encode(e)
-    actual = injection(state, decay, injected)
+    decay, injected = injection(e)
+    actual = injection.combine(state, decay, injected)
     for row in range(2):
         for position in range(3):
             for d in range(6):
@@ -76,9 +76,9 @@ def test_linear_and_add_injections(small):
     linear = scrambled(LinearInjection(6))
     e, state = torch.randn(2, 3, 6), torch.randn(2, 3, 6)
     expected = state @ linear.state.weight.T + e @ linear.input.weight.T
-    torch.testing.assert_close(linear(state, *linear.encode(e)), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(linear.combine(state, *linear(e)), expected, rtol=1e-5, atol=1e-5)
     add = RecurrentDepthTransformer(small(injection="add")).recurrence.injection
-    torch.testing.assert_close(add(state, *add.encode(e)), state + e)
+    torch.testing.assert_close(add.combine(state, *add(e)), state + e)
 
 
 @pytest.mark.parametrize("direction", [1.0, -1.0])

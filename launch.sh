@@ -1,0 +1,209 @@
+#!/usr/bin/env bash
+# Trains on all GPUs of this machine, on several machines, or on CPU processes. ./launch.sh --help
+set -euo pipefail
+
+usage() {
+  cat <<'TEXT'
+./launch.sh [--cpu N | --processes N] CONFIG.yaml [key.path=value ...] [options of train.py]
+
+  --cpu N        N processes on the CPU; sets train.device=cpu
+  --processes N  N processes on this machine instead of one a GPU
+
+Several machines: run the same command on each, with these set. Under SLURM they come from its variables, with one
+task a node; see scripts/slurm.sbatch.
+
+  NNODES         number of machines (1)
+  NODE_RANK      number of this machine, from 0
+  MASTER_ADDR    name or address of machine 0, as the others reach it
+  MASTER_PORT    free port of machine 0, open to the others (29500)
+  JOIN_TIMEOUT   seconds that machines wait for each other, at the start and after a failure (600)
+
+Also read from the environment:
+
+  MAX_RESTARTS      how often processes are started again after a failure (3); each time from the newest checkpoint
+  SHUTDOWN_TIMEOUT  seconds for the final save when torchrun itself is told to end (600)
+  PYTHON            the interpreter (python)
+
+SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR1 save and stop, with status 0; a second one stops at once.
+TEXT
+}
+
+fail() {
+  printf 'launch.sh: %s\n' "$*" >&2
+  exit 1
+}
+
+# need_number NAME VALUE [SMALLEST]
+need_number() {
+  if ! [[ $2 =~ ^[0-9]{1,9}$ ]] || ((10#$2 < ${3:-0})); then
+    fail "$1: got '$2'; allowed: a whole number from ${3:-0} on"
+  fi
+}
+
+# --- the command line
+
+processes='' cpu=''
+while (($#)); do
+  case $1 in
+    --help | -h)
+      usage
+      exit 0
+      ;;
+    --cpu | --processes)
+      [[ -z $processes ]] || fail "give --cpu or --processes once, not both"
+      need_number "$1" "${2:-}" 1
+      [[ $1 == --processes ]] || cpu=yes
+      processes=$2
+      shift 2
+      ;;
+    *) break ;;
+  esac
+done
+(($#)) && [[ $1 != -* && $1 != *=* ]] || fail "no configuration given; usage: ./launch.sh [--cpu N] CONFIG.yaml [key.path=value ...]"
+[[ -z $cpu ]] || set -- "$@" train.device=cpu
+
+here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+python=${PYTHON:-python}
+command -v -- "$python" >/dev/null || fail "$python: not found; activate the environment that mythos is installed in, or set PYTHON"
+
+count_gpus() {
+  local devices
+  if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+    IFS=, read -ra devices <<<"$CUDA_VISIBLE_DEVICES"
+    case ${devices[0]:-} in
+      '' | -1 | NoDevFiles) echo 0 ;;
+      *) echo "${#devices[@]}" ;;
+    esac
+  else
+    { nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU ' || true
+  fi
+}
+
+if [[ -z $processes ]]; then
+  processes=$(count_gpus)
+  ((processes)) || fail "no GPU in CUDA_VISIBLE_DEVICES or nvidia-smi -L. To train on the CPU: ./launch.sh --cpu 2 $1 ..."
+fi
+
+# --- where this machine stands among the others
+
+if [[ -z ${NNODES:-} && -n ${SLURM_JOB_NUM_NODES:-} ]]; then
+  # A step may have fewer nodes than its job.
+  NNODES=${SLURM_STEP_NUM_NODES:-$SLURM_JOB_NUM_NODES}
+  if [[ $NNODES != 1 ]]; then
+    [[ -n ${SLURM_NODEID:-} ]] || fail "a SLURM job of $NNODES nodes, but SLURM_NODEID is not set: start it with srun ./launch.sh ..."
+    [[ ${SLURM_LOCALID:-0} == 0 ]] || fail "several SLURM tasks on this node: use --ntasks-per-node=1, launch.sh starts one process a GPU"
+    NODE_RANK=$SLURM_NODEID
+    if [[ -z ${MASTER_ADDR:-} ]]; then
+      hosts=$(scontrol show hostnames "${SLURM_STEP_NODELIST:-$SLURM_JOB_NODELIST}")
+      MASTER_ADDR=${hosts%%$'\n'*}
+    fi
+  fi
+fi
+nodes=${NNODES:-1} master=${MASTER_ADDR:-} port=${MASTER_PORT:-29500} join_timeout=${JOIN_TIMEOUT:-600}
+restarts=${MAX_RESTARTS:-3} shutdown_timeout=${SHUTDOWN_TIMEOUT:-600}
+need_number NNODES "$nodes" 1
+need_number MASTER_PORT "$port" 1
+need_number JOIN_TIMEOUT "$join_timeout" 1
+need_number MAX_RESTARTS "$restarts"
+need_number SHUTDOWN_TIMEOUT "$shutdown_timeout"
+
+reachable() {
+  # shellcheck disable=SC2016 # expanded by the inner bash
+  timeout 5 bash -c 'exec 3<>"/dev/tcp/$1/$2"' _ "$master" "$port" 2>/dev/null
+}
+
+if ((nodes == 1)); then
+  meeting=(--standalone)
+else
+  [[ -n $master ]] || fail "NNODES is $nodes, but MASTER_ADDR is not set: set it to the name of machine 0, the same on all"
+  [[ -n ${NODE_RANK:-} ]] || fail "NNODES is $nodes, but NODE_RANK is not set: set it to 0 on $master and to 1, 2, ... on the others"
+  need_number NODE_RANK "$NODE_RANK"
+  ((10#$NODE_RANK < nodes)) || fail "NODE_RANK: got $NODE_RANK; allowed: 0 to $((nodes - 1)), as NNODES is $nodes"
+  # The rendezvous "c10d", not "static": there a failure on one machine starts processes again on that machine only,
+  # which then wait for others that do not know of it; and a machine that was lost cannot come back.
+  host=$((10#$NODE_RANK == 0))
+  meeting=(--nnodes "$nodes" --rdzv-backend c10d --rdzv-endpoint "$master:$port" --rdzv-id "${SLURM_JOB_ID:-mythos}"
+    --rdzv-conf "is_host=$host,join_timeout=$join_timeout")
+fi
+
+# --- checks that would otherwise be told by every process, or by none
+
+check='
+import sys
+from mythos.config import load_config
+from mythos.errors import MythosError
+try:
+    load_config(sys.argv[1], sys.argv[2:])
+except MythosError as error:
+    sys.exit(f"error: {error}")
+'
+overrides=()
+for argument in "${@:2}"; do
+  [[ $argument == -* ]] || overrides+=("$argument")
+done
+PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} "$python" -c "$check" "$1" ${overrides[@]+"${overrides[@]}"}
+
+if ((nodes > 1 && host)); then
+  ! reachable || fail "$master:$port is in use: set MASTER_PORT to a free port, the same on all machines, or end the job that holds it"
+elif ((nodes > 1)); then
+  SECONDS=0
+  until reachable; do
+    ((SECONDS < join_timeout)) || fail "machine $NODE_RANK did not reach machine 0 at $master:$port in $join_timeout s: check MASTER_ADDR and MASTER_PORT, that the port is open, and that launch.sh runs there with NODE_RANK=0"
+    sleep 1
+  done
+fi
+
+# --- torchrun
+
+if [[ -z ${OMP_NUM_THREADS:-} ]]; then
+  cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+  export OMP_NUM_THREADS=$((cores > processes ? cores / processes : 1))
+fi
+# A store of its own for every restart. In the one that agents share, processes that are started again find the
+# addresses of those that have died, and fail or hang (https://github.com/pytorch/pytorch/issues/135712).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
+scratch=$(mktemp -d)
+trap 'rm -rf -- "$scratch"' EXIT
+# Once this file exists, processes that are started again end at once; it holds the error that ended them, if one did
+# (mythos/faults.py).
+export MYTHOS_ENDED=$scratch/ended
+
+# A signal goes to the processes, which save and exit with 0. torchrun would pass it on too, but then exits with 1 and
+# a traceback, and leaves the torchruns of other machines waiting for it; so it gets none but the second.
+pass_on='
+import sys
+import psutil
+torchrun = psutil.Process(int(sys.argv[1]))
+for process in torchrun.children() or [torchrun]:
+    process.terminate()
+'
+torchrun='' first='' signalled=''
+# shellcheck disable=SC2329 # called by the trap
+stop() {
+  signalled=yes
+  if [[ -z $first ]]; then
+    first=$SECONDS
+    : >"$MYTHOS_ENDED"
+    # Processes that are just ending are no reason to complain. Those that are yet to start will see the file.
+    "$python" -c "$pass_on" "$torchrun" 2>/dev/null || true
+  elif ((SECONDS - first > 2)); then
+    kill -TERM "$torchrun" 2>/dev/null || true
+  fi
+}
+trap stop TERM INT HUP USR1
+
+(
+  trap '' INT HUP USR1
+  exec "$python" -m torch.distributed.run "${meeting[@]}" --nproc-per-node "$processes" --max-restarts "$restarts" \
+    --signals-to-handle SIGTERM,SIGQUIT --shutdown-timeout "$shutdown_timeout" "$here/train.py" "$@"
+) &
+torchrun=$!
+
+while :; do
+  signalled='' status=0
+  wait "$torchrun" || status=$?
+  [[ -n $signalled ]] || break # otherwise a signal has ended the wait, not torchrun
+done
+if [[ -s $MYTHOS_ENDED ]]; then cat -- "$MYTHOS_ENDED" >&2; fi
+exit "$status"

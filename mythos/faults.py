@@ -1,0 +1,313 @@
+"""What ends or stalls a run: signals, the clock, silent and dead peers, a second job on the same directory."""
+
+import contextlib
+import faulthandler
+import fcntl
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Self
+
+import psutil
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from mythos.config import DURATION
+from mythos.errors import MythosError
+from mythos.ranks import Ranks
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SAME_REQUEST = 2.0
+"""Seconds in which several signals are one request: launchers pass on what a scheduler has sent to all processes."""
+
+_UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of a duration such as 90s, 3h30m or 1d. Raises MythosError for anything else, and for no time at all."""
+    if re.match(DURATION, text) is None or text.endswith("\n"):
+        raise MythosError(f"got {text!r}; allowed: days, hours, minutes and seconds in this order, e.g. 90s, 3h30m, 1d")
+    seconds = sum(int(number) * _UNITS[unit] for number, unit in re.findall(r"(\d+)([dhms])", text))
+    if seconds == 0:
+        raise MythosError(f"got {text!r}, which is no time at all; give a longer duration, e.g. 90s, 3h30m, 1d")
+    return float(seconds)
+
+
+def _duration(seconds: float) -> str:
+    parts = []
+    for unit, length in _UNITS.items():
+        count = seconds if unit == "s" else seconds // length
+        seconds -= count * length
+        parts += [f"{count:g}{unit}"] if count else []
+    return "".join(parts)
+
+
+class StopRequests:
+    """Requests that this process stop: SIGTERM, SIGINT, SIGUSR1, the end of its time, or of the launcher above it.
+
+    A context manager. The first signal sets :attr:`reason` and says so on stderr; a second one, at least
+    ``SAME_REQUEST`` seconds later, exits at once with status 128 + its number. At the end of the context the previous
+    handlers are back.
+    """
+
+    def __init__(self, max_time: float | None) -> None:
+        """Begin the time: `max_time` seconds from now on, None = no limit."""
+        self._started, self._max_time = time.monotonic(), max_time
+        # torchrun's workers are in sessions of their own: killed, it would leave them training for nobody.
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self._signal: signal.Signals | None = None
+        self._signalled = 0.0
+        self._before: dict[signal.Signals, Any] = {}
+        self._wakeup = self._wakeup_before = -1
+
+    @property
+    def reason(self) -> str | None:
+        """Why this process, not the others, is to stop: ``SIGTERM``, ``train.max_time (3h30m)``; None = it is not."""
+        if self._signal is not None:
+            return self._signal.name
+        if self._max_time is not None and time.monotonic() - self._started >= self._max_time:
+            return f"train.max_time ({_duration(self._max_time)})"
+        if self._launcher is not None and os.getppid() != self._launcher:
+            return "the launcher is gone"
+        return None
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            # A handler in Python runs when the main thread is back from the collective it waits in, which takes
+            # up to the timeout where a peer has died. The number of the signal arrives in the pipe at once.
+            reader, self._wakeup = os.pipe()
+            os.set_blocking(self._wakeup, False)
+            self._wakeup_before = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
+            threading.Thread(target=self._listen, args=(reader,), name="signals", daemon=True).start()
+            self._before = {number: signal.signal(number, _ignore) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        if self._before:
+            signal.set_wakeup_fd(self._wakeup_before)
+            os.close(self._wakeup)  # ends the thread
+        self._before = {}
+
+    def _listen(self, reader: int) -> None:
+        with open(reader, "rb", buffering=0) as numbers:
+            while number := numbers.read(1):
+                if number[0] in SIGNALS:
+                    self._receive(signal.Signals(number[0]))
+
+    def _receive(self, received: signal.Signals) -> None:
+        now = time.monotonic()
+        if self._signal is None:
+            self._signal, self._signalled = received, now
+            rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+            message = f"{rank}{received.name}: stopping after this step; again to exit at once"
+            tqdm.write(message, file=sys.stderr)  # above the progress bar, not into it
+        elif now - self._signalled >= SAME_REQUEST:
+            os._exit(128 + received)
+
+
+def _ignore(*_: object) -> None:
+    """Let the signal pass: all is done by the thread that reads its number. SIG_IGN would give it no number."""
+
+
+class Agreement:
+    """What all ranks know of each other after every step, without any waiting for the slowest.
+
+    Every rank calls :meth:`exchange` once a step. Other collectives may use ``ranks`` between two calls, in the same
+    order on all ranks.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._pending: tuple[torch.Tensor, dist.Work] | None = None
+        self._agreed = 0
+
+    def exchange(self, code: int) -> int:
+        """Tell the others this rank's code (0 = go on); returns the largest code of any rank, as of the call before.
+
+        The same value on all ranks, 0 at the first call; a process that is alone gets its own code back at once.
+        Raises RuntimeError if a rank does not answer, see :func:`collective_failure`.
+        """
+        if self._ranks.group is None:
+            return code
+        self.finish()
+        agreed, self._agreed = self._agreed, 0
+        codes = torch.tensor([code])
+        work = dist.all_reduce(codes, op=dist.ReduceOp.MAX, group=self._ranks.group, async_op=True)
+        self._pending = (codes, work)
+        return agreed
+
+    def finish(self) -> None:
+        """Wait for the exchange that is under way; what it brings is returned by the next call of :meth:`exchange`."""
+        if self._pending is not None:
+            (codes, work), self._pending = self._pending, None
+            work.wait()
+            self._agreed = int(codes.item())
+
+
+class Watchdog:
+    """Notices that this process stands still, and where. A context manager with a thread of its own."""
+
+    def __init__(self, directory: Path, rank: int, seconds: float) -> None:
+        """Watch `rank`; after `seconds` without a :meth:`beat` its stacks go to `directory`/rank-<number>.txt."""
+        self._path, self._rank, self._seconds = directory / f"rank-{rank:05}.txt", rank, seconds
+        self._last = (time.monotonic(), "starting")
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def beat(self, doing: str) -> None:
+        """Say what begins now, e.g. ``step 12: backward``. Cheap."""
+        self._last = (time.monotonic(), doing)  # one assignment, so that time and text belong together in the thread
+
+    @property
+    def doing(self) -> str:
+        """What began last."""
+        return self._last[1]
+
+    def __enter__(self) -> Self:
+        self.beat(self.doing)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        reported = None
+        while not self._over.wait(min(1.0, self._seconds / 4)):
+            last = self._last
+            if last is not reported and time.monotonic() - last[0] >= self._seconds:
+                reported = last
+                self._report(*last)
+
+    def _report(self, began: float, doing: str) -> None:
+        seconds = time.monotonic() - began
+        since = datetime.fromtimestamp(time.time() - seconds)
+        stall = f"rank {self._rank} stands still since {since:%H:%M:%S} ({seconds:.0f} s) in: {doing}"
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self._path, "a", encoding="utf-8") as file:
+                print(f"\n{datetime.now().isoformat(timespec='seconds')} {stall}", file=file, flush=True)
+                faulthandler.dump_traceback(file, all_threads=True)
+            logger.warning("%s; its stacks: %s", stall, self._path)
+        except OSError as error:
+            logger.warning("%s; its stacks cannot be written: %s", stall, error)
+
+
+class RunLock:
+    """Keeps a run directory to one job. A context manager; the kernel releases it with the process, however it dies."""
+
+    def __init__(self, directory: Path, patience: float = 5.0) -> None:
+        """Lock `directory`, which must exist, within `patience` seconds: a killed holder needs a moment to be gone."""
+        self._directory, self._patience = directory, patience
+        self._file: Any = None
+
+    def __enter__(self) -> Self:
+        """Take the lock. Raises MythosError if another process has it, naming that, or if it cannot be written."""
+        path = self._directory / ".lock"
+        try:
+            file = open(path, "a+", encoding="utf-8")
+        except OSError as error:
+            raise MythosError(f"{path}: cannot be written ({error.strerror}); check run.dir and its owner") from error
+        deadline = time.monotonic() + self._patience
+        while not self._locked(file):
+            if time.monotonic() >= deadline:
+                with file:
+                    raise MythosError(self._taken(file))
+            time.sleep(0.1)
+        file.seek(0)
+        file.truncate()
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": datetime.now().isoformat(" ", "seconds")}
+        file.write(json.dumps(holder))
+        file.flush()
+        self._file = file
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def _locked(self, file: Any) -> bool:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            logger.warning("%s: this file system has no locks (%s); start no second job here", self._directory, error)
+        return True
+
+    def _taken(self, file: Any) -> str:
+        file.seek(0)
+        try:
+            holder = json.loads(file.read())
+            who = f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
+        except (ValueError, KeyError, TypeError):
+            who = "another process"
+        return (
+            f"{self._directory} is in use by {who}. Two jobs would overwrite each other: end that one, or give this "
+            "run another run.name or run.dir"
+        )
+
+
+_GLOO_AND_NCCL = re.compile(
+    r"gloo/transport|Gloo connectFullMesh failed|Application timeout caused pair closure|Connection closed by peer"
+    r"|Connection reset by peer|timed out in monitoredBarrier|Watchdog caught collective operation timeout"
+    r"|NCCL error|NCCL communicator|ncclRemoteError|ncclSystemError"
+)
+
+
+def collective_failure(error: BaseException) -> bool:
+    """Whether an error comes from a collective that timed out or lost its peer, rather than from this process."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and _GLOO_AND_NCCL.search(str(error)) is not None
+    )
+
+
+# --- torchrun starts all processes again, also after an error that will be the same again. Its agents have no way to be
+# told, so a file does: they still start processes as often as they are set to, but these end at once.
+
+
+def _ended_file() -> Path | None:
+    """The file that exists once this launch must not go on; None where nothing restarts this process."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    if "MYTHOS_ENDED" in os.environ:  # from launch.sh, which leaves it there, empty, when it is asked to stop
+        return Path(os.environ["MYTHOS_ENDED"])
+    agent = psutil.Process(os.getppid())
+    return Path(tempfile.gettempdir()) / f"mythos-ended-{os.getuid()}-{agent.pid}-{agent.create_time():.0f}"
+
+
+def exit_for_good(message: str) -> int:
+    """Tell an error that a restart would meet again, once for all processes of a machine, and rule restarts out.
+
+    Under launch.sh, that tells it at its end, below what torchrun prints. Returns the exit status, 1.
+    """
+    told = False
+    if ended := _ended_file():
+        with contextlib.suppress(OSError), open(ended, "a", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            told = os.fstat(file.fileno()).st_size > 0 or "MYTHOS_ENDED" in os.environ
+            if os.fstat(file.fileno()).st_size == 0:
+                file.write(f"error: {message}\n")
+    if not told:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    return 1
+
+
+def refuse_restart() -> bool:
+    """Whether this launch has ended for good: then this process, started anew by torchrun, must exit with 1 at once."""
+    ended = _ended_file()
+    return ended is not None and ended.exists()

@@ -1,0 +1,418 @@
+"""What a configuration amounts to before it runs: size, FLOPs, memory of a process, and what processes exchange."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from mythos.config import Config, ParallelConfig, dump_config
+from mythos.errors import MythosError
+from mythos.estimate import build_on_meta, count_parameters, forward_flops
+from mythos.model.rdt import RecurrentDepthTransformer
+from mythos.optim import build_optimizer
+from mythos.parallel import Layout, build_mesh, choose_layout, float32_parameters, shard_model
+from mythos.ranks import check_fit
+
+DEVICE_MEMORY = 80 * 2**30
+"""Bytes of the device that is planned for unless another is named."""
+BUCKET_BYTES = 25 * 2**20
+"""What DDP packs into a bucket by default, after a smaller first one."""
+MOST_RANKS = 2**16
+"""Where the search for a number of processes that fits ends."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Parameters that FSDP2 gathers and reduces together. Bytes are of all shards, which padding makes equally long."""
+
+    gathered: int
+    """Bytes of the weights, in the type they are gathered in."""
+    gradient: int
+    """Bytes of their whole gradient as the backward pass leaves it: in that type, without padding."""
+    accumulated: int
+    """Bytes of their whole gradient between micro-batches: in the type it is reduced in, without padding."""
+    reduced: int
+    """Bytes of what is reduced."""
+    kept: bool
+    """Stays gathered from its forward pass to the end of its backward pass."""
+    looped: bool
+    """A block of the core that is a unit of its own, so that every loop gathers it."""
+    outer: bool
+    """What the core owns beside such blocks: gathered while they run."""
+
+
+@dataclass(frozen=True)
+class Laid:
+    """A model laid out over processes; bytes on rank 0, which holds the most."""
+
+    layout: Layout
+    parameters: int
+    gradients: int
+    optimizer: int
+    replicated: int
+    """Of the parameters, those that are whole on every rank."""
+    copies: int
+    """Weights that autocast copies to its type, where they are not gathered in it."""
+    measured: int
+    """What ranks sum up in a step to know loss, norms and the experts' load."""
+    buckets: int
+    """Parts in which DDP reduces gradients."""
+    units: tuple[Unit, ...]
+    """In the order of the forward pass, the root (embedding, head) first; none where nothing is sharded."""
+
+    @property
+    def state(self) -> int:
+        """What stays from step to step."""
+        return self.parameters + self.gradients + self.optimizer
+
+
+@dataclass(frozen=True)
+class Working:
+    """What training a rank's share takes beside its state, in bytes; activations are not included."""
+
+    gathered: int
+    """Weights in the type they are computed with: the largest unit, and those that stay gathered."""
+    accumulated: int
+    """Whole gradients kept between micro-batches."""
+    in_transit: int
+    """What more the largest unit takes at its peak: buffers of collectives, and its gradient before it is reduced."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.gathered + self.accumulated + self.in_transit
+
+
+@dataclass
+class Exchange:
+    """Collectives of one kind in an optimizer step."""
+
+    count: int = 0
+    bytes: int = 0
+    """Of what is gathered or reduced, as one rank sees it whole."""
+
+    def add(self, times: int, size: int) -> None:
+        """Count `times` collectives of `size` bytes each."""
+        self.count += times
+        self.bytes += times * size
+
+
+def plan(config: Config, ranks: int | None = None, machine_ranks: int = 8, device_memory: int = DEVICE_MEMORY) -> str:
+    """What a configuration amounts to, for `--dry-run`.
+
+    Every resolved field, parameters, steps and FLOPs by depth; then for `ranks` processes (default: WORLD_SIZE, or 1),
+    `machine_ranks` of them on each machine, on devices of `device_memory` bytes: the layout, the memory a process
+    needs, what would fit if that does not, and the collectives of a step.
+
+    Raises MythosError if so many processes cannot share the batches or if parallel.mode does not fit their number.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "1")) if ranks is None else ranks
+    if ranks < 1 or machine_ranks < 1 or device_memory <= 0:
+        raise MythosError(
+            f"a plan for {ranks} processes, {machine_ranks} on a machine, with {device_memory / 2**30:g} GiB each: "
+            "--ranks and --machine-ranks must be at least 1, --device-memory above 0"
+        )
+    check_fit(config, ranks)
+    parameters = count_parameters(config.model)
+    local = min(machine_ranks, ranks)
+    layout = choose_layout(config.parallel, ranks, local, parameters.total, device_memory)
+    laid = lay_out(config, layout)
+    automatic = config.model.vocab_size == "auto"
+    vocabulary = ", without the vocabulary, whose size the tokenizer decides" if automatic else ""
+    flops = forward_flops(config.model, config.data.sequence_length)
+    depths = sorted({*config.eval.loops, round(config.depth_mean)})
+    lines = [
+        dump_config(config),
+        f"parameters      {parameters.total:,} ({parameters.active:,} active per token and loop){vocabulary}",
+        f"training        {config.train_steps:,} steps of {config.tokens_per_step:,} tokens, "
+        f"{config.train_steps * config.tokens_per_step:,} in all",
+        f"run directory   {config.run_dir}",
+        f"FLOPs per token at {config.data.sequence_length} tokens, forward, by loops",
+        *(f"{depth:16d}  {flops.once + depth * flops.loop:.3e}" for depth in depths),
+        f"processes       {ranks:,}, {local} on a machine: {_named(layout)} ({layout.why})",
+        *_memory_lines(config, laid, local, device_memory),
+        *_collective_lines(config, laid),
+    ]
+    return "\n".join(lines)
+
+
+def lay_out(config: Config, layout: Layout) -> Laid:
+    """Lay the model out as training does, on the meta device, as rank 0 of processes that need not exist."""
+    model = build_on_meta(config.model)
+    if not layout.sharded:
+        return _measure(config, model, layout)
+    with fake_processes(layout.size):
+        shard_model(config.parallel, model, build_mesh(layout, "cpu"), compute_dtype(config))
+        return _measure(config, model, layout)
+
+
+def compute_dtype(config: Config) -> torch.dtype:
+    """The type of matrix products that a plan is made for: train.dtype, where auto is what every recent GPU has."""
+    return torch.float32 if config.train.dtype == "float32" else torch.bfloat16
+
+
+@contextmanager
+def fake_processes(size: int) -> Iterator[None]:
+    """Be rank 0 of `size` processes whose collectives do nothing. Raises RuntimeError beside real ones."""
+    if dist.is_initialized():
+        raise RuntimeError("a plan is made before the processes meet, not among them")
+    dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _measure(config: Config, model: RecurrentDepthTransformer, layout: Layout) -> Laid:
+    parameters = list(model.parameters())
+    optimizer = build_optimizer(model, config.optim)
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    wholes = [p for p in parameters if not isinstance(p, DTensor)]
+    dtype = compute_dtype(config)
+    copied = 0 if layout.sharded or dtype == torch.float32 else sum(p.numel() for p in parameters)
+    if copied:
+        copied -= sum(p.numel() for p in float32_parameters(model))
+    load = model.empty_load(torch.device("meta"))
+    buckets: list[Any] = []
+    if layout.mode == "ddp":
+        # Gradients are packed in about the order in which the backward pass yields them.
+        limits = [dist._DEFAULT_FIRST_BUCKET_BYTES, BUCKET_BYTES]
+        buckets, _ = dist._compute_bucket_assignment_by_size([p.detach() for p in reversed(parameters)], limits)
+    return Laid(
+        layout,
+        parameters=_local_bytes(parameters),
+        gradients=_local_bytes(parameters),  # a gradient has its parameter's type and shards
+        optimizer=_local_bytes(states),
+        replicated=_local_bytes(wholes) if layout.sharded else 0,
+        copies=copied * dtype.itemsize,
+        measured=torch.float64.itemsize * (4 + (0 if load is None else load.numel())),
+        buckets=len(buckets),
+        units=tuple(_units(model)),
+    )
+
+
+def _local_bytes(tensors: list[Tensor]) -> int:
+    locals_ = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    return sum(t.numel() * t.itemsize for t in locals_)
+
+
+def _units(model: RecurrentDepthTransformer) -> Iterator[Unit]:
+    """Read off the model what FSDP2 was told, because only its own groups say what is padded to which length."""
+    blocks = set(model.recurrence.blocks)
+    split = any(isinstance(block, FSDPModule) for block in blocks)
+    for module in model.modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        for group in module._get_fsdp_state()._fsdp_param_groups:
+            policy, shards = group.mp_policy, group.mesh_info.shard_mesh_size
+            stored = group.fsdp_params[0].sharded_param.dtype
+            computed = policy.param_dtype or stored
+            reduced = policy.reduce_dtype or computed
+            padded = shards * sum(p.padded_sharded_param_size.numel() for p in group.fsdp_params)
+            real = sum(p.sharded_param.numel() for p in group.fsdp_params)
+            yield Unit(
+                gathered=padded * computed.itemsize,
+                gradient=real * computed.itemsize,
+                accumulated=real * reduced.itemsize,
+                reduced=padded * reduced.itemsize,
+                kept=group.post_forward_mesh_info is None,
+                looped=module in blocks,
+                outer=module is model.recurrence and split,
+            )
+
+
+def micro_batches(config: Config, ranks: int) -> int:
+    """Micro-batches of an optimizer step on a rank; train.micro_batch: auto counts as one."""
+    rows = max(1, config.train.global_batch // ranks)
+    return 1 if config.train.micro_batch == "auto" else -(-rows // config.train.micro_batch)
+
+
+def accumulates(config: Config, ranks: int) -> bool:
+    """Whether whole gradients are kept between micro-batches, to be reduced once a step."""
+    return config.parallel.reduce == "step" and micro_batches(config, ranks) > 1
+
+
+def working_memory(config: Config, laid: Laid) -> Working:
+    """What a rank needs beside its state where FSDP2 gathers and reduces, or autocast copies.
+
+    Forward, a unit is there twice: its weights, and the buffer they came in, which is freed when the next unit has
+    come. Backward, there are its weights, its whole gradient and the weights of the unit before, prefetched; then its
+    weights make room for the buffer that is reduced. Whole gradients of the blocks of a core stay until its first loop
+    is done, and the root's (embedding and head) all the time.
+    """
+    units = laid.units
+    if not units:
+        return Working(laid.copies, 0, 0)
+    summed = accumulates(config, laid.layout.size)
+    passing = [unit for unit in units if not (unit.kept or unit.outer)]
+    staying = sum(unit.gathered for unit in units if unit.kept or unit.outer)
+    looped = sum(unit.gradient for unit in units if unit.looped)
+    peaks = [unit.reduced for unit in units if unit.kept or unit.outer]
+    for before, unit in zip([None, *passing], passing, strict=False):
+        ahead = before.gathered if before else 0
+        gradient = looped if unit.looped else unit.gradient
+        peaks += [2 * unit.gathered, ahead + unit.gathered + gradient]
+        peaks += [ahead + unit.reduced + (0 if summed else gradient)]
+    largest = max((unit.gathered for unit in passing), default=0)
+    root = 0 if summed else units[0].gradient
+    return Working(
+        gathered=staying + largest,
+        accumulated=sum(unit.accumulated for unit in units) if summed else 0,
+        in_transit=max(0, max(peaks) - largest) + root,
+    )
+
+
+def collectives(config: Config, laid: Laid, loops: int, backprop: int) -> dict[str, Exchange]:
+    """Collectives of an optimizer step whose micro-batches all run `loops` loops, the last `backprop` with gradient.
+
+    FSDP2 gathers a unit when its forward pass begins, and again when its backward pass does unless it stays gathered
+    between; a backward pass always frees it. A block of the core that is a unit of its own has a forward pass in every
+    loop and a backward pass in the last `backprop`, so it is gathered in each of them. Its last block is also gathered
+    once in vain where the core has several and loops without gradient came before: FSDP2 prefetches, in a backward
+    pass, the unit that ran before. A unit is reduced once a step (or micro-batch), whatever the loops, because autograd
+    adds up the gradients of all uses first. But where such a block has several backward passes, the sum over earlier
+    micro-batches is reduced apart, at the first of them. HSDP all-reduces what is reduced in the last micro-batch.
+    """
+    gathers, scatters, sums = Exchange(), Exchange(), Exchange()
+    layout, micro = laid.layout, micro_batches(config, laid.layout.size)
+    backprop = min(loops, backprop)
+    if layout.mode == "ddp":
+        sums = Exchange(laid.buckets, laid.gradients)
+    several = sum(unit.looped for unit in laid.units) > 1
+    last = max((index for index, unit in enumerate(laid.units) if unit.looped), default=-1)
+    for index, unit in enumerate(laid.units):
+        if unit.looped:
+            passes = backprop if unit.kept else loops + backprop
+            in_vain = several and index == last and loops > backprop
+            times = passes + in_vain
+        else:
+            times = 1 if unit.kept else 2
+        apart = unit.looped and backprop > 1 and accumulates(config, layout.size)
+        at_end = 2 if apart else 1
+        if layout.shard > 1:
+            gathers.add(micro * times, unit.gathered)
+            scatters.add(at_end if config.parallel.reduce == "step" else micro, unit.reduced)
+        if layout.mode == "hsdp":
+            sums.add(at_end, unit.reduced // layout.shard)
+    if layout.sharded:
+        sums.add(1, laid.replicated)
+    if layout.size > 1:
+        sums.add(1, laid.measured)
+    return {"all-gather": gathers, "reduce-scatter": scatters, "all-reduce": sums}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A layout that fits."""
+
+    parallel: ParallelConfig
+    ranks: int
+    needed: int
+    """Bytes, without activations."""
+
+
+def find_fit(config: Config, ranks: int, machine_ranks: int, device_memory: int) -> Fit | int:
+    """The layout of `ranks` processes, or failing that of 2, 4, 8 ... times as many, whose memory suffices.
+
+    The settings that exchange least come first: as configured, then gradients reduced in every micro-batch, then the
+    blocks of the core gathered one at a time; in each, copies over as few processes as possible. Where none fits, the
+    bytes that a process needs at once, beside its share of the state, in the layout that needs least.
+    """
+    settings = config.parallel
+    ways = list(product(dict.fromkeys((settings.wrap, "block")), dict.fromkeys((settings.reduce, "micro_batch"))))
+    least: list[int] = []
+    size = max(2, ranks)
+    while not least or size <= MOST_RANKS:
+        shards = [n for n in range(2, size + 1) if size % n == 0] if size == ranks else [size]
+        open_ways = len(ways)
+        for wrap, reduce in ways:
+            for shard in shards:
+                mode = {"mode": "fsdp", "shard": None} if shard == size else {"mode": "hsdp", "shard": shard}
+                changes = {**mode, "replicate": None, "wrap": wrap, "reduce": reduce, "reshard_after_forward": True}
+                changed = _with_parallel(config, **changes)
+                layout = choose_layout(changed.parallel, size, min(size, machine_ranks), 0, device_memory)
+                laid = lay_out(changed, layout)
+                working = working_memory(changed, laid).total
+                if laid.state + working <= device_memory:
+                    return Fit(changed.parallel, size, laid.state + working)
+                least.append(working)
+                if working > device_memory:  # sharing among more does not shrink what is gathered at once
+                    open_ways -= 1
+                    break
+        if not open_ways:
+            break
+        size *= 2
+    return min(least)
+
+
+def _with_parallel(config: Config, **changes: Any) -> Config:
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update=changes)})
+
+
+def _named(layout: Layout) -> str:
+    return f"hsdp, {layout.replicate} x {layout.shard}" if layout.mode == "hsdp" else layout.mode
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:,.3f}" if size < 100 * 2**30 else f"{size / 2**30:,.0f}"
+
+
+def _memory_lines(config: Config, laid: Laid, machine_ranks: int, device_memory: int) -> list[str]:
+    layout, dtype = laid.layout, str(compute_dtype(config)).removeprefix("torch.")
+    working = working_memory(config, laid)
+    total = laid.state + working.total
+    where = "the largest unit and what stays gathered" if laid.units else "cast by autocast"
+    rows = {
+        "parameters": laid.parameters,
+        "gradients": laid.gradients,
+        "optimizer state": laid.optimizer,
+        f"weights in {dtype}: {where}": working.gathered,
+        "whole gradients kept between micro-batches": working.accumulated,
+        "buffers of collectives, and gradients before they are reduced": working.in_transit,
+        f"in all, of {device_memory / 2**30:g}": total,
+    }
+    lines = ["memory of rank 0, GiB; activations are not included, and need room too"]
+    lines += [f"{_gib(size):>16}  {what}" for what, size in rows.items() if size or "in all" in what]
+    if total <= device_memory:
+        return lines
+    fit = find_fit(config, layout.size, machine_ranks, device_memory)
+    if isinstance(fit, int):
+        return [
+            *lines,
+            f"does not fit, and no mode would, on any number of processes: each needs at least {_gib(fit)} GiB for the unit "
+            "it gathers and reduces at once. It takes expert parallelism, which is planned, or devices of more memory.",
+        ]
+    overrides = [
+        f"parallel.{name}={'null' if value is None else str(value).lower()}"
+        for name, value in fit.parallel
+        if value != getattr(config.parallel, name)
+    ]
+    others = "" if fit.ranks == layout.size else f" on {fit.ranks:,} processes"
+    return [*lines, f"does not fit; {' '.join(overrides)}{others} would, with {_gib(fit.needed)} GiB"]
+
+
+def _collective_lines(config: Config, laid: Laid) -> list[str]:
+    layout, loops = laid.layout, round(config.depth_mean)
+    if layout.size == 1:
+        return []
+    times = micro_batches(config, layout.size)
+    title = f"collectives of an optimizer step of {times} micro-batch{'es' * (times > 1)}"
+    lines = [title + (f" at {loops} loops" if layout.sharded else "") + ", and GiB that they gather or reduce"]
+    for wrap in ("loop", "block") if layout.sharded else (None,):
+        changed = config if wrap in (None, config.parallel.wrap) else _with_parallel(config, wrap=wrap)
+        name = layout.mode if wrap is None else f"wrap={wrap}"
+        exchanges = collectives(
+            changed, laid if changed is config else lay_out(changed, layout), loops, config.depth_backprop
+        )
+        told = [f"{e.count} {kind}{'s' * (e.count != 1)} ({_gib(e.bytes)})" for kind, e in exchanges.items() if e.count]
+        lines.append(f"  {name:14}{', '.join(told)}{'  <- configured' if changed is config and wrap else ''}")
+    return lines

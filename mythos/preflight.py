@@ -1,0 +1,53 @@
+"""What must hold before a run may touch its directory or continue a checkpoint."""
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from mythos.config import Config
+from mythos.errors import MythosError
+from mythos.model.config import padded_vocab_size
+
+
+def prepare_directory(run_dir: Path) -> None:
+    """Make the run directory. Raises MythosError if it cannot be written."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / f".writable-{platform.node()}-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise MythosError(f"run directory {run_dir} cannot be written ({error}): choose another run.dir") from error
+
+
+def resolve_vocabulary(config: Config, tokenizer_size: int) -> Config:
+    """The configuration with `model.vocab_size: auto` replaced by the tokenizer's padded size."""
+    if config.model.vocab_size != "auto":
+        return config
+    if config.tokenizer.name == "bpe":
+        # A small corpus may give fewer tokens than asked for; the written configuration asks for them again.
+        tokenizer_size = max(tokenizer_size, padded_vocab_size(config.tokenizer.vocab_size))
+    model = config.model.model_copy(update={"vocab_size": tokenizer_size})
+    return config.model_copy(update={"model": model})
+
+
+FREE_MODEL_FIELDS = {"preset", "context_length", "loops", "router_bias_rate", "state_init"}
+"""Fields of the model that may change between a checkpoint and the run that continues it.
+
+None changes the function that the weights compute at a given number of loops. (The adapter has a slot per loop; its
+shape is checked with all others.)"""
+
+
+def check_same_model(config: Config, saved: dict[str, Any], path: Path | None) -> None:
+    """Refuse to continue with another model than the checkpoint's. Raises MythosError naming every differing field."""
+    here = config.model.model_dump(mode="json")
+    differing = [name for name in here if name not in FREE_MODEL_FIELDS and here[name] != saved.get(name)]
+    if differing:
+        lines = [f"  model.{name}: {saved.get(name)!r} in the checkpoint, {here[name]!r} here" for name in differing]
+        raise MythosError(
+            f"checkpoint {path} is of another model:\n"
+            + "\n".join(lines)
+            + "\nRestore these values to continue it, or "
+            "give this run another run.name."
+        )

@@ -1,0 +1,110 @@
+"""Gloo processes that are started once and run one test function after another, as torchrun's workers would."""
+
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mythos.errors import MythosError
+
+
+class RankPool:
+    """Runs functions on several ranks. The functions and what they return must be picklable."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.workers: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
+
+    def run(self, function: Callable[..., Any], *arguments: Any, ranks: int, timeout: float = 120) -> list[Any]:
+        """Call `function(*arguments)` on so many ranks; returns what each returned.
+
+        Raises MythosError if all ranks did (the ranks' distinct messages), and RuntimeError with a traceback for any
+        other exception or when time is out; the processes are then ended and replaced at the next call.
+        """
+        self.start()
+        port = free_port()
+        for rank, (_, connection) in enumerate(self.workers[:ranks]):
+            environment = {
+                "RANK": rank,
+                "WORLD_SIZE": ranks,
+                "LOCAL_RANK": rank,
+                "LOCAL_WORLD_SIZE": ranks,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
+            connection.send(({key: str(value) for key, value in environment.items()}, function, arguments))
+        deadline = time.monotonic() + timeout
+        answers: dict[int, tuple[str, Any]] = {}
+        while len(answers) < ranks:
+            for rank, (process, connection) in enumerate(self.workers[:ranks]):
+                if rank not in answers and connection.poll(0.02):
+                    try:
+                        answers[rank] = connection.recv()
+                    except EOFError:
+                        answers[rank] = ("failed", f"ended with {process.exitcode}")
+                    if answers[rank][0] == "failed":
+                        deadline = min(deadline, time.monotonic() + 5)  # the others may wait for it for ever
+            if time.monotonic() > deadline:
+                break
+        failures = [f"rank {rank}: {what}" for rank, (kind, what) in answers.items() if kind == "failed"]
+        if failures or len(answers) < ranks:
+            self.close()
+            raise RuntimeError("\n".join(failures) or f"only ranks {sorted(answers)} answered within {timeout} s")
+        problems = [what for kind, what in answers.values() if kind == "problem"]
+        if problems:
+            assert len(problems) == ranks, f"only some ranks raised: {answers}"
+            raise MythosError("\n".join(dict.fromkeys(problems)))
+        return [answers[rank][1] for rank in range(ranks)]
+
+    def start(self) -> None:
+        """Start the processes, unless they run."""
+        if self.workers:
+            return
+        context = multiprocessing.get_context("spawn")
+        for _ in range(self.size):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(there,), daemon=False)
+            process.start()
+            there.close()
+            self.workers.append((process, here))
+
+    def close(self) -> None:
+        """End the processes."""
+        for process, connection in self.workers:
+            connection.close()
+            process.kill()
+            process.join()
+        self.workers = []
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _serve(connection: Connection) -> None:
+    torch.set_num_threads(1)
+    while True:
+        try:
+            environment, function, arguments = connection.recv()
+        except EOFError:
+            return
+        os.environ.update(environment)
+        try:
+            answer = ("result", function(*arguments))
+        except MythosError as error:
+            answer = ("problem", str(error))
+        except BaseException:
+            answer = ("failed", traceback.format_exc())
+        connection.send(answer)
+        if dist.is_initialized():
+            dist.destroy_process_group()

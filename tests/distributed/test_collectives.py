@@ -1,0 +1,123 @@
+"""What `--dry-run` says processes exchange in a step, against the collectives that real training steps make."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mythos.config import Config
+from mythos.parallel import choose_layout
+from mythos.plan import Exchange, collectives, lay_out
+from mythos.trainer import Trainer
+from tests.distributed.pool import RankPool
+from tests.runs import tiny
+
+KINDS = {"_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter", "allreduce_": "all-reduce"}
+
+CHANGES: dict[str, Any] = {
+    "data__streams": 4,
+    "data__sequence_length": 8,
+    "train__global_batch": 16,
+    "train__micro_batch": 2,
+    "model__core_layers": 2,
+    "model__prelude_layers": 1,
+    "model__coda_layers": 1,
+    "depth__sampling": "fixed",
+    "depth__curriculum": {"shape": "none"},
+    "depth__mean": 4,
+    "depth__backprop": 2,
+}
+
+FSDP, BLOCK = {"parallel__mode": "fsdp"}, {"parallel__mode": "fsdp", "parallel__wrap": "block"}
+HSDP = {"parallel__mode": "hsdp", "parallel__shard": 2}
+KEPT, ALWAYS = {"parallel__reshard_after_forward": False}, {"parallel__reduce": "micro_batch"}
+ONCE = {"train__micro_batch": 16}
+CASES: dict[str, tuple[int, dict[str, Any]]] = {
+    "ddp": (2, {"parallel__mode": "ddp"}),
+    "ddp, several buckets": (2, {"parallel__mode": "ddp", "model__n_experts": 512, "model__expert_dim": 128}),
+    "fsdp": (2, FSDP),
+    "fsdp, kept": (2, FSDP | KEPT),
+    "fsdp, reduced in each micro-batch": (2, FSDP | ALWAYS),
+    "fsdp, one micro-batch": (2, FSDP | ONCE),
+    "fsdp, blocks": (2, BLOCK),
+    "fsdp, blocks kept": (2, BLOCK | KEPT),
+    "fsdp, blocks, reduced in each micro-batch": (2, BLOCK | ALWAYS),
+    "fsdp, blocks, one micro-batch": (2, BLOCK | ONCE),
+    "fsdp, blocks, recomputed": (2, BLOCK | {"parallel__activation_checkpointing": "loop"}),
+    "fsdp, one block": (2, BLOCK | {"model__core_layers": 1}),
+    "fsdp, blocks, gradient through all loops": (2, BLOCK | {"depth__backprop": 4}),
+    "fsdp, blocks, gradient through the last loop": (2, BLOCK | {"depth__backprop": 1}),
+    "hsdp 2 x 2": (4, HSDP),
+    "hsdp 2 x 2, blocks": (4, HSDP | {"parallel__wrap": "block"}),
+    "hsdp 2 x 2, reduced in each micro-batch": (4, HSDP | ALWAYS),
+}
+
+
+class Recorder(TorchDispatchMode):
+    """Sees every collective, whoever calls it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, Exchange] = {kind: Exchange() for kind in KINDS.values()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            kind = KINDS.get(func._schema.name.partition("::")[2], str(func))
+            tensors = [value for value in tree_leaves(args) if isinstance(value, Tensor)]
+            # The larger of input and output: what is gathered, or what is reduced.
+            self.seen.setdefault(kind, Exchange()).add(1, max(t.numel() * t.itemsize for t in tensors))
+        return func(*args, **(kwargs or {}))
+
+
+def count(directory: Path, changes: dict[str, Any], steps: int) -> tuple[Config, list[dict[str, Exchange]]]:
+    """Collectives of each step; the first is not counted, in which DDP agrees on its buckets."""
+    made = Trainer(tiny(directory, run__dir=str(directory / "run"), **{**CHANGES, **changes}))
+    told = []
+    for _ in range(steps + 2):
+        batch, problem = made.read_ahead()
+        assert batch is not None, problem
+        with Recorder() as recorder:
+            made.train_step(batch)
+        made.step += 1
+        told.append(recorder.seen)
+    made.resources.close()
+    return made.config, told[2:]
+
+
+def planned(config: Config, ranks: int) -> dict[str, Exchange]:
+    layout = choose_layout(config.parallel, ranks, ranks, 0, 2**40)
+    return collectives(config, lay_out(config, layout), round(config.depth_mean), config.depth_backprop)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_plan_counts_what_a_step_exchanges(pool: RankPool, tmp_path: Path, case: str) -> None:
+    ranks, changes = CASES[case]
+    everyone = pool.run(count, tmp_path, changes, 1, ranks=ranks)
+    config, (seen,) = everyone[0]
+    expected = planned(config, ranks)
+    print(f"{case}: " + ", ".join(f"{e.count} {kind}s of {e.bytes:,} bytes" for kind, e in seen.items()))
+    assert all(steps == [seen] for _, steps in everyone)
+    assert seen == expected
+    if case == "ddp, several buckets":
+        assert expected["all-reduce"].count > 2
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_depths_that_are_drawn_change_nothing_when_the_unit_owns_the_loop(
+    pool: RankPool, tmp_path: Path, kept: bool
+) -> None:
+    drawn = {"depth__sampling": "poisson", "depth__curriculum": {"shape": "linear", "over": 1.0, "start": 1}}
+    more = {"train__steps": 6, "parallel__reshard_after_forward": not kept}
+    config, steps = pool.run(count, tmp_path, FSDP | drawn | more, 4, ranks=2)[0]
+    print(
+        "all-gathers and reduce-scatters of four steps:",
+        [(s["all-gather"].count, s["reduce-scatter"].count) for s in steps],
+    )
+    assert all(seen == planned(config, 2) for seen in steps)
+    assert planned(config, 2) == planned(
+        config.model_copy(update={"depth": config.depth.model_copy(update={"mean": 9})}), 2
+    )

@@ -1,0 +1,149 @@
+"""Training on several processes against training in one: same losses, gradients and weights under every layout."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from mythos.trainer import Trainer
+from tests.distributed.pool import RankPool
+from tests.runs import tiny
+
+CHANGES: dict[str, Any] = {
+    "data__streams": 4,
+    "data__sequence_length": 8,
+    "data__mask_documents": True,
+    "train__global_batch": 32,
+    "train__micro_batch": 3,  # leaves a smaller one, and accumulates on four ranks
+    "train__steps": 6,
+    "model__n_experts": 16,
+    "model__core_layers": 2,
+    "model__prelude_layers": 1,
+    "model__coda_layers": 1,
+    "model__tie_embeddings": False,
+    "model__router_bias_rate": 0.01,
+    "depth__mean": 4,
+    "depth__backprop": 2,
+    "optim__clip": 0.7,
+    "optim__lr": 3e-3,
+    "optim__warmup": 0.0,
+    "optim__eps": 1e-5,  # an element's first update is lr x sign otherwise, and rounding decides signs near zero
+}
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "ddp on 2": (2, {"parallel__mode": "ddp"}),
+    "ddp on 4": (4, {"parallel__mode": "ddp"}),
+    "fsdp on 2": (2, {"parallel__mode": "fsdp"}),
+    "fsdp on 4, kept after forward": (4, {"parallel__mode": "fsdp", "parallel__reshard_after_forward": False}),
+    "fsdp on 2, blocks": (2, {"parallel__mode": "fsdp", "parallel__wrap": "block"}),
+    "fsdp on 2, reduced in each micro-batch": (2, {"parallel__mode": "fsdp", "parallel__reduce": "micro_batch"}),
+    "fsdp on 2, recomputed": (2, {"parallel__mode": "fsdp", "parallel__activation_checkpointing": "loop"}),
+    "hsdp 2 x 2": (4, {"parallel__mode": "hsdp", "parallel__shard": 2}),
+    "hsdp 2 x 2, reduced in each micro-batch": (
+        4,
+        {"parallel__mode": "hsdp", "parallel__replicate": 2, "parallel__reduce": "micro_batch"},
+    ),
+}
+
+
+class Trained(NamedTuple):
+    losses: list[float]
+    norms: list[float]
+    depths: list[tuple[int, ...]]
+    loads: list[Tensor]
+    idle_experts: int
+    """(micro-batch, layer, expert) triples that got no token on this rank, over all steps."""
+    weights: dict[str, Tensor]
+
+
+def train(directory: Path, name: str, changes: dict[str, Any], steps: int = 6) -> Trained:
+    made = Trainer(tiny(directory, run__dir=str(directory / name), **{**CHANGES, **changes}))
+    idle = 0
+    forward = made.forward
+
+    def counted(*inputs: Any) -> Any:
+        nonlocal idle
+        output = forward(*inputs)
+        idle += int((output.expert_load.sum(1) == 0).sum())
+        return output
+
+    made.forward = counted
+    results = []
+    for _ in range(steps):
+        batch, problem = made.read_ahead()
+        assert batch is not None, problem
+        results.append(made.train_step(batch))
+        made.step += 1
+    weights = {name: whole(tensor) for name, tensor in made.state.items()}
+    made.resources.close()
+    return Trained(
+        [result.loss.item() for result in results],
+        [result.grad_norm.item() for result in results],
+        [result.plan.loops for result in results],
+        [result.expert_load for result in results],
+        idle,
+        weights,
+    )
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trained]:
+    directory = tmp_path_factory.mktemp("parity")
+    return directory, train(directory, "single", {})
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_equals_one_process(pool: RankPool, single: tuple[Path, Trained], layout: str) -> None:
+    """Per-sequence depths that change every step, truncated gradient, experts, accumulation, clipping."""
+    directory, expected = single
+    ranks, changes = LAYOUTS[layout]
+    everyone: list[Trained] = pool.run(train, directory, layout, changes, ranks=ranks)
+    assert len(set(expected.depths)) == 6 and sum(len(set(depths)) > 1 for depths in expected.depths) > 3
+    assert min(expected.norms) > 0.7, "clipping must act"
+    assert all(trained.idle_experts for trained in everyone), "some experts must be idle on every rank"
+    for trained in everyone:
+        assert trained.depths == expected.depths
+        torch.testing.assert_close(trained.losses, expected.losses, rtol=1e-5, atol=0)
+        torch.testing.assert_close(trained.norms, expected.norms, rtol=1e-5, atol=0)
+        assert all(torch.equal(one, other) for one, other in zip(trained.loads, expected.loads, strict=True))
+        for name, weight in trained.weights.items():
+            torch.testing.assert_close(
+                weight, expected.weights[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: n + m
+            )
+
+
+def dtypes_in_forward(directory: Path) -> tuple[dict[str, torch.dtype], dict[str, torch.dtype], float]:
+    """Every parameter's type while its module computes and while it rests, and the loss of the first step."""
+    changes = {"parallel__mode": "fsdp", "train__dtype": "bfloat16", "run__dir": str(directory / "bfloat16")}
+    made = Trainer(tiny(directory, **{**CHANGES, **changes}))
+    seen: dict[str, torch.dtype] = {}
+    resting = {name: parameter.dtype for name, parameter in made.model.named_parameters()}
+    for prefix, module in made.model.named_modules():
+
+        def note(module: torch.nn.Module, _: Any, prefix: str = prefix) -> None:
+            seen.update({f"{prefix}.{name}": p.dtype for name, p in module.named_parameters(recurse=False)})
+
+        if list(module.parameters(recurse=False)):
+            module.register_forward_pre_hook(note)
+    batch, _ = made.read_ahead()
+    assert batch is not None
+    loss = made.train_step(batch).loss.item()
+    made.resources.close()
+    return seen, resting, loss
+
+
+def test_what_stays_float32_under_bfloat16(pool: RankPool, single: tuple[Path, Trained]) -> None:
+    directory, expected = single
+    for seen, resting, loss in pool.run(dtypes_in_forward, directory, ranks=2):
+        assert set(resting.values()) == {torch.float32}
+        precise = ("norm", "router", "recurrence.injection", "adapter.scale")
+        for name in resting.keys() - {"head.weight"}:  # which is used as a matrix, not called
+            assert seen[name] == (torch.float32 if any(part in name for part in precise) else torch.bfloat16), name
+        assert loss == pytest.approx(expected.losses[0], rel=2e-3)

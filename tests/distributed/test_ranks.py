@@ -1,0 +1,119 @@
+"""Processes that find each other and agree, and what is said where they cannot."""
+
+import os
+import socket
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mythos.errors import MythosError
+from mythos.parallel import Layout, choose_layout
+from mythos.ranks import World, join_world
+from tests.distributed.pool import RankPool
+from tests.runs import tiny
+
+GIB = 2**30
+
+
+def talk(directory: Path) -> tuple[Any, ...]:
+    world = join_world(tiny(directory, data__streams=4))
+    ranks = world.ranks
+    found = (
+        ranks.gather({"rank": ranks.rank}),
+        ranks.broadcast(10 + ranks.rank),
+        ranks.max(ranks.rank * 2),
+        world.sum(torch.tensor([1.5, ranks.rank])).tolist(),
+    )
+    world.in_turn(lambda: (directory / "order").open("a").write(f"{ranks.rank}\n"))
+    order = [int(line) for line in (directory / "order").read_text().split()]
+    with pytest.raises(MythosError) as caught:
+        ranks.agreed(lambda: fail_on(ranks.rank, 1))
+    world.leave()
+    return *found, order, str(caught.value)
+
+
+def fail_on(rank: int, failing: int) -> None:
+    if rank == failing:
+        raise MythosError("no such file")
+
+
+def test_agreement(pool: RankPool, tmp_path: Path) -> None:
+    for gathered, broadcast, largest, total, order, problem in pool.run(talk, tmp_path, ranks=4):
+        assert gathered == [{"rank": n} for n in range(4)]
+        assert (broadcast, largest, total) == (10, 6, [6.0, 6.0])
+        assert order[0] == 0 and sorted(order) == [0, 1, 2, 3]
+        assert problem == "rank 1: no such file"
+
+
+def join(directory: Path, changes: dict[str, Any]) -> None:
+    rank = int(os.environ["RANK"])
+    join_world(tiny(directory, **{key: v[rank] if isinstance(v, list) else v for key, v in changes.items()}))
+
+
+def test_unequal_configurations_are_told_by_rank_and_key(pool: RankPool, tmp_path: Path) -> None:
+    with pytest.raises(MythosError, match=r"different configurations:\n  rank 2: optim.lr=0.5, rank 0: 0.1\n"):
+        pool.run(join, tmp_path, {"data__streams": 4, "optim__lr": [0.1, 0.1, 0.5, 0.1]}, ranks=4)
+
+
+def test_number_of_processes_that_does_not_divide_the_streams(pool: RankPool, tmp_path: Path) -> None:
+    with pytest.raises(MythosError, match=r"data.streams: 8 is not a multiple of the 3 processes.*nearest: 1, 2, 4"):
+        pool.run(join, tmp_path, {"data__streams": 8}, ranks=3)
+
+
+def environment(monkeypatch: pytest.MonkeyPatch, rank: int, port: int, address: str = "127.0.0.1") -> None:
+    for name, value in {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": address, "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+
+
+def test_port_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        environment(monkeypatch, 0, port)
+        with pytest.raises(MythosError, match=rf"cannot listen on 127.0.0.1:{port}, which is in use: set MASTER_PORT"):
+            join_world(tiny(tmp_path, parallel__timeout=3))
+
+
+def test_unreachable_master(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment(monkeypatch, 1, 9)  # nobody listens on the discard port
+    with pytest.raises(MythosError, match=r"rank 1 of 2 cannot meet the others at 127.0.0.1:9.*Check MASTER_ADDR"):
+        join_world(tiny(tmp_path, parallel__timeout=2))
+
+
+# --- the layout
+
+
+def layout(size: int, local_size: int, parameters: int = 10**9, memory: int = 80 * GIB, **changes: Any) -> Layout:
+    settings = {f"parallel__{name}": value for name, value in changes.items()}
+    return choose_layout(tiny(Path(tempfile.gettempdir()), **settings).parallel, size, local_size, parameters, memory)
+
+
+def test_auto_takes_the_mode_that_communicates_least_among_those_that_fit(tmp_path: Path) -> None:
+    # 16 bytes a parameter in 40% of 80 GiB: 2.1 billion parameters a device.
+    assert layout(1, 1).mode == "single"
+    assert layout(16, 8, 2 * 10**9)[:3] == ("ddp", 16, 1)
+    assert layout(16, 8, 17 * 10**9)[:3] == ("hsdp", 2, 8)
+    assert layout(8, 8, 17 * 10**9)[:3] == ("fsdp", 1, 8)
+    assert layout(16, 8, 18 * 10**9)[:3] == ("fsdp", 1, 16)
+    assert "fits" in layout(16, 8).why
+
+
+def test_layouts_by_name() -> None:
+    assert layout(4, 4, mode="ddp")[:3] == ("ddp", 4, 1)
+    assert layout(4, 2, mode="hsdp")[:3] == ("hsdp", 2, 2)
+    assert layout(8, 8, mode="hsdp", replicate=4)[:3] == ("hsdp", 4, 2)
+    with pytest.raises(MythosError, match="got single and 4 processes"):
+        layout(4, 4, mode="single")
+    with pytest.raises(MythosError, match="3 x 2 is not the 8 processes"):
+        layout(8, 8, mode="hsdp", replicate=3, shard=2)
+
+
+def test_alone_everything_is_at_once() -> None:
+    world = World(torch.device("cpu"), *[join_world(tiny(Path(tempfile.gettempdir()))).ranks] * 2)
+    assert world.ranks.gather(1) == [1] and world.ranks.broadcast("a") == "a" and world.ranks.max(3) == 3
+    assert world.in_turn(lambda: 5) == 5
+    world.leave()

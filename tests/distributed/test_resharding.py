@@ -1,0 +1,108 @@
+"""Checkpoints saved under one layout and continued under another, data included."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mythos.trainer import Trainer
+from tests.distributed.pool import RankPool
+from tests.runs import tiny
+
+CHANGES: dict[str, Any] = {
+    "data__streams": 4,
+    "data__sequence_length": 16,
+    "train__global_batch": 8,
+    "train__micro_batch": 2,
+    "train__steps": 6,
+    "model__n_experts": 6,  # which 4 ranks cannot share evenly
+    "model__router_bias_rate": 0.01,
+    "optim__lr": 3e-3,
+    "optim__eps": 1e-5,
+}
+SAVED_AFTER, STEPS = 3, 6
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "single": (1, {}),
+    "ddp on 2": (2, {"parallel__mode": "ddp"}),
+    "fsdp on 2": (2, {"parallel__mode": "fsdp"}),
+    "ddp on 4": (4, {"parallel__mode": "ddp"}),
+    "fsdp on 4": (4, {"parallel__mode": "fsdp"}),
+    "hsdp 2 x 2": (4, {"parallel__mode": "hsdp", "parallel__shard": 2}),
+}
+
+Steps = tuple[list[float], list[dict[int, Tensor]]]
+"""The losses of some steps, and the rows of ids of each by their global number."""
+
+
+def take_steps(made: Trainer, until: int, save: bool = False) -> Steps:
+    losses, rows = [], []
+    while made.step < until:
+        batch, problem = made.read_ahead()
+        assert batch is not None, problem
+        result = made.train_step(batch)
+        losses.append(result.loss.item())
+        rows.append(dict(zip(batch.rows.tolist(), batch.ids, strict=True)))
+        made.step += 1
+        made.tokens += made.config.tokens_per_step
+    if save:
+        made.position = made.loader.state_dict()
+        made.save(result, wait=False)
+    return losses, rows
+
+
+def train_and_save(directory: Path, name: str, changes: dict[str, Any]) -> tuple[Path, Steps]:
+    """Save after three steps, in the background, and go on to the sixth meanwhile."""
+    made = Trainer(tiny(directory, run__dir=str(directory / name), **CHANGES, **changes))
+    take_steps(made, SAVED_AFTER, save=True)
+    after = take_steps(made, STEPS)
+    made.checkpoints.wait()
+    made.resources.close()
+    assert made.checkpoints.newest is not None
+    return Path(made.checkpoints.newest), after
+
+
+def continued(directory: Path, name: str, saved: Path, changes: dict[str, Any]) -> Steps:
+    made = Trainer(tiny(directory, run__dir=str(directory / name), run__resume=str(saved), **CHANGES, **changes))
+    assert made.step == SAVED_AFTER
+    after = take_steps(made, STEPS)
+    made.resources.close()
+    return after
+
+
+def joined(everyone: list[Steps]) -> Steps:
+    """The steps as a whole, from every rank's."""
+    losses = everyone[0][0]
+    assert all(rank[0] == losses for rank in everyone), "ranks must agree on the loss"
+    return losses, [
+        {row: ids for of_rank in step for row, ids in of_rank.items()}
+        for step in zip(*(r[1] for r in everyone), strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def saved(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tuple[Path, Steps]]]:
+    directory = tmp_path_factory.mktemp("resharding")
+    tiny(directory)  # writes the corpus
+    checkpoints = {}
+    for name, (ranks, changes) in LAYOUTS.items():
+        everyone = pool.run(train_and_save, directory, name, changes, ranks=ranks)
+        checkpoints[name] = everyone[0][0], joined([after for _, after in everyone])
+    return directory, checkpoints
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_continues_what_any_layout_saved(
+    pool: RankPool, saved: tuple[Path, dict[str, tuple[Path, Steps]]], layout: str
+) -> None:
+    directory, checkpoints = saved
+    ranks, changes = LAYOUTS[layout]
+    for origin, (path, (losses, rows)) in checkpoints.items():
+        name = f"{origin} to {layout}"
+        actual = joined(pool.run(continued, directory, name, path, changes, ranks=ranks))
+        torch.testing.assert_close(actual[0], losses, rtol=1e-6, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+        for step, expected in zip(actual[1], rows, strict=True):
+            assert step.keys() == expected.keys() and len(step) == 8
+            assert all(torch.equal(step[row], ids) for row, ids in expected.items()), name

@@ -1,0 +1,229 @@
+"""Whole runs on several ranks: their records against one process's, and what one rank's trouble does to all."""
+
+import json
+import math
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mythos import checkpoint
+from mythos.data.stream import Batch
+from mythos.errors import MythosError, TransientError
+from mythos.model.rdt import RDTOutput
+from mythos.trainer import StepResult, Trainer
+from tests.distributed.pool import RankPool
+from tests.runs import measurements, tiny
+
+CHANGES: dict[str, Any] = {
+    "data__streams": 4,
+    "data__on_error": "skip",
+    "train__global_batch": 8,
+    "train__micro_batch": 4,
+    "train__steps": 6,
+    "optim__eps": 1e-5,
+    "eval__batches": 5,
+    "eval__every": 3,
+    "eval__samples": 1,
+    "checkpoint__every": 2,
+    "log__every": 1,
+}
+MODES: dict[str, tuple[int, dict[str, Any]]] = {
+    "ddp": (2, {"parallel__mode": "ddp", "data__workers": 1}),
+    "fsdp": (4, {"parallel__mode": "fsdp"}),
+}
+
+
+def made_on(directory: Path, name: str, **changes: Any) -> Trainer:
+    return Trainer(tiny(directory, **{**CHANGES, **changes}, run__dir=str(directory / name)))
+
+
+def run(directory: Path, name: str, changes: dict[str, Any]) -> dict[str, torch.Tensor]:
+    made = made_on(directory, name, **changes)
+    made.run()
+    return {key: value.clone() for key, value in made.model.state_dict().items()} if made.layout.mode == "ddp" else {}
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where one process has trained, on a corpus with documents that cannot be used."""
+    directory = tmp_path_factory.mktemp("runs")
+    corpus = Path(tiny(directory).data.path)
+    lines = corpus.read_text().splitlines()
+    corpus.write_text("\n".join(line if n % 10 else json.dumps({"text": None}) for n, line in enumerate(lines)))
+    run(directory, "single", {})
+    return directory
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_records_equal_those_of_one_process(pool: RankPool, single: Path, mode: str) -> None:
+    """Every metric reduced over the ranks: loss, depths, validation, experts, what the data left out."""
+    ranks, changes = MODES[mode]
+    pool.run(run, single, mode, changes, ranks=ranks)
+    expected, actual = measurements(single / "single"), measurements(single / mode)
+    assert expected[-1]["data/null"] > 0
+    for record, other in zip(expected, actual, strict=True):
+        straggling = {key for key in other if key.startswith("straggler/")}
+        assert straggling and other.keys() - straggling == record.keys()
+        for key, value in record.items():
+            assert other[key] == pytest.approx(value, rel=1e-5), key
+    assert {path.name for path in (single / mode).iterdir()} == {path.name for path in (single / "single").iterdir()}
+    assert len(list((single / mode / "samples").iterdir())) == 2
+
+
+# --- one rank's trouble
+
+
+def rank() -> int:
+    return int(os.environ["RANK"])
+
+
+def at_step(made: Trainer, step: int, action: Any) -> None:
+    """Call an action on this rank right before the training step of that number (counted from 0)."""
+    original = made.train_step
+
+    def train_step(batch: Batch) -> StepResult:
+        if made.step == step:
+            action()
+        return original(batch)
+
+    made.train_step = train_step
+
+
+def run_signalled(directory: Path, number: int) -> tuple[int, list[int]]:
+    made = made_on(directory, f"signal-{number}", checkpoint__every=0)
+    if rank() == 1:
+        at_step(made, 2, lambda: (os.kill(os.getpid(), number), time.sleep(0.2)))
+    made.run()
+    return made.step, [
+        checkpoint.step_of(path) for path in checkpoint.complete_checkpoints(made.run_dir / "checkpoints")
+    ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_signal_on_one_rank_stops_and_saves_all(pool: RankPool, single: Path, number: int) -> None:
+    for step, saved in pool.run(run_signalled, single, number, ranks=2):
+        assert step == 3 and saved == [3]
+    pool.run(run, single, f"signal-{number}", {"checkpoint__every": 0}, ranks=2)
+    for record, other in zip(measurements(single / "single"), measurements(single / f"signal-{number}"), strict=True):
+        assert other["loss"] == pytest.approx(record["loss"], rel=1e-5)
+
+
+def run_out_of_time(directory: Path) -> tuple[int, list[int]]:
+    made = made_on(directory, "time", train__max_time="3s", checkpoint__every=0)
+    at_step(made, 2, lambda: time.sleep(3))
+    made.run()
+    return made.step, [checkpoint.step_of(p) for p in checkpoint.complete_checkpoints(made.run_dir / "checkpoints")]
+
+
+def test_time_limit_stops_and_saves_all(pool: RankPool, single: Path) -> None:
+    for step, saved in pool.run(run_out_of_time, single, ranks=2):
+        assert step <= 3 and saved == [step]
+
+
+def run_without_data(directory: Path) -> tuple[str, int]:
+    made = made_on(directory, "data", checkpoint__every=0)
+    if rank() == 1:
+        next_batch = made.loader.next_batch
+
+        def failing() -> Batch:
+            if made.step == 4:
+                raise MythosError("shard x cannot be reached")
+            return next_batch()
+
+        made.loader.next_batch = failing
+    with pytest.raises(TransientError) as caught:
+        made.run()
+    return str(caught.value), made.step
+
+
+def test_missing_data_on_one_rank_saves_and_stops_all(pool: RankPool, single: Path) -> None:
+    for message, step in pool.run(run_without_data, single, ranks=2):
+        assert message.startswith("shard x cannot be reached (rank 1)\nStopped after step 4, which is saved: ")
+        assert step == 4
+    pool.run(run, single, "data", {}, ranks=2)
+    for record, other in zip(measurements(single / "single"), measurements(single / "data"), strict=True):
+        assert other["loss"] == pytest.approx(record["loss"], rel=1e-5)
+
+
+def run_spoilt(directory: Path, where: str) -> tuple[list[float], int]:
+    made = made_on(directory, where)
+    if rank() == 1 and where == "loss":
+        forward = made.forward
+
+        def spoilt(*inputs: Any) -> RDTOutput:
+            output = forward(*inputs)
+            return output._replace(loss=output.loss * math.inf) if made.step == 2 else output
+
+        made.forward = spoilt
+    if rank() == 1 and where == "gradient":
+        finish = made.parallel.finish_gradients
+
+        def spoil() -> None:
+            finish()
+            if made.step == 2:
+                made.model.norm.weight.grad.fill_(math.nan)
+
+        made.parallel.finish_gradients = spoil
+    made.run()
+    weights = [p.detach().double().sum().item() for p in made.model.parameters()]
+    return weights, int(made.skipped)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_spoilt_step_of_one_rank_is_skipped_by_all(pool: RankPool, single: Path, where: str) -> None:
+    (weights, skipped), (others, as_often) = pool.run(run_spoilt, single, where, ranks=2)
+    assert weights == others and all(math.isfinite(weight) for weight in weights)
+    assert skipped == as_often == 1
+
+
+def run_beside_a_lost_rank(directory: Path, how: str) -> str:
+    changes = {"parallel__timeout": 3, "data__patience": 1, "parallel__stall_after": 1}
+    made = made_on(directory, how, **changes)
+    if rank() == 1:
+        at_step(made, 3, lambda: os.kill(os.getpid(), signal.SIGKILL if how == "dead" else signal.SIGSTOP))
+    started = time.monotonic()
+    with pytest.raises(TransientError) as caught:
+        made.run()
+    (directory / how / "message").write_text(str(caught.value))
+    assert time.monotonic() - started < 20
+    return "told"
+
+
+@pytest.mark.parametrize("how", ["dead", "hanging"])
+def test_lost_rank_ends_the_others_within_the_timeout(pool: RankPool, single: Path, how: str) -> None:
+    with pytest.raises(RuntimeError):  # of the pool: rank 1 never answers
+        pool.run(run_beside_a_lost_rank, single, how, ranks=2, timeout=25)
+    message = (single / how / "message").read_text()
+    assert message.startswith("rank 0 lost the other processes in step 4: ") and "(" in message
+    assert message.endswith("step-00000002")
+    if how == "hanging":
+        stacks = (single / how / "stacks" / "rank-00000.txt").read_text()
+        assert "rank 0 stands still" in stacks and "train_step" in stacks
+
+
+def choose(directory: Path, name: str) -> int:
+    """Micro-batches of more than 2 rows run out of memory on rank 1."""
+    made = made_on(directory, name, train__micro_batch=4, parallel__mode=name)
+    made.config = made.config.model_copy(
+        update={"train": made.config.train.model_copy(update={"micro_batch": "auto", "global_batch": 16})}
+    )
+    forward = made.model.forward
+
+    def scarce(ids: torch.Tensor, *inputs: Any, **options: Any) -> RDTOutput:
+        if len(ids) > 2 and rank() == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return forward(ids, *inputs, **options)
+
+    made.model.forward = scarce
+    chosen = made.choose_micro_batch()
+    made.resources.close()
+    return chosen
+
+
+def test_micro_batch_that_fits_on_every_rank(pool: RankPool, single: Path) -> None:
+    assert pool.run(choose, single, "ddp", ranks=2) == [2, 2]
