@@ -186,7 +186,7 @@ stop() {
     first=$SECONDS
     : >"$MYTHOS_ENDED"
     # Processes that are just ending are no reason to complain. Those that are yet to start will see the file.
-    "$python" -c "$pass_on" "$torchrun" 2>/dev/null || true
+    (trap '' INT HUP USR1 && exec "$python" -c "$pass_on" "$torchrun" 2>/dev/null) || true
   elif ((SECONDS - first > 2)); then
     kill -TERM "$torchrun" 2>/dev/null || true
   fi

@@ -15,7 +15,7 @@ USAGE = "python train.py CONFIG.yaml [key.path=value ...]"
 def main(arguments: list[str]) -> int:
     """Run the command line; returns the exit status."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+    if "TORCHELASTIC_RUN_ID" in os.environ:
         from mythos.faults import refuse_restart
 
         if refuse_restart():
@@ -52,7 +52,9 @@ def main(arguments: list[str]) -> int:
 
             Trainer(config).run()
     except TransientError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            os._exit(1)  # threads that still wait for lost processes would keep this one, and so the restart
         return 1
     except MythosError as error:
         return end(str(error))

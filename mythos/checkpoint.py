@@ -34,6 +34,7 @@ from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from mythos.errors import MythosError
+from mythos.faults import collective_failure
 from mythos.ranks import Ranks
 from mythos.storage import MARKER, META, LocalStorage, Storage, checksum, locate, open_storage
 from mythos.storage import step_of as step_of
@@ -361,6 +362,8 @@ class Checkpoints:
         try:
             yield
         except (MythosError, CheckpointException, RuntimeError) as error:
+            if collective_failure(error):
+                raise
             kept = (
                 f"the newest complete checkpoint is {self._newest}"
                 if self._newest

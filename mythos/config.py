@@ -281,9 +281,9 @@ class ParallelConfig(Section):
     core block at a time, in every loop again, where the core does not fit."""
     reshard_after_forward: bool = True
     """fsdp, hsdp: free gathered parameters after the forward pass and gather them again for the backward pass."""
-    reduce: Literal["step", "micro_batch"] = "step"
-    """fsdp, hsdp: when gradients are reduced. step = once, each process keeping whole gradients between micro-batches;
-    micro_batch = after each, keeping shards."""
+    reduce: Literal["step", "micro_batch"] = "micro_batch"
+    """fsdp, hsdp: when gradients are reduced. micro_batch = after each, keeping shards; step = once, which sends less,
+    each process keeping whole float32 gradients between micro-batches."""
     activation_checkpointing: Literal["none", "loop"] = "none"
     """loop = keep only the state between loops and recompute each loop in the backward pass."""
     start_timeout: Annotated[float, Field(gt=0)] = 1800.0

@@ -18,13 +18,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import psutil
-import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 from mythos.config import DURATION
 from mythos.errors import MythosError
-from mythos.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -114,48 +112,14 @@ class StopRequests:
             self._signal, self._signalled = received, now
             rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
             message = f"{rank}{received.name}: stopping after this step; again to exit at once"
-            tqdm.write(message, file=sys.stderr)  # above the progress bar, not into it
+            with contextlib.suppress(OSError):  # a closed terminal must not keep the second signal from working
+                tqdm.write(message, file=sys.stderr)  # above the progress bar, not into it
         elif now - self._signalled >= SAME_REQUEST:
             os._exit(128 + received)
 
 
 def _ignore(*_: object) -> None:
     """Let the signal pass: all is done by the thread that reads its number. SIG_IGN would give it no number."""
-
-
-class Agreement:
-    """What all ranks know of each other after every step, without any waiting for the slowest.
-
-    Every rank calls :meth:`exchange` once a step. Other collectives may use ``ranks`` between two calls, in the same
-    order on all ranks.
-    """
-
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks = ranks
-        self._pending: tuple[torch.Tensor, dist.Work] | None = None
-        self._agreed = 0
-
-    def exchange(self, code: int) -> int:
-        """Tell the others this rank's code (0 = go on); returns the largest code of any rank, as of the call before.
-
-        The same value on all ranks, 0 at the first call; a process that is alone gets its own code back at once.
-        Raises RuntimeError if a rank does not answer, see :func:`collective_failure`.
-        """
-        if self._ranks.group is None:
-            return code
-        self.finish()
-        agreed, self._agreed = self._agreed, 0
-        codes = torch.tensor([code])
-        work = dist.all_reduce(codes, op=dist.ReduceOp.MAX, group=self._ranks.group, async_op=True)
-        self._pending = (codes, work)
-        return agreed
-
-    def finish(self) -> None:
-        """Wait for the exchange that is under way; what it brings is returned by the next call of :meth:`exchange`."""
-        if self._pending is not None:
-            (codes, work), self._pending = self._pending, None
-            work.wait()
-            self._agreed = int(codes.item())
 
 
 class Watchdog:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import psutil
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
@@ -62,7 +63,7 @@ def choose_layout(settings: ParallelConfig, size: int, local_size: int, paramete
     if size == 1:
         return Layout("single", 1, 1, "one process")
     if mode == "auto":
-        state = f"{need / 2**30:.2g} GiB of training state"
+        state = f"{need / 2**30:,.1f} GiB of training state"
         if need <= room:
             return Layout("ddp", size, 1, f"auto: {state} fits in each of {size} devices")
         if local_size < size and size % local_size == 0 and need / local_size <= room:
@@ -146,6 +147,12 @@ class ParallelModel:
             for gradient, part in zip(gradients, average.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(part.view_as(gradient))
 
+    def reshard(self) -> None:
+        """Free what FSDP2 has kept gathered after a forward pass, so that the parameters are the shards again."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
     def squared_norm(self) -> Tensor:
         """This rank's part of the squared 2-norm of the gradient: float64 scalar; the ranks' parts add up to it."""
         shards = get_total_norm([p.grad.to_local() for p in self.shards if p.grad is not None])
@@ -193,13 +200,18 @@ def shard_model(
     for the injection's matrix, which is a unit of its own.
     """
     whole = set(float32_parameters(model))
+    common: dict[str, Any] = {
+        "mesh": mesh,
+        "ignored_params": whole,
+        "shard_placement_fn": partial(shard_placement, shards=mesh.size(mesh.ndim - 1)),
+    }
     mixed = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
 
     def shard(module: nn.Module, policy: MixedPrecisionPolicy, reshard: bool | None) -> None:
         if any(p not in whole for p in module.parameters()):
-            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, ignored_params=whole)
+            fully_shard(module, mp_policy=policy, reshard_after_forward=reshard, **common)
 
     reshard = settings.reshard_after_forward
     for block in model.prelude:
@@ -214,8 +226,17 @@ def shard_model(
     for block in model.coda:
         shard(block, mixed, reshard)
     # Its parameters (embedding, head) are used at both ends of the forward pass, and by what follows it at once.
-    fully_shard(model, mesh=mesh, mp_policy=mixed, reshard_after_forward=False, ignored_params=whole)
+    fully_shard(model, mp_policy=mixed, reshard_after_forward=False, **common)
     register_fsdp_forward_method(model, "read_depths")
+
+
+def shard_placement(parameter: nn.Parameter, shards: int) -> Shard | None:
+    """The dimension to cut: the first that divides evenly; None = the first of all, padded to a multiple.
+
+    64 experts on 1,024 ranks, cut along the first dimension, would be stored and sent 16 times over.
+    """
+    dimension = next((d for d, size in enumerate(parameter.shape) if size % shards == 0), 0)
+    return Shard(dimension) if dimension else None
 
 
 def float32_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -388,8 +388,8 @@ def _memory_lines(config: Config, laid: Laid, machine_ranks: int, device_memory:
     if isinstance(fit, int):
         return [
             *lines,
-            f"does not fit, and no mode would, on any number of processes: each needs at least {_gib(fit)} GiB for the unit "
-            "it gathers and reduces at once. It takes expert parallelism, which is planned, or devices of more memory.",
+            f"does not fit, nor would any mode on any number of processes: each needs at least {_gib(fit)} GiB for the "
+            "unit it gathers and reduces. That takes expert parallelism, which is planned, or devices of more memory.",
         ]
     overrides = [
         f"parallel.{name}={'null' if value is None else str(value).lower()}"

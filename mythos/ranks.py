@@ -146,14 +146,17 @@ def join_world(config: Config) -> World:
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise MythosError(
-            f"WORLD_SIZE is {size}, but {' and '.join(missing)} is not set: start several processes with ./launch.sh or "
-            "torchrun, or one without WORLD_SIZE"
+            f"WORLD_SIZE is {size}, but {' and '.join(missing)} is not set: start several processes with ./launch.sh "
+            "or torchrun, or one without WORLD_SIZE"
         )
     if device.type == "cuda":
         torch.cuda.set_device(device)
     start = timedelta(seconds=config.parallel.start_timeout)
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=config.parallel.timeout)))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # The agent's store outlives a restart, and with it the addresses of the dead (pytorch#135712).
+            store = dist.PrefixStore(f"restart-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         store.set_timeout(start)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         bound = device if device.type == "cuda" else None

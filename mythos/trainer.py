@@ -159,18 +159,20 @@ class Trainer:
         training diverges or a checkpoint cannot be written, and TransientError where data cannot be had or another
         process is lost.
         """
-        try:
-            with self.resources, self.stop, self.watchdog:
-                self.train()
-            self.world.leave()
-        except (RuntimeError, ConnectionError) as error:
-            if not collective_failure(error):
-                raise
-            raise TransientError(
-                f"rank {self.world.rank} lost the other processes in {self.watchdog.doing}: {short_reason(error)}. One "
-                "of them has died or hangs; its own message says why. The same command continues from the newest "
-                f"checkpoint: {self.checkpoints.newest or 'none yet'}"
-            ) from error
+        with self.resources:
+            try:
+                with self.stop, self.watchdog:
+                    self.train()
+            except (RuntimeError, ConnectionError) as error:
+                if not collective_failure(error):
+                    raise
+                self.abandoned = self.resources.pop_all()  # closing them would wait for the lost processes as well
+                raise TransientError(
+                    f"rank {self.world.rank} lost the other processes in {self.watchdog.doing}: {short_reason(error)}. "
+                    "One of them has died or hangs; its own message says why. The same command continues from the "
+                    f"newest checkpoint: {self.checkpoints.newest or 'none yet'}"
+                ) from error
+        self.world.leave()
 
     def train(self) -> None:
         """The loop of :meth:`run`."""
@@ -495,6 +497,7 @@ class Trainer:
     @property
     def state(self) -> dict[str, Tensor]:
         """Every tensor that training continues from."""
+        self.parallel.reshard()  # after a validation, FSDP's root is still gathered
         return checkpoint.training_state(self.model, self.optimizer) | {"rng": torch.get_rng_state()}
 
     def load(self, path: Path) -> None:

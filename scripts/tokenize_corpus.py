@@ -10,6 +10,7 @@ import ctypes
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from mythos.config import Config, load_config
 from mythos.data.corpus import cache_directory, holdout_fraction, open_corpora, pin_revisions, weighted
-from mythos.data.processes import START_METHOD, begin_worker, interrupts_held
+from mythos.data.processes import START_METHOD, begin_worker, signals_held
 from mythos.data.token_writer import VALIDATION_SHARE, TokenWriter
 from mythos.data.tokenizer import load_tokenizer
 from mythos.data.tokens import TOKENIZER, read_header
@@ -126,7 +127,7 @@ def write_parts(writer: TokenWriter, parts: list[int], workers: int, bar: tqdm) 
     pool = ProcessPoolExecutor(workers, context, _begin_worker, (writer, counts))
     begin, shards = time.monotonic(), bar.n
     try:
-        with interrupts_held():
+        with signals_held(signal.SIGINT):
             pending = {pool.submit(_write, part) for part in parts}
         while pending:
             done, pending = wait(pending, REFRESH, FIRST_EXCEPTION)

@@ -1,4 +1,4 @@
-"""Signals, agreement, stalls, locks and failed collectives, each provoked for real."""
+"""Signals, stalls, locks and failed collectives, each provoked for real."""
 
 import json
 import logging
@@ -21,7 +21,6 @@ from mythos import faults
 from mythos.errors import MythosError
 from mythos.faults import (
     SIGNALS,
-    Agreement,
     RunLock,
     StopRequests,
     Watchdog,
@@ -30,7 +29,6 @@ from mythos.faults import (
     parse_duration,
     refuse_restart,
 )
-from mythos.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -151,13 +149,13 @@ def test_launcher_is_gone(monkeypatch):
     assert alone.reason is None  # started from a shell, which may be closed
 
 
-# --- agreement, and collectives that fail
+# --- collectives that fail
 
 GLOO = """
-import json, os, random, signal, sys, threading, time
+import json, os, signal, sys, threading, time
 from datetime import timedelta
 import torch, torch.distributed as dist
-from mythos.faults import Agreement, StopRequests, collective_failure
+from mythos.faults import StopRequests, collective_failure
 from mythos.ranks import Ranks
 
 rank, path = int(sys.argv[1]), sys.argv[2]
@@ -165,47 +163,6 @@ dist.init_process_group("gloo", store=dist.FileStore(path, 2), rank=rank, world_
 group = lambda seconds: dist.new_group([0, 1], backend="gloo", timeout=timedelta(seconds=seconds))
 ranks, impatient, other, pids = Ranks(group(30)), group(1), group(30), [0, 0]
 result = {}
-
-agreement = Agreement(ranks)
-result["few"] = [agreement.exchange(code) for code in ([0, 2, 0, 0], [0, 1, 0, 3])[rank]]
-agreement.finish()
-result["after finish"] = agreement.exchange(0)
-result["gather with one pending"] = ranks.gather(("rank", rank))
-result["last"] = agreement.exchange(0)
-agreement.finish()
-
-# Other collectives in between, at any moment, on ranks that run at different speeds.
-codes = [random.Random(seed).choices([0, 0, 0, 1, 2], k=150) for seed in (1, 2)]
-between, pause, agreed = random.Random(3), random.Random(rank), []
-agreement = Agreement(ranks)
-for step, code in enumerate(codes[rank]):
-    agreed.append(agreement.exchange(code))
-    time.sleep(pause.random() * 0.004)
-    kind = between.choice(["nothing", "gather", "broadcast", "barrier", "finish", "sum"])
-    if kind == "gather":
-        assert ranks.gather((rank, step)) == [(0, step), (1, step)]
-    elif kind == "broadcast":
-        assert ranks.broadcast((rank, step)) == (0, step)
-    elif kind == "barrier":
-        ranks.barrier()
-    elif kind == "finish":
-        agreement.finish()
-    elif kind == "sum":
-        total = torch.tensor([rank + step])
-        dist.all_reduce(total, group=ranks.group)
-        assert total.item() == 2 * step + 1
-agreement.finish()
-result["agreed"] = agreed
-result["expected"] = [0] + [max(both) for both in zip(*codes)][:-1]
-
-# Nobody waits for the slowest.
-agreement = Agreement(ranks)
-ranks.barrier()
-began = time.monotonic()
-time.sleep(rank * 1.0)
-agreement.exchange(0)
-result["seconds"] = time.monotonic() - began
-agreement.finish()
 
 # A signal is seen while the main thread is in a collective.
 with StopRequests(None) as stop:
@@ -235,8 +192,7 @@ attempt(lambda: dist.all_reduce(torch.ones(1), group=impatient))
 attempt(lambda: dist.barrier(impatient))
 os.kill(peer, signal.SIGKILL)
 attempt(lambda: Ranks(other).gather(0))
-agreement = Agreement(ranks)
-attempt(lambda: (agreement.exchange(0), agreement.exchange(0)))
+attempt(lambda: ranks.max(0))
 print(json.dumps(failures), flush=True)
 os._exit(0)
 """
@@ -261,31 +217,6 @@ def gloo(tmp_path_factory) -> Iterator[tuple[list[dict], list]]:
         for rank in ranks:
             rank.kill()
             rank.communicate()
-
-
-def test_alone_there_is_nothing_to_agree_on():
-    agreement = Agreement(Ranks())
-    assert [agreement.exchange(code) for code in (0, 2, 0)] == [0, 2, 0]
-    agreement.finish()
-
-
-def test_ranks_agree_one_call_later(gloo):
-    for result in gloo[0]:
-        assert result["few"] == [0, 0, 2, 0]
-        assert result["after finish"] == 3  # finish waits, and loses nothing
-        assert result["gather with one pending"] == [["rank", 0], ["rank", 1]]
-        assert result["last"] == 0
-
-
-def test_ranks_agree_among_other_collectives(gloo):
-    for result in gloo[0]:
-        assert result["agreed"] == result["expected"]
-        assert set(result["agreed"]) == {0, 1, 2}
-
-
-def test_exchange_waits_for_nobody(gloo):
-    assert gloo[0][0]["seconds"] < 0.5
-    assert gloo[0][1]["seconds"] >= 1
 
 
 def test_signal_is_seen_inside_a_collective(gloo):

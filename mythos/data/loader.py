@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from mythos.data.processes import START_METHOD, begin_worker, interrupts_held
-from mythos.data.stream import Batch, TokenStreams, count_skipped, merge_states
+from mythos.data.processes import START_METHOD, begin_worker, signals_held
+from mythos.data.stream import Batch, TokenStreams, merge_states
 from mythos.errors import MythosError
+
+REQUESTS_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 # Workers hand over the steps of about so many tokens at once: one by one, small steps would cost more than their text.
 # Not more, because the first batch waits for all of them.
@@ -93,7 +95,7 @@ class Loader:
         if not self.workers or self._items is not None:
             return
         others = set(multiprocessing.active_children())
-        with warnings.catch_warnings(), interrupts_held(), _child_signals():
+        with warnings.catch_warnings(), signals_held(*REQUESTS_TO_STOP), _child_signals():
             warnings.simplefilter("ignore", UserWarning)  # more workers than cores: the user's to decide
             self._items = iter(self._data_loader())
         self._processes = set(multiprocessing.active_children()) - others
@@ -159,16 +161,13 @@ class Loader:
         self.streams.load_state_dict(state)
         self._state = self.streams.state_dict()
 
-    @property
-    def skipped(self) -> dict[str, int]:
-        """What this rank's streams have left out since the start of the run, by kind."""
-        return count_skipped(self._state)
-
     def close(self) -> None:
         """End the workers. A loader that is not closed ends them when its process ends, in whatever way."""
         self._ready.clear()
-        self._processes.clear()
         self._items = None  # the iterator of a DataLoader ends its workers when it is dropped
+        for process in self._processes:
+            process.kill()  # one that has not ended within the library's five seconds: it does not see SIGTERM
+        self._processes.clear()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Worker processes that read and tokenize: one thread each, unmoved by Ctrl-C, and gone when their parent is."""
+"""Worker processes that read and tokenize: one thread each, unmoved by signals, and gone when their parent is."""
 
 import gc
 import logging
@@ -38,10 +38,14 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def interrupts_held() -> Iterator[None]:
-    """Ctrl-C, which a terminal sends to all, never reaches processes started in here; this one sees it afterwards."""
+def signals_held(*numbers: signal.Signals) -> Iterator[None]:
+    """These signals never reach processes started in here; this one sees them afterwards.
+
+    A terminal sends Ctrl-C to all processes of a job, and a scheduler SIGTERM or SIGUSR1: a run that then saves must
+    not lose those that read for it.
+    """
     resource_tracker.ensure_running()  # started by the first worker, it would let the signal through
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
     finally:

@@ -39,12 +39,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "fsdp on 2": (2, {"parallel__mode": "fsdp"}),
     "fsdp on 4, kept after forward": (4, {"parallel__mode": "fsdp", "parallel__reshard_after_forward": False}),
     "fsdp on 2, blocks": (2, {"parallel__mode": "fsdp", "parallel__wrap": "block"}),
-    "fsdp on 2, reduced in each micro-batch": (2, {"parallel__mode": "fsdp", "parallel__reduce": "micro_batch"}),
+    "fsdp on 2, reduced once": (2, {"parallel__mode": "fsdp", "parallel__reduce": "step"}),
     "fsdp on 2, recomputed": (2, {"parallel__mode": "fsdp", "parallel__activation_checkpointing": "loop"}),
     "hsdp 2 x 2": (4, {"parallel__mode": "hsdp", "parallel__shard": 2}),
-    "hsdp 2 x 2, reduced in each micro-batch": (
+    "hsdp 2 x 2, reduced once": (
         4,
-        {"parallel__mode": "hsdp", "parallel__replicate": 2, "parallel__reduce": "micro_batch"},
+        {"parallel__mode": "hsdp", "parallel__replicate": 2, "parallel__reduce": "step"},
     ),
 }
 

@@ -49,6 +49,7 @@ def take_steps(made: Trainer, until: int, save: bool = False) -> Steps:
         made.tokens += made.config.tokens_per_step
     if save:
         made.position = made.loader.state_dict()
+        made.validate()  # which leaves FSDP's root gathered
         made.save(result, wait=False)
     return losses, rows
 
@@ -100,6 +101,8 @@ def test_continues_what_any_layout_saved(
     directory, checkpoints = saved
     ranks, changes = LAYOUTS[layout]
     for origin, (path, (losses, rows)) in checkpoints.items():
+        if origin != layout and "hsdp" in layout + origin and "single" not in (layout, origin):
+            continue  # nothing new: its shards are those of 2 ranks
         name = f"{origin} to {layout}"
         actual = joined(pool.run(continued, directory, name, path, changes, ranks=ranks))
         torch.testing.assert_close(actual[0], losses, rtol=1e-6, atol=0, msg=lambda m, n=name: f"{n}: {m}")

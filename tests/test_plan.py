@@ -1,0 +1,320 @@
+"""The plan of many processes: bytes against counts by hand and real allocations, and layouts that fit."""
+
+import re
+import weakref
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mythos import plan as planning
+from mythos.config import Config, config_from_dict
+from mythos.errors import MythosError
+from mythos.estimate import build_on_meta
+from mythos.optim import build_optimizer
+from mythos.parallel import choose_layout, parallelize
+from mythos.plan import Laid, Working, fake_processes, lay_out, plan, working_memory
+from mythos.presets import PRESETS
+from mythos.ranks import Ranks, World
+from tests.runs import tiny
+from train import main
+
+GIB = 2**30
+
+
+def laid_out(config: Config, ranks: int) -> Laid:
+    return lay_out(config, choose_layout(config.parallel, ranks, min(ranks, 8), 0, 80 * GIB))
+
+
+def preset(name: str, **parallel: Any) -> Config:
+    return config_from_dict(
+        {
+            "model": {"preset": name},
+            "data": {"streams": 1024},
+            "train": {"steps": 1, "global_batch": 1024},
+            "parallel": parallel,
+        }
+    )
+
+
+# --- bytes
+
+
+FLOAT32 = re.compile(r"norm\.weight$|router\.weight$|\.dt$|\.log_a$|adapter\.scale$")
+LAYOUTS = [
+    (1, "single", None, 1),
+    (4, "ddp", None, 1),
+    (1024, "ddp", None, 1),
+    (4, "fsdp", None, 4),
+    (1024, "fsdp", None, 1024),
+    (4, "hsdp", 2, 2),
+    (1024, "hsdp", 16, 16),
+]
+
+
+@pytest.mark.parametrize(("ranks", "mode", "shard", "pieces"), LAYOUTS)
+def test_bytes_are_those_of_rows_counted_by_hand(
+    tmp_path: Path, ranks: int, mode: str, shard: int | None, pieces: int
+) -> None:
+    config = tiny(tmp_path, parallel__mode=mode, parallel__shard=shard, model__vocab_size=384)
+    laid = laid_out(config, ranks)
+    numbers, whole, tensors = 0, 0, 0
+    for name, parameter in build_on_meta(config.model).named_parameters():
+        rows, *rest = parameter.shape
+        shards = 1 if FLOAT32.search(name) else pieces
+        even = any(
+            size % shards == 0 for size in parameter.shape
+        )  # cut there, else along the rows, the last one padded
+        size = parameter.numel() // shards if even else ceil(rows / shards) * torch.Size(rest).numel()
+        numbers, tensors = numbers + size, tensors + 1
+        whole += size if FLOAT32.search(name) else 0
+    assert laid.parameters == laid.gradients == 4 * numbers
+    assert laid.optimizer == 8 * numbers + 4 * tensors  # two moments, and a counter of steps for each
+    assert laid.replicated == (4 * whole if pieces > 1 else 0)
+    assert not dist.is_initialized()
+
+
+def test_units_add_up_and_shards_are_padded_to_equal_length(tmp_path: Path) -> None:
+    config = tiny(tmp_path, parallel__mode="fsdp", train__dtype="bfloat16", model__vocab_size=384)
+    sharded = sum(p.numel() for name, p in build_on_meta(config.model).named_parameters() if not FLOAT32.search(name))
+    injection = config.model.dim**2
+    few, many = laid_out(config, 4), laid_out(config, 1024)
+    for laid in (few, many):
+        assert sum(unit.accumulated for unit in laid.units) == 4 * sharded
+        assert sum(unit.gradient for unit in laid.units) == 2 * sharded + 2 * injection
+        assert sum(unit.reduced for unit in laid.units) == laid.layout.size * (laid.parameters - laid.replicated)
+    assert sum(unit.reduced for unit in few.units) == pytest.approx(4 * sharded, rel=0.01), "few rows are padding"
+    assert sum(unit.reduced for unit in many.units) > 10 * 4 * sharded, "a tensor of 32 rows takes 1,024 of them"
+
+
+# --- what training really allocates
+
+
+class Peak(TorchDispatchMode):
+    """Most bytes of all tensors that are alive at once."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        super().__init__()
+        self.alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self.bytes = 0
+        for tensor in tensors:
+            self.note(tensor)
+
+    def note(self, tensor: Tensor) -> None:
+        storage = (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).untyped_storage()
+        known = self.alive.get(storage._cdata)
+        if known is None or known() is None:
+            self.alive[storage._cdata] = weakref.ref(storage)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves((args, result)):
+            if isinstance(value, Tensor):
+                self.note(value)
+        storages = {key: reference() for key, reference in self.alive.items()}
+        self.alive = {key: self.alive[key] for key, storage in storages.items() if storage is not None}
+        self.bytes = max(self.bytes, sum(storage.nbytes() for storage in storages.values() if storage is not None))
+        return result
+
+
+WIDE = {
+    "model__dim": 256,
+    "model__ffn_dim": 768,
+    "model__core_layers": 2,
+    "model__prelude_layers": 1,
+    "model__coda_layers": 1,
+    "model__n_experts": 8,
+    "model__expert_dim": 256,
+    "model__shared_expert_dim": 256,
+    "model__vocab_size": 1024,
+    "data__streams": 4,
+    "train__micro_batch": 1,
+    "train__dtype": "bfloat16",
+    "parallel__mode": "fsdp",
+    "parallel__activation_checkpointing": "loop",
+}
+
+
+@pytest.mark.parametrize(
+    ("micro_batches", "changes"),
+    [
+        (1, {}),
+        (3, {}),
+        (3, {"parallel__reduce": "micro_batch"}),
+        (3, {"parallel__wrap": "block"}),
+        (3, {"train__dtype": "float32"}),
+        (3, {"parallel__mode": "hsdp", "parallel__shard": 2}),
+        (3, {"model__vocab_size": 16384}),
+    ],
+    ids=str,
+)
+def test_memory_is_what_steps_allocate(tmp_path: Path, micro_batches: int, changes: dict[str, Any]) -> None:
+    """Rank 0 of four, whose collectives do nothing but whose tensors are real, with hardly any activations."""
+    config = tiny(tmp_path, **{**WIDE, "train__global_batch": 4 * micro_batches, **changes})
+    layout = choose_layout(config.parallel, 4, 4, 0, 80 * GIB)
+    laid = lay_out(config, layout)
+    planned = laid.state + working_memory(config, laid).total
+    ids = torch.zeros(1, 3, dtype=torch.int64)
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.train.dtype == "bfloat16")
+    with fake_processes(4):
+        model = build_on_meta(config.model)
+        parallel = parallelize(config, model, layout, World(torch.device("cpu"), Ranks(), Ranks()))
+        optimizer = build_optimizer(model, config.optim)
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        with Peak([*model.parameters(), *states]) as peak:
+            for micro in range(micro_batches):
+                with parallel.accumulating(micro == micro_batches - 1):
+                    with autocast:
+                        loss = parallel(ids[:, :-1], ids[:, 1:], loops=2, backprop=2).loss
+                    loss.backward()
+            optimizer.step()
+    print(f"planned {planned:,} bytes, allocated {peak.bytes:,}: {planned / peak.bytes:.3f}")
+    assert 0.85 < planned / peak.bytes < 1.2
+
+
+# --- what fits
+
+
+def told(text: str) -> dict[str, float]:
+    """Lines of the memory table, GiB by what they are."""
+    return {
+        what: float(size.replace(",", "")) for size, what in re.findall(r"^ +([\d.,]+)  ([a-z].*)$", text, re.MULTILINE)
+    }
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_planned_for_1024_processes(name: str) -> None:
+    text = plan(preset(name), 1024)
+    table = told(text)
+    assert re.search(r"^processes +1,024, 8 on a machine: (ddp|hsdp|fsdp)", text, re.MULTILINE)
+    assert all(table[what] > 0 for what in ("parameters", "gradients", "optimizer state", "in all, of 80"))
+    assert sum(size for what, size in table.items() if "in all" not in what) == pytest.approx(
+        table["in all, of 80"], rel=2e-3, abs=0.01
+    )
+    too_large = name in ("mythos_50b", "mythos_100b", "mythos_500b", "mythos_1t")
+    assert (table["in all, of 80"] > 80) == too_large
+    assert ("expert parallelism, which is planned" in text) == too_large
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "memory", "batch", "expected"),
+    [
+        (1, 80, 64, "on 8 processes"),  # 149 GiB of state and 18 of weights
+        (8, 80, 64, "parallel.reduce=micro_batch"),  # shared by eight it fits, but not with 37 GiB of whole gradients
+        (64, 60, 64, "parallel.shard="),  # the eight of a machine do not suffice
+    ],
+)
+def test_what_would_fit_does(ranks: int, memory: int, batch: int, expected: str) -> None:
+    def config(*parallel: tuple[str, str]) -> Config:
+        values = {"reduce": "step"} | {name: yaml.safe_load(value) for name, value in parallel}
+        made = preset("mythos_10b", **values).model_dump(mode="json")
+        made["data"]["streams"] = batch
+        made["train"]["global_batch"] = batch * 8
+        return config_from_dict(made)
+
+    text = plan(config(), ranks, device_memory=memory * GIB)
+    told_so = re.search(r"^does not fit; (.*) would, with ([\d.]+) GiB$", text, re.MULTILINE)
+    assert told_so and expected in told_so[1], text[text.index("processes ") :]
+    assert float(told_so[2]) <= memory
+    elsewhere = re.search(r"on ([\d,]+) processes", told_so[1])
+    there = int(elsewhere[1].replace(",", "")) if elsewhere else ranks
+    again = plan(config(*re.findall(r"parallel\.(\w+)=(\w+)", told_so[1])), there, device_memory=memory * GIB)
+    assert "does not fit" not in again
+    assert told(again)[f"in all, of {memory}"] == pytest.approx(float(told_so[2]), abs=0.001)
+
+
+def test_fitting_layout_is_the_smallest(tmp_path: Path) -> None:
+    """Against all hsdp layouts of 64 processes."""
+    config = tiny(tmp_path, **{**WIDE, "data__streams": 64, "train__global_batch": 64})
+
+    def needed(shard: int) -> int:
+        parallel = {"parallel__mode": "hsdp", "parallel__shard": shard}
+        changed = tiny(tmp_path, **{**WIDE, "data__streams": 64, "train__global_batch": 64, **parallel})
+        laid = laid_out(changed, 64)
+        return laid.state + working_memory(changed, laid).total
+
+    by_shard = {shard: needed(shard) for shard in (2, 4, 8, 16, 32)}
+    memory = by_shard[8]
+    assert min(by_shard[2], by_shard[4]) > memory
+    fit = planning.find_fit(config, 64, 8, memory)
+    assert isinstance(fit, planning.Fit)
+    assert (fit.ranks, fit.parallel.mode, fit.parallel.shard, fit.needed) == (64, "hsdp", 8, memory)
+    assert isinstance(planning.find_fit(config, 64, 8, memory // 10), int)
+
+
+# --- collectives, whose counts tests/distributed/test_collectives.py compares with real steps
+
+
+def test_collectives_of_both_wraps_are_shown(tmp_path: Path) -> None:
+    text = plan(tiny(tmp_path, data__streams=8, parallel__mode="fsdp", parallel__wrap="block"), 8)
+    loop, block = re.findall(r"^  wrap=(?:loop|block) .*$", text, re.MULTILINE)
+    assert "configured" in block and "configured" not in loop
+    assert int(re.search(r"(\d+) all-gathers", block)[1]) > int(re.search(r"(\d+) all-gathers", loop)[1])
+    assert "of 1 micro-batch at 3 loops" in text
+    assert "collectives of" not in plan(tiny(tmp_path), 1)
+
+
+# --- processes
+
+
+def test_processes_are_those_of_the_environment_unless_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "processes       1, 1 on a machine: single" in plan(tiny(tmp_path))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "processes       2, 2 on a machine: ddp" in plan(tiny(tmp_path))
+    assert "processes       1, 1 on a machine: single" in plan(tiny(tmp_path), 1)
+
+
+def test_layout_depends_on_machine_and_memory() -> None:
+    config = preset("mythos_10b")
+    assert "hsdp, 128 x 8" in plan(config, 1024)
+    assert ": fsdp" in plan(config, 1024, machine_ranks=4)
+    assert ": ddp" in plan(config, 1024, device_memory=500 * GIB)
+
+
+def test_number_of_processes_that_does_not_fit(tmp_path: Path) -> None:
+    with pytest.raises(MythosError, match=r"data\.streams: 2 is not a multiple of the 3 processes"):
+        plan(tiny(tmp_path), 3)
+    with pytest.raises(MythosError, match=r"single and 2 processes"):
+        plan(tiny(tmp_path, parallel__mode="single"), 2)
+    with pytest.raises(MythosError, match=r"0 processes.*at least 1"):
+        plan(tiny(tmp_path), 0)
+    with pytest.raises(MythosError, match=r"--device-memory above 0"):
+        plan(tiny(tmp_path), 1, device_memory=0)
+
+
+def test_no_process_group_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny(tmp_path, parallel__mode="fsdp")
+
+    def fails(*arguments: Any) -> Working:
+        assert dist.is_initialized()
+        raise KeyError
+
+    plan(config, 2)
+    assert not dist.is_initialized()
+    monkeypatch.setattr(planning, "shard_model", fails)
+    with pytest.raises(KeyError):
+        plan(config, 2)
+    assert not dist.is_initialized()
+    with fake_processes(2):
+        with pytest.raises(RuntimeError, match="before the processes meet"):
+            plan(config, 2)
+        assert dist.get_world_size() == 2
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(__file__).parents[1] / "configs" / "debug.yaml"
+    arguments = ["data.streams=64", "train.global_batch=64", "parallel.mode=hsdp", "--dry-run", "--ranks", "64"]
+    assert main([str(path), *arguments, "--machine-ranks", "16", "--device-memory", "24"]) == 0
+    text = capsys.readouterr().out
+    assert "64, 16 on a machine: hsdp, 4 x 16" in text and "in all, of 24" in text
+    assert main([str(path), "--dry-run", "--ranks", "3"]) == 1
+    assert "not a multiple of the 3 processes" in capsys.readouterr().err
