@@ -63,7 +63,8 @@ def choose_layout(settings: ParallelConfig, size: int, local_size: int, paramete
     if size == 1:
         return Layout("single", 1, 1, "one process")
     if mode == "auto":
-        state = f"{need / 2**30:,.1f} GiB of training state"
+        gib = need / 2**30
+        state = f"{gib:{',.0f' if gib >= 10 else '.2g'}} GiB of training state"
         if need <= room:
             return Layout("ddp", size, 1, f"auto: {state} fits in each of {size} devices")
         if local_size < size and size % local_size == 0 and need / local_size <= room:

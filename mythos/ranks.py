@@ -154,8 +154,9 @@ def join_world(config: Config) -> World:
     start = timedelta(seconds=config.parallel.start_timeout)
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=config.parallel.timeout)))
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # The agent's store outlives a restart, and with it the addresses of the dead (pytorch#135712).
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # The agent's store outlives a restart, and with it the addresses of the dead (pytorch#135712). Agents of
+            # several machines count restarts differently; launch.sh has them share no store.
             store = dist.PrefixStore(f"restart-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         store.set_timeout(start)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
