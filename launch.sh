@@ -139,7 +139,8 @@ except MythosError as error:
 '
 overrides=()
 for argument in "${@:2}"; do
-  [[ $argument == -* ]] || overrides+=("$argument")
+  # The value of an option is told by train.py if it is wrong.
+  if [[ $argument == *=* && $argument != -* ]]; then overrides+=("$argument"); fi
 done
 PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} "$python" -c "$check" "$1" ${overrides[@]+"${overrides[@]}"}
 
@@ -168,6 +169,7 @@ trap 'rm -rf -- "$scratch"' EXIT
 # Once this file exists, processes that are started again end at once; it holds the error that ended them, if one did
 # (mythos/faults.py).
 export MYTHOS_ENDED=$scratch/ended
+export MYTHOS_LAUNCHER=$$ # the processes stop when it is gone
 
 # A signal goes to the processes, which save and exit with 0. torchrun would pass it on too, but then exits with 1 and
 # a traceback, and leaves the torchruns of other machines waiting for it; so it gets none but the second.
@@ -193,6 +195,11 @@ stop() {
 }
 trap stop TERM INT HUP USR1
 
+if ((nodes > 1)); then
+  echo "starting, once all $nodes machines have met at $master:$port (within $join_timeout s, JOIN_TIMEOUT); processes here: $processes" >&2
+else
+  echo "starting; processes: $processes" >&2
+fi
 (
   trap '' INT HUP USR1
   exec "$python" -m torch.distributed.run "${meeting[@]}" --nproc-per-node "$processes" --max-restarts "$restarts" \
@@ -200,10 +207,27 @@ trap stop TERM INT HUP USR1
 ) &
 torchrun=$!
 
+# A process that has told an error for good exits with 0, and the others may wait for it: they are given ten seconds.
+(
+  while kill -0 "$torchrun" 2>/dev/null; do
+    if [[ -s $MYTHOS_ENDED ]]; then
+      sleep 10
+      kill -TERM "$torchrun" 2>/dev/null || true
+      break
+    fi
+    sleep 1
+  done
+) &
+watcher=$!
+
 while :; do
   signalled='' status=0
   wait "$torchrun" || status=$?
   [[ -n $signalled ]] || break # otherwise a signal has ended the wait, not torchrun
 done
-if [[ -s $MYTHOS_ENDED ]]; then cat -- "$MYTHOS_ENDED" >&2; fi
+kill "$watcher" 2>/dev/null || true
+if [[ -s $MYTHOS_ENDED ]]; then
+  cat -- "$MYTHOS_ENDED" >&2
+  status=$((status ? status : 1))
+fi
 exit "$status"

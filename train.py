@@ -4,6 +4,7 @@ import argparse
 import errno
 import logging
 import os
+import signal
 import sys
 
 from mythos.config import describe, load_config
@@ -15,7 +16,11 @@ USAGE = "python train.py CONFIG.yaml [key.path=value ...]"
 def main(arguments: list[str]) -> int:
     """Run the command line; returns the exit status."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if ended := os.environ.get("MYTHOS_ENDED"):  # launch.sh's: see mythos/faults.py
+        if os.path.exists(ended):
+            return 0 if os.environ.get("GROUP_WORLD_SIZE") == "1" else 1
+        signal.signal(signal.SIGTERM, stop_before_training)
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
         from mythos.faults import refuse_restart
 
         if refuse_restart():
@@ -27,8 +32,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--list-presets", action="store_true")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--ranks", type=int)
-    parser.add_argument("--machine-ranks", type=int, default=8)
-    parser.add_argument("--device-memory", type=float, default=80.0, metavar="GIB")
+    parser.add_argument("--machine-ranks", type=int)
+    parser.add_argument("--device-memory", type=float, metavar="GIB")
     options = parser.parse_intermixed_args(arguments)  # options may stand between the overrides
     try:
         if options.help is not None:
@@ -41,12 +46,18 @@ def main(arguments: list[str]) -> int:
             return 0
         if options.config is None:
             raise MythosError(f"no configuration given; usage: {USAGE}\nTry configs/quickstart.yaml, or --help.")
+        imagined = {name: getattr(options, name) for name in ("ranks", "machine_ranks", "device_memory")}
+        given = [f"--{name.replace('_', '-')}" for name, value in imagined.items() if value is not None]
+        if given and not options.dry_run:
+            raise MythosError(f"{', '.join(given)}: only for --dry-run; ./launch.sh starts several processes")
         config = load_config(options.config, options.overrides)
         # Only now: torch takes seconds to import, and a misspelt key should be told at once.
         if options.dry_run:
             from mythos.plan import plan
 
-            print(plan(config, options.ranks, options.machine_ranks, int(options.device_memory * 2**30)))
+            machine_ranks = 8 if options.machine_ranks is None else options.machine_ranks
+            memory = 80.0 if options.device_memory is None else options.device_memory
+            print(plan(config, options.ranks, machine_ranks, int(memory * 2**30)))
         else:
             from mythos.trainer import Trainer
 
@@ -63,9 +74,22 @@ def main(arguments: list[str]) -> int:
             raise
         return end(f"{error}. Free some space and run the same command again; checkpoints are intact")
     except KeyboardInterrupt:
-        print("stopped; the same command continues from the newest checkpoint, if there is one", file=sys.stderr)
+        print(STOPPED, file=sys.stderr)
         return 130
     return 0
+
+
+STOPPED = "stopped; the same command continues from the newest checkpoint, if there is one"
+
+
+def stop_before_training(number: int, _: object) -> None:
+    """Handle SIGTERM outside of training, where nothing needs saving: with status 0 if launch.sh was asked to stop."""
+    if os.path.exists(os.environ["MYTHOS_ENDED"]) and os.environ.get("GROUP_WORLD_SIZE") == "1":
+        if os.environ.get("RANK") == "0":
+            print(STOPPED, file=sys.stderr, flush=True)
+        os._exit(0)
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 def end(message: str) -> int:

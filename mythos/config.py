@@ -213,7 +213,8 @@ class TrainConfig(Section):
     global_batch: PositiveInt = 64
     """Sequences of an optimizer step over all ranks; a multiple of data.streams."""
     micro_batch: PositiveInt | Literal["auto"] = 8
-    """Sequences of one forward and backward pass on a rank; auto = the most that fit, tried at the start."""
+    """Sequences of one forward and backward pass on a rank; auto (single, ddp) = the most that fit, tried at the
+    start."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Autocast type of matrix products; auto = bfloat16 where the hardware computes it natively (GPU, AMX,
     AVX512-BF16), float32 elsewhere. Parameters, optimizer and the injection stay float32."""

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from mythos.config import DURATION
-from mythos.errors import MythosError
+from mythos.errors import MythosError, short_reason
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +63,10 @@ class StopRequests:
     def __init__(self, max_time: float | None) -> None:
         """Begin the time: `max_time` seconds from now on, None = no limit."""
         self._started, self._max_time = time.monotonic(), max_time
-        # torchrun's workers are in sessions of their own: killed, it would leave them training for nobody.
+        # torchrun's workers are in sessions of their own: killed, it would leave them training for nobody. launch.sh,
+        # above it, tells its number, and ends with it.
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self._above = int(os.environ.get("MYTHOS_LAUNCHER", "0"))
         self._signal: signal.Signals | None = None
         self._signalled = 0.0
         self._before: dict[signal.Signals, Any] = {}
@@ -79,6 +81,8 @@ class StopRequests:
             return f"train.max_time ({_duration(self._max_time)})"
         if self._launcher is not None and os.getppid() != self._launcher:
             return "the launcher is gone"
+        if self._above and not psutil.pid_exists(self._above):
+            return "launch.sh is gone"
         return None
 
     def __enter__(self) -> Self:
@@ -110,10 +114,11 @@ class StopRequests:
         now = time.monotonic()
         if self._signal is None:
             self._signal, self._signalled = received, now
-            rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
-            message = f"{rank}{received.name}: stopping after this step; again to exit at once"
-            with contextlib.suppress(OSError):  # a closed terminal must not keep the second signal from working
-                tqdm.write(message, file=sys.stderr)  # above the progress bar, not into it
+            message = f"{received.name}: stopping after this step; again to exit at once"
+            # Most often all processes get it, and one says so. A closed terminal must not keep the second from working.
+            with contextlib.suppress(OSError):
+                if os.environ.get("RANK", "0") == "0":
+                    tqdm.write(message, file=sys.stderr)  # above the progress bar, not into it
         elif now - self._signalled >= SAME_REQUEST:
             os._exit(128 + received)
 
@@ -233,6 +238,11 @@ _GLOO_AND_NCCL = re.compile(
 )
 
 
+def collective_reason(error: BaseException) -> str:
+    """What torch says of a failed collective, without its source files."""
+    return re.sub(r"^\[[^\]]*\] *", "", short_reason(error)).split(". This may indicate")[0]
+
+
 def collective_failure(error: BaseException) -> bool:
     """Whether an error comes from a collective that timed out or lost its peer, rather than from this process."""
     return isinstance(error, dist.DistError) or (
@@ -257,7 +267,8 @@ def _ended_file() -> Path | None:
 def exit_for_good(message: str) -> int:
     """Tell an error that a restart would meet again, once for all processes of a machine, and rule restarts out.
 
-    Under launch.sh, that tells it at its end, below what torchrun prints. Returns the exit status, 1.
+    Returns the status to exit with. Under launch.sh on one machine that is 0, so that torchrun neither restarts
+    anything nor prints its report: launch.sh then tells the error, ends the other processes and exits with 1.
     """
     told = False
     if ended := _ended_file():
@@ -268,7 +279,7 @@ def exit_for_good(message: str) -> int:
                 file.write(f"error: {message}\n")
     if not told:
         print(f"error: {message}", file=sys.stderr, flush=True)
-    return 1
+    return 0 if "MYTHOS_ENDED" in os.environ and os.environ.get("GROUP_WORLD_SIZE") == "1" else 1
 
 
 def refuse_restart() -> bool:

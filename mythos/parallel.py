@@ -143,7 +143,7 @@ class ParallelModel:
     def finish_gradients(self) -> None:
         """Average what FSDP2 does not manage, in one all-reduce; to be called after the last micro-batch."""
         if self.layout.sharded:
-            gradients = [p.grad for p in self.wholes if p.grad is not None]
+            gradients = [p.grad for p in self.wholes]
             average = self.world.sum(torch.cat([g.flatten() for g in gradients])) / self.layout.size
             for gradient, part in zip(gradients, average.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(part.view_as(gradient))
@@ -156,10 +156,12 @@ class ParallelModel:
 
     def squared_norm(self) -> Tensor:
         """This rank's part of the squared 2-norm of the gradient: float64 scalar; the ranks' parts add up to it."""
-        shards = get_total_norm([p.grad.to_local() for p in self.shards if p.grad is not None])
-        wholes = get_total_norm([p.grad for p in self.wholes if p.grad is not None])
-        parts = shards.double().square() / self.layout.replicate, wholes.double().square() / self.layout.size
-        return parts[0].to(self.world.device) + parts[1].to(self.world.device)
+        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        for parameters, copies in ((self.shards, self.layout.replicate), (self.wholes, self.layout.size)):
+            gradients = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters]
+            if gradients:
+                total += get_total_norm(gradients).double().square() / copies
+        return total
 
 
 def parallelize(config: Config, model: RecurrentDepthTransformer, layout: Layout, world: World) -> ParallelModel:
@@ -170,15 +172,27 @@ def parallelize(config: Config, model: RecurrentDepthTransformer, layout: Layout
     prepare_model(config, model)
     if layout.sharded:
         dtype = choose_dtype(config.train.dtype, world.device)
-        shard_model(config.parallel, model, build_mesh(layout, world.device.type), dtype)
+        mesh = build_mesh(layout, world.device.type)
+        world.add_groups([mesh.get_group(dimension) for dimension in range(mesh.ndim)], config.parallel.start_timeout)
+        shard_model(config.parallel, model, mesh, dtype)
     model.to_empty(device=world.device).initialize(config.run.seed)
-    return ParallelModel(model, layout, world, config.parallel)
+    parallel = ParallelModel(model, layout, world, config.parallel)
+    if parallel.ddp is not None:
+        # DDP orders its buckets anew after its first backward pass, and with three ranks or more the last bit of a sum
+        # depends on its place: done here, the first step after a restart rounds like that of a run that went on.
+        ids = torch.zeros(1, 3, dtype=torch.int64, device=world.device)
+        with torch.compiler.set_stance("force_eager"):
+            parallel(ids[:, :-1], ids[:, 1:], loops=1, backprop=1).loss.backward()
+        model.zero_grad(set_to_none=True)
+    return parallel
 
 
 def prepare_model(config: Config, model: RecurrentDepthTransformer) -> None:
     """Apply parallel.activation_checkpointing and train.compile, in that order."""
     model.recurrence.checkpoint_loops = config.parallel.activation_checkpointing == "loop"
     if config.train.compile:
+        # All blocks share this limit, and each shape of a growing prefix of rows counts: beyond it they run uncompiled.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
         for block in (*model.prelude, *model.recurrence.blocks, *model.coda):
             block.compile()
 

@@ -1,12 +1,16 @@
 """The pictures of a run, drawn from its metrics.jsonl."""
 
-from pathlib import Path
+from __future__ import annotations
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mythos.evaluation.validation import losses_by_depth
 from mythos.metrics import read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def draw_plots(run_dir: Path, mean_depth: float) -> list[Path]:
@@ -58,6 +62,8 @@ def draw_plots(run_dir: Path, mean_depth: float) -> list[Path]:
 
 def new_axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
     """A figure that needs no display, with one labelled plot."""
+    from matplotlib.figure import Figure  # takes a second, and only rank 0 draws
+
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.set(title=title, xlabel=x, ylabel=y)

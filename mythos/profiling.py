@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -79,8 +80,29 @@ class Profiler:
             print(f"profile     {self.path}, one for each rank: open it in ui.perfetto.dev")
 
 
+class Stopwatch:
+    """Seconds between laps, without what is done meanwhile in `pause`."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Do not count what is done in this context."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.start += time.perf_counter() - began
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        before, self.start = self.start, time.perf_counter()
+        return self.start - before
+
+
 class OwnTime:
-    """Time a rank spends on its own work, as opposed to waiting for others: data and forward passes.
+    """Time a rank spends on its own work, as opposed to waiting for others.
 
     On a GPU passes are timed by events, read when the device is waited for anyway.
     """

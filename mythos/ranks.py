@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -57,11 +57,13 @@ class Ranks:
         return int(largest)
 
     def agreed(self, action: Callable[[], T]) -> T:
-        """Run an action; if it raises MythosError on any rank, all ranks raise one instead of waiting for it."""
+        """Run an action; if it fails on any rank, all ranks raise MythosError instead of waiting for it."""
+        if self.group is None:
+            return action()
         result, problem = None, None
         try:
             result = action()
-        except MythosError as error:
+        except (MythosError, OSError) as error:
             problem = str(error)
         self.raise_any(problem)
         return cast(T, result)
@@ -92,6 +94,8 @@ class World:
     local_rank: int = 0
     local_size: int = 1
     """Processes on this machine."""
+    device_groups: list[dist.ProcessGroup | None] = field(default_factory=lambda: [None])
+    """Groups that the devices' collectives use; None is the default one."""
 
     @property
     def rank(self) -> int:
@@ -118,10 +122,20 @@ class World:
         others = self.ranks.agreed(lambda: action() if self.local_rank != 0 else None)
         return cast(T, first if self.local_rank == 0 else others)
 
+    def add_groups(self, groups: list[dist.ProcessGroup], timeout: float) -> None:
+        """Let collectives of further groups of devices, too, fail after so many seconds."""
+        for group in groups:
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), group)
+        self.device_groups += groups
+
     def set_timeouts(self, devices: float, hosts: float) -> None:
-        """Let later collectives of the devices, and of the hosts' agreements, fail after so many seconds."""
+        """Let later collectives of the devices, and of the hosts' agreements, fail after so many seconds.
+
+        The group that checkpoints are written over keeps the first one: disks may be slow.
+        """
         if self.size > 1:
-            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=devices), None)
+            for group in self.device_groups:
+                dist.distributed_c10d._set_pg_timeout(timedelta(seconds=devices), group)
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=hosts), self.ranks.group)
 
     def leave(self) -> None:
@@ -146,7 +160,7 @@ def join_world(config: Config) -> World:
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise MythosError(
-            f"WORLD_SIZE is {size}, but {' and '.join(missing)} is not set: start several processes with ./launch.sh "
+            f"WORLD_SIZE is set ({size}), but {', '.join(missing)} not: start several processes with ./launch.sh "
             "or torchrun, or one without WORLD_SIZE"
         )
     if device.type == "cuda":
@@ -180,8 +194,8 @@ def _no_meeting(rank: int, size: int, error: Exception) -> str:
             "nodes, or end the job that holds it"
         )
     return (
-        f"rank {rank} of {size} cannot meet the others at {address}: {short_reason(error)}. Check MASTER_ADDR and "
-        "MASTER_PORT (the first node's, open to the others), and that all nodes were started"
+        f"rank {rank} of {size} cannot meet the others at {address}: {short_reason(error).rstrip('.')}. Check "
+        "MASTER_ADDR and MASTER_PORT (the first node's, open to the others), and that all nodes were started"
     )
 
 

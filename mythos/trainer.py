@@ -3,18 +3,19 @@
 import contextlib
 import logging
 import math
+import os
 import platform
 import time
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import find_executable_batch_size, set_seed
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from mythos import checkpoint
@@ -25,10 +26,17 @@ from mythos.data.pipeline import open_data
 from mythos.data.stream import Batch, DifferentData, count_skipped, merge_states
 from mythos.data.tokenizer import check_vocabulary
 from mythos.depth import DepthPlan, DepthSchedule
-from mythos.errors import MythosError, TransientError, short_reason
+from mythos.errors import MythosError, TransientError
 from mythos.estimate import count_parameters, forward_flops
 from mythos.evaluation.validation import losses_by_depth, validation_metrics
-from mythos.faults import RunLock, StopRequests, Watchdog, collective_failure, parse_duration
+from mythos.faults import (
+    RunLock,
+    StopRequests,
+    Watchdog,
+    collective_failure,
+    collective_reason,
+    parse_duration,
+)
 from mythos.metrics import MetricsLog, check_trackers, expert_balance, over_ranks, peak_flops, peak_memory
 from mythos.model.generate import generate
 from mythos.model.rdt import RDTOutput, RecurrentDepthTransformer
@@ -37,8 +45,9 @@ from mythos.optim import build_optimizer, learning_rate
 from mythos.parallel import choose_dtype, choose_layout, device_memory, parallelize
 from mythos.plots import draw_plots
 from mythos.preflight import check_same_model, prepare_directory, resolve_vocabulary
-from mythos.profiling import OwnTime, Profiler
+from mythos.profiling import OwnTime, Profiler, Stopwatch
 from mythos.ranks import join_world
+from mythos.rng import random_state, set_random_state
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +88,7 @@ class Trainer:
         )
         self.resources.callback(self.checkpoints.close)
         found = self.checkpoints.find(config.run.resume)
-        meta = checkpoint.read_meta(found) if found else None
+        meta = world.ranks.agreed(lambda: checkpoint.read_meta(found)) if found else None
         self.step, self.tokens = (meta["step"], meta["tokens"]) if meta else (0, 0)
 
         # Data: corpora, their tokenizer (which sizes the model's vocabulary), training streams, validation rows.
@@ -121,16 +130,15 @@ class Trainer:
         self.micro_batch = self.choose_micro_batch()
 
         # Updates that were skipped, in all and in a row; on the device, so that no step waits to know.
-        self.skipped = torch.tensor(meta.get("skipped_steps", 0) if meta else 0, device=self.device)
-        self.skipped_in_a_row = torch.zeros_like(self.skipped)
-        self.rollbacks = 0
+        skips = (meta or {}).get("skips", {"total": 0, "in_a_row": 0, "rollbacks": 0})
+        self.skipped = torch.tensor(skips["total"], device=self.device)
+        self.skipped_in_a_row = torch.tensor(skips["in_a_row"], device=self.device)
+        self.rollbacks = skips["rollbacks"]
         if found and meta:
-            self.load(found)
-        elif self.main:  # only now that everything fits: a start that failed must not bind the next one
-            self.tokenizer.save(self.run_dir / "tokenizer")
-        if self.main:
-            save_config(config, self.run_dir / "config.yaml")
-        self.log = world.ranks.agreed(lambda: MetricsLog(self.run_dir, config, self.step, main=self.main))
+            self.checkpoints.load(found, self.state())
+            if "rng" in meta:
+                set_random_state(meta["rng"])
+        self.log = world.ranks.agreed(lambda: self.begin_files(found))
         self.resources.callback(self.log.close)
         self.watchdog = Watchdog(self.run_dir / "stacks", world.rank, config.parallel.stall_after)
         self.position = self.loader.state_dict()
@@ -142,6 +150,14 @@ class Trainer:
     def main(self) -> bool:
         """Whether this process is the one that prints, logs and draws."""
         return self.world.ranks.main
+
+    def begin_files(self, found: Path | None) -> MetricsLog:
+        """Write what a run begins with: only now that everything fits, for a failed start must not bind the next."""
+        if self.main:
+            if found is None:
+                self.tokenizer.save(self.run_dir / "tokenizer")
+            save_config(self.config, self.run_dir / "config.yaml")
+        return MetricsLog(self.run_dir, self.config, self.step, main=self.main)
 
     def restore_data(self, state: dict[str, Any]) -> None:
         """Continue the data where the checkpoint left it; raises MythosError for other data, unless it restarts."""
@@ -168,11 +184,13 @@ class Trainer:
                     raise
                 self.abandoned = self.resources.pop_all()  # closing them would wait for the lost processes as well
                 raise TransientError(
-                    f"rank {self.world.rank} lost the other processes in {self.watchdog.doing}: {short_reason(error)}. "
-                    "One of them has died or hangs; its own message says why. The same command continues from the "
-                    f"newest checkpoint: {self.checkpoints.newest or 'none yet'}"
+                    f"rank {self.world.rank} lost the other processes in {self.watchdog.doing}: "
+                    f"{collective_reason(error)}. "
+                    "One of them has died or hangs; its own message says why. torchrun's restart, or the same command, "
+                    f"continues from the newest checkpoint: {self.checkpoints.newest or 'none yet'}"
                 ) from error
-        self.world.leave()
+        with contextlib.suppress(RuntimeError):  # all is done and saved, whatever became of the others
+            self.world.leave()
 
     def train(self) -> None:
         """The loop of :meth:`run`."""
@@ -183,50 +201,51 @@ class Trainer:
         )
         with bar, Profiler(self.run_dir, config.train.profile, self.world.rank) as profiler:
             batch, problem = self.read_ahead() if self.step < steps else (None, None)
-            self.world.ranks.raise_any(problem)
-            window_start, window_steps, first = time.perf_counter(), 0, True
+            self.agree_on_data(problem)
+            watch, steps_before, first = Stopwatch(), self.step, True
             while batch is not None:
                 result = self.train_step(batch)
                 self.step += 1
                 self.tokens += config.tokens_per_step
-                window_steps += 1
+                self.position = self.loader.state_dict()
                 bar.update()
                 last = self.step == steps
                 # The device still computes: what comes next is read, and agreed on, meanwhile.
                 batch, problem = (None, None) if last else self.read_ahead()
-                stopping = self.agree_to_stop(problem)
-                tracing = time.perf_counter()
-                profiler.step()
-                window_start += time.perf_counter() - tracing  # writing a trace takes seconds
+                stopping = self.agree_to_stop(problem) and not last
                 if first:
                     self.world.set_timeouts(config.parallel.timeout, config.parallel.timeout + config.data.patience)
                     first = False
+                with watch.pause():  # writing a trace takes seconds
+                    profiler.step()
 
                 validating = last or self.due(config.eval.every)
-                if validating or stopping or self.due(config.log.every):
-                    metrics = self.measure(result)  # waits for the device, so the window's time is whole
-                    elapsed = time.perf_counter() - window_start
-                    metrics |= self.throughput(result.plan, elapsed / window_steps)
+                logged = validating or stopping or self.due(config.log.every)
+                saving = last or stopping or self.due(config.checkpoint.every)
+                if logged or saving:
+                    sound = self.check_progress(result, last)  # waits for the device, so the window's time is whole
+                if logged:
+                    metrics = self.measure(result)
+                    metrics |= self.throughput(result.plan, watch.lap() / (self.step - steps_before))
+                    steps_before = self.step
                     loss = "skipped" if metrics["loss"] is None else f"{metrics['loss']:.3f}"
                     bar.set_postfix(loss=loss, tok_s=f"{metrics['tokens_per_second']:,.0f}")
-                    if validating:
-                        metrics |= self.validate()
-                    self.log.write(metrics)
-                    if validating and self.main:
-                        draw_plots(self.run_dir, config.depth_mean)
-                    window_start, window_steps = time.perf_counter(), 0
-                if last or stopping or self.due(config.checkpoint.every):
-                    saving = time.perf_counter()
-                    self.save(result, wait=last or stopping is not None)
-                    window_start += time.perf_counter() - saving
+                    with watch.pause():
+                        if validating:
+                            metrics |= self.validate()
+                        self.log.write(metrics)
+                        if validating and self.main:
+                            draw_plots(self.run_dir, config.depth_mean)
+                # After a skipped update weights or data may be to blame, and older checkpoints are surely good.
+                if saving and (sound or last or stopping):
+                    with watch.pause():
+                        self.save(wait=last or stopping)
                 if stopping:
-                    self.end_early(stopping, problem)
+                    self.end_early(problem)
                     return
         if not metrics:
             if self.main:
-                print(
-                    f"nothing to train: the run is at step {self.step}; raise train.steps, or choose another run.name"
-                )
+                print(f"nothing to train: the run is at step {self.step}; raise train.steps, or change run.name")
             metrics = self.validate()
         self.sum_up(metrics)
 
@@ -235,38 +254,43 @@ class Trainer:
         return every > 0 and self.step % every == 0
 
     def read_ahead(self) -> tuple[Batch | None, str | None]:
-        """The next step's data, or why it cannot be had; keeps the position after the batches trained on so far."""
+        """The next step's data, or why it cannot be had."""
         self.watchdog.beat(f"step {self.step + 1}: waiting for data")
-        self.position = self.loader.state_dict()
         try:
             with self.own_time:
                 return self.loader.next_batch(), None
         except MythosError as error:
             return None, str(error)
 
-    def agree_to_stop(self, problem: str | None) -> str | None:
-        """Why all ranks stop after this step, or None: a signal or the time limit on any of them, or missing data.
+    def agree_to_stop(self, problem: str | None) -> bool:
+        """Whether all ranks stop after this step: for a signal or the time limit on any of them, or missing data.
 
         Raises MythosError on all of them where a checkpoint could not be written.
         """
         self.watchdog.beat(f"step {self.step}: agreeing to go on (all-reduce)")
-        failed = self.checkpoints.failed
-        reason = problem or self.stop.reason
-        if not self.world.ranks.max(bool(reason or failed)):
-            return None
-        told = self.world.ranks.gather((reason, failed))
-        if any(failed for _, failed in told):
+        wish = 2 if self.checkpoints.failed else 1 if problem or self.stop.reason else 0
+        agreed = self.world.ranks.max(wish)
+        if agreed == 2:
             self.checkpoints.wait()
-        rank, reason = next((rank, reason) for rank, (reason, _) in enumerate(told) if reason)
-        return f"{reason} (rank {rank})" if self.world.size > 1 else reason
+        return agreed > 0
 
-    def end_early(self, stopping: str, problem: str | None) -> None:
-        """Say why the run ends here, with everything saved; raises TransientError, on all ranks, if it lacks data."""
+    def agree_on_data(self, problem: str | None, saved: str = "") -> None:
+        """Raise TransientError on all ranks, naming the rank, if any lacks data: a server may be back by a restart."""
+        told = self.world.ranks.gather(problem)
+        lacking = next((rank for rank, text in enumerate(told) if text), None)
+        if lacking is not None:
+            where = f" (rank {lacking})" if self.world.size > 1 else ""
+            raise TransientError(f"{told[lacking]}{where}{saved}")
+
+    def end_early(self, problem: str | None) -> None:
+        """Say why the run ends here, with everything saved."""
         saved = f"Stopped after step {self.step}, which is saved: {self.checkpoints.newest}"
-        if any(self.world.ranks.gather(problem)):
-            raise TransientError(f"{stopping}\n{saved}")
+        self.agree_on_data(problem, f"\n{saved}")
+        reasons = self.world.ranks.gather(self.stop.reason)
+        rank = next(rank for rank, reason in enumerate(reasons) if reason)
         if self.main:
-            tqdm.write(f"{stopping}. {saved}\nThe same command continues.")
+            where = f" (rank {rank})" if self.world.size > 1 else ""
+            tqdm.write(f"{reasons[rank]}{where}. {saved}\nThe same command continues.")
 
     def train_step(self, batch: Batch) -> StepResult:
         """One optimizer step over the global batch; nothing in it reads from the device."""
@@ -285,7 +309,8 @@ class Trainer:
             last = start + self.micro_batch >= len(order)
             with self.parallel.accumulating(last):
                 self.watchdog.beat(f"step {step + 1}: forward pass of rows {start} on (all-gathers under FSDP)")
-                with self.own_time:
+                # Under FSDP a pass waits for the other ranks' parameters: it is not a rank's own.
+                with contextlib.nullcontext() if self.layout.sharded else self.own_time:
                     output = self.forward(batch, micro, plan)
                 self.watchdog.beat(f"step {step + 1}: backward pass of rows {start} on (reducing gradients)")
                 (output.loss / targets).backward()
@@ -364,32 +389,48 @@ class Trainer:
         return round(self.config.depth_mean)
 
     def choose_micro_batch(self) -> int:
-        """train.micro_batch, or the most rows (halving from all) whose deepest step fits in memory on every rank."""
+        """train.micro_batch, or the most rows, tried from all of them down, whose deepest step fits on every rank.
+
+        Raises MythosError for auto under FSDP, and where not one row fits.
+        """
         config = self.config
         rows = config.train.global_batch // self.world.size
         if config.train.micro_batch != "auto":
             return min(config.train.micro_batch, rows)
+        if self.layout.sharded:  # a rank that runs out of memory alone would leave the others in a collective
+            raise MythosError(
+                f"train.micro_batch: got auto, and parallel.mode is {self.layout.mode}; auto is for single and ddp. "
+                "Give a number: 1 needs the least memory"
+            )
 
         def attempt(batch_size: int) -> int:
-            if isinstance(self.model, FSDPModule):
-                self.model.reset_iter_state()  # what an attempt that ran out of memory has left
             ids = torch.zeros(batch_size, config.data.sequence_length + 1, dtype=torch.int64, device=self.device)
-            with self.parallel.accumulating(False), self.autocast:
+            with self.autocast:
                 output = self.model(ids[:, :-1], ids[:, 1:], loops=config.depth_maximum, backprop=config.depth_backprop)
             output.loss.backward()
             return batch_size
 
-        fitting = find_executable_batch_size(attempt, starting_batch_size=rows)()
+        def find() -> int:
+            try:
+                return find_executable_batch_size(attempt, starting_batch_size=rows)()
+            except RuntimeError as error:
+                if "No executable batch size" not in str(error):
+                    raise
+                raise MythosError(
+                    f"not one sequence of {config.data.sequence_length} tokens fits in memory: lower "
+                    "data.sequence_length, set parallel.activation_checkpointing=loop, or share the model by "
+                    "parallel.mode=fsdp"
+                ) from error
+
+        fitting = self.world.ranks.agreed(find)
         self.model.zero_grad(set_to_none=True)
         return min(self.world.ranks.gather(fitting))
 
     def measure(self, result: StepResult) -> dict[str, Any]:
-        """The step's record. Raises MythosError, or goes back to the newest checkpoint, if training has diverged."""
+        """The step's record."""
         plan = result.plan
         names = ("loss", "grad_norm", "state_norm", "state_delta")
-        values = torch.stack([*(getattr(result, name) for name in names), self.skipped, self.skipped_in_a_row]).tolist()
-        *numbers, skipped, in_a_row = values
-        self.check_progress(result, int(in_a_row))
+        *numbers, skipped = torch.stack([*(getattr(result, name) for name in names), self.skipped]).tolist()
         metrics: dict[str, Any] = {
             "step": self.step,
             "tokens": self.tokens,
@@ -413,11 +454,14 @@ class Trainer:
                 metrics[f"data/{kind}"] = metrics.get(f"data/{kind}", 0) + count
         return metrics
 
-    def check_progress(self, result: StepResult, in_a_row: int) -> None:
-        """Raise MythosError, or go back to the newest checkpoint, where too many updates in a row were skipped."""
-        last = self.step == self.config.train_steps
+    def check_progress(self, result: StepResult, last: bool) -> bool:
+        """Whether the newest update was applied; goes back to the newest checkpoint if too many in a row were not.
+
+        Raises MythosError where it may not go back, for then training has diverged.
+        """
+        in_a_row = int(self.skipped_in_a_row)
         if in_a_row < self.config.train.skip_limit and not (last and in_a_row):
-            return
+            return in_a_row == 0
         what = (
             f"the loss is {result.loss.item()} and the norm of the gradient {result.grad_norm.item()} at step "
             f"{self.step}: training has diverged ({in_a_row} updates in a row were skipped)"
@@ -425,18 +469,13 @@ class Trainer:
         self.checkpoints.wait()
         if self.rollbacks < self.config.train.rollbacks and self.checkpoints.newest:
             self.rollbacks += 1
-            self.load(self.checkpoints.newest)
+            self.checkpoints.load(self.checkpoints.newest, self.state())
             self.skipped_in_a_row.zero_()
             if self.main:
-                logger.warning(
-                    "%s. Rollback %d of %d: weights and optimizer are those of %s again; the data that led here is not "
-                    "repeated",
-                    what,
-                    self.rollbacks,
-                    self.config.train.rollbacks,
-                    self.checkpoints.newest,
-                )
-            return
+                rollback = f"Rollback {self.rollbacks} of {self.config.train.rollbacks}"
+                back = f"weights and optimizer are those of {self.checkpoints.newest} again"
+                logger.warning("%s. %s: %s; the data that led here is not repeated", what, rollback, back)
+            return False
         raise MythosError(
             f"{what}. The last checkpoint is {self.checkpoints.newest or 'not yet written'}; lower optim.lr, or set a "
             "lower optim.clip than the norms before, and continue from it; or set train.rollbacks, if the data is to "
@@ -481,6 +520,7 @@ class Trainer:
         config = self.config
         prompt = config.eval.prompts[index % len(config.eval.prompts)]
         ids = torch.tensor([self.tokenizer.encode_batch([prompt])[0] or [self.tokenizer.eos_id]], device=self.device)
+        given = ids.shape[1]
         generator = torch.Generator(self.device).manual_seed(config.run.seed + index)
         with self.autocast:
             ids = generate(
@@ -490,39 +530,35 @@ class Trainer:
                 generator=generator,
                 vocabulary=self.tokenizer.size,
                 loops=self.mean_loops,
-                stop_id=self.tokenizer.eos_id,
+                # Under FSDP no rank may stop before the others, should their logits differ in the last bit.
+                stop_id=None if self.layout.sharded else self.tokenizer.eos_id,
             )
-        return self.tokenizer.decode(ids[0].tolist())
+        prompt_ids, drawn = ids[0, :given].tolist(), ids[0, given:].tolist()
+        return self.tokenizer.decode(prompt_ids + list(takewhile(lambda token: token != self.tokenizer.eos_id, drawn)))
 
-    @property
     def state(self) -> dict[str, Tensor]:
-        """Every tensor that training continues from."""
+        """Every tensor that training continues from, the live ones."""
         self.parallel.reshard()  # after a validation, FSDP's root is still gathered
-        return checkpoint.training_state(self.model, self.optimizer) | {"rng": torch.get_rng_state()}
+        return checkpoint.training_state(self.model, self.optimizer)
 
-    def load(self, path: Path) -> None:
-        """Take weights, optimizer state and random state from a checkpoint."""
-        state = self.state
-        self.checkpoints.load(path, state)
-        torch.set_rng_state(state["rng"])
-
-    def save(self, result: StepResult, wait: bool) -> None:
+    def save(self, wait: bool) -> None:
         """Write a checkpoint of this step: in the background, unless the run is about to end."""
-        in_a_row = int(self.skipped_in_a_row.item())
-        self.check_progress(result, in_a_row)
-        if in_a_row and not wait:
-            return  # whether weights or data are to blame shows in the next steps; older checkpoints are surely good
         self.watchdog.beat(f"step {self.step}: saving")
         meta = {
             "tokens": self.tokens,
-            "skipped_steps": int(self.skipped.item()),
+            "skips": {
+                "total": int(self.skipped),
+                "in_a_row": int(self.skipped_in_a_row),
+                "rollbacks": self.rollbacks,
+            },
+            "rng": random_state(),
             "data": merge_states(self.world.ranks.gather(self.position)),
             "config": self.config.model_dump(mode="json"),
             "layout": {"mode": self.layout.mode, "replicate": self.layout.replicate, "shard": self.layout.shard},
             "versions": {"python": platform.python_version()}
             | {name: version(name) for name in ("torch", "transformers", "tokenizers", "datasets")},
         }
-        self.checkpoints.save(self.step, self.state, meta, wait=wait)
+        self.checkpoints.save(self.step, self.state(), meta, wait=wait)
 
     def announce(self, found: Path | None) -> None:
         """Print what the configuration amounts to."""
@@ -541,6 +577,8 @@ class Trainer:
             "parallel": f"{self.layout.mode}, {self.layout.why}",
             "run": f"{self.run_dir}" + (f", continuing at step {self.step} from {found}" if found else ""),
         }
+        if restarts := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+            lines["restart"] = f"{restarts}, because a process was lost"
         print("\n".join(f"{name:9} {line}" for name, line in lines.items()))
 
     def sum_up(self, metrics: dict[str, Any]) -> None:

@@ -58,7 +58,7 @@ class Launch:
     def started(self, *arguments: str, **environment: str) -> tuple[dict[str, str | None], list[str], dict[str, str]]:
         """torchrun's options, what follows the script, and the environment, of a launch that succeeds."""
         result = self(*arguments, **environment)
-        assert (result.returncode, result.stderr) == (0, "")
+        assert result.returncode == 0 and re.fullmatch(r"starting\b.*\n", result.stderr)
         record = json.loads(self.record.read_text())
         module, rest = record["arguments"][:2], record["arguments"][2:]
         assert module == ["-m", "torch.distributed.run"]
@@ -183,7 +183,8 @@ def test_bad_configuration_is_told_once(launch):
 
 def test_error_is_told_below_the_rest(launch):
     result = launch("--cpu", "2", CONFIG, ERROR="error: no such corpus\n", STATUS="7")
-    assert (result.returncode, result.stderr) == (7, "error: no such corpus\n")
+    assert (result.returncode, result.stderr) == (7, "starting; processes: 2\nerror: no such corpus\n")
+    assert launch("--cpu", "2", CONFIG, ERROR="error: no such corpus\n", STATUS="0").returncode == 1
     ended = json.loads(launch.record.read_text())["environment"]["MYTHOS_ENDED"]
     assert not Path(ended).parent.exists()
 
@@ -290,21 +291,19 @@ TRAIN = """
 import os, sys, time
 from datetime import timedelta
 import torch.distributed as dist
-from mythos.faults import Agreement, StopRequests
+from mythos.faults import StopRequests
 from mythos.ranks import Ranks
 
 rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 with StopRequests(None) as stop:
     dist.init_process_group("gloo", timeout=timedelta(seconds=30))
     ranks = Ranks(dist.group.WORLD)
-    agreement = Agreement(ranks)
     print(f"attempt {attempt} rank {rank} of {ranks.size}: {sys.argv[1:]}\\n", end="", flush=True)
-    while not agreement.exchange(int(stop.reason is not None)):
+    while not ranks.max(int(stop.reason is not None)):
         time.sleep(0.05)
         ranks.barrier()
         if attempt == 0 and rank == 1:
             os.kill(os.getpid(), 9)
-    agreement.finish()
     print(f"saved by rank {rank}\\n", end="", flush=True)
     ranks.barrier()
     dist.destroy_process_group()
@@ -334,8 +333,8 @@ def test_restart_and_stop(tmp_path, monkeypatch):
         for attempt in range(2):
             expected = f"attempt {attempt} rank {rank} of 2: {[CONFIG, 'train.steps=3', 'train.device=cpu']}\n"
             assert said.count(expected) == 1
-        assert last.count(f"rank {rank}: SIGTERM: stopping after this step") == 1
         assert said.count(f"saved by rank {rank}\n") == 1
+    assert last.count("SIGTERM: stopping after this step") == 1
     assert "Traceback" not in last
 
 

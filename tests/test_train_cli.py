@@ -261,7 +261,7 @@ def test_run_directory_that_cannot_be_written(tmp_path, refused):
 def test_several_processes(tmp_path, monkeypatch, refused):
     monkeypatch.setenv("WORLD_SIZE", "2")
     message = refused(write_settings(tmp_path))
-    assert "WORLD_SIZE is 2, but RANK and MASTER_ADDR and MASTER_PORT is not set: start several" in message
+    assert "WORLD_SIZE is set (2), but RANK, MASTER_ADDR, MASTER_PORT not: start several" in message
     assert not (tmp_path / "run").exists()
 
 

@@ -341,7 +341,33 @@ def test_spoilt_steps_are_records_without_a_loss(tmp_path):
     records = measurements(made.run_dir)
     assert [record["loss"] is None for record in records] == [False, False, True, False, False, False]
     assert [record["skipped_steps"] for record in records] == [0, 0, 1, 1, 1, 1]
-    assert json.loads((saved(made, 6) / "meta.json").read_text())["skipped_steps"] == 1
+    assert json.loads((saved(made, 6) / "meta.json").read_text())["skips"]["total"] == 1
+
+
+def test_finished_run_that_is_extended_goes_on_with_new_data(tmp_path):
+    """The last checkpoint is at the end of its data, like any other."""
+    changes = {"depth__curriculum__shape": "none", "optim__schedule": "wsd", "optim__min_lr": 1.0}
+    changes |= {"optim__warmup": 0.0}
+    run(tiny(tmp_path, train__steps=3, **changes))
+    extended = run(tiny(tmp_path, train__steps=6, **changes))
+    whole = run(tiny(tmp_path, train__steps=6, **changes, run__dir=str(tmp_path / "whole")))
+    assert losses(extended.run_dir) == losses(whole.run_dir)
+    assert_identical(whole, extended)
+
+
+def test_skips_and_random_generators_continue(tmp_path):
+    made = Trainer(tiny(tmp_path, train__steps=6, checkpoint__every=2, train__skip_limit=3))
+    spoil(made, {2, 5})
+    at = made.train_step
+    made.train_step = lambda batch: (torch.rand(7), at(batch))[1]
+    with contextlib.suppress(MythosError):
+        made.run()  # which ends with a skipped update
+    drawn = torch.rand(7)
+    continued = Trainer(tiny(tmp_path, train__steps=6, checkpoint__every=2, train__skip_limit=3))
+    assert continued.step == 4 and int(continued.skipped) == 1
+    for _ in range(2):
+        torch.rand(7)
+    assert torch.equal(torch.rand(7), drawn)
 
 
 def test_rollback_goes_on_with_the_data_that_comes_next(tmp_path):

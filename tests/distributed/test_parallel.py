@@ -77,7 +77,7 @@ def train(directory: Path, name: str, changes: dict[str, Any], steps: int = 6) -
         assert batch is not None, problem
         results.append(made.train_step(batch))
         made.step += 1
-    weights = {name: whole(tensor) for name, tensor in made.state.items()}
+    weights = {name: whole(tensor) for name, tensor in made.state().items()}
     made.resources.close()
     return Trained(
         [result.loss.item() for result in results],

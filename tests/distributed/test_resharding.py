@@ -42,15 +42,14 @@ def take_steps(made: Trainer, until: int, save: bool = False) -> Steps:
     while made.step < until:
         batch, problem = made.read_ahead()
         assert batch is not None, problem
-        result = made.train_step(batch)
-        losses.append(result.loss.item())
+        losses.append(made.train_step(batch).loss.item())
         rows.append(dict(zip(batch.rows.tolist(), batch.ids, strict=True)))
         made.step += 1
         made.tokens += made.config.tokens_per_step
     if save:
         made.position = made.loader.state_dict()
         made.validate()  # which leaves FSDP's root gathered
-        made.save(result, wait=False)
+        made.save(wait=False)
     return losses, rows
 
 

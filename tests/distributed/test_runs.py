@@ -14,6 +14,7 @@ import torch
 from mythos import checkpoint
 from mythos.data.stream import Batch
 from mythos.errors import MythosError, TransientError
+from mythos.metrics import read_metrics
 from mythos.model.rdt import RDTOutput
 from mythos.trainer import StepResult, Trainer
 from tests.distributed.pool import RankPool
@@ -182,7 +183,7 @@ def test_spoilt_step_of_one_rank_is_skipped_by_all(pool: RankPool, single: Path,
 
 
 def choose(directory: Path, name: str) -> int:
-    """Micro-batches of more than 2 rows run out of memory on rank 1."""
+    """Micro-batches of more than 2 rows run out of memory on rank 1, the second of two that hold 8 each."""
     made = made_on(directory, name, train__micro_batch=4, parallel__mode=name)
     made.config = made.config.model_copy(
         update={"train": made.config.train.model_copy(update={"micro_batch": "auto", "global_batch": 16})}
@@ -202,6 +203,27 @@ def choose(directory: Path, name: str) -> int:
 
 def test_micro_batch_that_fits_on_every_rank(pool: RankPool, single: Path) -> None:
     assert pool.run(choose, single, "ddp", ranks=2) == [2, 2]
+    with pytest.raises(MythosError, match=r"got auto, and parallel.mode is fsdp; .* Give a number"):
+        pool.run(choose, single, "fsdp", ranks=2)
+
+
+def run_slowly(directory: Path) -> None:
+    made = made_on(directory, "slow", parallel__mode="ddp")
+    if rank() == 1:
+        forward = made.forward
+
+        def slow(*inputs: Any) -> RDTOutput:
+            time.sleep(0.1)
+            return forward(*inputs)
+
+        made.forward = slow
+    made.run()
+
+
+def test_slow_rank_is_named(pool: RankPool, single: Path) -> None:
+    pool.run(run_slowly, single, ranks=2)
+    for record in read_metrics(single / "slow" / "metrics.jsonl")[1:]:  # at first all are slow
+        assert record["straggler/rank"] == 1 and 0.03 < record["straggler/seconds"] < 0.5
 
 
 # Last, because they cost the processes.
@@ -209,6 +231,7 @@ def test_micro_batch_that_fits_on_every_rank(pool: RankPool, single: Path) -> No
 
 def run_beside_a_lost_rank(directory: Path, how: str) -> str:
     changes = {"parallel__timeout": 3, "data__patience": 1, "parallel__stall_after": 1}
+    changes |= {"parallel__mode": "hsdp", "parallel__shard": 2} if how == "hanging" else {}
     made = made_on(directory, how, **changes)
     if rank() == 1:
         at_step(made, 3, lambda: os.kill(os.getpid(), signal.SIGKILL if how == "dead" else signal.SIGSTOP))
@@ -223,7 +246,7 @@ def run_beside_a_lost_rank(directory: Path, how: str) -> str:
 @pytest.mark.parametrize("how", ["dead", "hanging"])
 def test_lost_rank_ends_the_others_within_the_timeout(pool: RankPool, single: Path, how: str) -> None:
     with pytest.raises(RuntimeError):  # of the pool: rank 1 never answers
-        pool.run(run_beside_a_lost_rank, single, how, ranks=2, timeout=15)
+        pool.run(run_beside_a_lost_rank, single, how, ranks=4 if how == "hanging" else 2, timeout=20)
     message = (single / how / "message").read_text()
     assert message.startswith("rank 0 lost the other processes in step 4: ") and "(" in message
     assert message.endswith("step-00000002")

@@ -1,0 +1,354 @@
+"""What chaos_test.py disturbs: a run directory, the processes that train in it, and what they must leave."""
+
+import contextlib
+import json
+import os
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import types
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+from safetensors.numpy import load_file
+
+ROOT = Path(__file__).resolve().parents[1]
+
+EVERY, KEEP = 5, 3
+"""Steps between checkpoints, and how many are kept."""
+PAUSE_SECONDS = 0.8
+"""How long a save that a fault aims at stands still, so that the fault hits it; training goes on meanwhile."""
+PATIENCE = 240.0
+"""Seconds for anything that must happen: longer means that a process hangs."""
+GONE_SECONDS = 60.0
+"""Seconds after which no process of a run that has ended may be left."""
+
+FOLDER, HARNESS = "MYTHOS_CHAOS_FOLDER", "MYTHOS_CHAOS_HARNESS"
+"""Environment variables of the processes: the run's folder, and the process that watches it."""
+UNLIKE = ("time", "tokens_per_second", "peak_memory_bytes")
+"""Keys of metrics.jsonl that depend on the machine's speed, as do those that begin with straggler/."""
+
+START, TRAINING, TMP, SHARDS, RENAMED = "start-up", "training", "writing shards", "shards written", "renamed"
+"""Moments; at SHARDS the rename is yet to come, at RENAMED the marker."""
+
+
+class Failed(Exception):
+    """The promise does not hold."""
+
+
+# Inside the processes that train
+
+
+def train_with_faults(arguments: list[str]) -> int:
+    """train.main, which reports what it does, stands still where a fault is to hit, and makes the faults inside."""
+    folder, rank = Path(os.environ[FOLDER]), int(os.environ["RANK"])
+
+    def report(event: str) -> None:
+        line = f"{time.monotonic()} {os.getpid()} {event}\n"
+        with open(folder / f"events-{rank}", "a", encoding="utf-8") as file:
+            file.write(line)
+
+    report("begun")
+    threading.Thread(target=_end_with_harness, args=(int(os.environ[HARNESS]),), daemon=True).start()
+
+    # What draws takes a second to import and has no part in this.
+    plots = types.ModuleType("mythos.plots")
+    plots.__dict__["draw_plots"] = lambda *_: []
+    sys.modules[plots.__name__] = plots
+
+    import torch
+
+    import train
+    from mythos import storage, trainer
+
+    def plan() -> dict[str, Any]:
+        return json.loads((folder / "plan.json").read_text())
+
+    def stage(name: str, checkpoint: str) -> None:
+        step = int(checkpoint.removeprefix("step-").removesuffix(".tmp"))
+        report(f"{name}: {step}")
+        if (pause := plan()["pause"]) and pause[0] == name and step >= pause[1]:
+            time.sleep(PAUSE_SECONDS)
+
+    def workspace(self: storage.LocalStorage, name: str, needed: int) -> Path:
+        stage(TMP, name)
+        return workspace_before(self, name, needed)
+
+    def replace(path: Path, content: bytes) -> None:
+        if path.name == storage.META:
+            stage(SHARDS, path.parent.name)
+        elif path.name == storage.MARKER:
+            stage(RENAMED, path.parent.name)
+        replace_before(path, content)
+        if path.name == storage.MARKER:
+            report(f"committed {int(path.parent.name.removeprefix('step-'))}")
+
+    def run(self: trainer.Trainer) -> None:
+        report(f"continued {self.step}")
+        run_before(self)
+
+    def forward(self: trainer.Trainer, *inputs: Any) -> Any:
+        output = forward_before(self, *inputs)
+        if plan()["nan"].get(str(self.step)) == rank:
+            output.loss.register_hook(lambda gradient: gradient * float("nan"))
+        return output
+
+    def weights(self: trainer.Trainer) -> list[torch.Tensor]:
+        parameters = (parameter.detach() for parameter in self.model.parameters())
+        return [getattr(parameter, "to_local", lambda p=parameter: p)().clone() for parameter in parameters]
+
+    def train_step(self: trainer.Trainer, batch: Any) -> Any:
+        report(f"step {self.step}")
+        limit, poisoned = plan()["limit"], str(self.step) in plan()["nan"]
+        if limit and rank == limit[0] and self.step >= limit[1]:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+        before = weights(self) if poisoned else []
+        result = train_step_before(self, batch)
+        if poisoned:
+            same = all(map(torch.equal, before, weights(self)))
+            report(f"poisoned {self.step} {'skipped' if same else 'not skipped'}")
+        return result
+
+    workspace_before, replace_before = storage.LocalStorage.workspace, storage._replace
+    storage.LocalStorage.workspace, storage._replace = workspace, replace
+    run_before, forward_before, train_step_before = (
+        trainer.Trainer.run,
+        trainer.Trainer.forward,
+        trainer.Trainer.train_step,
+    )
+    trainer.Trainer.run, trainer.Trainer.forward, trainer.Trainer.train_step = run, forward, train_step
+    return train.main(arguments)
+
+
+def _end_with_harness(pid: int) -> None:
+    while psutil.pid_exists(pid):
+        time.sleep(1)
+    os._exit(1)
+
+
+ENTRY = f"""import sys
+sys.path[0] = {str(ROOT)!r}
+from scripts.chaos_run import train_with_faults
+sys.exit(train_with_faults(sys.argv[1:]))
+"""
+"""Stands where launch.sh looks for train.py."""
+
+
+# Outside
+
+
+class Run:
+    """A run directory with the processes that train in it, one launch after another."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any], processes: int, nan: dict[int, int]) -> None:
+        self.folder, self.processes = folder, processes
+        self.directory = folder / "run"
+        self.checkpoints = self.directory / "checkpoints"
+        self.checkpoints.mkdir(parents=True)
+        settings = {**settings, "run": {"name": "chaos", "dir": str(self.directory)}}
+        (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+        (folder / "train.py").write_text(ENTRY)
+        shutil.copy(ROOT / "launch.sh", folder)
+        self.nan = nan
+        self.plan()
+        self.since = 0.0
+        """When the present processes were begun; events before it are of others."""
+        self.gone: set[int] = set()
+        """Processes that have ended since then, or are about to."""
+        self.launches = 0
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def plan(self, pause: tuple[str, int] | None = None, limit: tuple[int, int] | None = None) -> None:
+        """Tell the processes what is to happen in them."""
+        aside = self.folder / "plan.aside"
+        aside.write_text(json.dumps({"nan": self.nan, "pause": pause, "limit": limit}))
+        aside.replace(self.folder / "plan.json")
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of the processes; by the folder in it they are found, wherever they went."""
+        own = {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "TMPDIR": str(self.folder)}
+        own |= {"PYTHONPATH": str(ROOT), FOLDER: str(self.folder), HARNESS: str(os.getpid())}
+        # What another launcher has set is not for this one.
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "NNODES", "MASTER"))}
+        return kept | own
+
+    @property
+    def log(self) -> Path:
+        """What the present launch has printed."""
+        return self.folder / f"launch-{self.launches:03d}.log"
+
+    def launch(self, restarts: int) -> None:
+        """Give the command, for the first time or again."""
+        self.since = time.monotonic()
+        self.launches += 1
+        command = ["./launch.sh", "--cpu", str(self.processes), str(self.folder / "config.yaml")]
+        environment = self.environment | {"MAX_RESTARTS": str(restarts), "SHUTDOWN_TIMEOUT": "60"}
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                command, cwd=self.folder, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def train_alone(self) -> None:
+        """Train from the first step to the last, without launch.sh and torchrun; raises Failed if that fails."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(self.processes)}
+        command = [sys.executable, "train.py", str(self.folder / "config.yaml"), "train.device=cpu"]
+        ranks = []
+        with self.log.open("wb") as log:
+            for rank in map(str, range(self.processes)):
+                environment = self.environment | meeting | {"RANK": rank, "LOCAL_RANK": rank}
+                ranks.append(subprocess.Popen(command, cwd=self.folder, env=environment, stdout=log, stderr=log))
+        deadline = time.monotonic() + PATIENCE
+        if any([rank.wait(max(0.1, deadline - time.monotonic())) for rank in ranks]):
+            raise Failed(f"the undisturbed run failed\n{self.said()}")
+
+    def printed(self) -> str:
+        """What the present launch has printed, but for the progress bar."""
+        text = self.log.read_text(errors="replace") if self.log.exists() else ""
+        return "\n".join(line for line in text.replace("\r", "\n").split("\n") if "step/s" not in line)
+
+    def said(self) -> str:
+        """The end of it, to be shown."""
+        return self.printed()[-5000:]
+
+    def events(self, rank: int, kind: str, *, ever: bool = False) -> list[tuple[float, int, str]]:
+        """Time, process and text of what the present processes of a rank, or all it ever had, have reported."""
+        path = self.folder / f"events-{rank}"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        told = (line.rstrip("\n").split(" ", 2) for line in lines if line.endswith("\n"))
+        found = [(float(when), int(pid), event) for when, pid, event in told]
+        present = [event for event in found if ever or (event[0] > self.since and event[1] not in self.gone)]
+        return [event for event in present if event[2].startswith(kind)]
+
+    def steps(self, rank: int, kind: str) -> list[int]:
+        """The steps that events of a kind end with."""
+        return [int(event.split()[-1]) for _, _, event in self.events(rank, kind)]
+
+    def pids(self) -> list[int]:
+        """The present processes of the ranks, as far as they have begun."""
+        return [told[-1][1] for rank in range(self.processes) if (told := self.events(rank, "begun"))]
+
+    def wait(self, until: Callable[[], Any], what: str, *, ended: bool = False) -> None:
+        """Wait for something; raises Failed if it takes too long, or if the launch ends and was not to."""
+        deadline = time.monotonic() + PATIENCE
+        while not until():
+            if time.monotonic() > deadline:
+                raise Failed(f"waited {PATIENCE:.0f} s for: {what}\n{self.said()}")
+            if not ended and self.process is not None and self.process.poll() is not None:
+                raise Failed(f"ended with {self.process.returncode} before: {what}\n{self.said()}")
+            time.sleep(0.02)
+
+    def living(self) -> list[psutil.Process]:
+        """All processes of the run, orphans included."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.pid != os.getpid() and process.environ().get(FOLDER) == str(self.folder):
+                    found.append(process)
+        return found
+
+    def wait_gone(self, pids: list[int] | None = None) -> None:
+        """Wait until none of these processes, or none at all, is left; raises Failed if they stay."""
+        deadline = time.monotonic() + GONE_SECONDS
+        while left := [process for process in self.living() if pids is None or process.pid in pids]:
+            if time.monotonic() > deadline:
+                lines = [f"{process.pid}: {' '.join(process.cmdline())}" for process in left]
+                raise Failed(f"left after {GONE_SECONDS:.0f} s:\n" + "\n".join(lines) + f"\n{self.said()}")
+            time.sleep(0.05)
+
+    def status(self) -> int:
+        """The exit status of a launch that has ended or is about to."""
+        assert self.process is not None
+        self.wait(lambda: self.process.poll() is not None, "the end of launch.sh", ended=True)
+        return self.process.returncode
+
+    def destroy(self) -> None:
+        """Leave nothing behind, whatever has happened."""
+        while living := self.living():
+            for process in living:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+            if self.process is not None:
+                self.process.poll()
+            time.sleep(0.02)
+
+    def complete(self) -> dict[int, Path]:
+        """The checkpoints that count, by step."""
+        paths = {int(path.name[5:]): path for path in self.checkpoints.glob("step-*") if path.name[5:].isdigit()}
+        return {step: paths[step] for step in sorted(paths) if (paths[step] / "committed").exists()}
+
+    def save_under_way(self) -> str:
+        """Where a save stands, as seen on the disk."""
+        if any(self.checkpoints.glob("step-*.tmp/meta.json")):
+            return SHARDS
+        if any(self.checkpoints.glob("step-*.tmp")):
+            return TMP
+        newest = max(self.checkpoints.glob("step-????????"), default=None)
+        return RENAMED if newest and not (newest / "committed").exists() and not (newest / "damaged").exists() else ""
+
+
+# What is compared
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is not as it was written, by the checksums that stand beside it."""
+    content = (checkpoint / "meta.json").read_bytes()
+    if zlib.crc32(content) != json.loads((checkpoint / "committed").read_text())["meta_crc32"]:
+        return "meta.json"
+    for name, expected in json.loads(content)["files"].items():
+        content = (checkpoint / name).read_bytes()
+        if {"bytes": len(content), "crc32": zlib.crc32(content)} != expected:
+            return name
+    return None
+
+
+def difference(checkpoint: Path, reference: Path) -> str | None:
+    """The first tensor or number in which two checkpoints of the same step and layout are not equal, bit by bit."""
+    ours, theirs = (json.loads((path / "meta.json").read_text()) for path in (checkpoint, reference))
+    for key in sorted((ours.keys() | theirs.keys()) - {"config", "files"}):
+        here, there = ours.get(key), theirs.get(key)
+        if here != there:
+            return f"{key} differs from the undisturbed run's: {str(here)[:500]}, {str(there)[:500]}"
+    if ours["files"].keys() != theirs["files"].keys():
+        return f"other files than the undisturbed run's: {', '.join(ours['files'])}"
+    for file in sorted(ours["files"]):
+        mine, other = load_file(checkpoint / file), load_file(reference / file)
+        if mine.keys() != other.keys():
+            return f"{file} has other tensors than the undisturbed run's"
+        for name in sorted(mine):
+            if mine[name].tobytes() != other[name].tobytes():
+                return f"tensor {name} ({file}) differs from the undisturbed run's"
+    return None
+
+
+def compare_records(directory: Path, reference: Path, last: int) -> None:
+    """Raise Failed unless metrics.jsonl has the reference's numbers of every step up to `last`, each once."""
+
+    def records(folder: Path) -> list[dict[str, Any]]:
+        path = folder / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        parsed = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may cut the last one short
+        return [
+            {key: value for key, value in record.items() if key not in UNLIKE and not key.startswith("straggler/")}
+            for record in parsed
+        ]
+
+    ours, theirs = records(directory), records(reference)
+    if [record["step"] for record in ours[:last]] != list(range(1, last + 1)):
+        raise Failed(f"metrics.jsonl has the steps {[record['step'] for record in ours]}, not each to {last} once")
+    for here, there in zip(ours, theirs, strict=False):
+        if here != there:
+            keys = [key for key in here.keys() | there.keys() if here.get(key) != there.get(key)]
+            told = ", ".join(f"{key}: {here.get(key)}, {there.get(key)}" for key in sorted(keys))
+            raise Failed(f"step {here['step']}: metrics.jsonl differs from the undisturbed run's: {told}")
