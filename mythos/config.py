@@ -36,7 +36,7 @@ class RunConfig(Section):
     """Seed of the weights, the data order, the depths and the initial states."""
     resume: str = "auto"
     """auto = continue from the run directory's newest complete checkpoint if there is one, never = start anew (refused
-    if the directory already has checkpoints), or the path of a checkpoint to continue from."""
+    if the directory already has checkpoints), or the path of a checkpoint to start from while it has none."""
 
 
 class TokenizerConfig(Section):
@@ -223,8 +223,8 @@ class TrainConfig(Section):
     compile: bool = False
     """Compile the blocks with torch.compile."""
     max_time: Annotated[str, Field(pattern=DURATION)] | None = None
-    """Wall-clock limit of this process, e.g. 90s, 3h30m, 1d; the run then saves and ends as if finished, and the same
-    command continues it. null = none."""
+    """Wall-clock limit of this process, e.g. 90s, 3h30m, 1d, after which the run saves at the end of a step and ends;
+    the same command continues it. null = none."""
     skip_limit: PositiveInt = 5
     """Updates skipped in a row, because loss or gradient was not finite, after which the run stops or rolls back."""
     rollbacks: NonNegativeInt = 0

@@ -170,8 +170,8 @@ def parallelize(config: Config, model: RecurrentDepthTransformer, layout: Layout
     The values are a function of (seed, parameter name), whatever the layout.
     """
     prepare_model(config, model)
+    dtype = choose_dtype(config.train.dtype, world.device)
     if layout.sharded:
-        dtype = choose_dtype(config.train.dtype, world.device)
         mesh = build_mesh(layout, world.device.type)
         world.add_groups([mesh.get_group(dimension) for dimension in range(mesh.ndim)], config.parallel.start_timeout)
         shard_model(config.parallel, model, mesh, dtype)
@@ -181,7 +181,8 @@ def parallelize(config: Config, model: RecurrentDepthTransformer, layout: Layout
         # DDP orders its buckets anew after its first backward pass, and with three ranks or more the last bit of a sum
         # depends on its place: done here, the first step after a restart rounds like that of a run that went on.
         ids = torch.zeros(1, 3, dtype=torch.int64, device=world.device)
-        with torch.compiler.set_stance("force_eager"):
+        autocast = torch.autocast(world.device.type, dtype=dtype, enabled=dtype != torch.float32)
+        with autocast, torch.compiler.set_stance("force_eager"):
             parallel(ids[:, :-1], ids[:, 1:], loops=1, backprop=1).loss.backward()
         model.zero_grad(set_to_none=True)
     return parallel

@@ -105,6 +105,7 @@ def test_continues_what_any_layout_saved(
         name = f"{origin} to {layout}"
         actual = joined(pool.run(continued, directory, name, path, changes, ranks=ranks))
         torch.testing.assert_close(actual[0], losses, rtol=1e-6, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+        assert origin != layout or actual[0] == losses, f"{name}: the same layout must round alike"
         for step, expected in zip(actual[1], rows, strict=True):
             assert step.keys() == expected.keys() and len(step) == 8
             assert all(torch.equal(step[row], ids) for row, ids in expected.items()), name
