@@ -245,10 +245,10 @@ def peak_memory(device: torch.device) -> int:
 def over_ranks(reports: list[dict[str, float]]) -> dict[str, float]:
     """What a log window amounts to over all ranks, from every rank's report in the order of the ranks.
 
-    A report has `peak_memory_bytes` and `own_seconds`, the time the rank spent on its own work (data and forward
-    passes), not waiting for others. The result has the largest `peak_memory_bytes` and, of several ranks, about the
-    slowest one: `straggler/rank`, its number; `straggler/seconds`, its own_seconds minus the median of all ranks; and
-    `straggler/over_median`, its own_seconds divided by that median.
+    A report has `peak_memory_bytes` and `own_seconds`, the time the rank spent on its own work: data and forward
+    passes, under FSDP data only, because its forward passes wait for the others. The result has the largest
+    `peak_memory_bytes` and, of several ranks, about the slowest one: `straggler/rank`, its number; `straggler/seconds`,
+    its own_seconds minus the median of all ranks; and `straggler/over_median`, its own_seconds divided by that median.
     """
     reduced = {"peak_memory_bytes": max(report["peak_memory_bytes"] for report in reports)}
     if len(reports) > 1:
