@@ -1,6 +1,7 @@
 """The processes of a run: how they find each other, agree, and part."""
 
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -167,7 +168,7 @@ def join_world(config: Config) -> World:
         torch.cuda.set_device(device)
     start = timedelta(seconds=config.parallel.start_timeout)
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=config.parallel.timeout)))
+        store = _meet(config.parallel.timeout)
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("GROUP_WORLD_SIZE") == "1":
             # The agent's store outlives a restart, and with it the addresses of the dead (pytorch#135712). Agents of
             # several machines count restarts differently; launch.sh has them share no store.
@@ -184,6 +185,26 @@ def join_world(config: Config) -> World:
     check_fit(config, size)
     check_same_config(config, ranks)
     return world
+
+
+def _meet(seconds: float) -> dist.Store:
+    """The store that all processes share; raises what torch does, and RuntimeError where it would wait for ever."""
+    answers: list[dist.Store | Exception] = []
+
+    def meet() -> None:
+        try:
+            answers.append(next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))[0])
+        except Exception as error:
+            answers.append(error)
+
+    # In a thread, because torch waits without limit for something else than a store that listens at the port.
+    thread = threading.Thread(target=meet, daemon=True)
+    thread.start()
+    thread.join(2 * seconds + 5)  # it tries twice
+    answer = answers[0] if answers else RuntimeError("what listens there is not a run of processes")
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 def _no_meeting(rank: int, size: int, error: Exception) -> str:

@@ -84,6 +84,15 @@ def test_unreachable_master(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         join_world(tiny(tmp_path, parallel__timeout=2))
 
 
+def test_something_else_at_the_port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        environment(monkeypatch, 1, silent.getsockname()[1])
+        with pytest.raises(MythosError, match=r"rank 1 of 2 cannot meet.*not a run of processes. Check MASTER_ADDR"):
+            join_world(tiny(tmp_path, parallel__timeout=0.5))
+
+
 # --- the layout
 
 
