@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import psutil
 import torch
+from accelerate.utils import find_executable_batch_size
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -186,6 +187,48 @@ def parallelize(config: Config, model: RecurrentDepthTransformer, layout: Layout
             parallel(ids[:, :-1], ids[:, 1:], loops=1, backprop=1).loss.backward()
         model.zero_grad(set_to_none=True)
     return parallel
+
+
+def choose_micro_batch(config: Config, parallel: ParallelModel) -> int:
+    """train.micro_batch, or the most rows, tried from all of them down, whose deepest step fits on every rank.
+
+    Raises MythosError for auto under FSDP, and where not one row fits.
+    """
+    world, layout, length = parallel.world, parallel.layout, config.data.sequence_length
+    rows = config.train.global_batch // world.size
+    if config.train.micro_batch != "auto":
+        return min(config.train.micro_batch, rows)
+    if layout.sharded:  # a rank that runs out of memory alone would leave the others in a collective
+        raise MythosError(
+            f"train.micro_batch: got auto, and parallel.mode is {layout.mode}; auto is for single and ddp. Give "
+            "a number: 1 needs the least memory"
+        )
+    dtype = choose_dtype(config.train.dtype, world.device)
+
+    def attempt(batch_size: int) -> int:
+        ids = torch.zeros(batch_size, length + 1, dtype=torch.int64, device=world.device)
+        with torch.autocast(world.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            # The model itself, not DDP around it: nothing is exchanged.
+            loss = parallel.model(
+                ids[:, :-1], ids[:, 1:], loops=config.depth_maximum, backprop=config.depth_backprop
+            ).loss
+        loss.backward()
+        return batch_size
+
+    def find() -> int:
+        try:
+            return find_executable_batch_size(attempt, starting_batch_size=rows)()
+        except RuntimeError as error:
+            if "No executable batch size" not in str(error):
+                raise
+            raise MythosError(
+                f"not one sequence of {length} tokens fits in memory: lower data.sequence_length, set "
+                "parallel.activation_checkpointing=loop, or share the model by parallel.mode=fsdp"
+            ) from error
+
+    fitting = world.ranks.agreed(find)
+    parallel.model.zero_grad(set_to_none=True)
+    return min(world.ranks.gather(fitting))
 
 
 def prepare_model(config: Config, model: RecurrentDepthTransformer) -> None:

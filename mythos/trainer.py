@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import find_executable_batch_size, set_seed
+from accelerate.utils import set_seed
 from torch import Tensor
 from tqdm import tqdm
 
@@ -42,7 +42,7 @@ from mythos.model.generate import generate
 from mythos.model.rdt import RDTOutput, RecurrentDepthTransformer
 from mythos.model.recurrence import initial_state
 from mythos.optim import build_optimizer, learning_rate
-from mythos.parallel import choose_dtype, choose_layout, device_memory, parallelize
+from mythos.parallel import choose_dtype, choose_layout, choose_micro_batch, device_memory, parallelize
 from mythos.plots import draw_plots
 from mythos.preflight import check_same_model, prepare_directory, resolve_vocabulary
 from mythos.profiling import OwnTime, Profiler, Stopwatch
@@ -127,7 +127,7 @@ class Trainer:
         self.parallel = parallelize(config, model, self.layout, world)
         self.model = model
         self.optimizer = build_optimizer(self.model, config.optim)
-        self.micro_batch = self.choose_micro_batch()
+        self.micro_batch = choose_micro_batch(config, self.parallel)
 
         # Updates that were skipped, in all and in a row; on the device, so that no step waits to know.
         skips = (meta or {}).get("skips", {"total": 0, "in_a_row": 0, "rollbacks": 0})
@@ -387,44 +387,6 @@ class Trainer:
     def mean_loops(self) -> int:
         """The whole number of loops that validation and samples mean by 'the mean depth'."""
         return round(self.config.depth_mean)
-
-    def choose_micro_batch(self) -> int:
-        """train.micro_batch, or the most rows, tried from all of them down, whose deepest step fits on every rank.
-
-        Raises MythosError for auto under FSDP, and where not one row fits.
-        """
-        config = self.config
-        rows = config.train.global_batch // self.world.size
-        if config.train.micro_batch != "auto":
-            return min(config.train.micro_batch, rows)
-        if self.layout.sharded:  # a rank that runs out of memory alone would leave the others in a collective
-            raise MythosError(
-                f"train.micro_batch: got auto, and parallel.mode is {self.layout.mode}; auto is for single and ddp. "
-                "Give a number: 1 needs the least memory"
-            )
-
-        def attempt(batch_size: int) -> int:
-            ids = torch.zeros(batch_size, config.data.sequence_length + 1, dtype=torch.int64, device=self.device)
-            with self.autocast:
-                output = self.model(ids[:, :-1], ids[:, 1:], loops=config.depth_maximum, backprop=config.depth_backprop)
-            output.loss.backward()
-            return batch_size
-
-        def find() -> int:
-            try:
-                return find_executable_batch_size(attempt, starting_batch_size=rows)()
-            except RuntimeError as error:
-                if "No executable batch size" not in str(error):
-                    raise
-                raise MythosError(
-                    f"not one sequence of {config.data.sequence_length} tokens fits in memory: lower "
-                    "data.sequence_length, set parallel.activation_checkpointing=loop, or share the model by "
-                    "parallel.mode=fsdp"
-                ) from error
-
-        fitting = self.world.ranks.agreed(find)
-        self.model.zero_grad(set_to_none=True)
-        return min(self.world.ranks.gather(fitting))
 
     def measure(self, result: StepResult) -> dict[str, Any]:
         """The step's record."""

@@ -22,3 +22,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MYTHOS_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="module")
+def no_plots() -> Iterator[None]:
+    """Drawing takes longer than small runs; the tests of the command line look at the plots."""
+    from mythos import trainer  # takes seconds, and most tests need none
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "draw_plots", lambda *_: [])
+        yield

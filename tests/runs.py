@@ -1,5 +1,6 @@
 """Small training runs for the tests: a generated corpus, a model of 25,000 parameters, and what a run leaves behind."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def settings(directory: Path, **changes: Any) -> dict[str, Any]:
     corpus = directory / "corpus.jsonl"
     if not corpus.exists():
         corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents()))
-    values: dict[str, Any] = {name: dict(section) for name, section in SETTINGS.items()}
+    values: dict[str, Any] = copy.deepcopy(SETTINGS)
     values["run"] = {"name": "tiny", "dir": str(directory / "run")}
     values["data"]["path"] = str(corpus)
     for path, value in changes.items():

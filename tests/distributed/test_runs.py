@@ -16,6 +16,7 @@ from mythos.data.stream import Batch
 from mythos.errors import MythosError, TransientError
 from mythos.metrics import read_metrics
 from mythos.model.rdt import RDTOutput
+from mythos.parallel import choose_micro_batch
 from mythos.trainer import StepResult, Trainer
 from tests.distributed.pool import RankPool
 from tests.runs import measurements, tiny
@@ -196,7 +197,7 @@ def choose(directory: Path, name: str) -> int:
         return forward(ids, *inputs, **options)
 
     made.model.forward = scarce
-    chosen = made.choose_micro_batch()
+    chosen = choose_micro_batch(made.config, made.parallel)
     made.resources.close()
     return chosen
 

@@ -1,0 +1,40 @@
+"""What tests of the trainer have in common: runs, steps, and comparison bit by bit."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mythos import checkpoint
+from mythos.config import Config
+from mythos.trainer import StepResult, Trainer
+
+
+def run(config: Config) -> Trainer:
+    made = Trainer(config)
+    made.run()
+    return made
+
+
+def take_step(made: Trainer) -> StepResult:
+    """One step as the loop of a run takes it."""
+    batch, problem = made.read_ahead()
+    assert batch is not None, problem
+    result = made.train_step(batch)
+    made.step += 1
+    return result
+
+
+def saved(made: Trainer, step: int) -> Path:
+    return made.run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def state_of(made: Trainer) -> dict[str, Tensor]:
+    return checkpoint.training_state(made.model, made.optimizer)
+
+
+def assert_identical(one: Trainer, other: Trainer) -> None:
+    """Weights, router biases and optimizer state, bit by bit."""
+    expected = state_of(one)
+    for name, tensor in state_of(other).items():
+        assert torch.equal(tensor, expected[name]), name
