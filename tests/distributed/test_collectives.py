@@ -29,6 +29,7 @@ CHANGES: dict[str, Any] = {
     "depth__curriculum": {"shape": "none"},
     "depth__mean": 4,
     "depth__backprop": 2,
+    "parallel__reduce": "step",
 }
 
 FSDP, BLOCK = {"parallel__mode": "fsdp"}, {"parallel__mode": "fsdp", "parallel__wrap": "block"}
