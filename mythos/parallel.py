@@ -112,10 +112,18 @@ class ParallelModel:
     `model` is the model itself, for everything but training steps; under FSDP2 its forward passes are collective.
     """
 
-    def __init__(self, model: RecurrentDepthTransformer, layout: Layout, world: World, config: ParallelConfig) -> None:
+    def __init__(
+        self,
+        model: RecurrentDepthTransformer,
+        layout: Layout,
+        world: World,
+        config: ParallelConfig,
+        dtype: torch.dtype,
+    ) -> None:
         self.model = model
         self.layout = layout
         self.world = world
+        self.dtype = dtype
         self.reduce_always = config.reduce == "micro_batch"
         self.ddp: DistributedDataParallel | None = None
         if layout.mode == "ddp":
@@ -131,6 +139,11 @@ class ParallelModel:
     def __call__(self, *inputs: Any, **options: Any) -> RDTOutput:
         """The model's forward pass."""
         return (self.ddp or self.model)(*inputs, **options)
+
+    @property
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Matrix products in the run's dtype."""
+        return torch.autocast(self.world.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:
         """Around forward and backward pass of a micro-batch; gradients are reduced in the last one."""
@@ -177,13 +190,12 @@ def parallelize(config: Config, model: RecurrentDepthTransformer, layout: Layout
         world.add_groups([mesh.get_group(dimension) for dimension in range(mesh.ndim)], config.parallel.start_timeout)
         shard_model(config.parallel, model, mesh, dtype)
     model.to_empty(device=world.device).initialize(config.run.seed)
-    parallel = ParallelModel(model, layout, world, config.parallel)
+    parallel = ParallelModel(model, layout, world, config.parallel, dtype)
     if parallel.ddp is not None:
         # DDP orders its buckets anew after its first backward pass, and with three ranks or more the last bit of a sum
         # depends on its place: done here, the first step after a restart rounds like that of a run that went on.
         ids = torch.zeros(1, 3, dtype=torch.int64, device=world.device)
-        autocast = torch.autocast(world.device.type, dtype=dtype, enabled=dtype != torch.float32)
-        with autocast, torch.compiler.set_stance("force_eager"):
+        with parallel.autocast, torch.compiler.set_stance("force_eager"):
             parallel(ids[:, :-1], ids[:, 1:], loops=1, backprop=1).loss.backward()
         model.zero_grad(set_to_none=True)
     return parallel
@@ -203,11 +215,10 @@ def choose_micro_batch(config: Config, parallel: ParallelModel) -> int:
             f"train.micro_batch: got auto, and parallel.mode is {layout.mode}; auto is for single and ddp. Give "
             "a number: 1 needs the least memory"
         )
-    dtype = choose_dtype(config.train.dtype, world.device)
 
     def attempt(batch_size: int) -> int:
         ids = torch.zeros(batch_size, length + 1, dtype=torch.int64, device=world.device)
-        with torch.autocast(world.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        with parallel.autocast:
             # The model itself, not DDP around it: nothing is exchanged.
             loss = parallel.model(
                 ids[:, :-1], ids[:, 1:], loops=config.depth_maximum, backprop=config.depth_backprop

@@ -42,7 +42,7 @@ from mythos.model.generate import generate
 from mythos.model.rdt import RDTOutput, RecurrentDepthTransformer
 from mythos.model.recurrence import initial_state
 from mythos.optim import build_optimizer, learning_rate
-from mythos.parallel import choose_dtype, choose_layout, choose_micro_batch, device_memory, parallelize
+from mythos.parallel import choose_layout, choose_micro_batch, device_memory, parallelize
 from mythos.plots import draw_plots
 from mythos.preflight import check_same_model, prepare_directory, resolve_vocabulary
 from mythos.profiling import OwnTime, Profiler, Stopwatch
@@ -73,7 +73,6 @@ class Trainer:
         self.stop = StopRequests(parse_duration(config.train.max_time) if config.train.max_time else None)
         self.world = world = join_world(config)
         self.device = world.device
-        self.dtype = choose_dtype(config.train.dtype, self.device)
         self.run_dir = config.run_dir
         check_trackers(config.log.trackers)
         world.ranks.agreed(lambda: prepare_directory(self.run_dir))
@@ -235,7 +234,7 @@ class Trainer:
                             metrics |= self.validate()
                         self.log.write(metrics)
                         if validating and self.main:
-                            draw_plots(self.run_dir, config.depth_mean)
+                            self.plots = draw_plots(self.run_dir, config.depth_mean)
                 # After a skipped update weights or data may be to blame, and older checkpoints are surely good.
                 if saving and (sound or last or stopping):
                     with watch.pause():
@@ -246,6 +245,7 @@ class Trainer:
         if not metrics:
             if self.main:
                 print(f"nothing to train: the run is at step {self.step}; raise train.steps, or change run.name")
+                self.plots = draw_plots(self.run_dir, config.depth_mean)
             metrics = self.validate()
         self.sum_up(metrics)
 
@@ -357,7 +357,7 @@ class Trainer:
         rows = batch.rows[micro].tolist()
         ids = self.to_device(batch.ids[micro])
         documents = batch.document_ids
-        with self.autocast:
+        with self.parallel.autocast:
             return self.parallel(
                 ids[:, :-1],
                 ids[:, 1:],
@@ -377,11 +377,6 @@ class Trainer:
     def to_device(self, values: Tensor) -> Tensor:
         """Copy without waiting: from pinned memory, where the device is a GPU."""
         return values.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else values
-
-    @property
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Matrix products in the run's dtype."""
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     @cached_property
     def mean_loops(self) -> int:
@@ -447,7 +442,7 @@ class Trainer:
     def throughput(self, plan: DepthPlan, seconds: float) -> dict[str, float]:
         """Tokens per second over all ranks, and on known GPUs the share of their peak that the needed FLOPs make."""
         metrics = {"tokens_per_second": self.config.tokens_per_step / seconds, "time": time.time()}
-        peak = peak_flops(self.device, self.dtype)
+        peak = peak_flops(self.device, self.parallel.dtype)
         if peak is not None:
             flops = forward_flops(self.config.model, self.config.data.sequence_length)
             needed = flops.training(plan.loops, plan.backprop) * self.config.tokens_per_step
@@ -466,7 +461,7 @@ class Trainer:
             main_depth=self.mean_loops,
             micro_batch=self.micro_batch,
             world=self.world,
-            autocast=self.autocast,
+            autocast=self.parallel.autocast,
         )
         # Under FSDP a forward pass takes all ranks; they draw the same.
         self.samples = [self.sample(n) for n in range(config.eval.samples)] if self.main or self.layout.sharded else []
@@ -484,7 +479,7 @@ class Trainer:
         ids = torch.tensor([self.tokenizer.encode_batch([prompt])[0] or [self.tokenizer.eos_id]], device=self.device)
         given = ids.shape[1]
         generator = torch.Generator(self.device).manual_seed(config.run.seed + index)
-        with self.autocast:
+        with self.parallel.autocast:
             ids = generate(
                 self.model,
                 ids,
@@ -525,7 +520,7 @@ class Trainer:
     def announce(self, found: Path | None) -> None:
         """Print what the configuration amounts to."""
         config, length = self.config, self.config.data.sequence_length
-        parameters = count_parameters(config.model)
+        parameters, dtype = count_parameters(config.model), str(self.parallel.dtype).removeprefix("torch.")
         lines = {
             "model": f"{config.model.preset}: {parameters.total:,} parameters, {parameters.active:,} active per loop",
             "depth": f"{config.depth_mean:g} loops on average ({config.depth.sampling}, "
@@ -535,7 +530,7 @@ class Trainer:
             "training": f"{config.train_steps:,} steps of {config.train.global_batch} x {length} = "
             f"{config.tokens_per_step:,} tokens, {config.train_steps * config.tokens_per_step:,} in all; "
             f"micro-batches of {self.micro_batch}",
-            "device": f"{self.device}, {str(self.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads",
+            "device": f"{self.device}, {dtype}, {torch.get_num_threads()} threads",
             "parallel": f"{self.layout.mode}, {self.layout.why}",
             "run": f"{self.run_dir}" + (f", continuing at step {self.step} from {found}" if found else ""),
         }
@@ -555,7 +550,7 @@ class Trainer:
         print(f"\n  {metrics['val/bits_per_byte']:.3f} bits per byte at {self.mean_loops} loops")
         if self.samples:
             print(f"\nSample\n\n  {self.samples[0]!r}")
-        plots = "\n            ".join(map(str, draw_plots(self.run_dir, self.config.depth_mean)))
+        plots = "\n            ".join(map(str, self.plots))
         print(f"\nplots       {plots}\nmetrics     {self.log.path}\ncheckpoint  {self.checkpoints.newest}")
 
 

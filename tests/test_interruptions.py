@@ -21,7 +21,7 @@ from mythos.data.stream import Batch
 from mythos.errors import MythosError
 from mythos.trainer import Trainer
 from tests.runs import documents, losses, measurements, tiny, write_settings
-from tests.trainers import assert_identical, run, saved, state_of, take_step
+from tests.trainers import assert_identical, fail_at, run, saved, state_of, take_step
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("no_plots")
@@ -218,14 +218,7 @@ def test_what_was_trained_is_saved_when_data_fails(tmp_path, every):
     whole = run(tiny(tmp_path / "whole", **changes))
     config = tiny(tmp_path, **changes)
     made = Trainer(config)
-    original = made.loader.next_batch
-
-    def failing() -> Batch:
-        if made.step == 6:
-            raise MythosError("data: shard x cannot be reached")
-        return original()
-
-    made.loader.next_batch = failing
+    fail_at(made, 6, "data: shard x cannot be reached")
     with pytest.raises(MythosError, match=r"shard x cannot be reached\nStopped after step 6, .*step-00000006"):
         made.run()
     assert_identical(whole, run(config))

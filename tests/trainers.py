@@ -7,6 +7,8 @@ from torch import Tensor
 
 from mythos import checkpoint
 from mythos.config import Config
+from mythos.data.stream import Batch
+from mythos.errors import MythosError
 from mythos.trainer import StepResult, Trainer
 
 
@@ -23,6 +25,18 @@ def take_step(made: Trainer) -> StepResult:
     result = made.train_step(batch)
     made.step += 1
     return result
+
+
+def fail_at(made: Trainer, step: int, problem: str) -> None:
+    """Let the loader raise MythosError for the batch of a step, counted from 0."""
+    original = made.loader.next_batch
+
+    def failing() -> Batch:
+        if made.step == step:
+            raise MythosError(problem)
+        return original()
+
+    made.loader.next_batch = failing
 
 
 def saved(made: Trainer, step: int) -> Path:

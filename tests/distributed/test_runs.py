@@ -20,6 +20,7 @@ from mythos.parallel import choose_micro_batch
 from mythos.trainer import StepResult, Trainer
 from tests.distributed.pool import RankPool
 from tests.runs import measurements, tiny
+from tests.trainers import fail_at
 
 CHANGES: dict[str, Any] = {
     "data__streams": 4,
@@ -130,14 +131,7 @@ def test_time_limit_stops_and_saves_all(pool: RankPool, single: Path) -> None:
 def run_without_data(directory: Path) -> tuple[str, int]:
     made = made_on(directory, "data", checkpoint__every=0)
     if rank() == 1:
-        next_batch = made.loader.next_batch
-
-        def failing() -> Batch:
-            if made.step == 4:
-                raise MythosError("shard x cannot be reached")
-            return next_batch()
-
-        made.loader.next_batch = failing
+        fail_at(made, 4, "shard x cannot be reached")
     with pytest.raises(TransientError) as caught:
         made.run()
     return str(caught.value), made.step
