@@ -96,7 +96,7 @@ def test_peak_flops(monkeypatch, name, device, dtype, expected):
 def test_throughput(tmp_path, monkeypatch):
     """Utilisation counts every pass forward, twice that backward where gradient flows, and no recomputation."""
     config, world = tiny(tmp_path, model__vocab_size=384), SimpleNamespace(size=2)
-    made = SimpleNamespace(config=config, device=None, dtype=None, world=world)
+    made = SimpleNamespace(config=config, device=None, world=world, parallel=SimpleNamespace(dtype=None))
     monkeypatch.setattr(trainer, "peak_flops", lambda *_: 1e9)
     plan = DepthPlan((4, 2, 1, 1), 2)
     metrics = Trainer.throughput(made, plan, 0.5)
