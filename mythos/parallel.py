@@ -297,7 +297,8 @@ def shard_model(
         shard(block, mixed, reshard)
     # Its parameters (embedding, head) are used at both ends of the forward pass, and by what follows it at once.
     fully_shard(model, mp_policy=mixed, reshard_after_forward=False, **common)
-    register_fsdp_forward_method(model, "read_depths")
+    for module, method in ((model, "read_depths"), (model, "extend"), (model.recurrence, "extend")):
+        register_fsdp_forward_method(module, method)
 
 
 def shard_placement(parameter: nn.Parameter, shards: int) -> Shard | None:

@@ -32,7 +32,7 @@ def resolve_vocabulary(config: Config, tokenizer_size: int) -> Config:
     return config.model_copy(update={"model": model})
 
 
-FREE_MODEL_FIELDS = {"preset", "context_length", "loops", "router_bias_rate", "state_init"}
+FREE_MODEL_FIELDS = {"preset", "context_length", "loops", "router_bias_rate", "state_init", "halting"}
 """Fields of the model that may change between a checkpoint and the run that continues it.
 
 None changes the function that the weights compute at a given number of loops. (The adapter has a slot per loop; its

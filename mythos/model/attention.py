@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from mythos.model.cache import CachedContext, Part
 from mythos.model.config import ModelConfig
-from mythos.model.layers import Linear, RMSNorm, apply_rope, rope_table, zeros
+from mythos.model.layers import Linear, RMSNorm, apply_rope, autocast_dtype, rope_table, zeros
 
 BLOCK = 128
 """Positions in a side of flex attention's blocks."""
@@ -25,6 +26,10 @@ class AttentionContext:
     """Like `cos`."""
     mask: Tensor | BlockMask | None
     """None = causal; (B, 1, S, S) bool, True where a query may look; or the same as a block mask on a GPU."""
+
+    def layer(self, part: Part, layer: int) -> "AttentionContext":
+        """The context of one layer: this one, where nothing is kept (see `CachedContext.layer`)."""
+        return self
 
     def first_rows(self, rows: int) -> "AttentionContext":
         """The context of the leading `rows` sequences."""
@@ -145,8 +150,8 @@ class GroupedQueryAttention(nn.Module):
         self.query_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.key_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
-        """(B, S, D) -> (B, S, D)."""
+    def forward(self, x: Tensor, context: AttentionContext | CachedContext) -> Tensor:
+        """(B, S, D) -> (B, S, D); with a cache, packed positions (N, 1, D) -> (N, 1, D)."""
         query = self.query(x).unflatten(-1, (self.heads, self.head_dim))
         key = self.key(x).unflatten(-1, (self.kv_heads, self.head_dim))
         value = self.value(x).unflatten(-1, (self.kv_heads, self.head_dim))
@@ -154,6 +159,10 @@ class GroupedQueryAttention(nn.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         query = apply_rope(query, context.cos, context.sin).to(value.dtype)
         key = apply_rope(key, context.cos, context.sin).to(value.dtype)
+        if isinstance(context, CachedContext):
+            seen = context.store(torch.stack((key, value), dim=2).flatten(1)).unflatten(-1, (2, self.kv_heads, -1))
+            key, value = seen.transpose(1, 3).unbind(2)
+            return self.out(context.attend(query.squeeze(1), key, value, self.head_dim**-0.5).flatten(1).unsqueeze(1))
         return self.out(attend(query, key, value, context).flatten(-2))
 
 
@@ -185,8 +194,8 @@ class MultiHeadLatentAttention(nn.Module):
         self.query_norm = RMSNorm(self.nope + self.rope, eps) if config.qk_norm else None
         self.rope_key_norm = RMSNorm(self.rope, eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
-        """(B, S, D) -> (B, S, D)."""
+    def forward(self, x: Tensor, context: AttentionContext | CachedContext) -> Tensor:
+        """(B, S, D) -> (B, S, D); with a cache, packed positions (N, 1, D) -> (N, 1, D)."""
         if self.query_down is not None and self.query_latent_norm is not None:
             query = self.query(self.query_latent_norm(self.query_down(x)))
         else:
@@ -197,14 +206,35 @@ class MultiHeadLatentAttention(nn.Module):
         if self.query_norm is not None and self.rope_key_norm is not None:
             query, rope_key = self.query_norm(query), self.rope_key_norm(rope_key)
 
-        expanded = self.key_value_up(self.latent_norm(latent)).unflatten(-1, (self.heads, self.nope + self.value_dim))
-        nope_key, value = expanded.split((self.nope, self.value_dim), dim=-1)
+        latent = self.latent_norm(latent)
         nope_query, rope_query = query.split((self.nope, self.rope), dim=-1)
         rope_query = apply_rope(rope_query, context.cos, context.sin)
-        rope_key = apply_rope(rope_key, context.cos, context.sin).expand(-1, -1, self.heads, -1)
+        rope_key = apply_rope(rope_key, context.cos, context.sin)
+        if isinstance(context, CachedContext):
+            seen = context.store(torch.cat((latent, rope_key.squeeze(2)), dim=-1).squeeze(1))
+            output = self.attend_latents(nope_query.squeeze(1), rope_query.squeeze(1), seen, context)
+            return self.out(output.flatten(1).unsqueeze(1))
+
+        expanded = self.key_value_up(latent).unflatten(-1, (self.heads, self.nope + self.value_dim))
+        nope_key, value = expanded.split((self.nope, self.value_dim), dim=-1)
         query = torch.cat((nope_query.to(value.dtype), rope_query.to(value.dtype)), dim=-1)
-        key = torch.cat((nope_key, rope_key.to(value.dtype)), dim=-1)
+        key = torch.cat((nope_key, rope_key.expand(-1, -1, self.heads, -1).to(value.dtype)), dim=-1)
         return self.out(attend(query, key, value, context).flatten(-2))
+
+    def attend_latents(self, nope_query: Tensor, rope_query: Tensor, seen: Tensor, context: CachedContext) -> Tensor:
+        """Attention over what the cache holds, (R, span, latent + rope) -> (N, H, v).
+
+        Absorbed: queries are taken into the latent space, where all heads share keys and values, and results out of it,
+        so that the cache is never expanded (arXiv 2405.04434). The queries are (N, H, nope) and (N, H, rope).
+        """
+        dtype = autocast_dtype(nope_query)
+        up = self.key_value_up.weight.to(dtype).view(self.heads, self.nope + self.value_dim, self.latent_dim)
+        key_up, value_up = up.split((self.nope, self.value_dim), dim=1)
+        query = torch.cat((torch.einsum("nhd,hdc->nhc", nope_query.to(dtype), key_up), rope_query.to(dtype)), dim=-1)
+        shared = seen.to(dtype).unsqueeze(1)
+        # Keys are the values too: fused kernels want both as wide, and the rotated key's part of the result is dropped.
+        output = context.attend(query, shared, shared, (self.nope + self.rope) ** -0.5)[..., : self.latent_dim]
+        return torch.einsum("nhc,hvc->nhv", output, value_up)
 
 
 def build_attention(config: ModelConfig) -> nn.Module:

@@ -109,6 +109,9 @@ class ModelConfig(Section):
     """Rank of the core's depth-wise low-rank adapter, one scale vector a trained loop (arXiv 2410.20672); 0 = none."""
     loop_embedding: bool = False
     """Add a sinusoidal embedding of the loop index to the core's input."""
+    halting: Literal["none", "convergence", "second_difference"] = "convergence"
+    """Rule by which a position stops looping at inference, unless the caller says otherwise: convergence = its state
+    has nearly stopped to change, second_difference = the change has (arXiv 2509.23314), none = all loops for all."""
 
 
 def padded_vocab_size(size: int) -> int:

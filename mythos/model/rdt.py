@@ -1,15 +1,17 @@
 """The recurrent-depth transformer: embed, prelude, loop, coda, head."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import sqrt
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mythos.model.attention import AttentionContext, attention_context
+from mythos.model.cache import CachedContext, DecodeCache
 from mythos.model.config import ModelConfig, padded_vocab_size
+from mythos.model.halting import HaltingRule
 from mythos.model.layers import Initializer, Linear, RMSNorm, identity, initialize, truncated_normal
 from mythos.model.moe import MixtureOfExperts
 from mythos.model.recurrence import LoopState, LTIInjection, Recurrence, dense_block
@@ -61,6 +63,15 @@ class DepthReadout(NamedTuple):
     None for a dense core or the first pass."""
 
 
+class Extension(NamedTuple):
+    """What decoding returns for the positions it was given."""
+
+    logits: Tensor
+    """float32, (B, V) at the last position given of each row (zeros where none was), or (B, S, V), zeros at padding."""
+    loops: Tensor
+    """(B, S) int64 loops that each position ran; 0 at padding."""
+
+
 class RecurrentDepthTransformer(nn.Module):
     """logits = Head(RMSNorm(Coda(C h_T))) with h_T from the recurrence over e = RMSNorm(Prelude(Embed(ids)))."""
 
@@ -70,7 +81,7 @@ class RecurrentDepthTransformer(nn.Module):
             raise ValueError("model.vocab_size is 'auto': resolve it to the tokenizer's size before building the model")
         self.config = config
         dim, looped = config.dim, config.injection != "none"
-        vocab = padded_vocab_size(config.vocab_size)
+        self.vocabulary = vocab = padded_vocab_size(config.vocab_size)
         self.embedding = TokenEmbedding(vocab, dim)
         self.prelude = nn.ModuleList(dense_block(config) for _ in range(config.prelude_layers))
         self.prelude_norm = RMSNorm(dim, config.norm_eps) if config.prelude_norm and looped else None
@@ -130,11 +141,16 @@ class RecurrentDepthTransformer(nn.Module):
 
     @torch.no_grad()
     def read_depths(
-        self, ids: Tensor, targets: Tensor, depths: Sequence[int], document_ids: Tensor | None = None
+        self,
+        ids: Tensor,
+        targets: Tensor,
+        depths: Sequence[int],
+        document_ids: Tensor | None = None,
+        observe: Callable[[LoopState], None] | None = None,
     ) -> list[DepthReadout]:
         """Losses after each of `depths` loops, from one run of the deepest: a shallower run is a prefix of it.
 
-        Shapes as in `forward`; the state starts at zero.
+        Shapes as in `forward`; the state starts at zero. `observe` is called after every pass, read out or not.
         """
         context = attention_context(self.config, ids.shape[1], ids.device, document_ids)
         e = self.encode(ids, context)
@@ -144,6 +160,8 @@ class RecurrentDepthTransformer(nn.Module):
 
         def read_out(after: LoopState) -> None:
             nonlocal before
+            if observe is not None:
+                observe(after)
             if after.loop in depths:
                 losses = self.losses(self.decode(after.state, context), targets)
                 overlap = chosen_overlap(before, after.experts) if before else None
@@ -152,6 +170,74 @@ class RecurrentDepthTransformer(nn.Module):
 
         self.recurrence(e, state, [max(depths)] * len(ids), 0, context, read_out)
         return readouts
+
+    @torch.no_grad()
+    def extend(
+        self,
+        ids: Tensor,
+        cache: DecodeCache,
+        *,
+        mask: Tensor | None = None,
+        loops: int | Sequence[int] | None = None,
+        halting: HaltingRule | None = None,
+        minimum: int = 1,
+        logits: Literal["last", "all"] = "last",
+    ) -> Extension:
+        """Continue the rows of a cache by ids (B, S) int64, each position with its own number of loops.
+
+        `mask` (B, S) bool is True at tokens and False at padding, on either side; a row without tokens costs nothing.
+        `loops` is the most passes, of all rows or one per row (default config.loops); `halting` may stop a position
+        after `minimum` passes or more. Prompts may come in pieces: any split gives the same result.
+
+        Raises ValueError for loops below 1, ids outside of the vocabulary, rows that become longer than
+        config.context_length, or a cache of other rows or another model.
+        """
+        rows, length = ids.shape
+        cache.admit(self, rows)
+        limits = [self.config.loops if loops is None else loops] * rows if not isinstance(loops, Sequence) else loops
+        deepest = max(self.check_loops(sorted(limits, reverse=True), rows))
+        if minimum < 1:
+            raise ValueError(f"minimum: got {minimum}; allowed: at least 1")
+        lowest, highest = (int(bound) for bound in ids.aminmax()) if ids.numel() else (0, 0)
+        if lowest < 0 or highest >= self.vocabulary:
+            raise ValueError(f"token ids {lowest} to {highest}: the model knows 0 to {self.vocabulary - 1}")
+
+        # Packed: all tokens of row 0, then of row 1, ...
+        device = ids.device
+        if mask is None:
+            counts, packed = [length] * rows, torch.arange(rows * length, device=device)
+        else:
+            counts, packed = mask.sum(1).tolist(), mask.flatten().nonzero().squeeze(1)
+        lengths = [held + count for held, count in zip(cache.lengths, counts, strict=True)]
+        if max(lengths) > self.config.context_length:
+            raise ValueError(
+                f"a row of {max(lengths)} tokens: the model's context is {self.config.context_length} "
+                "(model.context_length)"
+            )
+        width = self.vocabulary
+        taken = torch.zeros(rows * length, dtype=torch.int64, device=device)
+        if not sum(counts):
+            shape = (rows, width) if logits == "last" else (rows, length, width)
+            return Extension(torch.zeros(shape, device=device), taken.view(rows, length))
+        row = torch.tensor([r for r, count in enumerate(counts) for _ in range(count)], device=device)
+        position = torch.tensor(
+            [p for old, new in zip(cache.lengths, lengths, strict=True) for p in range(old, new)], device=device
+        )
+        cache.reserve(max(lengths), deepest)
+        context = CachedContext.make(cache, row, position, max(lengths))
+
+        e = self.encode(ids.flatten()[packed].unsqueeze(1), context)
+        limit = torch.tensor(limits, device=device)[row]
+        state, done = self.recurrence.extend(e, context, limit, deepest, halting, minimum)
+        taken[packed] = done
+        hidden = self.decode(state, context).squeeze(1)
+        cache.lengths = lengths
+        if logits == "last":
+            ends = torch.tensor([count for count in counts if count], device=device).cumsum(0) - 1
+            hidden, packed = hidden[ends], row[ends]
+        found = F.linear(hidden, self.head_weight).float()
+        result = found.new_zeros(rows if logits == "last" else rows * length, width).index_copy(0, packed, found)
+        return Extension(result if logits == "last" else result.view(rows, length, width), taken.view(rows, length))
 
     def check_loops(self, loops: int | Sequence[int] | None, rows: int) -> list[int]:
         """`loops` as one host integer per row, deepest first."""
@@ -166,18 +252,18 @@ class RecurrentDepthTransformer(nn.Module):
             raise ValueError(f"loops {loops[0]}: a fixed-depth model (injection: none) runs its core once")
         return loops
 
-    def encode(self, ids: Tensor, context: AttentionContext) -> Tensor:
+    def encode(self, ids: Tensor, context: AttentionContext | CachedContext) -> Tensor:
         """e = RMSNorm(Prelude(Embed(ids))): (B, S) -> (B, S, D)."""
         x = self.embedding(ids)
-        for block in self.prelude:
-            x, _ = block(x, context)
+        for index, block in enumerate(self.prelude):
+            x, _ = block(x, context.layer("prelude", index))
         return x if self.prelude_norm is None else self.prelude_norm(x)
 
-    def decode(self, state: Tensor, context: AttentionContext) -> Tensor:
+    def decode(self, state: Tensor, context: AttentionContext | CachedContext) -> Tensor:
         """RMSNorm(Coda(C h)): (B, S, D) -> (B, S, D)."""
         x = state if self.readout is None else self.readout(state).float()
-        for block in self.coda:
-            x, _ = block(x, context)
+        for index, block in enumerate(self.coda):
+            x, _ = block(x, context.layer("coda", index))
         return self.norm(x)
 
     def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:

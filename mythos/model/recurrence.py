@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mythos.model.attention import AttentionContext, build_attention
+from mythos.model.cache import CachedContext
 from mythos.model.config import ModelConfig
+from mythos.model.halting import HaltingRule
 from mythos.model.layers import Linear, RMSNorm, SwiGLU, constant, identity, ones, zeros
 from mythos.model.moe import build_core_ffn
 
@@ -34,7 +36,7 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn = ffn
 
-    def forward(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, context: AttentionContext | CachedContext) -> tuple[Tensor, Tensor | None]:
         """(B, S, D) -> (B, S, D), and the chosen experts (B, S, k) if the feed-forward routes."""
         x = x + self.attention(self.attention_norm(x), context)
         output = self.ffn(self.ffn_norm(x))
@@ -222,16 +224,58 @@ class Recurrence(nn.Module):
             current = after
         return last
 
+    def extend(
+        self, e: Tensor, context: CachedContext, loops: Tensor, deepest: int, halting: HaltingRule | None, minimum: int
+    ) -> tuple[Tensor, Tensor]:
+        """Run packed positions, each until `halting` stops it or for its number of loops; their entries are kept.
+
+        e is (N, 1, D), loops (N,) int64, at most `deepest`. A position that has stopped leaves the batch: later passes
+        compute nothing for it, and the others see its last keys and values. Returns h_T (N, 1, D) float32, and the
+        passes done by each position, (N,) int64.
+        """
+        shared, injected = self.injection(e) if self.injection is not None else (e, e)
+        final = e.new_zeros(e.shape, dtype=torch.float32)
+        taken = torch.full_like(loops, deepest)
+        state, running, memory = final, torch.arange(len(e), device=e.device), None
+        ends = set(loops.unique().tolist())
+        for done in range(1, deepest + 1):
+            after, _ = self.step(state, shared, injected, torch.full_like(running, done - 1), context.at_loop(done - 1))
+            stop = loops[running] <= done
+            if halting is not None:
+                wish, memory = halting(done, state[:, 0], after[:, 0], memory)
+                stop = stop | wish if done >= minimum else stop
+            state = after
+            if halting is None and done not in ends:
+                continue  # nothing can stop here, and nobody has to wait for the device to know
+            stopped = stop.nonzero().squeeze(1)
+            if len(stopped) == 0:
+                continue
+            result = state if halting is None else halting.result(state, memory)
+            final[running[stopped]] = result[stopped]
+            taken[running[stopped]] = done
+            context.cache.freeze(context.rows[stopped], context.positions[stopped], done - 1)
+            if len(stopped) == len(running):
+                break
+            going = (~stop).nonzero().squeeze(1)
+            running, state, injected, context = running[going], state[going], injected[going], context.keep(going)
+            memory = None if memory is None else memory[going]
+        return final, taken
+
     def step(
-        self, state: Tensor, shared: Tensor, injected: Tensor, loop: Tensor, context: AttentionContext
+        self,
+        state: Tensor,
+        shared: Tensor,
+        injected: Tensor,
+        loop: Tensor,
+        context: AttentionContext | CachedContext,
     ) -> tuple[Tensor, list[Tensor]]:
         """One pass of the core over (n, S, D) rows standing at loop indices `loop` (n,)."""
         u = self.injection.combine(state, shared, injected) if self.injection is not None else injected
         x = u if self.embedding is None else u + self.embedding(loop)
         adapted = self.adapter(x, loop) if self.adapter is not None else None
         routed = []
-        for block in self.blocks:
-            x, experts = block(x, context)
+        for index, block in enumerate(self.blocks):
+            x, experts = block(x, context.layer("core", index))
             if experts is not None:
                 routed.append(experts)
         return (x if adapted is None else x + adapted), routed

@@ -1,0 +1,267 @@
+"""What decoding keeps of earlier positions: an entry for every prelude and coda layer, and for every core layer and loop."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mythos.model.config import ModelConfig
+from mythos.model.layers import rope_at
+
+Part = Literal["prelude", "core", "coda"]
+
+
+def entry_width(config: ModelConfig) -> int:
+    """Numbers a layer keeps of a position: mla = latent and the one rotated key, gqa = its keys and values."""
+    if config.attention == "mla":
+        return config.kv_lora_rank + config.qk_rope_head_dim
+    return 2 * config.n_kv_heads * config.head_dim
+
+
+def cache_slots(config: ModelConfig, loops: int) -> int:
+    """Entries kept of a position."""
+    return config.prelude_layers + config.coda_layers + config.core_layers * loops
+
+
+def cache_bytes_per_token(config: ModelConfig, loops: int, dtype: torch.dtype) -> int:
+    """Bytes that a position takes in a cache of `loops` loops."""
+    return cache_slots(config, loops) * entry_width(config) * dtype.itemsize
+
+
+class DecodeCache:
+    """Keys and values of the positions that each row of a batch holds.
+
+    A position's entries lie at its own place, whatever padding its row came with. A position that stopped at loop t
+    serves its entry of loop t to all deeper loops: it is copied there when the position stops, so that reading is one
+    contiguous slice, and a deeper call than any before extends every position in the same way.
+
+    Args:
+        config: the model's.
+        rows: sequences of the batch.
+        loops: loops that are kept; grows with a deeper call.
+        device: where the entries are kept.
+        dtype: what they are kept in.
+        block: positions by which the cache grows.
+        cache_loops: keep the entries of so many loops only, loop t in slot t modulo this number: a position then serves
+            its newest entry of that slot instead of loop t's (after Huginn, arXiv 2502.05171). None = all.
+
+    Raises ValueError for sizes below 1.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        rows: int,
+        *,
+        loops: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        block: int = 256,
+        cache_loops: int | None = None,
+    ) -> None:
+        for name, value in (("rows", rows), ("loops", loops), ("block", block), ("cache_loops", cache_loops)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: got {value}; allowed: at least 1")
+        self.config = config
+        self.lengths = [0] * rows
+        self.block = block
+        self.cache_loops = cache_loops
+        self.loops = min(loops, cache_loops or loops)
+        self.entries: Tensor | None = torch.empty(
+            cache_slots(config, self.loops), rows, 0, entry_width(config), dtype=dtype, device=device
+        )
+        """(slots, rows, capacity, width): prelude, coda, then the core's layers of loop 0, of loop 1, ..."""
+        self._owner: object = None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes allocated."""
+        return 0 if self.entries is None else self.entries.nbytes
+
+    @property
+    def held(self) -> Tensor:
+        """The entries. Raises ValueError if the cache was reset."""
+        if self.entries is None:
+            raise ValueError("this cache was reset, and what it held is gone: make a new DecodeCache")
+        return self.entries
+
+    def admit(self, model: object, rows: int) -> None:
+        """Bind the cache to a model. Raises ValueError if it holds another's positions, or another number of rows."""
+        assert self.held is not None
+        if self._owner not in (None, model):
+            raise ValueError(
+                "this cache holds the keys and values of another model: make a new DecodeCache for this one"
+            )
+        if rows != len(self.lengths):
+            raise ValueError(f"{rows} rows of ids for a cache of {len(self.lengths)} rows")
+        self._owner = model
+
+    def reserve(self, length: int, loops: int) -> None:
+        """Make room for `length` positions a row and `loops` loops."""
+        entries = self.held
+        slots, rows, capacity, width = entries.shape
+        deepest = min(loops, self.cache_loops or loops)
+        more_slots = max(0, deepest - self.loops) * self.config.core_layers
+        if length > capacity or more_slots:
+            capacity = max(capacity, -(-length // self.block) * self.block)
+            grown = entries.new_zeros(slots + more_slots, rows, capacity, width)
+            grown[:slots, :, : entries.shape[2]] = entries
+            if more_slots:
+                layers = self.config.core_layers
+                last = grown[slots - layers : slots]
+                grown[slots:] = last.repeat(deepest - self.loops, 1, 1, 1)
+                self.loops = deepest
+            self.entries = grown
+
+    def slot(self, part: Part, layer: int, loop: int) -> int:
+        """Where a layer's entries are kept."""
+        config = self.config
+        if part == "prelude":
+            return layer
+        if part == "coda":
+            return config.prelude_layers + layer
+        return config.prelude_layers + config.coda_layers + loop % self.loops * config.core_layers + layer
+
+    def freeze(self, rows: Tensor, positions: Tensor, loop: int) -> None:
+        """Let positions (n,) of rows (n,) that stopped after loop index `loop` serve their entries to deeper loops."""
+        if loop + 1 < self.loops:
+            first = self.slot("core", 0, 0)
+            core = self.held[first:].unflatten(0, (self.loops, self.config.core_layers))
+            core[loop + 1 :, :, rows, positions] = core[loop, :, rows, positions].unsqueeze(0)
+
+    def crop(self, lengths: int | Sequence[int]) -> None:
+        """Keep the first positions of every row: so many of all, or of each.
+
+        Raises ValueError for lengths that a row does not have.
+        """
+        wanted = [lengths] * len(self.lengths) if isinstance(lengths, int) else list(lengths)
+        if len(wanted) != len(self.lengths) or any(
+            not 0 <= new <= old for new, old in zip(wanted, self.lengths, strict=False)
+        ):
+            raise ValueError(f"cannot crop rows of {self.lengths} positions to {wanted}")
+        self.lengths = wanted
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep these rows, in this order; one may be kept more than once (beams)."""
+        self.entries = self.held[:, list(rows)]
+        self.lengths = [self.lengths[row] for row in rows]
+
+    def reset(self) -> None:
+        """Free the memory. The cache cannot be used any more."""
+        self.entries = None
+        self.lengths = [0] * len(self.lengths)
+
+
+class Groups(NamedTuple):
+    """How packed positions are laid out for attention: R rows with positions, Q of them at most."""
+
+    rows: Tensor | None
+    """(R,) which rows of the cache; None = all, in order."""
+    place: Tensor | None
+    """(N,) place of each position among the R x Q; None where every row has one."""
+    size: int
+    """Q."""
+    mask: Tensor | None
+    """(R, 1, Q, span) bool, True where a query may look; None = everywhere, or causal."""
+    causal: bool
+    """Whether queries and keys are the same positions."""
+
+
+def group(rows: Tensor, positions: Tensor, cache_rows: int, span: int) -> Groups:
+    """Group packed positions (N,), sorted by row, which see the places up to their own among `span`."""
+    present, counts = torch.unique_consecutive(rows, return_counts=True)
+    here = len(present)
+    size = -(-len(rows) // here) if len(rows) % here == 0 and here == len(rows) else int(counts.max())
+    place = None
+    last = positions.view(-1, 1)
+    if size > 1:
+        starts = counts.cumsum(0) - counts
+        order = torch.arange(len(rows), device=rows.device) - starts.repeat_interleave(counts, output_size=len(rows))
+        place = torch.arange(here, device=rows.device).repeat_interleave(counts, output_size=len(rows)) * size + order
+        # A query that stands for nothing sees the first place: one that sees none would be NaN.
+        last = positions.new_zeros(here * size).index_copy(0, place, positions).view(here, size)
+    causal = size == span and len(rows) == here * size
+    mask = None
+    if not causal:
+        mask = torch.arange(span, device=rows.device) <= last[:, None, :, None]
+    return Groups(None if here == cache_rows else present, place, size, mask, causal)
+
+
+@dataclass(frozen=True)
+class CachedContext:
+    """What the attention layers of a decoding call share: N packed positions, of any number of each row.
+
+    Packed positions pass through the model as (N, 1, D): nothing is computed for padding or for positions that halted.
+    """
+
+    cache: DecodeCache
+    rows: Tensor
+    """(N,) int64 row of each position, ascending."""
+    positions: Tensor
+    """(N,) int64, ascending in each row."""
+    span: int
+    """Places that any query may see."""
+    cos: Tensor
+    """(N, 1, rotated dims / 2) float32."""
+    sin: Tensor
+    groups: Groups
+    loop: int = 0
+    slot: int = 0
+
+    @classmethod
+    def make(cls, cache: DecodeCache, rows: Tensor, positions: Tensor, span: int) -> "CachedContext":
+        """Tables and mask for the positions."""
+        config = cache.config
+        rotated = config.qk_rope_head_dim if config.attention == "mla" else config.head_dim
+        cos, sin = rope_at(positions.unsqueeze(1), rotated, config.rope_theta)
+        return cls(cache, rows, positions, span, cos, sin, group(rows, positions, len(cache.lengths), span))
+
+    def keep(self, chosen: Tensor) -> "CachedContext":
+        """The context of some of the positions, (n,) indices in ascending order."""
+        rows, positions = self.rows[chosen], self.positions[chosen]
+        groups = group(rows, positions, len(self.cache.lengths), self.span)
+        return replace(self, rows=rows, positions=positions, cos=self.cos[chosen], sin=self.sin[chosen], groups=groups)
+
+    def at_loop(self, loop: int) -> "CachedContext":
+        """The context of the core's blocks in a pass."""
+        return replace(self, loop=loop)
+
+    def layer(self, part: Part, layer: int) -> "CachedContext":
+        """The context of one layer."""
+        return replace(self, slot=self.cache.slot(part, layer, self.loop))
+
+    def store(self, entry: Tensor) -> Tensor:
+        """Keep the layer's entries of these positions, (N, width), and return all that their rows see.
+
+        Returns (R, span, width).
+        """
+        entries = self.cache.held[self.slot]
+        entries[self.rows, self.positions] = entry.to(entries.dtype)
+        seen = entries[:, : self.span]
+        return seen if self.groups.rows is None else seen[self.groups.rows]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Softmax attention of the packed queries.
+
+        query (N, H, d), key (R, KV, span, d), value (R, KV, span, v) with KV dividing H -> (N, H, v).
+        """
+        groups, heads, dim = self.groups, query.shape[1], query.shape[2]
+        if groups.place is not None:
+            padded = query.new_zeros(len(key) * groups.size, heads, dim).index_copy(0, groups.place, query)
+            query = padded.view(len(key), groups.size, heads, dim).transpose(1, 2)
+        else:
+            query = query.unsqueeze(2)
+        output = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=groups.mask,
+            is_causal=groups.causal and groups.size > 1,
+            scale=scale,
+            enable_gqa=heads != key.shape[1],
+        )
+        output = output.transpose(1, 2).reshape(-1, heads, output.shape[-1])
+        return output if groups.place is None else output[groups.place]
