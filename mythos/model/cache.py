@@ -1,4 +1,4 @@
-"""What decoding keeps of earlier positions: an entry for every prelude and coda layer, and for every core layer and loop."""
+"""What decoding keeps of positions: an entry for every prelude and coda layer, and for every core layer and loop."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
