@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field
 
+from mythos.data.config import TaskConfig, task_contradictions
 from mythos.errors import MythosError
 from mythos.model.config import (
     ModelConfig,
@@ -101,9 +102,12 @@ class MixtureSourceConfig(SourceConfig):
 class DataConfig(SourceConfig):
     """Where documents come from and how they become sequences."""
 
-    kind: Literal["embedded", "files", "hub", "tokens", "mixture"] = "embedded"
+    kind: Literal["embedded", "files", "hub", "tokens", "mixture", "reasoning"] = "embedded"
     """embedded = English documentation found on this machine, files = parquet/jsonl/txt, hub = Hugging Face dataset,
-    tokens = what scripts/tokenize_corpus.py wrote, mixture = several of these."""
+    tokens = what scripts/tokenize_corpus.py wrote, mixture = several of these; reasoning = no text but a task, whose
+    vocabulary takes the tokenizer's place."""
+    task: TaskConfig = TaskConfig()
+    """reasoning: what is asked for."""
     sources: dict[str, MixtureSourceConfig] = {}
     """mixture: sources by a name of your choice, each with kind, path, dataset, ..., filters and weight."""
     streams: PositiveInt = 64
@@ -163,6 +167,9 @@ class DepthConfig(Section):
     1..2 mean - 1, or log-normal Poisson (arXiv 2502.05171)."""
     maximum: PositiveInt | None = None
     """Most loops a sequence may draw; null = twice the mean."""
+    follow: Literal["none", "difficulty"] = "none"
+    """difficulty = with data.kind reasoning, a loop for each step of the task: mean and maximum follow from
+    data.task.difficulty, and all loops carry gradient unless backprop says otherwise."""
     curriculum: CurriculumConfig = CurriculumConfig()
     """Ramp of the mean."""
     backprop_curriculum: CurriculumConfig = CurriculumConfig()
@@ -342,16 +349,22 @@ class Config(Section):
     @property
     def depth_mean(self) -> float:
         """Mean loops of a sequence at the end of the curriculum."""
+        if self.depth.follow == "difficulty":
+            return sum(self.data.task.difficulty) / 2
         return float(self.model.loops if self.depth.mean is None else self.depth.mean)
 
     @property
     def depth_backprop(self) -> int:
         """Most last loops that carry gradient at the end of the curriculum."""
+        if self.depth.backprop is None and self.depth.follow == "difficulty":
+            return self.depth_maximum
         return math.ceil(self.depth_mean / 2) if self.depth.backprop is None else self.depth.backprop
 
     @property
     def depth_maximum(self) -> int:
         """Most loops a sequence may draw; 1 for a fixed-depth model."""
+        if self.depth.follow == "difficulty":
+            return self.data.task.difficulty[1]
         if self.depth.maximum is not None:
             return self.depth.maximum
         return 1 if self.model.injection == "none" else math.ceil(2 * self.depth_mean)
@@ -447,6 +460,9 @@ def _build(data: dict[str, Any], problems: Problems) -> Config:
     if values["model"].get("injection") == "none":
         values.setdefault("eval", {}).setdefault("loops", [1])
     config = Config.model_validate(values)
+    if config.data.kind == "reasoning" and config.model.vocab_size == "auto":
+        model = config.model.model_copy(update={"vocab_size": config.data.task.vocabulary})
+        config = config.model_copy(update={"model": model})
     for paths, message in _contradictions(config, problems.paths):
         problems.add_contradiction(paths, message)
     problems.raise_any()
@@ -465,7 +481,7 @@ def _contradictions(config: Config, reported: set[str]) -> Iterator[tuple[tuple[
         yield ("run.name",), "got an empty name; give the run a name"
 
     model_vocabulary = config.model.vocab_size
-    if config.tokenizer.name == "bpe":
+    if config.tokenizer.name == "bpe" and data.kind != "reasoning":
         size = config.tokenizer.vocab_size
         if size < 384:
             yield ("tokenizer.vocab_size",), f"got {size}; allowed: at least 384 (256 bytes and some merges)"
@@ -474,6 +490,12 @@ def _contradictions(config: Config, reported: set[str]) -> Iterator[tuple[tuple[
             yield ("tokenizer.vocab_size", "model.vocab_size"), f"got {size} and {model_vocabulary}; {rule}"
 
     yield from _source_contradictions(config)
+    if data.kind == "reasoning":
+        yield from task_contradictions(data.task, data.sequence_length, model_vocabulary)
+        if data.mask_documents:
+            yield ("data.kind", "data.mask_documents"), "got reasoning and true; a task has no documents"
+    elif data.task != TaskConfig():
+        yield ("data.kind", "data.task"), f"got {data.kind} and a task; tasks are for reasoning"
     if data.validation.fraction == 0 and not data.validation.path:
         rule = "hold out a share of the documents or give files to validate on"
         yield ("data.validation.fraction", "data.validation.path"), f"got 0 and no path; {rule}"
@@ -494,6 +516,16 @@ def _contradictions(config: Config, reported: set[str]) -> Iterator[tuple[tuple[
         if getattr(parallel, name) is not None and parallel.mode != "hsdp":
             given = f"got {parallel.mode} and {getattr(parallel, name)}"
             yield ("parallel.mode", f"parallel.{name}"), f"{given}; the second is for mode hsdp only"
+
+    if depth.follow == "difficulty":
+        if data.kind != "reasoning" or config.model.injection == "none":
+            given = f"got difficulty, {data.kind} and {config.model.injection}"
+            rule = "loops can follow the difficulty of a reasoning task only, and where there are loops"
+            yield ("depth.follow", "data.kind", "model.injection"), f"{given}; {rule}"
+        for name in ("mean", "maximum", "sampling", "curriculum"):
+            if getattr(depth, name) != DepthConfig.model_fields[name].default:
+                rule = "the task's difficulty gives the loops; leave the second out"
+                yield ("depth.follow", f"depth.{name}"), f"got difficulty and {shown(getattr(depth, name))}; {rule}"
 
     def source(name: str, otherwise: str) -> str:
         given = getattr(depth, name) is not None or f"depth.{name}" in reported

@@ -1,16 +1,21 @@
 """How many loops every sequence of a step runs: a pure function of (seed, step, slot), outside the model."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from math import cos, exp, floor, lgamma, log, pi, sqrt
 from random import Random
 from statistics import NormalDist
+from typing import NamedTuple
 
 from mythos.config import Config, CurriculumConfig
+from mythos.data.tasks import slot_difficulties
 
 LOGNORMAL_SIGMA = 0.5
 """Spread of the log-normal Poisson (Huginn, arXiv 2502.05171)."""
+EARLY_SHARE = 8
+"""One row in so many teaches a halting gate, at most."""
 LOGNORMAL_POINTS = 32
 """Quantiles that stand for the log-normal when probabilities are computed."""
 
@@ -23,11 +28,22 @@ class DepthPlan:
     """Passes through the core for every row of the global batch."""
     backprop: int
     """A row of T loops carries gradient through its last min(T, backprop) passes."""
+    early: "EarlyReadout | None" = None
+    """What a halting gate learns from in this step."""
 
     @property
     def mean_backprop(self) -> float:
         """Mean over rows of the passes that carry gradient."""
         return sum(min(row, self.backprop) for row in self.loops) / len(self.loops)
+
+
+class EarlyReadout(NamedTuple):
+    """Rows that are read out before their last loop as well, all of one depth."""
+
+    rows: range
+    """Rows of the global batch: those of a slot."""
+    by: int
+    """Passes before their last."""
 
 
 class DepthSchedule:
@@ -47,6 +63,7 @@ class DepthSchedule:
         self.mean_target = config.depth_mean
         self.backprop_target = config.depth_backprop
         self.maximum = config.depth_maximum
+        self.task = config.data.task if config.depth.follow == "difficulty" else None
 
     def mean(self, step: int) -> float:
         """Mean loops aimed at in this step."""
@@ -54,13 +71,33 @@ class DepthSchedule:
 
     def plan(self, step: int) -> DepthPlan:
         """Depths of every row of the step's global batch."""
+        loops = self.slot_loops(step)
+        backprop = round(ramp(self.depth.backprop_curriculum, step, self.steps, self.backprop_target))
+        rows = tuple(depth for depth in loops for _ in range(self.streams))
+        return DepthPlan(rows, backprop, self.early_readout(step, loops))
+
+    def early_readout(self, step: int, loops: Sequence[int]) -> EarlyReadout | None:
+        """One slot in turn, unless it runs one loop; with fewer than 8 slots not in every step.
+
+        So at most an eighth of all rows is read out twice, the same ones on any number of ranks, of which all have as
+        many. The depth is log-uniform over 1..T-1, for it is after few loops that stopping makes a difference.
+        """
+        period = max(1, EARLY_SHARE // self.slots)
+        slot = step // period % self.slots
+        by = loops[slot] - int(loops[slot] ** Random(f"early/{self.seed}/{step}").random())
+        if step % period or by == 0:
+            return None
+        return EarlyReadout(range(slot * self.streams, (slot + 1) * self.streams), by)
+
+    def slot_loops(self, step: int) -> list[int]:
+        """Loops of each slot: drawn, or the difficulty of the task that the slot's sequences are made with."""
+        if self.task is not None:
+            return slot_difficulties(self.task, self.slots, self.seed, step)
         cumulative = cumulative_probabilities(self.depth.sampling, self.mean(step), self.maximum)
         random = Random(f"{self.seed}/{step}")
         order = sorted(range(self.slots), key=lambda _: random.random())
         quantiles = [(stratum + random.random()) / self.slots for stratum in order]
-        loops = [1 + sum(q >= edge for edge in cumulative[:-1]) for q in quantiles]
-        backprop = round(ramp(self.depth.backprop_curriculum, step, self.steps, self.backprop_target))
-        return DepthPlan(tuple(depth for depth in loops for _ in range(self.streams)), backprop)
+        return [1 + sum(q >= edge for edge in cumulative[:-1]) for q in quantiles]
 
 
 def ramp(curriculum: CurriculumConfig, step: int, steps: int, target: float) -> float:

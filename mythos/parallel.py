@@ -17,6 +17,7 @@ from torch.nn.utils import get_total_norm
 
 from mythos.config import Config, ParallelConfig
 from mythos.errors import MythosError
+from mythos.model.halting import HaltingGate
 from mythos.model.rdt import RDTOutput, RecurrentDepthTransformer
 from mythos.ranks import World
 
@@ -135,6 +136,8 @@ class ParallelModel:
         parameters = list(model.parameters())
         self.shards = [p for p in parameters if isinstance(p, DTensor)]
         self.wholes = [p for p in parameters if not isinstance(p, DTensor)]
+        # A gate is trained beside the model: its gradient may not change how much the model's is clipped.
+        self.beside = set(model.halting.parameters()) if isinstance(model.halting, HaltingGate) else set()
 
     def __call__(self, *inputs: Any, **options: Any) -> RDTOutput:
         """The model's forward pass."""
@@ -169,10 +172,14 @@ class ParallelModel:
                 module.reshard()
 
     def squared_norm(self) -> Tensor:
-        """This rank's part of the squared 2-norm of the gradient: float64 scalar; the ranks' parts add up to it."""
+        """This rank's part of the squared 2-norm of the gradient: float64 scalar; the ranks' parts add up to it.
+
+        A halting gate is left out.
+        """
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for parameters, copies in ((self.shards, self.layout.replicate), (self.wholes, self.layout.size)):
-            gradients = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters]
+            of_model = [p.grad for p in parameters if p not in self.beside]
+            gradients = [g.to_local() if isinstance(g, DTensor) else g for g in of_model]
             if gradients:
                 total += get_total_norm(gradients).double().square() / copies
         return total
@@ -196,7 +203,7 @@ def parallelize(config: Config, model: RecurrentDepthTransformer, layout: Layout
         # depends on its place: done here, the first step after a restart rounds like that of a run that went on.
         ids = torch.zeros(1, 3, dtype=torch.int64, device=world.device)
         with parallel.autocast, torch.compiler.set_stance("force_eager"):
-            parallel(ids[:, :-1], ids[:, 1:], loops=1, backprop=1).loss.backward()
+            parallel(ids[:, :-1], ids[:, 1:], loops=1, backprop=1).objective.backward()
         model.zero_grad(set_to_none=True)
     return parallel
 
@@ -220,10 +227,8 @@ def choose_micro_batch(config: Config, parallel: ParallelModel) -> int:
         ids = torch.zeros(batch_size, length + 1, dtype=torch.int64, device=world.device)
         with parallel.autocast:
             # The model itself, not DDP around it: nothing is exchanged.
-            loss = parallel.model(
-                ids[:, :-1], ids[:, 1:], loops=config.depth_maximum, backprop=config.depth_backprop
-            ).loss
-        loss.backward()
+            output = parallel.model(ids[:, :-1], ids[:, 1:], loops=config.depth_maximum, backprop=config.depth_backprop)
+        output.objective.backward()
         return batch_size
 
     def find() -> int:
@@ -293,8 +298,10 @@ def shard_model(
         for block in model.recurrence.blocks:
             shard(block, mixed, reshard)
     shard(model.recurrence, mixed, reshard)
+    # A gate reads out twice in steps that vary; the backward pass begins with the coda anyway.
+    twice = isinstance(model.halting, HaltingGate)
     for block in model.coda:
-        shard(block, mixed, reshard)
+        shard(block, mixed, reshard and not twice)
     # Its parameters (embedding, head) are used at both ends of the forward pass, and by what follows it at once.
     fully_shard(model, mp_policy=mixed, reshard_after_forward=False, **common)
     for module, method in ((model, "read_depths"), (model, "extend"), (model.recurrence, "extend")):

@@ -17,6 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from mythos.config import Config, ParallelConfig, dump_config
 from mythos.errors import MythosError
 from mythos.estimate import build_on_meta, count_parameters, forward_flops
+from mythos.model.cache import cache_bytes_per_token
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.optim import build_optimizer
 from mythos.parallel import Layout, build_mesh, choose_layout, float32_parameters, shard_model
@@ -109,9 +110,9 @@ class Exchange:
 def plan(config: Config, ranks: int | None = None, machine_ranks: int = 8, device_memory: int = DEVICE_MEMORY) -> str:
     """What a configuration amounts to, for `--dry-run`.
 
-    Every resolved field, parameters, steps and FLOPs by depth; then for `ranks` processes (default: WORLD_SIZE, or 1),
-    `machine_ranks` of them on each machine, on devices of `device_memory` bytes: the layout, the memory a process
-    needs, what would fit if that does not, and the collectives of a step.
+    Every resolved field, parameters, steps, FLOPs by depth and what decoding caches; then for `ranks` processes
+    (default: WORLD_SIZE, or 1), `machine_ranks` of them on each machine, on devices of `device_memory` bytes: the
+    layout, the memory a process needs, what would fit if that does not, and the collectives of a step.
 
     Raises MythosError if so many processes cannot share the batches or if parallel.mode does not fit their number.
     """
@@ -138,6 +139,7 @@ def plan(config: Config, ranks: int | None = None, machine_ranks: int = 8, devic
         f"run directory   {config.run_dir}",
         f"FLOPs per token at {config.data.sequence_length} tokens, forward, by loops",
         *(f"{depth:16d}  {flops.once + depth * flops.loop:.3e}" for depth in depths),
+        _cache_line(config),
         f"processes       {ranks:,}, {local} on a machine: {_named(layout)} ({layout.why})",
         *_memory_lines(config, laid, local, device_memory),
         *_collective_lines(config, laid),
@@ -360,6 +362,13 @@ def _with_parallel(config: Config, **changes: Any) -> Config:
 
 def _named(layout: Layout) -> str:
     return f"hsdp, {layout.replicate} x {layout.shard}" if layout.mode == "hsdp" else layout.mode
+
+
+def _cache_line(config: Config) -> str:
+    dtype, loops = compute_dtype(config), round(config.depth_mean)
+    size = cache_bytes_per_token(config.model, loops, dtype)
+    unit = str(dtype).removeprefix("torch.")
+    return f"cache bytes per token in {unit}: {size:,} ({size / 2**10:,.2f} KiB) at {loops} loop{'s' * (loops != 1)}"
 
 
 def _gib(size: int) -> str:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from mythos.evaluation.depth_sweep import DepthSweep
+
 
 def draw_plots(run_dir: Path, mean_depth: float) -> list[Path]:
     """Write `plots/loss.png` and `plots/depth.png`; returns what was written.
@@ -51,6 +53,9 @@ def draw_plots(run_dir: Path, mean_depth: float) -> list[Path]:
                 alpha=1.0 if newest else 0.4,
                 label=f"step {record['step']}",
             )
+        if "val/auto_loss" in validations[-1]:
+            halted = [validations[-1][key] for key in ("val/auto_loops", "val/auto_loss")]
+            axes.plot(*halted, "*", color="tab:red", markersize=12, label="with halting")
         axes.set_xscale("log", base=2)
         ticks = list(losses_by_depth(validations[-1]))
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
@@ -76,3 +81,68 @@ def finish(figure: Figure, path: Path) -> Path:
     aside = path.with_name("tmp." + path.name)
     figure.savefig(aside, dpi=120)
     return aside.replace(path)
+
+
+def draw_sweep(sweep: DepthSweep, path: Path) -> Path:
+    """Draw a depth sweep to a PNG: loss, exits, state and, for a routed core, experts, by loops; returns the path."""
+    from matplotlib.figure import Figure
+
+    routed = sweep.loops[0].load_max_over_mean is not None
+    figure = Figure(figsize=(15 if routed else 10, 8), layout="constrained")
+    panels = figure.subplots(2, 3 if routed else 2)
+    (loss, norm), (exits, delta) = panels[:, :2].T
+
+    draw_losses(loss, sweep)
+    exits.set(title="Exits", ylabel="share of positions")
+    rules = [point.rule for point in sweep.halting]
+    for number, point in enumerate(sweep.halting):
+        shares = [count / sum(point.exits) for count in point.exits]
+        label = f"{point.rule} {point.threshold:g}" + (" (default)" if point.default else "")
+        opacity = 1 - 0.8 * rules[:number].count(point.rule) / rules.count(point.rule)
+        color = f"C{list(dict.fromkeys(rules)).index(point.rule)}"
+        exits.plot(range(1, len(shares) + 1), shares, ".-", color=color, alpha=opacity, label=label)
+
+    passes = [measures.loops for measures in sweep.loops]
+    norm.set(title="Size of the state", ylabel="mean log ||h||")
+    norm.plot(passes, [measures.state_norm for measures in sweep.loops], ".-")
+    delta.set(title="Change of the state", ylabel="||h_t - h_(t-1)|| / ||h_t||", yscale="log")
+    delta.plot(passes, [measures.state_delta for measures in sweep.loops], ".-")
+    if routed:
+        load, overlap = panels[:, 2]
+        load.set(title="Load of the busiest expert", ylabel="over the mean")
+        load.plot(passes, [measures.load_max_over_mean for measures in sweep.loops], ".-")
+        overlap.set(title="Experts chosen in the loop before too", ylabel="share", ylim=(0, 1.05))
+        overlap.plot(passes[1:], [measures.expert_overlap for measures in sweep.loops[1:]], ".-")
+    ticks = [measures.loops for measures in sweep.read_out]
+    for axes in panels.flat:
+        axes.set_xlabel("loops")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.axvline(sweep.mean_loops, color="black", linewidth=0.8, linestyle=":")
+        axes.grid(alpha=0.3)
+    exits.set_xlim(loss.get_xlim())
+    if sweep.halting:
+        exits.legend(fontsize="x-small")
+    return finish(figure, path)
+
+
+def draw_losses(axes: Axes, sweep: DepthSweep) -> None:
+    """Losses by loops above the least of them, on a scale on which 0.001 nats are seen beside one."""
+    read_out, fit = sweep.read_out, sweep.fit
+    best = min(measures.loss for measures in read_out)
+    axes.set(title="Loss", ylabel=f"nats per token above {best:.4f}")
+    axes.set_yscale("symlog", linthresh=1e-3)
+    axes.plot([d.loops for d in read_out], [d.loss - best for d in read_out], "o-", color="black", label="all alike")
+    if fit is not None:
+        first, last = fit.loops[0], fit.loops[-1]
+        finely = [first * (last / first) ** (step / 100) for step in range(101)]
+        law = f"{fit.limit:.3f} {fit.amplitude:+.3f} exp(-{fit.rate:.3f} T)"
+        axes.plot(finely, [fit.loss(loops) - best for loops in finely], ":", color="black", label=law)
+    for number, rule in enumerate(dict.fromkeys(point.rule for point in sweep.halting)):
+        points = [point for point in sweep.halting if point.rule == rule]
+        losses = [point.loss - best for point in points]
+        axes.plot([p.loops for p in points], losses, "s--", color=f"C{number}", markersize=4, label=rule)
+        for point in points:
+            if point.default:
+                axes.plot(point.loops, point.loss - best, "*", color=f"C{number}", markersize=14, label="default")
+    axes.legend(fontsize="small")

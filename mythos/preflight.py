@@ -32,7 +32,7 @@ def resolve_vocabulary(config: Config, tokenizer_size: int) -> Config:
     return config.model_copy(update={"model": model})
 
 
-FREE_MODEL_FIELDS = {"preset", "context_length", "loops", "router_bias_rate", "state_init", "halting"}
+FREE_MODEL_FIELDS = {"preset", "context_length", "loops", "router_bias_rate", "state_init", "ponder_weight"}
 """Fields of the model that may change between a checkpoint and the run that continues it.
 
 None changes the function that the weights compute at a given number of loops. (The adapter has a slot per loop; its
@@ -42,7 +42,10 @@ shape is checked with all others.)"""
 def check_same_model(config: Config, saved: dict[str, Any], path: Path | None) -> None:
     """Refuse to continue with another model than the checkpoint's. Raises MythosError naming every differing field."""
     here = config.model.model_dump(mode="json")
-    differing = [name for name in here if name not in FREE_MODEL_FIELDS and here[name] != saved.get(name)]
+    # Rules that need no training may be changed as well.
+    trained = [section.get("halting") in ("gate", "act") and section["halting"] for section in (here, saved)]
+    free = FREE_MODEL_FIELDS | ({"halting"} if trained[0] == trained[1] else set())
+    differing = [name for name in here if name not in free and here[name] != saved.get(name)]
     if differing:
         lines = [f"  model.{name}: {saved.get(name)!r} in the checkpoint, {here[name]!r} here" for name in differing]
         raise MythosError(

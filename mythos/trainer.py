@@ -24,10 +24,13 @@ from mythos.config import Config, save_config
 from mythos.data.loader import Loader
 from mythos.data.pipeline import open_data
 from mythos.data.stream import Batch, DifferentData, count_skipped, merge_states
+from mythos.data.tasks import TaskSet
 from mythos.data.tokenizer import check_vocabulary
 from mythos.depth import DepthPlan, DepthSchedule
 from mythos.errors import MythosError, TransientError
 from mythos.estimate import count_parameters, forward_flops
+from mythos.evaluation.depth_sweep import adaptive_metrics, fit_losses, fit_metrics
+from mythos.evaluation.reasoning import task_metrics
 from mythos.evaluation.validation import losses_by_depth, validation_metrics
 from mythos.faults import (
     RunLock,
@@ -41,6 +44,7 @@ from mythos.metrics import MetricsLog, check_trackers, expert_balance, over_rank
 from mythos.model.generate import generate
 from mythos.model.rdt import RDTOutput, RecurrentDepthTransformer
 from mythos.model.recurrence import initial_state
+from mythos.model.sampling import Sampling
 from mythos.optim import build_optimizer, learning_rate
 from mythos.parallel import choose_layout, choose_micro_batch, device_memory, parallelize
 from mythos.plots import draw_plots
@@ -97,8 +101,11 @@ class Trainer:
         )
         self.tokenizer = data.tokenizer
         config = config.model_copy(update={"data": data.config})
-        self.config = config = resolve_vocabulary(config, self.tokenizer.padded_size)
-        check_vocabulary(self.tokenizer, config.model.vocab_size)
+        if self.tokenizer is not None:
+            config = resolve_vocabulary(config, self.tokenizer.padded_size)
+            check_vocabulary(self.tokenizer, config.model.vocab_size)
+        self.config = config
+        self.targets_per_step = data.targets * config.train.global_batch
         if meta:
             check_same_model(config, meta["config"]["model"], found)
         self.schedule = DepthSchedule(config)
@@ -153,7 +160,7 @@ class Trainer:
     def begin_files(self, found: Path | None) -> MetricsLog:
         """Write what a run begins with: only now that everything fits, for a failed start must not bind the next."""
         if self.main:
-            if found is None:
+            if found is None and self.tokenizer is not None:
                 self.tokenizer.save(self.run_dir / "tokenizer")
             save_config(self.config, self.run_dir / "config.yaml")
         return MetricsLog(self.run_dir, self.config, self.step, main=self.main)
@@ -301,7 +308,7 @@ class Trainer:
         rows = batch.rows.tolist()
         order = sorted(range(len(rows)), key=lambda i: -plan.loops[rows[i]])
         # The losses of all ranks must add up, and DDP and FSDP average.
-        targets = config.tokens_per_step / world.size
+        targets = self.targets_per_step / world.size
 
         sums: dict[str, Tensor] = {}
         for start in range(0, len(order), self.micro_batch):
@@ -313,9 +320,9 @@ class Trainer:
                 with contextlib.nullcontext() if self.layout.sharded else self.own_time:
                     output = self.forward(batch, micro, plan)
                 self.watchdog.beat(f"step {step + 1}: backward pass of rows {start} on (reducing gradients)")
-                (output.loss / targets).backward()
+                (output.objective / targets).backward()
             share = len(micro) / len(order) / world.size
-            add(sums, "loss", output.loss.detach() / config.tokens_per_step)
+            add(sums, "loss", output.loss.detach() / self.targets_per_step)
             add(sums, "state_norm", output.state_norm * share)
             add(sums, "state_delta", output.state_delta * share)
             if output.expert_load is not None:
@@ -355,12 +362,14 @@ class Trainer:
         """Loss and measurements of some rows of the batch."""
         config = self.config
         rows = batch.rows[micro].tolist()
+        early = [place for place, row in enumerate(rows) if plan.early and row in plan.early.rows]
         ids = self.to_device(batch.ids[micro])
+        targets = ids[:, 1:] if batch.targets is None else self.to_device(batch.targets[micro])
         documents = batch.document_ids
         with self.parallel.autocast:
             return self.parallel(
                 ids[:, :-1],
-                ids[:, 1:],
+                targets,
                 loops=[plan.loops[row] for row in rows],
                 backprop=plan.backprop,
                 state=initial_state(
@@ -372,6 +381,8 @@ class Trainer:
                     device=self.device,
                 ),
                 document_ids=None if documents is None else self.to_device(documents[micro]),
+                early_rows=early,
+                early_by=plan.early.by if plan.early else 0,
             )
 
     def to_device(self, values: Tensor) -> Tensor:
@@ -454,17 +465,22 @@ class Trainer:
         config = self.config
         self.watchdog.beat(f"step {self.step}: validation")
         self.model.eval()
-        metrics = validation_metrics(
-            self.model,
-            self.validation,
-            depths=config.eval.loops,
-            main_depth=self.mean_loops,
-            micro_batch=self.micro_batch,
-            world=self.world,
-            autocast=self.parallel.autocast,
-        )
+        common: dict[str, Any] = {
+            "micro_batch": self.micro_batch,
+            "world": self.world,
+            "autocast": self.parallel.autocast,
+        }
+        follows = config.depth.follow == "difficulty"
+        measure = task_metrics if isinstance(self.validation, TaskSet) else validation_metrics
+        main_depth = None if follows else self.mean_loops
+        metrics = measure(self.model, self.validation, depths=config.eval.loops, main_depth=main_depth, **common)
+        metrics |= fit_metrics(losses_by_depth(metrics))
+        # Where positions halt, ranks run different numbers of passes, and those that share the model must not.
+        if not follows and not self.layout.sharded:
+            metrics |= adaptive_metrics(self.model, self.validation, most=self.mean_loops, **common)
         # Under FSDP a forward pass takes all ranks; they draw the same.
-        self.samples = [self.sample(n) for n in range(config.eval.samples)] if self.main or self.layout.sharded else []
+        sampling = self.tokenizer is not None and (self.main or self.layout.sharded)
+        self.samples = [self.sample(n) for n in range(config.eval.samples)] if sampling else []
         if self.samples and self.main:
             path = self.run_dir / "samples" / f"step-{self.step:08d}.txt"
             path.parent.mkdir(exist_ok=True)
@@ -474,24 +490,25 @@ class Trainer:
 
     def sample(self, index: int) -> str:
         """Text after one of eval.prompts, at the mean depth; the same draw at every step."""
+        assert self.tokenizer is not None
         config = self.config
         prompt = config.eval.prompts[index % len(config.eval.prompts)]
-        ids = torch.tensor([self.tokenizer.encode_batch([prompt])[0] or [self.tokenizer.eos_id]], device=self.device)
-        given = ids.shape[1]
-        generator = torch.Generator(self.device).manual_seed(config.run.seed + index)
+        # Of a prompt that leaves no room in the context, the end is continued.
+        room = max(1, config.model.context_length - config.eval.sample_tokens)
+        ids = (self.tokenizer.encode_batch([prompt])[0] or [self.tokenizer.eos_id])[-room:]
         with self.parallel.autocast:
-            ids = generate(
+            [drawn], _ = generate(
                 self.model,
-                ids,
+                [ids],
                 config.eval.sample_tokens,
-                generator=generator,
+                sampling=Sampling(temperature=0.8, top_k=40),
+                seed=config.run.seed + index,
                 vocabulary=self.tokenizer.size,
                 loops=self.mean_loops,
                 # Under FSDP no rank may stop before the others, should their logits differ in the last bit.
-                stop_id=None if self.layout.sharded else self.tokenizer.eos_id,
+                stop_ids=() if self.layout.sharded else (self.tokenizer.eos_id,),
             )
-        prompt_ids, drawn = ids[0, :given].tolist(), ids[0, given:].tolist()
-        return self.tokenizer.decode(prompt_ids + list(takewhile(lambda token: token != self.tokenizer.eos_id, drawn)))
+        return self.tokenizer.decode(ids + list(takewhile(lambda token: token != self.tokenizer.eos_id, drawn.tokens)))
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor that training continues from, the live ones."""
@@ -521,9 +538,10 @@ class Trainer:
         """Print what the configuration amounts to."""
         config, length = self.config, self.config.data.sequence_length
         parameters, dtype = count_parameters(config.model), str(self.parallel.dtype).removeprefix("torch.")
+        drawn = "those of the task" if config.depth.follow == "difficulty" else config.depth.sampling
         lines = {
             "model": f"{config.model.preset}: {parameters.total:,} parameters, {parameters.active:,} active per loop",
-            "depth": f"{config.depth_mean:g} loops on average ({config.depth.sampling}, "
+            "depth": f"{config.depth_mean:g} loops on average ({drawn}, "
             f"at most {config.depth_maximum}), gradient through the last {config.depth_backprop}",
             "data": f"{config.data.kind}, {config.data.streams} streams, "
             f"{len(self.validation.ids)} validation sequences",
@@ -543,11 +561,24 @@ class Trainer:
         if not self.main:
             return
         curve = losses_by_depth(metrics)
-        print(f"\nValidation after {self.tokens:,} tokens\n\n  loops      loss  perplexity")
+        answered = "val/accuracy" in metrics
+        column = "accuracy" if answered else "perplexity"
+        print(f"\nValidation after {self.tokens:,} tokens\n\n  loops      loss  {column:>10}")
         for loops, loss in curve.items():
             mark = "  <- training mean" if loops == self.mean_loops else ""
-            print(f"  {loops:5d}  {loss:8.4f}  {math.exp(loss):10.2f}{mark}")
-        print(f"\n  {metrics['val/bits_per_byte']:.3f} bits per byte at {self.mean_loops} loops")
+            beside = f"{metrics[f'val/accuracy@{loops}']:10.2%}" if answered else f"{math.exp(loss):10.2f}"
+            print(f"  {loops:5d}  {loss:8.4f}  {beside}{mark}")
+        if answered:
+            at = "as many loops as steps" if self.config.depth.follow == "difficulty" else f"{self.mean_loops} loops"
+            print(f"\n  {metrics['val/accuracy']:.2%} of the answers are right at {at}")
+        else:
+            print(f"\n  {metrics['val/bits_per_byte']:.3f} bits per byte at {self.mean_loops} loops")
+        if fit := fit_losses(curve):
+            print(f"  {fit}")
+        if "val/auto_loss" in metrics:
+            beside = "" if answered else f", perplexity {math.exp(metrics['val/auto_loss']):.2f}"
+            halted = f"{metrics['val/auto_loops']:.2f} loops where {self.config.model.halting} halts"
+            print(f"  {halted}: {metrics['val/auto_saved']:.0%} saved{beside}")
         if self.samples:
             print(f"\nSample\n\n  {self.samples[0]!r}")
         plots = "\n            ".join(map(str, self.plots))

@@ -251,6 +251,21 @@ def test_fitting_layout_is_the_smallest(tmp_path: Path) -> None:
     assert isinstance(planning.find_fit(config, 64, 8, memory // 10), int)
 
 
+# --- what decoding caches
+
+
+def test_cache_of_a_token_is_told(tmp_path: Path) -> None:
+    """A layer of mla keeps a latent and one rotated key; one of gqa the keys and the values of its kv heads."""
+    assert "cache bytes per token in bfloat16: 16,640 (16.25 KiB) at 16 loops\n" in plan(preset("mythos_3b"))
+    small = {"train__dtype": "float32", "model__prelude_layers": 2, "model__core_layers": 3, "depth__mean": 5.0}
+    entries = 2 + 3 * 5 + 1
+    mla = plan(tiny(tmp_path, **small, model__coda_layers=1, model__kv_lora_rank=20, model__qk_rope_head_dim=4))
+    assert f"cache bytes per token in float32: {4 * entries * (20 + 4):,} (" in mla and "at 5 loops\n" in mla
+    heads = {"model__attention": "gqa", "model__n_heads": 6, "model__n_kv_heads": 3, "model__head_dim": 10}
+    gqa = plan(tiny(tmp_path, **small, model__coda_layers=1, **heads))
+    assert f"cache bytes per token in float32: {4 * entries * 2 * 3 * 10:,} (" in gqa
+
+
 # --- collectives, whose counts tests/distributed/test_collectives.py compares with real steps
 
 

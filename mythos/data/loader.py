@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mythos.data.processes import START_METHOD, begin_worker, signals_held
 from mythos.data.stream import Batch, TokenStreams, merge_states
+from mythos.data.tasks import TaskStreams
 from mythos.errors import MythosError
 
 REQUESTS_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -37,7 +38,7 @@ class _Share(NamedTuple):
 class _Shares(IterableDataset):
     """The endless shares of the worker process that iterates, some steps at a time; a problem comes as the last one."""
 
-    def __init__(self, streams: TokenStreams, slots: int, steps: int) -> None:
+    def __init__(self, streams: TokenStreams | TaskStreams, slots: int, steps: int) -> None:
         self.streams = streams
         self.slots = slots
         self.steps = steps
@@ -73,7 +74,7 @@ class Loader:
         MythosError: the number of processes does not divide the number of streams.
     """
 
-    def __init__(self, streams: TokenStreams, *, slots: int, workers: int, prefetch: int) -> None:
+    def __init__(self, streams: TokenStreams | TaskStreams, *, slots: int, workers: int, prefetch: int) -> None:
         if streams.streams % streams.world_size:
             raise MythosError(
                 f"data.streams: {streams.streams} is not a multiple of the {streams.world_size} processes. Use a "

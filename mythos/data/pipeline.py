@@ -8,6 +8,7 @@ from mythos.config import Config, DataConfig
 from mythos.data.corpus import cache_directory, holdout_fraction, open_corpora, pin_revisions, weighted
 from mythos.data.source import Source, open_sources, open_validation_sources
 from mythos.data.stream import TokenStreams
+from mythos.data.tasks import TaskSet, TaskStreams, task_set
 from mythos.data.tokenizer import Tokenizer, load_tokenizer
 from mythos.data.validation import ValidationSet, validation_set
 
@@ -37,6 +38,11 @@ class Data(NamedTuple):
             world_size=world_size,
         )
 
+    @property
+    def targets(self) -> int:
+        """Tokens of a sequence that the loss counts."""
+        return self.config.sequence_length
+
     def validation(self, sequences: int) -> ValidationSet:
         """Held-out sequences; raises MythosError if there is not text for one."""
         return validation_set(
@@ -49,7 +55,45 @@ class Data(NamedTuple):
         )
 
 
-def open_data(config: Config, run_dir: Path | None, saved: Mapping[str, Any], progress: bool = True) -> Data:
+class TaskData(NamedTuple):
+    """A reasoning task in the place of text.
+
+    Attributes:
+        config: the data section.
+        slots: sequences of a stream in a step.
+        tokenizer: there is none.
+    """
+
+    config: DataConfig
+    slots: int
+    tokenizer: None = None
+
+    def streams(self, seed: int, rank: int = 0, world_size: int = 1) -> TaskStreams:
+        """The streams of a rank, at the beginning."""
+        return TaskStreams(
+            self.config.task,
+            streams=self.config.streams,
+            slots=self.slots,
+            sequence_length=self.config.sequence_length,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+        )
+
+    @property
+    def targets(self) -> int:
+        """Tokens of a sequence that the loss counts."""
+        return self.config.task.targets
+
+    def validation(self, sequences: int) -> TaskSet:
+        """Sequences that training does not see, as many for every stream: of each difficulty in turn, hardest first."""
+        low, high = self.config.task.difficulty
+        difficulties = [low + index % (high - low + 1) for index in range(sequences // self.config.streams)]
+        hardest_first = sorted(difficulties, reverse=True)
+        return task_set(self.config.task, hardest_first, self.config.streams, self.config.sequence_length, "validation")
+
+
+def open_data(config: Config, run_dir: Path | None, saved: Mapping[str, Any], progress: bool = True) -> Data | TaskData:
     """Open corpora, then the tokenizer (which may be trained on them), then the sources of both.
 
     Args:
@@ -61,6 +105,8 @@ def open_data(config: Config, run_dir: Path | None, saved: Mapping[str, Any], pr
     Raises:
         MythosError: data that cannot be found, read or tokenized as the configuration says.
     """
+    if config.data.kind == "reasoning":
+        return TaskData(config.data, config.train.global_batch // config.data.streams)
     data = pin_revisions(config.data, saved)
     corpora = open_corpora(data)
     tokenizer = load_tokenizer(

@@ -33,11 +33,13 @@ class Batch(NamedTuple):
         document_ids: int32 (rows, sequence_length), the document of every input counted from 0 in each row, or None.
             An end-of-document token belongs to the document that it ends.
         rows: int64 (rows,), row g of the global batch: slot g // streams of stream g % streams.
+        targets: int64 (rows, sequence_length), -100 where nothing is asked for, or None: the next ids.
     """
 
     ids: Tensor
     document_ids: Tensor | None
     rows: Tensor
+    targets: Tensor | None = None
 
 
 class Position(NamedTuple):

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,9 @@ from torch import Tensor
 
 from mythos.model.config import ModelConfig
 from mythos.model.layers import rope_at
+
+if TYPE_CHECKING:
+    from mythos.model.rdt import RecurrentDepthTransformer
 
 Part = Literal["prelude", "core", "coda"]
 
@@ -74,7 +77,7 @@ class DecodeCache:
             cache_slots(config, self.loops), rows, 0, entry_width(config), dtype=dtype, device=device
         )
         """(slots, rows, capacity, width): prelude, coda, then the core's layers of loop 0, of loop 1, ..."""
-        self._owner: object = None
+        self._owner: RecurrentDepthTransformer | None = None
 
     @property
     def bytes(self) -> int:
@@ -88,10 +91,13 @@ class DecodeCache:
             raise ValueError("this cache was reset, and what it held is gone: make a new DecodeCache")
         return self.entries
 
-    def admit(self, model: object, rows: int) -> None:
-        """Bind the cache to a model. Raises ValueError if it holds another's positions, or another number of rows."""
+    def admit(self, model: "RecurrentDepthTransformer", rows: int) -> None:
+        """Let a model use the cache, which holds positions of one model only.
+
+        Raises ValueError if it holds another's, was made for another configuration or number of rows, or was reset.
+        """
         assert self.held is not None
-        if self._owner not in (None, model):
+        if self.config != model.config or (any(self.lengths) and self._owner is not model):
             raise ValueError(
                 "this cache holds the keys and values of another model: make a new DecodeCache for this one"
             )
@@ -145,7 +151,12 @@ class DecodeCache:
         self.lengths = wanted
 
     def select(self, rows: Sequence[int]) -> None:
-        """Keep these rows, in this order; one may be kept more than once (beams)."""
+        """Keep these rows, in this order; one may be kept more than once (beams).
+
+        Raises ValueError for rows that the cache does not have, or for none.
+        """
+        if not rows or min(rows) < 0 or max(rows) >= len(self.lengths):
+            raise ValueError(f"cannot select rows {list(rows)} of a cache of {len(self.lengths)} rows")
         self.entries = self.held[:, list(rows)]
         self.lengths = [self.lengths[row] for row in rows]
 
@@ -174,7 +185,7 @@ def group(rows: Tensor, positions: Tensor, cache_rows: int, span: int) -> Groups
     """Group packed positions (N,), sorted by row, which see the places up to their own among `span`."""
     present, counts = torch.unique_consecutive(rows, return_counts=True)
     here = len(present)
-    size = -(-len(rows) // here) if len(rows) % here == 0 and here == len(rows) else int(counts.max())
+    size = 1 if here == len(rows) else int(counts.max())
     place = None
     last = positions.view(-1, 1)
     if size > 1:
@@ -248,20 +259,20 @@ class CachedContext:
 
         query (N, H, d), key (R, KV, span, d), value (R, KV, span, v) with KV dividing H -> (N, H, v).
         """
-        groups, heads, dim = self.groups, query.shape[1], query.shape[2]
-        if groups.place is not None:
-            padded = query.new_zeros(len(key) * groups.size, heads, dim).index_copy(0, groups.place, query)
-            query = padded.view(len(key), groups.size, heads, dim).transpose(1, 2)
-        else:
-            query = query.unsqueeze(2)
+        groups, heads, kv_heads = self.groups, query.shape[1], key.shape[1]
+        key, value = key.to(query.dtype), value.to(query.dtype)
+        if groups.place is None:
+            # One query a row: the heads that share a key stand as its queries, up to ten times faster.
+            query = query.unflatten(1, (kv_heads, -1))
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=groups.mask, scale=scale).flatten(1, 2)
+        padded = query.new_zeros(len(key) * groups.size, *query.shape[1:]).index_copy(0, groups.place, query)
         output = F.scaled_dot_product_attention(
-            query,
+            padded.unflatten(0, (len(key), -1)).transpose(1, 2),
             key,
             value,
             attn_mask=groups.mask,
-            is_causal=groups.causal and groups.size > 1,
+            is_causal=groups.causal,
             scale=scale,
-            enable_gqa=heads != key.shape[1],
+            enable_gqa=heads != kv_heads,
         )
-        output = output.transpose(1, 2).reshape(-1, heads, output.shape[-1])
-        return output if groups.place is None else output[groups.place]
+        return output.transpose(1, 2).flatten(0, 1)[groups.place]

@@ -109,9 +109,13 @@ class ModelConfig(Section):
     """Rank of the core's depth-wise low-rank adapter, one scale vector a trained loop (arXiv 2410.20672); 0 = none."""
     loop_embedding: bool = False
     """Add a sinusoidal embedding of the loop index to the core's input."""
-    halting: Literal["none", "convergence", "second_difference"] = "convergence"
-    """Rule by which a position stops looping at inference, unless the caller says otherwise: convergence = its state
-    has nearly stopped to change, second_difference = the change has (arXiv 2509.23314), none = all loops for all."""
+    halting: Literal["none", "convergence", "second_difference", "gate", "act"] = "convergence"
+    """Rule by which a position stops looping at inference, unless the caller names another: convergence = its state has
+    nearly stopped to change, second_difference = the change has (arXiv 2509.23314), gate = a small network, trained
+    beside the model, expects no gain, act = adaptive computation time (arXiv 1603.08983), trained with the model, for
+    comparison only, none = all loops for all."""
+    ponder_weight: Annotated[float, Field(ge=0)] = 0.01
+    """act: weight of the ponder cost (passes plus remainder of a position) beside the loss in nats."""
 
 
 def padded_vocab_size(size: int) -> int:

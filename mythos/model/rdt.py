@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from mythos.model.attention import AttentionContext, attention_context
 from mythos.model.cache import CachedContext, DecodeCache
 from mythos.model.config import ModelConfig, padded_vocab_size
-from mythos.model.halting import HaltingRule
+from mythos.model.halting import (
+    GATE_POSITIONS,
+    ActHalting,
+    HaltingGate,
+    HaltingRule,
+    Pondering,
+    build_halting,
+)
 from mythos.model.layers import Initializer, Linear, RMSNorm, identity, initialize, truncated_normal
 from mythos.model.moe import MixtureOfExperts
 from mythos.model.recurrence import LoopState, LTIInjection, Recurrence, dense_block
@@ -47,6 +54,15 @@ class RDTOutput(NamedTuple):  # a tuple, because FSDP and DDP look for the tenso
     expert_load: Tensor | None
     """(core layers, trained loops, experts) int64: tokens sent to each expert at each loop index; the last index also
     counts the loops beyond the trained ones. None for a dense core."""
+    halting_loss: Tensor | None
+    """What halting adds to the loss, float32 scalar: the regression of the gate, which gives the trunk no gradient, or
+    the weighted ponder cost of act. None for other rules, or without targets."""
+
+    @property
+    def objective(self) -> Tensor:
+        """What training minimises, summed over the targets."""
+        assert self.loss is not None
+        return self.loss if self.halting_loss is None else self.loss + self.halting_loss
 
 
 class DepthReadout(NamedTuple):
@@ -90,6 +106,7 @@ class RecurrentDepthTransformer(nn.Module):
         self.coda = nn.ModuleList(dense_block(config) for _ in range(config.coda_layers))
         self.norm = RMSNorm(dim, config.norm_eps)
         self.head = None if config.tie_embeddings else Linear(dim, vocab)
+        self.halting = build_halting(config.halting, dim, config.loops)
 
     @property
     def head_weight(self) -> Tensor:
@@ -110,6 +127,8 @@ class RecurrentDepthTransformer(nn.Module):
         backprop: int | None = None,
         state: Tensor | None = None,
         document_ids: Tensor | None = None,
+        early_rows: Sequence[int] = (),
+        early_by: int = 0,
     ) -> RDTOutput:
         """Run every row for its number of loops.
 
@@ -117,6 +136,9 @@ class RecurrentDepthTransformer(nn.Module):
         row, deepest first (default config.loops); `backprop` how many last loops carry gradient (default all); `state`
         h_0 (B, S, D) float32 (default zeros); document_ids (B, S) int, a document being a run of equal ids, keeps
         attention within documents and counts positions from the start of each.
+
+        To train a gate, rows `early_rows`, which lie side by side and are equally deep, are also read out `early_by`
+        passes before their last, without gradient.
 
         Raises ValueError for loops below 1, rows that are not ordered deepest first, or a number of loops that does not
         match the rows.
@@ -127,17 +149,60 @@ class RecurrentDepthTransformer(nn.Module):
         if state is None:
             state = e.new_zeros(e.shape, dtype=torch.float32)
         load = self.empty_load(ids.device)
+        pondering = Pondering(self.halting) if isinstance(self.halting, ActHalting) else None
+        gate = self.halting if isinstance(self.halting, HaltingGate) else None
+        early: LoopState | None = None
 
-        def count(after: LoopState) -> None:
+        def observe(after: LoopState) -> None:
+            nonlocal early
             if load is not None:
                 add_load(load, after)
+            if pondering is not None:
+                pondering.observe(after)
+            if gate is not None and early_rows and after.loop == rows[0] - early_by:
+                early = after
 
-        last = self.recurrence(e, state, rows, backprop or rows[0], context, count)
-        hidden = self.decode(last.state, context)
+        last = self.recurrence(e, state, rows, backprop or rows[0], context, observe)
+        hidden = self.decode(last.state if pondering is None else pondering.result(last.state), context)
         norm, delta = state_measures(last)
         if targets is None:
-            return RDTOutput(F.linear(hidden, self.head_weight).float(), None, norm, delta, load)
-        return RDTOutput(None, self.losses(hidden, targets).sum(), norm, delta, load)
+            return RDTOutput(F.linear(hidden, self.head_weight).float(), None, norm, delta, load, None)
+        halting_loss = None
+        if gate is not None:
+            halting_loss = self.gate_loss(gate, early, early_rows, hidden, targets, document_ids)
+        elif pondering is not None:
+            halting_loss = self.config.ponder_weight * (pondering.ponder_cost() * (targets != IGNORE_INDEX)).sum()
+        return RDTOutput(None, self.losses(hidden, targets).sum(), norm, delta, load, halting_loss)
+
+    def gate_loss(
+        self,
+        gate: HaltingGate,
+        early: LoopState | None,
+        rows: Sequence[int],
+        hidden: Tensor,
+        targets: Tensor,
+        document_ids: Tensor | None,
+    ) -> Tensor:
+        """The gate's regression on what `rows` would lose by stopping at `early`, against their full depth; scalar.
+
+        `hidden` is what the full depth was decoded to, (B, S, D).
+        """
+        if early is None:  # DDP and FSDP expect a gradient of every parameter in every step
+            return torch.stack([parameter.sum() for parameter in gate.parameters()]).sum() * 0.0
+        chosen = slice(rows[0], rows[-1] + 1)
+        # Evenly spaced positions: whole distributions over the vocabulary take much memory.
+        spaced = slice(None, None, -(-targets.shape[1] // GATE_POSITIONS))
+        with torch.no_grad():
+            documents = None if document_ids is None else document_ids[chosen]
+            context = attention_context(self.config, targets.shape[1], targets.device, documents)
+            shallow, deep = (
+                F.linear(decoded[:, spaced], self.head_weight).float().log_softmax(-1)
+                for decoded in (self.decode(early.state[chosen], context), hidden[chosen])
+            )
+            divergence = (deep.exp() * (deep - shallow)).sum(-1)
+            counted = (targets[chosen, spaced] != IGNORE_INDEX).float()
+        before, after = (state[chosen, spaced].detach().flatten(0, 1) for state in (early.previous, early.state))
+        return gate.loss(before, after, divergence.flatten(), counted.flatten())
 
     @torch.no_grad()
     def read_depths(
@@ -157,13 +222,17 @@ class RecurrentDepthTransformer(nn.Module):
         state = e.new_zeros(e.shape, dtype=torch.float32)
         readouts: list[DepthReadout] = []
         before: list[Tensor] = []
+        pondering = Pondering(self.halting) if isinstance(self.halting, ActHalting) else None
 
         def read_out(after: LoopState) -> None:
             nonlocal before
             if observe is not None:
                 observe(after)
+            if pondering is not None:
+                pondering.observe(after)
             if after.loop in depths:
-                losses = self.losses(self.decode(after.state, context), targets)
+                result = after.state if pondering is None else pondering.result(after.state)
+                losses = self.losses(self.decode(result, context), targets)
                 overlap = chosen_overlap(before, after.experts) if before else None
                 readouts.append(DepthReadout(after.loop, losses, state_measures(after)[1], overlap))
             before = after.experts

@@ -250,7 +250,7 @@ class Recurrence(nn.Module):
             stopped = stop.nonzero().squeeze(1)
             if len(stopped) == 0:
                 continue
-            result = state if halting is None else halting.result(state, memory)
+            result = state if halting is None else halting.result(state[:, 0], memory).unsqueeze(1)
             final[running[stopped]] = result[stopped]
             taken[running[stopped]] = done
             context.cache.freeze(context.rows[stopped], context.positions[stopped], done - 1)

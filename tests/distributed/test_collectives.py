@@ -42,6 +42,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "fsdp, kept": (2, FSDP | KEPT),
     "fsdp, reduced in each micro-batch": (2, FSDP | ALWAYS),
     "fsdp, one micro-batch": (2, FSDP | ONCE),
+    "fsdp, gate": (2, FSDP | {"model__halting": "gate"}),
     "fsdp, blocks": (2, BLOCK),
     "fsdp, blocks kept": (2, BLOCK | KEPT),
     "fsdp, blocks, reduced in each micro-batch": (2, BLOCK | ALWAYS),

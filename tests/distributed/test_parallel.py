@@ -109,14 +109,45 @@ def test_equals_one_process(pool: RankPool, single: tuple[Path, Trained], layout
     assert min(expected.norms) > 0.7, "clipping must act"
     assert all(trained.idle_experts for trained in everyone), "some experts must be idle on every rank"
     for trained in everyone:
-        assert trained.depths == expected.depths
-        torch.testing.assert_close(trained.losses, expected.losses, rtol=1e-5, atol=0)
-        torch.testing.assert_close(trained.norms, expected.norms, rtol=1e-5, atol=0)
-        assert all(torch.equal(one, other) for one, other in zip(trained.loads, expected.loads, strict=True))
-        for name, weight in trained.weights.items():
-            torch.testing.assert_close(
-                weight, expected.weights[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: n + m
-            )
+        assert_same(trained, expected)
+
+
+def assert_same(trained: Trained, expected: Trained) -> None:
+    assert trained.depths == expected.depths
+    torch.testing.assert_close(trained.losses, expected.losses, rtol=1e-5, atol=0)
+    torch.testing.assert_close(trained.norms, expected.norms, rtol=1e-5, atol=0)
+    assert all(torch.equal(one, other) for one, other in zip(trained.loads, expected.loads, strict=True))
+    assert trained.weights.keys() >= expected.weights.keys()
+    for name, weight in expected.weights.items():
+        torch.testing.assert_close(trained.weights[name], weight, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: n + m)
+
+
+GATE = {"model__halting": "gate"}
+
+
+@pytest.fixture(scope="module")
+def gated(single: tuple[Path, Trained]) -> Trained:
+    return train(single[0], "gated", GATE)
+
+
+def test_gate_changes_no_bit_of_the_model(single: tuple[Path, Trained], gated: Trained) -> None:
+    _, expected = single
+    assert gated.losses == expected.losses and gated.norms == expected.norms
+    for name, weight in expected.weights.items():
+        assert torch.equal(gated.weights[name], weight), name
+    added = {name for name in gated.weights if name not in expected.weights}
+    assert added and all("halting." in name for name in added)
+    assert any(gated.weights[name].any() for name in added if name.endswith("halting.out")), "it has learned"
+
+
+@pytest.mark.parametrize("layout", ["ddp on 2", "fsdp on 2, recomputed", "hsdp 2 x 2, reduced once"])
+def test_gate_learns_alike(pool: RankPool, single: tuple[Path, Trained], gated: Trained, layout: str) -> None:
+    """The same rows teach it under every layout; the model is that of one process without a gate."""
+    directory, expected = single
+    ranks, changes = LAYOUTS[layout]
+    for trained in pool.run(train, directory, layout + ", gate", GATE | changes, ranks=ranks):
+        assert_same(trained, expected)
+        assert_same(trained, gated)
 
 
 def dtypes_in_forward(directory: Path) -> tuple[dict[str, torch.dtype], dict[str, torch.dtype], float]:

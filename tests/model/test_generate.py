@@ -1,97 +1,238 @@
-"""Generation against the model called by hand, token by token."""
+"""Generation with a cache against the model called by hand on the whole context, token by token, a row at a time."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from mythos.model.generate import generate
+from mythos.model.generate import Continuation, generate
+from mythos.model.halting import Convergence
 from mythos.model.rdt import RecurrentDepthTransformer
+from mythos.model.sampling import Sampling, uniforms
+from tests.model.slow_decode import SlowRow, converged
 
-PROMPT = torch.tensor([[5, 17, 99]])
+Build = Callable[..., RecurrentDepthTransformer]
+
+PROMPTS = [[5, 17, 99], [1], [64, 3, 3, 120, 7, 7, 90, 2], [11, 12]]
+GREEDY = Sampling(temperature=0)
 
 
-def by_hand(model: RecurrentDepthTransformer, count: int, loops: int, context: int) -> Tensor:
-    """The likeliest token after the last `context` ids, `count` times."""
-    ids = PROMPT[0].tolist()
-    for _ in range(count):
+def by_hand(
+    model: RecurrentDepthTransformer,
+    prompt: Sequence[int],
+    count: int,
+    loops: int,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+) -> list[int]:
+    """`count` ids, each by a forward pass over everything before it."""
+    ids = list(prompt)
+    places = uniforms([seed], max(count, 1))
+    for n in range(count):
         with torch.no_grad():
-            logits = model(torch.tensor([ids[-context:]]), loops=loops).logits
-        ids.append(max(range(logits.shape[-1]), key=logits[0, -1].tolist().__getitem__))
-    return torch.tensor([ids])
+            logits = model(torch.tensor([ids]), loops=loops).logits[:, -1]
+        seen = torch.zeros(1, 128, dtype=torch.bool)
+        seen[0, ids] = True
+        ids.append(int(sampling.draw(logits, places[:, n], seen if sampling.repetition_penalty != 1 else None)))
+    return ids[len(prompt) :]
 
 
-def greedy(model: RecurrentDepthTransformer, count: int, **options) -> Tensor:
-    return generate(model, PROMPT, count, generator=torch.Generator(), temperature=0, **options)
+def greedy(model: RecurrentDepthTransformer, count: int, prompts: Any = PROMPTS, **options: Any) -> list[Continuation]:
+    return generate(model, prompts, count, sampling=GREEDY, **options).rows
 
 
-@pytest.mark.parametrize("loops", [1, 4, 9])
-def test_greedy_takes_the_likeliest(model, loops):
-    model = model()
-    expected = by_hand(model, 8, loops, 1024)
-    assert torch.equal(greedy(model, 8, loops=loops), expected)
-    assert len(set(expected[0].tolist())) > 4, "the model must say different things"
-    assert torch.equal(greedy(model, 8), by_hand(model, 8, model.config.loops, 1024))
+def tokens(rows: list[Continuation]) -> list[list[int]]:
+    return [row.tokens for row in rows]
 
 
-def test_context_is_cut_from_the_left(model):
-    short = model(context_length=4)
-    expected = by_hand(short, 10, 4, 4)
-    assert torch.equal(greedy(short, 10), expected)
-    assert not torch.equal(expected, by_hand(short, 10, 4, 1024)), "the cut must matter"
+@pytest.mark.parametrize("attention", ["mla", "gqa"])
+@pytest.mark.parametrize("loops", [1, 4, 7])
+def test_greedy_takes_what_full_recomputation_finds_likeliest(model: Build, attention: str, loops: int) -> None:
+    made = model(attention=attention)
+    rows = greedy(made, 8, loops=loops)
+    assert tokens(rows) == [by_hand(made, prompt, 8, loops) for prompt in PROMPTS]
+    assert all(row.loops == [loops] * 8 and row.end == "length" for row in rows)
+    assert len({token for row in rows for token in row.tokens}) > 8, "the model must say different things"
+    if loops == 4:
+        assert greedy(made, 8) == rows, "the default is the model's"
 
 
-def test_stop_token_ends_and_is_left_out(model):
-    model = model()
-    whole = greedy(model, 8)[0].tolist()
-    stop = whole[6]
-    cut = whole[: whole.index(stop, 3)]
-    assert greedy(model, 8, stop_id=stop)[0].tolist() == cut
-    assert greedy(model, 8, stop_id=whole[3])[0].tolist() == whole[:3]
-    assert greedy(model, 0)[0].tolist() == whole[:3]
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 8, 100])
+def test_prompts_may_be_read_in_pieces(model: Build, chunk: int) -> None:
+    made = model()
+    assert tokens(greedy(made, 4, prefill_chunk=chunk)) == [by_hand(made, prompt, 4, 4) for prompt in PROMPTS]
 
 
-def test_padding_of_the_table_is_never_drawn(model):
-    model = model()
-    highest = max(greedy(model, 8)[0, 3:].tolist())
-    assert highest > 8
-    assert max(greedy(model, 8, vocabulary=highest)[0, 3:].tolist()) < highest
-    assert torch.equal(greedy(model, 8, vocabulary=highest + 1), greedy(model, 8))
-    assert max(sampled(model, 0, vocabulary=8, temperature=5.0)[3:]) < 8
+def test_pieces_are_no_longer_than_asked_for(model: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, lengths, original = model(), [], RecurrentDepthTransformer.extend
+
+    def watched(self: RecurrentDepthTransformer, ids: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        lengths.append(ids.shape[1])
+        return original(self, ids, *arguments, **options)
+
+    monkeypatch.setattr(RecurrentDepthTransformer, "extend", watched)
+    greedy(made, 3, prefill_chunk=3)
+    assert lengths == [3, 3, 2, 1, 1], "the last token needs no pass after it"
 
 
-def sampled(model: RecurrentDepthTransformer, seed: int, count: int = 12, **options) -> list[int]:
-    ids = generate(model, PROMPT, count, generator=torch.Generator().manual_seed(seed), **options)
-    return ids[0].tolist()
+def test_rows_of_different_loops_share_a_batch(model: Build) -> None:
+    made, loops = model(), [2, 9, 1, 5]
+    rows = greedy(made, 6, loops=loops)
+    assert tokens(rows) == [by_hand(made, *pair) for pair in zip(PROMPTS, [6] * 4, loops, strict=True)]
+    assert [row.loops for row in rows] == [[count] * 6 for count in loops]
 
 
-def test_sampling_is_a_function_of_the_seed(model):
-    model = model()
+def test_a_halting_rule_gives_each_token_its_loops(model: Build) -> None:
+    """Against decoding written out, position by position; a token's loops are those of the position before it."""
+    made, limits = model(), [6, 6, 2, 6]
+    rows = greedy(made, 6, loops=limits, halting=Convergence(0.3))
+    for prompt, row, limit in zip(PROMPTS, rows, limits, strict=True):
+        slow, expected = SlowRow(made, stops=converged(0.3)), []
+        for token in prompt:
+            logits, loops = slow.append(token, limit)
+        for _ in range(6):
+            expected.append((int(logits.argmax()), loops))
+            logits, loops = slow.append(expected[-1][0], limit)
+        assert list(zip(row.tokens, row.loops, strict=True)) == expected
+    assert len({loops for row in rows for loops in row.loops}) > 2, "the threshold must matter"
+
+
+def test_a_stop_id_ends_its_row_and_is_left_out(model: Build) -> None:
+    made = model()
+    whole = [by_hand(made, prompt, 12, 4) for prompt in PROMPTS]
+    stops = {whole[0][4], whole[2][7]}
+    rows = greedy(made, 12, stop_ids=stops)
+    for row, full in zip(rows, whole, strict=True):
+        cut = next((n for n, token in enumerate(full) if token in stops), 12)
+        assert row.tokens == full[:cut] and len(row.loops) == cut
+        assert row.end == ("stop" if cut < 12 else "length")
+    assert len({len(row.tokens) for row in rows}) > 1, "rows must end at different times"
+    [row] = greedy(made, 8, [PROMPTS[0]], stop_ids=[whole[0][0]])
+    assert row == Continuation([], [], "stop")
+
+
+def test_the_context_ends_a_row(model: Build) -> None:
+    made = model(context_length=8)
+    rows = greedy(made, 6)
+    assert tokens(rows) == [by_hand(made, prompt, min(6, 8 - len(prompt)), 4) for prompt in PROMPTS]
+    assert [row.end for row in rows] == ["context", "length", "context", "length"]
+    assert rows[2].tokens == [], "a prompt that fills the context"
+    assert [row.end for row in greedy(made, 0)] == ["length"] * 4
+
+
+def test_the_callback_sees_every_token_as_it_comes_and_may_end_its_row(model: Build) -> None:
+    made, told = model(), []
+
+    def callback(row: int, token: int, loops: int) -> bool:
+        told.append((row, token, loops))
+        return row == 1 and sum(other == 1 for other, _, _ in told) == 3
+
+    rows = greedy(made, 6, loops=[1, 2, 3, 4], on_token=callback)
+    assert [row.end for row in rows] == ["length", "callback", "length", "length"]
+    assert tokens(rows)[1] == by_hand(made, PROMPTS[1], 3, 2), "the token that ended it is kept"
+    assert tokens(rows)[3] == by_hand(made, PROMPTS[3], 6, 4), "others go on"
+    for n, row in enumerate(rows):
+        assert [(token, loops) for other, token, loops in told if other == n] == [(t, n + 1) for t in row.tokens]
+    assert [row for row, _, _ in told[:8]] == [0, 1, 2, 3] * 2, "in time, not row after row"
+
+
+def test_rows_that_end_leave_the_batch(model: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, sizes, original = model(), [], RecurrentDepthTransformer.extend
+
+    def watched(self: RecurrentDepthTransformer, ids: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        sizes.append(len(ids))
+        return original(self, ids, *arguments, **options)
+
+    monkeypatch.setattr(RecurrentDepthTransformer, "extend", watched)
+    generate(made, PROMPTS, 6, sampling=GREEDY, on_token=lambda row, *_: row == 2)
+    assert sizes == [4, 3, 3, 3, 3, 3]
+
+
+def test_padding_of_the_table_is_never_drawn(model: Build) -> None:
+    made = model()
+    highest = max(greedy(made, 8)[0].tokens)
+    assert max(greedy(made, 8, [[5, 7]], vocabulary=highest)[0].tokens) < highest
+    drawn = generate(made, [[1, 2], [3]], 40, sampling=Sampling(temperature=5.0), vocabulary=8).rows
+    assert max(token for row in drawn for token in row.tokens) < 8
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(temperature=1.0, top_k=9), Sampling(temperature=0.7, top_p=0.9, min_p=0.01, repetition_penalty=1.5)],
+)
+def test_a_row_draws_alike_in_any_batch(model: Build, sampling: Sampling) -> None:
+    made, seeds = model(), [7, 7, 3, 2**40]
+    rows = tokens(generate(made, PROMPTS, 10, sampling=sampling, seed=seeds).rows)
+    alone = [by_hand(made, p, 10, 4, sampling, seed) for p, seed in zip(PROMPTS, seeds, strict=True)]
+    assert rows == alone
+    backwards = generate(made, PROMPTS[::-1], 10, sampling=sampling, seed=seeds[::-1]).rows
+    assert tokens(backwards) == rows[::-1]
+    stopped = generate(made, PROMPTS, 10, sampling=sampling, seed=seeds, on_token=lambda row, *_: row < 2).rows
+    assert tokens(stopped) == [rows[0][:1], rows[1][:1], rows[2], rows[3]], "whatever the others do"
+
+
+def test_one_seed_gives_rows_their_own(model: Build) -> None:
+    made = model()
     torch.manual_seed(1)
-    first = sampled(model, 3)
-    torch.manual_seed(2)
     before = torch.get_rng_state()
-    assert sampled(model, 3) == first
+    rows = tokens(generate(made, [[4, 4]] * 3, 12, sampling=Sampling(temperature=1.0), seed=10).rows)
     assert torch.equal(torch.get_rng_state(), before), "the global generator is training's"
-    assert sampled(model, 4) != first
-    assert len(first) == 15 and first[:3] == PROMPT[0].tolist()
+    assert len({tuple(row) for row in rows}) == 3
+    again = generate(made, [[4, 4]] * 3, 12, sampling=Sampling(temperature=1.0), seed=[12, 11, 10]).rows
+    assert tokens(again) == rows[::-1]
 
 
-def test_sampling_follows_the_distribution(model):
-    """Frequencies of the first token against softmax(logits / temperature) over the top k."""
-    model = model(core_ffn="dense", core_layers=1)
+def test_the_cache_is_as_asked_for(model: Build) -> None:
+    made = model()
+    whole = generate(made, PROMPTS, 4, loops=8)
+    part = generate(made, PROMPTS, 4, loops=8, cache_loops=2)
+    assert 0 < part.cache_bytes < whole.cache_bytes
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = generate(made, PROMPTS, 4, loops=8)
+    assert half.cache_bytes * 2 == whole.cache_bytes
+
+
+def test_a_fixed_depth_model_generates_too(model: Build) -> None:
+    made = model(injection="none", loops=1, lora_rank=0)
+    assert tokens(greedy(made, 5)) == [by_hand(made, prompt, 5, 1) for prompt in PROMPTS]
+    with pytest.raises(ValueError, match="fixed-depth"):
+        greedy(made, 5, loops=2)
+
+
+def test_logits_that_are_not_finite_are_told(model: Build) -> None:
+    made = model()
     with torch.no_grad():
-        logits = model(PROMPT, loops=1).logits[0, -1].double()
-    kept = logits.argsort(descending=True)[:3]
-    expected = torch.zeros(128, dtype=torch.float64)
-    expected[kept] = torch.exp(logits[kept] / 0.2) / torch.exp(logits[kept] / 0.2).sum()
-    assert (expected[kept] - logits[kept].softmax(0)).abs().max() > 0.2, "the temperature must matter"
-    generator = torch.Generator().manual_seed(0)
-    drawn = [
-        generate(model, PROMPT, 1, generator=generator, loops=1, temperature=0.2, top_k=3)[0, -1].item()
-        for _ in range(300)
-    ]
-    observed = torch.tensor(drawn).bincount(minlength=128) / 300
-    assert set(drawn) == set(kept.tolist())
-    torch.testing.assert_close(observed.double(), expected, rtol=0, atol=0.08)
-    assert sampled(model, 5, top_k=1) == greedy(model, 12)[0].tolist()
-    assert min(sampled(model, 5, top_k=1_000_000)) >= 0
+        made.norm.weight[3] = float("nan")
+    with pytest.raises(ValueError, match="logits are not finite"):
+        generate(made, PROMPTS, 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts": []}, "no prompts: give at least one"),
+        ({"prompts": [[1], []]}, "prompt 1 is empty"),
+        ({"prompts": [[1] * 9]}, "prompt 0 has 9 tokens: the model's context is 8"),
+        ({"prompts": [[1, 128]]}, "prompt 0 has ids 1 to 128; allowed: 0 to 127"),
+        ({"prompts": [[-1, 5]]}, "prompt 0 has ids -1 to 5"),
+        ({"prompts": [[60]], "vocabulary": 50}, "prompt 0 has ids 60 to 60; allowed: 0 to 49"),
+        ({"max_tokens": -1}, "max_tokens: got -1"),
+        ({"loops": 0}, "needs at least 1"),
+        ({"loops": [3, -2]}, "needs at least 1"),
+        ({"loops": [3, 3, 3]}, "loops: 3 values for 2 prompts"),
+        ({"seed": [3]}, "seed: 1 values for 2 prompts"),
+        ({"seed": -1}, "seed: got -1"),
+        ({"sampling": Sampling(top_k=129)}, "top-k: got 129; allowed: at most the vocabulary, 128"),
+        ({"sampling": Sampling(top_k=60), "vocabulary": 50}, "top-k: got 60; allowed: at most the vocabulary, 50"),
+        ({"vocabulary": 129}, "vocabulary: got 129; allowed: 1 to 128"),
+        ({"stop_ids": (128,)}, "stop id 128"),
+        ({"prefill_chunk": 0}, "prefill_chunk: got 0"),
+        ({"cache_loops": 0}, "cache_loops: got 0"),
+    ],
+)
+def test_bad_input_is_refused(model: Build, changes: dict[str, Any], message: str) -> None:
+    made = model(context_length=8)
+    arguments = {"prompts": [[1], [2, 3]], "max_tokens": 3} | changes
+    with pytest.raises(ValueError, match=message):
+        generate(made, **arguments)

@@ -1,0 +1,100 @@
+"""The section of a configuration that describes a reasoning task."""
+
+from collections.abc import Iterator
+from math import factorial, inf
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from mythos.model.config import PositiveInt, Section, padded_vocab_size
+
+MOST_TOLD = 64
+"""Numbers of hops that have a token of their own where the text tells the number."""
+
+Size = Annotated[int, Field(ge=2, le=200)]
+
+
+class TaskConfig(Section):
+    """A task whose difficulty is a number of sequential steps; sequences are made on the way, from the run's seed."""
+
+    name: Literal["hops", "mano", "permutations", "addition"] = "hops"
+    """hops = follow a random permutation, given as pairs in the text, so many times from a symbol on; mano = value of a
+    prefix expression of so many operations; permutations = product of so many elements of a group; addition = sum of so
+    many numbers."""
+    difficulty: tuple[PositiveInt, PositiveInt] = (1, 5)
+    """Fewest and most steps of a training sequence; all between are equally frequent."""
+    tell: Literal["nothing", "number", "marks"] = "nothing"
+    """hops: how the text says the number of hops. nothing = only the number of loops does (depth.follow); number = a
+    token of its own for each number, before the symbol; marks = one mark a hop, after the symbol, the answer being
+    asked for at the last one. In the other tasks the text shows it in any case."""
+    symbols: Size = 12
+    """hops: symbols that are permuted."""
+    queries: PositiveInt = 1
+    """Questions in a sequence, so that it teaches more: in hops different symbols to start from, in permutations and
+    addition words and sums one after another; in mano one."""
+    modulus: Size = 23
+    """mano: numbers are 0..modulus - 1."""
+    group: Literal["S3", "S5"] = "S3"
+    """permutations: the symmetric group on 3 or 5 points, of 6 or 120 elements."""
+    digits: Annotated[int, Field(ge=1, le=9)] = 2
+    """addition: digits of every number; the sum is asked for modulo 10^digits."""
+
+    @property
+    def targets(self) -> int:
+        """Tokens of a sequence that are asked for."""
+        return self.queries * (self.digits if self.name == "addition" else 1)
+
+    @property
+    def elements(self) -> int:
+        """permutations: elements of the group."""
+        return factorial(int(self.group[1]))
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids, the one that fills up sequences included."""
+        if self.name == "hops":
+            return 1 + self.symbols + self.symbols**2 + {"nothing": 0, "number": MOST_TOLD, "marks": 1}[self.tell]
+        return {"mano": 5 + self.modulus, "permutations": 2 + self.elements, "addition": 12}[self.name]
+
+    @property
+    def hardest(self) -> float:
+        """The most steps that a text can ask for."""
+        return MOST_TOLD if self.tell == "number" else inf
+
+    def length(self, difficulty: int) -> int:
+        """Tokens of the shortest sequence that holds this difficulty."""
+        return {
+            "hops": self.symbols + self.queries * (1 + difficulty * (self.tell == "marks")) + (self.tell == "number"),
+            "mano": 2 * difficulty + 2,
+            "permutations": self.queries * (1 + difficulty),
+            "addition": self.queries * (1 + self.digits * difficulty),
+        }[self.name]
+
+
+def task_contradictions(
+    task: TaskConfig, sequence_length: int, vocab_size: int | str
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield the paths and the explanation of all values of a run on data.task that cannot hold together."""
+    low, high = task.difficulty
+    if low > high:
+        yield ("data.task.difficulty",), f"got [{low}, {high}]; the fewest steps must not exceed the most"
+    elif sequence_length < task.length(high):
+        given = f"got {sequence_length}, and {task.name} of difficulty {high} takes {task.length(high)} tokens"
+        yield ("data.sequence_length", "data.task.difficulty"), f"{given}; raise the first or lower the second"
+    if high > task.hardest:
+        rule = f"only numbers up to {task.hardest} have a token of their own"
+        yield ("data.task.tell", "data.task.difficulty"), f"got {task.tell} and [{low}, {high}]; {rule}"
+    if task.name == "hops" and task.queries > task.symbols:
+        given = f"got {task.queries} and {task.symbols}"
+        yield ("data.task.queries", "data.task.symbols"), f"{given}; there are only so many symbols to start from"
+    if task.name == "mano" and task.queries > 1:
+        yield ("data.task.name", "data.task.queries"), f"got mano and {task.queries}; a sequence holds one expression"
+    if isinstance(vocab_size, int) and padded_vocab_size(vocab_size) < task.vocabulary:
+        rule = "the model needs a row for every token id; set the first to auto"
+        yield ("model.vocab_size", "data.task.name"), f"got {vocab_size} and a task of {task.vocabulary} tokens; {rule}"
+    used_by = {"tell": "hops", "symbols": "hops", "modulus": "mano", "group": "permutations", "digits": "addition"}
+    for name, of in used_by.items():
+        value = getattr(task, name)
+        if task.name != of and value != TaskConfig.model_fields[name].default:
+            rule = f"{name} is for the task {of} only"
+            yield ("data.task.name", f"data.task.{name}"), f"got {task.name} and {value}; {rule}"

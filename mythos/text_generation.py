@@ -1,0 +1,287 @@
+"""Text continued by a model: prompts in, pieces of text out as they come, each with the loops that it took."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from tokenizers.decoders import DecodeStream
+
+from mythos.data.tokenizer import Tokenizer
+from mythos.errors import MythosError
+from mythos.model.generate import End, generate
+from mythos.model.halting import HaltingRule, halting_rule
+from mythos.model.sampling import Sampling
+from mythos.model_files import OpenedModel
+
+
+class Piece(NamedTuple):
+    """Text of one token, or of several that only together make characters."""
+
+    text: str
+    loops: int
+    """Loops of the token, the most where there are several."""
+
+
+class PieceStream:
+    """Makes complete pieces of text of one row's ids, held back while they may become a stop string.
+
+    Attributes:
+        pieces: what was handed out so far.
+        stopped: whether a stop string was met; the text ends before it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str]) -> None:
+        self.tokenizer, self.prompt, self.stops = tokenizer, list(prompt), stops
+        self.decoder = DecodeStream(ids=self.prompt, skip_special_tokens=False)
+        self.ids: list[int] = []
+        self.pieces: list[Piece] = []
+        self.stopped = False
+        self._held: list[Piece] = []
+        self._loops = 0
+
+    def push(self, token: int, loops: int) -> list[Piece]:
+        """Add an id; returns the pieces that are complete now and cannot belong to a stop string."""
+        self.ids.append(token)
+        self._loops = max(self._loops, loops)
+        text = self.decoder.step(self.tokenizer.backend, token)
+        if not text:
+            return []
+        self._hold(text)
+        held = "".join(piece.text for piece in self._held)
+        found = [place for stop in self.stops if (place := held.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            return self._release(min(found))
+        return self._release(len(held) - beginning_of_any(held, self.stops))
+
+    def finish(self) -> list[Piece]:
+        """What is left at the end: text held back, and U+FFFD for bytes that no character came of."""
+        if self.stopped:
+            return []
+        done = sum(len(piece.text) for piece in [*self.pieces, *self._held])
+        given = len(self.tokenizer.decode(self.prompt))
+        rest = self.tokenizer.decode(self.prompt + self.ids)[given + done :]
+        if rest:
+            self._hold(rest)
+        return self._release(sum(len(piece.text) for piece in self._held))
+
+    def _hold(self, text: str) -> None:
+        self._held.append(Piece(text, self._loops))
+        self._loops = 0
+
+    def _release(self, characters: int) -> list[Piece]:
+        released: list[Piece] = []
+        while characters > 0:
+            text, loops = self._held.pop(0)
+            if len(text) > characters:
+                self._held.insert(0, Piece(text[characters:], loops))
+            released.append(Piece(text[:characters], loops))
+            characters -= len(text)
+        self.pieces += released
+        return released
+
+
+def beginning_of_any(text: str, stops: Sequence[str]) -> int:
+    """Length of the longest end of `text` that one of `stops` begins with, short of the whole stop."""
+    lengths = (n for stop in stops for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n]))
+    return max(lengths, default=0)
+
+
+@dataclass
+class TextRow:
+    """One prompt and its continuation."""
+
+    prompt: str
+    limit: int
+    """Most loops that its tokens could take."""
+    pieces: list[Piece] = field(default_factory=list)
+    loops: list[int] = field(default_factory=list)
+    """Of every token, stop strings included."""
+    end: End = "length"
+
+    @property
+    def text(self) -> str:
+        """The continuation."""
+        return "".join(piece.text for piece in self.pieces)
+
+
+@dataclass
+class TextGeneration:
+    """What was generated, and what it took."""
+
+    rows: list[TextRow]
+    prompt_tokens: int
+    first_seconds: float
+    """From the start to the first token: the prompts' share."""
+    seconds: float
+    cache_bytes: int
+
+    @property
+    def tokens(self) -> int:
+        """Generated, over all rows."""
+        return sum(len(row.loops) for row in self.rows)
+
+    @property
+    def loops(self) -> Counter[int]:
+        """How many tokens took how many loops."""
+        return Counter(loops for row in self.rows for loops in row.loops)
+
+    @property
+    def mean_loops(self) -> float:
+        """Loops of a token on average; 0 if there is none."""
+        return sum(depth * count for depth, count in self.loops.items()) / max(1, self.tokens)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens a second over all rows, prompts apart where there is more than their first token."""
+        later = self.tokens - sum(bool(row.loops) for row in self.rows)
+        count, seconds = (later, self.seconds - self.first_seconds) if later else (self.tokens, self.seconds)
+        return count / max(seconds, 1e-9)
+
+    def summary(self) -> str:
+        """Two lines: speed, and depth and memory."""
+        most = sum(row.limit * len(row.loops) for row in self.rows) / max(1, self.tokens)
+        saved = f" of {most:.3g} ({1 - self.mean_loops / most:.0%} saved)" if self.mean_loops < most else ""
+        ends = Counter(ENDS[row.end] for row in self.rows)
+        ended = ", ".join(f"{count} x {end}" if len(self.rows) > 1 else end for end, count in ends.items())
+        return (
+            f"{self.tokens} tokens at {self.tokens_per_second:.1f} tokens/s, after {self.prompt_tokens} prompt tokens "
+            f"in {self.first_seconds:.2f} s; ended: {ended}\n"
+            f"{self.mean_loops:.2f} loops per token on average{saved}; cache {in_mib(self.cache_bytes)}"
+        )
+
+
+ENDS: dict[End, str] = {
+    "length": "as many tokens as asked for",
+    "context": "the model's context is full",
+    "stop": "end of document",
+    "callback": "stop string",
+}
+
+
+def in_mib(size: int) -> str:
+    """Bytes in words."""
+    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"
+
+
+class Depth(NamedTuple):
+    """How deep each row may go, and what may stop it before."""
+
+    limits: list[int]
+    rule: HaltingRule | None
+
+
+def choose_depth(
+    opened: OpenedModel, loops: Sequence[int] | None, rule: str | None = None, threshold: float | None = None
+) -> Depth:
+    """The most loops of each row, and the halting rule.
+
+    `loops` None (auto) is the training mean, and a rule decides what of it is run: `rule`, or the model's default.
+    Given loops are run in full, unless a rule or a threshold asks for halting.
+
+    Raises MythosError for a rule that is unknown or that the model cannot follow, or a threshold out of range.
+    """
+    try:
+        halts = loops is None or rule is not None or threshold is not None
+        chosen = halting_rule(opened.model, rule, threshold) if halts else None
+    except ValueError as error:
+        raise MythosError(str(error)) from error
+    if threshold is not None and chosen is None:
+        raise MythosError(
+            f"exit threshold {threshold:g}: there is no halting rule that it could be for; name one (--halting)"
+        )
+    return Depth([opened.mean_loops] if loops is None else list(loops), chosen)
+
+
+def generate_text(
+    opened: OpenedModel,
+    prompts: Sequence[str | None],
+    max_tokens: int,
+    depth: Depth,
+    *,
+    sampling: Sampling,
+    seed: int = 0,
+    stops: Sequence[str] = (),
+    dtype: torch.dtype = torch.float32,
+    on_piece: Callable[[int, Piece], None] = lambda row, piece: None,
+    **options: Any,
+) -> TextGeneration:
+    """Continue every prompt in one batch, calling `on_piece(row, piece)` as text is complete.
+
+    A prompt of None begins a new document. `depth.limits` has a number for all rows, or one for each; where there is
+    one prompt and several limits, it is continued at each of them, by the same draws. Otherwise row n has the seed
+    `seed + n`. A row ends at the end of the document, at any of `stops` (left out), after `max_tokens`, or where the
+    context is full. Matrix products are in `dtype`; `options` go to `mythos.model.generate.generate`.
+
+    Raises:
+        MythosError: a model without tokenizer, an empty prompt or stop string, a prompt longer than the context, or
+            numbers out of range.
+    """
+    tokenizer, model = opened.tokenizer, opened.model
+    if tokenizer is None:
+        raise MythosError(f"{opened.source} has no tokenizer: it was not trained on text, or its folder was not copied")
+    if "" in stops:
+        raise MythosError("a stop string is empty: give at least one character")
+    seeds = [seed + row for row in range(len(prompts))]
+    if len(prompts) == 1:
+        prompts, seeds = list(prompts) * len(depth.limits), seeds * len(depth.limits)
+    if len(depth.limits) not in (1, len(prompts)):
+        raise MythosError(f"{len(depth.limits)} loop counts for {len(prompts)} prompts: give one, or one per prompt")
+    limits = depth.limits * len(prompts) if len(depth.limits) == 1 else depth.limits
+    ids = [_encode(tokenizer, prompt, model.config.context_length) for prompt in prompts]
+    streams = [PieceStream(tokenizer, row, stops) for row in ids]
+    rows = [
+        TextRow(prompt or "", limit, stream.pieces)
+        for prompt, limit, stream in zip(prompts, limits, streams, strict=True)
+    ]
+    start = time.perf_counter()
+    first: list[float] = []
+
+    def on_token(row: int, token: int, loops: int) -> bool:
+        if not first:
+            first.append(time.perf_counter() - start)
+        rows[row].loops.append(loops)
+        for piece in streams[row].push(token, loops):
+            on_piece(row, piece)
+        return streams[row].stopped
+
+    device = model.embedding.weight.device.type
+    try:
+        with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+            made, cache_bytes = generate(
+                model,
+                ids,
+                max_tokens,
+                sampling=sampling,
+                seed=seeds,
+                loops=limits,
+                halting=depth.rule,
+                stop_ids=(tokenizer.eos_id,),
+                on_token=on_token,
+                vocabulary=tokenizer.size,
+                **options,
+            )
+    except ValueError as error:
+        raise MythosError(str(error)) from error
+    seconds = time.perf_counter() - start
+    for index, (row, stream) in enumerate(zip(rows, streams, strict=True)):
+        row.end = made[index].end
+        for piece in stream.finish():
+            on_piece(index, piece)
+    return TextGeneration(rows, sum(map(len, ids)), first[0] if first else seconds, seconds, cache_bytes)
+
+
+def _encode(tokenizer: Tokenizer, prompt: str | None, context: int) -> list[int]:
+    if prompt is None:
+        return [tokenizer.eos_id]
+    ids = tokenizer.encode_batch([prompt])[0]
+    if not ids:
+        raise MythosError("a prompt is empty: give some text, or no prompt at all to begin a new document")
+    if len(ids) > context:
+        raise MythosError(
+            f"the prompt {prompt[:30]!r}... has {len(ids)} tokens, and the model's context is {context}: shorten it"
+        )
+    return ids

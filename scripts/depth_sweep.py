@@ -1,0 +1,219 @@
+"""Measure what every loop of a trained model is worth, and what halting saves of them.
+
+python scripts/depth_sweep.py RUN_OR_CHECKPOINT [--loops 1,2,4] [--rules convergence] [--out DIR]
+
+Writes step-XXXXXXXX.png, .csv and .json to sweep/ in the run directory, and prints them as tables. docs/depth.md tells
+how to read them.
+"""
+
+import argparse
+import contextlib
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mythos.config import DataConfig, ValidationConfig
+from mythos.data.corpus import open_corpora
+from mythos.data.pipeline import Data, open_data
+from mythos.data.source import open_sources
+from mythos.data.tasks import TaskSet
+from mythos.data.validation import ValidationSet
+from mythos.errors import MythosError
+from mythos.evaluation.depth_sweep import DepthSweep, HaltingPoint, depth_sweep, sweep_depths, sweep_rules
+from mythos.model_files import OpenedModel, open_model
+from mythos.parallel import choose_dtype
+from mythos.plots import draw_sweep
+
+SEQUENCES, LENGTH = 64, 1024
+"""Sequences of a sweep and tokens of each, at most, where no run says how many."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", metavar="RUN_OR_CHECKPOINT", help="run directory, checkpoint step-*, or exported model")
+    parser.add_argument(
+        "--loops",
+        type=whole_numbers,
+        metavar="N,N,...",
+        help="loops to measure the loss at (1, 2, 4, ... and the training mean, up to 8 times the mean)",
+    )
+    parser.add_argument("--sequences", type=int, metavar="N", help="validation sequences (as many as in training)")
+    parser.add_argument("--rules", type=names, metavar="RULE,...", help="halting rules (all that the model can follow)")
+    parser.add_argument(
+        "--thresholds", type=positive_numbers, metavar="X,X,...", help="exit thresholds of the one rule that is given"
+    )
+    parser.add_argument(
+        "--most", type=int, metavar="N", help="loops after which a rule stops in any case (the training mean)"
+    )
+    parser.add_argument("--data", metavar="GLOB", help="text files to measure on (the run's validation set)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write to (sweep/ in the run directory)")
+    parser.add_argument("--micro-batch", type=int, metavar="N", help="sequences computed at once (as in training)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto = cuda if there is one")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], help="of matrix products (as in training)")
+    options = parser.parse_args(arguments)
+    for name in ("sequences", "most", "micro_batch"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')}: got {value}; give at least 1")
+    if options.thresholds and (options.rules is None or len(options.rules) != 1):
+        parser.error("--thresholds: name the one rule they are for, e.g. --rules convergence --thresholds 0.2,0.1")
+    try:
+        sweep(options)
+    except MythosError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def sweep(options: argparse.Namespace) -> None:
+    """Open, measure, write and print. Raises MythosError for what cannot be opened, measured or written."""
+    device = torch.device("cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu")
+    if options.device == "cuda":
+        if not torch.cuda.is_available():
+            raise MythosError("--device: got cuda, and torch finds no GPU; give cpu or auto")
+        device = torch.device("cuda")
+    opened = open_model(options.path, device)
+    fixed = opened.model.config.injection == "none"
+    mean = 1 if fixed else opened.mean_loops
+    loops = options.loops or ([1] if fixed else sweep_depths(mean))
+    if fixed and loops != [1]:
+        raise MythosError(f"--loops: got {max(loops)}; a fixed-depth model (model.injection: none) runs its core once")
+    try:
+        rules = sweep_rules(opened.model, options.rules)
+        if options.thresholds:
+            rules = [(options.rules[0], threshold) for threshold in options.thresholds]
+    except ValueError as error:
+        raise MythosError(f"--rules: {error}") from error
+
+    out = options.out or default_folder(options.path)
+    data = validation_data(opened, options.data, options.sequences)
+    train = opened.run.train if opened.run else None
+    dtype = choose_dtype(options.dtype or (train.dtype if train else "auto"), device)
+    micro_batch = options.micro_batch or (train.micro_batch if train and train.micro_batch != "auto" else 8)
+    result = depth_sweep(
+        opened.model,
+        data,
+        depths=loops,
+        mean_loops=mean,
+        rules=rules,
+        most=options.most,
+        micro_batch=micro_batch,
+        autocast=torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32),
+    )
+    about: dict[str, Any] = {"source": opened.source, "step": opened.step}
+    about |= {"data": options.data or "the run's validation set", "dtype": str(dtype).removeprefix("torch.")}
+    stem = out / f"step-{opened.step:08d}"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        written = [*result.save(stem, about), draw_sweep(result, out / f"{stem.name}.png")]
+    except OSError as error:
+        raise MythosError(f"--out: {out} cannot be written: {error}") from error
+    print(report(result))
+    print("\nwritten  " + "\n         ".join(map(str, written)))
+
+
+def validation_data(opened: OpenedModel, files: str | None, sequences: int | None) -> ValidationSet | TaskSet:
+    """The run's validation set as its trainer makes it, or one of the same shape from other files."""
+    run = opened.run
+    if sequences is None:
+        sequences = run.eval.batches * run.data.streams if run else SEQUENCES
+    if run is None and files is None:
+        raise MythosError("--data: an exported model knows no data; give text files, e.g. --data 'texts/*.txt'")
+    if run is not None and run.data.kind == "reasoning":
+        if files is not None:
+            raise MythosError("--data: the run was trained on a reasoning task, which is made on the way; leave it out")
+        return open_data(run, None, {}).validation(max(sequences, run.data.streams))  # as many of every stream
+    data = run.data if run else DataConfig(sequence_length=min(opened.model.config.context_length, LENGTH))
+    if files is not None:
+        data = data.model_copy(update={"validation": ValidationConfig(path=files)})
+    if opened.tokenizer is None:
+        raise MythosError(f"{opened.source}: no tokenizer lies beside it, so no text can be measured")
+    sources = {} if data.validation.path else open_sources(data, open_corpora(data), opened.tokenizer)
+    return Data(data, opened.tokenizer, sources).validation(sequences)
+
+
+def default_folder(path: str) -> Path:
+    """sweep/ in the run directory that was given or that a checkpoint lies in, else in the current directory."""
+    for folder in (Path(path), Path(path).absolute().parent.parent):
+        with contextlib.suppress(OSError):
+            if (folder / "config.yaml").is_file():
+                return folder / "sweep"
+    return Path("sweep")
+
+
+def report(sweep: DepthSweep) -> str:
+    """The sweep as tables for a terminal."""
+    lines = [f"\n{sweep.sequences} sequences of {sweep.sequence_length} tokens", ""]
+    lines += ["  loops      loss  perplexity  bits/byte  log |h|   change"]
+    for depth in sweep.read_out:
+        mark = "  <- training mean" if depth.loops == sweep.mean_loops else ""
+        lines.append(
+            f"  {depth.loops:5d}  {depth.loss:8.4f}  {depth.perplexity:10.2f}  {cell(depth.bits_per_byte, '9.4f')}  "
+            f"{depth.state_norm:7.3f}  {depth.state_delta:7.1e}{mark}"
+        )
+    lines += ["", f"  {told_fit(sweep)}"]
+    if sweep.halting:
+        full = next((depth.loss for depth in sweep.read_out if depth.loops == sweep.mean_loops), None)
+        lines += ["", f"  rule               threshold  loops  saved  perplexity  to {sweep.mean_loops} loops"]
+        lines += [halting_line(point, full) for point in sweep.halting]
+    return "\n".join(lines)
+
+
+def halting_line(point: HaltingPoint, full: float | None) -> str:
+    """A line of the table of rules; `full` is the loss at the training mean."""
+    change = "" if full is None else f"{math.expm1(point.loss - full):+.2%}"
+    return (
+        f"  {point.rule:17}  {point.threshold:9.4g}  {point.loops:5.2f}  {point.saved:5.0%}  {point.perplexity:10.2f}  "
+        f"{change:>10}{'  <- default' if point.default else ''}"
+    )
+
+
+def told_fit(sweep: DepthSweep) -> str:
+    """The fit in words."""
+    fit = sweep.fit
+    if fit is None:
+        return "no fit of L(T): it takes four depths with finite losses up to the least one"
+    rising = sweep.read_out[-1].loops > fit.loops[-1]
+    return f"{fit}" + (f"; fitted up to {fit.loops[-1]} loops, after which the loss rises" if rising else "")
+
+
+def cell(value: float | None, form: str) -> str:
+    """A number, or as much space as it takes."""
+    return " " * int(form.partition(".")[0]) if value is None else f"{value:{form}}"
+
+
+def whole_numbers(text: str) -> list[int]:
+    """Parse 1,2,4: numbers of at least 1, in ascending order and each once."""
+    try:
+        values = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        values = []
+    if not values or values[0] < 1:
+        raise argparse.ArgumentTypeError(f"got {text}; give whole numbers of at least 1, e.g. 1,2,4")
+    return values
+
+
+def positive_numbers(text: str) -> list[float]:
+    """Parse 0.2,0.1: numbers above 0."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(value > 0 for value in values):
+        raise argparse.ArgumentTypeError(f"got {text}; give numbers above 0, e.g. 0.2,0.1")
+    return values
+
+
+def names(text: str) -> list[str]:
+    """Parse convergence,gate."""
+    return [part.strip() for part in text.split(",")]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

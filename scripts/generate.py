@@ -1,0 +1,232 @@
+"""Continue text with a trained model.
+
+python scripts/generate.py runs/quickstart --prompt "The river" --loops auto
+"""
+
+import argparse
+import io
+import logging
+import os
+import sys
+from pathlib import Path
+
+from mythos.errors import MythosError
+
+EXAMPLES = """
+examples:
+  generate.py runs/quickstart --prompt "The river"           as deep as the model finds useful, token by token
+  generate.py runs/quickstart --prompt "2 + 2 =" --loops 16  16 loops for every token
+  generate.py runs/quickstart --prompt "I" --loops 1,4,16    the same prompt at three depths, in one batch
+  generate.py runs/quickstart --prompt "A" --prompt "B"      two prompts in one batch
+  generate.py runs/quickstart --prompt-file book.txt --show-depth --html depth.html
+  echo "Once upon a time" | generate.py runs/quickstart --prompt-file -
+
+Text goes to standard output, all else to standard error.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        prog="generate.py",
+        description="Continue text with a trained model.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="generate.py PATH [--prompt TEXT] [--loops N|auto] [options]",
+    )
+    made.add_argument("path", metavar="PATH", help="run directory, checkpoint step-XXXXXXXX, or exported folder")
+    what = made.add_argument_group("what to continue (without any, the model begins a new document)")
+    what.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="beginning of a text; repeatable")
+    what.add_argument(
+        "--prompt-file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="the same from a file, its last line break left out; - is standard input; repeatable",
+    )
+    what.add_argument("--tokens", type=int, default=128, metavar="N", help="most tokens to generate (%(default)s)")
+    what.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+
+    depth = made.add_argument_group("depth")
+    depth.add_argument(
+        "--loops",
+        default="auto",
+        metavar="N|auto",
+        help="loops of every token; auto (default) = at most the training mean, as the halting rule decides; N,M,... = "
+        "one per prompt, or one prompt at each",
+    )
+    depth.add_argument(
+        "--halting", metavar="RULE", help="stop a token before its last loop by this rule (default: the model's)"
+    )
+    depth.add_argument("--exit-threshold", type=float, metavar="X", help="of the halting rule (default: the rule's)")
+    depth.add_argument(
+        "--cache-loops", type=int, metavar="M", help="keep keys and values of the last M loops only (all)"
+    )
+
+    how = made.add_argument_group("sampling")
+    how.add_argument("--temperature", type=float, default=0.8, metavar="X", help="0 = the likeliest (%(default)s)")
+    how.add_argument("--top-k", type=int, default=40, metavar="K", help="of the K likeliest; 0 = of all (%(default)s)")
+    how.add_argument("--top-p", type=float, metavar="P", help="of the likeliest that hold this share (off)")
+    how.add_argument("--min-p", type=float, metavar="P", help="of those at least P times the likeliest's share (off)")
+    how.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: fewer repetitions (%(default)s)"
+    )
+    how.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the first prompt, then N + 1, ... (%(default)s)"
+    )
+
+    where = made.add_argument_group("output and device")
+    where.add_argument(
+        "--show-depth", action="store_true", help="colour the text by the loops of each token (in brackets without)"
+    )
+    where.add_argument("--html", type=Path, metavar="FILE", help="write the text, coloured by loops, as a web page")
+    where.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(%(default)s)")
+    where.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of matrix products; auto = bfloat16 on GPUs that have it, float32 elsewhere",
+    )
+    where.add_argument(
+        "--prefill-chunk", type=int, default=512, metavar="N", help="prompt tokens computed at once (%(default)s)"
+    )
+    return made
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    options = parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model may say what the terminal's encoding lacks
+    try:
+        run(options)
+    except MythosError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # what reads the text has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return 0
+
+
+def run(options: argparse.Namespace) -> None:
+    """Open the model, generate, print and write. Raises MythosError for bad input."""
+    loops = parse_loops(options.loops)
+    if options.tokens < 1:
+        raise MythosError(f"--tokens: got {options.tokens}; allowed: at least 1")
+    if options.html and not options.html.resolve().parent.is_dir():
+        raise MythosError(f"--html: there is no folder {options.html.resolve().parent}")
+    prompts = read_prompts(options)
+    # Only now: torch takes seconds to import, and a misspelt option should be told at once.
+    import torch
+
+    from mythos.depth_view import coloured, harmless, histogram, html_page, numbered, terminal_legend, write_page
+    from mythos.model.sampling import Sampling
+    from mythos.model_files import open_model
+    from mythos.parallel import choose_dtype
+    from mythos.ranks import choose_device
+    from mythos.text_generation import Piece, choose_depth, generate_text
+
+    try:
+        sampling = Sampling(
+            repetition_penalty=options.repetition_penalty,
+            temperature=options.temperature,
+            top_k=options.top_k or None,
+            top_p=options.top_p,
+            min_p=options.min_p,
+        )
+    except ValueError as error:
+        raise MythosError(str(error)) from error
+    device = choose_device(options.device)
+    automatic = options.dtype == "auto" and device.type == "cpu"  # small products, that a cast makes slower
+    dtype = torch.float32 if automatic else choose_dtype(options.dtype, device)
+    opened = open_model(options.path, device)
+    depth = choose_depth(opened, loops, options.halting, options.exit_threshold)
+    most = max(depth.limits)
+
+    terminal = sys.stdout.isatty()
+    colours = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    streaming = len(prompts) == len(depth.limits) == 1
+    unsaid = [prompts[0] or ""] if streaming else []
+
+    def shown(piece: Piece) -> str:
+        if terminal:
+            piece = Piece(harmless(piece.text), piece.loops)
+        if options.show_depth:
+            return coloured(piece, most) if colours else numbered(piece)
+        return piece.text
+
+    def on_piece(row: int, piece: Piece) -> None:
+        if streaming:
+            print("".join(unsaid) + shown(piece), end="", flush=True)
+            unsaid.clear()
+
+    if options.show_depth and colours:
+        print(terminal_legend(most) + "\n", file=sys.stderr)
+    made = generate_text(
+        opened,
+        prompts,
+        options.tokens,
+        depth,
+        sampling=sampling,
+        seed=options.seed,
+        stops=options.stop,
+        dtype=dtype,
+        on_piece=on_piece,
+        prefill_chunk=options.prefill_chunk,
+        cache_loops=options.cache_loops,
+    )
+    if streaming:
+        print("".join(unsaid))
+    else:
+        for number, row in enumerate(made.rows, start=1):
+            deep = f", {row.limit} loops" if len(depth.limits) > 1 else ""
+            print(f"== {number} of {len(made.rows)}{deep}\n{row.prompt}{''.join(map(shown, row.pieces))}\n")
+    sys.stdout.flush()
+    print(f"\n{made.summary()}", file=sys.stderr)
+    if options.show_depth:
+        print(histogram(made), file=sys.stderr)
+    if options.html:
+        name = opened.run.run.name if opened.run else Path(opened.source).name
+        write_page(options.html, html_page(made, f"{name}, step {opened.step}"))
+        print(f"page: {options.html}", file=sys.stderr)
+
+
+def parse_loops(text: str) -> list[int] | None:
+    """The numbers of --loops, or None for auto. Raises MythosError for anything else."""
+    if text == "auto":
+        return None
+    try:
+        loops = [int(part) for part in text.split(",")]
+    except ValueError:
+        loops = []
+    if not loops or min(loops) < 1:
+        raise MythosError(f"--loops: got {text!r}; allowed: auto, or whole numbers from 1 on, such as 8 or 1,4,16")
+    return loops
+
+
+def read_prompts(options: argparse.Namespace) -> list[str | None]:
+    """The prompts of the command line, then those of files; [None] where there are none.
+
+    Raises MythosError for a file that cannot be read, and for an empty prompt.
+    """
+    prompts = [("--prompt", text) for text in options.prompt]
+    for name in options.prompt_file:
+        try:
+            data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+            text = data.decode("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise MythosError(f"--prompt-file: {name} cannot be read as UTF-8 text: {error}") from error
+        prompts.append((f"--prompt-file {name}", text.removesuffix("\n").removesuffix("\r")))
+    for source, text in prompts:
+        if not text:
+            raise MythosError(f"{source}: the prompt is empty; give some text, or no prompt to begin a new document")
+    return [text for _, text in prompts] or [None]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

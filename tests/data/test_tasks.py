@@ -1,0 +1,295 @@
+"""Reasoning tasks against solvers that work on one sequence at a time, and their streams as data of a run."""
+
+import json
+import operator
+from collections import Counter
+from itertools import permutations
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mythos.data.config import TaskConfig
+from mythos.data.loader import Loader
+from mythos.data.stream import count_skipped, merge_states
+from mythos.data.tasks import TaskStreams, make_sequences, multiplication_table, slot_difficulties, task_set
+from mythos.errors import MythosError
+
+ROWS = 64
+
+
+def solve_hops(task: TaskConfig, ids: list[int], difficulty: int) -> dict[int, int]:
+    """Answers by position."""
+    n = task.symbols
+    pairs = [token - 1 - n for token in ids[:n]]
+    image = {pair // n: pair % n for pair in pairs}
+    assert sorted(image) == sorted(image.values()) == list(range(n))
+    rest = [token for token in ids[n:] if token]
+    first = n
+    told = 1 + n + n * n
+    if task.tell == "number":
+        assert rest.pop(0) == told + difficulty - 1
+        first += 1
+    step = 1
+    if task.tell == "marks":
+        step = 1 + difficulty
+        for query in range(task.queries):
+            assert rest[query * step + 1 : (query + 1) * step] == [told] * difficulty
+        first, rest = first + difficulty, rest[::step]
+    assert len(rest) == len(set(rest)) == task.queries
+    answers = {}
+    for place, token in enumerate(rest):
+        symbol = token - 1
+        for _ in range(difficulty):
+            symbol = image[symbol]
+        answers[first + place * step] = symbol + 1
+    return answers
+
+
+def solve_mano(task: TaskConfig, ids: list[int], difficulty: int) -> dict[int, int]:
+    words = "+-*="
+    operators = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+    end = 2 * difficulty + 1
+    tokens = iter(ids[:end])
+    operations = 0
+
+    def value() -> int:
+        nonlocal operations
+        token = next(tokens) - 1
+        if token < task.modulus:
+            return token
+        operations += 1
+        left, right = value(), value()
+        return operators[words[token - task.modulus]](left, right) % task.modulus
+
+    answer = value()
+    assert next(tokens, None) is None and operations == difficulty
+    assert words[ids[end] - 1 - task.modulus] == "="
+    return {end: answer + 1}
+
+
+def parts(ids: list[int], count: int, size: int, begin: int) -> list[tuple[int, list[int]]]:
+    """Where each part ends, and its tokens after the first; no other token begins one."""
+    starts = [len(ids) - (number + 1) * (1 + size) for number in reversed(range(count))]
+    assert [place for place, token in enumerate(ids) if token == begin] == starts
+    return [(start + size, ids[start + 1 : start + 1 + size]) for start in starts]
+
+
+def solve_permutations(task: TaskConfig, ids: list[int], difficulty: int) -> dict[int, int]:
+    points = int(task.group[1])
+    elements = list(permutations(range(points)))
+    answers = {}
+    for end, word in parts(ids, task.queries, difficulty, 1 + len(elements)):
+        moved = list(range(points))
+        for token in word:
+            moved = [elements[token - 1][point] for point in moved]
+        answers[end] = elements.index(tuple(moved)) + 1
+    return answers
+
+
+def solve_addition(task: TaskConfig, ids: list[int], difficulty: int) -> dict[int, int]:
+    answers = {}
+    for end, tokens in parts(ids, task.queries, difficulty * task.digits, 11):
+        text = "".join(str(token - 1) for token in tokens)
+        total = sum(int(text[i : i + task.digits][::-1]) for i in range(0, len(text), task.digits))
+        for place, digit in enumerate(str(total).zfill(task.digits)[::-1][: task.digits]):
+            answers[end - task.digits + 1 + place] = int(digit) + 1
+    return answers
+
+
+SOLVERS = {"hops": solve_hops, "mano": solve_mano, "permutations": solve_permutations, "addition": solve_addition}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"tell": "number", "symbols": 5},
+        {"tell": "marks", "symbols": 7},
+        {"tell": "marks", "symbols": 7, "queries": 3},
+        {"queries": 12},
+        {"name": "mano"},
+        {"name": "mano", "modulus": 5},
+        {"name": "permutations"},
+        {"name": "permutations", "group": "S5", "queries": 3},
+        {"name": "addition"},
+        {"name": "addition", "digits": 3, "queries": 2},
+        {"name": "addition", "digits": 1},
+    ],
+)
+@pytest.mark.parametrize(("difficulty", "longer"), [(1, 0), (4, 3), (9, 0)])
+def test_answers_are_those_of_a_solver(settings: dict[str, Any], difficulty: int, longer: int) -> None:
+    task = TaskConfig(**settings)
+    length = task.length(difficulty) + longer
+    made = make_sequences(task, np.arange(ROWS, dtype=np.uint64), difficulty, length)
+    assert made.inputs.shape == made.targets.shape == (ROWS, length)
+    assert made.inputs.max() < task.vocabulary
+    for ids, targets in zip(made.inputs.tolist(), made.targets.tolist(), strict=True):
+        asked = {place: answer for place, answer in enumerate(targets) if answer != -100}
+        assert asked == SOLVERS[task.name](task, ids, difficulty)
+        assert len(asked) == task.targets
+
+
+def test_the_multiplication_table_is_that_of_a_group() -> None:
+    for points in (3, 5):
+        table = multiplication_table(points)
+        size = len(table)
+        everything = list(range(size))
+        assert all(sorted(row) == everything for row in table.tolist())
+        assert table[0].tolist() == table[:, 0].tolist() == everything
+        some = np.random.default_rng(0).integers(size, size=(200, 3))
+        a, b, c = some.T
+        assert (table[table[a, b], c] == table[a, table[b, c]]).all()
+        assert (table != table.T).any()
+
+
+def test_draws_are_uniform() -> None:
+    """Each kind of draw, by chi-square, within five standard deviations of its mean."""
+    task = TaskConfig(symbols=5)
+    made = make_sequences(task, np.arange(20_000, dtype=np.uint64), 1, 6)
+    pairs = made.inputs[:, 0] - 6
+    starts, answers = made.inputs[:, 5] - 1, made.targets[:, 5] - 1
+    for drawn, cells in ((pairs, 25), (starts, 5), (starts * 5 + answers, 25)):
+        counts = np.bincount(drawn, minlength=cells)
+        expected = len(drawn) / cells
+        assert len(counts) == cells
+        assert ((counts - expected) ** 2 / expected).sum() < cells + 5 * (2 * cells) ** 0.5
+    orders = Counter(map(tuple, ((made.inputs[:, :5] - 6) // 5).tolist()))
+    assert len(orders) == 120 and max(orders.values()) < 1.5 * 20_000 / 120
+
+
+def test_expressions_have_all_shapes() -> None:
+    """Three operations split 0:2, 1:1 or 2:0 below the first, and 0:1 or 1:0 below that: 5 shapes, at 1/3 and 1/6."""
+    task = TaskConfig(name="mano")
+    made = make_sequences(task, np.arange(6000, dtype=np.uint64), 3, 8)
+    shapes = Counter(map(tuple, (made.inputs[:, :7] > task.modulus).tolist()))
+    counts = sorted(shapes.values())
+    assert len(counts) == 5
+    assert counts[-1] == pytest.approx(2000, rel=0.1)
+    assert all(count == pytest.approx(1000, rel=0.15) for count in counts[:-1])
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    keys = np.arange(2, dtype=np.uint64)
+    with pytest.raises(ValueError, match="takes 13"):
+        make_sequences(TaskConfig(), keys, 1, 12)
+    with pytest.raises(ValueError, match="from 1 to"):
+        make_sequences(TaskConfig(), keys, 0, 13)
+    with pytest.raises(ValueError, match="from 1 to 64"):
+        make_sequences(TaskConfig(tell="number"), keys, 65, 100)
+
+
+def test_slots_of_a_step_cover_the_difficulties() -> None:
+    task = TaskConfig(difficulty=(2, 5))
+    drawn = [slot_difficulties(task, 8, 0, step) for step in range(200)]
+    assert all(sorted(slots) == [2, 2, 3, 3, 4, 4, 5, 5] for slots in drawn)
+    assert len(set(map(tuple, drawn))) > 150
+    assert slot_difficulties(task, 8, 1, 0) != drawn[0] or slot_difficulties(task, 8, 1, 1) != drawn[1]
+    one = Counter(slot_difficulties(task, 1, 0, step)[0] for step in range(400))
+    assert sorted(one) == [2, 3, 4, 5] and min(one.values()) > 60
+
+
+# --- streams
+
+
+def streams(rank: int = 0, world_size: int = 1, **changes: Any) -> TaskStreams:
+    options: dict[str, Any] = {"streams": 4, "slots": 3, "sequence_length": 14, "seed": 0, **changes}
+    task = options.pop("task", TaskConfig(difficulty=(1, 3)))
+    return TaskStreams(task, rank=rank, world_size=world_size, **options)
+
+
+def taken(source: TaskStreams | Loader, steps: int) -> list[tuple[Any, ...]]:
+    batches = []
+    for _ in range(steps):
+        batch = source.next_batch(3) if isinstance(source, TaskStreams) else source.next_batch()
+        assert batch.document_ids is None
+        batches.append((batch.ids.tolist(), batch.targets.tolist(), batch.rows.tolist()))
+    return batches
+
+
+def test_difficulty_of_a_row_is_that_of_its_slot() -> None:
+    task = TaskConfig(difficulty=(1, 3))
+    source = streams()
+    seen = set()
+    for step in range(5):
+        batch = source.next_batch(3)
+        assert batch.ids.shape == (12, 15) and batch.targets.shape == (12, 14)
+        assert batch.rows.tolist() == list(range(12))
+        difficulties = slot_difficulties(task, 3, 0, step)
+        for row, (ids, targets) in enumerate(zip(batch.ids.tolist(), batch.targets.tolist(), strict=True)):
+            (place,) = (place for place, answer in enumerate(targets) if answer != -100)
+            assert solve_hops(task, ids, difficulties[row // 4]) == {place: targets[place]}
+            seen.add(tuple(ids))
+    assert len(seen) == 60, "no sequence comes twice"
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_the_same_batches(world_size: int) -> None:
+    whole = taken(streams(), 4)
+    parts = [taken(streams(rank, world_size), 4) for rank in range(world_size)]
+    for step, (ids, targets, rows) in enumerate(whole):
+        for rank in range(world_size):
+            mine = [row for row in rows if row % 4 % world_size == rank]
+            assert parts[rank][step] == ([ids[r] for r in mine], [targets[r] for r in mine], mine)
+
+
+def test_workers_read_the_same_batches() -> None:
+    whole = taken(streams(), 4)
+    loader = Loader(streams(), slots=3, workers=2, prefetch=2)
+    try:
+        assert taken(loader, 4) == whole
+    finally:
+        loader.close()
+
+
+def test_a_saved_position_continues_at_any_world_size() -> None:
+    whole = taken(streams(), 6)
+    ranks = [Loader(streams(rank, 2), slots=3, workers=0, prefetch=1) for rank in range(2)]
+    for loader in ranks:
+        taken(loader, 3)
+    state = json.loads(json.dumps(merge_states([loader.state_dict() for loader in ranks])))
+    assert count_skipped(state) == {}
+    resumed = Loader(streams(), slots=3, workers=0, prefetch=1)
+    resumed.load_state_dict(state)
+    assert taken(resumed, 3) == whole[3:]
+    share = streams(1, 4)
+    share.load_state_dict(state)
+    assert taken(share, 1)[0][0] == [ids for row, ids in enumerate(whole[3][0]) if row % 4 == 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"task": TaskConfig(difficulty=(1, 4))}, "task was"),
+        ({"seed": 1}, "seed was 0, is 1"),
+        ({"slots": 6}, "slots was 3, is 6"),
+        ({"streams": 8}, "streams was 4, is 8"),
+        ({"sequence_length": 15}, "sequence_length was 14, is 15"),
+    ],
+)
+def test_a_position_in_another_task_is_refused(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(MythosError, match=named):
+        streams(**changes).load_state_dict(streams().state_dict())
+
+
+def test_a_position_of_other_streams_is_refused() -> None:
+    with pytest.raises(MythosError, match=r"no position for streams \[1, 3\]"):
+        streams(1, 2).load_state_dict(streams(0, 2).state_dict())
+    with pytest.raises(MythosError, match="another task"):
+        streams().load_state_dict({"streams": 4, "seed": 0, "sources": {}, "sequences": {}, "positions": {}})
+
+
+def test_sets_are_fixed_and_no_part_of_training() -> None:
+    task = TaskConfig()
+    made = task_set(task, [3, 1], 50, 13, "validation")
+    again = task_set(task, [3, 1], 50, 13, "validation")
+    other = task_set(task, [3, 1], 50, 13, "report")
+    assert made.ids.equal(again.ids) and made.targets.equal(again.targets)
+    assert made.difficulties.tolist() == [3] * 50 + [1] * 50
+    for ids, targets, difficulty in zip(made.ids.tolist(), made.targets.tolist(), made.difficulties, strict=True):
+        assert solve_hops(task, ids, int(difficulty)) == {12: targets[12]}
+    trained = streams(task=task, streams=16, slots=8, sequence_length=13)
+    rows = {tuple(ids[:-1]) for _ in range(20) for ids in trained.next_batch(8).ids.tolist()}
+    for one, two in ((made, other), (made, trained)):
+        theirs = rows if two is trained else set(map(tuple, two.ids.tolist()))
+        assert not theirs & set(map(tuple, one.ids.tolist()))

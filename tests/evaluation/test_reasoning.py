@@ -1,0 +1,290 @@
+"""Accuracy on tasks against the model run one sequence at a time, and runs on tasks from end to end."""
+
+import contextlib
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mythos.config import Config, config_from_dict
+from mythos.data.config import TaskConfig
+from mythos.data.tasks import TaskSet, task_set
+from mythos.depth import DepthSchedule
+from mythos.errors import MythosError
+from mythos.evaluation.reasoning import AccuracyMap, accuracy_map, draw_maps, task_metrics, usual_difficulties
+from mythos.metrics import read_metrics
+from mythos.model.config import ModelConfig
+from mythos.model.layers import name_generator
+from mythos.model.rdt import RecurrentDepthTransformer
+from mythos.model.recurrence import initial_state
+from mythos.plan import plan
+from mythos.ranks import Ranks, World
+from mythos.trainer import Trainer
+from scripts.reasoning import main as report
+from tests.trainers import assert_identical, run, take_step
+
+pytestmark = pytest.mark.usefixtures("no_plots")
+
+TASK = TaskConfig(symbols=4, difficulty=(1, 3))
+SETTINGS: dict[str, Any] = {
+    "model": {
+        "dim": 32,
+        "attention": "gqa",
+        "n_heads": 2,
+        "n_kv_heads": 2,
+        "head_dim": 16,
+        "ffn_dim": 48,
+        "core_ffn": "dense",
+        "coda_layers": 0,
+        "loops": 2,
+        "lora_rank": 0,
+        "context_length": 64,
+    },
+    "data": {
+        "kind": "reasoning",
+        "task": {"symbols": 4, "difficulty": [1, 3]},
+        "streams": 4,
+        "sequence_length": 5,
+        "workers": 0,
+    },
+    "depth": {"follow": "difficulty"},
+    "train": {"steps": 4, "global_batch": 24, "micro_batch": 8, "dtype": "float32", "device": "cpu"},
+    "eval": {"every": 2, "batches": 3, "loops": [1, 2]},
+    "checkpoint": {"every": 2},
+    "log": {"every": 1},
+}
+
+
+def settings(directory: Path, **changes: Any) -> dict[str, Any]:
+    """A configuration as plain values; `train__steps=2` changes a field."""
+    values = json.loads(json.dumps({**SETTINGS, "run": {"name": "task", "dir": str(directory / "run")}}))
+    for path, value in changes.items():
+        section, field = path.split("__")
+        values.setdefault(section, {})[field] = value
+    return values
+
+
+def tiny(directory: Path, **changes: Any) -> Config:
+    return config_from_dict(settings(directory, **changes))
+
+
+def build(**changes: Any) -> RecurrentDepthTransformer:
+    """A small model whose weights are all seeded noise."""
+    config = ModelConfig(**{**SETTINGS["model"], "vocab_size": TASK.vocabulary, **changes})
+    model = RecurrentDepthTransformer(config).initialize(0).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=name_generator(1, name)), alpha=0.3)
+    return model
+
+
+def alone(model: RecurrentDepthTransformer, data: TaskSet, loops: Callable[[int], int]) -> tuple[float, float]:
+    """Mean loss of an answer's token and share of right answers, every sequence by itself."""
+    losses, right = [], 0
+    for ids, targets, difficulty in zip(data.ids, data.targets, data.difficulties.tolist(), strict=True):
+        with torch.no_grad():
+            logits = model(ids[None], loops=loops(difficulty)).logits[0]
+        places = [place for place, target in enumerate(targets.tolist()) if target != -100]
+        losses += [F.cross_entropy(logits[place], targets[place]).item() for place in places]
+        right += all(logits[place].argmax() == targets[place] for place in places)
+    return sum(losses) / len(losses), right / len(data.ids)
+
+
+# --- validation
+
+
+@pytest.mark.parametrize("task", [TASK, TaskConfig(symbols=4, queries=2, difficulty=(1, 3))])
+def test_metrics_equal_sequences_run_alone(task: TaskConfig) -> None:
+    model = build()
+    data = task_set(task, [3, 2, 1], 8, 7, "validation")
+    world = World(torch.device("cpu"), Ranks(), Ranks())
+    options: dict[str, Any] = {"micro_batch": 7, "world": world, "autocast": contextlib.nullcontext()}
+    following = task_metrics(model, data, depths=[1, 4], main_depth=None, **options)
+    named = {"": lambda difficulty: difficulty, "@1": lambda _: 1, "@4": lambda _: 4}
+    assert set(following) == {f"val/{what}{at}" for what in ("loss", "accuracy") for at in named}
+    for at, loops in named.items():
+        loss, accuracy = alone(model, data, loops)
+        assert following[f"val/loss{at}"] == pytest.approx(loss, rel=1e-5)
+        assert following[f"val/accuracy{at}"] == accuracy
+    assert len({round(following[f"val/loss{at}"], 4) for at in named}) == 3, "depths must differ"
+    fixed = task_metrics(model, data, depths=[1, 4], main_depth=2, **options)
+    assert fixed["val/loss"] == fixed["val/loss@2"] == pytest.approx(alone(model, data, lambda _: 2)[0], rel=1e-5)
+    assert fixed["val/loss@4"] == following["val/loss@4"]
+
+
+# --- training
+
+
+def test_a_step_is_that_of_its_answers_alone(tmp_path: Path) -> None:
+    """Loss and gradient of a step, from the logits of every sequence by itself at as many loops as its difficulty."""
+    made = Trainer(tiny(tmp_path, train__steps=50))
+    take_step(made)  # output projections start at zero, and then all depths are alike
+    batch = made.loader.streams.share(0, 1).next_batch(6)
+    assert (batch.targets != -100).sum(1).tolist() == [1] * 24
+    loops = made.schedule.plan(1).loops
+    assert set(loops) == {1, 2, 3}
+    model = RecurrentDepthTransformer(made.config.model)
+    model.load_state_dict({name: tensor.clone() for name, tensor in made.model.state_dict().items()})
+    total = torch.zeros(())
+    for row, (ids, targets) in enumerate(zip(batch.ids, batch.targets, strict=True)):
+        state = initial_state(made.config.model, [row], 5, seed=0, step=1, device=torch.device("cpu"))
+        logits = model(ids[None, :-1], loops=loops[row], state=state).logits[0]
+        total = total + F.cross_entropy(logits, targets, ignore_index=-100) / 24
+    total.backward()
+    result = take_step(made)
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
+    assert result.loss.item() == pytest.approx(total.item(), rel=1e-5)
+    assert result.grad_norm.item() == pytest.approx(norm.item(), rel=1e-4)
+    made.resources.close()
+
+
+def test_loops_follow_the_difficulty_of_the_data(tmp_path: Path) -> None:
+    """The number of hops that lead to each row's answer is the number of its loops."""
+    config = tiny(tmp_path, data__task={"symbols": 11, "difficulty": [2, 4]}, data__sequence_length=12)
+    schedule, streams = DepthSchedule(config), Trainer(config).loader.streams
+    for step in range(5):
+        batch, loops = streams.next_batch(schedule.slots), schedule.plan(step).loops
+        assert schedule.plan(step).backprop == 4
+        for row in range(24):
+            pairs = dict(divmod(token - 12, 11) for token in batch.ids[row, :11].tolist())
+            symbol = batch.ids[row, 11].item() - 1
+            for _ in range(loops[row]):
+                symbol = pairs[symbol]
+            assert symbol == batch.targets[row, 11].item() - 1
+
+
+def test_a_run_resumes_exactly_and_tells_accuracy(tmp_path: Path) -> None:
+    whole = run(tiny(tmp_path / "whole"))
+    config = tiny(tmp_path / "parts")
+    halfway = Trainer(config)
+    for _ in range(2):
+        take_step(halfway)
+        halfway.tokens += halfway.config.tokens_per_step
+        halfway.position = halfway.loader.state_dict()
+    halfway.save(wait=True)
+    halfway.resources.close()
+    assert_identical(whole, run(config))
+    records = read_metrics(tmp_path / "whole" / "run" / "metrics.jsonl")
+    assert "val/bits_per_byte" not in records[-1]
+    assert 0 <= records[-1]["val/accuracy"] <= 1
+    assert {"val/loss", "val/loss@1", "val/loss@2", "val/accuracy@1", "val/accuracy@2"} <= records[-1].keys()
+    assert not (tmp_path / "whole" / "run" / "tokenizer").exists()
+    assert not (tmp_path / "whole" / "run" / "samples").exists()
+    with pytest.raises(MythosError, match="another task"):
+        Trainer(tiny(tmp_path / "parts", data__task={"symbols": 4, "difficulty": [1, 2]}))
+
+
+def test_dry_run_knows_the_vocabulary(tmp_path: Path) -> None:
+    config = tiny(tmp_path)
+    assert config.model.vocab_size == TASK.vocabulary == 1 + 4 + 16
+    assert "follow: difficulty" in plan(config)
+    assert config.depth_mean == 2 and config.depth_maximum == config.depth_backprop == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"data__task": {"difficulty": [3, 1]}}, r"data.task.difficulty: got \[3, 1\]"),
+        ({"data__sequence_length": 4}, "data.sequence_length, data.task.difficulty: got 4, and hops of difficulty 3"),
+        ({"data__task": {"symbols": 4, "modulus": 5}}, "data.task.name, data.task.modulus: got hops and 5"),
+        ({"data__task": {"symbols": 4, "queries": 5}, "data__sequence_length": 9}, "data.task.queries"),
+        ({"data__task": {"tell": "number", "difficulty": [1, 65]}, "data__sequence_length": 14}, "up to 64"),
+        ({"data__kind": "embedded"}, "data.kind, data.task: got embedded and a task"),
+        ({"data__path": "a.txt"}, "data.kind, data.path: got reasoning"),
+        ({"data__mask_documents": True}, "data.kind, data.mask_documents"),
+        ({"model__vocab_size": 2, "data__task": {"symbols": 12}, "data__sequence_length": 13}, "model.vocab_size"),
+        ({"depth__mean": 4}, "depth.follow, depth.mean: got difficulty and 4"),
+        ({"depth__curriculum": {"shape": "linear"}}, "depth.follow, depth.curriculum"),
+        ({"depth__backprop": 4}, "got 4, and at most 3 loops are run"),
+    ],
+)
+def test_what_contradicts_is_refused(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(MythosError, match=named):
+        tiny(tmp_path, **changes)
+
+
+def test_loops_follow_only_where_there_are_some(tmp_path: Path) -> None:
+    with pytest.raises(
+        MythosError, match=r"depth.follow, data.kind, model.injection: got difficulty, reasoning and none"
+    ):
+        tiny(tmp_path, model__injection="none", model__loops=1, eval__loops=[1])
+    with pytest.raises(MythosError, match=r"depth.follow, data.kind, model.injection"):
+        config_from_dict({"depth": {"follow": "difficulty"}, "train": {"steps": 1}})
+
+
+# --- the report
+
+
+def test_every_entry_of_a_map_equals_a_run_by_itself() -> None:
+    model, task = build(), TaskConfig(symbols=4, queries=3, difficulty=(1, 3))
+    with torch.no_grad():
+        model.embedding.weight[5:] *= 0.1  # answers are symbols mostly, and so often right by chance
+    made = accuracy_map(
+        model, task, name="noise", step=7, difficulties=[1, 4], loops=[1, 3, 5], sequences=300, length=7
+    )
+    for difficulty in made.difficulties:
+        data = task_set(TASK, [difficulty], 300, 7, f"report/{difficulty}")
+        for loops in made.loops:
+            with torch.no_grad():
+                logits = model(data.ids, loops=loops).logits
+            answers = logits[:, 4].argmax(-1)
+            assert made.at(difficulty, loops) == (answers == data.targets[:, 4]).double().mean().item()
+    assert all(0.1 < value < 0.9 for row in made.accuracy for value in row)
+    assert len({value for row in made.accuracy for value in row}) > 3, "depths must differ"
+
+
+def test_usual_difficulties_reach_six_times_the_hardest() -> None:
+    assert usual_difficulties(TaskConfig(difficulty=(1, 5))) == [1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30]
+    assert usual_difficulties(TaskConfig(difficulty=(4, 10))) == [4, 5, 6, 7, 8, 9, 10, 12, 16, 20, 30, 40, 60]
+
+
+def test_a_map_is_written_whole(tmp_path: Path) -> None:
+    made = AccuracyMap("one", "hops", 9, (1, 2), [1, 2, 3], [1, 2], 10, [[1.0, 0.5], [0.25, 1.0], [0.0, 0.125]])
+    picture, table, values = made.write(tmp_path / "new" / "map")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(int(r["difficulty"]), int(r["loops"]), float(r["accuracy"])) for r in rows] == [
+        (d, t, made.at(d, t)) for d in (1, 2, 3) for t in (1, 2)
+    ]
+    read = json.loads(values.read_text())
+    assert read["accuracy"] == made.accuracy and read["trained"] == [1, 2]
+    assert [line.split() for line in made.table().splitlines()[1:]] == [
+        ["1*", "100.0%", "50.0%"],
+        ["2*", "25.0%", "100.0%"],
+        ["3", "0.0%", "12.5%"],
+    ]
+    assert draw_maps([made, made], tmp_path / "both.png").stat().st_size > picture.stat().st_size
+
+
+def test_report_of_a_looped_and_a_fixed_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tiny(tmp_path / "looped", train__steps=1))
+    fixed = {"model__injection": "none", "model__loops": 1, "depth__follow": "none", "eval__loops": [1]}
+    run(tiny(tmp_path / "fixed", train__steps=1, run__name="fixed", **fixed))
+    capsys.readouterr()
+    runs = [str(tmp_path / name / "run") for name in ("looped", "fixed")]
+    assert report([*runs, "--sequences", "64", "--difficulties", "1,2,6"]) == 0
+    printed = capsys.readouterr().out
+    assert "with as many loops as steps: 1: " in printed and "side-by-side.png" in printed
+    looped, own = (json.loads((Path(path) / "reasoning" / "step-00000001.json").read_text()) for path in runs)
+    assert looped["loops"] == [1, 2, 6] and own["loops"] == [1]
+    assert looped["difficulties"] == own["difficulties"] == [1, 2, 6]
+    assert (tmp_path / "looped" / "run" / "reasoning" / "side-by-side.png").is_file()
+
+
+def test_report_refuses_what_it_cannot_ask(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report([str(tmp_path / "nothing")]) == 1
+    assert "error: " in capsys.readouterr().err
+    for bad in (["--loops", "0"], ["--difficulties", "a"], ["--sequences", "0"]):
+        with pytest.raises(SystemExit):
+            report([str(tmp_path), *bad])
+    task = {"symbols": 4, "difficulty": [1, 3], "tell": "number"}
+    run(tiny(tmp_path, train__steps=1, data__task=task, data__sequence_length=6))
+    capsys.readouterr()
+    assert report([str(tmp_path / "run"), "--difficulties", "65", "--sequences", "8"]) == 1
+    assert "up to 64" in capsys.readouterr().err

@@ -1,0 +1,173 @@
+"""Decoding written out: every position runs alone, in order, in float64, over keys and values expanded per head."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import cos, exp, log1p, sin, sqrt
+
+import torch
+from torch import Tensor
+
+from mythos.model.rdt import RecurrentDepthTransformer
+
+States = list[Tensor]
+"""The states of one position, h_0 first."""
+
+
+def converged(threshold: float) -> Callable[[States], bool]:
+    return lambda h: bool((h[-1] - h[-2]).norm() < threshold * h[-1].norm())
+
+
+def straightened(threshold: float) -> Callable[[States], bool]:
+    return lambda h: len(h) > 2 and bool((h[-1] - 2 * h[-2] + h[-3]).norm() < threshold * h[-1].norm())
+
+
+@dataclass
+class SlowRow:
+    """One row: append tokens one by one."""
+
+    model: RecurrentDepthTransformer
+    stops: Callable[[States], bool] = lambda states: False
+    reads: Callable[[States], Tensor] = lambda states: states[-1]
+    minimum: int = 1
+    cache_loops: int | None = None
+    kept: dict[tuple[str, int], list[list[tuple[Tensor, Tensor]]]] = field(default_factory=dict)
+    """Of each layer and position, keys (H, d) and values (H, v) of every loop it ran."""
+
+    def __post_init__(self) -> None:
+        self.config = self.model.config
+        self.weights = {name: p.detach().double() for name, p in self.model.named_parameters()}
+        self.weights |= {name: b.double() for name, b in self.model.named_buffers()}
+
+    def append(self, token: int, limit: int) -> tuple[Tensor, int]:
+        """Logits (V,) after the token, and the loops it ran."""
+        config, w = self.config, self.weights
+        x = w["embedding.weight"][token] * sqrt(config.dim)
+        for layer in range(config.prelude_layers):
+            x = self.block(f"prelude.{layer}.", ("prelude", layer), x, 1)
+        looped = config.injection != "none"
+        e = self.norm("prelude_norm.", x) if looped and config.prelude_norm else x
+        states = [torch.zeros_like(e)]
+        for loop in range(1, limit + 1):
+            states.append(self.core(states[-1], e, loop))
+            if loop >= self.minimum and self.stops(states):
+                break
+        x = self.reads(states)
+        if looped:
+            x = w["readout.weight"] @ x
+        for layer in range(config.coda_layers):
+            x = self.block(f"coda.{layer}.", ("coda", layer), x, 1)
+        head = w["embedding.weight" if config.tie_embeddings else "head.weight"]
+        return head @ self.norm("norm.", x), len(states) - 1
+
+    def core(self, h: Tensor, e: Tensor, loop: int) -> Tensor:
+        config, w, at = self.config, self.weights, "recurrence."
+        if config.injection == "lti":
+            delta = torch.tensor([log1p(exp(dt)) for dt in w[at + "injection.dt"].tolist()]).double()
+            u = torch.exp(-delta * w[at + "injection.log_a"].exp()) * h + delta * (w[at + "injection.weight"] @ e)
+        elif config.injection == "linear":
+            u = w[at + "injection.state.weight"] @ h + w[at + "injection.input.weight"] @ e
+        else:
+            u = h + e if config.injection == "add" else e
+        if config.loop_embedding:
+            half = config.dim // 2
+            angles = [(loop - 1) * 10_000 ** (-i / half) for i in range(half)]
+            waves = torch.tensor([sin(a) for a in angles] + [cos(a) for a in angles], dtype=torch.float64)
+            u = u + w[at + "embedding.gain"] * waves
+        x = u
+        for layer in range(config.core_layers):
+            x = self.block(f"{at}blocks.{layer}.", ("core", layer), x, loop)
+        if config.lora_rank:
+            scale = w[at + "adapter.scale"][min(loop, config.loops) - 1]
+            low = w[at + "adapter.down.weight"] @ self.norm(at + "adapter.norm.", u)
+            x = x + w[at + "adapter.up.weight"] @ (low * scale)
+        return x
+
+    def block(self, at: str, layer: tuple[str, int], x: Tensor, loop: int) -> Tensor:
+        x = x + self.attention(at + "attention.", layer, self.norm(at + "attention_norm.", x), loop)
+        normed = self.norm(at + "ffn_norm.", x)
+        routes = at + "ffn.router.weight" in self.weights
+        return x + (self.experts(at + "ffn.", normed) if routes else self.swiglu(at + "ffn.", normed))
+
+    def attention(self, at: str, layer: tuple[str, int], x: Tensor, loop: int) -> Tensor:
+        kept = self.kept.setdefault(layer, [])
+        if loop == 1:
+            kept.append([])
+        query, key, value = (self.latent_heads if self.config.attention == "mla" else self.shared_heads)(
+            at, x, len(kept) - 1
+        )
+        kept[-1].append((key, value))
+        seen = [ran[-1] if ran is kept[-1] else self.serves(ran, loop) for ran in kept]
+        results = []
+        for head, q in enumerate(query):
+            scores = torch.stack([q @ key[head] / sqrt(len(q)) for key, _ in seen])
+            weights = scores.exp() / scores.exp().sum()
+            results.append(sum(p * value[head] for p, (_, value) in zip(weights, seen, strict=True)))
+        return self.weights[at + "out.weight"] @ torch.cat(results)
+
+    def serves(self, ran: list[tuple[Tensor, Tensor]], loop: int) -> tuple[Tensor, Tensor]:
+        """What an earlier position serves to a later one in a loop: its own of that loop, or its last."""
+        if self.cache_loops is None:
+            return ran[min(loop, len(ran)) - 1]
+        slot = (loop - 1) % self.cache_loops
+        return ran[slot :: self.cache_loops][-1] if slot < len(ran) else ran[-1]
+
+    def shared_heads(self, at: str, x: Tensor, position: int) -> tuple[Tensor, Tensor, Tensor]:
+        config, w = self.config, self.weights
+        query, key, value = ((w[f"{at}{name}.weight"] @ x).split(config.head_dim) for name in ("query", "key", "value"))
+        if config.qk_norm:
+            query = [self.norm(at + "query_norm.", q) for q in query]
+            key = [self.norm(at + "key_norm.", k) for k in key]
+        queries = torch.stack([self.rotate(q, position) for q in query])
+        of_head = [head * config.n_kv_heads // config.n_heads for head in range(config.n_heads)]
+        return queries, torch.stack([self.rotate(key[g], position) for g in of_head]), torch.stack(value)[of_head]
+
+    def latent_heads(self, at: str, x: Tensor, position: int) -> tuple[Tensor, Tensor, Tensor]:
+        config, w = self.config, self.weights
+        nope, rank = config.qk_nope_head_dim, config.kv_lora_rank
+        low = self.norm(at + "query_latent_norm.", w[at + "query_down.weight"] @ x) if config.q_lora_rank else x
+        query = (w[at + "query.weight"] @ low).split(nope + config.qk_rope_head_dim)
+        down = w[at + "key_value_down.weight"] @ x
+        latent, rope_key = self.norm(at + "latent_norm.", down[:rank]), down[rank:]
+        if config.qk_norm:
+            query = [self.norm(at + "query_norm.", q) for q in query]
+            rope_key = self.norm(at + "rope_key_norm.", rope_key)
+        rope_key = self.rotate(rope_key, position)
+        heads = (w[at + "key_value_up.weight"] @ latent).split(nope + config.v_head_dim)
+        queries = [torch.cat((q[:nope], self.rotate(q[nope:], position))) for q in query]
+        keys = [torch.cat((head[:nope], rope_key)) for head in heads]
+        return torch.stack(queries), torch.stack(keys), torch.stack([head[nope:] for head in heads])
+
+    def rotate(self, x: Tensor, position: int) -> Tensor:
+        half = len(x) // 2
+        pairs = torch.complex(x[:half], x[half:])
+        angles = torch.tensor([position * self.config.rope_theta ** (-i / half) for i in range(half)])
+        turned = pairs * torch.polar(torch.ones(half, dtype=torch.float64), angles.double())
+        return torch.cat((turned.real, turned.imag))
+
+    def norm(self, at: str, x: Tensor) -> Tensor:
+        return x / (x.square().mean() + self.config.norm_eps).sqrt() * self.weights[at + "weight"]
+
+    def swiglu(self, at: str, x: Tensor) -> Tensor:
+        gate, up = (self.weights[at + "gate_up.weight"] @ x).chunk(2)
+        return self.weights[at + "down.weight"] @ (gate * torch.sigmoid(gate) * up)
+
+    def experts(self, at: str, x: Tensor) -> Tensor:
+        w, chosen = self.weights, self.config.experts_per_token
+        affinity = torch.sigmoid(w[at + "router.weight"] @ x)
+        biased = (affinity + w[at + "router.bias"]).tolist()
+        best = sorted(range(len(biased)), key=lambda expert: -biased[expert])[:chosen]
+        output = self.swiglu(at + "shared.", x) if self.config.n_shared_experts else torch.zeros_like(x)
+        for expert in best:
+            gate, up = (x @ w[at + "gate_up"][expert]).chunk(2)
+            routed = (gate * torch.sigmoid(gate) * up) @ w[at + "down"][expert]
+            output = output + affinity[expert] / affinity[best].sum() * routed
+        return output
+
+
+def slow_decode(
+    model: RecurrentDepthTransformer, tokens: Sequence[int], limits: Sequence[int], **settings: object
+) -> tuple[Tensor, list[int]]:
+    """Logits (S, V) of one row and the loops of each position, the most of which `limits` gives; see `SlowRow`."""
+    row = SlowRow(model, **settings)
+    results = [row.append(token, limit) for token, limit in zip(tokens, limits, strict=True)]
+    return torch.stack([logits for logits, _ in results]), [loops for _, loops in results]
