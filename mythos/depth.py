@@ -92,7 +92,7 @@ class DepthSchedule:
     def slot_loops(self, step: int) -> list[int]:
         """Loops of each slot: drawn, or the difficulty of the task that the slot's sequences are made with."""
         if self.task is not None:
-            return slot_difficulties(self.task, self.slots, self.seed, step)
+            return slot_difficulties(self.task, self.slots, self.seed, step, self.steps)
         cumulative = cumulative_probabilities(self.depth.sampling, self.mean(step), self.maximum)
         random = Random(f"{self.seed}/{step}")
         order = sorted(range(self.slots), key=lambda _: random.random())

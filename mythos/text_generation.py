@@ -180,12 +180,14 @@ def choose_depth(
     """The most loops of each row, and the halting rule.
 
     `loops` None (auto) is the training mean, and a rule decides what of it is run: `rule`, or the model's default.
-    Given loops are run in full, unless a rule or a threshold asks for halting.
+    Given loops are run in full, unless a rule or a threshold asks for halting, or the model was trained with act.
 
     Raises MythosError for a rule that is unknown or that the model cannot follow, or a threshold out of range.
     """
     try:
-        halts = loops is None or rule is not None or threshold is not None
+        # What act reads out is the average that its probabilities make: a part of the model, not a choice.
+        averaged = opened.model.config.halting == "act"
+        halts = loops is None or rule is not None or threshold is not None or averaged
         chosen = halting_rule(opened.model, rule, threshold) if halts else None
     except ValueError as error:
         raise MythosError(str(error)) from error

@@ -474,7 +474,8 @@ class Trainer:
         measure = task_metrics if isinstance(self.validation, TaskSet) else validation_metrics
         main_depth = None if follows else self.mean_loops
         metrics = measure(self.model, self.validation, depths=config.eval.loops, main_depth=main_depth, **common)
-        metrics |= fit_metrics(losses_by_depth(metrics))
+        if not follows:  # where each sequence has its own depth, one for all says nothing
+            metrics |= fit_metrics(losses_by_depth(metrics))
         # Where positions halt, ranks run different numbers of passes, and those that share the model must not.
         if not follows and not self.layout.sharded:
             metrics |= adaptive_metrics(self.model, self.validation, most=self.mean_loops, **common)
@@ -573,8 +574,8 @@ class Trainer:
             print(f"\n  {metrics['val/accuracy']:.2%} of the answers are right at {at}")
         else:
             print(f"\n  {metrics['val/bits_per_byte']:.3f} bits per byte at {self.mean_loops} loops")
-        if fit := fit_losses(curve):
-            print(f"  {fit}")
+        if "val/fit_limit" in metrics:
+            print(f"  {fit_losses(curve)}")
         if "val/auto_loss" in metrics:
             beside = "" if answered else f", perplexity {math.exp(metrics['val/auto_loss']):.2f}"
             halted = f"{metrics['val/auto_loops']:.2f} loops where {self.config.model.halting} halts"

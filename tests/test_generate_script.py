@@ -6,6 +6,7 @@ import random
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from mythos import model_files
 from mythos.data.tokenizer import Tokenizer
 from mythos.depth_view import PALETTE, coloured, harmless, html_page, legend, shade
 from mythos.errors import MythosError
+from mythos.model.halting import Act, Convergence, SecondDifference
+from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.model.sampling import Sampling
 from mythos.model_files import OpenedModel, export_model, open_model
 from mythos.text_generation import Piece, PieceStream, TextGeneration, TextRow, choose_depth, generate_text
@@ -238,7 +241,7 @@ def test_a_piece_has_the_most_loops_of_its_tokens(tokenizer: Tokenizer) -> None:
     assert stream.pieces == [Piece("😀", 7), Piece("a", 2)]
 
 
-@pytest.mark.parametrize("stops", [["\n"], ["river fin"], ["er", "the river"], ["é 深"], ["nowhere", "xyz"], ["."]])
+@pytest.mark.parametrize("stops", [["\n"], ["river fin"], ["er", "い river"], ["é 深"], ["nowhere", "xyz"], ["."]])
 def test_text_ends_before_the_first_stop_string(tokenizer: Tokenizer, stops: list[str]) -> None:
     text = "garden crosses the é 深い river finds the river.\nThe end"
     ids = tokenizer.encode_batch([text])[0]
@@ -309,6 +312,16 @@ def test_the_numbers_of_a_generation() -> None:
         "4 tokens at 1.0 tokens/s, after 7 prompt tokens in 1.00 s; ended: 2 x end of document\n"
         "4.00 loops per token on average of 7 (43% saved); cache 3.0 MiB"
     )
+
+
+def test_what_halts_at_given_loops(opened: OpenedModel) -> None:
+    assert choose_depth(opened, [3]) == ([3], None) and choose_depth(opened, None, "none") == ([2], None)
+    limits, rule = choose_depth(opened, None)
+    assert limits == [2] and isinstance(rule, Convergence)
+    assert isinstance(choose_depth(opened, [9], "second_difference").rule, SecondDifference)
+    assert choose_depth(opened, [9], threshold=0.3).rule.threshold == 0.3
+    act = RecurrentDepthTransformer(opened.model.config.model_copy(update={"halting": "act"}))
+    assert isinstance(choose_depth(replace(opened, model=act), [3]).rule, Act), "its output is the average"
 
 
 # The command line

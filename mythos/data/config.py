@@ -23,6 +23,8 @@ class TaskConfig(Section):
     many numbers."""
     difficulty: tuple[PositiveInt, PositiveInt] = (1, 5)
     """Fewest and most steps of a training sequence; all between are equally frequent."""
+    ramp: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the training over which the most steps rise evenly from the fewest on; 0 = all from the first step."""
     tell: Literal["nothing", "number", "marks"] = "nothing"
     """hops: how the text says the number of hops. nothing = only the number of loops does (depth.follow); number = a
     token of its own for each number, before the symbol; marks = one mark a hop, after the symbol, the answer being

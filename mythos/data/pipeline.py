@@ -61,11 +61,13 @@ class TaskData(NamedTuple):
     Attributes:
         config: the data section.
         slots: sequences of a stream in a step.
+        steps: steps of the training.
         tokenizer: there is none.
     """
 
     config: DataConfig
     slots: int
+    steps: int
     tokenizer: None = None
 
     def streams(self, seed: int, rank: int = 0, world_size: int = 1) -> TaskStreams:
@@ -74,6 +76,7 @@ class TaskData(NamedTuple):
             self.config.task,
             streams=self.config.streams,
             slots=self.slots,
+            steps=self.steps,
             sequence_length=self.config.sequence_length,
             seed=seed,
             rank=rank,
@@ -106,7 +109,7 @@ def open_data(config: Config, run_dir: Path | None, saved: Mapping[str, Any], pr
         MythosError: data that cannot be found, read or tokenized as the configuration says.
     """
     if config.data.kind == "reasoning":
-        return TaskData(config.data, config.train.global_batch // config.data.streams)
+        return TaskData(config.data, config.train.global_batch // config.data.streams, config.train_steps)
     data = pin_revisions(config.data, saved)
     corpora = open_corpora(data)
     tokenizer = load_tokenizer(

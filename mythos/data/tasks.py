@@ -168,8 +168,8 @@ def _mano(task: TaskConfig, draws: Draws, difficulty: int, inputs: np.ndarray, t
 def _permutations(task: TaskConfig, draws: Draws, difficulty: int, inputs: np.ndarray, targets: np.ndarray) -> None:
     """Elements in front; words, each of a token that begins it and its elements.
 
-    Asked for is the product of each word, at its end. Tokens: elements from 1, then the beginning. The product of g and h
-    is g first, then h.
+    Asked for is the product of each word, at its end. Tokens: elements from 1, then the beginning. The product of g and
+    h is g first, then h.
     """
     element, begin = 1, 1 + task.elements
     inputs[:] = element + draws.integers(task.elements, inputs.shape[1])
@@ -213,12 +213,14 @@ def _addition(task: TaskConfig, draws: Draws, difficulty: int, inputs: np.ndarra
 _MAKERS = {"hops": _hops, "mano": _mano, "permutations": _permutations, "addition": _addition}
 
 
-def slot_difficulties(task: TaskConfig, slots: int, seed: int, step: int) -> list[int]:
-    """Difficulty of every slot of a step, shared by all streams: a function of the arguments alone.
+def slot_difficulties(task: TaskConfig, slots: int, seed: int, step: int, steps: int) -> list[int]:
+    """Difficulty of every slot of one of so many steps, shared by all streams: a function of the arguments alone.
 
     The slots of a step are drawn by stratified sampling in random order, as depths are.
     """
     low, high = task.difficulty
+    if step < task.ramp * steps:
+        high = low + int(step / (task.ramp * steps) * (high - low + 1))
     random = Random(f"difficulty/{seed}/{step}")
     order = sorted(range(slots), key=lambda _: random.random())
     return [low + int((stratum + random.random()) / slots * (high - low + 1)) for stratum in order]
@@ -276,6 +278,7 @@ class TaskStreams:
         task: what is asked for.
         streams: number S of streams.
         slots: sequences of every stream in a step.
+        steps: steps of the training, which the ramp of the difficulty is a share of.
         sequence_length: tokens of a sequence.
         seed: seed of the sequences.
         rank: this process.
@@ -288,6 +291,7 @@ class TaskStreams:
         *,
         streams: int,
         slots: int,
+        steps: int,
         sequence_length: int,
         seed: int,
         rank: int = 0,
@@ -296,6 +300,7 @@ class TaskStreams:
         self.task = task
         self.streams = streams
         self.slots = slots
+        self.steps = steps
         self.sequence_length = sequence_length
         self.seed = seed
         self.rank = rank
@@ -316,6 +321,7 @@ class TaskStreams:
             self.task,
             streams=self.streams,
             slots=self.slots,
+            steps=self.steps,
             sequence_length=self.sequence_length,
             seed=self.seed,
             rank=self.rank + worker * self.world_size,
@@ -331,7 +337,7 @@ class TaskStreams:
         assert first == 0
         self._consumed += slots
         made = []
-        for slot, difficulty in enumerate(slot_difficulties(self.task, slots, self.seed, step)):
+        for slot, difficulty in enumerate(slot_difficulties(self.task, slots, self.seed, step, self.steps)):
             numbers = (step * slots + slot) * self.streams + self._local
             keys = sequence_keys(f"train/{self.seed}", numbers)
             made.append(np.stack(make_sequences(self.task, keys, difficulty, self.sequence_length), axis=1))

@@ -49,7 +49,8 @@ class DecodeCache:
         dtype: what they are kept in.
         block: positions by which the cache grows.
         cache_loops: keep the entries of so many loops only, loop t in slot t modulo this number: a position then serves
-            its newest entry of that slot instead of loop t's (after Huginn, arXiv 2502.05171). None = all.
+            its newest entry of that slot instead of loop t's (after Huginn, arXiv 2502.05171). None = all. With fewer
+            than are run, results depend on how a prompt is cut: tokens of one call still see each other in loop t.
 
     Raises ValueError for sizes below 1.
     """

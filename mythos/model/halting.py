@@ -17,7 +17,7 @@ GATE_WIDTH = 64
 """Hidden width of the gate."""
 GATE_START = 0.05
 """Nats that an untrained gate expects to be lost."""
-GATE_POSITIONS = 64
+GATE_POSITIONS = 128
 """Positions of a row that the gate learns from: their distributions over the vocabulary exist whole."""
 ACT_EPSILON = 0.01
 """A position of act halts once its probabilities add up to 1 minus this."""

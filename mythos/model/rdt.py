@@ -13,6 +13,8 @@ from mythos.model.cache import CachedContext, DecodeCache
 from mythos.model.config import ModelConfig, padded_vocab_size
 from mythos.model.halting import (
     GATE_POSITIONS,
+    THRESHOLDS,
+    Act,
     ActHalting,
     HaltingGate,
     HaltingRule,
@@ -240,6 +242,8 @@ class RecurrentDepthTransformer(nn.Module):
         self.recurrence(e, state, [max(depths)] * len(ids), 0, context, read_out)
         return readouts
 
+    # Every call has other shapes, and blocks that training compiled would be compiled for each of them.
+    @torch.compiler.set_stance("force_eager")
     @torch.no_grad()
     def extend(
         self,
@@ -256,20 +260,24 @@ class RecurrentDepthTransformer(nn.Module):
 
         `mask` (B, S) bool is True at tokens and False at padding, on either side; a row without tokens costs nothing.
         `loops` is the most passes, of all rows or one per row (default config.loops); `halting` may stop a position
-        after `minimum` passes or more. Prompts may come in pieces: any split gives the same result.
+        after `minimum` passes or more (a model of act always halts by act). Prompts may come in pieces: any split gives
+        the same result, unless the cache keeps fewer loops than are run.
 
-        Raises ValueError for loops below 1, ids outside of the vocabulary, rows that become longer than
-        config.context_length, or a cache of other rows or another model.
+        Raises ValueError for loops below 1, a mask of another shape or type, tokens outside of the vocabulary, rows
+        that become longer than config.context_length, or a cache of other rows or another model; the cache then holds
+        what it held before.
         """
         rows, length = ids.shape
         cache.admit(self, rows)
+        if mask is not None and (mask.shape != ids.shape or mask.dtype != torch.bool):
+            given = f"{mask.dtype} of shape {tuple(mask.shape)} for ids of shape {tuple(ids.shape)}"
+            raise ValueError(f"mask: got {given}; allowed: torch.bool of the shape of ids")
         limits = [self.config.loops if loops is None else loops] * rows if not isinstance(loops, Sequence) else loops
-        deepest = max(self.check_loops(sorted(limits, reverse=True), rows))
+        self.check_loops(sorted(limits, reverse=True), rows)
+        if halting is None and isinstance(self.halting, ActHalting):
+            halting = Act(self.halting, THRESHOLDS["act"])  # the average of the states is all that it was trained for
         if minimum < 1:
             raise ValueError(f"minimum: got {minimum}; allowed: at least 1")
-        lowest, highest = (int(bound) for bound in ids.aminmax()) if ids.numel() else (0, 0)
-        if lowest < 0 or highest >= self.vocabulary:
-            raise ValueError(f"token ids {lowest} to {highest}: the model knows 0 to {self.vocabulary - 1}")
 
         # Packed: all tokens of row 0, then of row 1, ...
         device = ids.device
@@ -277,6 +285,10 @@ class RecurrentDepthTransformer(nn.Module):
             counts, packed = [length] * rows, torch.arange(rows * length, device=device)
         else:
             counts, packed = mask.sum(1).tolist(), mask.flatten().nonzero().squeeze(1)
+        tokens = ids.flatten()[packed]
+        lowest, highest = torch.stack(tokens.aminmax()).tolist() if len(tokens) else (0, 0)
+        if lowest < 0 or highest >= self.vocabulary:
+            raise ValueError(f"token ids {lowest} to {highest}: the model knows 0 to {self.vocabulary - 1}")
         lengths = [held + count for held, count in zip(cache.lengths, counts, strict=True)]
         if max(lengths) > self.config.context_length:
             raise ValueError(
@@ -292,20 +304,21 @@ class RecurrentDepthTransformer(nn.Module):
         position = torch.tensor(
             [p for old, new in zip(cache.lengths, lengths, strict=True) for p in range(old, new)], device=device
         )
+        deepest = max(limit for limit, count in zip(limits, counts, strict=True) if count)
         cache.reserve(max(lengths), deepest)
         context = CachedContext.make(cache, row, position, max(lengths))
 
-        e = self.encode(ids.flatten()[packed].unsqueeze(1), context)
+        e = self.encode(tokens.unsqueeze(1), context)
         limit = torch.tensor(limits, device=device)[row]
         state, done = self.recurrence.extend(e, context, limit, deepest, halting, minimum)
         taken[packed] = done
         hidden = self.decode(state, context).squeeze(1)
-        cache.lengths = lengths
         if logits == "last":
             ends = torch.tensor([count for count in counts if count], device=device).cumsum(0) - 1
             hidden, packed = hidden[ends], row[ends]
         found = F.linear(hidden, self.head_weight).float()
         result = found.new_zeros(rows if logits == "last" else rows * length, width).index_copy(0, packed, found)
+        cache.lengths = lengths
         return Extension(result if logits == "last" else result.view(rows, length, width), taken.view(rows, length))
 
     def check_loops(self, loops: int | Sequence[int] | None, rows: int) -> list[int]:

@@ -234,9 +234,9 @@ class Recurrence(nn.Module):
         passes done by each position, (N,) int64.
         """
         shared, injected = self.injection(e) if self.injection is not None else (e, e)
-        final = e.new_zeros(e.shape, dtype=torch.float32)
-        taken = torch.full_like(loops, deepest)
-        state, running, memory = final, torch.arange(len(e), device=e.device), None
+        state = e.new_zeros(e.shape, dtype=torch.float32)
+        final, taken = torch.empty_like(state), torch.full_like(loops, deepest)
+        running, memory = torch.arange(len(e), device=e.device), None
         ends = set(loops.unique().tolist())
         for done in range(1, deepest + 1):
             after, _ = self.step(state, shared, injected, torch.full_like(running, done - 1), context.at_loop(done - 1))

@@ -181,19 +181,26 @@ def test_what_does_not_fit_is_refused() -> None:
 
 def test_slots_of_a_step_cover_the_difficulties() -> None:
     task = TaskConfig(difficulty=(2, 5))
-    drawn = [slot_difficulties(task, 8, 0, step) for step in range(200)]
+    drawn = [slot_difficulties(task, 8, 0, step, 200) for step in range(200)]
     assert all(sorted(slots) == [2, 2, 3, 3, 4, 4, 5, 5] for slots in drawn)
     assert len(set(map(tuple, drawn))) > 150
-    assert slot_difficulties(task, 8, 1, 0) != drawn[0] or slot_difficulties(task, 8, 1, 1) != drawn[1]
-    one = Counter(slot_difficulties(task, 1, 0, step)[0] for step in range(400))
+    assert [slot_difficulties(task, 8, 1, step, 200) for step in range(2)] != drawn[:2]
+    one = Counter(slot_difficulties(task, 1, 0, step, 400)[0] for step in range(400))
     assert sorted(one) == [2, 3, 4, 5] and min(one.values()) > 60
+
+
+def test_the_hardest_difficulty_rises() -> None:
+    task = TaskConfig(difficulty=(2, 5), ramp=0.5)
+    hardest = [max(slot_difficulties(task, 8, 0, step, 40)) for step in range(40)]
+    assert hardest == [2] * 5 + [3] * 5 + [4] * 5 + [5] * 25
+    assert set(slot_difficulties(task, 8, 0, 12, 40)) == {2, 3, 4}
 
 
 # --- streams
 
 
 def streams(rank: int = 0, world_size: int = 1, **changes: Any) -> TaskStreams:
-    options: dict[str, Any] = {"streams": 4, "slots": 3, "sequence_length": 14, "seed": 0, **changes}
+    options: dict[str, Any] = {"streams": 4, "slots": 3, "steps": 100, "sequence_length": 14, "seed": 0, **changes}
     task = options.pop("task", TaskConfig(difficulty=(1, 3)))
     return TaskStreams(task, rank=rank, world_size=world_size, **options)
 
@@ -215,7 +222,7 @@ def test_difficulty_of_a_row_is_that_of_its_slot() -> None:
         batch = source.next_batch(3)
         assert batch.ids.shape == (12, 15) and batch.targets.shape == (12, 14)
         assert batch.rows.tolist() == list(range(12))
-        difficulties = slot_difficulties(task, 3, 0, step)
+        difficulties = slot_difficulties(task, 3, 0, step, 100)
         for row, (ids, targets) in enumerate(zip(batch.ids.tolist(), batch.targets.tolist(), strict=True)):
             (place,) = (place for place, answer in enumerate(targets) if answer != -100)
             assert solve_hops(task, ids, difficulties[row // 4]) == {place: targets[place]}

@@ -219,7 +219,7 @@ def test_any_split_of_a_prompt_gives_the_same(model: Build, attention: str) -> N
     texts = [random_ids(length, seed=length).tolist() for length in lengths]
     whole = Rows(3)
     whole.extend(built, DecodeCache(built.config, 3, loops=8), texts, [8] * 3, [True] * 3, halting=Erratic())
-    for _ in range(8):
+    for _ in range(5):
         cache, parts = DecodeCache(built.config, 3, loops=rng.randint(1, 8), block=rng.randint(1, 8)), Rows(3)
         while cache.lengths != lengths:
             sizes = [rng.choice([0, 1, 3, 9]) for _ in texts]
@@ -310,6 +310,28 @@ def test_rows_without_tokens_cost_nothing(model: Build) -> None:
     assert built.extend(ids[:, :0], cache, logits="all").logits.shape == (2, 0, 128)
 
 
+def test_padding_may_be_any_number_and_rows_without_tokens_ask_for_no_depth(model: Build) -> None:
+    built, cache = model(), DecodeCache(model().config, 2, loops=4)
+    ids, mask = torch.tensor([[-100, 7], [128, -1]]), torch.tensor([[False, True], [False, False]])
+    found = built.extend(ids, cache, mask=mask, loops=[4, 64])
+    alone = built.extend(ids[:1, 1:], DecodeCache(built.config, 1, loops=4))
+    torch.testing.assert_close(found.logits[:1], alone.logits)
+    assert cache.loops == 4
+
+
+def test_compiled_blocks_decode_uncompiled(model: Build) -> None:
+    """Each call has other shapes: compiled, decoding would never stop compiling."""
+    built, ids = model(), random_ids(1, 4)
+    expected = built.extend(ids, DecodeCache(built.config, 1, loops=4)).logits
+
+    def compiles(graph: Any, inputs: Any) -> Any:
+        raise AssertionError("compiled")
+
+    for block in built.recurrence.blocks:
+        block.compile(backend=compiles)
+    assert torch.equal(built.extend(ids, DecodeCache(built.config, 1, loops=4)).logits, expected)
+
+
 # --- bad input
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -321,6 +343,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"minimum": 0}, "minimum: got 0; allowed: at least 1"),
     ({"ids": torch.tensor([[1, 2], [3, 128]])}, "token ids 1 to 128: the model knows 0 to 127"),
     ({"ids": torch.tensor([[1, 2], [-1, 3]])}, "token ids -1 to 3: the model knows 0 to 127"),
+    ({"mask": torch.ones(2, 3, dtype=torch.bool)}, r"got torch.bool of shape \(2, 3\) for ids of shape \(2, 2\)"),
+    ({"mask": torch.ones(2, dtype=torch.bool)}, r"mask: got torch.bool of shape \(2,\)"),
+    ({"mask": torch.ones(2, 2)}, r"mask: got torch.float32 of .*; allowed: torch.bool of the shape of ids"),
     ({"ids": torch.zeros(3, 2, dtype=torch.int64)}, "3 rows of ids for a cache of 2 rows"),
     ({"ids": torch.zeros(2, 14, dtype=torch.int64)}, "a row of 17 tokens: the model's context is 16"),
 ]

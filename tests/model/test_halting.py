@@ -187,6 +187,8 @@ def test_act_decodes_as_graves_says(model: Build):
     ids, _ = inputs()
     cache = DecodeCache(pondering.config, len(ids), loops=6)
     found = pondering.extend(ids, cache, loops=6, halting=halting_rule(pondering, "act"), logits="all")
+    unasked = pondering.extend(ids, DecodeCache(pondering.config, len(ids), loops=6), loops=6, logits="all")
+    assert torch.equal(found.logits, unasked.logits)
     with torch.no_grad():
         torch.testing.assert_close(found.logits, pondering(ids, loops=6).logits, rtol=1e-5, atol=1e-5)
     assert 1 < found.loops.float().mean() < 6

@@ -85,13 +85,13 @@ def test_ends_of_the_unit_interval_stay_among_what_is_kept() -> None:
 
 
 def test_the_tail_of_a_large_vocabulary_is_drawn() -> None:
-    """Of 200,000 ids that share 1%, a sum in float32 would never draw most."""
-    logits = torch.zeros(1, 200_001)
-    logits[0, 0] = log(99 * 200_000)
+    """Of 2,000,000 ids that share 1%, a sum in float32 would never draw most."""
+    logits = torch.zeros(1, 2_000_001)
+    logits[0, 0] = log(99 * 2_000_000)
     for share in (0.123456, 0.5, 0.999):
         place = torch.tensor([0.99 + 0.01 * share], dtype=torch.float64)
         drawn = Sampling(temperature=1.0).draw(logits, place).item()
-        assert drawn == pytest.approx(1 + share * 200_000, abs=2)
+        assert drawn == pytest.approx(1 + share * 2_000_000, abs=2)
 
 
 def test_uniforms_depend_on_seed_and_number_alone() -> None:
