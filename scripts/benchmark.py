@@ -2,6 +2,7 @@
 
 python scripts/benchmark.py data CONFIG.yaml [key.path=value ...]
 python scripts/benchmark.py checkpoint [--preset NAME] [--vocabulary N] [--directory DIR]
+python scripts/benchmark.py decode RUN [--batch N] [--tokens N] [--halting RULE]
 """
 
 import argparse
@@ -30,13 +31,21 @@ from mythos.data.source import Source, TextSource
 from mythos.data.stream import Part, Walk
 from mythos.data.tokenizer import Tokenizer, training_documents
 from mythos.errors import MythosError
+from mythos.model.generate import Generation, generate
+from mythos.model.halting import THRESHOLDS, HaltingRule, halting_rule
 from mythos.model.rdt import RecurrentDepthTransformer
+from mythos.model.sampling import Sampling
+from mythos.model_files import open_model
 from mythos.optim import build_optimizer
 from mythos.presets import preset_config
 from mythos.ranks import Ranks
 
 REPEATS = 11
 SAVES = 5
+TURNS = 5
+
+PROMPT = 64
+"""Tokens of a prompt that decoding starts from."""
 
 # Of what is given to the tokenizer alone: documents a call, and bytes in all.
 CALL_DOCUMENTS = 1000
@@ -51,10 +60,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "what",
-        choices=["data", "checkpoint"],
-        help="data: reading and tokenizing, without a model; checkpoint: how long training stands still for one",
+        choices=list(BENCHMARKS),
+        help="data: reading and tokenizing, without a model; checkpoint: how long training stands still for one; "
+        "decode: generation with all loops and where positions halt",
     )
-    parser.add_argument("config", metavar="CONFIG.yaml", nargs="?", help="data: the run")
+    parser.add_argument("config", metavar="CONFIG.yaml | RUN", nargs="?", help="data: the run; decode: a trained model")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     parser.add_argument("--workers", type=int, nargs="+", help="numbers of workers to measure (1 up to the cores)")
     parser.add_argument("--seconds", type=float, default=1.5, help="length of one measurement (1.5)")
@@ -62,11 +72,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--preset", default="dense_140m", help="checkpoint: the model (dense_140m)")
     parser.add_argument("--vocabulary", type=int, default=19008, help="checkpoint: its tokens (19008)")
     parser.add_argument("--directory", help="checkpoint: where to write (a temporary directory)")
+    parser.add_argument("--batch", type=int, default=8, help="decode: rows (8)")
+    parser.add_argument("--tokens", type=int, default=128, help="decode: tokens generated in each row (128)")
+    parser.add_argument("--halting", help="decode: rule (the model's)")
     options = parser.parse_intermixed_args(arguments)
-    if (options.what == "data") != (options.config is not None):
-        parser.error("data needs CONFIG.yaml, checkpoint takes none")
+    if (options.what == "checkpoint") == (options.config is not None):
+        parser.error("data needs CONFIG.yaml, decode a trained model; checkpoint takes neither")
     try:
-        (DataBenchmark if options.what == "data" else CheckpointBenchmark)(options).run()
+        BENCHMARKS[options.what](options).run()
     except MythosError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -230,6 +243,55 @@ class CheckpointBenchmark:
         started = time.perf_counter()
         work()
         return time.perf_counter() - started
+
+
+class DecodeBenchmark:
+    """Tokens per second of greedy generation: all loops of the training mean against thresholds of a halting rule."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        torch.set_num_threads(1)
+        opened = open_model(options.config)
+        self.model, self.loops = opened.model, opened.mean_loops
+        rule = options.halting or self.model.config.halting
+        if rule not in THRESHOLDS:
+            raise MythosError(f"--halting: got {rule}; allowed: {', '.join(THRESHOLDS)}")
+        self.rules: dict[str, HaltingRule | None] = {f"all {self.loops} loops": None}
+        for factor in (0.5, 1, 2) if rule != "act" else (1,):
+            threshold = factor * THRESHOLDS[rule]
+            try:
+                self.rules[f"{rule} at {threshold:g}"] = halting_rule(self.model, rule, threshold)
+            except ValueError as error:
+                raise MythosError(str(error)) from error
+
+    def run(self) -> None:
+        """Print the median of runs that take turns, and each rule's ratio to all loops in the same turn."""
+        options, config = self.options, self.model.config
+        # Random ids: what is decoded after them is as good as any for the time, and for most rules no easier.
+        prompts = torch.randint(
+            int(config.vocab_size), (options.batch, PROMPT), generator=torch.Generator().manual_seed(0)
+        )
+        seconds: dict[str, list[float]] = {name: [] for name in self.rules}
+        made: dict[str, Generation] = {}
+        turns = [(name, rule) for _ in range(TURNS) for name, rule in self.rules.items()]
+        for name, rule in tqdm(turns, desc="decoding", unit="run"):
+            started = time.perf_counter()
+            made[name] = generate(
+                self.model, prompts.tolist(), options.tokens, sampling=Sampling(temperature=0),
+                loops=self.loops, halting=rule,
+            )  # fmt: skip
+            seconds[name].append(time.perf_counter() - started)
+        base = next(iter(seconds.values()))
+        print(f"{options.batch} rows, {PROMPT} tokens each, {options.tokens} more, float32, one thread")
+        for name, times in seconds.items():
+            rate = options.batch * options.tokens / statistics.median(times)
+            depth = statistics.mean(loops for row in made[name].rows for loops in row.loops)
+            ratio = statistics.median(full / own for full, own in zip(base, times, strict=True))
+            size = made[name].cache_bytes / 2**20
+            print(f"{name:24} {rate:8.0f} tokens/s  {depth:5.2f} loops  {ratio:5.2f} x  cache {size:.1f} MiB")
+
+
+BENCHMARKS = {"data": DataBenchmark, "checkpoint": CheckpointBenchmark, "decode": DecodeBenchmark}
 
 
 def _products(going: Callable[[float], bool]) -> tuple[float, float]:
