@@ -466,8 +466,13 @@ def read_meta(path: Path | str) -> dict[str, Any]:
         # Earlier versions left the marker empty.
         if marker and json.loads(marker)["meta_crc32"] != zlib.crc32(content):
             raise ValueError(f"its checksum is not the one in the file '{MARKER}'")
-        return json.loads(content)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        meta = json.loads(content)
+        # Files of a remote checkpoint are copied to where their names say: those may not lead elsewhere.
+        for file in meta.get("files", {}):
+            if "/" in file or file in ("", ".", ".."):
+                raise ValueError(f"{file!r} is not the name of a file")
+        return meta
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise MythosError(f"checkpoint {path} is damaged: {META}: {_reason(error)}") from error
 
 

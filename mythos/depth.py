@@ -82,7 +82,7 @@ class DepthSchedule:
         So at most an eighth of all rows is read out twice, the same ones on any number of ranks, of which all have as
         many. The depth is log-uniform over 1..T-1, for it is after few loops that stopping makes a difference.
         """
-        period = max(1, EARLY_SHARE // self.slots)
+        period = -(-EARLY_SHARE // self.slots)
         slot = step // period % self.slots
         by = loops[slot] - int(loops[slot] ** Random(f"early/{self.seed}/{step}").random())
         if step % period or by == 0:

@@ -105,7 +105,10 @@ def export_model(opened: OpenedModel, folder: str | Path) -> None:
         | {name: version(name) for name in ("mythos-rdt", "torch", "safetensors")},
     }
     tensors = {name: tensor.cpu().contiguous() for name, tensor in _tensors(opened.model).items()}
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    except ValueError as error:  # "."
+        raise MythosError(f"{folder} has no name; give a folder that is new or empty.") from error
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         require_space(folder.parent, sum(tensor.nbytes for tensor in tensors.values()))
@@ -132,6 +135,8 @@ def _open_checkpoint(path: Path | str, device: torch.device | str, run_dir: Path
             f"{path} is no complete checkpoint: a folder step-XXXXXXXX with a file '{MARKER}', which is written last."
         )
     meta = read_meta(path)
+    if not isinstance(meta.get("config"), dict) or not isinstance(meta.get("step"), int):
+        raise MythosError(f"checkpoint {path} is damaged: its meta.json lacks the configuration or the step")
     run = config_from_dict(meta["config"])
     model = _empty_model(run.model, device)
     _load_checkpoint(path, meta, {f"model.{name}": tensor for name, tensor in _tensors(model).items()})
@@ -189,7 +194,9 @@ def _open_export(folder: Path, device: torch.device | str) -> OpenedModel:
             )
         config = ModelConfig.model_validate({key: value for key, value in values.items() if key not in HEADER})
         mean_loops, step = int(values["mean_loops"]), int(values["step"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if config.vocab_size == "auto" or mean_loops < 1:
+            raise ValueError(f"vocab_size is {config.vocab_size}, mean_loops {mean_loops}")
+    except (OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, ValidationError):
             reason = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         else:

@@ -164,6 +164,9 @@ class ParallelModel:
             average = self.world.sum(torch.cat([g.flatten() for g in gradients])) / self.layout.size
             for gradient, part in zip(gradients, average.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(part.view_as(gradient))
+        # What is trained beside the model has no say in whether a step is skipped, and must not become NaN for ever.
+        for parameter in self.beside:
+            parameter.grad.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
     def reshard(self) -> None:
         """Free what FSDP2 has kept gathered after a forward pass, so that the parameters are the shards again."""

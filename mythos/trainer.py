@@ -502,7 +502,7 @@ class Trainer:
                 self.model,
                 [ids],
                 config.eval.sample_tokens,
-                sampling=Sampling(temperature=0.8, top_k=40),
+                sampling=Sampling(temperature=0.8, top_k=min(40, self.tokenizer.size)),
                 seed=config.run.seed + index,
                 vocabulary=self.tokenizer.size,
                 loops=self.mean_loops,

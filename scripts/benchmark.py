@@ -92,6 +92,8 @@ class DataBenchmark:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.config = load_config(options.config, options.overrides)
+        if self.config.data.kind == "reasoning":
+            raise MythosError(f"{options.config}: got data.kind reasoning; the benchmark is for text")
         self.data = open_data(self.config, None, {})
         self.texts: list[str] = []
         size = 0

@@ -8,6 +8,7 @@ import io
 import logging
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from mythos.errors import MythosError
@@ -65,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
 
     how = made.add_argument_group("sampling")
     how.add_argument("--temperature", type=float, default=0.8, metavar="X", help="0 = the likeliest (%(default)s)")
-    how.add_argument("--top-k", type=int, default=40, metavar="K", help="of the K likeliest; 0 = of all (%(default)s)")
+    how.add_argument("--top-k", type=int, metavar="K", help="of the K likeliest; 0 = of all (40, or all there are)")
     how.add_argument("--top-p", type=float, metavar="P", help="of the likeliest that hold this share (off)")
     how.add_argument("--min-p", type=float, metavar="P", help="of those at least P times the likeliest's share (off)")
     how.add_argument(
@@ -145,6 +146,8 @@ def run(options: argparse.Namespace) -> None:
     automatic = options.dtype == "auto" and device.type == "cpu"  # small products, that a cast makes slower
     dtype = torch.float32 if automatic else choose_dtype(options.dtype, device)
     opened = open_model(options.path, device)
+    if options.top_k is None and opened.tokenizer is not None:
+        sampling = replace(sampling, top_k=min(40, opened.tokenizer.size))
     depth = choose_depth(opened, loops, options.halting, options.exit_threshold)
     most = max(depth.limits)
 

@@ -105,3 +105,23 @@ def test_curriculum_is_executed():
 def test_mean_backprop():
     plan = DepthSchedule(config_with(mean=6, backprop=4)).plan(0)
     assert plan.mean_backprop == statistics.mean(min(depth, 4) for depth in plan.loops)
+
+
+@pytest.mark.parametrize("slots", [1, 3, 4, 6, 8, 16])
+def test_rows_that_teach_a_gate(slots):
+    """At most an eighth of all rows, of one depth, after 1..T-1 loops, few more often than many; a slot in turn."""
+    schedule = DepthSchedule(config_with(mean=8, streams=2, rows=2 * slots, steps=4000))
+    plans = [schedule.plan(step) for step in range(4000)]
+    read = [plan for plan in plans if plan.early is not None]
+    share = len(read) / len(plans) / slots
+    assert 0.9 / slots / math.ceil(8 / slots) < share <= 1 / 8
+    depths = []
+    for plan in read:
+        (loops,) = {plan.loops[row] for row in plan.early.rows}
+        depths.append(loops - plan.early.by)
+        assert 1 <= depths[-1] < loops and len(plan.early.rows) == 2
+    assert {row // 2 for plan in read for row in plan.early.rows} == set(range(slots))
+    # The depth is at most the root of T in half of the draws.
+    shallow = [depth for depth, plan in zip(depths, read, strict=True) if plan.loops[plan.early.rows[0]] == 9]
+    assert statistics.mean(depth < 3 for depth in shallow) == pytest.approx(0.5, abs=0.15)
+    assert schedule.plan(17) == DepthSchedule(config_with(mean=8, streams=2, rows=2 * slots, steps=4000)).plan(17)

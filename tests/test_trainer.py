@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mythos.config import Config
 from mythos.data.pipeline import open_data
 from mythos.depth import DepthSchedule
+from mythos.model.halting import HaltingGate
 from mythos.model.layers import RMSNorm
 from mythos.model.moe import MixtureOfExperts, Router
 from mythos.model.rdt import RecurrentDepthTransformer
@@ -379,3 +380,17 @@ def test_compiled_blocks(tmp_path, monkeypatch, changes):
         assert take_step(made).loss.item() == pytest.approx(take_step(plain).loss.item(), rel=1e-4)
     assert made.model.state_dict().keys() == plain.model.state_dict().keys()
     torch.compiler.reset()
+
+
+def test_gate_that_cannot_learn_is_left_as_it_is(tmp_path, monkeypatch):
+    """A loss of the gate that is not a number changes neither gate nor model, and skips no step."""
+    made = Trainer(tiny(tmp_path, model__halting="gate", train__steps=3, depth__curriculum={"shape": "none"}))
+    before = {name: p.clone() for name, p in made.model.halting.named_parameters()}
+    monkeypatch.setattr(HaltingGate, "loss", lambda self, *_: sum(p.sum() for p in self.parameters()) * float("nan"))
+    for _ in range(3):
+        assert take_step(made).loss.isfinite()
+    assert int(made.skipped) == 0
+    assert all(p.isfinite().all() for p in made.model.parameters())
+    for name, parameter in made.model.halting.named_parameters():
+        torch.testing.assert_close(parameter, before[name], rtol=0.01, atol=1e-6)  # but for weight decay
+    made.resources.close()

@@ -64,12 +64,16 @@ class TaskConfig(Section):
         return MOST_TOLD if self.tell == "number" else inf
 
     def length(self, difficulty: int) -> int:
-        """Tokens of the shortest sequence that holds this difficulty."""
+        """Tokens of the shortest sequence that holds this difficulty.
+
+        In permutations and addition with one in front of the first question: where a step is to look at the token
+        before, none may be without, or the longest questions alone would begin a sequence.
+        """
         return {
             "hops": self.symbols + self.queries * (1 + difficulty * (self.tell == "marks")) + (self.tell == "number"),
             "mano": 2 * difficulty + 2,
-            "permutations": self.queries * (1 + difficulty),
-            "addition": self.queries * (1 + self.digits * difficulty),
+            "permutations": 1 + self.queries * (1 + difficulty),
+            "addition": 1 + self.queries * (1 + self.digits * difficulty),
         }[self.name]
 
 

@@ -248,7 +248,7 @@ def task_set(task: TaskConfig, difficulties: Sequence[int], count: int, length: 
         difficulties: those wanted; may repeat.
         count: sequences of each entry.
         length: tokens of a sequence.
-        name: sets of another name hold other sequences, and never those of training.
+        name: sets of another name are drawn independently, as are those of training (a small task repeats itself).
     """
     made = [
         make_sequences(task, sequence_keys(f"{name}/{index}", np.arange(count)), difficulty, length)

@@ -20,6 +20,7 @@ from mythos.data.validation import ValidationSet
 from mythos.model.attention import document_starts
 from mythos.model.cache import DecodeCache
 from mythos.model.halting import HALTING_RULES, THRESHOLDS, HaltingRule, halting_rule
+from mythos.model.layers import autocast_dtype
 from mythos.model.rdt import IGNORE_INDEX, RecurrentDepthTransformer, add_load, chosen_overlap, state_measures
 from mythos.model.recurrence import LoopState
 from mythos.ranks import World
@@ -127,7 +128,7 @@ class DepthSweep:
         return [document, table]
 
 
-class Batch(NamedTuple):
+class Rows(NamedTuple):
     """Sequences on the model's device."""
 
     ids: Tensor
@@ -221,7 +222,7 @@ def depth_sweep(
 @torch.no_grad()
 def measure_loops(
     model: RecurrentDepthTransformer,
-    batches: Iterable[Batch],
+    batches: Iterable[Rows],
     depths: Sequence[int],
     size: int,
     advance: Callable[[int], Any] = lambda _: None,
@@ -275,7 +276,7 @@ def measure_loops(
 @torch.no_grad()
 def adaptive_sums(
     model: RecurrentDepthTransformer,
-    batches: Iterable[Batch],
+    batches: Iterable[Rows],
     rule: HaltingRule | None,
     most: int,
     advance: Callable[[int], Any] = lambda _: None,
@@ -306,14 +307,15 @@ def adaptive_losses(
 ) -> tuple[Tensor, Tensor]:
     """Losses (B, S) float32 in nats and loops run (B, S) int64, each position stopping where the rule says.
 
-    Shapes as in :class:`Batch`; `loops` is the most that a position runs. It is the computation of generation: a
+    Shapes as in :class:`Rows`; `loops` is the most that a position runs. It is the computation of generation: a
     position that has halted serves its last keys and values to those that go on.
     """
     losses = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
     used = torch.zeros_like(ids)
     # To the cache, a document is a row.
     for rows, columns, mask in document_groups(torch.zeros_like(ids) if documents is None else documents):
-        cache = DecodeCache(model.config, len(mask), loops=loops, device=ids.device)
+        dtype = autocast_dtype(model.head_weight)
+        cache = DecodeCache(model.config, len(mask), loops=loops, dtype=dtype, device=ids.device)
         result = model.extend(ids[rows, columns], cache, mask=mask, loops=loops, halting=rule, logits="all")
         rows, columns = rows[mask], columns[mask]
         losses[rows, columns] = F.cross_entropy(
@@ -377,17 +379,17 @@ def fit_metrics(losses: Mapping[int, float]) -> dict[str, float]:
 
 def batches_of(
     data: ValidationSet | TaskSet, size: int, device: torch.device, rows: Sequence[int] | None = None
-) -> Iterator[Batch]:
+) -> Iterator[Rows]:
     """The given rows (default all) in their order, `size` at a time."""
     rows = range(len(data.ids)) if rows is None else rows
     for start in range(0, len(rows), size):
         chosen = list(rows[start : start + size])
         ids = data.ids[chosen].to(device)
         if isinstance(data, TaskSet):
-            yield Batch(ids, data.targets[chosen].to(device), None)
+            yield Rows(ids, data.targets[chosen].to(device), None)
         else:
             documents = None if data.document_ids is None else data.document_ids[chosen].to(device)
-            yield Batch(ids[:, :-1], ids[:, 1:], documents)
+            yield Rows(ids[:, :-1], ids[:, 1:], documents)
 
 
 def text_bytes(data: ValidationSet | TaskSet) -> int:

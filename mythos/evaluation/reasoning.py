@@ -15,6 +15,7 @@ from torch import Tensor
 from mythos.data.config import TaskConfig
 from mythos.data.tasks import TaskSet, task_set
 from mythos.model.attention import attention_context
+from mythos.model.halting import ActHalting, Pondering
 from mythos.model.rdt import IGNORE_INDEX, RecurrentDepthTransformer
 from mythos.model.recurrence import LoopState
 from mythos.plots import finish
@@ -172,10 +173,14 @@ def right_by_depth(model: RecurrentDepthTransformer, ids: Tensor, targets: Tenso
     context = attention_context(model.config, ids.shape[1], ids.device, None)
     e = model.encode(ids, context)
     right: list[Tensor] = []
+    pondering = Pondering(model.halting) if isinstance(model.halting, ActHalting) else None
 
     def read_out(after: LoopState) -> None:
+        if pondering is not None:
+            pondering.observe(after)
         if after.loop in depths:
-            logits = F.linear(model.decode(after.state, context), model.head_weight).float()
+            state = after.state if pondering is None else pondering.result(after.state)
+            logits = F.linear(model.decode(state, context), model.head_weight).float()
             right.append(judge(logits, targets)[1].sum())
 
     state = e.new_zeros(e.shape, dtype=torch.float32)

@@ -97,7 +97,7 @@ class DecodeCache:
 
         Raises ValueError if it holds another's, was made for another configuration or number of rows, or was reset.
         """
-        assert self.held is not None
+        _ = self.held
         if self.config != model.config or (any(self.lengths) and self._owner is not model):
             raise ValueError(
                 "this cache holds the keys and values of another model: make a new DecodeCache for this one"
@@ -266,6 +266,12 @@ class CachedContext:
             # One query a row: the heads that share a key stand as its queries, up to ten times faster.
             query = query.unflatten(1, (kv_heads, -1))
             return F.scaled_dot_product_attention(query, key, value, attn_mask=groups.mask, scale=scale).flatten(1, 2)
+        # Heads of its own for every query: with enable_gqa and a mask, or heads wider than 256, CUDA has no kernel but
+        # the one that keeps all scores. A single head is not copied.
+        if kv_heads == 1:
+            key, value = key.expand(-1, heads, -1, -1), value.expand(-1, heads, -1, -1)
+        elif kv_heads != heads:
+            key, value = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (key, value))
         padded = query.new_zeros(len(key) * groups.size, *query.shape[1:]).index_copy(0, groups.place, query)
         output = F.scaled_dot_product_attention(
             padded.unflatten(0, (len(key), -1)).transpose(1, 2),
@@ -274,6 +280,5 @@ class CachedContext:
             attn_mask=groups.mask,
             is_causal=groups.causal,
             scale=scale,
-            enable_gqa=heads != kv_heads,
         )
         return output.transpose(1, 2).flatten(0, 1)[groups.place]

@@ -236,16 +236,18 @@ def halting_rule(
     if not 0 < threshold <= highest or threshold == float("inf"):
         bound = "above 0 and at most 1" if name == "act" else "a number above 0"
         raise ValueError(f"exit threshold of {name}: got {threshold:g}; allowed: {bound}")
+    if isinstance(model.halting, ActHalting):  # what the others read out is not what it was trained to read out
+        if name == "act":
+            return Act(model.halting, threshold)
+        raise ValueError(f"halting: got {name!r}, and this model was trained with model.halting=act; allowed: act")
     if name == "convergence":
         return Convergence(threshold)
     if name == "second_difference":
         return SecondDifference(threshold)
     if name == "gate" and isinstance(model.halting, HaltingGate):
         return Gate(model.halting, threshold)
-    if name == "act" and isinstance(model.halting, ActHalting):
-        return Act(model.halting, threshold)
+    gate = ", gate" if isinstance(model.halting, HaltingGate) else ""
     raise ValueError(
         f"halting: got {name!r}, and this model was trained with model.halting={model.config.halting}; "
-        "allowed: none, convergence, second_difference"
-        + (f", {model.config.halting}" if model.halting is not None else "")
+        f"allowed: none, convergence, second_difference{gate}"
     )

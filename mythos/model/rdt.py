@@ -192,8 +192,13 @@ class RecurrentDepthTransformer(nn.Module):
         if early is None:  # DDP and FSDP expect a gradient of every parameter in every step
             return torch.stack([parameter.sum() for parameter in gate.parameters()]).sum() * 0.0
         chosen = slice(rows[0], rows[-1] + 1)
-        # Evenly spaced positions: whole distributions over the vocabulary take much memory.
-        spaced = slice(None, None, -(-targets.shape[1] // GATE_POSITIONS))
+        # Some positions only, for whole distributions over the vocabulary take much memory: evenly spaced, but first
+        # those with a target, which a task may have few of.
+        place = torch.arange(targets.shape[1], device=targets.device)
+        every = -(-len(place) // GATE_POSITIONS)
+        asked = (targets[chosen] != IGNORE_INDEX).any(0)
+        wanted = 2 * asked + (place % every == 0)
+        spaced = wanted.topk(-(-len(place) // every)).indices.sort().values
         with torch.no_grad():
             documents = None if document_ids is None else document_ids[chosen]
             context = attention_context(self.config, targets.shape[1], targets.device, documents)

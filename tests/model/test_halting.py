@@ -74,6 +74,16 @@ def test_gate_learns_from_the_divergence_of_early_from_full_depth(model: Build, 
     assert torch.equal(output.objective, output.loss + output.halting_loss)
 
 
+def test_gate_learns_from_the_few_positions_that_are_asked_for(model: Build):
+    """One target a row, in a sequence longer than the positions that a row is looked at in."""
+    gated, (ids, targets) = model(halting="gate"), inputs(300, 2)
+    targets = torch.full_like(targets, -100)
+    targets[:, -1] = 5
+    output = gated(ids, targets, loops=[3, 3], early_rows=[0, 1], early_by=2)
+    output.halting_loss.backward()
+    assert all(parameter.grad.any() for parameter in gated.halting.parameters())
+
+
 def test_gate_sees_direction_and_relative_change_of_the_state(model: Build):
     gate = model(halting="gate").halting
     before, after = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(0))
@@ -206,6 +216,8 @@ def test_rule_that_the_model_was_not_trained_for(model: Build):
     for name in ("gate", "act"):
         with pytest.raises(ValueError, match=f"got '{name}'.*trained with model.halting=convergence"):
             halting_rule(model(), name)
+    with pytest.raises(ValueError, match=r"got 'convergence'.*trained with model.halting=act; allowed: act"):
+        halting_rule(model(halting="act"), "convergence")
     assert type(halting_rule(model(halting="gate"))).__name__ == "Gate"
     assert type(halting_rule(model(halting="gate"), "convergence", 0.3)).__name__ == "Convergence"
     for threshold in (0.0, -1.0, 1.01, float("nan")):
