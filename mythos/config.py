@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field
 
-from mythos.data.config import TaskConfig, task_contradictions
+from mythos.data.config import FilterConfig, TaskConfig, ValidationConfig, task_contradictions
 from mythos.errors import MythosError
 from mythos.model.config import (
     ModelConfig,
@@ -47,26 +47,6 @@ class TokenizerConfig(Section):
     """bpe = a byte-level BPE trained on the run's own corpus, or a Hugging Face hub id or local path."""
     vocab_size: PositiveInt = 4096
     """Size of the trained bpe (at least 384); other tokenizers bring their own."""
-
-
-class ValidationConfig(Section):
-    """Documents that are held out of training and that validation loss is measured on."""
-
-    path: str | list[str] | None = None
-    """Files of validation documents (glob or list of globs); null = hold out a share of the corpus by content hash."""
-    fraction: Annotated[float, Field(ge=0, lt=1)] = 0.01
-    """Share of documents held out by content hash when path is null."""
-
-
-class FilterConfig(Section):
-    """What a column must hold for its document to be used; a null never passes."""
-
-    min: float | None = None
-    """Smallest number that passes."""
-    max: float | None = None
-    """Largest number that passes."""
-    one_of: list[str | float | bool] | None = None
-    """Values that pass."""
 
 
 class SourceConfig(Section):
@@ -364,7 +344,7 @@ class Config(Section):
     def depth_maximum(self) -> int:
         """Most loops a sequence may draw; 1 for a fixed-depth model."""
         if self.depth.follow == "difficulty":
-            return self.data.task.difficulty[1]
+            return max(self.data.task.difficulty)  # whose order is checked by itself
         if self.depth.maximum is not None:
             return self.depth.maximum
         return 1 if self.model.injection == "none" else math.ceil(2 * self.depth_mean)
@@ -426,7 +406,9 @@ def describe(section: str | None = None) -> str:
     known = dict(sections(Config))
     if section is None:
         lines = [f"  {name:<12} {_summary(kind)}" for name, kind in known.items() if "." not in name]
-        where = "Every field is declared and explained in mythos/config.py and mythos/model/config.py."
+        where = (
+            "Fields are declared and explained in mythos/config.py, mythos/model/config.py and mythos/data/config.py."
+        )
         return "\n".join(["Sections:", *lines, "", "train.py --help SECTION prints every field of a section.", where])
     if section not in known:
         raise MythosError(f"{section}: unknown section; {suggestion(section, list(known))}")
@@ -491,7 +473,7 @@ def _contradictions(config: Config, reported: set[str]) -> Iterator[tuple[tuple[
 
     yield from _source_contradictions(config)
     if data.kind == "reasoning":
-        yield from task_contradictions(data.task, data.sequence_length, model_vocabulary)
+        yield from task_contradictions(data.task, data.sequence_length, model_vocabulary, depth.follow)
         if data.mask_documents:
             yield ("data.kind", "data.mask_documents"), "got reasoning and true; a task has no documents"
     elif data.task != TaskConfig():
@@ -524,15 +506,17 @@ def _contradictions(config: Config, reported: set[str]) -> Iterator[tuple[tuple[
             yield ("depth.follow", "data.kind", "model.injection"), f"{given}; {rule}"
         for name in ("mean", "maximum", "sampling", "curriculum"):
             if getattr(depth, name) != DepthConfig.model_fields[name].default:
-                rule = "the task's difficulty gives the loops; leave the second out"
+                default = "poisson" if name == "sampling" else "null"
+                rule = f"the task's difficulty gives the loops; set the second to {default}"
                 yield ("depth.follow", f"depth.{name}"), f"got difficulty and {shown(getattr(depth, name))}; {rule}"
 
     def source(name: str, otherwise: str) -> str:
         given = getattr(depth, name) is not None or f"depth.{name}" in reported
         return f"depth.{name}" if given else otherwise
 
-    mean_path = source("mean", "model.loops")
-    maximum_path, backprop_path = source("maximum", mean_path), source("backprop", mean_path)
+    followed = "data.task.difficulty" if depth.follow == "difficulty" else None
+    mean_path = followed or source("mean", "model.loops")
+    maximum_path, backprop_path = followed or source("maximum", mean_path), source("backprop", mean_path)
     if config.model.injection == "none":
         for name in ("mean", "maximum", "backprop"):
             if getattr(depth, name) not in (None, 1):
@@ -544,7 +528,7 @@ def _contradictions(config: Config, reported: set[str]) -> Iterator[tuple[tuple[
     elif config.depth_maximum < config.depth_mean:
         given = f"got {config.depth_maximum} and {config.depth_mean:g}"
         yield (maximum_path, mean_path), f"{given}; the maximum must not be below the mean"
-    elif depth.sampling == "uniform" and config.depth_maximum < 2 * config.depth_mean - 1:
+    elif not followed and depth.sampling == "uniform" and config.depth_maximum < 2 * config.depth_mean - 1:
         given = f"got {config.depth_maximum} and {config.depth_mean:g}"
         yield (maximum_path, mean_path), f"{given}; uniform draws reach 2 mean - 1, which the maximum must not cut"
     elif config.depth_backprop > config.depth_maximum:

@@ -36,6 +36,11 @@ def numbered(piece: Piece) -> str:
     return f"{piece.text}[{piece.loops}]"
 
 
+def in_loops(loops: int) -> str:
+    """The number with its noun."""
+    return f"{loops} loop" if loops == 1 else f"{loops} loops"
+
+
 def legend(most: int) -> list[int]:
     """The loop counts that a legend names: each, or about as many as there are colours."""
     if most <= 2 * len(PALETTE):
@@ -53,8 +58,8 @@ def histogram(made: TextGeneration, width: int = 40) -> str:
     counts = made.loops
     largest = max(counts.values(), default=1)
     return "\n".join(
-        f"{loops:6d} loops  {counts[loops]:6d}  {'#' * round(width * counts[loops] / largest)}".rstrip()
-        for loops in sorted(counts)
+        f"{loops:6d} {'loop ' if loops == 1 else 'loops'}  {count:6d}  {'#' * round(width * count / largest)}".rstrip()
+        for loops, count in sorted(counts.items())
     )
 
 
@@ -77,7 +82,9 @@ def html_page(made: TextGeneration, title: str) -> str:
         f'<p class="text"><span class="prompt">{html.escape(row.prompt)}</span>{spans(row.pieces, most)}</p>'
         for row in made.rows
     )
-    scale = " ".join(f'<span class="d{shade(loops, most)}">{loops}</span>' for loops in legend(most))
+    occurred = sorted(made.loops)
+    named = occurred if len(occurred) <= 8 else legend(most)
+    scale = " ".join(f'<span class="d{shade(loops, most)}">{loops}</span>' for loops in named)
     return (
         f'<!doctype html>\n<html>\n<head>\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'
         f"<style>{STYLE}{colours}\n</style>\n</head>\n<body>\n<h1>{html.escape(title)}</h1>\n"
@@ -89,7 +96,7 @@ def html_page(made: TextGeneration, title: str) -> str:
 def spans(pieces: Sequence[Piece], most: int) -> str:
     """The pieces as HTML; the loops of each are its tooltip."""
     return "".join(
-        f'<span class="d{shade(piece.loops, most)}" title="{piece.loops} loops">{html.escape(harmless(piece.text))}'
+        f'<span class="d{shade(piece.loops, most)}" title="{in_loops(piece.loops)}">{html.escape(harmless(piece.text))}'
         "</span>"
         for piece in pieces
     )

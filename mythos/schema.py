@@ -16,6 +16,14 @@ from mythos.model.config import Section
 _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
+class _Flow(yaml.SafeDumper):
+    """Writes sections as mappings."""
+
+
+_Flow.add_multi_representer(Section, lambda dumper, section: dumper.represent_dict(section.model_dump(mode="json")))
+_Flow.add_representer(None, lambda dumper, value: dumper.represent_str(str(value)))  # whatever else there is
+
+
 class Problems:
     """What is wrong with a configuration: a line for each problem, and the dotted paths that have been reported."""
 
@@ -150,7 +158,13 @@ def allowed(schema: dict[str, Any]) -> str:
 
 def shown(value: Any) -> str:
     """Write a value as YAML would, shortened."""
-    text = json.dumps(value, ensure_ascii=False) if isinstance(value, str | bool | None) else str(value)
+    if isinstance(value, str | bool | None):
+        text = json.dumps(value, ensure_ascii=False)
+    elif isinstance(value, list | tuple | dict | Section):
+        text = yaml.dump(value, Dumper=_Flow, default_flow_style=True, sort_keys=False, allow_unicode=True, width=1e9)
+        text = text.removesuffix("\n")
+    else:
+        text = str(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

@@ -6,13 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 from tokenizers.decoders import DecodeStream
 
 from mythos.data.tokenizer import Tokenizer
 from mythos.errors import MythosError
-from mythos.model.generate import End, generate
+from mythos.model.generate import End, cache_bytes_needed, generate
 from mythos.model.halting import HaltingRule, halting_rule
+from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.model.sampling import Sampling
 from mythos.model_files import OpenedModel
 
@@ -118,6 +120,8 @@ class TextGeneration:
     """From the start to the first token: the prompts' share."""
     seconds: float
     cache_bytes: int
+    halting: bool = False
+    """Whether a token could stop before its last loop."""
 
     @property
     def tokens(self) -> int:
@@ -144,7 +148,7 @@ class TextGeneration:
     def summary(self) -> str:
         """Two lines: speed, and depth and memory."""
         most = sum(row.limit * len(row.loops) for row in self.rows) / max(1, self.tokens)
-        saved = f" of {most:.3g} ({1 - self.mean_loops / most:.0%} saved)" if self.mean_loops < most else ""
+        saved = f" of {most:.3g} ({1 - self.mean_loops / most:.0%} saved)" if self.halting and most else ""
         ends = Counter(ENDS[row.end] for row in self.rows)
         ended = ", ".join(f"{count} x {end}" if len(self.rows) > 1 else end for end, count in ends.items())
         return (
@@ -164,6 +168,8 @@ ENDS: dict[End, str] = {
 
 def in_mib(size: int) -> str:
     """Bytes in words."""
+    if size >= 2**30:
+        return f"{size / 2**30:.1f} GiB"
     return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"
 
 
@@ -191,10 +197,6 @@ def choose_depth(
         chosen = halting_rule(opened.model, rule, threshold) if halts else None
     except ValueError as error:
         raise MythosError(str(error)) from error
-    if threshold is not None and chosen is None:
-        raise MythosError(
-            f"exit threshold {threshold:g}: there is no halting rule that it could be for; name one (--halting)"
-        )
     return Depth([opened.mean_loops] if loops is None else list(loops), chosen)
 
 
@@ -219,21 +221,25 @@ def generate_text(
     context is full. Matrix products are in `dtype`; `options` go to `mythos.model.generate.generate`.
 
     Raises:
-        MythosError: a model without tokenizer, an empty prompt or stop string, a prompt longer than the context, or
-            numbers out of range.
+        MythosError: a model without tokenizer, an empty prompt or stop string, a prompt longer than the context,
+            numbers out of range, or a cache that memory has no room for.
     """
     tokenizer, model = opened.tokenizer, opened.model
     if tokenizer is None:
+        if opened.run is not None and opened.run.data.kind == "reasoning":
+            raise MythosError(
+                f"{opened.source} is of a reasoning run, which has no text to continue: use scripts/reasoning.py"
+            )
         raise MythosError(f"{opened.source} has no tokenizer: it was not trained on text, or its folder was not copied")
     if "" in stops:
         raise MythosError("a stop string is empty: give at least one character")
     seeds = [seed + row for row in range(len(prompts))]
     if len(prompts) == 1:
         prompts, seeds = list(prompts) * len(depth.limits), seeds * len(depth.limits)
-    if len(depth.limits) not in (1, len(prompts)):
-        raise MythosError(f"{len(depth.limits)} loop counts for {len(prompts)} prompts: give one, or one per prompt")
+    check_counts(len(depth.limits), len(prompts))
     limits = depth.limits * len(prompts) if len(depth.limits) == 1 else depth.limits
     ids = [_encode(tokenizer, prompt, model.config.context_length) for prompt in prompts]
+    _check_room(model, len(ids), max(map(len, ids)) + max_tokens, max(limits), dtype, options.get("cache_loops"))
     streams = [PieceStream(tokenizer, row, stops) for row in ids]
     rows = [
         TextRow(prompt or "", limit, stream.pieces)
@@ -273,7 +279,35 @@ def generate_text(
         row.end = made[index].end
         for piece in stream.finish():
             on_piece(index, piece)
-    return TextGeneration(rows, sum(map(len, ids)), first[0] if first else seconds, seconds, cache_bytes)
+    halting = depth.rule is not None or model.config.halting == "act"
+    return TextGeneration(rows, sum(map(len, ids)), first[0] if first else seconds, seconds, cache_bytes, halting)
+
+
+def check_counts(limits: int, prompts: int) -> None:
+    """Raise MythosError where so many loop counts are neither for one prompt, nor one, nor as many as the prompts."""
+    if limits != 1 and prompts not in (1, limits):
+        raise MythosError(f"{limits} loop counts for {prompts} prompts: give one, or one per prompt")
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that are free on the device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def _check_room(
+    model: RecurrentDepthTransformer, rows: int, length: int, loops: int, dtype: torch.dtype, cache_loops: int | None
+) -> None:
+    if min(rows, length, loops, 1 if cache_loops is None else cache_loops) < 1:
+        return  # which generate tells
+    length = min(length, model.config.context_length)
+    needed = cache_bytes_needed(model.config, rows, length, loops, dtype, cache_loops)
+    free = available_memory(model.embedding.weight.device)
+    if needed > free:
+        kept = "" if cache_loops is None else f", of which the last {cache_loops} are kept"
+        raise MythosError(
+            f"the cache would take up to {in_mib(needed)} for {rows} x {length} tokens at {loops} loops{kept}, and "
+            f"{in_mib(free)} of memory are free: give fewer --loops, or keep fewer of them (--cache-loops)"
+        )
 
 
 def _encode(tokenizer: Tokenizer, prompt: str | None, context: int) -> list[int]:

@@ -571,7 +571,7 @@ class Trainer:
             print(f"  {loops:5d}  {loss:8.4f}  {beside}{mark}")
         if answered:
             at = "as many loops as steps" if self.config.depth.follow == "difficulty" else f"{self.mean_loops} loops"
-            print(f"\n  {metrics['val/accuracy']:.2%} of the answers are right at {at}")
+            print(f"\n  {metrics['val/accuracy']:.2%} of the sequences have every answer right at {at}")
         else:
             print(f"\n  {metrics['val/bits_per_byte']:.3f} bits per byte at {self.mean_loops} loops")
         if "val/fit_limit" in metrics:

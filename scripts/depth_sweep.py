@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from mythos.data.tasks import TaskSet
 from mythos.data.validation import ValidationSet
 from mythos.errors import MythosError
 from mythos.evaluation.depth_sweep import DepthSweep, HaltingPoint, depth_sweep, sweep_depths, sweep_rules
+from mythos.model.halting import halting_rule
 from mythos.model_files import OpenedModel, open_model
 from mythos.parallel import choose_dtype
 from mythos.plots import draw_sweep
@@ -37,14 +39,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("path", metavar="RUN_OR_CHECKPOINT", help="run directory, checkpoint step-*, or exported model")
     parser.add_argument(
         "--loops",
-        type=whole_numbers,
+        type=partial(whole_numbers, "--loops"),
         metavar="N,N,...",
         help="loops to measure the loss at (1, 2, 4, ... and the training mean, up to 8 times the mean)",
     )
     parser.add_argument("--sequences", type=int, metavar="N", help="validation sequences (as many as in training)")
     parser.add_argument("--rules", type=names, metavar="RULE,...", help="halting rules (all that the model can follow)")
     parser.add_argument(
-        "--thresholds", type=positive_numbers, metavar="X,X,...", help="exit thresholds of the one rule that is given"
+        "--thresholds",
+        type=partial(positive_numbers, "--thresholds"),
+        metavar="X,X,...",
+        help="exit thresholds of the one rule that is given",
     )
     parser.add_argument(
         "--most", type=int, metavar="N", help="loops after which a rule stops in any case (the training mean)"
@@ -54,15 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--micro-batch", type=int, metavar="N", help="sequences computed at once (as in training)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto = cuda if there is one")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], help="of matrix products (as in training)")
-    options = parser.parse_args(arguments)
-    for name in ("sequences", "most", "micro_batch"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')}: got {value}; give at least 1")
-    if options.thresholds and (options.rules is None or len(options.rules) != 1):
-        parser.error("--thresholds: name the one rule they are for, e.g. --rules convergence --thresholds 0.2,0.1")
     try:
-        sweep(options)
+        sweep(parser.parse_args(arguments))
     except MythosError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -73,21 +71,35 @@ def main(arguments: list[str] | None = None) -> int:
 
 def sweep(options: argparse.Namespace) -> None:
     """Open, measure, write and print. Raises MythosError for what cannot be opened, measured or written."""
+    for name in ("sequences", "most", "micro_batch"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise MythosError(f"--{name.replace('_', '-')}: got {value}; give at least 1")
+    if options.thresholds and (options.rules is None or len(options.rules) != 1):
+        raise MythosError("--thresholds: name the one rule they are for, e.g. --rules convergence --thresholds 0.2,0.1")
     device = torch.device("cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu")
     if options.device == "cuda":
         if not torch.cuda.is_available():
             raise MythosError("--device: got cuda, and torch finds no GPU; give cpu or auto")
         device = torch.device("cuda")
     opened = open_model(options.path, device)
+    if opened.run and opened.run.depth.follow == "difficulty":
+        raise MythosError(
+            f"{options.path}: got a run on depth.follow difficulty, which has no one depth to compare the others with; "
+            "scripts/reasoning.py measures it, by difficulty and loops"
+        )
     fixed = opened.model.config.injection == "none"
     mean = 1 if fixed else opened.mean_loops
     loops = options.loops or ([1] if fixed else sweep_depths(mean))
-    if fixed and loops != [1]:
-        raise MythosError(f"--loops: got {max(loops)}; a fixed-depth model (model.injection: none) runs its core once")
+    for option, most in (("--loops", max(loops)), ("--most", options.most or 1)):
+        if fixed and most > 1:
+            raise MythosError(f"{option}: got {most}; a fixed-depth model (model.injection: none) runs its core once")
     try:
         rules = sweep_rules(opened.model, options.rules)
         if options.thresholds:
             rules = [(options.rules[0], threshold) for threshold in options.thresholds]
+            for name, threshold in rules:
+                halting_rule(opened.model, name, threshold)
     except ValueError as error:
         raise MythosError(f"--rules: {error}") from error
 
@@ -135,7 +147,15 @@ def validation_data(opened: OpenedModel, files: str | None, sequences: int | Non
     if opened.tokenizer is None:
         raise MythosError(f"{opened.source}: no tokenizer lies beside it, so no text can be measured")
     sources = {} if data.validation.path else open_sources(data, open_corpora(data), opened.tokenizer)
-    return Data(data, opened.tokenizer, sources).validation(sequences)
+    try:
+        return Data(data, opened.tokenizer, sources).validation(sequences)
+    except MythosError as error:
+        if files is None:
+            raise
+        # Said of the configuration's field, that the option stands in for, and with its remedies.
+        told = str(error).removeprefix("data.validation.path: ").removeprefix("data.validation: ")
+        told, short, _ = told.partition(" Raise data.validation.")
+        raise MythosError(f"--data: {told}{' Give files with more text.' if short else ''}") from error
 
 
 def default_folder(path: str) -> Path:
@@ -188,25 +208,25 @@ def cell(value: float | None, form: str) -> str:
     return " " * int(form.partition(".")[0]) if value is None else f"{value:{form}}"
 
 
-def whole_numbers(text: str) -> list[int]:
-    """Parse 1,2,4: numbers of at least 1, in ascending order and each once."""
+def whole_numbers(option: str, text: str) -> list[int]:
+    """Parse 1,2,4: numbers of at least 1, in ascending order and each once. Raises MythosError for anything else."""
     try:
         values = sorted({int(part) for part in text.split(",")})
     except ValueError:
         values = []
     if not values or values[0] < 1:
-        raise argparse.ArgumentTypeError(f"got {text}; give whole numbers of at least 1, e.g. 1,2,4")
+        raise MythosError(f"{option}: got {text}; give whole numbers of at least 1, e.g. 1,2,4")
     return values
 
 
-def positive_numbers(text: str) -> list[float]:
-    """Parse 0.2,0.1: numbers above 0."""
+def positive_numbers(option: str, text: str) -> list[float]:
+    """Parse 0.2,0.1: numbers above 0. Raises MythosError for anything else."""
     try:
         values = [float(part) for part in text.split(",")]
     except ValueError:
         values = []
     if not values or not all(value > 0 for value in values):
-        raise argparse.ArgumentTypeError(f"got {text}; give numbers above 0, e.g. 0.2,0.1")
+        raise MythosError(f"{option}: got {text}; give numbers above 0, e.g. 0.2,0.1")
     return values
 
 

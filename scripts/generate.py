@@ -37,10 +37,21 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("path", metavar="PATH", help="run directory, checkpoint step-XXXXXXXX, or exported folder")
     what = made.add_argument_group("what to continue (without any, the model begins a new document)")
-    what.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="beginning of a text; repeatable")
+    # One list for both, so that prompts keep the order that they were given in.
+    what.add_argument(
+        "--prompt",
+        dest="prompts",
+        action="append",
+        type=lambda text: ("--prompt", text),
+        default=[],
+        metavar="TEXT",
+        help="beginning of a text; repeatable",
+    )
     what.add_argument(
         "--prompt-file",
+        dest="prompts",
         action="append",
+        type=lambda name: ("--prompt-file", name),
         default=[],
         metavar="FILE",
         help="the same from a file, its last line break left out; - is standard input; repeatable",
@@ -80,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument(
         "--show-depth", action="store_true", help="colour the text by the loops of each token (in brackets without)"
     )
-    where.add_argument("--html", type=Path, metavar="FILE", help="write the text, coloured by loops, as a web page")
+    where.add_argument("--html", metavar="FILE", help="write the text, coloured by loops, as a web page")
     where.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(%(default)s)")
     where.add_argument(
         "--dtype",
@@ -117,20 +128,19 @@ def main(arguments: list[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> None:
     """Open the model, generate, print and write. Raises MythosError for bad input."""
     loops = parse_loops(options.loops)
-    if options.tokens < 1:
-        raise MythosError(f"--tokens: got {options.tokens}; allowed: at least 1")
-    if options.html and not options.html.resolve().parent.is_dir():
-        raise MythosError(f"--html: there is no folder {options.html.resolve().parent}")
-    prompts = read_prompts(options)
+    check_values(options)
+    prompts = read_prompts(options.prompts)
     # Only now: torch takes seconds to import, and a misspelt option should be told at once.
     import torch
 
-    from mythos.depth_view import coloured, harmless, histogram, html_page, numbered, terminal_legend, write_page
+    from mythos import depth_view
+    from mythos.depth_view import coloured, harmless, in_loops, numbered
+    from mythos.model.halting import HALTING_RULES
     from mythos.model.sampling import Sampling
     from mythos.model_files import open_model
     from mythos.parallel import choose_dtype
     from mythos.ranks import choose_device
-    from mythos.text_generation import Piece, choose_depth, generate_text
+    from mythos.text_generation import Piece, check_counts, choose_depth, generate_text
 
     try:
         sampling = Sampling(
@@ -142,6 +152,12 @@ def run(options: argparse.Namespace) -> None:
         )
     except ValueError as error:
         raise MythosError(str(error)) from error
+    if options.halting is not None and options.halting not in HALTING_RULES:
+        raise MythosError(f"--halting: got {options.halting!r}; allowed: {', '.join(HALTING_RULES)}")
+    if loops is not None:
+        check_counts(len(loops), len(prompts))
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise MythosError("--device: got cuda, and torch finds no GPU; give cpu or auto")
     device = choose_device(options.device)
     automatic = options.dtype == "auto" and device.type == "cpu"  # small products, that a cast makes slower
     dtype = torch.float32 if automatic else choose_dtype(options.dtype, device)
@@ -150,6 +166,12 @@ def run(options: argparse.Namespace) -> None:
         sampling = replace(sampling, top_k=min(40, opened.tokenizer.size))
     depth = choose_depth(opened, loops, options.halting, options.exit_threshold)
     most = max(depth.limits)
+    if most > 8 * opened.mean_loops:
+        print(
+            f"warning: {in_loops(most)} for a model trained with {opened.mean_loops} on average: time and cache grow "
+            "with every loop",
+            file=sys.stderr,
+        )
 
     terminal = sys.stdout.isatty()
     colours = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
@@ -169,7 +191,7 @@ def run(options: argparse.Namespace) -> None:
             unsaid.clear()
 
     if options.show_depth and colours:
-        print(terminal_legend(most) + "\n", file=sys.stderr)
+        print(depth_view.terminal_legend(most) + "\n", file=sys.stderr)
     made = generate_text(
         opened,
         prompts,
@@ -187,15 +209,15 @@ def run(options: argparse.Namespace) -> None:
         print("".join(unsaid))
     else:
         for number, row in enumerate(made.rows, start=1):
-            deep = f", {row.limit} loops" if len(depth.limits) > 1 else ""
+            deep = f", {in_loops(row.limit)}" if len(depth.limits) > 1 else ""
             print(f"== {number} of {len(made.rows)}{deep}\n{row.prompt}{''.join(map(shown, row.pieces))}\n")
     sys.stdout.flush()
     print(f"\n{made.summary()}", file=sys.stderr)
     if options.show_depth:
-        print(histogram(made), file=sys.stderr)
+        print(depth_view.histogram(made), file=sys.stderr)
     if options.html:
         name = opened.run.run.name if opened.run else Path(opened.source).name
-        write_page(options.html, html_page(made, f"{name}, step {opened.step}"))
+        depth_view.write_page(Path(options.html), depth_view.html_page(made, f"{name}, step {opened.step}"))
         print(f"page: {options.html}", file=sys.stderr)
 
 
@@ -212,23 +234,52 @@ def parse_loops(text: str) -> list[int] | None:
     return loops
 
 
-def read_prompts(options: argparse.Namespace) -> list[str | None]:
-    """The prompts of the command line, then those of files; [None] where there are none.
+def check_values(options: argparse.Namespace) -> None:
+    """Raise MythosError for values that no model could take, before one is loaded."""
+    for name, least in (("tokens", 1), ("top_k", 0), ("seed", 0), ("cache_loops", 1), ("prefill_chunk", 1)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            meaning = " (0 = all)" if name == "top_k" else ""
+            raise MythosError(f"--{name.replace('_', '-')}: got {value}; allowed: at least {least}{meaning}")
+    threshold = options.exit_threshold
+    if threshold is not None:
+        if options.halting == "none":
+            raise MythosError(f"--exit-threshold {threshold:g}: there is no halting rule that it could be for (none)")
+        if not 0 < threshold < float("inf"):
+            raise MythosError(f"--exit-threshold: got {threshold:g}; allowed: a number above 0 (act: at most 1)")
+        if options.halting == "act" and threshold > 1:
+            raise MythosError(f"--exit-threshold: got {threshold:g}; allowed for act: above 0 and at most 1")
+    if "" in options.stop:
+        raise MythosError("--stop: the text is empty; give at least one character")
+    if options.html is not None:
+        if not options.html:
+            raise MythosError("--html: got no name; give a file to write")
+        page = Path(options.html).resolve()
+        if page.is_dir():
+            raise MythosError(f"--html: {options.html} is a folder; give a file in it")
+        if not page.parent.is_dir():
+            raise MythosError(f"--html: there is no folder {page.parent}")
+
+
+def read_prompts(given: list[tuple[str, str]]) -> list[str | None]:
+    """The prompts of (option, value) in their order, files read; [None] where there are none.
 
     Raises MythosError for a file that cannot be read, and for an empty prompt.
     """
-    prompts = [("--prompt", text) for text in options.prompt]
-    for name in options.prompt_file:
-        try:
-            data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-            text = data.decode("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise MythosError(f"--prompt-file: {name} cannot be read as UTF-8 text: {error}") from error
-        prompts.append((f"--prompt-file {name}", text.removesuffix("\n").removesuffix("\r")))
-    for source, text in prompts:
+    prompts: list[str | None] = []
+    for option, value in given:
+        source, text = option, value
+        if option == "--prompt-file":
+            try:
+                data = sys.stdin.buffer.read() if value == "-" else Path(value).read_bytes()
+                text = data.decode("utf-8").removesuffix("\n").removesuffix("\r")
+            except (OSError, UnicodeDecodeError) as error:
+                raise MythosError(f"--prompt-file: {value} cannot be read as UTF-8 text: {error}") from error
+            source = f"{option} {value}"
         if not text:
             raise MythosError(f"{source}: the prompt is empty; give some text, or no prompt to begin a new document")
-    return [text for _, text in prompts] or [None]
+        prompts.append(text)
+    return prompts or [None]
 
 
 if __name__ == "__main__":

@@ -2,12 +2,17 @@
 
 python scripts/reasoning.py RUN [RUN ...] [--loops 1,2,4] [--difficulties 5,10,30] [--sequences N]
 
-Writes step-XXXXXXXX.png, .csv and .json to reasoning/ in each run directory, and for several runs one picture of all.
-docs/reasoning.md tells how to read them.
+Writes step-XXXXXXXX.png, .csv and .json to reasoning/ in each run directory; with --out DIR, NAME.png, .csv and .json
+to DIR, where NAME is that of the run directory, with a number added where another run has it: hops, hops-2. For several
+runs a picture of all, side-by-side.png, comes beside the first. docs/reasoning.md tells how to read them.
 """
 
 import argparse
+import os
 import sys
+from collections.abc import Sequence
+from functools import partial
+from itertools import chain, count
 from pathlib import Path
 
 import torch
@@ -21,21 +26,22 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory, or a checkpoint step-* in one")
-    parser.add_argument("--loops", type=numbers, metavar="N,N,...", help="loops (as many as the difficulties)")
+    parser.add_argument(
+        "--loops", type=partial(numbers, "--loops"), metavar="N,N,...", help="loops (as many as the difficulties)"
+    )
     parser.add_argument(
         "--difficulties",
-        type=numbers,
+        type=partial(numbers, "--difficulties"),
         metavar="N,N,...",
         help="steps to ask for (those of training, and some up to six times the hardest)",
     )
     parser.add_argument("--sequences", type=int, default=2048, metavar="N", help="of each difficulty (%(default)s)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write to (reasoning/ in each run directory)")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="one folder for all files (reasoning/ in each run directory)"
+    )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto = cuda if there is one")
-    options = parser.parse_args(arguments)
-    if options.sequences < 1:
-        parser.error(f"--sequences: got {options.sequences}; give at least 1")
     try:
-        report(options)
+        report(parser.parse_args(arguments))
     except MythosError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -44,26 +50,33 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def numbers(text: str) -> list[int]:
-    """Increasing whole numbers from a list with commas."""
+def numbers(option: str, text: str) -> list[int]:
+    """Increasing whole numbers from a list with commas. Raises MythosError for anything else."""
     try:
         given = sorted({int(part) for part in text.split(",")})
     except ValueError:
         given = [0]
     if given[0] < 1:
-        raise argparse.ArgumentTypeError(f"got {text}; give whole numbers from 1 on, e.g. 1,2,4")
+        raise MythosError(f"{option}: got {text}; give whole numbers from 1 on, e.g. 1,2,4")
     return given
 
 
 def report(options: argparse.Namespace) -> None:
-    """Measure, write and print. Raises MythosError for what is no run on a task, or cannot be asked for."""
+    """Measure, write and print.
+
+    Raises MythosError for what is no run on a task, cannot be asked for, or cannot be written.
+    """
+    if options.sequences < 1:
+        raise MythosError(f"--sequences: got {options.sequences}; give at least 1")
     maps: list[AccuracyMap] = []
     places: list[Path] = []
-    for path in options.runs:
-        one = measure(path, options)
+    for path, name in zip(options.runs, names(options.runs), strict=True):
+        one = measure(path, name, options)
         place = options.out or run_directory(path) / "reasoning"
-        # Side by side in one folder, files are told apart by the name of the run.
-        written = one.write(place / (one.name if options.out else f"step-{one.step:08d}"))
+        try:
+            written = one.write(place / (name if options.out else f"step-{one.step:08d}"))
+        except OSError as error:
+            raise MythosError(f"--out: {place} cannot be written: {error}") from error
         maps.append(one)
         places.append(place)
         steps = [(d, one.at(d, d)) for d in one.difficulties if d in one.loops]
@@ -79,11 +92,25 @@ def report(options: argparse.Namespace) -> None:
 
 def run_directory(path: str) -> Path:
     """The directory of a run that is given by itself or by one of its checkpoints."""
-    return Path(path).parent.parent if Path(path).name.startswith("step-") else Path(path)
+    given = Path(os.path.abspath(path))
+    return given.parent.parent if given.name.startswith("step-") else given
 
 
-def measure(path: str, options: argparse.Namespace) -> AccuracyMap:
-    """The map of one run. Raises MythosError if it is no run on a task, or for more than its text can tell."""
+def names(paths: Sequence[str]) -> list[str]:
+    """What each run is called: as its directory, with a number added where another one is called so."""
+    made: list[str] = []
+    for path in paths:
+        name = run_directory(path).name
+        numbered = (f"{name}-{number}" for number in count(2))
+        made.append(next(free for free in chain([name], numbered) if free not in made))
+    return made
+
+
+def measure(path: str, name: str, options: argparse.Namespace) -> AccuracyMap:
+    """The map of one run, called `name`.
+
+    Raises MythosError if it is no run on a task, or for more than its text can tell.
+    """
     device = torch.device("cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu")
     if options.device == "cuda":
         if not torch.cuda.is_available():
@@ -103,7 +130,7 @@ def measure(path: str, options: argparse.Namespace) -> AccuracyMap:
     return accuracy_map(
         opened.model,
         task,
-        name=opened.run.run.name,
+        name=name,
         step=opened.step,
         difficulties=difficulties,
         loops=[1] if fixed else options.loops or difficulties,

@@ -37,7 +37,7 @@ def problem(**sections: Any) -> str:
 # --- single fields
 
 # How YAML writes what Python writes otherwise.
-WRITTEN = {"'128'": '"128"', "True": "true", "False": "false", "None": "null"}
+WRITTEN = {"'128'": '"128"', "True": "true", "False": "false", "None": "null", "{'of': 128}": "{of: 128}"}
 WRITTEN |= {repr(word): f'"{word}"' for word in ("wide", "large", "mha", "yes please")}
 
 
@@ -328,7 +328,7 @@ def test_last_override_wins_and_sections_may_be_empty(tmp_path: Path) -> None:
         ("--train.steps=3", "--train: unknown; did you mean train?"),
         ("train.stps=3", "train.stps: unknown; did you mean steps?"),
         ("optim.lr.peak=3", "optim.lr: is not a section, so optim.lr.peak=3 cannot be set"),
-        ("run.seed.value=3", "run.seed: got {'value': 3}; allowed: integer >= 0"),
+        ("run.seed.value=3", "run.seed: got {value: 3}; allowed: integer >= 0"),
     ],
 )
 def test_bad_override(tmp_path: Path, override: str, says: str) -> None:

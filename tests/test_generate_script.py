@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mythos import model_files
+from mythos import model_files, text_generation
 from mythos.data.tokenizer import Tokenizer
 from mythos.depth_view import PALETTE, coloured, harmless, html_page, legend, shade
 from mythos.errors import MythosError
@@ -293,25 +293,31 @@ class Page(HTMLParser):
 
 def test_the_page_is_escaped_and_whole() -> None:
     row = TextRow("<script>alert('p')</script> & ", 4, [Piece("<b>", 1), Piece(" &amp;\n", 4)], [1, 4, 4])
-    made = TextGeneration([row], 5, 0.1, 0.5, 2048)
+    made = TextGeneration([row], 5, 0.1, 0.5, 2048, halting=True)
     page = html_page(made, "a <title>")
     shown = Page(page)
     assert "<script>alert('p')</script> & <b> &amp;\n" in shown.text
     assert shown.tags <= {"html", "head", "meta", "title", "style", "body", "h1", "p", "span", "footer"}
-    assert shown.titles == ["1 loops", "4 loops"]
+    assert shown.titles == ["1 loop", "4 loops"]
+    assert "loops: 1 4\n" in shown.text, "counts that did not occur are not named"
+    assert "     1 loop        1  ####################\n     4 loops       2" in shown.text
     assert "http" not in page, "nothing is loaded from elsewhere"
     assert "3.00 loops per token on average of 4 (25% saved); cache 2.0 KiB" in shown.text
 
 
 def test_the_numbers_of_a_generation() -> None:
     rows = [TextRow("a", 8, loops=[2, 4, 6], end="stop"), TextRow("b", 4, loops=[4], end="stop")]
-    made = TextGeneration(rows, 7, 1.0, 3.0, 3 * 2**20)
+    made = TextGeneration(rows, 7, 1.0, 3.0, 3 * 2**20, halting=True)
     assert made.tokens == 4 and made.mean_loops == 4.0
     assert made.tokens_per_second == 1.0, "two tokens after the first of each row, in two seconds"
     assert made.summary() == (
         "4 tokens at 1.0 tokens/s, after 7 prompt tokens in 1.00 s; ended: 2 x end of document\n"
         "4.00 loops per token on average of 7 (43% saved); cache 3.0 MiB"
     )
+    rows = [TextRow("a", 8, loops=[8, 8])]
+    assert "average; cache" in TextGeneration(rows, 1, 0.1, 0.5, 0).summary()
+    assert "average of 8 (0% saved); cache" in TextGeneration(rows, 1, 0.1, 0.5, 0, halting=True).summary()
+    assert "0.00 loops" in TextGeneration([TextRow("a", 8)], 1, 0.1, 0.5, 0, halting=True).summary()
 
 
 def test_what_halts_at_given_loops(opened: OpenedModel) -> None:
@@ -356,8 +362,11 @@ def test_several_prompts_and_depths(generate: Callable[..., tuple[int, str, str]
     status, out, err = generate("--prompt", "The", "--prompt-file", str(tmp_path / "p.txt"), *single, "1,4")
     assert status == 0 and "2 x as many tokens as asked for" in err and "2.50 loops per token" in err
     first, second = out.split("== ")[1:]
-    assert first.startswith("1 of 2, 1 loops\nThe") and second.startswith("2 of 2, 4 loops\nA letter")
+    assert first.startswith("1 of 2, 1 loop\nThe") and second.startswith("2 of 2, 4 loops\nA letter")
     assert first.partition("\n")[2].strip("\n") == generate("--prompt", "The", *single, "1")[1].strip("\n")
+
+    out = generate("--prompt-file", str(tmp_path / "p.txt"), "--prompt", "The", *single, "4,1")[1]
+    assert [part.splitlines()[1][:3] for part in out.split("== ")[1:]] == ["A l", "The"], "in the order given"
 
     out = generate("--prompt", "The", *single, "1,1,6")[1].split("== ")[1:]
     texts = [part.partition("\n")[2] for part in out]
@@ -391,7 +400,7 @@ def test_depth_is_shown_without_colours_where_there_is_no_terminal(
     status, out, err = generate(*arguments, "--show-depth", "--html", str(page))
     assert status == 0 and "\x1b" not in out
     assert out.replace("[1]", "") == plain and "[1]" in out, "so high a threshold stops all after the first loop"
-    assert "1.00 loops per token on average of 5 (80% saved)" in err and "1 loops       6" in err
+    assert "1.00 loops per token on average of 5 (80% saved)" in err and "1 loop        6" in err
     assert plain.strip() in Page(page.read_text()).text
 
 
@@ -424,35 +433,81 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         (["--loops", "0"], "--loops: got '0'; allowed: auto, or whole numbers from 1 on"),
         (["--loops", "-4"], "--loops: got '-4'"),
         (["--loops", "many"], "--loops: got 'many'"),
-        (["--loops", "1,2,3", "--prompt", "b"], "3 loop counts for 2 prompts"),
-        (["--tokens", "0"], "--tokens: got 0"),
-        (["--exit-threshold", "0"], "exit threshold of convergence: got 0; allowed: a number above 0"),
-        (["--exit-threshold", "-1"], "exit threshold of convergence: got -1"),
         (["--halting", "gate"], "halting: got 'gate', and this model was trained with model.halting=convergence"),
-        (["--halting", "boredom"], "halting: got 'boredom'; allowed: none, "),
-        (["--halting", "none", "--exit-threshold", "0.1"], "no halting rule that it could be for"),
         (["--prompt", ""], "--prompt: the prompt is empty"),
         (["--prompt", "word " * 80], "tokens, and the model's context is 64: shorten it"),
         (["--prompt-file", "no/such/file"], "--prompt-file: no/such/file cannot be read as UTF-8 text"),
-        (["--stop", ""], "a stop string is empty"),
         (["--top-k", "385"], "top-k: got 385; allowed: at most the vocabulary, "),
-        (["--top-k", "-1"], "top-k: got -1"),
+        (["--loops", str(10**9)], "GiB of memory are free: give fewer --loops, or keep fewer of them (--cache-loops)"),
         (["--top-p", "0"], "top-p: got 0.0; allowed: above 0 and at most 1"),
         (["--min-p", "1.5"], "min-p: got 1.5"),
         (["--temperature", "-1"], "temperature: got -1.0; allowed: at least 0"),
         (["--repetition-penalty", "0"], "repetition penalty: got 0.0"),
-        (["--seed", "-1"], "seed: got -1"),
-        (["--prefill-chunk", "0"], "prefill_chunk: got 0"),
-        (["--cache-loops", "0"], "cache_loops: got 0"),
-        (["--html", "no/such/folder/a.html"], "--html: there is no folder"),
     ],
 )
 def test_bad_input_is_told_in_a_line(
     generate: Callable[..., tuple[int, str, str]], arguments: list[str], message: str
 ) -> None:
     status, out, err = generate("--prompt", "a", *arguments)
-    assert status == 1 and message in err and err.startswith("error: ") and out == ""
+    assert status == 1 and message in err and out == ""
+    told = [line for line in err.splitlines() if not line.startswith("warning: ")]
+    assert len(told) == 1 and told[0].startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--loops", "1,2,3", "--prompt", "b"], "3 loop counts for 2 prompts"),
+        (["--tokens", "0"], "--tokens: got 0; allowed: at least 1"),
+        (["--exit-threshold", "0"], "--exit-threshold: got 0; allowed: a number above 0"),
+        (["--exit-threshold", "nan"], "--exit-threshold: got nan; allowed: a number above 0"),
+        (["--exit-threshold", "1.5", "--halting", "act"], "got 1.5; allowed for act: above 0 and at most 1"),
+        (["--halting", "boredom"], "--halting: got 'boredom'; allowed: none, "),
+        (["--halting", "none", "--exit-threshold", "0.1"], "no halting rule that it could be for"),
+        (["--stop", ""], "--stop: the text is empty"),
+        (["--top-k", "-1"], "--top-k: got -1; allowed: at least 0 (0 = all)"),
+        (["--seed", "-1"], "--seed: got -1; allowed: at least 0"),
+        (["--prefill-chunk", "0"], "--prefill-chunk: got 0; allowed: at least 1"),
+        (["--cache-loops", "0"], "--cache-loops: got 0; allowed: at least 1"),
+        (["--html", "no/such/folder/a.html"], "--html: there is no folder"),
+        (["--html", ""], "--html: got no name; give a file"),
+        (["--html", "."], "--html: . is a folder; give a file in it"),
+        (["--device", "cuda"], "--device: got cuda, and torch finds no GPU; give cpu or auto"),
+    ],
+)
+def test_what_no_model_could_do_is_told_before_one_is_loaded(
+    generate: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    status, out, err = generate("--prompt", "a", *arguments, path="no/such/run")
+    assert status == 1 and err.startswith("error: ") and message in err and out == ""
     assert len(err.splitlines()) == 1
+
+
+def test_far_more_loops_than_trained_are_warned_of(generate: Callable[..., tuple[int, str, str]]) -> None:
+    arguments = ("--prompt", "The", "--tokens", "1", "--loops")
+    assert "warning" not in generate(*arguments, "16")[2]
+    status, _, err = generate(*arguments, "17")
+    assert status == 0 and "warning: 17 loops for a model trained with 2 on average" in err
+
+
+def test_a_cache_that_does_not_fit_is_refused(opened: OpenedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused by a byte less than the cache then takes; deeper ones by keeping fewer loops."""
+
+    def made(loops: int = 40, **options: int) -> TextGeneration:
+        return generate_text(opened, ["The"], 3, choose_depth(opened, [loops]), sampling=Sampling(), **options)
+
+    taken = made().cache_bytes
+    monkeypatch.setattr(text_generation, "available_memory", lambda device: taken)
+    assert made().cache_bytes == taken == made(80, cache_loops=40).cache_bytes
+    with pytest.raises(MythosError, match=r"tokens at 41 loops, and .* of memory are free: give fewer --loops"):
+        made(41)
+    monkeypatch.setattr(text_generation, "available_memory", lambda device: taken - 1)
+    with pytest.raises(MythosError, match=r"the cache would take up to .* for 1 x \d+ tokens at 40 loops"):
+        made()
 
 
 def test_a_path_that_is_no_model(generate: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
@@ -469,3 +524,8 @@ def test_a_model_without_text_is_told(trained: Trainer, tmp_path: Path) -> None:
     assert opened.tokenizer is None
     with pytest.raises(MythosError, match="has no tokenizer"):
         generate_text(opened, ["a"], 1, choose_depth(opened, [1]), sampling=Sampling())
+    assert opened.run is not None
+    data = opened.run.data.model_copy(update={"kind": "reasoning"})
+    asked = replace(opened, run=opened.run.model_copy(update={"data": data}))
+    with pytest.raises(MythosError, match=r"of a reasoning run, .*: use scripts/reasoning\.py"):
+        generate_text(asked, ["a"], 1, choose_depth(opened, [1]), sampling=Sampling())

@@ -1,4 +1,4 @@
-"""The section of a configuration that describes a reasoning task."""
+"""Sections of a configuration about data: validation, filters, and reasoning tasks."""
 
 from collections.abc import Iterator
 from math import factorial, inf
@@ -12,6 +12,26 @@ MOST_TOLD = 64
 """Numbers of hops that have a token of their own where the text tells the number."""
 
 Size = Annotated[int, Field(ge=2, le=200)]
+
+
+class ValidationConfig(Section):
+    """Documents that are held out of training and that validation loss is measured on."""
+
+    path: str | list[str] | None = None
+    """Files of validation documents (glob or list of globs); null = hold out a share of the corpus by content hash."""
+    fraction: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """Share of documents held out by content hash when path is null."""
+
+
+class FilterConfig(Section):
+    """What a column must hold for its document to be used; a null never passes."""
+
+    min: float | None = None
+    """Smallest number that passes."""
+    max: float | None = None
+    """Largest number that passes."""
+    one_of: list[str | float | bool] | None = None
+    """Values that pass."""
 
 
 class TaskConfig(Section):
@@ -78,15 +98,22 @@ class TaskConfig(Section):
 
 
 def task_contradictions(
-    task: TaskConfig, sequence_length: int, vocab_size: int | str
+    task: TaskConfig, sequence_length: int, vocab_size: int | str, follow: str
 ) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yield the paths and the explanation of all values of a run on data.task that cannot hold together."""
+    """Yield the paths and the explanation of all values of a run on data.task that cannot hold together.
+
+    `follow` is depth.follow.
+    """
     low, high = task.difficulty
     if low > high:
         yield ("data.task.difficulty",), f"got [{low}, {high}]; the fewest steps must not exceed the most"
     elif sequence_length < task.length(high):
         given = f"got {sequence_length}, and {task.name} of difficulty {high} takes {task.length(high)} tokens"
         yield ("data.sequence_length", "data.task.difficulty"), f"{given}; raise the first or lower the second"
+    if task.name == "hops" and task.tell == "nothing" and follow == "none" and low < high:
+        rule = "nothing says how many hops to follow; set the first to number or marks"
+        rule += ", or, where there are loops, the second to difficulty"
+        yield ("data.task.tell", "depth.follow"), f"got nothing and none; {rule}"
     if high > task.hardest:
         rule = f"only numbers up to {task.hardest} have a token of their own"
         yield ("data.task.tell", "data.task.difficulty"), f"got {task.tell} and [{low}, {high}]; {rule}"

@@ -84,7 +84,8 @@ def make_sequences(task: TaskConfig, keys: np.ndarray, difficulty: int, length: 
         keys: uint64 (rows,).
         difficulty: number of sequential steps, any from 1 on that ``length`` holds.
         length: tokens of a sequence; shorter ones are filled up at the end, or, where the steps follow one another in
-            the text (permutations, addition), with other words of the task in front.
+            the text (permutations, addition), with tokens of the task before and after, as many of each as it happens:
+            how much stands before a question must not tell its difficulty.
 
     Raises:
         ValueError: the text cannot ask for this difficulty, or the length does not hold it.
@@ -99,6 +100,10 @@ def make_sequences(task: TaskConfig, keys: np.ndarray, difficulty: int, length: 
     inputs = np.zeros((len(keys), length), np.int32)
     targets = np.full((len(keys), length), IGNORE_INDEX, np.int32)
     _MAKERS[task.name](task, draws, difficulty, inputs, targets)
+    if task.name in ("permutations", "addition"):
+        moved = draws.integers(length - task.length(difficulty) + 1, 1)  # from before the questions to behind them
+        order = (np.arange(length) + moved) % length
+        inputs, targets = (np.take_along_axis(array, order, axis=1) for array in (inputs, targets))
     return Sequences(inputs, targets)
 
 

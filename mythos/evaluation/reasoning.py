@@ -97,9 +97,10 @@ class AccuracyMap:
         return self.accuracy[self.difficulties.index(difficulty)][self.loops.index(loops)]
 
     def write(self, path: Path) -> list[Path]:
-        """Write the map beside `path` as .csv, .json and .png; returns what was written."""
+        """Write the map to `path` with .png, .csv and .json added; returns what was written."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        table, values = path.with_suffix(".csv"), path.with_suffix(".json")
+        # Not with_suffix: what follows a dot in a run's name belongs to the name.
+        picture, table, values = (path.with_name(f"{path.name}.{kind}") for kind in ("png", "csv", "json"))
         with table.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["difficulty", "loops", "accuracy", "sequences"])
@@ -108,7 +109,7 @@ class AccuracyMap:
                     (difficulty, loops, value, self.sequences) for loops, value in zip(self.loops, row, strict=True)
                 )
         values.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        return [draw_maps([self], path.with_suffix(".png")), table, values]
+        return [draw_maps([self], picture), table, values]
 
     def table(self) -> str:
         """The map in percent, as text; the difficulties of training are marked."""

@@ -7,13 +7,17 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mythos.model.cache import DecodeCache
+from mythos.model.cache import DecodeCache, cache_bytes_per_token
+from mythos.model.config import ModelConfig
 from mythos.model.halting import HaltingRule
 from mythos.model.layers import autocast_dtype
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.model.sampling import Sampling, uniforms
 
 End = Literal["length", "context", "stop", "callback"]
+CACHE_BLOCK = 256
+"""Positions by which the cache grows."""
+
 OnToken = Callable[[int, int, int], bool | None]
 
 
@@ -103,6 +107,7 @@ def generate(
         loops=max(limits[row] for row in live),
         dtype=autocast_dtype(model.embedding.weight),
         device=device,
+        block=CACHE_BLOCK,
         cache_loops=cache_loops,
     )
 
@@ -145,6 +150,20 @@ def generate(
         logits, depths = extend(tokens.unsqueeze(1), None)
         cache_bytes = max(cache_bytes, cache.bytes)
     return Generation(made, cache_bytes)
+
+
+def cache_bytes_needed(
+    config: ModelConfig,
+    rows: int,
+    length: int,
+    loops: int,
+    dtype: torch.dtype = torch.float32,
+    cache_loops: int | None = None,
+) -> int:
+    """Bytes that `generate` takes for the cache of rows that become `length` tokens long, at up to `loops` loops."""
+    blocks = -(-min(length, config.context_length) // CACHE_BLOCK)
+    held = 2 * blocks - 1  # to grow by a block it is copied, and both are there
+    return rows * held * CACHE_BLOCK * cache_bytes_per_token(config, min(loops, cache_loops or loops), dtype)
 
 
 def _prefill(

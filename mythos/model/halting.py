@@ -224,12 +224,15 @@ def halting_rule(
     """The rule called `name` (default: the model's) at an exit threshold (default: the rule's); None for `none`.
 
     Raises ValueError for a name that is unknown, a rule that the model was not trained for, or a threshold that is not
-    above 0 (act: up to 1).
+    above 0 (act: up to 1), or that no rule is there for.
     """
     name = model.config.halting if name is None else name
     if name not in HALTING_RULES:
         raise ValueError(f"halting: got {name!r}; allowed: {', '.join(HALTING_RULES)}")
     if name == "none":
+        if threshold is not None:
+            rules = ", ".join(THRESHOLDS)
+            raise ValueError(f"exit threshold {threshold:g}: halting is none, and a threshold needs a rule ({rules})")
         return None
     threshold = THRESHOLDS[name] if threshold is None else threshold
     highest = 1.0 if name == "act" else float("inf")

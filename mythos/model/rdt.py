@@ -333,8 +333,10 @@ class RecurrentDepthTransformer(nn.Module):
         loops = list(loops)
         if len(loops) != rows:
             raise ValueError(f"{len(loops)} loop counts for {rows} rows: give one number, or one per row")
-        if min(loops) < 1 or sorted(loops, reverse=True) != loops:
-            raise ValueError(f"loops {loops}: every row needs at least 1, and rows must be ordered deepest first")
+        if min(loops) < 1:
+            raise ValueError(f"loops: got {min(loops)}; every row needs at least 1")
+        if sorted(loops, reverse=True) != loops:
+            raise ValueError(f"loops {loops}: rows must be ordered deepest first")
         if self.config.injection == "none" and loops[0] != 1:
             raise ValueError(f"loops {loops[0]}: a fixed-depth model (injection: none) runs its core once")
         return loops

@@ -69,9 +69,10 @@ def solve_mano(task: TaskConfig, ids: list[int], difficulty: int) -> dict[int, i
 
 
 def parts(ids: list[int], count: int, size: int, begin: int) -> list[tuple[int, list[int]]]:
-    """Where each part ends, and its tokens after the first; no other token begins one."""
-    starts = [len(ids) - (number + 1) * (1 + size) for number in reversed(range(count))]
-    assert [place for place, token in enumerate(ids) if token == begin] == starts
+    """Where each part ends, and its tokens after the first; they lie side by side, and something is before them."""
+    starts = [place for place, token in enumerate(ids) if token == begin]
+    assert starts == list(range(starts[0], starts[0] + count * (1 + size), 1 + size))
+    assert starts[0] >= 1 and starts[-1] + size < len(ids)
     return [(start + size, ids[start + 1 : start + 1 + size]) for start in starts]
 
 
@@ -128,6 +129,17 @@ def test_answers_are_those_of_a_solver(settings: dict[str, Any], difficulty: int
         asked = {place: answer for place, answer in enumerate(targets) if answer != -100}
         assert asked == SOLVERS[task.name](task, ids, difficulty)
         assert len(asked) == task.targets
+
+
+@pytest.mark.parametrize("name", ["permutations", "addition"])
+def test_questions_stand_anywhere(name: str) -> None:
+    """What stands before a question tells nothing of its difficulty: every place comes up, all as often."""
+    task = TaskConfig(name=name, queries=2)
+    length = task.length(3) + 4
+    made = make_sequences(task, np.arange(1000, dtype=np.uint64), 3, length)
+    begins = (made.inputs == task.vocabulary - 1).argmax(1)
+    assert np.bincount(begins)[1:].tolist() == pytest.approx([200] * 5, abs=60)
+    assert not np.bincount(begins)[0]
 
 
 def test_the_multiplication_table_is_that_of_a_group() -> None:

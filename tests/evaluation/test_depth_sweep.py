@@ -424,16 +424,21 @@ def test_command_line_on_an_exported_model(trained, tmp_path, capsys):
         (["--rules", "convergence", "--thresholds", "0"], "above 0"),
         (["--sequences", "0"], "at least 1"),
         (["--rules", "never"], "never"),
-        (["--data", "nothing-*.txt"], "nothing-*.txt"),
+        (["--rules", "act", "--thresholds", "0.5"], "act"),
+        (["--rules", "convergence", "--thresholds", "inf"], "exit threshold of convergence: got inf"),
+        (["--most", "0"], "at least 1"),
+        (["--data", "nothing-*.txt"], "--data: nothing-*.txt matches no file"),
+        (["--data", "README.md"], "--data: README.md has an unknown extension"),
+        (["--data", "short.txt"], "--data: the validation text does not fill one sequence of 32 tokens. Give files"),
     ],
 )
-def test_bad_options(trained, capsys, options, told):
-    try:
-        status = script.main([str(trained), *options])
-    except SystemExit as error:
-        status = error.code
-    assert status in (1, 2)
-    assert told in capsys.readouterr().err
+def test_bad_options(trained, tmp_path, capsys, monkeypatch, options, told):
+    monkeypatch.chdir(tmp_path)
+    for name in ("README.md", "short.txt"):
+        Path(name).write_text("The end.\n")
+    assert script.main([str(trained), *options]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: --") and told in error and "data.validation" not in error
 
 
 def test_bad_path(tmp_path, capsys):

@@ -25,7 +25,9 @@ from mythos.model.recurrence import initial_state
 from mythos.plan import plan
 from mythos.ranks import Ranks, World
 from mythos.trainer import Trainer
+from scripts.depth_sweep import main as depth_sweep
 from scripts.reasoning import main as report
+from scripts.reasoning import names
 from tests.trainers import assert_identical, run, take_step
 
 pytestmark = pytest.mark.usefixtures("no_plots")
@@ -194,18 +196,30 @@ def test_dry_run_knows_the_vocabulary(tmp_path: Path) -> None:
         ({"data__task": {"symbols": 4, "modulus": 5}}, "data.task.name, data.task.modulus: got hops and 5"),
         ({"data__task": {"symbols": 4, "queries": 5}, "data__sequence_length": 9}, "data.task.queries"),
         ({"data__task": {"tell": "number", "difficulty": [1, 65]}, "data__sequence_length": 14}, "up to 64"),
-        ({"data__kind": "embedded"}, "data.kind, data.task: got embedded and a task"),
+        ({"data__kind": "embedded", "depth__follow": "none"}, "data.kind, data.task: got embedded and a task"),
         ({"data__path": "a.txt"}, "data.kind, data.path: got reasoning"),
         ({"data__mask_documents": True}, "data.kind, data.mask_documents"),
         ({"model__vocab_size": 2, "data__task": {"symbols": 12}, "data__sequence_length": 13}, "model.vocab_size"),
-        ({"depth__mean": 4}, "depth.follow, depth.mean: got difficulty and 4"),
-        ({"depth__curriculum": {"shape": "linear"}}, "depth.follow, depth.curriculum"),
+        ({"depth__follow": "none"}, "data.task.tell, depth.follow: got nothing and none; .* number or marks"),
+        ({"depth__mean": 4}, "depth.follow, depth.mean: got difficulty and 4.0; .* set the second to null"),
+        ({"depth__sampling": "uniform"}, "depth.follow, depth.sampling: .* set the second to poisson"),
+        ({"depth__curriculum": {"shape": "linear"}}, "got difficulty and {shape: linear, over: 0.25, start: 1.0};"),
+        ({"depth__backprop": 3, "data__task": {"symbols": 4, "difficulty": [3, 1]}}, "got .3, 1.; the fewest"),
+        ({"depth__backprop": 9, "data__task": {"symbols": 4, "difficulty": [0, 3]}}, "got .0, 3.; allowed"),
         ({"depth__backprop": 4}, "got 4, and at most 3 loops are run"),
     ],
 )
 def test_what_contradicts_is_refused(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
-    with pytest.raises(MythosError, match=named):
+    with pytest.raises(MythosError, match=named) as caught:
         tiny(tmp_path, **changes)
+    assert ": 1 problem in" in str(caught.value)
+
+
+def test_what_refusals_advise_is_accepted(tmp_path: Path) -> None:
+    tiny(tmp_path, depth__mean=None, depth__maximum=None, depth__sampling="poisson", depth__curriculum=None)
+    tiny(tmp_path, depth__follow="none", data__task={"symbols": 4, "tell": "number"}, data__sequence_length=6)
+    tiny(tmp_path, depth__follow="none", data__task={"symbols": 4, "difficulty": [2, 2]})
+    tiny(tmp_path, depth__follow="none", data__task={"name": "addition"}, data__sequence_length=12)
 
 
 def test_loops_follow_only_where_there_are_some(tmp_path: Path) -> None:
@@ -245,7 +259,8 @@ def test_usual_difficulties_reach_six_times_the_hardest() -> None:
 
 def test_a_map_is_written_whole(tmp_path: Path) -> None:
     made = AccuracyMap("one", "hops", 9, (1, 2), [1, 2, 3], [1, 2], 10, [[1.0, 0.5], [0.25, 1.0], [0.0, 0.125]])
-    picture, table, values = made.write(tmp_path / "new" / "map")
+    written = picture, table, values = made.write(tmp_path / "new" / "map-0.1")
+    assert [path.name for path in written] == ["map-0.1.png", "map-0.1.csv", "map-0.1.json"]
     assert picture.read_bytes().startswith(b"\x89PNG")
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -264,8 +279,10 @@ def test_a_map_is_written_whole(tmp_path: Path) -> None:
 
 def test_report_of_a_looped_and_a_fixed_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(tiny(tmp_path / "looped", train__steps=1))
+    assert "of the sequences have every answer right at as many loops as steps" in capsys.readouterr().out
     fixed = {"model__injection": "none", "model__loops": 1, "depth__follow": "none", "eval__loops": [1]}
-    run(tiny(tmp_path / "fixed", train__steps=1, run__name="fixed", **fixed))
+    fixed |= {"data__task": {"symbols": 4, "difficulty": [1, 3], "tell": "number"}, "data__sequence_length": 6}
+    run(tiny(tmp_path / "fixed", train__steps=1, **fixed))
     capsys.readouterr()
     runs = [str(tmp_path / name / "run") for name in ("looped", "fixed")]
     assert report([*runs, "--sequences", "64", "--difficulties", "1,2,6"]) == 0
@@ -275,14 +292,37 @@ def test_report_of_a_looped_and_a_fixed_run(tmp_path: Path, capsys: pytest.Captu
     assert looped["loops"] == [1, 2, 6] and own["loops"] == [1]
     assert looped["difficulties"] == own["difficulties"] == [1, 2, 6]
     assert (tmp_path / "looped" / "run" / "reasoning" / "side-by-side.png").is_file()
+    # Both are called run, by directory and by run.name.
+    out = tmp_path / "out"
+    assert report([*runs, "--sequences", "8", "--difficulties", "1", "--out", str(out)]) == 0
+    stems = ("run", "run-2")
+    assert {file.name for file in out.iterdir()} == {
+        "side-by-side.png",
+        *(f"{stem}.{kind}" for stem in stems for kind in ("png", "csv", "json")),
+    }
+    assert [json.loads((out / f"{stem}.json").read_text())["name"] for stem in stems] == list(stems)
+    (tmp_path / "file").touch()
+    assert report([runs[0], "--sequences", "8", "--difficulties", "1", "--out", str(tmp_path / "file")]) == 1
+    assert "error: --out: " in capsys.readouterr().err
+    assert depth_sweep([runs[0]]) == 1
+    assert "scripts/reasoning.py" in capsys.readouterr().err
+    for option in ("--loops", "--most"):
+        assert depth_sweep([runs[1], option, "2"]) == 1
+        assert f"error: {option}: got 2; a fixed-depth model" in capsys.readouterr().err
+
+
+def test_runs_are_called_as_their_directories() -> None:
+    given = ["a/lr0.1/", "b/lr0.2", "c/lr0.1/checkpoints/step-00000004", "d/lr0.1-2", "e/lr0.1"]
+    assert names(given) == ["lr0.1", "lr0.2", "lr0.1-2", "lr0.1-2-2", "lr0.1-3"]
 
 
 def test_report_refuses_what_it_cannot_ask(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report([str(tmp_path / "nothing")]) == 1
     assert "error: " in capsys.readouterr().err
-    for bad in (["--loops", "0"], ["--difficulties", "a"], ["--sequences", "0"]):
-        with pytest.raises(SystemExit):
-            report([str(tmp_path), *bad])
+    for option, value in (("--loops", "0"), ("--difficulties", "a"), ("--sequences", "0")):
+        assert report([str(tmp_path), option, value]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {option}: got {value}; give ") and error.count("\n") == 1
     task = {"symbols": 4, "difficulty": [1, 3], "tell": "number"}
     run(tiny(tmp_path, train__steps=1, data__task=task, data__sequence_length=6))
     capsys.readouterr()

@@ -404,6 +404,8 @@ def test_rules_by_name(model: Build) -> None:
     with pytest.raises(ValueError, match="halting: got 'patience'; allowed: none, convergence, "):
         halting_rule(built, "patience")
     assert halting_rule(built, "none") is None
+    with pytest.raises(ValueError, match=r"exit threshold 0\.1: halting is none, and a threshold needs a rule"):
+        halting_rule(built, "none", 0.1)
     assert isinstance(halting_rule(built, "second_difference"), SecondDifference)
     configured = halting_rule(model(halting="second_difference"), threshold=0.3)
     assert isinstance(configured, SecondDifference) and configured.threshold == 0.3

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from mythos.model.generate import Continuation, generate
+from mythos.model.generate import Continuation, cache_bytes_needed, generate
 from mythos.model.halting import Convergence
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.model.sampling import Sampling, uniforms
@@ -188,9 +188,14 @@ def test_the_cache_is_as_asked_for(model: Build) -> None:
     whole = generate(made, PROMPTS, 4, loops=8)
     part = generate(made, PROMPTS, 4, loops=8, cache_loops=2)
     assert 0 < part.cache_bytes < whole.cache_bytes
+    assert cache_bytes_needed(made.config, len(PROMPTS), 12, 8) == whole.cache_bytes
+    assert cache_bytes_needed(made.config, len(PROMPTS), 12, 8, cache_loops=2) == part.cache_bytes
     with torch.autocast("cpu", dtype=torch.bfloat16):
         half = generate(made, PROMPTS, 4, loops=8)
-    assert half.cache_bytes * 2 == whole.cache_bytes
+    assert half.cache_bytes * 2 == whole.cache_bytes == 2 * cache_bytes_needed(made.config, 4, 12, 8, torch.bfloat16)
+    longer = made.config.model_copy(update={"context_length": 700})
+    assert cache_bytes_needed(longer, 4, 512, 8) == 3 * whole.cache_bytes, "while two blocks are copied from one"
+    assert cache_bytes_needed(longer, 4, 9999, 8) == 5 * whole.cache_bytes, "a context of three blocks"
 
 
 def test_a_fixed_depth_model_generates_too(model: Build) -> None:
@@ -218,8 +223,8 @@ def test_logits_that_are_not_finite_are_told(model: Build) -> None:
         ({"prompts": [[-1, 5]]}, "prompt 0 has ids -1 to 5"),
         ({"prompts": [[60]], "vocabulary": 50}, "prompt 0 has ids 60 to 60; allowed: 0 to 49"),
         ({"max_tokens": -1}, "max_tokens: got -1"),
-        ({"loops": 0}, "needs at least 1"),
-        ({"loops": [3, -2]}, "needs at least 1"),
+        ({"loops": 0}, "loops: got 0; every row needs at least 1$"),
+        ({"loops": [3, -2]}, "loops: got -2; every row needs at least 1$"),
         ({"loops": [3, 3, 3]}, "loops: 3 values for 2 prompts"),
         ({"seed": [3]}, "seed: 1 values for 2 prompts"),
         ({"seed": -1}, "seed: got -1"),
