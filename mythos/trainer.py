@@ -105,7 +105,7 @@ class Trainer:
             config = resolve_vocabulary(config, self.tokenizer.padded_size)
             check_vocabulary(self.tokenizer, config.model.vocab_size)
         self.config = config
-        self.targets_per_step = data.targets * config.train.global_batch
+        self.count_targets = data.targets
         if meta:
             check_same_model(config, meta["config"]["model"], found)
         self.schedule = DepthSchedule(config)
@@ -308,7 +308,8 @@ class Trainer:
         rows = batch.rows.tolist()
         order = sorted(range(len(rows)), key=lambda i: -plan.loops[rows[i]])
         # The losses of all ranks must add up, and DDP and FSDP average.
-        targets = self.targets_per_step / world.size
+        counted = self.count_targets(config, step)
+        targets = counted / world.size
 
         sums: dict[str, Tensor] = {}
         for start in range(0, len(order), self.micro_batch):
@@ -322,7 +323,7 @@ class Trainer:
                 self.watchdog.beat(f"step {step + 1}: backward pass of rows {start} on (reducing gradients)")
                 (output.objective / targets).backward()
             share = len(micro) / len(order) / world.size
-            add(sums, "loss", output.loss.detach() / self.targets_per_step)
+            add(sums, "loss", output.loss.detach() / counted)
             add(sums, "state_norm", output.state_norm * share)
             add(sums, "state_delta", output.state_delta * share)
             if output.expert_load is not None:

@@ -54,6 +54,10 @@ class TaskConfig(Section):
     queries: PositiveInt = 1
     """Questions in a sequence, so that it teaches more: in hops different symbols to start from, in permutations and
     addition words and sums one after another; in mano one."""
+    ask: Literal["end", "steps"] = "end"
+    """permutations, addition: end = the product or sum of all elements or numbers; steps = also that of the first, of
+    the first two, and so on, so that every loop has to take a step and to leave those before as they are. Reports ask
+    for the end."""
     modulus: Size = 23
     """mano: numbers are 0..modulus - 1."""
     group: Literal["S3", "S5"] = "S3"
@@ -61,10 +65,10 @@ class TaskConfig(Section):
     digits: Annotated[int, Field(ge=1, le=9)] = 2
     """addition: digits of every number; the sum is asked for modulo 10^digits."""
 
-    @property
-    def targets(self) -> int:
-        """Tokens of a sequence that are asked for."""
-        return self.queries * (self.digits if self.name == "addition" else 1)
+    def targets(self, difficulty: int) -> int:
+        """Tokens that are asked for in a sequence of this difficulty."""
+        answers = self.queries * (difficulty if self.ask == "steps" else 1)
+        return answers * (self.digits if self.name == "addition" else 1)
 
     @property
     def elements(self) -> int:
@@ -120,6 +124,9 @@ def task_contradictions(
     if task.name == "hops" and task.queries > task.symbols:
         given = f"got {task.queries} and {task.symbols}"
         yield ("data.task.queries", "data.task.symbols"), f"{given}; there are only so many symbols to start from"
+    if task.ask == "steps" and task.name not in ("permutations", "addition"):
+        rule = "the steps of permutations and addition only can be asked for"
+        yield ("data.task.name", "data.task.ask"), f"got {task.name} and steps; {rule}"
     if task.name == "mano" and task.queries > 1:
         yield ("data.task.name", "data.task.queries"), f"got mano and {task.queries}; a sequence holds one expression"
     if isinstance(vocab_size, int) and padded_vocab_size(vocab_size) < task.vocabulary:

@@ -8,7 +8,7 @@ from mythos.config import Config, DataConfig
 from mythos.data.corpus import cache_directory, holdout_fraction, open_corpora, pin_revisions, weighted
 from mythos.data.source import Source, open_sources, open_validation_sources
 from mythos.data.stream import TokenStreams
-from mythos.data.tasks import TaskSet, TaskStreams, task_set
+from mythos.data.tasks import TaskSet, TaskStreams, slot_difficulties, task_set
 from mythos.data.tokenizer import Tokenizer, load_tokenizer
 from mythos.data.validation import ValidationSet, validation_set
 
@@ -38,10 +38,9 @@ class Data(NamedTuple):
             world_size=world_size,
         )
 
-    @property
-    def targets(self) -> int:
-        """Tokens of a sequence that the loss counts."""
-        return self.config.sequence_length
+    def targets(self, config: Config, step: int) -> int:
+        """Tokens that the loss counts in a step, over all ranks."""
+        return config.tokens_per_step
 
     def validation(self, sequences: int) -> ValidationSet:
         """Held-out sequences; raises MythosError if there is not text for one."""
@@ -83,10 +82,11 @@ class TaskData(NamedTuple):
             world_size=world_size,
         )
 
-    @property
-    def targets(self) -> int:
-        """Tokens of a sequence that the loss counts."""
-        return self.config.task.targets
+    def targets(self, config: Config, step: int) -> int:
+        """Tokens that the loss counts in a step, over all ranks."""
+        task = self.config.task
+        difficulties = slot_difficulties(task, self.slots, config.run.seed, step, self.steps)
+        return self.config.streams * sum(task.targets(difficulty) for difficulty in difficulties)
 
     def validation(self, sequences: int) -> TaskSet:
         """Sequences that training does not see, as many for every stream: of each difficulty in turn, hardest first."""

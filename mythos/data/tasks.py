@@ -173,8 +173,8 @@ def _mano(task: TaskConfig, draws: Draws, difficulty: int, inputs: np.ndarray, t
 def _permutations(task: TaskConfig, draws: Draws, difficulty: int, inputs: np.ndarray, targets: np.ndarray) -> None:
     """Elements in front; words, each of a token that begins it and its elements.
 
-    Asked for is the product of each word, at its end. Tokens: elements from 1, then the beginning. The product of g and
-    h is g first, then h.
+    Asked for is the product of each word, at its end, or of each beginning of it too. Tokens: elements from 1, then the
+    beginning. The product of g and h is g first, then h.
     """
     element, begin = 1, 1 + task.elements
     inputs[:] = element + draws.integers(task.elements, inputs.shape[1])
@@ -182,9 +182,11 @@ def _permutations(task: TaskConfig, draws: Draws, difficulty: int, inputs: np.nd
     words[:, :, 0] = begin
     table = multiplication_table(int(task.group[1]))
     product = words[:, :, 1] - element
-    for place in range(2, difficulty + 1):
-        product = table[product, words[:, :, place] - element]
-    answers[:, :, -1] = element + product
+    for place in range(1, difficulty + 1):
+        if place > 1:
+            product = table[product, words[:, :, place] - element]
+        if place == difficulty or task.ask == "steps":
+            answers[:, :, place] = element + product
 
 
 def _parts(sequences: np.ndarray, count: int, size: int) -> np.ndarray:
@@ -203,16 +205,18 @@ def multiplication_table(points: int) -> np.ndarray:
 def _addition(task: TaskConfig, draws: Draws, difficulty: int, inputs: np.ndarray, targets: np.ndarray) -> None:
     """Digits in front; sums, each of a token that begins it and its numbers, the least digit first.
 
-    Asked for are the digits of a sum modulo 10^digits, at those of its last number. Tokens: digits from 1, then the
-    beginning.
+    Asked for are the digits of a sum modulo 10^digits, at those of its last number, or of the sum so far at those of
+    each. Tokens: digits from 1, then the beginning.
     """
     digit, begin, width = 1, 11, task.digits
     inputs[:] = digit + draws.integers(10, inputs.shape[1])
     sums, answers = (_parts(array, task.queries, width * difficulty) for array in (inputs, targets))
     sums[:, :, 0] = begin
     powers = 10 ** np.arange(width)
-    numbers = (sums[:, :, 1:] - digit).reshape(-1, task.queries, difficulty, width) @ powers
-    answers[:, :, -width:] = digit + numbers.sum(-1)[:, :, None] // powers % 10
+    totals = ((sums[:, :, 1:] - digit).reshape(-1, task.queries, difficulty, width) @ powers).cumsum(-1)
+    found = (digit + totals[..., None] // powers % 10).reshape(-1, task.queries, difficulty * width)
+    asked = found.shape[-1] if task.ask == "steps" else width
+    answers[:, :, -asked:] = found[:, :, -asked:]
 
 
 _MAKERS = {"hops": _hops, "mano": _mano, "permutations": _permutations, "addition": _addition}

@@ -156,7 +156,7 @@ def accuracy_map(
     Raises:
         ValueError: a difficulty that the task's vocabulary cannot tell.
     """
-    task = task.model_copy(update={"queries": 1})
+    task = task.model_copy(update={"queries": 1, "ask": "end"})
     device = model.embedding.weight.device
     accuracy = []
     for difficulty in difficulties:

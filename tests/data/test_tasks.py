@@ -82,9 +82,10 @@ def solve_permutations(task: TaskConfig, ids: list[int], difficulty: int) -> dic
     answers = {}
     for end, word in parts(ids, task.queries, difficulty, 1 + len(elements)):
         moved = list(range(points))
-        for token in word:
+        for place, token in enumerate(word, start=end - difficulty + 1):
             moved = [elements[token - 1][point] for point in moved]
-        answers[end] = elements.index(tuple(moved)) + 1
+            if place == end or task.ask == "steps":
+                answers[place] = elements.index(tuple(moved)) + 1
     return answers
 
 
@@ -92,9 +93,11 @@ def solve_addition(task: TaskConfig, ids: list[int], difficulty: int) -> dict[in
     answers = {}
     for end, tokens in parts(ids, task.queries, difficulty * task.digits, 11):
         text = "".join(str(token - 1) for token in tokens)
-        total = sum(int(text[i : i + task.digits][::-1]) for i in range(0, len(text), task.digits))
-        for place, digit in enumerate(str(total).zfill(task.digits)[::-1][: task.digits]):
-            answers[end - task.digits + 1 + place] = int(digit) + 1
+        numbers = [int(text[i : i + task.digits][::-1]) for i in range(0, len(text), task.digits)]
+        for count in range(1, difficulty + 1) if task.ask == "steps" else [difficulty]:
+            first = end - (difficulty - count + 1) * task.digits + 1
+            for place, digit in enumerate(str(sum(numbers[:count])).zfill(task.digits)[::-1][: task.digits]):
+                answers[first + place] = int(digit) + 1
     return answers
 
 
@@ -113,7 +116,9 @@ SOLVERS = {"hops": solve_hops, "mano": solve_mano, "permutations": solve_permuta
         {"name": "mano", "modulus": 5},
         {"name": "permutations"},
         {"name": "permutations", "group": "S5", "queries": 3},
+        {"name": "permutations", "queries": 2, "ask": "steps"},
         {"name": "addition"},
+        {"name": "addition", "digits": 2, "queries": 2, "ask": "steps"},
         {"name": "addition", "digits": 3, "queries": 2},
         {"name": "addition", "digits": 1},
     ],
@@ -128,7 +133,7 @@ def test_answers_are_those_of_a_solver(settings: dict[str, Any], difficulty: int
     for ids, targets in zip(made.inputs.tolist(), made.targets.tolist(), strict=True):
         asked = {place: answer for place, answer in enumerate(targets) if answer != -100}
         assert asked == SOLVERS[task.name](task, ids, difficulty)
-        assert len(asked) == task.targets
+        assert len(asked) == task.targets(difficulty)
 
 
 @pytest.mark.parametrize("name", ["permutations", "addition"])

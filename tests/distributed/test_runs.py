@@ -71,9 +71,11 @@ def test_records_equal_those_of_one_process(pool: RankPool, single: Path, mode: 
     assert expected[-1]["data/skipped_documents"] > 0
     for record, other in zip(expected, actual, strict=True):
         straggling = {key for key in other if key.startswith("straggler/")}
-        assert straggling and other.keys() - straggling == record.keys()
-        for key, value in record.items():
-            assert other[key] == pytest.approx(value, rel=1e-5), key
+        # Positions that halt would let processes that share the model run different numbers of passes.
+        alone = {key for key in record if mode == "fsdp" and key.startswith("val/auto_")}
+        assert straggling and other.keys() - straggling == record.keys() - alone
+        for key in record.keys() - alone:
+            assert other[key] == pytest.approx(record[key], rel=1e-5), key
     assert {path.name for path in (single / mode).iterdir()} == {path.name for path in (single / "single").iterdir()}
     assert len(list((single / mode / "samples").iterdir())) == 2
 
