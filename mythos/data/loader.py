@@ -1,5 +1,6 @@
 """Batches read and tokenized ahead of training by worker processes, with the state of what has been consumed."""
 
+import atexit
 import multiprocessing
 import signal
 import threading
@@ -100,6 +101,8 @@ class Loader:
             warnings.simplefilter("ignore", UserWarning)  # more workers than cores: the user's to decide
             self._items = iter(self._data_loader())
         self._processes = set(multiprocessing.active_children()) - others
+        # At its end, multiprocessing sends workers SIGTERM, which these do not see, and then waits for them.
+        atexit.register(self.close)
 
     def _data_loader(self) -> DataLoader:
         return DataLoader(
@@ -164,6 +167,7 @@ class Loader:
 
     def close(self) -> None:
         """End the workers. A loader that is not closed ends them when its process ends, in whatever way."""
+        atexit.unregister(self.close)
         self._ready.clear()
         self._items = None  # the iterator of a DataLoader ends its workers when it is dropped
         for process in self._processes:
