@@ -181,10 +181,9 @@ def _permutations(task: TaskConfig, draws: Draws, difficulty: int, inputs: np.nd
     words, answers = _parts(inputs, task.queries, difficulty), _parts(targets, task.queries, difficulty)
     words[:, :, 0] = begin
     table = multiplication_table(int(task.group[1]))
-    product = words[:, :, 1] - element
+    product = np.zeros(words.shape[:2], np.int64)  # element 0 is the identity
     for place in range(1, difficulty + 1):
-        if place > 1:
-            product = table[product, words[:, :, place] - element]
+        product = table[product, words[:, :, place] - element]
         if place == difficulty or task.ask == "steps":
             answers[:, :, place] = element + product
 
