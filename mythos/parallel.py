@@ -252,7 +252,7 @@ def choose_micro_batch(config: Config, parallel: ParallelModel) -> int:
 
 def prepare_model(config: Config, model: RecurrentDepthTransformer) -> None:
     """Apply parallel.activation_checkpointing and train.compile, in that order."""
-    model.recurrence.checkpoint_loops = config.parallel.activation_checkpointing == "loop"
+    model.recurrence.checkpointing = config.parallel.activation_checkpointing
     if config.train.compile:
         # All blocks share this limit, and each shape of a growing prefix of rows counts: beyond it they run uncompiled.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
@@ -298,6 +298,7 @@ def shard_model(
         # Its result may be the matrix itself, which the loops then use: it stays until the backward pass is over.
         shard(model.recurrence.injection, MixedPrecisionPolicy(cast_forward_inputs=False), False)
     if settings.wrap == "block":
+        model.recurrence.share_weights = False
         for block in model.recurrence.blocks:
             shard(block, mixed, reshard)
     shard(model.recurrence, mixed, reshard)

@@ -5,6 +5,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mythos.config import Config
 from mythos.data.pipeline import open_data
 from mythos.depth import DepthSchedule
+from mythos.model import moe
 from mythos.model.halting import HaltingGate
 from mythos.model.layers import RMSNorm
-from mythos.model.moe import MixtureOfExperts, Router
+from mythos.model.moe import Router
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.model.recurrence import LTIInjection, initial_state
 from mythos.optim import learning_rate
@@ -278,7 +280,7 @@ def test_automatic_dtype_on_a_cpu(monkeypatch, capabilities, expected):
 class ProductTypes(TorchDispatchMode):
     """Types of the arguments of every matrix product, by the part of the model that is running."""
 
-    PRODUCTS = frozenset({"mm", "addmm", "bmm", "_grouped_mm", "addcmul"})
+    PRODUCTS = frozenset({"mm", "addmm", "bmm", "grouped_product", "addcmul"})
 
     def __init__(self) -> None:
         super().__init__()
@@ -299,24 +301,24 @@ class ProductTypes(TorchDispatchMode):
 
 
 def test_bfloat16_run(tmp_path, monkeypatch):
-    """Finite, near the float32 run; injection, norms, router and the state between loops stay float32."""
+    """Finite, near the float32 run; injection, router, the state between loops and the norm before it stay float32."""
     full = run(tiny(tmp_path, run__dir=str(tmp_path / "full"), train__steps=3))
     made = Trainer(tiny(tmp_path, run__dir=str(tmp_path / "half"), train__steps=3, train__dtype="bfloat16"))
     types = ProductTypes()
-    parts = {LTIInjection: ("forward", "combine"), Router: ("forward",), MixtureOfExperts: ("run_experts",)}
 
-    def traced(kind: type, name: str) -> None:
-        method = getattr(kind, name)
+    def traced(owner: Any, name: str, part: str) -> None:
+        function = getattr(owner, name)
 
-        def inside(self, *args):
-            with types.inside(kind.__name__):
-                return method(self, *args)
+        def inside(*args):
+            with types.inside(part):
+                return function(*args)
 
-        monkeypatch.setattr(kind, name, inside)
+        monkeypatch.setattr(owner, name, inside)
 
-    for kind, methods in parts.items():
-        for name in methods:
-            traced(kind, name)
+    traced(LTIInjection, "forward", "injection")
+    traced(LTIInjection, "combine", "injection")
+    traced(Router, "forward", "router")
+    traced(moe, "run_experts", "experts")
     outputs: dict[str, set[torch.dtype]] = {}
 
     def record(part: str, *tensors: Tensor) -> None:
@@ -324,7 +326,7 @@ def test_bfloat16_run(tmp_path, monkeypatch):
 
     for module in made.model.modules():
         if isinstance(module, RMSNorm):
-            module.register_forward_hook(lambda _, __, out: record("norm", out))
+            module.register_forward_hook(lambda norm, _, out: record("norm for products" if norm.cast else "norm", out))
         elif isinstance(module, Router):
             module.register_forward_hook(lambda _, __, out: record("gates", out[0]))
         elif isinstance(module, LTIInjection):
@@ -333,13 +335,14 @@ def test_bfloat16_run(tmp_path, monkeypatch):
     with types:
         made.run()
     assert outputs == {
+        "norm for products": {torch.bfloat16},
         "norm": {torch.float32},
         "gates": {torch.float32},
         "state": {torch.float32},
         "product": {torch.bfloat16},
     }
-    assert types.seen["LTIInjection"] == types.seen["Router"] == {torch.float32}
-    assert types.seen["MixtureOfExperts"] == {torch.bfloat16}
+    assert types.seen["injection"] == types.seen["router"] == {torch.float32}
+    assert types.seen["experts"] == {torch.bfloat16}
     assert torch.bfloat16 in types.seen["elsewhere"]
     assert all(tensor.dtype == torch.float32 for tensor in state_of(made).values())
     assert losses(made.run_dir) == pytest.approx(losses(full.run_dir), rel=0.02)

@@ -1,13 +1,13 @@
 """Causal attention over packed sequences: grouped-query and multi-head latent."""
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask
 
+from mythos.model import kernels
 from mythos.model.cache import CachedContext, Part
 from mythos.model.config import ModelConfig
 from mythos.model.layers import Linear, RMSNorm, apply_rope, autocast_dtype, rope_table, zeros
@@ -61,7 +61,7 @@ def attention_context(
     starts = document_starts(document_ids)
     position = torch.arange(length, device=device)
     cos, sin = cos[position - starts], sin[position - starts]
-    if device.type == "cuda":
+    if kernels.blocks_of_documents(device):
         return AttentionContext(cos, sin, document_block_mask(starts))
     visible = (position[:, None] >= position) & (position >= starts[..., None])
     return AttentionContext(cos, sin, visible.unsqueeze(1))
@@ -102,12 +102,6 @@ def listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return blocks.sum(-1, dtype=torch.int32).unsqueeze(1), order.int().unsqueeze(1)
 
 
-@cache
-def _compiled_flex_attention():
-    # Uncompiled, flex attention materialises the scores.
-    return torch.compile(flex_attention)
-
-
 def attend(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
     """Causal softmax attention through torch's fused kernels.
 
@@ -116,14 +110,15 @@ def attend(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext)
     heads, value_dim, dim = query.shape[2], value.shape[-1], query.shape[-1]
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if isinstance(context.mask, BlockMask):
-        flex = _compiled_flex_attention() if query.is_cuda else flex_attention
+        flex = kernels.flex(query.device)
         output = flex(query, key, value, block_mask=context.mask, enable_gqa=heads != key.shape[1])
         return output.transpose(1, 2)
-    # Unequal head dims fall back to the kernel that keeps all S x S scores; zeros change neither scores nor outputs.
-    if value_dim < dim:
-        value = F.pad(value, (0, dim - value_dim))
-    elif value_dim > dim:
-        query, key = F.pad(query, (0, value_dim - dim)), F.pad(key, (0, value_dim - dim))
+    if not kernels.takes_widths(query.device, query.dtype, dim, value_dim):
+        # Else the kernel that keeps all S x S scores would run; zeros change neither scores nor outputs.
+        if value_dim < dim:
+            value = F.pad(value, (0, dim - value_dim))
+        elif value_dim > dim:
+            query, key = F.pad(query, (0, value_dim - dim)), F.pad(key, (0, value_dim - dim))
     output = F.scaled_dot_product_attention(
         query,
         key,

@@ -95,19 +95,46 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm with a learned scale (arXiv 1910.07467), always computed in float32."""
+    """Root-mean-square norm with a learned scale (arXiv 1910.07467), always computed in float32.
+
+    With `cast` the result is in the autocast type, for the matrix products that read it; without, it is float32.
+    """
 
     float32 = ("weight",)
 
-    def __init__(self, dim: int, eps: float) -> None:
+    def __init__(self, dim: int, eps: float, cast: bool = True) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim))
         self.eps = eps
+        self.cast = cast
         self.initializers = {"weight": ones}
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., dim) of any float type -> (..., dim) float32."""
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
+        """(..., dim) of any float type -> (..., dim)."""
+        dtype = autocast_dtype(x) if self.cast else torch.float32
+        if x.is_cuda:
+            return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(dtype)
+        return _RMSNorm.apply(x, self.weight, self.eps, dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Two to three times as fast as F.rms_norm on a CPU, which has no kernel of its own, and keeps its input alone."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = (norm.square() / x.shape[-1] + eps).rsqrt()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale * weight).to(dtype)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, weight, scale = ctx.saved_tensors
+        normed = x * scale
+        of_weight = (gradient * normed).flatten(0, -2).sum(0)
+        of_normed = gradient * weight
+        along = torch.linalg.vecdot(of_normed, normed).unsqueeze(-1) / x.shape[-1]
+        return ((of_normed - normed * along) * scale).to(x.dtype), of_weight, None, None
 
 
 class SwiGLU(nn.Module):
@@ -120,8 +147,22 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(_Gated.apply(self.gate_up(x)))
+
+
+class _Gated(torch.autograd.Function):
+    """silu(gate) * up of the halves of the last dimension; keeps nothing but these."""
+
+    @staticmethod
+    def forward(ctx, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        gate, up = ctx.saved_tensors[0].chunk(2, dim=-1)
+        return torch.cat((torch.ops.aten.silu_backward(gradient * up, gate), gradient * F.silu(gate)), dim=-1)
 
 
 def rope_table(length: int, dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mythos.model.config import ModelConfig
+from mythos.model.experts import ExpertWeights, run_experts
 from mythos.model.layers import Initializer, SwiGLU, autocast_dtype, truncated_normal, zeros
 
 
@@ -27,7 +28,7 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(N, D) -> gates (N, k) float32, chosen experts (N, k) int64."""
         with torch.autocast(x.device.type, enabled=False):
-            affinity = torch.sigmoid(F.linear(x.float(), self.weight.float()))
+            affinity = torch.sigmoid(_Float32Linear.apply(x, self.weight.float()))
         experts = (affinity.detach() + self.bias).topk(self.chosen, dim=-1).indices
         gates = affinity.gather(-1, experts)
         return gates / gates.sum(-1, keepdim=True).clamp_min(1e-9), experts
@@ -39,12 +40,24 @@ class Router(nn.Module):
         self.bias += rate * torch.sign(load.mean() - load)
 
 
+class _Float32Linear(torch.autograd.Function):
+    """x W^T in float32, which keeps x as it is and not its float32 copy."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x.float(), weight)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return (gradient @ weight).to(x.dtype), gradient.T @ x.float()
+
+
 class MixtureOfExperts(nn.Module):
     """Fine-grained routed experts beside always-on shared ones (arXiv 2401.06066).
 
-    Routed experts are stacked parameters, so that they shard, load and train as one tensor whatever the routing. Tokens
-    are sorted by expert on the device and multiplied by `grouped_mm`, without a loop over experts of our own; where
-    torch has a grouped kernel (on GPUs bfloat16) it has none either, and nothing waits for the host.
+    Routed experts are stacked parameters, so that they shard, load and train as one tensor whatever the routing.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -57,29 +70,18 @@ class MixtureOfExperts(nn.Module):
         shared = config.n_shared_experts * config.shared_expert_dim
         self.shared = SwiGLU(dim, shared) if shared else None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, S, D) -> output (B, S, D), chosen experts (B, S, k) int64."""
+    def weights(self, dtype: torch.dtype) -> ExpertWeights:
+        """The routed experts' weights for a step whose products are in `dtype`."""
+        return ExpertWeights(self.gate_up, self.down, dtype)
+
+    def forward(self, x: Tensor, weights: ExpertWeights | None = None) -> tuple[Tensor, Tensor]:
+        """(B, S, D) -> output (B, S, D), chosen experts (B, S, k) int64; `weights` are the step's, if it has some."""
         tokens = x.flatten(0, 1)
         gates, experts = self.router(tokens)
-        routed = self.run_experts(tokens, gates, experts).view_as(x)
+        routed = run_experts(tokens, gates, experts, weights or self.weights(autocast_dtype(x))).view_as(x)
         if self.shared is not None:
             routed = routed + self.shared(x)
         return routed, experts.view(*x.shape[:2], -1)
-
-    @torch.compiler.disable  # torch 2.13 cannot trace grouped_mm in float32 on a CPU
-    def run_experts(self, tokens: Tensor, gates: Tensor, experts: Tensor) -> Tensor:
-        """Weighted sum of each token's chosen experts: (N, D), (N, k), (N, k) -> (N, D)."""
-        dtype = autocast_dtype(tokens)
-        expert_of_slot, order = experts.flatten().sort(stable=True)
-        edges = torch.arange(self.gate_up.shape[0], device=tokens.device)
-        ends = torch.searchsorted(expert_of_slot, edges, right=True).int()
-        token_of_slot = order // experts.shape[-1]
-
-        gathered = tokens.to(dtype)[token_of_slot]
-        gate, up = F.grouped_mm(gathered, self.gate_up.to(dtype), offs=ends).chunk(2, dim=-1)
-        output = F.grouped_mm(F.silu(gate) * up, self.down.to(dtype), offs=ends)
-        weighted = output * gates.flatten()[order].unsqueeze(-1).to(dtype)
-        return torch.zeros_like(tokens).index_add(0, token_of_slot, weighted.to(tokens.dtype))
 
 
 def build_core_ffn(config: ModelConfig) -> nn.Module:

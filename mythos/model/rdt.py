@@ -22,10 +22,9 @@ from mythos.model.halting import (
     build_halting,
 )
 from mythos.model.layers import Initializer, Linear, RMSNorm, identity, initialize, truncated_normal
+from mythos.model.loss import IGNORE_INDEX, cross_entropies, summed_cross_entropy
 from mythos.model.moe import MixtureOfExperts
 from mythos.model.recurrence import LoopState, LTIInjection, Recurrence, dense_block
-
-IGNORE_INDEX = -100
 
 
 class TokenEmbedding(nn.Module):
@@ -73,6 +72,8 @@ class DepthReadout(NamedTuple):
     loops: int
     losses: Tensor
     """(B, S) float32 nats; 0 where the target is ignored."""
+    right: Tensor | None
+    """(B, S) bool: the likeliest token is the target; False where that is ignored. None unless asked for."""
     state_delta: Tensor
     """Mean of ||h_t - h_{t-1}|| / ||h_t|| over positions."""
     depth_overlap: Tensor | None
@@ -102,7 +103,7 @@ class RecurrentDepthTransformer(nn.Module):
         self.vocabulary = vocab = padded_vocab_size(config.vocab_size)
         self.embedding = TokenEmbedding(vocab, dim)
         self.prelude = nn.ModuleList(dense_block(config) for _ in range(config.prelude_layers))
-        self.prelude_norm = RMSNorm(dim, config.norm_eps) if config.prelude_norm and looped else None
+        self.prelude_norm = RMSNorm(dim, config.norm_eps, cast=False) if config.prelude_norm and looped else None
         self.recurrence = Recurrence(config)
         self.readout = Linear(dim, dim, identity()) if looped else None
         self.coda = nn.ModuleList(dense_block(config) for _ in range(config.coda_layers))
@@ -174,7 +175,7 @@ class RecurrentDepthTransformer(nn.Module):
             halting_loss = self.gate_loss(gate, early, early_rows, hidden, targets, document_ids)
         elif pondering is not None:
             halting_loss = self.config.ponder_weight * (pondering.ponder_cost() * (targets != IGNORE_INDEX)).sum()
-        return RDTOutput(None, self.losses(hidden, targets).sum(), norm, delta, load, halting_loss)
+        return RDTOutput(None, summed_cross_entropy(hidden, self.head_weight, targets), norm, delta, load, halting_loss)
 
     def gate_loss(
         self,
@@ -219,11 +220,20 @@ class RecurrentDepthTransformer(nn.Module):
         depths: Sequence[int],
         document_ids: Tensor | None = None,
         observe: Callable[[LoopState], None] | None = None,
+        *,
+        judged: bool = False,
     ) -> list[DepthReadout]:
         """Losses after each of `depths` loops, from one run of the deepest: a shallower run is a prefix of it.
 
-        Shapes as in `forward`; the state starts at zero. `observe` is called after every pass, read out or not.
+        Shapes as in `forward`; the state starts at zero; `depths` ascend. `observe` is called after every pass, read
+        out or not. `judged` also asks for `DepthReadout.right`, which takes the head's product once more.
+
+        Raises ValueError for a depth below 1, above 1 for a fixed-depth model, or depths that do not ascend.
         """
+        depths = list(depths)
+        if not depths or sorted(set(depths)) != depths:
+            raise ValueError(f"depths {depths}: give at least one, each once, shallowest first")
+        deepest = self.check_loops(depths[::-1], len(depths))[0]
         context = attention_context(self.config, ids.shape[1], ids.device, document_ids)
         e = self.encode(ids, context)
         state = e.new_zeros(e.shape, dtype=torch.float32)
@@ -239,12 +249,14 @@ class RecurrentDepthTransformer(nn.Module):
                 pondering.observe(after)
             if after.loop in depths:
                 result = after.state if pondering is None else pondering.result(after.state)
-                losses = self.losses(self.decode(result, context), targets)
+                hidden = self.decode(result, context)
+                losses = cross_entropies(hidden, self.head_weight, targets)
+                right = F.linear(hidden, self.head_weight).argmax(-1) == targets if judged else None
                 overlap = chosen_overlap(before, after.experts) if before else None
-                readouts.append(DepthReadout(after.loop, losses, state_measures(after)[1], overlap))
+                readouts.append(DepthReadout(after.loop, losses, right, state_measures(after)[1], overlap))
             before = after.experts
 
-        self.recurrence(e, state, [max(depths)] * len(ids), 0, context, read_out)
+        self.recurrence(e, state, [deepest] * len(ids), 0, context, read_out)
         return readouts
 
     # Every call has other shapes, and blocks that training compiled would be compiled for each of them.
@@ -354,13 +366,6 @@ class RecurrentDepthTransformer(nn.Module):
         for index, block in enumerate(self.coda):
             x, _ = block(x, context.layer("coda", index))
         return self.norm(x)
-
-    def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy of each target in nats, (B, S) float32; 0 where the target is -100."""
-        # F.linear_cross_entropy would keep the logits from existing whole, but rounds losses of bfloat16 inputs to
-        # bfloat16 (up to 0.03 nats a token), and was slower here in float32.
-        logits = F.linear(hidden, self.head_weight).float().flatten(0, 1)
-        return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none").view_as(targets)
 
     def empty_load(self, device: torch.device) -> Tensor | None:
         """Zero counts in the layout of `RDTOutput.expert_load`."""

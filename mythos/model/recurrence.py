@@ -3,8 +3,8 @@
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
-from math import expm1, log, sqrt
-from typing import NamedTuple
+from math import erf, expm1, log, sqrt
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from mythos.model.attention import AttentionContext, build_attention
 from mythos.model.cache import CachedContext
 from mythos.model.config import ModelConfig
+from mythos.model.experts import ExpertWeights
 from mythos.model.halting import HaltingRule
-from mythos.model.layers import Linear, RMSNorm, SwiGLU, constant, identity, ones, zeros
-from mythos.model.moe import build_core_ffn
+from mythos.model.layers import Linear, RMSNorm, SwiGLU, autocast_dtype, constant, identity, ones, zeros
+from mythos.model.moe import MixtureOfExperts, build_core_ffn
 
 START_DECAY = sqrt(1 / 5)
 """Entries of A at the start."""
@@ -36,10 +37,13 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn = ffn
 
-    def forward(self, x: Tensor, context: AttentionContext | CachedContext) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, context: AttentionContext | CachedContext, weights: ExpertWeights | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """(B, S, D) -> (B, S, D), and the chosen experts (B, S, k) if the feed-forward routes."""
         x = x + self.attention(self.attention_norm(x), context)
-        output = self.ffn(self.ffn_norm(x))
+        normed = self.ffn_norm(x)
+        output = self.ffn(normed) if weights is None else self.ffn(normed, weights)
         output, experts = output if isinstance(output, tuple) else (output, None)
         return x + output, experts
 
@@ -135,7 +139,8 @@ class LoopAdapter(nn.Module):
     def forward(self, x: Tensor, loop: Tensor) -> Tensor:
         """(n, S, D) and each row's loop index (n,) int64 -> (n, S, D)."""
         # Looked up as a product: its gradient touches every slot in one deterministic operation.
-        slot = F.one_hot(loop.clamp(max=self.scale.shape[0] - 1), self.scale.shape[0]).to(self.scale.dtype)
+        slots = torch.arange(self.scale.shape[0], device=loop.device)
+        slot = (loop.clamp(max=self.scale.shape[0] - 1).unsqueeze(1) == slots).to(self.scale.dtype)
         return self.up(self.down(self.norm(x)) * (slot @ self.scale).unsqueeze(1))
 
 
@@ -185,7 +190,16 @@ class Recurrence(nn.Module):
         self.blocks = nn.ModuleList(Block(config, build_core_ffn(config)) for _ in range(config.core_layers))
         self.adapter = LoopAdapter(config) if config.lora_rank else None
         self.embedding = LoopEmbedding(config.dim) if config.loop_embedding else None
-        self.checkpoint_loops = False
+        self.checkpointing: Literal["none", "loop"] = "none"
+        # Not where FSDP gathers every block for itself: it frees their weights after each loop.
+        self.share_weights = True
+
+    def step_weights(self, dtype: torch.dtype) -> list[ExpertWeights | None]:
+        """What the loops of a step share of each block's weights."""
+        return [
+            block.ffn.weights(dtype) if isinstance(block.ffn, MixtureOfExperts) and self.share_weights else None
+            for block in self.blocks
+        ]
 
     def forward(
         self,
@@ -205,6 +219,7 @@ class Recurrence(nn.Module):
         deepest, gradient = loops[0], torch.is_grad_enabled()
         shallow_first = sorted(loops)
         row_loops = torch.tensor(loops, pin_memory=e.is_cuda).to(e.device, non_blocking=True)
+        weights = self.step_weights(autocast_dtype(e))
         shared, injected = self.injection(e) if self.injection is not None else (e, e)
         current = state[:0]
         for remaining in range(deepest, 0, -1):
@@ -213,9 +228,11 @@ class Recurrence(nn.Module):
                 current = torch.cat((current, state[len(current) : active]))
                 visible = context.first_rows(active)
             slots = row_loops[:active] - remaining
-            inputs = (current, shared, injected[:active], slots, visible)
+            # A slice of all rows would cost a copy of the whole gradient.
+            joined = injected if active == len(loops) else injected[:active]
+            inputs = (current, shared, joined, slots, visible, weights)
             with torch.set_grad_enabled(gradient and remaining <= backprop):
-                if self.checkpoint_loops and torch.is_grad_enabled():
+                if self.checkpointing == "loop" and torch.is_grad_enabled():
                     after, experts = checkpoint(self.step, *inputs, use_reentrant=False)
                 else:
                     after, experts = self.step(*inputs)
@@ -233,13 +250,15 @@ class Recurrence(nn.Module):
         compute nothing for it, and the others see its last keys and values. Returns h_T (N, 1, D) float32, and the
         passes done by each position, (N,) int64.
         """
+        weights = self.step_weights(autocast_dtype(e))
         shared, injected = self.injection(e) if self.injection is not None else (e, e)
         state = e.new_zeros(e.shape, dtype=torch.float32)
         final, taken = torch.empty_like(state), torch.full_like(loops, deepest)
         running, memory = torch.arange(len(e), device=e.device), None
         ends = set(loops.unique().tolist())
         for done in range(1, deepest + 1):
-            after, _ = self.step(state, shared, injected, torch.full_like(running, done - 1), context.at_loop(done - 1))
+            slots = torch.full_like(running, done - 1)
+            after, _ = self.step(state, shared, injected, slots, context.at_loop(done - 1), weights)
             stop = loops[running] <= done
             if halting is not None:
                 wish, memory = halting(done, state[:, 0], after[:, 0], memory)
@@ -268,14 +287,15 @@ class Recurrence(nn.Module):
         injected: Tensor,
         loop: Tensor,
         context: AttentionContext | CachedContext,
+        weights: Sequence[ExpertWeights | None],
     ) -> tuple[Tensor, list[Tensor]]:
         """One pass of the core over (n, S, D) rows standing at loop indices `loop` (n,)."""
         u = self.injection.combine(state, shared, injected) if self.injection is not None else injected
         x = u if self.embedding is None else u + self.embedding(loop)
         adapted = self.adapter(x, loop) if self.adapter is not None else None
         routed = []
-        for index, block in enumerate(self.blocks):
-            x, experts = block(x, context.layer("core", index))
+        for index, (block, shared_weights) in enumerate(zip(self.blocks, weights, strict=True)):
+            x, experts = block(x, context.layer("core", index), shared_weights)
             if experts is not None:
                 routed.append(experts)
         return (x if adapted is None else x + adapted), routed
@@ -292,9 +312,11 @@ def initial_state(
     state = torch.zeros(len(rows), length, config.dim, device=device)
     if config.state_init == "normal" and config.injection != "none":
         std = sqrt(2 / (5 * config.dim))
+        within = erf(3 / sqrt(2))  # the share of a normal distribution within three standard deviations
         generator = torch.Generator(device)
         for row, row_state in zip(rows, state, strict=True):
             digest = blake2b(f"{seed}/{step}/{row}".encode(), digest_size=8).digest()
             generator.manual_seed(int.from_bytes(digest) >> 1)
-            nn.init.trunc_normal_(row_state, std=std, a=-3 * std, b=3 * std, generator=generator)
+            # By the inverse distribution: nn.init.trunc_normal_ draws until all values fit, and waits to see whether.
+            row_state.uniform_(-within, within, generator=generator).erfinv_().mul_(sqrt(2) * std)
     return state

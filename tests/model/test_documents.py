@@ -123,7 +123,7 @@ def test_a_changed_token_is_seen_by_its_own_document_alone(model, changes):
     reached = torch.zeros(len(ROWS), LENGTH, dtype=torch.bool)
     reached[0, 4] = reached[3, 3:6] = True
     assert (difference[reached] > 1e-2).all()
-    assert (difference[~reached] < 1e-6).all()
+    assert (difference[~reached] < 1e-5).all()  # an expert has another number of rows, so its products round anew
 
 
 def test_boolean_mask_equals_naive_construction(small):

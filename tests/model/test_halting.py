@@ -40,7 +40,7 @@ def test_gate_leaves_the_trunks_gradients_as_they_are_bit_by_bit(model: Build, r
     numbers = (torch.arange(LENGTH) // 4).expand(4, -1) if documents else None
     with_gate, without = model(halting="gate"), model(halting="none")
     for one in (with_gate, without):
-        one.recurrence.checkpoint_loops = recomputed
+        one.recurrence.checkpointing = "loop" if recomputed else "none"
     expected = trunk_gradients(without, document_ids=numbers)
     for early in ({}, {"early_rows": [1, 2], "early_by": 2}, {"early_rows": [0], "early_by": 1}):
         found = trunk_gradients(with_gate, document_ids=numbers, **early)

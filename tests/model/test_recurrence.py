@@ -191,7 +191,7 @@ def test_checkpointing_loops_changes_nothing_but_memory(model):
     plain = model(ids, targets, loops=DEPTHS, backprop=3, state=state)
     plain.loss.backward()
     expected = gradients(model)
-    model.recurrence.checkpoint_loops = True
+    model.recurrence.checkpointing = "loop"
     again = model(ids, targets, loops=DEPTHS, backprop=3, state=state)
     again.loss.backward()
     assert again.loss.item() == plain.loss.item()
@@ -202,7 +202,11 @@ def test_checkpointing_loops_changes_nothing_but_memory(model):
 def test_read_depths_equals_separate_runs(model):
     model = model().eval()
     ids, targets, _ = inputs(model)
-    readouts = model.read_depths(ids, targets, [1, 3, 9])
+    targets = targets.clone()
+    with torch.no_grad():
+        targets[0] = model(ids, loops=3).logits[0].argmax(-1)
+    targets[:, 2] = -100
+    readouts = model.read_depths(ids, targets, [1, 3, 9], judged=True)
     assert [readout.loops for readout in readouts] == [1, 3, 9]
     for readout in readouts:
         with torch.no_grad():
@@ -212,8 +216,19 @@ def test_read_depths_equals_separate_runs(model):
         assert readout.state_delta.item() == pytest.approx(alone.state_delta.item(), rel=1e-4)
         expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
         torch.testing.assert_close(readout.losses, expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(readout.right, logits.argmax(-1) == targets)
     assert readouts[0].depth_overlap is None
     assert 0 < readouts[1].depth_overlap <= 1
+    assert readouts[1].right[0].sum() == targets.shape[1] - 1 and not readouts[1].right.all(), "right and wrong ones"
+    assert model.read_depths(ids, targets, [1])[0].right is None
+
+
+@pytest.mark.parametrize("depths", [[], [0], [-1, 2], [3, 1], [2, 2]])
+def test_depths_that_cannot_be_read(model, depths):
+    model = model().eval()
+    ids, targets, _ = inputs(model)
+    with pytest.raises(ValueError, match=r"at least 1|shallowest first"):
+        model.read_depths(ids, targets, depths)
 
 
 def test_ignored_targets_cost_nothing(model):

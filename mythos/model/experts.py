@@ -1,0 +1,241 @@
+"""The routed experts' arithmetic: grouped matrix products, and one gradient of the weights for many loops."""
+
+from collections.abc import Iterator
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mythos.model import kernels
+
+CPU_ROWS = 16
+"""In bfloat16 on CPUs the rows of a product are a multiple of this, or fewer: oneDNN compiles a kernel for each number
+of rows it meets (0.3 ms each, and hundreds of MiB for experts that get other numbers in every pass)."""
+
+
+# An operator to torch, so that what traces a step need not look into the loop.
+@torch.library.custom_op("mythos::grouped_product", mutates_args=())
+def grouped_product(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """Each group's rows times its matrix: x (n, K), weights (E, K, M), ends (E,) int32 -> (n, M); no autograd."""
+    if kernels.groups_on_device(x.device):
+        return F.grouped_mm(x, weights, offs=ends)
+    product = x.new_empty(len(x), weights.shape[2])
+    for group, first, whole, last in _groups(ends, x.dtype):
+        for rows in (slice(first, whole), slice(whole, last)):
+            if rows.stop > rows.start:
+                torch.mm(x[rows], weights[group], out=product[rows])
+    return product
+
+
+@grouped_product.register_fake
+def _(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(len(x), weights.shape[2])
+
+
+@torch.library.custom_op("mythos::grouped_outer", mutates_args=())
+def grouped_outer(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
+    """Each group's x^T y: x (n, K), y (n, M), ends (E,) int32 -> (E, K, M); no autograd."""
+    if kernels.groups_on_device(x.device):
+        return F.grouped_mm(x.T, y, offs=ends)
+    product = x.new_empty(len(ends), x.shape[1], y.shape[1])
+    for group, first, whole, last in _groups(ends, x.dtype):
+        if whole > first:
+            torch.mm(x[first:whole].T, y[first:whole], out=product[group])
+        else:
+            product[group].zero_()
+        if last > whole:
+            product[group].addmm_(x[whole:last].T, y[whole:last])
+    return product
+
+
+@grouped_outer.register_fake
+def _(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(len(ends), x.shape[1], y.shape[1])
+
+
+def _groups(ends: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int, int, int]]:
+    """Each group's number and first row, where its rows in whole multiples of CPU_ROWS end, and where all do."""
+    unit = CPU_ROWS if dtype == torch.bfloat16 else 1
+    first = 0
+    for group, last in enumerate(ends.tolist()):
+        yield group, first, last - (last - first) % unit, last
+        first = last
+
+
+class ExpertWeights:
+    """Routed experts' weights as all loops of a step use them: cast once, with one gradient.
+
+    Attributes:
+        gate_up: (E, D, 2 H), without gradient, in the type of the products.
+        down: (E, H, D), likewise.
+        gradient: what the loops' backward passes add to.
+        link: float32 scalar, through which a backward pass finds the parameters after the last loop; None where
+            gradients are disabled.
+    """
+
+    def __init__(self, gate_up: Tensor, down: Tensor, dtype: torch.dtype) -> None:
+        self.gate_up, self.down = gate_up.detach().to(dtype), down.detach().to(dtype)
+        self.gradient = WeightGradient(4 * (gate_up.numel() + down.numel()))
+        # The graph may not hold this object, which holds the graph: memory would wait for the garbage collector.
+        self.link = _Parameters.apply(gate_up, down, self.gradient) if torch.is_grad_enabled() else None
+
+
+class WeightGradient:
+    """The gradient of experts' weights, formed by few products.
+
+    The loops share the weights, and few tokens reach an expert in one pass. So a loop's backward pass only leaves
+    behind what the gradient is made of, and the products run over the tokens of as many loops as the memory of the
+    gradient itself would hold. Whatever type they are computed in, they are summed in float32.
+
+    Args:
+        room: most bytes that wait to be added up, but for one loop's.
+    """
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self._parts: list[_Part] = []
+        self._sums: list[Tensor] = []
+
+    def add(self, part: "_Part") -> None:
+        """Keep one loop's part, after adding up those kept before if there is no room beside them."""
+        if self._parts and sum(held.bytes for held in (*self._parts, part)) > self.room:
+            self._add_up()
+        self._parts.append(part)
+
+    def take(self) -> list[Tensor]:
+        """The gradients of gate_up and down, float32; they are handed over and not kept."""
+        if self._parts:
+            self._add_up()
+        sums, self._sums = self._sums, []
+        return sums
+
+    def _add_up(self) -> None:
+        part, self._parts = _joined(self._parts), []
+        new = (
+            grouped_outer(part.x[part.tokens], part.of_gate_up, part.ends),
+            grouped_outer(part.activation, part.of_y[part.tokens], part.ends),
+        )
+        if not self._sums:
+            self._sums = [gradient.float() for gradient in new]
+            return
+        for total, gradient in zip(self._sums, new, strict=True):
+            total += gradient
+
+
+class _Part(NamedTuple):
+    """What the gradient of the weights is made of, from n tokens in n k slots, which are sorted by expert."""
+
+    x: Tensor
+    """Input, (n, D)."""
+    of_y: Tensor
+    """Gradient of the output, (n, D)."""
+    activation: Tensor
+    """Input of the down-projection, (n k, H)."""
+    of_gate_up: Tensor
+    """Gradient of the up-projection's output, (n k, 2 H)."""
+    experts: Tensor
+    """Expert of each slot, (n k,) int64."""
+    tokens: Tensor
+    """Token of each slot, (n k,) int64."""
+    ends: Tensor
+    """Where each expert's slots end, (E,) int32."""
+
+    @property
+    def bytes(self) -> int:
+        """Memory of all."""
+        return sum(tensor.nbytes for tensor in self)
+
+
+def _joined(parts: list[_Part]) -> _Part:
+    """Several parts as one."""
+    if len(parts) == 1:
+        return parts[0]
+    begins = [0, *accumulate(len(part.x) for part in parts)]
+    experts, order = torch.cat([part.experts for part in parts]).sort(stable=True)
+    return _Part(
+        torch.cat([part.x for part in parts]),
+        torch.cat([part.of_y for part in parts]),
+        torch.cat([part.activation for part in parts])[order],
+        torch.cat([part.of_gate_up for part in parts])[order],
+        experts,
+        torch.cat([part.tokens + begin for part, begin in zip(parts, begins, strict=False)])[order],
+        torch.stack([part.ends for part in parts]).sum(0, dtype=torch.int32),
+    )
+
+
+def expert_ends(experts: Tensor, count: int) -> Tensor:
+    """Where the slots of each of `count` experts end, (count,) int32; experts (n,) int64 ascending."""
+    return torch.searchsorted(experts, torch.arange(count, device=experts.device), right=True).int()
+
+
+class _Parameters(torch.autograd.Function):
+    """Stands before all uses of the parameters in a step: its backward pass comes once, after all of theirs."""
+
+    @staticmethod
+    def forward(ctx, gate_up: Tensor, down: Tensor, gradient: WeightGradient) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.gradient = gradient
+        return gate_up.new_zeros((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, nothing: None) -> tuple[Tensor, Tensor, None]:
+        gate_up, down = ctx.gradient.take()
+        return gate_up, down, None
+
+
+class _RunExperts(torch.autograd.Function):
+    """`run_experts`; between the passes it keeps the input and the up-projection's output alone."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gates: Tensor, experts: Tensor, link: Tensor | None, weights: ExpertWeights) -> Tensor:
+        ctx.weights, ctx.dtype = weights, x.dtype
+        x = x.to(weights.gate_up.dtype)
+        experts, order = experts.flatten().sort(stable=True)
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        ends = expert_ends(experts, len(weights.gate_up))
+        gate_up = grouped_product(x[order // gates.shape[-1]], weights.gate_up, ends)
+        gate, up = gate_up.chunk(2, dim=-1)
+        # Weighted before the down-projection and not after: there are fewer numbers, and nothing more to keep.
+        activation = F.silu(gate).mul_(up).mul_(gates.flatten()[order].to(up.dtype).unsqueeze(1))
+        ctx.save_for_backward(x, gates, experts, order, place, gate_up)
+        return _summed(grouped_product(activation, weights.down, ends), place, gates.shape)
+
+    @staticmethod
+    def backward(ctx, of_y: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        x, gates, experts, order, place, gate_up = ctx.saved_tensors
+        weights, tokens = ctx.weights, order // gates.shape[-1]
+        of_y = of_y.to(x.dtype)
+        ends = expert_ends(experts, len(weights.gate_up))
+        of_activation = grouped_product(of_y[tokens], weights.down.transpose(1, 2), ends)
+        gate, up = gate_up.chunk(2, dim=-1)
+        swish, weight = F.silu(gate), gates.flatten()[order].to(x.dtype).unsqueeze(1)
+        activation = swish * up
+        of_gates = (of_activation.float() * activation).sum(1)[place].view_as(gates)
+        of_activation *= weight
+        of_gate_up = torch.empty_like(gate_up)
+        of_gate_up[:, : gate.shape[1]] = torch.ops.aten.silu_backward(of_activation * up, gate)
+        torch.mul(of_activation, swish, out=of_gate_up[:, gate.shape[1] :])
+        of_x = _summed(grouped_product(of_gate_up, weights.gate_up.transpose(1, 2), ends), place, gates.shape)
+        if weights.link is not None:
+            weights.gradient.add(_Part(x, of_y, activation.mul_(weight), of_gate_up, experts, tokens, ends))
+        return of_x.to(ctx.dtype), of_gates, None, None, None
+
+
+def _summed(slots: Tensor, place: Tensor, shape: torch.Size) -> Tensor:
+    """Add up each token's slots, which stand at `place`: (n k, D) -> (n, D) float32; `shape` is (n, k)."""
+    # Not by index_add, whose sums on a GPU differ from call to call.
+    return slots[place].view(*shape, -1).sum(1, dtype=torch.float32)
+
+
+# torch 2.13 cannot trace grouped_mm in float32 on a CPU; and the gradient of many loops is not for one graph to form.
+@torch.compiler.disable
+def run_experts(x: Tensor, gates: Tensor, experts: Tensor, weights: ExpertWeights) -> Tensor:
+    """Weighted sum of each token's chosen experts: x (n, D), gates (n, k) float32, experts (n, k) -> (n, D) float32.
+
+    Tokens are sorted by expert on the device and multiplied by `grouped_mm`, without a loop over experts of our own;
+    where torch has a grouped kernel (on GPUs bfloat16) it has none either, and nothing waits for the host.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        return _RunExperts.apply(x, gates, experts, weights.link, weights)

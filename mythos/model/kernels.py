@@ -1,0 +1,79 @@
+"""Which kernel does what on which device: attention and grouped products, on CPUs and on GPUs of SM80, SM90 and SM100.
+
+Chosen here and nowhere else. SM80 is the A100, SM90 the H100 and H200, SM100 the B200; torch 2.13 with CUDA 13 and
+cuDNN 9.20, in bfloat16:
+
+=====================  ====================  =====================  ==========================  =============
+what                   CPU                   SM80                   SM90                        SM100
+=====================  ====================  =====================  ==========================  =============
+causal attention       SDPA, flash           SDPA, flash 2          SDPA, cuDNN                 as SM90
+... values of another  padded with zeros     padded with zeros      as they are, where cuDNN    as SM90
+width than keys                              (flash 2)              takes them, else padded
+documents              SDPA with a mask of   flex, compiled by      as SM80                     as SM80
+                       S x S                 Triton, by blocks
+experts                a loop of products    `grouped_mm`, in which `grouped_mm`, one kernel    as SM90
+                                             torch loops: waits
+=====================  ====================  =====================  ==========================  =============
+
+Why, and what bounds it (file names are torch's):
+
+- SDPA takes the first backend in order whose conditions hold (`sdp_utils.cpp`). The order is flash, memory-efficient,
+  math; on SM90 and SM100 cuDNN comes first if it is newer than 9.15. Flash wants float16 or bfloat16 (CPUs: any type),
+  no mask on a GPU, and query, key and value equally wide, there at most 256. cuDNN wants widths that are multiples of
+  8, at most 128; or keys of 192 with values of 128, as latent attention of the larger presets has, but not both of 192
+  (github.com/NVIDIA/cudnn-frontend/issues/242, github.com/pytorch/pytorch/pull/172621). Both take fewer key heads than
+  query heads. Float32 on a GPU gets the memory-efficient kernel. Math keeps all S x S scores. So values are padded
+  with zeros to the width of keys, or these to theirs, unless torch says that flash or cuDNN takes them as they are.
+- A mask keeps flash away, and makes attention 1.3 to 9 times as slow on SM100
+  (github.com/unslothai/unsloth/pull/11102). So documents go to flex attention, which skips blocks of 128 x 128 that
+  are wholly masked. It must be compiled, or it keeps all scores; takes any widths from 16 on, rounded up to powers of
+  two inside; and has no backward pass on CPUs. Its flash backend needs a package of its own (flash-attn-4).
+  `varlen_attn` skips other documents as well, but is flash: neither float32 nor values of another width.
+- `F.grouped_mm` is one kernel, which reads where the groups end on the device, for bfloat16 on SM90 and SM100
+  (`GroupedBlas.cpp`). Elsewhere (SM80, SM120, and float32 anywhere) torch copies the ends to the host and loops over
+  the groups (`GroupedMMUtils.h`): correct, but every product waits for the device. No kernel without that is planned
+  for SM80 (github.com/pytorch/pytorch/issues/186620). Rows must be multiples of 16 bytes, hence widths of 8.
+"""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+from torch.nn.attention.flex_attention import flex_attention
+
+
+def blocks_of_documents(device: torch.device) -> bool:
+    """Whether documents are kept apart by a block mask for flex attention, rather than a boolean mask for SDPA."""
+    return device.type == "cuda"
+
+
+def flex(device: torch.device) -> Callable[..., Tensor]:
+    """Flex attention as it is called on a device: compiled on GPUs."""
+    return _compiled_flex_attention() if device.type == "cuda" else flex_attention
+
+
+@cache
+def _compiled_flex_attention() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention)
+
+
+@torch.compiler.assume_constant_result  # asked when a block is compiled, not in it
+def takes_widths(device: torch.device, dtype: torch.dtype, dim: int, value_dim: int) -> bool:
+    """Whether SDPA trains by flash or cuDNN with keys `dim` and values `value_dim` wide; if not, one is padded."""
+    return _sdpa_backend(device, dtype, dim, value_dim) in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
+
+
+@cache
+def _sdpa_backend(device: torch.device, dtype: torch.dtype, dim: int, value_dim: int) -> SDPBackend:
+    with torch.enable_grad():
+        key, value = (
+            torch.empty(1, 1, 128, width, device=device, dtype=dtype, requires_grad=True) for width in (dim, value_dim)
+        )
+        return SDPBackend(torch._fused_sdp_choice(key, key, value, is_causal=True))
+
+
+def groups_on_device(device: torch.device) -> bool:
+    """Whether grouped products are `F.grouped_mm`, rather than a loop over the groups, 2 to 3 times as fast on CPUs."""
+    return device.type != "cpu"

@@ -1,0 +1,127 @@
+"""Experts' weights that loops share: gradients formed for many loops at once, against plain autograd."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mythos.model.experts import CPU_ROWS, ExpertWeights, grouped_outer, grouped_product, run_experts
+
+EXPERTS, DIM, HIDDEN, CHOSEN = 5, 8, 6, 2
+
+
+def made(loops: int, tokens: int = 70) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(tokens, DIM, generator=generator)
+    parameters = [torch.randn(EXPERTS, DIM, 2 * HIDDEN, generator=generator) / DIM**0.5]
+    parameters.append(torch.randn(EXPERTS, HIDDEN, DIM, generator=generator) / HIDDEN**0.5)
+    gates = torch.rand(loops, tokens, CHOSEN, generator=generator)
+    # Expert 3 is never chosen.
+    allowed = torch.tensor([1.0, 1, 1, 0, 1]).expand(loops * tokens, -1)
+    experts = torch.multinomial(allowed, CHOSEN, generator=generator).view(loops, tokens, CHOSEN)
+    return [x, *parameters], gates, experts, torch.randn(tokens, DIM, generator=generator)
+
+
+def one_by_one(x, gate_up, down, gates, experts):
+    rows = []
+    for token, weights, chosen in zip(x, gates, experts, strict=True):
+        row = torch.zeros(DIM)
+        for weight, expert in zip(weights, chosen.tolist(), strict=True):
+            gate, up = (token @ gate_up[expert]).chunk(2)
+            row = row + weight * ((F.silu(gate) * up) @ down[expert])
+        rows.append(row)
+    return torch.stack(rows)
+
+
+def run(leaves, gates, experts, direction, loops, apply) -> list[torch.Tensor]:
+    """The result of some loops one after another, and the gradients of everything."""
+    leaves, gates = [leaf.clone().requires_grad_() for leaf in leaves], gates.clone().requires_grad_()
+    x = leaves[0]
+    for loop in range(loops):
+        x = (x + apply(x, leaves[1], leaves[2], gates[loop], experts[loop])) / 2
+    (x * direction).sum().backward()
+    return [x.detach(), *(leaf.grad for leaf in leaves), gates.grad]
+
+
+@pytest.mark.parametrize("kept", [0, 1, 10**9], ids=["one loop at a time", "as much as the gradient", "all loops"])
+def test_shared_weights_equal_autograd(kept: int) -> None:
+    leaves, gates, experts, direction = made(loops=4)
+    shared: list[ExpertWeights] = []
+
+    def ours(x, gate_up, down, gates, experts):
+        if not shared:
+            shared.append(ExpertWeights(gate_up, down, torch.float32))
+            if kept != 1:
+                shared[0].gradient.room = kept
+        return run_experts(x, gates, experts, shared[0])
+
+    actual = run(leaves, gates, experts, direction, 4, ours)
+    expected = run(leaves, gates, experts, direction, 4, one_by_one)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert (actual[2][3] == 0).all(), "an expert without tokens"
+    assert not shared[0].gradient.take(), "handed over"
+
+
+def test_many_loops_are_summed_in_float32() -> None:
+    """In bfloat16 a sum of 300 equal gradients would stop growing at 256 times the first."""
+    x, gates = torch.ones(1, DIM), torch.ones(1, 1)
+    gate_up = torch.ones(1, DIM, 2 * HIDDEN).requires_grad_()
+    down = torch.ones(1, HIDDEN, DIM).requires_grad_()
+    weights = ExpertWeights(gate_up, down, torch.bfloat16)
+    weights.gradient.room = 0
+    experts = torch.zeros(1, 1, dtype=torch.int64)
+    sum(run_experts(x, gates, experts, weights).sum() for _ in range(300)).backward()
+    once = ExpertWeights(gate_up, down, torch.bfloat16)
+    gradient, down.grad = down.grad, None
+    run_experts(x, gates, experts, once).sum().backward()
+    assert down.grad.dtype == torch.float32
+    torch.testing.assert_close(gradient, 300 * down.grad, rtol=1e-6, atol=0)
+
+
+def test_loops_without_gradient_leave_nothing() -> None:
+    leaves, gates, experts, _ = made(loops=1)
+    x, gate_up, down = (leaf.requires_grad_() for leaf in leaves)
+    weights = ExpertWeights(gate_up, down, torch.float32)
+    with torch.no_grad():
+        early = run_experts(x, gates[0], experts[0], weights)
+    run_experts(early, gates[0], experts[0], weights).sum().backward()
+    alone = one_by_one(early, gate_up, down, gates[0], experts[0])
+    expected = torch.autograd.grad(alone.sum(), [gate_up, down])
+    torch.testing.assert_close([gate_up.grad, down.grad], list(expected), rtol=1e-4, atol=1e-5)
+    assert x.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_products_of_uneven_groups(dtype: torch.dtype) -> None:
+    sizes = [0, 1, CPU_ROWS - 1, CPU_ROWS, 0, 3 * CPU_ROWS + 5, 2]
+    ends = torch.tensor(sizes).cumsum(0).int()
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(sum(sizes), size, generator=generator).to(dtype) for size in (8, 16))
+    weights = torch.randn(len(sizes), 8, 16, generator=generator).to(dtype)
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-1}
+    parts, others = x.float().split(sizes), y.float().split(sizes)
+    product = torch.cat([part @ weight.float() for part, weight in zip(parts, weights, strict=True)])
+    torch.testing.assert_close(grouped_product(x, weights, ends).float(), product, **close)
+    outer = torch.stack([part.T @ other for part, other in zip(parts, others, strict=True)])
+    torch.testing.assert_close(grouped_outer(x, y, ends).float(), outer, **close)
+    # And as torch's own kernel has them.
+    torch.testing.assert_close(F.grouped_mm(x, weights, offs=ends).float(), product, **close)
+
+
+def test_a_step_leaves_nothing_to_the_garbage_collector() -> None:
+    leaves, gates, experts, _ = made(loops=1)
+    gate_up, down = (leaf.requires_grad_() for leaf in leaves[1:])
+    gc.disable()
+    try:
+        for backward in (True, False):
+            weights = ExpertWeights(gate_up, down, torch.bfloat16)
+            y = run_experts(leaves[0], gates[0], experts[0], weights)
+            if backward:
+                y.sum().backward()
+            gone = weakref.ref(weights)
+            del weights, y
+            assert gone() is None
+    finally:
+        gc.enable()

@@ -1,0 +1,77 @@
+"""Kernel choices: what torch is asked for on each device, and that it takes it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
+
+from mythos.model import kernels
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def forgotten():
+    """What was asked of torch is asked again."""
+    yield
+    kernels._sdpa_backend.cache_clear()
+    kernels._compiled_flex_attention.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_flash_on_a_cpu_wants_equal_widths(dtype):
+    """Torch says so, and it is true: with other widths flash refuses; padded with zeros the result is the same."""
+    assert kernels.takes_widths(CPU, dtype, 6, 6)
+    assert not kernels.takes_widths(CPU, dtype, 6, 4) and not kernels.takes_widths(CPU, dtype, 4, 6)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 8, width, generator=generator).to(dtype) for width in (6, 6, 4))
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        with pytest.warns(UserWarning), pytest.raises(RuntimeError, match="No available kernel"):
+            F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        padded = F.scaled_dot_product_attention(query, key, F.pad(value, (0, 2)), is_causal=True)[..., :4]
+    with sdpa_kernel(SDPBackend.MATH):
+        torch.testing.assert_close(padded, F.scaled_dot_product_attention(query, key, value, is_causal=True))
+
+
+@pytest.mark.parametrize(
+    ("backend", "taken"), [("CUDNN_ATTENTION", True), ("FLASH_ATTENTION", True), ("EFFICIENT_ATTENTION", False)]
+)
+def test_torch_is_asked_once(monkeypatch, backend, taken):
+    """As training will ask it: gradients, also where they are off just now, causal, the very widths and type."""
+    asked = []
+
+    def choice(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool) -> int:
+        assert is_causal and query.shape == key.shape and all(x.requires_grad for x in (query, key, value))
+        asked.append((query.dtype, query.shape[-1], value.shape[-1]))
+        return getattr(SDPBackend, backend).value
+
+    monkeypatch.setattr(torch, "_fused_sdp_choice", choice)
+    with torch.no_grad():
+        for _ in range(2):
+            assert kernels.takes_widths(CPU, torch.bfloat16, 192, 128) == taken
+    assert asked == [(torch.bfloat16, 192, 128)]
+
+
+def test_torch_is_asked_when_a_block_is_compiled():
+    """The answer is a constant of the graph, which stays whole."""
+
+    @torch.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    def widened(key: Tensor, value: Tensor) -> Tensor:
+        fits = kernels.takes_widths(key.device, key.dtype, key.shape[-1], value.shape[-1])
+        return value if fits else F.pad(value, (0, key.shape[-1] - value.shape[-1]))
+
+    key = torch.randn(1, 1, 4, 8)
+    for width in (8, 6):
+        assert widened(key, key[..., :width]).shape == key.shape
+    torch.compiler.reset()
+
+
+def test_choices_by_device(monkeypatch):
+    assert not kernels.blocks_of_documents(CPU) and kernels.blocks_of_documents(GPU)
+    assert not kernels.groups_on_device(CPU) and kernels.groups_on_device(GPU)
+    assert kernels.flex(CPU) is flex_attention
+    monkeypatch.setattr(torch, "compile", lambda function: ["compiled", function])
+    assert kernels.flex(GPU) == ["compiled", flex_attention]
+    assert kernels.flex(GPU) is kernels.flex(GPU), "compiled once"
