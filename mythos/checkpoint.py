@@ -17,7 +17,7 @@ import threading
 import uuid
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,6 +42,8 @@ from mythos.storage import step_of as step_of
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
+NOT_DISTRIBUTED = "torch.distributed is disabled, unavailable or uninitialized"
+"""What torch.distributed.checkpoint warns of where a process saves or loads alone."""
 SPARE_BYTES = 1 << 20
 """Room for meta.json and file system overhead asked for beside the tensors."""
 
@@ -75,7 +77,7 @@ class Checkpoints:
         self._error: Exception | None = None
         self._newest: Path | str | None = None
         # Once and here, because filters belong to the process: the writing thread must not change them meanwhile.
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        warnings.filterwarnings("ignore", message=NOT_DISTRIBUTED)
 
     @property
     def newest(self) -> Path | str | None:
@@ -190,12 +192,7 @@ class Checkpoints:
         self.wait()
         with self._at_hand(path) as folder:
             self._agree(lambda: _check_fit(path, folder, tensors) if self.ranks.main else None)
-            try:
-                with _quiet("torch.distributed.checkpoint"):
-                    reader = dcp.HuggingFaceStorageReader(str(folder))
-                    dcp.load(tensors, storage_reader=reader, **self._group)
-            except CheckpointException as error:
-                raise MythosError(f"checkpoint {path} is damaged: {_first_cause(error)}") from error
+            read_tensors(path, folder, tensors, **self._group)
 
     @contextlib.contextmanager
     def _at_hand(self, path: Path | str) -> Iterator[Path]:
@@ -211,9 +208,7 @@ class Checkpoints:
 
         def fetch() -> None:
             folder.mkdir(mode=0o700, exist_ok=True)
-            for file in sorted(_listed_files(path))[position :: len(peers)]:
-                with storage.open(name, file) as source, open(folder / file, "wb") as target:
-                    shutil.copyfileobj(source, target)
+            _fetch(storage, name, sorted(_listed_files(path))[position :: len(peers)], folder)
 
         try:
             self._agree(fetch)
@@ -476,6 +471,65 @@ def read_meta(path: Path | str) -> dict[str, Any]:
         raise MythosError(f"checkpoint {path} is damaged: {META}: {_reason(error)}") from error
 
 
+@contextlib.contextmanager
+def verified_copy(path: Path | str) -> Iterator[Path]:
+    """A complete checkpoint as a local directory, for one process; a remote one is fetched and deleted afterwards.
+
+    Raises MythosError for a file that cannot be read or is not as it was written.
+    """
+    storage, name = locate(path)
+    files = _listed_files(path)
+    with contextlib.ExitStack() as stack:
+        if not isinstance(storage, LocalStorage):
+            root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mythos-")))
+            (root / name).mkdir()
+            try:
+                _fetch(storage, name, files, root / name)
+            except Exception as error:  # libraries of remote file systems share no base class
+                raise MythosError(f"checkpoint {path} cannot be fetched: {_reason(error)}") from error
+            storage = LocalStorage(root)
+        problems = [problem for file in sorted(files) if (problem := _difference(storage, name, file, files[file]))]
+        if problems:
+            raise MythosError(f"checkpoint {path} is damaged: {'; '.join(problems)}")
+        yield storage.address(name)
+
+
+def saved_shapes(path: Path | str, folder: Path) -> dict[str, tuple[int, ...]]:
+    """Global shapes of a checkpoint's tensors by name, from its copy in a local folder.
+
+    Raises MythosError if the files cannot be read, or hold a tensor in part only.
+    """
+    try:
+        with _quiet("torch.distributed.checkpoint"):
+            saved = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    except Exception as error:
+        raise MythosError(f"checkpoint {path} is damaged: {type(error).__name__}: {error}") from error
+    for name, entry in saved.items():
+        if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
+            raise MythosError(f"checkpoint {path} is damaged: {name} is there in part only; a file is missing")
+    return {name: tuple(entry.size) for name, entry in saved.items()}
+
+
+def read_tensors(path: Path | str, folder: Path, tensors: dict[str, Tensor], **group: Any) -> None:
+    """Fill tensors in place, by name, from a checkpoint's copy in a local folder; shapes must be those saved.
+
+    `group` tells torch.distributed.checkpoint who takes part. Raises MythosError if the files cannot be read.
+    """
+    try:
+        with _quiet("torch.distributed.checkpoint"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=NOT_DISTRIBUTED)
+            dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), **group)
+    except CheckpointException as error:
+        raise MythosError(f"checkpoint {path} is damaged: {_first_cause(error)}") from error
+
+
+def _fetch(storage: Storage, name: str, files: Iterable[str], folder: Path) -> None:
+    """Copy files of a checkpoint into a folder."""
+    for file in files:
+        with storage.open(name, file) as source, open(folder / file, "wb") as target:
+            shutil.copyfileobj(source, target)
+
+
 def _listed_files(path: Path | str) -> dict[str, dict[str, int]]:
     """Size and CRC-32 of every shard by name; empty for a checkpoint of an earlier version, which has no list."""
     return read_meta(path).get("files", {})
@@ -498,13 +552,8 @@ def _difference(storage: Storage, name: str, file: str, expected: dict[str, int]
 
 
 def _check_fit(path: Path | str, folder: Path, tensors: dict[str, Tensor]) -> None:
-    try:
-        with _quiet("torch.distributed.checkpoint"):
-            saved = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    except Exception as error:
-        raise MythosError(f"checkpoint {path} is damaged: {type(error).__name__}: {error}") from error
     here = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    there = {name: tuple(entry.size) for name, entry in saved.items()}
+    there = saved_shapes(path, folder)
     if here != there:
         differing = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
         lines = [
@@ -516,9 +565,6 @@ def _check_fit(path: Path | str, folder: Path, tensors: dict[str, Tensor]) -> No
             + "\n".join(lines)
             + "\nUse the config.yaml it was written with, or another run.name."
         )
-    for name, entry in saved.items():
-        if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
-            raise MythosError(f"checkpoint {path} is damaged: {name} is there in part only; a file is missing")
 
 
 def _absolute(path: Path | str) -> str:

@@ -1,37 +1,37 @@
 """Trained models on disk: opened from a run directory, a checkpoint or an exported folder, and exported."""
 
+import contextlib
 import json
 import os
 import platform
 import shutil
-import tempfile
-import warnings
-from contextlib import ExitStack
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
-from mythos.checkpoint import complete_checkpoints, read_meta
+from mythos.checkpoint import complete_checkpoints, read_meta, read_tensors, saved_shapes, verified_copy
 from mythos.config import Config, config_from_dict, load_config
 from mythos.data.tokenizer import REQUEST_FILE, Tokenizer
 from mythos.errors import MythosError, short_reason
 from mythos.model.config import ModelConfig
 from mythos.model.rdt import RecurrentDepthTransformer
-from mythos.storage import MARKER, LocalStorage, checksum, locate, require_space
+from mythos.storage import MARKER, LocalStorage, locate, require_space
 
 MODEL_TYPE = "mythos"
+RUN_FILE = "config.yaml"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
+
+PREFIX = "model."
+"""What the names of a model's tensors begin with in checkpoints, which hold the optimizer's beside them."""
 
 HEADER = {"model_type", "mean_loops", "step", "versions"}
 """What an exported config.json says beside the fields of the model."""
@@ -65,24 +65,48 @@ def open_model(path: str | Path, device: torch.device | str = "cpu") -> OpenedMo
     """
     text = str(path).rstrip("/") or "/"
     folder = Path(text)
-    if "://" not in text and (folder / CONFIG_FILE).is_file():
-        return _open_export(folder, device)
-    if "://" in text or folder.name.startswith("step-"):
+    if "://" in text:
         return _open_checkpoint(text, device)
-    if (folder / "config.yaml").is_file():
-        run = load_config(folder / "config.yaml")
-        found = complete_checkpoints(run.checkpoint.dir or folder / "checkpoints")
+    with _told(path):
+        exported, is_run = ((folder / file).is_file() for file in (CONFIG_FILE, RUN_FILE))
+        what = "it is no model" if folder.exists() else "there is nothing"
+    if exported:
+        return _open_export(folder, device)
+    if is_run:
+        run = load_config(folder / RUN_FILE)
+        place = run.checkpoint.dir or folder / "checkpoints"
+        with _told(place):
+            found = complete_checkpoints(place)
         if not found:
             raise MythosError(
                 f"{path}: the run has no complete checkpoint yet. Runs save every checkpoint.every steps and at their "
                 "end; continue it with the command that started it."
             )
         return _open_checkpoint(found[-1], device, folder)
-    what = "there is nothing" if "://" not in text and not folder.exists() else "it is no model"
+    if folder.name.startswith("step-"):
+        return _open_checkpoint(text, device)
     raise MythosError(
-        f"{path}: {what}. Give a run directory (with config.yaml), a checkpoint (checkpoints/step-XXXXXXXX in it), or "
-        f"a folder written by scripts/export_hf.py (with {CONFIG_FILE})."
+        f"{path}: {what}. Give a run directory (with {RUN_FILE}), a checkpoint (checkpoints/step-XXXXXXXX in it), or a "
+        f"folder written by scripts/export_hf.py (with {CONFIG_FILE})."
     )
+
+
+@contextlib.contextmanager
+def _told(path: str | Path) -> Iterator[None]:
+    """Tell of a place that cannot be looked at as MythosError."""
+    try:
+        yield
+    except MythosError:
+        raise
+    except Exception as error:  # libraries of remote file systems share no base class
+        raise MythosError(f"{path} cannot be read: {short_reason(error)}") from error
+
+
+def run_directory(path: str | Path) -> Path | None:
+    """The run directory that a path is, or that lies two folders above it, as above a checkpoint; None without one."""
+    folder = Path(os.path.abspath(path))
+    places = [] if "://" in str(path) else [folder, folder.parent.parent]
+    return next((place for place in places if (place / RUN_FILE).is_file()), None)
 
 
 def export_model(opened: OpenedModel, folder: str | Path) -> None:
@@ -130,7 +154,9 @@ def export_model(opened: OpenedModel, folder: str | Path) -> None:
 
 def _open_checkpoint(path: Path | str, device: torch.device | str, run_dir: Path | None = None) -> OpenedModel:
     storage, name = locate(path)
-    if not name.removeprefix("step-").isdigit() or not storage.exists(name, MARKER):
+    with _told(path):
+        complete = name.removeprefix("step-").isdigit() and storage.exists(name, MARKER)
+    if not complete:
         raise MythosError(
             f"{path} is no complete checkpoint: a folder step-XXXXXXXX with a file '{MARKER}', which is written last."
         )
@@ -138,8 +164,12 @@ def _open_checkpoint(path: Path | str, device: torch.device | str, run_dir: Path
     if not isinstance(meta.get("config"), dict) or not isinstance(meta.get("step"), int):
         raise MythosError(f"checkpoint {path} is damaged: its meta.json lacks the configuration or the step")
     run = config_from_dict(meta["config"])
-    model = _empty_model(run.model, device)
-    _load_checkpoint(path, meta, {f"model.{name}": tensor for name, tensor in _tensors(model).items()})
+    with verified_copy(path) as copy:
+        shapes = saved_shapes(path, copy)
+        there = {key.removeprefix(PREFIX): shapes[key] for key in shapes if key.startswith(PREFIX)}
+        model = _fitting_model(str(path), run.model, there).to_empty(device=device)
+        tensors = {PREFIX + name: tensor for name, tensor in _tensors(model).items()}
+        read_tensors(path, copy, tensors, no_dist=True)
     # A checkpoint holds no tokenizer: it lies beside the checkpoints, or with the run that wrote them elsewhere.
     places = [run_dir or run.run_dir]
     if isinstance(storage, LocalStorage):
@@ -153,34 +183,6 @@ def _open_checkpoint(path: Path | str, device: torch.device | str, run_dir: Path
         run,
         str(path),
     )
-
-
-def _load_checkpoint(path: Path | str, meta: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Fill tensors from a checkpoint that holds them among others, however they were sharded."""
-    storage, name = locate(path)
-    with ExitStack() as stack:
-        if isinstance(storage, LocalStorage):
-            folder = storage.address(name)
-        else:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"mythos-{name}-")))
-        try:
-            for file, expected in meta.get("files", {}).items():
-                if not isinstance(storage, LocalStorage):
-                    with storage.open(name, file) as source, open(folder / file, "wb") as target:
-                        shutil.copyfileobj(source, target)
-                with open(folder / file, "rb") as stream:
-                    if checksum(stream) != expected:
-                        raise MythosError(f"checkpoint {path} is damaged: {file} is not as it was written")
-            stack.enter_context(warnings.catch_warnings())
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-            reader = dcp.HuggingFaceStorageReader(str(folder))
-            saved = reader.read_metadata().state_dict_metadata
-            there = {key: tuple(saved[key].size) for key in saved if key.startswith("model.")}
-            _check_fit(str(path), there, tensors)
-            dcp.load(tensors, storage_reader=reader, no_dist=True)
-        except (OSError, SafetensorError, CheckpointException) as error:
-            reason = str(error) or type(error).__name__
-            raise MythosError(f"checkpoint {path} is damaged: {reason.splitlines()[0]}") from error
 
 
 def _open_export(folder: Path, device: torch.device | str) -> OpenedModel:
@@ -202,16 +204,14 @@ def _open_export(folder: Path, device: torch.device | str) -> OpenedModel:
         else:
             reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise MythosError(f"{path} cannot be read as the configuration of a model: {reason}") from error
-    model = _empty_model(config, device)
-    tensors = _tensors(model)
     try:
-        weights = load_file(folder / WEIGHTS_FILE, device=str(device))
+        with safe_open(folder / WEIGHTS_FILE, framework="pt") as weights:
+            there = {key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118
+            model = _fitting_model(str(folder), config, there).to_empty(device=device)
+            for key, tensor in _tensors(model).items():
+                tensor.copy_(weights.get_tensor(key))
     except (OSError, SafetensorError) as error:
         raise MythosError(f"{folder / WEIGHTS_FILE} cannot be read: {error}. Export the model again.") from error
-    _check_fit(str(folder), {key: tuple(value.shape) for key, value in weights.items()}, tensors)
-    with torch.no_grad():
-        for key, tensor in tensors.items():
-            tensor.copy_(weights[key])
     return OpenedModel(model, _exported_tokenizer(folder), mean_loops, step, None, str(folder))
 
 
@@ -231,21 +231,23 @@ def _exported_tokenizer(folder: Path) -> Tokenizer | None:
         ) from error
 
 
-def _empty_model(config: ModelConfig, device: torch.device | str) -> RecurrentDepthTransformer:
-    """A model in eval mode whose parameters are still to be filled."""
-    with torch.device("meta"):
-        model = RecurrentDepthTransformer(config)
-    return model.to_empty(device=device).eval()
+def _fitting_model(path: str, config: ModelConfig, there: dict[str, tuple[int, ...]]) -> RecurrentDepthTransformer:
+    """A model in eval mode on the meta device whose tensors have the names and shapes of those in a file.
 
+    No memory is asked for before that is known: sizes in a damaged configuration may be of any order.
 
-def _tensors(model: RecurrentDepthTransformer) -> dict[str, Tensor]:
-    """Every tensor of the model by name, the live ones."""
-    named = dict(model.named_parameters()) | dict(model.named_buffers())
-    return {name: tensor.detach() for name, tensor in named.items()}
-
-
-def _check_fit(path: str, there: dict[str, tuple[int, ...]], tensors: dict[str, Tensor]) -> None:
-    here = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    Raises MythosError for differing tensors, and for sizes that no model can have.
+    """
+    try:
+        if config.prelude_layers + config.core_layers + config.coda_layers > len(there):
+            raise ValueError(f"more layers than the {len(there)} tensors in the file")
+        with torch.device("meta"):
+            model = RecurrentDepthTransformer(config).eval()
+    except (RuntimeError, TypeError, ValueError) as error:  # of torch, where a size overflows
+        raise MythosError(
+            f"{path} does not fit its own configuration: {short_reason(error)}. It is damaged."
+        ) from error
+    here = {name: tuple(tensor.shape) for name, tensor in _tensors(model).items()}
     differing = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
     if differing:
         first = differing[0]
@@ -254,3 +256,10 @@ def _check_fit(path: str, there: dict[str, tuple[int, ...]], tensors: dict[str, 
             f"{there.get(first, 'absent')} in the file, {here.get(first, 'absent')} in the model. It is damaged, or of "
             "another version of mythos."
         )
+    return model
+
+
+def _tensors(model: RecurrentDepthTransformer) -> dict[str, Tensor]:
+    """Every tensor of the model by name, the live ones."""
+    named = dict(model.named_parameters()) | dict(model.named_buffers())
+    return {name: tensor.detach() for name, tensor in named.items()}

@@ -255,8 +255,8 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return pairs
 
 
-def choose_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.device:
-    """The device that `train.device` names for this process.
+def choose_device(name: str, local_rank: int = 0, local_size: int = 1, *, option: str = "train.device") -> torch.device:
+    """The device that an option (auto, cpu or cuda) names for this process.
 
     Raises MythosError for a GPU that is not there, and for fewer GPUs than processes of this machine.
     """
@@ -265,10 +265,10 @@ def choose_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.
     if name == "cpu":
         return torch.device(name)
     if not torch.cuda.is_available():
-        raise MythosError("train.device is cuda, but torch finds no CUDA GPU: set train.device=auto or cpu")
+        raise MythosError(f"{option} is cuda, but torch finds no CUDA GPU: set {option}=auto or cpu")
     if torch.cuda.device_count() < local_size:
         raise MythosError(
             f"{local_size} processes on this machine, which has {torch.cuda.device_count()} GPUs: start one a GPU, or "
-            "set train.device=cpu"
+            f"set {option}=cpu"
         )
     return torch.device(name, local_rank)

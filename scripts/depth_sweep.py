@@ -7,7 +7,6 @@ how to read them.
 """
 
 import argparse
-import contextlib
 import math
 import sys
 from functools import partial
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from mythos.command_line import DEVICES, check_least, exit_status, positive_numbers, whole_numbers, writing
 from mythos.config import DataConfig, ValidationConfig
 from mythos.data.corpus import open_corpora
 from mythos.data.pipeline import Data, open_data
@@ -25,9 +25,10 @@ from mythos.data.validation import ValidationSet
 from mythos.errors import MythosError
 from mythos.evaluation.depth_sweep import DepthSweep, HaltingPoint, depth_sweep, sweep_depths, sweep_rules
 from mythos.model.halting import halting_rule
-from mythos.model_files import OpenedModel, open_model
+from mythos.model_files import OpenedModel, open_model, run_directory
 from mythos.parallel import choose_dtype
 from mythos.plots import draw_sweep
+from mythos.ranks import choose_device
 
 SEQUENCES, LENGTH = 64, 1024
 """Sequences of a sweep and tokens of each, at most, where no run says how many."""
@@ -57,31 +58,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data", metavar="GLOB", help="text files to measure on (the run's validation set)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write to (sweep/ in the run directory)")
     parser.add_argument("--micro-batch", type=int, metavar="N", help="sequences computed at once (as in training)")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto = cuda if there is one")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="auto (default) = cuda if there is one")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], help="of matrix products (as in training)")
-    try:
-        sweep(parser.parse_args(arguments))
-    except MythosError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return exit_status(lambda: sweep(parser.parse_args(arguments)))
 
 
 def sweep(options: argparse.Namespace) -> None:
     """Open, measure, write and print. Raises MythosError for what cannot be opened, measured or written."""
-    for name in ("sequences", "most", "micro_batch"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise MythosError(f"--{name.replace('_', '-')}: got {value}; give at least 1")
+    check_least(options, sequences=1, most=1, micro_batch=1)
     if options.thresholds and (options.rules is None or len(options.rules) != 1):
         raise MythosError("--thresholds: name the one rule they are for, e.g. --rules convergence --thresholds 0.2,0.1")
-    device = torch.device("cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu")
-    if options.device == "cuda":
-        if not torch.cuda.is_available():
-            raise MythosError("--device: got cuda, and torch finds no GPU; give cpu or auto")
-        device = torch.device("cuda")
+    device = choose_device(options.device, option="--device")
     opened = open_model(options.path, device)
     if opened.run and opened.run.depth.follow == "difficulty":
         raise MythosError(
@@ -90,20 +77,12 @@ def sweep(options: argparse.Namespace) -> None:
         )
     fixed = opened.model.config.injection == "none"
     mean = 1 if fixed else opened.mean_loops
-    loops = options.loops or ([1] if fixed else sweep_depths(mean))
-    for option, most in (("--loops", max(loops)), ("--most", options.most or 1)):
+    loops = sorted(set(options.loops or ([1] if fixed else sweep_depths(mean))))
+    for option, most in (("--loops", loops[-1]), ("--most", options.most or 1)):
         if fixed and most > 1:
             raise MythosError(f"{option}: got {most}; a fixed-depth model (model.injection: none) runs its core once")
-    try:
-        rules = sweep_rules(opened.model, options.rules)
-        if options.thresholds:
-            rules = [(options.rules[0], threshold) for threshold in options.thresholds]
-            for name, threshold in rules:
-                halting_rule(opened.model, name, threshold)
-    except ValueError as error:
-        raise MythosError(f"--rules: {error}") from error
-
-    out = options.out or default_folder(options.path)
+    rules = chosen_rules(opened, options.rules, options.thresholds)
+    out = options.out or (run_directory(options.path) or Path()) / "sweep"
     data = validation_data(opened, options.data, options.sequences)
     train = opened.run.train if opened.run else None
     dtype = choose_dtype(options.dtype or (train.dtype if train else "auto"), device)
@@ -121,13 +100,29 @@ def sweep(options: argparse.Namespace) -> None:
     about: dict[str, Any] = {"source": opened.source, "step": opened.step}
     about |= {"data": options.data or "the run's validation set", "dtype": str(dtype).removeprefix("torch.")}
     stem = out / f"step-{opened.step:08d}"
-    try:
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         written = [*result.save(stem, about), draw_sweep(result, out / f"{stem.name}.png")]
-    except OSError as error:
-        raise MythosError(f"--out: {out} cannot be written: {error}") from error
     print(report(result))
     print("\nwritten  " + "\n         ".join(map(str, written)))
+
+
+def chosen_rules(
+    opened: OpenedModel, names: list[str] | None, thresholds: list[float] | None
+) -> list[tuple[str, float]]:
+    """Rules and thresholds as the options say. Raises MythosError for what the model cannot follow."""
+    try:
+        rules = sweep_rules(opened.model, names)
+    except ValueError as error:
+        raise MythosError(f"--rules: {error}") from error
+    if names is None or thresholds is None:
+        return rules
+    try:
+        for threshold in thresholds:
+            halting_rule(opened.model, names[0], threshold)
+    except ValueError as error:
+        raise MythosError(f"--thresholds: {error}") from error
+    return [(names[0], threshold) for threshold in thresholds]
 
 
 def validation_data(opened: OpenedModel, files: str | None, sequences: int | None) -> ValidationSet | TaskSet:
@@ -135,6 +130,8 @@ def validation_data(opened: OpenedModel, files: str | None, sequences: int | Non
     run = opened.run
     if sequences is None:
         sequences = run.eval.batches * run.data.streams if run else SEQUENCES
+    if files == "":
+        raise MythosError("--data: got no name; give text files, e.g. --data 'texts/*.txt'")
     if run is None and files is None:
         raise MythosError("--data: an exported model knows no data; give text files, e.g. --data 'texts/*.txt'")
     if run is not None and run.data.kind == "reasoning":
@@ -147,24 +144,7 @@ def validation_data(opened: OpenedModel, files: str | None, sequences: int | Non
     if opened.tokenizer is None:
         raise MythosError(f"{opened.source}: no tokenizer lies beside it, so no text can be measured")
     sources = {} if data.validation.path else open_sources(data, open_corpora(data), opened.tokenizer)
-    try:
-        return Data(data, opened.tokenizer, sources).validation(sequences)
-    except MythosError as error:
-        if files is None:
-            raise
-        # Said of the configuration's field, that the option stands in for, and with its remedies.
-        told = str(error).removeprefix("data.validation.path: ").removeprefix("data.validation: ")
-        told, short, _ = told.partition(" Raise data.validation.")
-        raise MythosError(f"--data: {told}{' Give files with more text.' if short else ''}") from error
-
-
-def default_folder(path: str) -> Path:
-    """sweep/ in the run directory that was given or that a checkpoint lies in, else in the current directory."""
-    for folder in (Path(path), Path(path).absolute().parent.parent):
-        with contextlib.suppress(OSError):
-            if (folder / "config.yaml").is_file():
-                return folder / "sweep"
-    return Path("sweep")
+    return Data(data, opened.tokenizer, sources).validation(sequences, option=None if files is None else "--data")
 
 
 def report(sweep: DepthSweep) -> str:
@@ -206,28 +186,6 @@ def told_fit(sweep: DepthSweep) -> str:
 def cell(value: float | None, form: str) -> str:
     """A number, or as much space as it takes."""
     return " " * int(form.partition(".")[0]) if value is None else f"{value:{form}}"
-
-
-def whole_numbers(option: str, text: str) -> list[int]:
-    """Parse 1,2,4: numbers of at least 1, in ascending order and each once. Raises MythosError for anything else."""
-    try:
-        values = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        values = []
-    if not values or values[0] < 1:
-        raise MythosError(f"{option}: got {text}; give whole numbers of at least 1, e.g. 1,2,4")
-    return values
-
-
-def positive_numbers(option: str, text: str) -> list[float]:
-    """Parse 0.2,0.1: numbers above 0. Raises MythosError for anything else."""
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError:
-        values = []
-    if not values or not all(value > 0 for value in values):
-        raise MythosError(f"{option}: got {text}; give numbers above 0, e.g. 0.2,0.1")
-    return values
 
 
 def names(text: str) -> list[str]:

@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from mythos.command_line import DEVICES, check_least, exit_status, whole_numbers
 from mythos.errors import MythosError
 
 EXAMPLES = """
@@ -92,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
         "--show-depth", action="store_true", help="colour the text by the loops of each token (in brackets without)"
     )
     where.add_argument("--html", metavar="FILE", help="write the text, coloured by loops, as a web page")
-    where.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(%(default)s)")
+    where.add_argument("--device", choices=DEVICES, default="auto", help="auto (default) = cuda if there is one")
     where.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
@@ -111,18 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model may say what the terminal's encoding lacks
-    try:
-        run(options)
-    except MythosError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # what reads the text has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    return 0
+    return exit_status(lambda: run(options))
 
 
 def run(options: argparse.Namespace) -> None:
@@ -156,9 +146,7 @@ def run(options: argparse.Namespace) -> None:
         raise MythosError(f"--halting: got {options.halting!r}; allowed: {', '.join(HALTING_RULES)}")
     if loops is not None:
         check_counts(len(loops), len(prompts))
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise MythosError("--device: got cuda, and torch finds no GPU; give cpu or auto")
-    device = choose_device(options.device)
+    device = choose_device(options.device, option="--device")
     automatic = options.dtype == "auto" and device.type == "cpu"  # small products, that a cast makes slower
     dtype = torch.float32 if automatic else choose_dtype(options.dtype, device)
     opened = open_model(options.path, device)
@@ -223,24 +211,12 @@ def run(options: argparse.Namespace) -> None:
 
 def parse_loops(text: str) -> list[int] | None:
     """The numbers of --loops, or None for auto. Raises MythosError for anything else."""
-    if text == "auto":
-        return None
-    try:
-        loops = [int(part) for part in text.split(",")]
-    except ValueError:
-        loops = []
-    if not loops or min(loops) < 1:
-        raise MythosError(f"--loops: got {text!r}; allowed: auto, or whole numbers from 1 on, such as 8 or 1,4,16")
-    return loops
+    return None if text == "auto" else whole_numbers("--loops", text, besides="auto, or ")
 
 
 def check_values(options: argparse.Namespace) -> None:
     """Raise MythosError for values that no model could take, before one is loaded."""
-    for name, least in (("tokens", 1), ("top_k", 0), ("seed", 0), ("cache_loops", 1), ("prefill_chunk", 1)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            meaning = " (0 = all)" if name == "top_k" else ""
-            raise MythosError(f"--{name.replace('_', '-')}: got {value}; allowed: at least {least}{meaning}")
+    check_least(options, tokens=1, top_k=0, seed=0, cache_loops=1, prefill_chunk=1)
     threshold = options.exit_threshold
     if threshold is not None:
         if options.halting == "none":

@@ -3,8 +3,9 @@
 python scripts/reasoning.py RUN [RUN ...] [--loops 1,2,4] [--difficulties 5,10,30] [--sequences N]
 
 Writes step-XXXXXXXX.png, .csv and .json to reasoning/ in each run directory; with --out DIR, NAME.png, .csv and .json
-to DIR, where NAME is that of the run directory, with a number added where another run has it: hops, hops-2. For several
-runs a picture of all, side-by-side.png, comes beside the first. docs/reasoning.md tells how to read them.
+to DIR, where NAME is that of the run directory, with a number added where another run has it: hops, hops-2. The same to
+reasoning/ in the current directory for a checkpoint that lies in no run directory. For several runs a picture of all,
+side-by-side.png, comes beside the first. docs/reasoning.md tells how to read them.
 """
 
 import argparse
@@ -17,9 +18,11 @@ from pathlib import Path
 
 import torch
 
+from mythos.command_line import DEVICES, check_least, exit_status, whole_numbers, writing
 from mythos.errors import MythosError
 from mythos.evaluation.reasoning import AccuracyMap, accuracy_map, draw_maps, usual_difficulties
-from mythos.model_files import open_model
+from mythos.model_files import open_model, run_directory
+from mythos.ranks import choose_device
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,11 +30,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory, or a checkpoint step-* in one")
     parser.add_argument(
-        "--loops", type=partial(numbers, "--loops"), metavar="N,N,...", help="loops (as many as the difficulties)"
+        "--loops",
+        type=partial(whole_numbers, "--loops"),
+        metavar="N,N,...",
+        help="loops (as many as the difficulties; a fixed-depth model runs its core once)",
     )
     parser.add_argument(
         "--difficulties",
-        type=partial(numbers, "--difficulties"),
+        type=partial(whole_numbers, "--difficulties"),
         metavar="N,N,...",
         help="steps to ask for (those of training, and some up to six times the hardest)",
     )
@@ -39,26 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="one folder for all files (reasoning/ in each run directory)"
     )
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto = cuda if there is one")
-    try:
-        report(parser.parse_args(arguments))
-    except MythosError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
-
-
-def numbers(option: str, text: str) -> list[int]:
-    """Increasing whole numbers from a list with commas. Raises MythosError for anything else."""
-    try:
-        given = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        given = [0]
-    if given[0] < 1:
-        raise MythosError(f"{option}: got {text}; give whole numbers from 1 on, e.g. 1,2,4")
-    return given
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="auto (default) = cuda if there is one")
+    return exit_status(lambda: report(parser.parse_args(arguments)))
 
 
 def report(options: argparse.Namespace) -> None:
@@ -66,19 +54,16 @@ def report(options: argparse.Namespace) -> None:
 
     Raises MythosError for what is no run on a task, cannot be asked for, or cannot be written.
     """
-    if options.sequences < 1:
-        raise MythosError(f"--sequences: got {options.sequences}; give at least 1")
+    check_least(options, sequences=1)
+    device = choose_device(options.device, option="--device")
     maps: list[AccuracyMap] = []
-    places: list[Path] = []
+    stems: list[Path] = []
     for path, name in zip(options.runs, names(options.runs), strict=True):
-        one = measure(path, name, options)
-        place = options.out or run_directory(path) / "reasoning"
-        try:
-            written = one.write(place / (name if options.out else f"step-{one.step:08d}"))
-        except OSError as error:
-            raise MythosError(f"--out: {place} cannot be written: {error}") from error
+        one = measure(path, name, options, device)
+        stems.append(stem(path, one, options.out))
         maps.append(one)
-        places.append(place)
+        with writing(stems[-1].parent):
+            written = one.write(stems[-1])
         steps = [(d, one.at(d, d)) for d in one.difficulties if d in one.loops]
         print(
             f"{one.name}: right answers to {one.task}, {one.sequences} sequences each (* = trained on)\n{one.table()}"
@@ -87,41 +72,42 @@ def report(options: argparse.Namespace) -> None:
             print("with as many loops as steps: " + ", ".join(f"{d}: {value:.2%}" for d, value in steps))
         print("\n".join(map(str, written)) + "\n")
     if len(maps) > 1:
-        print(draw_maps(maps, places[0] / "side-by-side.png"))
+        with writing(stems[0].parent):
+            picture = draw_maps(maps, stems[0].with_name("side-by-side.png"))
+        print(picture)
 
 
-def run_directory(path: str) -> Path:
-    """The directory of a run that is given by itself or by one of its checkpoints."""
-    given = Path(os.path.abspath(path))
-    return given.parent.parent if given.name.startswith("step-") else given
+def stem(path: str, made: AccuracyMap, out: Path | None) -> Path:
+    """Where the files of a run's map go, without their endings."""
+    run = run_directory(path)
+    if out is None and run is not None:
+        return run / "reasoning" / f"step-{made.step:08d}"
+    return (out or Path("reasoning")) / made.name
 
 
 def names(paths: Sequence[str]) -> list[str]:
     """What each run is called: as its directory, with a number added where another one is called so."""
     made: list[str] = []
     for path in paths:
-        name = run_directory(path).name
+        given = Path(os.path.abspath(path))
+        shown = given.parent.parent if given.name.startswith("step-") else given
+        name = (run_directory(path) or shown).name
         numbered = (f"{name}-{number}" for number in count(2))
         made.append(next(free for free in chain([name], numbered) if free not in made))
     return made
 
 
-def measure(path: str, name: str, options: argparse.Namespace) -> AccuracyMap:
+def measure(path: str, name: str, options: argparse.Namespace, device: torch.device) -> AccuracyMap:
     """The map of one run, called `name`.
 
     Raises MythosError if it is no run on a task, or for more than its text can tell.
     """
-    device = torch.device("cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu")
-    if options.device == "cuda":
-        if not torch.cuda.is_available():
-            raise MythosError("--device: got cuda, and torch finds no GPU; give cpu or auto")
-        device = torch.device("cuda")
     opened = open_model(path, device)
     if opened.run is None or opened.run.data.kind != "reasoning":
         kind = "an exported model" if opened.run is None else f"a run on data.kind {opened.run.data.kind}"
         raise MythosError(f"{path}: got {kind}; give runs on data.kind reasoning, e.g. of configs/reasoning-hops.yaml")
     task, fixed = opened.run.data.task, opened.model.config.injection == "none"
-    difficulties = options.difficulties or usual_difficulties(task)
+    difficulties = sorted(set(options.difficulties or usual_difficulties(task)))
     if difficulties[-1] > task.hardest:
         raise MythosError(
             f"{path}: got a difficulty of {difficulties[-1]}; the text of this task can tell up to {task.hardest}. "
@@ -133,7 +119,7 @@ def measure(path: str, name: str, options: argparse.Namespace) -> AccuracyMap:
         name=name,
         step=opened.step,
         difficulties=difficulties,
-        loops=[1] if fixed else options.loops or difficulties,
+        loops=[1] if fixed else sorted(set(options.loops or difficulties)),
         sequences=options.sequences,
         length=opened.run.data.sequence_length,
     )

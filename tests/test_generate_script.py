@@ -1,5 +1,6 @@
 """Text from a trained model: opening it, exporting it, pieces of text, and the command line."""
 
+import contextlib
 import io
 import json
 import random
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,7 +22,8 @@ from mythos.errors import MythosError
 from mythos.model.halting import Act, Convergence, SecondDifference
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.model.sampling import Sampling
-from mythos.model_files import OpenedModel, export_model, open_model
+from mythos.model_files import OpenedModel, export_model, open_model, run_directory
+from mythos.storage import RemoteStorage
 from mythos.text_generation import Piece, PieceStream, TextGeneration, TextRow, choose_depth, generate_text
 from mythos.trainer import Trainer
 from scripts import export_hf
@@ -89,16 +92,17 @@ def test_an_older_checkpoint_is_opened_by_its_path(trained: Trainer, opened: Ope
     assert_same(weights(open_model(f"{saved(trained, 4)}/").model), newer)
 
 
+def test_a_run_may_be_called_like_a_checkpoint(trained: Trainer, tmp_path: Path) -> None:
+    checkpoint = copy_of(trained, tmp_path / "step-7")
+    assert open_model(tmp_path / "step-7").source == str(checkpoint)
+    assert run_directory(tmp_path / "step-7") == run_directory(checkpoint) == tmp_path / "step-7"
+    assert run_directory(tmp_path) is None and run_directory("memory://a/checkpoints/step-00000004") is None
+
+
 def test_a_run_that_checkpoints_elsewhere(trained: Trainer, tmp_path: Path) -> None:
     """The path of a checkpoint alone leads to its run's tokenizer; a URL of fsspec is fetched."""
-    import fsspec
-
-    memory, root = fsspec.filesystem("memory"), "/elsewhere-generate"
-    memory.put(str(saved(trained, 4)), f"{root}/step-00000004", recursive=True)
-    try:
-        far = open_model(f"memory:/{root}/step-00000004")
-    finally:
-        memory.rm(root, recursive=True)
+    with far_away(saved(trained, 4)) as url:
+        far = open_model(url)
     assert_same(weights(far.model), weights(trained.model))
     assert far.tokenizer is not None
 
@@ -154,13 +158,20 @@ def copy_of(trained: Trainer, folder: Path) -> Path:
     return folder / "checkpoints" / "step-00000004"
 
 
-def test_what_cannot_be_opened(trained: Trainer, opened: OpenedModel, tmp_path: Path) -> None:
+def test_what_cannot_be_opened(
+    trained: Trainer, opened: OpenedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(MythosError, match=r"missing: there is nothing\. Give a run directory"):
         open_model(tmp_path / "missing")
     with pytest.raises(MythosError, match="it is no model"):
         open_model(tmp_path)
     with pytest.raises(MythosError, match="step-00000003 is no complete checkpoint"):
         open_model(saved(trained, 3))
+    with pytest.raises(MythosError, match=r"cannot be read: .*File name too long"):
+        open_model(tmp_path / ("a" * 300))
+    monkeypatch.setattr(RemoteStorage, "exists", Mock(side_effect=RuntimeError("no permission")))
+    with pytest.raises(MythosError, match="step-00000003 cannot be read: no permission"):
+        open_model("memory://nowhere/step-00000003")
 
     checkpoint = copy_of(trained, tmp_path / "run")
     (checkpoint / "committed").unlink()
@@ -168,17 +179,73 @@ def test_what_cannot_be_opened(trained: Trainer, opened: OpenedModel, tmp_path: 
         open_model(tmp_path / "run")
 
 
+def write_meta(checkpoint: Path, meta: dict[str, object]) -> None:
+    """Change meta.json as if it had been written so."""
+    (checkpoint / "meta.json").write_text(json.dumps(meta))
+    (checkpoint / "committed").write_bytes(b"")
+
+
+@contextlib.contextmanager
+def far_away(checkpoint: Path) -> Iterator[str]:
+    """A copy in an object store."""
+    import fsspec
+
+    memory, root = fsspec.filesystem("memory"), "/elsewhere-generate"
+    memory.put(str(checkpoint), f"{root}/{checkpoint.name}", recursive=True)
+    try:
+        yield f"memory:/{root}/{checkpoint.name}"
+    finally:
+        memory.rm(root, recursive=True)
+
+
+def test_no_memory_is_asked_for_before_shapes_are_known_to_fit(
+    trained: Trainer, opened: OpenedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sizes far beyond any memory, and beyond what a tensor can have at all."""
+    monkeypatch.setattr(RecurrentDepthTransformer, "to_empty", None)
+    checkpoint, folder = copy_of(trained, tmp_path / "run"), tmp_path / "export"
+    export_model(opened, folder)
+    config, meta = json.loads((folder / "config.json").read_text()), json.loads((checkpoint / "meta.json").read_text())
+    for changes, message in [
+        ({"ffn_dim": 2**40}, "tensors differ"),
+        ({"ffn_dim": 2**62}, "Overflow"),
+        ({"dim": 2**40}, "Storage size calculation overflowed"),
+        ({"core_layers": 10**12}, "more layers than"),
+    ]:
+        (folder / "config.json").write_text(json.dumps(config | changes))
+        values = meta["config"] | {"model": meta["config"]["model"] | changes}
+        write_meta(checkpoint, meta | {"config": values})
+        for path in (folder, checkpoint):
+            with pytest.raises(MythosError, match=f"{path.name} does not fit its own configuration: .*{message}"):
+                open_model(path)
+
+
 def test_damage_is_found(trained: Trainer, opened: OpenedModel, tmp_path: Path) -> None:
     checkpoint = copy_of(trained, tmp_path / "run")
     [shard] = checkpoint.glob("*.safetensors")
+    whole = shard.read_bytes()
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(MythosError, match=f"damaged: {shard.name} is not as it was written"):
+    with pytest.raises(MythosError, match=f"damaged: {shard.name}: its bytes are not those that were written"):
         open_model(checkpoint)
+    with far_away(checkpoint) as url, pytest.raises(MythosError, match=f"{shard.name}: its bytes are not those"):
+        open_model(url)
     shard.unlink()
     with pytest.raises(MythosError, match=r"damaged: .*No such file"):
         open_model(checkpoint)
+    with far_away(checkpoint) as url, pytest.raises(MythosError, match=r"step-00000004 cannot be fetched: "):
+        open_model(url)
+
+    # Where there are no checksums, as in earlier versions.
+    meta = json.loads((checkpoint / "meta.json").read_text())
+    write_meta(checkpoint, {key: value for key, value in meta.items() if key != "files"})
+    with pytest.raises(MythosError, match=r"does not fit its own configuration: .* in the file"):
+        open_model(checkpoint)
+    for end in (4, len(whole) // 2):
+        shard.write_bytes(whole[:end])
+        with pytest.raises(MythosError, match="step-00000004 is damaged: "):
+            open_model(checkpoint)
 
     folder = tmp_path / "export"
     export_model(opened, folder)
@@ -430,7 +497,7 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--loops", "0"], "--loops: got '0'; allowed: auto, or whole numbers from 1 on"),
+        (["--loops", "0"], "--loops: got '0'; give auto, or whole numbers of at least 1"),
         (["--loops", "-4"], "--loops: got '-4'"),
         (["--loops", "many"], "--loops: got 'many'"),
         (["--halting", "gate"], "halting: got 'gate', and this model was trained with model.halting=convergence"),
@@ -458,21 +525,21 @@ def test_bad_input_is_told_in_a_line(
     ("arguments", "message"),
     [
         (["--loops", "1,2,3", "--prompt", "b"], "3 loop counts for 2 prompts"),
-        (["--tokens", "0"], "--tokens: got 0; allowed: at least 1"),
+        (["--tokens", "0"], "--tokens: got 0; give at least 1"),
         (["--exit-threshold", "0"], "--exit-threshold: got 0; allowed: a number above 0"),
         (["--exit-threshold", "nan"], "--exit-threshold: got nan; allowed: a number above 0"),
         (["--exit-threshold", "1.5", "--halting", "act"], "got 1.5; allowed for act: above 0 and at most 1"),
         (["--halting", "boredom"], "--halting: got 'boredom'; allowed: none, "),
         (["--halting", "none", "--exit-threshold", "0.1"], "no halting rule that it could be for"),
         (["--stop", ""], "--stop: the text is empty"),
-        (["--top-k", "-1"], "--top-k: got -1; allowed: at least 0 (0 = all)"),
-        (["--seed", "-1"], "--seed: got -1; allowed: at least 0"),
-        (["--prefill-chunk", "0"], "--prefill-chunk: got 0; allowed: at least 1"),
-        (["--cache-loops", "0"], "--cache-loops: got 0; allowed: at least 1"),
+        (["--top-k", "-1"], "--top-k: got -1; give at least 0"),
+        (["--seed", "-1"], "--seed: got -1; give at least 0"),
+        (["--prefill-chunk", "0"], "--prefill-chunk: got 0; give at least 1"),
+        (["--cache-loops", "0"], "--cache-loops: got 0; give at least 1"),
         (["--html", "no/such/folder/a.html"], "--html: there is no folder"),
         (["--html", ""], "--html: got no name; give a file"),
         (["--html", "."], "--html: . is a folder; give a file in it"),
-        (["--device", "cuda"], "--device: got cuda, and torch finds no GPU; give cpu or auto"),
+        (["--device", "cuda"], "--device is cuda, but torch finds no CUDA GPU: set --device=auto or cpu"),
     ],
 )
 def test_what_no_model_could_do_is_told_before_one_is_loaded(

@@ -278,22 +278,27 @@ def open_corpus(config: DataConfig, source: SourceConfig) -> Corpus:
     )
 
 
-def open_validation(config: DataConfig) -> Corpus | None:
+def open_validation(config: DataConfig, option: str | None = None) -> Corpus | None:
     """Open the files of ``data.validation.path``, or return None where validation is held out of the corpus itself.
+
+    Args:
+        config: the data section.
+        option: what messages call the field where a script's option gave it.
 
     Raises:
         MythosError: nothing matches, or what matches cannot be used; the message names it.
     """
     if not config.validation.path:
         return None
+    option = option or "data.validation.path"
     return Corpus(
-        _matching_files(config.validation.path, "data.validation.path", config.patience),
+        _matching_files(config.validation.path, option, config.patience),
         text_column=config.text_column,
         on_error=config.on_error,
         max_document_bytes=config.max_document_bytes,
         patience=config.patience,
         cache_dir=cache_directory(config),
-        what="data.validation.path",
+        what=option,
     )
 
 

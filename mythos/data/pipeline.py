@@ -42,15 +42,19 @@ class Data(NamedTuple):
         """Tokens that the loss counts in a step, over all ranks."""
         return config.tokens_per_step
 
-    def validation(self, sequences: int) -> ValidationSet:
-        """Held-out sequences; raises MythosError if there is not text for one."""
+    def validation(self, sequences: int, option: str | None = None) -> ValidationSet:
+        """Held-out sequences; raises MythosError if there is not text for one.
+
+        `option` is what messages call `data.validation.path` where a script's option gave it.
+        """
         return validation_set(
-            open_validation_sources(self.config, self.sources, self.tokenizer),
+            open_validation_sources(self.config, self.sources, self.tokenizer, option),
             sequences=sequences,
             sequence_length=self.config.sequence_length,
             eos_id=self.tokenizer.eos_id,
             mask_documents=self.config.mask_documents,
             cache_dir=cache_directory(self.config),
+            option=option,
         )
 
 

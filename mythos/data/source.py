@@ -121,8 +121,14 @@ def open_sources(
 
 
 def open_validation_sources(
-    config: DataConfig, sources: Mapping[str, tuple[Source, float]], tokenizer: Tokenizer
+    config: DataConfig,
+    sources: Mapping[str, tuple[Source, float]],
+    tokenizer: Tokenizer,
+    option: str | None = None,
 ) -> dict[str, tuple[Source, float]]:
-    """Sources whose ``held_out`` documents are the validation set: the training sources, or files of its own."""
-    corpus = open_validation(config)
+    """Sources whose ``held_out`` documents are the validation set: the training sources, or files of its own.
+
+    `option` is what messages call the field that names these where a script's option gave it.
+    """
+    corpus = open_validation(config, option)
     return dict(sources) if corpus is None else {"validation": (TextSource(corpus, tokenizer, 1.0), 1.0)}

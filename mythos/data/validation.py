@@ -45,6 +45,7 @@ def validation_set(
     eos_id: int,
     mask_documents: bool = False,
     cache_dir: Path | None = None,
+    option: str | None = None,
 ) -> ValidationSet:
     """Pack the first held-out documents of every source, in an order fixed by the source alone.
 
@@ -55,6 +56,7 @@ def validation_set(
         eos_id: end-of-document token.
         mask_documents: number the documents of every sequence.
         cache_dir: where the packed set is kept, because finding it means reading 1 / fraction times as much text.
+        option: what messages call the script's option that gave the text; None = the configuration's section.
 
     Raises:
         MythosError: not enough text for one sequence.
@@ -64,27 +66,32 @@ def validation_set(
     cached = cache_dir / f"validation-{key}.safetensors" if cache_dir else None
     tensors = _load(cached)
     if tensors is None:
-        tensors = _pack(sources, sequences, sequence_length, eos_id)
+        tensors = _pack(sources, sequences, sequence_length, eos_id, option)
         if cached:
             _save(cached, tensors)
     ids, sizes = tensors["ids"].long(), tensors["bytes"]
     return ValidationSet(ids, number_documents(ids, eos_id) if mask_documents else None, sizes)
 
 
-def _pack(sources: Mapping[str, tuple[Source, float]], sequences: int, length: int, eos_id: int) -> dict[str, Tensor]:
+def _pack(
+    sources: Mapping[str, tuple[Source, float]], sequences: int, length: int, eos_id: int, option: str | None
+) -> dict[str, Tensor]:
     shares = _shares(sequences, [weight for _, weight in sources.values()])
     rows, sizes = [], []
     for (source, _), share in zip(sources.values(), shares, strict=True):
         of_rows, of_sizes = _pack_source(source, share, length, eos_id)
         rows += of_rows
         sizes += of_sizes
+    if not rows and option is not None:
+        raise MythosError(f"{option}: the text does not fill one sequence of {length} tokens. Give files with more.")
     if not rows:
         raise MythosError(
             f"data.validation: the validation text does not fill one sequence of {length} tokens. Raise "
             "data.validation.fraction, give files in data.validation.path, or lower data.sequence_length."
         )
     if len(rows) < sequences:
-        logger.warning("data.validation: text for %d of %d sequences; using these", len(rows), sequences)
+        called = option or "data.validation"
+        logger.warning("%s: text for %d of %d sequences; using these", called, len(rows), sequences)
     return {"ids": torch.tensor(rows, dtype=torch.int32), "bytes": torch.tensor(sizes)}
 
 

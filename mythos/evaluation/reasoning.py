@@ -3,7 +3,7 @@
 import csv
 import json
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,7 @@ from torch import Tensor
 
 from mythos.data.config import TaskConfig
 from mythos.data.tasks import TaskSet, task_set
-from mythos.model.attention import attention_context
-from mythos.model.halting import ActHalting, Pondering
 from mythos.model.rdt import IGNORE_INDEX, RecurrentDepthTransformer
-from mythos.model.recurrence import LoopState
 from mythos.plots import finish
 from mythos.ranks import World
 
@@ -55,8 +52,11 @@ def task_metrics(
             loops = data.difficulties[chosen].tolist() if depth is None else depth
             with torch.no_grad(), autocast:
                 logits = model(ids, loops=loops).logits
-            losses, right = judge(logits, targets)
-            sums[number] += torch.stack([losses.double().sum(), right.double().sum()])
+            losses = F.cross_entropy(
+                logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+            )
+            right = rows_right(logits.argmax(-1) == targets, targets)
+            sums[number] += torch.stack([losses.double().sum(), right.double()])
     tokens = int((data.targets != IGNORE_INDEX).sum())
     metrics: dict[str, float] = {}
     for depth, (loss, right) in zip(wanted, world.sum(sums).tolist(), strict=True):
@@ -68,11 +68,9 @@ def task_metrics(
     return metrics
 
 
-def judge(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses (B, S) in nats, 0 where nothing is asked for, and whether all of a row's answer is right, (B,) bool."""
-    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
-    right = ((logits.argmax(-1) == targets) | (targets == IGNORE_INDEX)).all(-1)
-    return losses.view_as(targets), right
+def rows_right(right: Tensor, targets: Tensor) -> Tensor:
+    """Rows (B, S) whose answer is right in all of its tokens; `right` (B, S) bool tells of each token. Scalar int64."""
+    return (right | (targets == IGNORE_INDEX)).all(-1).sum()
 
 
 @dataclass(frozen=True)
@@ -122,12 +120,12 @@ class AccuracyMap:
 
 
 def usual_difficulties(task: TaskConfig) -> list[int]:
-    """Those of training, and some up to six times the hardest of them."""
+    """Those of training, and some up to six times the hardest of them, as far as the task's text can tell them."""
     low, high = task.difficulty
-    return sorted({*range(low, high + 1), *(round(high * factor) for factor in BEYOND)})
+    beyond = {round(high * factor) for factor in BEYOND}
+    return sorted({*range(low, high + 1), *(difficulty for difficulty in beyond if difficulty <= task.hardest)})
 
 
-@torch.no_grad()
 def accuracy_map(
     model: RecurrentDepthTransformer,
     task: TaskConfig,
@@ -138,12 +136,11 @@ def accuracy_map(
     loops: Sequence[int],
     sequences: int,
     length: int,
-    autocast: AbstractContextManager[Any] | None = None,
 ) -> AccuracyMap:
     """Ask a model in eval mode for answers to one query each.
 
     Args:
-        model: on the device it computes on.
+        model: on the device it computes on; it computes as its parameters are, in float32.
         task: what is asked for.
         name: what the map is called.
         step: steps the model was trained for.
@@ -151,42 +148,22 @@ def accuracy_map(
         loops: increasing; [1] for a fixed-depth model.
         sequences: of each difficulty.
         length: tokens of a sequence, where the difficulty does not take more.
-        autocast: around the forward pass; None = as the parameters are.
 
     Raises:
         ValueError: a difficulty that the task's vocabulary cannot tell.
     """
-    task = task.model_copy(update={"queries": 1, "ask": "end"})
+    task = task.model_copy(update={"queries": 1, "ask": "end" if task.ask == "steps" else task.ask})
     device = model.embedding.weight.device
     accuracy = []
     for difficulty in difficulties:
         data = task_set(task, [difficulty], sequences, max(length, task.length(difficulty)), f"report/{difficulty}")
         right = torch.zeros(len(loops), dtype=torch.int64)
         for ids, targets in zip(data.ids.split(BATCH), data.targets.split(BATCH), strict=True):
-            with autocast or nullcontext():
-                right += right_by_depth(model, ids.to(device), targets.to(device), loops)
+            ids, targets = ids.to(device), targets.to(device)
+            readouts = model.read_depths(ids, targets, loops, judged=True)
+            right += torch.stack([rows_right(readout.right, targets) for readout in readouts]).cpu()
         accuracy.append([count / sequences for count in right.tolist()])
     return AccuracyMap(name, task.name, step, task.difficulty, list(difficulties), list(loops), sequences, accuracy)
-
-
-def right_by_depth(model: RecurrentDepthTransformer, ids: Tensor, targets: Tensor, depths: Sequence[int]) -> Tensor:
-    """Right answers after each of `depths` loops (increasing), from one run of the deepest: (depths,) int64."""
-    context = attention_context(model.config, ids.shape[1], ids.device, None)
-    e = model.encode(ids, context)
-    right: list[Tensor] = []
-    pondering = Pondering(model.halting) if isinstance(model.halting, ActHalting) else None
-
-    def read_out(after: LoopState) -> None:
-        if pondering is not None:
-            pondering.observe(after)
-        if after.loop in depths:
-            state = after.state if pondering is None else pondering.result(after.state)
-            logits = F.linear(model.decode(state, context), model.head_weight).float()
-            right.append(judge(logits, targets)[1].sum())
-
-    state = e.new_zeros(e.shape, dtype=torch.float32)
-    model.recurrence(e, state, [max(depths)] * len(ids), 0, context, read_out)
-    return torch.stack(right).cpu()
 
 
 def draw_maps(maps: Sequence[AccuracyMap], path: Path) -> Path:

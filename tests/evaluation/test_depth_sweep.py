@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -425,15 +426,22 @@ def test_command_line_on_an_exported_model(trained, tmp_path, capsys):
         (["--sequences", "0"], "at least 1"),
         (["--rules", "never"], "never"),
         (["--rules", "act", "--thresholds", "0.5"], "act"),
-        (["--rules", "convergence", "--thresholds", "inf"], "exit threshold of convergence: got inf"),
+        (["--rules", "convergence", "--thresholds", "inf"], "--thresholds: exit threshold of convergence: got inf"),
+        (["--rules", "none", "--thresholds", "0.1"], "--thresholds: exit threshold 0.1: halting is none"),
         (["--most", "0"], "at least 1"),
+        (["--data", ""], "--data: got no name"),
         (["--data", "nothing-*.txt"], "--data: nothing-*.txt matches no file"),
         (["--data", "README.md"], "--data: README.md has an unknown extension"),
-        (["--data", "short.txt"], "--data: the validation text does not fill one sequence of 32 tokens. Give files"),
+        (["--data", "short.txt"], "--data: the text does not fill one sequence of 32 tokens. Give files with more"),
+        (["--device", "cuda"], "--device is cuda, but torch finds no CUDA GPU: set --device=auto or cpu"),
+        (["--loops", "-2"], "--loops: got '-2'"),
+        (["--loops", "2.5"], "--loops: got '2.5'"),
+        (["--micro-batch", "0"], "--micro-batch: got 0"),
     ],
 )
 def test_bad_options(trained, tmp_path, capsys, monkeypatch, options, told):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("README.md", "short.txt"):
         Path(name).write_text("The end.\n")
     assert script.main([str(trained), *options]) == 1
@@ -444,3 +452,17 @@ def test_bad_options(trained, tmp_path, capsys, monkeypatch, options, told):
 def test_bad_path(tmp_path, capsys):
     assert script.main([str(tmp_path)]) == 1
     assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_what_cannot_be_written(trained, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    arguments = ["--loops", "1", "--rules", "none", "--sequences", "1", "--out", str(tmp_path / "file")]
+    assert script.main([str(trained), *arguments]) == 1
+    assert f"error: {tmp_path / 'file'} cannot be written: " in capsys.readouterr().err
+
+
+def test_a_checkpoint_beside_no_run(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(next((trained / "checkpoints").glob("step-*")), tmp_path / "alone" / "step-00000004")
+    assert script.main(["alone/step-00000004", "--loops", "1", "--rules", "none", "--sequences", "1"]) == 0
+    assert (tmp_path / "sweep" / "step-00000004.json").is_file()

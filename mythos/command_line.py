@@ -1,0 +1,74 @@
+"""What the scripts' command lines have in common: how they end, and how options are read and refused."""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from mythos.errors import MythosError
+
+DEVICES = ("auto", "cpu", "cuda")
+"""What --device allows; `mythos.ranks.choose_device` turns it into a device."""
+
+
+def exit_status(action: Callable[[], None]) -> int:
+    """Run what a script is for and return its exit status, with a line on standard error where it did not succeed.
+
+    0 = done, also where what read the output has read enough; 1 = MythosError; 130 = interrupted.
+    """
+    try:
+        action()
+        sys.stdout.flush()
+    except MythosError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails once more as it ends
+    return 0
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Tell of an OSError met on writing to a folder as MythosError."""
+    try:
+        yield
+    except OSError as error:
+        raise MythosError(f"{folder} cannot be written: {error}. Give another folder with --out.") from error
+
+
+def whole_numbers(option: str, text: str, besides: str = "") -> list[int]:
+    """Parse 4,1,2 in the order given. `besides` is what else the option allows, for the message.
+
+    Raises MythosError for anything but numbers of at least 1.
+    """
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or min(values) < 1:
+        raise MythosError(f"{option}: got {text!r}; give {besides}whole numbers of at least 1, e.g. 8 or 1,2,4")
+    return values
+
+
+def positive_numbers(option: str, text: str) -> list[float]:
+    """Parse 0.2,0.1 in the order given. Raises MythosError for anything but numbers above 0."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(value > 0 for value in values):
+        raise MythosError(f"{option}: got {text!r}; give numbers above 0, e.g. 0.2,0.1")
+    return values
+
+
+def check_least(options: argparse.Namespace, **least: int) -> None:
+    """Raise MythosError, with the option's name, for a number that is given and below the least: `tokens=1`."""
+    for name, bound in least.items():
+        value = getattr(options, name)
+        if value is not None and value < bound:
+            raise MythosError(f"--{name.replace('_', '-')}: got {value}; give at least {bound}")

@@ -1,0 +1,74 @@
+"""What the scripts' command lines have in common."""
+
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from mythos.command_line import check_least, exit_status, positive_numbers, whole_numbers, writing
+from mythos.errors import MythosError
+
+
+def failing(error: BaseException) -> None:
+    raise error
+
+
+def test_how_a_script_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_status(lambda: print("made")) == 0
+    assert capsys.readouterr() == ("made\n", "")
+    assert exit_status(lambda: failing(MythosError("--loops: got 0"))) == 1
+    assert capsys.readouterr() == ("", "error: --loops: got 0\n")
+    assert exit_status(lambda: failing(KeyboardInterrupt())) == 130
+    assert capsys.readouterr() == ("", "\nstopped\n")
+    with pytest.raises(ZeroDivisionError):  # a defect of ours is not hidden
+        exit_status(lambda: failing(ZeroDivisionError()))
+
+
+def test_what_reads_the_output_may_stop() -> None:
+    code = "from mythos.command_line import *; sys.exit(exit_status(lambda: print('x' * 10**6)))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as script:
+        try:
+            assert script.stdout is not None and script.stderr is not None
+            script.stdout.read(1)
+            script.stdout.close()
+            assert script.stderr.read() == b"" and script.wait(60) == 0
+        finally:
+            script.kill()
+
+
+def test_numbers_in_the_order_given() -> None:
+    assert whole_numbers("--loops", "4,1,1, 2") == [4, 1, 1, 2]
+    assert positive_numbers("--thresholds", "0.2,1e-3") == [0.2, 1e-3]
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1,0", "2,-3", "a", "", "1,", "1.5", "1e3"])
+def test_what_is_no_whole_number_is_refused(text: str) -> None:
+    told = f"--loops: got {text!r}; give whole numbers of at least 1, e.g. 8 or 1,2,4"
+    with pytest.raises(MythosError) as caught:
+        whole_numbers("--loops", text)
+    assert str(caught.value) == told
+    with pytest.raises(MythosError, match="; give auto, or whole numbers of at least 1"):
+        whole_numbers("--loops", text, besides="auto, or ")
+
+
+@pytest.mark.parametrize("text", ["0", "-0.1", "0.1,0", "nan", "x", "", "0.1,"])
+def test_what_is_no_number_above_zero_is_refused(text: str) -> None:
+    with pytest.raises(MythosError, match=r"--thresholds: got .*; give numbers above 0"):
+        positive_numbers("--thresholds", text)
+
+
+def test_least_values() -> None:
+    options = Namespace(tokens=1, top_k=0, micro_batch=None)
+    check_least(options, tokens=1, top_k=0, micro_batch=1)
+    with pytest.raises(MythosError, match=r"^--top-k: got 0; give at least 1$"):
+        check_least(options, tokens=1, top_k=1)
+
+
+def test_what_cannot_be_written_is_told(tmp_path: Path) -> None:
+    with (
+        pytest.raises(MythosError, match=r"there cannot be written: .*No space left.* with --out"),
+        writing(Path("there")),
+    ):
+        raise OSError(28, "No space left on device")
