@@ -54,10 +54,11 @@ class TaskConfig(Section):
     queries: PositiveInt = 1
     """Questions in a sequence, so that it teaches more: in hops different symbols to start from, in permutations and
     addition words and sums one after another; in mano one."""
-    ask: Literal["end", "steps"] = "end"
+    ask: Literal["end", "steps", "windows"] = "end"
     """permutations, addition: end = the product or sum of all elements or numbers; steps = also that of the first, of
     the first two, and so on, so that every loop has to take a step and to leave those before as they are. Reports ask
-    for the end."""
+    for the end. windows = permutations without words: at each of the last `queries` elements the product of as many as
+    the difficulty, which, as in hops, the number of loops alone tells (depth.follow)."""
     modulus: Size = 23
     """mano: numbers are 0..modulus - 1."""
     group: Literal["S3", "S5"] = "S3"
@@ -96,7 +97,7 @@ class TaskConfig(Section):
         return {
             "hops": self.symbols + self.queries * (1 + difficulty * (self.tell == "marks")) + (self.tell == "number"),
             "mano": 2 * difficulty + 2,
-            "permutations": 1 + self.queries * (1 + difficulty),
+            "permutations": 1 + self.queries * (1 + difficulty) if self.ask != "windows" else self.queries + difficulty,
             "addition": 1 + self.queries * (1 + self.digits * difficulty),
         }[self.name]
 
@@ -127,6 +128,12 @@ def task_contradictions(
     if task.ask == "steps" and task.name not in ("permutations", "addition"):
         rule = "the steps of permutations and addition only can be asked for"
         yield ("data.task.name", "data.task.ask"), f"got {task.name} and steps; {rule}"
+    if task.ask == "windows" and task.name != "permutations":
+        yield ("data.task.name", "data.task.ask"), f"got {task.name} and windows; these are for permutations only"
+    if task.ask == "windows" and follow == "none" and low < high:
+        rule = "nothing says how many elements count; set the first to end or steps"
+        rule += ", or, where there are loops, the second to difficulty"
+        yield ("data.task.ask", "depth.follow"), f"got windows and none; {rule}"
     if task.name == "mano" and task.queries > 1:
         yield ("data.task.name", "data.task.queries"), f"got mano and {task.queries}; a sequence holds one expression"
     if isinstance(vocab_size, int) and padded_vocab_size(vocab_size) < task.vocabulary:

@@ -173,15 +173,23 @@ def _mano(task: TaskConfig, draws: Draws, difficulty: int, inputs: np.ndarray, t
 def _permutations(task: TaskConfig, draws: Draws, difficulty: int, inputs: np.ndarray, targets: np.ndarray) -> None:
     """Elements in front; words, each of a token that begins it and its elements.
 
-    Asked for is the product of each word, at its end, or of each beginning of it too. Tokens: elements from 1, then the
-    beginning. The product of g and h is g first, then h.
+    Asked for is the product of each word, at its end, or of each beginning of it too. As windows, there are elements
+    only, and asked for is the product of as many as the difficulty at each of the last elements. Tokens: elements from
+    1, then the beginning. The product of g and h is g first, then h.
     """
     element, begin = 1, 1 + task.elements
     inputs[:] = element + draws.integers(task.elements, inputs.shape[1])
+    table = multiplication_table(int(task.group[1]))
+    if task.ask == "windows":
+        windows = np.lib.stride_tricks.sliding_window_view(inputs - element, difficulty, axis=1)[:, -task.queries :]
+        product = np.zeros(windows.shape[:2], np.int64)  # element 0 is the identity
+        for place in range(difficulty):
+            product = table[product, windows[:, :, place]]
+        targets[:, -task.queries :] = element + product
+        return
     words, answers = _parts(inputs, task.queries, difficulty), _parts(targets, task.queries, difficulty)
     words[:, :, 0] = begin
-    table = multiplication_table(int(task.group[1]))
-    product = np.zeros(words.shape[:2], np.int64)  # element 0 is the identity
+    product = np.zeros(words.shape[:2], np.int64)
     for place in range(1, difficulty + 1):
         product = table[product, words[:, :, place] - element]
         if place == difficulty or task.ask == "steps":

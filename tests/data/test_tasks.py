@@ -136,6 +136,27 @@ def test_answers_are_those_of_a_solver(settings: dict[str, Any], difficulty: int
         assert len(asked) == task.targets(difficulty)
 
 
+@pytest.mark.parametrize(("difficulty", "longer"), [(1, 0), (4, 0), (5, 6)])
+def test_windows_ask_for_the_product_of_the_last_elements(difficulty: int, longer: int) -> None:
+    task = TaskConfig(name="permutations", ask="windows", queries=7)
+    length = task.length(difficulty) + longer
+    made = make_sequences(task, np.arange(ROWS, dtype=np.uint64), difficulty, length)
+    elements = list(permutations(range(3)))
+    begins = set()
+    for ids, targets in zip(made.inputs.tolist(), made.targets.tolist(), strict=True):
+        asked = [place for place, answer in enumerate(targets) if answer != -100]
+        assert asked == list(range(asked[0], asked[0] + 7)), "side by side"
+        assert asked[0] >= difficulty, "an element stands before the first product"
+        for place in asked:
+            moved = [0, 1, 2]
+            for token in ids[place - difficulty + 1 : place + 1]:
+                moved = [elements[token - 1][point] for point in moved]
+            assert targets[place] == elements.index(tuple(moved)) + 1
+        begins.add(asked[0])
+    assert len(begins) == longer + 1, "anywhere in the sequence"
+    assert set(np.unique(made.inputs)) == set(range(1, 7)), "elements alone"
+
+
 @pytest.mark.parametrize("name", ["permutations", "addition"])
 def test_questions_stand_anywhere(name: str) -> None:
     """What stands before a question tells nothing of its difficulty: every place comes up, all as often."""

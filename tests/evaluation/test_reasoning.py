@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,18 @@ def test_dry_run_knows_the_vocabulary(tmp_path: Path) -> None:
         ({"data__mask_documents": True}, "data.kind, data.mask_documents"),
         ({"model__vocab_size": 2, "data__task": {"symbols": 12}, "data__sequence_length": 13}, "model.vocab_size"),
         ({"depth__follow": "none"}, "data.task.tell, depth.follow: got nothing and none; .* number or marks"),
+        (
+            {"data__task": {"ask": "windows"}, "data__sequence_length": 13},
+            "data.task.name, data.task.ask: got hops and windows",
+        ),
+        (
+            {
+                "data__task": {"name": "permutations", "ask": "windows"},
+                "data__sequence_length": 13,
+                "depth__follow": "none",
+            },
+            "data.task.ask, depth.follow: got windows and none; .* end or steps",
+        ),
         ({"depth__mean": 4}, "depth.follow, depth.mean: got difficulty and 4.0; .* set the second to null"),
         ({"depth__sampling": "uniform"}, "depth.follow, depth.sampling: .* set the second to poisson"),
         ({"depth__curriculum": {"shape": "linear"}}, "got difficulty and {shape: linear, over: 0.25, start: 1.0};"),
@@ -220,6 +233,9 @@ def test_what_refusals_advise_is_accepted(tmp_path: Path) -> None:
     tiny(tmp_path, depth__follow="none", data__task={"symbols": 4, "tell": "number"}, data__sequence_length=6)
     tiny(tmp_path, depth__follow="none", data__task={"symbols": 4, "difficulty": [2, 2]})
     tiny(tmp_path, depth__follow="none", data__task={"name": "addition"}, data__sequence_length=12)
+    for ask, follow in (("end", "none"), ("steps", "none"), ("windows", "difficulty")):
+        task = {"name": "permutations", "ask": ask, "difficulty": [1, 3]}
+        tiny(tmp_path, depth__follow=follow, data__task=task, data__sequence_length=8)
 
 
 def test_loops_follow_only_where_there_are_some(tmp_path: Path) -> None:
@@ -255,6 +271,7 @@ def test_every_entry_of_a_map_equals_a_run_by_itself() -> None:
 def test_usual_difficulties_reach_six_times_the_hardest() -> None:
     assert usual_difficulties(TaskConfig(difficulty=(1, 5))) == [1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30]
     assert usual_difficulties(TaskConfig(difficulty=(4, 10))) == [4, 5, 6, 7, 8, 9, 10, 12, 16, 20, 30, 40, 60]
+    assert usual_difficulties(TaskConfig(difficulty=(30, 32), tell="number")) == [30, 31, 32, 38, 51, 64]
 
 
 def test_a_map_is_written_whole(tmp_path: Path) -> None:
@@ -277,7 +294,9 @@ def test_a_map_is_written_whole(tmp_path: Path) -> None:
     assert draw_maps([made, made], tmp_path / "both.png").stat().st_size > picture.stat().st_size
 
 
-def test_report_of_a_looped_and_a_fixed_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_of_a_looped_and_a_fixed_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run(tiny(tmp_path / "looped", train__steps=1))
     assert "of the sequences have every answer right at as many loops as steps" in capsys.readouterr().out
     fixed = {"model__injection": "none", "model__loops": 1, "depth__follow": "none", "eval__loops": [1]}
@@ -303,7 +322,16 @@ def test_report_of_a_looped_and_a_fixed_run(tmp_path: Path, capsys: pytest.Captu
     assert [json.loads((out / f"{stem}.json").read_text())["name"] for stem in stems] == list(stems)
     (tmp_path / "file").touch()
     assert report([runs[0], "--sequences", "8", "--difficulties", "1", "--out", str(tmp_path / "file")]) == 1
-    assert "error: --out: " in capsys.readouterr().err
+    assert f"error: {tmp_path / 'file'} cannot be written: " in capsys.readouterr().err
+    # Without a run directory above it, not to wherever two folders above happens to be.
+    monkeypatch.chdir(out)
+    shutil.copytree(Path(runs[0]) / "checkpoints" / "step-00000001", out / "a" / "b" / "step-00000001")
+    assert report(["a/b/step-00000001", "--sequences", "8", "--difficulties", "1"]) == 0
+    assert {file.name for file in (out / "reasoning").iterdir()} == {"a.png", "a.csv", "a.json"}
+    (out / "side-by-side.png").unlink()
+    (out / "side-by-side.png").mkdir()
+    assert report([*runs, "--sequences", "8", "--difficulties", "1", "--out", str(out)]) == 1
+    assert f"error: {out} cannot be written: " in capsys.readouterr().err
     assert depth_sweep([runs[0]]) == 1
     assert "scripts/reasoning.py" in capsys.readouterr().err
     for option in ("--loops", "--most"):
@@ -316,13 +344,24 @@ def test_runs_are_called_as_their_directories() -> None:
     assert names(given) == ["lr0.1", "lr0.2", "lr0.1-2", "lr0.1-2-2", "lr0.1-3"]
 
 
-def test_report_refuses_what_it_cannot_ask(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_refuses_what_it_cannot_ask(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert report([str(tmp_path), "--device", "cuda"]) == 1
+    assert capsys.readouterr().err == "error: --device is cuda, but torch finds no CUDA GPU: set --device=auto or cpu\n"
     assert report([str(tmp_path / "nothing")]) == 1
     assert "error: " in capsys.readouterr().err
-    for option, value in (("--loops", "0"), ("--difficulties", "a"), ("--sequences", "0")):
+    bad = (
+        ("--loops", "0", "'0'"),
+        ("--loops", "1,-2", "'1,-2'"),
+        ("--difficulties", "a", "'a'"),
+        ("--sequences", "0", "0"),
+    )
+    for option, value, told in bad:
         assert report([str(tmp_path), option, value]) == 1
         error = capsys.readouterr().err
-        assert error.startswith(f"error: {option}: got {value}; give ") and error.count("\n") == 1
+        assert error.startswith(f"error: {option}: got {told}; give ") and error.count("\n") == 1
     task = {"symbols": 4, "difficulty": [1, 3], "tell": "number"}
     run(tiny(tmp_path, train__steps=1, data__task=task, data__sequence_length=6))
     capsys.readouterr()
