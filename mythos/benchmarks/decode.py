@@ -1,0 +1,204 @@
+"""Greedy generation: tokens per second and bytes of the cache, by loops, batch and halting."""
+
+import argparse
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mythos.benchmarks import open_mythos
+from mythos.benchmarks.steps import configuration
+from mythos.benchmarks.timing import (
+    Memory,
+    Ratio,
+    Work,
+    in_fresh_process,
+    in_turns,
+    mebibytes,
+    peak_memory,
+    print_table,
+    resident_bytes,
+)
+from mythos.command_line import check_least, whole_numbers
+from mythos.errors import MythosError
+from mythos.model.config import ModelConfig
+from mythos.model.generate import Generation, generate
+from mythos.model.halting import THRESHOLDS, HaltingRule, halting_rule
+from mythos.model.rdt import RecurrentDepthTransformer
+from mythos.model.sampling import Sampling
+from mythos.model_files import open_model
+
+PROMPT = 64
+"""Tokens of a prompt that decoding starts from."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the subcommand."""
+    parser.add_argument(
+        "config",
+        metavar="RUN | CONFIG.yaml | SIZE",
+        help="a trained model; or a run, a preset or a size of this benchmark, with untrained weights",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="of CONFIG.yaml or SIZE")
+    parser.add_argument("--batch", default="8", metavar="N,N,...", help="rows (8)")
+    parser.add_argument("--loops", metavar="N,N,...", help="most loops (the mean of training)")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens generated in each row (128)")
+    parser.add_argument("--halting", help="rule (the model's; all loops only for untrained weights)")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of matrix products (float32)")
+    parser.add_argument("--repeats", type=int, default=5, help="turns (5)")
+    parser.add_argument("--against", choices=["open-mythos"], help="compare with that package, without halting")
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Print the table; return the figures."""
+    check_least(options, repeats=1, tokens=1)
+    batches = whole_numbers("--batch", options.batch)
+    if Path(options.config).is_dir():
+        if options.overrides:
+            raise MythosError(f"{options.overrides[0]}: a trained model is measured as it is; give no overrides")
+        opened = open_model(options.config)
+        model, mean, trained = opened.model, opened.mean_loops, True
+    else:
+        config = configuration(options.config, options.overrides)
+        model = untrained(config.model)
+        mean, trained = round(config.depth_mean), False
+    loops = whole_numbers("--loops", options.loops) if options.loops else [mean]
+    if PROMPT + options.tokens > model.config.context_length:
+        raise MythosError(
+            f"--tokens: got {options.tokens}; with a prompt of {PROMPT} the model's context has room for "
+            f"{model.config.context_length - PROMPT} (model.context_length)"
+        )
+    if max(loops) > 1 and model.config.injection == "none":
+        raise MythosError(f"--loops: got {options.loops}; without injection the core runs once: 1")
+    print(f"{PROMPT} tokens of prompt, {options.tokens} more in each row, {options.dtype}")
+    if options.against:
+        return {"rows": [against(model, count, batch, options) for count in loops for batch in batches]}
+    rules = halting_rules(model, options.halting, trained)
+    return {"rows": [row for count in loops for batch in batches for row in table(model, count, batch, rules, options)]}
+
+
+def untrained(config: ModelConfig) -> RecurrentDepthTransformer:
+    """A model to time, whatever it says."""
+    return RecurrentDepthTransformer(config).initialize(0).eval()
+
+
+def halting_rules(model: RecurrentDepthTransformer, name: str | None, trained: bool) -> dict[str, HaltingRule | None]:
+    """All loops, and thresholds of a rule: that named, or a trained model's own. Raises MythosError for others."""
+    rules: dict[str, HaltingRule | None] = {"all loops": None}
+    rule = name or (model.config.halting if trained else "none")
+    if rule == "none":
+        return rules
+    if rule not in THRESHOLDS:
+        raise MythosError(f"--halting: got {rule}; allowed: {', '.join(['none', *THRESHOLDS])}")
+    for factor in (0.5, 1, 2) if rule != "act" else (1,):
+        threshold = factor * THRESHOLDS[rule]
+        try:
+            rules[f"{rule} at {threshold:g}"] = halting_rule(model, rule, threshold)
+        except ValueError as error:
+            raise MythosError(f"--halting: {error}") from error
+    return rules
+
+
+def prompts_of(vocabulary: int, batch: int) -> Tensor:
+    """Random ids: what is decoded after them is as good as any for the time, and for most rules no easier."""
+    return torch.randint(vocabulary, (batch, PROMPT), generator=torch.Generator().manual_seed(0))
+
+
+def decode(
+    model: RecurrentDepthTransformer, batch: int, tokens: int, loops: int, rule: HaltingRule | None, dtype: str
+) -> Generation:
+    """Generate greedily after random prompts."""
+    prompts = prompts_of(int(model.config.vocab_size), batch)
+    with torch.autocast("cpu", dtype=DTYPES[dtype], enabled=dtype != "float32"):
+        return generate(model, prompts.tolist(), tokens, sampling=Sampling(temperature=0), loops=loops, halting=rule)
+
+
+def table(
+    model: RecurrentDepthTransformer,
+    loops: int,
+    batch: int,
+    rules: dict[str, HaltingRule | None],
+    options: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    """Rules in turns, and each one's ratio to all loops in the same turn."""
+    made: dict[str, Generation] = {}
+
+    def work(name: str, rule: HaltingRule | None) -> Work:
+        return lambda: made.update({name: decode(model, batch, options.tokens, loops, rule, options.dtype)})
+
+    timings = in_turns({name: work(name, rule) for name, rule in rules.items()}, options.repeats, warm_up=1)
+    results = []
+    for name, times in timings.items():
+        ratio = Ratio.of(timings["all loops"], times)
+        results.append({
+            "most_loops": loops,
+            "batch": batch,
+            "halting": name,
+            **times.record(),
+            "tokens_per_cpu_second": batch * options.tokens / times.median,
+            "tokens_per_second": batch * options.tokens / times.wall,
+            "loops": statistics.mean(count for row in made[name].rows for count in row.loops),
+            "speed_ratio": ratio._asdict(),
+            "cache_bytes": made[name].cache_bytes,
+        })  # fmt: skip
+    print_table(
+        [f"{loops} loops, {batch} rows", "tokens/CPU s", "tokens/s", "loops", "speed", "cache"],
+        [
+            [r["halting"], f"{r['tokens_per_cpu_second']:,.0f}", f"{r['tokens_per_second']:,.0f}", f"{r['loops']:.2f}",
+             f"{r['speed_ratio']['median']:.2f} x", f"{r['cache_bytes'] / 2**20:.1f} MiB"]
+            for r in results
+        ],
+    )  # fmt: skip
+    return results
+
+
+def against(model: RecurrentDepthTransformer, loops: int, batch: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Our decoding and the other package's in turns, all loops in both, then each one's memory."""
+    tokens, config = options.tokens, model.config
+    theirs = open_mythos.Decoder(config, PROMPT + tokens, loops, DTYPES[options.dtype])
+    prompts = prompts_of(int(config.vocab_size), batch)
+    timings = in_turns(
+        {
+            "mythos": lambda: decode(model, batch, tokens, loops, None, options.dtype),
+            "open-mythos": lambda: theirs(prompts, tokens),
+        },
+        options.repeats,
+        warm_up=1,
+    )
+    sizes = (config, batch, tokens, loops, options.dtype)
+    memory = {name: in_fresh_process(memory_of_decoding, name, *sizes) for name in timings}
+    ratio = Ratio.of(timings["open-mythos"], timings["mythos"])
+    print_table(
+        [f"{loops} loops, {batch} rows", "tokens/CPU s", "tokens/s", "peak memory"],
+        [
+            [name, f"{batch * tokens / times.median:,.0f}", f"{batch * tokens / times.wall:,.0f}",
+             mebibytes(memory[name].peak)]
+            for name, times in timings.items()
+        ],
+    )  # fmt: skip
+    print(f"mythos is {ratio} times as fast\n")
+    return {
+        "most_loops": loops,
+        "batch": batch,
+        "speed_ratio": ratio._asdict(),
+        **{name: {**times.record(), "tokens_per_cpu_second": batch * tokens / times.median,
+                  "memory": memory[name]._asdict()} for name, times in timings.items()},
+    }  # fmt: skip
+
+
+def memory_of_decoding(name: str, config: ModelConfig, batch: int, tokens: int, loops: int, dtype: str) -> Memory:
+    """What a process that decodes needs; to be called in one of its own."""
+    device = torch.device("cpu")
+    if name == "mythos":
+        start = resident_bytes()
+        model = untrained(config)
+        return peak_memory(device, start, lambda: decode(model, batch, tokens, loops, None, dtype), runs=1)
+    open_mythos.package()  # its imports count as such
+    start = resident_bytes()
+    theirs = open_mythos.Decoder(config, PROMPT + tokens, loops, DTYPES[dtype])
+    prompts = prompts_of(int(config.vocab_size), batch)
+    return peak_memory(device, start, lambda: theirs(prompts, tokens), runs=1)

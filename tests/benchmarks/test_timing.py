@@ -1,0 +1,123 @@
+"""Turns, clocks, memory and reports of the benchmarks."""
+
+import json
+import os
+import time
+
+import pytest
+import torch
+
+from mythos.benchmarks import timing
+from mythos.benchmarks.timing import Ratio, Seconds, Timings
+from mythos.errors import MythosError
+
+
+def timings(*costs: float) -> Timings:
+    made = Timings()
+    made.runs = [Seconds(cost, 10 * cost) for cost in costs]
+    return made
+
+
+def test_works_take_turns_and_the_first_turns_do_not_count():
+    done: list[str] = []
+    measured = timing.in_turns({name: lambda n=name: done.append(n) for name in "ab"}, repeats=2, warm_up=1)
+    assert done == list("ababab")
+    assert {name: len(times.runs) for name, times in measured.items()} == {"a": 2, "b": 2}
+
+
+def test_cpu_time_leaves_out_what_the_clock_counts():
+    seconds = timing.timed(lambda: time.sleep(0.05))
+    assert seconds.wall >= 0.05 > seconds.cpu
+
+
+def test_timings_by_both_clocks():
+    times = timings(3.0, 1.0, 2.0)
+    assert (times.median, times.best, times.wall) == (2.0, 1.0, 20.0)
+    assert times.record() == {
+        "cpu_seconds": {"median": 2.0, "best": 1.0, "runs": 3},
+        "wall_seconds": {"median": 20.0, "best": 10.0, "runs": 3},
+    }
+    on_gpu = Timings(torch.device("cuda"))
+    on_gpu.runs = times.runs
+    assert on_gpu.median == 20.0
+
+
+def test_ratios_are_those_of_the_same_turn():
+    ratio = Ratio.of(timings(2.0, 40.0, 9.0), timings(1.0, 10.0, 3.0))
+    assert ratio == (3.0, 2.0, 4.0)
+    assert str(ratio) == "3.00 (2.00 to 4.00)"
+
+
+def test_the_peak_of_tensors_is_exact():
+    def work():
+        first = torch.empty(1000)
+        second = torch.empty(500)
+        del first
+        third = torch.empty(250)
+        return second, third
+
+    assert timing.tensor_peak(work) == 4 * 1500
+
+
+def test_shared_storage_is_held_once():
+    tensor = torch.empty(10)
+    assert timing.tensor_bytes([tensor, tensor[2:], torch.empty(5)]) == 60
+
+
+def resident_after(size: int) -> tuple[int, int]:
+    before = timing.resident_bytes()
+    torch.ones(size, dtype=torch.uint8)
+    return timing.most_resident_bytes() - before, torch.get_num_threads()
+
+
+def die() -> None:
+    os._exit(1)
+
+
+def test_memory_of_a_fresh_process():
+    size = 200 * 2**20
+    keep = torch.ones(3 * size, dtype=torch.uint8)  # nothing of this process is counted
+    peak, threads = timing.in_fresh_process(resident_after, size)
+    assert size <= peak < 1.3 * size < len(keep)
+    assert threads == torch.get_num_threads()
+    with pytest.raises(MythosError, match="the process that measures memory died"):
+        timing.in_fresh_process(die)
+
+
+@pytest.mark.parametrize("text", ["x", "0,", "-1", "1.5", ""])
+def test_cores_that_are_no_numbers(text):
+    with pytest.raises(MythosError, match=r"--cores: got .*; give numbers of cores"):
+        timing.core_numbers(text)
+
+
+def test_cores_that_are_not_there():
+    assert timing.core_numbers("2,0,2") == [0, 2]
+    with pytest.raises(MythosError, match=r"--cores: got 4095; allowed: "):
+        timing.pin([4095])
+
+
+def test_a_table(capsys):
+    timing.print_table(["what", "number", "why"], [["a", "1,000", "so"], ["longer", "2", "because"]], words=["why"])
+    assert capsys.readouterr().out == (
+        "what    number  why\n"
+        "a        1,000  so\n"
+        "longer       2  because\n"
+    )  # fmt: skip
+
+
+def test_a_report_names_the_machine(tmp_path):
+    path = tmp_path / "new" / "train.json"
+    timing.check_writable(path)
+    assert not path.exists()
+    timing.write_report(path, "train", ["reference"], {"speed": 1.5})
+    report = json.loads(path.read_text())
+    assert (report["benchmark"], report["arguments"], report["results"]) == ("train", ["reference"], {"speed": 1.5})
+    assert report["machine"]["torch"] == torch.__version__
+    assert report["machine"]["threads"] == torch.get_num_threads()
+
+
+def test_a_report_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file" / "train.json"):
+        with pytest.raises(MythosError, match=r"cannot be written: .* Give another file with --json"):
+            timing.check_writable(path)
