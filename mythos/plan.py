@@ -16,11 +16,20 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mythos.config import Config, ParallelConfig, dump_config
 from mythos.errors import MythosError
-from mythos.estimate import build_on_meta, count_parameters, forward_flops
+from mythos.estimate import (
+    Activations,
+    Step,
+    build_on_meta,
+    count_parameters,
+    forward_flops,
+    mean_depths,
+    recomputed_flops,
+    step_activations,
+)
 from mythos.model.cache import cache_bytes_per_token
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.optim import build_optimizer
-from mythos.parallel import Layout, build_mesh, choose_layout, float32_parameters, shard_model
+from mythos.parallel import Layout, build_mesh, choose_layout, shard_model
 from mythos.ranks import check_fit
 
 DEVICE_MEMORY = 80 * 2**30
@@ -61,8 +70,6 @@ class Laid:
     optimizer: int
     replicated: int
     """Of the parameters, those that are whole on every rank."""
-    copies: int
-    """Weights that autocast copies to its type, where they are not gathered in it."""
     measured: int
     """What ranks sum up in a step to know loss, norms and the experts' load."""
     buckets: int
@@ -78,7 +85,7 @@ class Laid:
 
 @dataclass(frozen=True)
 class Working:
-    """What training a rank's share takes beside its state, in bytes; activations are not included."""
+    """What training a rank's share takes beside its state and its activations, in bytes."""
 
     gathered: int
     """Weights in the type they are computed with: the largest unit, and those that stay gathered."""
@@ -139,12 +146,67 @@ def plan(config: Config, ranks: int | None = None, machine_ranks: int = 8, devic
         f"run directory   {config.run_dir}",
         f"FLOPs per token at {config.data.sequence_length} tokens, forward, by loops",
         *(f"{depth:16d}  {flops.once + depth * flops.loop:.3e}" for depth in depths),
+        _training_line(config),
         _cache_line(config),
         f"processes       {ranks:,}, {local} on a machine: {_named(layout)} ({layout.why})",
         *_memory_lines(config, laid, local, device_memory),
         *_collective_lines(config, laid),
     ]
     return "\n".join(lines)
+
+
+def _training_line(config: Config) -> str:
+    cost = training_cost(config)
+    again = f", {cost.executed:.3e} executed with what {cost.checkpointing} checkpointing computes again"
+    return (
+        f"FLOPs per token of training, at {cost.loops:.2f} loops and {cost.backprop:.2f} with gradient in the mean: "
+        f"{cost.needed:.3e} needed{again if cost.executed > cost.needed else ''}"
+    )
+
+
+@dataclass(frozen=True)
+class TrainingCost:
+    """FLOPs of a token in training, mean over the run's steps and rows."""
+
+    loops: float
+    backprop: float
+    checkpointing: str
+    needed: float
+    executed: float
+    """With the passes that checkpointing computes again."""
+
+
+def training_cost(config: Config) -> TrainingCost:
+    """What a token of the configured run costs; depths are those of its schedule."""
+    length, checkpointing = config.data.sequence_length, config.parallel.activation_checkpointing
+    means, flops = mean_depths(config), forward_flops(config.model, length)
+    needed = 3 * flops.once + flops.loop * (means.loops + 2 * means.backprop)
+    again = means.backprop * recomputed_flops(config.model, length, checkpointing)
+    return TrainingCost(means.loops, means.backprop, checkpointing, needed, needed + again)
+
+
+def activations(config: Config, layout: Layout, checkpointing: str | None = None) -> Activations:
+    """What a rank's deepest micro-batch takes beyond weights, gradients and optimizer state.
+
+    Its rows are all taken to be as deep as may be. Masks of documents are not counted. Under DDP the gradients are
+    always there, because its buckets are.
+    """
+    rows, backprop = _deepest(config, layout)
+    return step_activations(
+        config.model,
+        Step(
+            rows=rows,
+            length=config.data.sequence_length,
+            loops=config.depth_maximum,
+            backprop=backprop,
+            checkpointing=checkpointing or config.parallel.activation_checkpointing,
+            dtype=compute_dtype(config),
+            device="cpu" if config.train.device == "cpu" else "cuda",
+            accumulating=layout.mode == "ddp" or micro_batches(config, layout.size) > 1,
+            gathered=layout.sharded,
+            shared=not (layout.sharded and config.parallel.wrap == "block"),
+        ),
+    )
 
 
 def lay_out(config: Config, layout: Layout) -> Laid:
@@ -179,10 +241,6 @@ def _measure(config: Config, model: RecurrentDepthTransformer, layout: Layout) -
     optimizer = build_optimizer(model, config.optim)
     states = [value for state in optimizer.state.values() for value in state.values()]
     wholes = [p for p in parameters if not isinstance(p, DTensor)]
-    dtype = compute_dtype(config)
-    copied = 0 if layout.sharded or dtype == torch.float32 else sum(p.numel() for p in parameters)
-    if copied:
-        copied -= sum(p.numel() for p in float32_parameters(model))
     load = model.empty_load(torch.device("meta"))
     buckets: list[Any] = []
     if layout.mode == "ddp":
@@ -195,7 +253,6 @@ def _measure(config: Config, model: RecurrentDepthTransformer, layout: Layout) -
         gradients=_local_bytes(parameters),  # a gradient has its parameter's type and shards
         optimizer=_local_bytes(states),
         replicated=_local_bytes(wholes) if layout.sharded else 0,
-        copies=copied * dtype.itemsize,
         measured=torch.float64.itemsize * (4 + (0 if load is None else load.numel())),
         buckets=len(buckets),
         units=tuple(_units(model)),
@@ -244,7 +301,7 @@ def accumulates(config: Config, ranks: int) -> bool:
 
 
 def working_memory(config: Config, laid: Laid) -> Working:
-    """What a rank needs beside its state where FSDP2 gathers and reduces, or autocast copies.
+    """What a rank needs beside its state and activations where FSDP2 gathers and reduces.
 
     Forward, a unit is there twice: its weights, and the buffer they came in, which is freed when the next unit has
     come. Backward, there are its weights, its whole gradient and the weights of the unit before, prefetched; then its
@@ -253,7 +310,7 @@ def working_memory(config: Config, laid: Laid) -> Working:
     """
     units = laid.units
     if not units:
-        return Working(laid.copies, 0, 0)
+        return Working(0, 0, 0)
     summed = accumulates(config, laid.layout.size)
     passing = [unit for unit in units if not (unit.kept or unit.outer)]
     staying = sum(unit.gathered for unit in units if unit.kept or unit.outer)
@@ -375,30 +432,52 @@ def _gib(size: int) -> str:
     return f"{size / 2**30:,.3f}" if size < 100 * 2**30 else f"{size / 2**30:,.0f}"
 
 
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{('es' if what.endswith('s') else 's') * (number != 1)}"
+
+
+def _deepest(config: Config, layout: Layout) -> tuple[int, int]:
+    """Rows of a micro-batch, and the most passes of a row that carry gradient."""
+    rows = max(1, config.train.global_batch // layout.size)
+    micro = config.train.micro_batch
+    return rows if micro == "auto" else min(rows, micro), min(config.depth_maximum, config.depth_backprop)
+
+
 def _memory_lines(config: Config, laid: Laid, machine_ranks: int, device_memory: int) -> list[str]:
     layout, dtype = laid.layout, str(compute_dtype(config)).removeprefix("torch.")
-    working = working_memory(config, laid)
-    total = laid.state + working.total
-    where = "the largest unit and what stays gathered" if laid.units else "cast by autocast"
+    working, passing = working_memory(config, laid), activations(config, layout)
+    rows, loops = _deepest(config, layout)
+    total = laid.state + working.total + passing.peak
     rows = {
         "parameters": laid.parameters,
         "gradients": laid.gradients,
         "optimizer state": laid.optimizer,
-        f"weights in {dtype}: {where}": working.gathered,
+        f"weights in {dtype}: the largest unit and what stays gathered": working.gathered,
         "whole gradients kept between micro-batches": working.accumulated,
         "buffers of collectives, and gradients before they are reduced": working.in_transit,
+        f"activations that {_count(loops, 'pass')} of {_count(rows, 'row')} keep": passing.kept,
+        "activations of the rest, at their peak: head, casts, gradients on their way": passing.peak - passing.kept,
         f"in all, of {device_memory / 2**30:g}": total,
     }
-    lines = ["memory of rank 0, GiB; activations are not included, and need room too"]
+    mode = config.parallel.activation_checkpointing
+    lines = [f"memory of rank 0 at activation_checkpointing={mode}, GiB"]
     lines += [f"{_gib(size):>16}  {what}" for what, size in rows.items() if size or "in all" in what]
     if total <= device_memory:
         return lines
-    fit = find_fit(config, layout.size, machine_ranks, device_memory)
+    shared = activations(config, Layout("fsdp", 1, max(2, layout.size), ""))
+    if shared.peak >= device_memory:
+        return [
+            *lines,
+            f"does not fit, for activations alone take {_gib(shared.peak)} GiB: lower train.micro_batch or "
+            "data.sequence_length, or set parallel.activation_checkpointing=loop",
+        ]
+    fit = find_fit(config, layout.size, machine_ranks, device_memory - shared.peak)
     if isinstance(fit, int):
         return [
             *lines,
             f"does not fit, nor would any mode on any number of processes: each needs at least {_gib(fit)} GiB for the "
-            "unit it gathers and reduces. That takes expert parallelism, which is planned, or devices of more memory.",
+            f"unit it gathers and reduces, and {_gib(shared.peak)} for activations. That takes expert parallelism, "
+            "which is planned, smaller micro-batches, or devices of more memory.",
         ]
     overrides = [
         f"parallel.{name}={'null' if value is None else str(value).lower()}"
@@ -406,7 +485,7 @@ def _memory_lines(config: Config, laid: Laid, machine_ranks: int, device_memory:
         if value != getattr(config.parallel, name)
     ]
     others = "" if fit.ranks == layout.size else f" on {fit.ranks:,} processes"
-    return [*lines, f"does not fit; {' '.join(overrides)}{others} would, with {_gib(fit.needed)} GiB"]
+    return [*lines, f"does not fit; {' '.join(overrides)}{others} would, with {_gib(fit.needed + shared.peak)} GiB"]
 
 
 def _collective_lines(config: Config, laid: Laid) -> list[str]:

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from mythos import plan as planning
 from mythos.config import Config, config_from_dict
 from mythos.errors import MythosError
-from mythos.estimate import build_on_meta
+from mythos.estimate import Activations, build_on_meta
 from mythos.optim import build_optimizer
 from mythos.parallel import choose_layout, parallelize
 from mythos.plan import Laid, Working, fake_processes, lay_out, plan, working_memory
@@ -183,6 +183,12 @@ def test_memory_is_what_steps_allocate(tmp_path: Path, micro_batches: int, chang
 # --- what fits
 
 
+@pytest.fixture
+def no_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layouts are looked at alone."""
+    monkeypatch.setattr(planning, "step_activations", lambda model, step: Activations(0, 0))
+
+
 def told(text: str) -> dict[str, float]:
     """Lines of the memory table, GiB by what they are."""
     return {
@@ -191,6 +197,7 @@ def told(text: str) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.usefixtures("no_activations")
 def test_every_preset_is_planned_for_1024_processes(name: str) -> None:
     text = plan(preset(name), 1024)
     table = told(text)
@@ -213,6 +220,7 @@ def test_every_preset_is_planned_for_1024_processes(name: str) -> None:
         (64, 60, 64, "parallel.shard="),  # the eight of a machine do not suffice
     ],
 )
+@pytest.mark.usefixtures("no_activations")
 def test_what_would_fit_does(ranks: int, memory: int, batch: int, expected: str) -> None:
     def config(*parallel: tuple[str, str]) -> Config:
         values = {"reduce": "step"} | {name: yaml.safe_load(value) for name, value in parallel}
@@ -251,9 +259,36 @@ def test_fitting_layout_is_the_smallest(tmp_path: Path) -> None:
     assert isinstance(planning.find_fit(config, 64, 8, memory // 10), int)
 
 
+def test_activations_count_against_the_memory(tmp_path: Path) -> None:
+    """One forward and backward pass of the fuller step is traced in each plan; the figures of the text add up."""
+    long = {"data__sequence_length": 32768, "model__context_length": 32768, "train__global_batch": 2}
+    none = told(plan(tiny(tmp_path, **long)))
+    loop = told(plan(tiny(tmp_path, **long, parallel__activation_checkpointing="loop")))
+    kept = "activations that 2 passes of 2 rows keep"
+    for table in (none, loop):
+        parts = sum(size for what, size in table.items() if "in all" not in what)
+        assert parts == pytest.approx(table["in all, of 80"], abs=0.003)
+    assert 0 < loop[kept] < none[kept] / 2
+    text = plan(tiny(tmp_path, **long), device_memory=16 * 2**20)
+    assert re.search(r"does not fit, for activations alone take [\d.]+ GiB: lower train\.micro_batch", text)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "loop"])
+def test_a_context_of_a_million_tokens_is_planned(checkpointing: str) -> None:
+    """The smallest preset of such a context; a table or mask of S x S would take 931 GiB in bytes alone."""
+    made = preset("mythos_100b", activation_checkpointing=checkpointing, mode="fsdp").model_dump(mode="json")
+    made["data"]["sequence_length"] = made["model"]["context_length"]
+    made["model"] |= {"dim": 64, "ffn_dim": 64, "expert_dim": 8, "shared_expert_dim": 8, "n_heads": 1, "loops": 2}
+    made["model"] |= {"prelude_layers": 1, "coda_layers": 1, "n_experts": 8, "q_lora_rank": 16, "kv_lora_rank": 16}
+    made["train"]["micro_batch"] = 1
+    table = told(plan(config_from_dict(made), 1024))
+    assert 0 < table["activations of the rest, at their peak: head, casts, gradients on their way"] < 100
+
+
 # --- what decoding caches
 
 
+@pytest.mark.usefixtures("no_activations")
 def test_cache_of_a_token_is_told(tmp_path: Path) -> None:
     """A layer of mla keeps a latent and one rotated key; one of gqa the keys and the values of its kv heads."""
     assert "cache bytes per token in bfloat16: 16,640 (16.25 KiB) at 16 loops\n" in plan(preset("mythos_3b"))
@@ -269,6 +304,7 @@ def test_cache_of_a_token_is_told(tmp_path: Path) -> None:
 # --- collectives, whose counts tests/distributed/test_collectives.py compares with real steps
 
 
+@pytest.mark.usefixtures("no_activations")
 def test_collectives_of_both_wraps_are_shown(tmp_path: Path) -> None:
     text = plan(tiny(tmp_path, data__streams=8, parallel__mode="fsdp", parallel__wrap="block"), 8)
     loop, block = re.findall(r"^  wrap=(?:loop|block) .*$", text, re.MULTILINE)
@@ -281,6 +317,7 @@ def test_collectives_of_both_wraps_are_shown(tmp_path: Path) -> None:
 # --- processes
 
 
+@pytest.mark.usefixtures("no_activations")
 def test_processes_are_those_of_the_environment_unless_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "processes       1, 1 on a machine: single" in plan(tiny(tmp_path))
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -288,6 +325,7 @@ def test_processes_are_those_of_the_environment_unless_told(tmp_path: Path, monk
     assert "processes       1, 1 on a machine: single" in plan(tiny(tmp_path), 1)
 
 
+@pytest.mark.usefixtures("no_activations")
 def test_layout_depends_on_machine_and_memory() -> None:
     config = preset("mythos_10b")
     assert "hsdp, 128 x 8" in plan(config, 1024)
@@ -306,6 +344,7 @@ def test_number_of_processes_that_does_not_fit(tmp_path: Path) -> None:
         plan(tiny(tmp_path), 1, device_memory=0)
 
 
+@pytest.mark.usefixtures("no_activations")
 def test_no_process_group_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny(tmp_path, parallel__mode="fsdp")
 
