@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mythos.model import kernels
 
@@ -71,15 +72,17 @@ class ExpertWeights:
         gate_up: (E, D, 2 H), without gradient, in the type of the products.
         down: (E, H, D), likewise.
         gradient: what the loops' backward passes add to.
-        link: float32 scalar, through which a backward pass finds the parameters after the last loop; None where
-            gradients are disabled.
+        link: float32 scalar, through which a backward pass finds the parameters after the last loop; None where they
+            get no gradient. A pass that runs through a loop but not to the parameters (torch.autograd.grad of
+            something else) leaves its part to the next one: ask for the parameters' gradient in the same pass.
     """
 
     def __init__(self, gate_up: Tensor, down: Tensor, dtype: torch.dtype) -> None:
         self.gate_up, self.down = gate_up.detach().to(dtype), down.detach().to(dtype)
         self.gradient = WeightGradient(4 * (gate_up.numel() + down.numel()))
         # The graph may not hold this object, which holds the graph: memory would wait for the garbage collector.
-        self.link = _Parameters.apply(gate_up, down, self.gradient) if torch.is_grad_enabled() else None
+        trained = torch.is_grad_enabled() and (gate_up.requires_grad or down.requires_grad)
+        self.link = _Parameters.apply(gate_up, down, self.gradient) if trained else None
 
 
 class WeightGradient:
@@ -180,6 +183,7 @@ class _Parameters(torch.autograd.Function):
         return gate_up.new_zeros((), dtype=torch.float32)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, nothing: None) -> tuple[Tensor, Tensor, None]:
         gate_up, down = ctx.gradient.take()
         return gate_up, down, None
@@ -203,6 +207,7 @@ class _RunExperts(torch.autograd.Function):
         return _summed(grouped_product(activation, weights.down, ends), place, gates.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, of_y: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         x, gates, experts, order, place, gate_up = ctx.saved_tensors
         weights, tokens = ctx.weights, order // gates.shape[-1]
@@ -219,6 +224,8 @@ class _RunExperts(torch.autograd.Function):
         torch.mul(of_activation, swish, out=of_gate_up[:, gate.shape[1] :])
         of_x = _summed(grouped_product(of_gate_up, weights.gate_up.transpose(1, 2), ends), place, gates.shape)
         if weights.link is not None:
+            # Without its place in the graph, which would keep the graph alive where a backward pass ends half way.
+            x = x.detach()
             weights.gradient.add(_Part(x, of_y, activation.mul_(weight), of_gate_up, experts, tokens, ends))
         return of_x.to(ctx.dtype), of_gates, None, None, None
 
@@ -226,7 +233,7 @@ class _RunExperts(torch.autograd.Function):
 def _summed(slots: Tensor, place: Tensor, shape: torch.Size) -> Tensor:
     """Add up each token's slots, which stand at `place`: (n k, D) -> (n, D) float32; `shape` is (n, k)."""
     # Not by index_add, whose sums on a GPU differ from call to call.
-    return slots[place].view(*shape, -1).sum(1, dtype=torch.float32)
+    return slots[place].unflatten(0, shape).sum(1, dtype=torch.float32)
 
 
 # torch 2.13 cannot trace grouped_mm in float32 on a CPU; and the gradient of many loops is not for one graph to form.

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mythos.model.layers import autocast_dtype
 
@@ -30,15 +31,18 @@ class _SummedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
         rows, matrix = hidden.to(dtype), weight.to(dtype)
         loss = torch.zeros((), device=hidden.device)
-        of_hidden, of_weight = torch.empty_like(rows), torch.zeros_like(weight, dtype=torch.float32)
+        of_hidden = torch.empty_like(rows)
+        of_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for piece in pieces(len(rows), len(weight), hidden.device):
             counted = targets[piece] != IGNORE_INDEX
             target = targets[piece].where(counted, 0).unsqueeze(1)
             logits = F.log_softmax(rows[piece] @ matrix.T, dim=-1, dtype=torch.float32)
-            loss -= (logits.gather(1, target).squeeze(1) * counted).sum()
+            loss -= logits.gather(1, target).squeeze(1).where(counted, 0).sum()
             error = logits.exp_().scatter_add_(1, target, logits.new_full((), -1).expand_as(target))
-            error = error.mul_(counted.unsqueeze(1)).to(dtype)
+            error = error.masked_fill_(~counted.unsqueeze(1), 0).to(dtype)
             torch.mm(error, matrix, out=of_hidden[piece])
+            if of_weight is None:
+                continue
             if dtype == torch.float32:
                 of_weight.addmm_(error.T, rows[piece])
             else:
@@ -48,11 +52,13 @@ class _SummedCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         of_hidden, of_weight = ctx.saved_tensors
         for_hidden, for_weight = ctx.dtypes
         # In place: the pieces are gone, so nobody can ask a second time.
-        return of_hidden.to(for_hidden).mul_(gradient), of_weight.mul_(gradient).to(for_weight), None, None
+        of_weight = None if of_weight is None else of_weight.mul_(gradient).to(for_weight)
+        return of_hidden.to(for_hidden).mul_(gradient), of_weight, None, None
 
 
 def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -62,7 +68,7 @@ def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     type, all else in float32. Its backward pass can be run once.
     """
     hidden, targets = hidden.flatten(0, -2), targets.flatten()
-    if not torch.is_grad_enabled():
+    if not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
         return cross_entropies(hidden, weight, targets).sum()
     dtype = autocast_dtype(hidden)
     with torch.autocast(hidden.device.type, enabled=False):

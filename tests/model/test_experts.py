@@ -125,3 +125,34 @@ def test_a_step_leaves_nothing_to_the_garbage_collector() -> None:
             assert gone() is None
     finally:
         gc.enable()
+
+
+def test_a_backward_pass_that_ends_half_way_leaves_nothing_either() -> None:
+    """As when memory runs out in one: what is kept for later products may not keep the graph alive."""
+    leaves, gates, experts, _ = made(loops=4)
+    x, gate_up, down = (leaf.requires_grad_() for leaf in leaves)
+
+    def fails(gradient: torch.Tensor) -> None:
+        raise MemoryError
+
+    weights = ExpertWeights(gate_up, down, torch.float32)
+    for loop in range(4):
+        x = x + run_experts(x, gates[loop], experts[loop], weights)
+        if loop == 1:
+            x.register_hook(fails)
+    with pytest.raises(MemoryError):
+        x.sum().backward()
+    gone = weakref.ref(weights.gradient)
+    del weights, x
+    gc.collect()
+    assert gone() is None
+
+
+def test_frozen_experts_pass_gradients_on_and_form_none() -> None:
+    leaves, gates, experts, direction = made(loops=1)
+    x = leaves[0].requires_grad_()
+    weights = ExpertWeights(*leaves[1:], torch.float32)
+    (run_experts(x, gates[0], experts[0], weights) * direction).sum().backward()
+    alone = (one_by_one(x, *leaves[1:], gates[0], experts[0]) * direction).sum()
+    torch.testing.assert_close(x.grad, torch.autograd.grad(alone, x)[0], rtol=1e-4, atol=1e-5)
+    assert weights.link is None and not weights.gradient.take()

@@ -67,6 +67,19 @@ def test_bfloat16_products_but_a_float32_sum() -> None:
     assert (weight.grad - wanted).norm() < 5e-3 * wanted.norm()
 
 
+def test_what_is_masked_or_frozen_does_not_count() -> None:
+    hidden, weight, targets = made()
+    expected = summed_cross_entropy(hidden, weight, targets).item()
+    broken = hidden.detach().clone()
+    broken[0, ::7] = float("nan")  # where there is no target
+    assert summed_cross_entropy(broken.requires_grad_(), weight, targets).item() == pytest.approx(expected, rel=1e-5)
+    whole(hidden, weight, targets).sum().backward()
+    wanted, hidden.grad = hidden.grad, None
+    summed_cross_entropy(hidden, weight.detach(), targets).backward()
+    torch.testing.assert_close(hidden.grad, wanted, rtol=1e-5, atol=1e-5)
+    assert not summed_cross_entropy(hidden.detach(), weight.detach(), targets).requires_grad
+
+
 def test_no_target_at_all_and_only_one_backward_pass() -> None:
     hidden, weight, targets = made()
     total = summed_cross_entropy(hidden, weight, torch.full_like(targets, IGNORE_INDEX))
