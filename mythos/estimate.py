@@ -207,7 +207,6 @@ def _fake(config: ModelConfig, step: Step) -> Iterator[RecurrentDepthTransformer
         config = config.model_copy(update={"vocab_size": 1})
     frozen = gc.get_freeze_count()
     if not frozen:
-        gc.collect()
         gc.freeze()  # so that collecting what a step leaves in cycles is quick
     try:
         # torch without CUDA cannot take fake tensors of its device type through a backward pass.

@@ -69,7 +69,9 @@ def report(options: argparse.Namespace) -> None:
         try:
             options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
-            raise MythosError(f"--json: {options.json} cannot be written: {error.strerror}") from error
+            raise MythosError(
+                f"--json: {options.json} cannot be written: {error.strerror}. Give another file."
+            ) from error
 
 
 def estimate(options: argparse.Namespace) -> dict[str, Any]:
@@ -152,6 +154,9 @@ def attention_share(config: Config) -> float:
 
 def read(name: str, overrides: Sequence[str], gpus: int, tokens: float | None) -> Config:
     """The configuration of a file or a preset, with the vocabulary and the length of the run settled."""
+    given = {override.partition("=")[0] for override in overrides}
+    if tokens is not None and (twice := given & {"train.steps", "train.tokens"}):
+        raise MythosError(f"--tokens and {min(twice)}: both say how long the run is; give one of them")
     if name in PRESETS:
         model = preset_config(name)
         batch = gpus * -(-64 // gpus)
@@ -161,13 +166,12 @@ def read(name: str, overrides: Sequence[str], gpus: int, tokens: float | None) -
             "train": {"global_batch": batch, "micro_batch": 1, "steps": 1},
         }
         problems = Problems(name, Config)
-        given = {override.partition("=")[0] for override in overrides}
         for override in overrides:
             data = apply_override(data, override, problems)
         problems.raise_any()
         if tokens is None and not given & {"train.steps", "train.tokens"}:
             tokens = float(TOKENS_PER_PARAMETER * count_parameters(model).active)
-        if tokens is not None or "train.tokens" in given:
+        if tokens is not None or ("train.tokens" in given and "train.steps" not in given):
             data["train"].pop("steps", None)
             data["train"].setdefault("tokens", 1)
         config = config_from_dict(data)
@@ -212,7 +216,9 @@ def page(figures: dict[str, Any]) -> str:
             for mode, passing in memory["activations"].items()
         ),
         "decode cache, bytes per token in bfloat16: "
-        + ", ".join(f"{size:,} at {depth} loops" for depth, size in figures["cache_bytes_per_token"].items()),
+        + ", ".join(
+            f"{size:,} at {depth} loop{'s' * (depth > 1)}" for depth, size in figures["cache_bytes_per_token"].items()
+        ),
         "",
         f"{run['tokens']:,} tokens ({run['flops']:.3e} FLOPs) on {run['gpus']:,} {run['gpu']}",
         f"  {run['tokens_per_second']:,.0f} tokens/s, {run['seconds'] / 86400:,.2f} days, "

@@ -12,6 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from mythos import estimate as estimating
 from mythos.config import Config, ParallelConfig
 from mythos.estimate import (
     CHECKPOINTING,
@@ -121,15 +122,15 @@ def test_training_flops_are_those_torch_counts(changes: dict[str, Any], loops: l
     assert executed == pytest.approx(needed, rel=0.01)
 
 
-@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
-@pytest.mark.parametrize("changes", VARIANTS[:3], ids=str)
-def test_recomputed_flops_are_those_torch_counts(changes: dict[str, Any], checkpointing: str) -> None:
+@pytest.mark.parametrize("changes", VARIANTS[:2], ids=str)
+def test_recomputed_flops_are_those_torch_counts(changes: dict[str, Any]) -> None:
     config = ModelConfig(**{**MODEL, **changes})
-    model = RecurrentDepthTransformer(config).initialize(0)
-    plain = counted(model, 4, 3)
-    prepare_model(Config(parallel=ParallelConfig(activation_checkpointing=checkpointing)), model)
-    more = (counted(model, 4, 3) - plain) / LENGTH
-    assert 3 * recomputed_flops(config, LENGTH, checkpointing) == pytest.approx(more, rel=0.01)
+    for checkpointing in CHECKPOINTING:
+        model = RecurrentDepthTransformer(config).initialize(0)
+        plain = counted(model, 4, 3)
+        prepare_model(Config(parallel=ParallelConfig(activation_checkpointing=checkpointing)), model)
+        more = (counted(model, 4, 3) - plain) / LENGTH
+        assert 3 * recomputed_flops(config, LENGTH, checkpointing) == pytest.approx(more, rel=0.01), checkpointing
 
 
 def test_training_flops():
@@ -172,9 +173,12 @@ def allocated(config: ModelConfig, step: Step) -> int:
     run()
     if not step.accumulating:
         model.zero_grad(set_to_none=True)
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
+    gc.disable()  # or what earlier tests left is freed meanwhile
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            run()
+    finally:
+        gc.enable()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -184,29 +188,35 @@ def allocated(config: ModelConfig, step: Step) -> int:
 
 
 SIZES = {
-    "experts": (preset_config("mythos_nano", vocab_size=512), 4, 128),
-    "heads": (preset_config("mythos_nano", vocab_size=2048, attention="gqa", core_ffn="dense", dim=256), 2, 256),
-    "wide": (preset_config("mythos_tiny", vocab_size=1024, core_layers=2), 1, 192),
-}
+    "experts": (preset_config("mythos_nano", vocab_size=512), 4, 128, torch.float32),
+    "heads": (
+        preset_config("mythos_nano", vocab_size=2048, attention="gqa", core_ffn="dense", dim=256), 2, 256,
+        torch.bfloat16,
+    ),
+    "wide": (
+        preset_config("mythos_tiny", vocab_size=1024, core_layers=2, prelude_layers=1, coda_layers=1), 2, 512,
+        torch.bfloat16,
+    ),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("size", SIZES)
-def test_activations_are_what_a_step_allocates(size: str, checkpointing: str, dtype: torch.dtype) -> None:
-    config, rows, length = SIZES[size]
+def test_activations_are_what_a_step_allocates(size: str, checkpointing: str) -> None:
+    config, rows, length, dtype = SIZES[size]
     accumulating = size != "heads"
-    step = Step(rows, length, 4, 3, checkpointing, dtype, "cpu", accumulating)
+    step = Step(rows, length, 3, 2, checkpointing, dtype, "cpu", accumulating)
     estimate, measured = step_activations(config, step), allocated(config, step)
     print(f"{estimate.peak:,} bytes estimated, {measured:,} allocated: {estimate.peak / measured:.4f}")
     assert 0.9 < estimate.peak / measured < 1.1
     assert 0 < estimate.kept < estimate.peak
 
 
-def test_memory_beyond_the_traced_loops_goes_on_as_before() -> None:
-    config, rows, length = SIZES["experts"]
+def test_memory_beyond_the_traced_loops_goes_on_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimating, "TRACED_LOOPS", 4)
+    config, rows, length, _ = SIZES["experts"]
     for checkpointing in CHECKPOINTING:
-        step = Step(rows, length, 20, 20, checkpointing, torch.bfloat16, "cpu", True)
+        step = Step(rows, length, 7, 7, checkpointing, torch.bfloat16, "cpu", True)
         estimate, measured = step_activations(config, step).peak, allocated(config, step)
         assert 0.9 < estimate / measured < 1.1, f"{checkpointing}: {estimate:,} {measured:,}"
 
@@ -249,7 +259,8 @@ def test_optimal_loops_are_near_the_published_ones(name: str, ffn_dim: int, publ
 
 def test_page_and_json_of_a_preset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "out.json"
-    small = ["mythos_nano", "model.loops=2", "data.sequence_length=64", "--gpu", "a100", "--gpus", "16"]
+    small = ["mythos_nano", "model.loops=2", "model.prelude_layers=1", "data.sequence_length=64"]
+    small += ["depth.backprop=1", "--gpu", "a100", "--gpus", "16"]
     assert main([*small, "--tokens", "1e9", "--mfu", "0.25", "--price", "2", "--json", str(path)]) == 0
     text, figures = capsys.readouterr().out, json.loads(path.read_text())
     run, flops = figures["run"], figures["flops_per_token"]
@@ -270,6 +281,8 @@ def test_page_and_json_of_a_preset(tmp_path: Path, capsys: pytest.CaptureFixture
         (["mythos_nano", "--mfu", "40"], "--mfu: got 40.0; it is a share of the peak"),
         (["mythos_nano", "--tokens", "nan"], "--tokens: got nan"),
         (["mythos_nano", "model.dimm=3"], "model.dimm: unknown"),
+        (["mythos_nano", "train.tokens=5", "--tokens", "9"], "--tokens and train.tokens: both say how long the run is"),
+        (["mythos_nano", "train.tokens=5", "train.steps=5"], "give exactly one of them"),
         (["none.yaml"], "none.yaml"),
     ],
 )

@@ -96,7 +96,7 @@ def test_slopes():
 
 def test_decode(tmp_path, capsys):
     config = str(write_settings(tmp_path, model__context_length=128))
-    given = ["--batch", "1,2", "--loops", "1,2", "--tokens", "2", "--repeats", "1", "--halting", "convergence"]
+    given = ["--batch", "1,2", "--loops", "1,2", "--tokens", "1", "--repeats", "1", "--halting", "convergence"]
     assert main(["decode", config, "model.vocab_size=384", *given]) == 0
     rows = results(tmp_path, "decode")["rows"]
     assert [(row["most_loops"], row["batch"]) for row in rows[::4]] == [(1, 1), (1, 2), (2, 1), (2, 2)]
@@ -187,7 +187,7 @@ def test_against_open_mythos(tmp_path, capsys, installed):
     assert found["memory_ratio"]["tensors"] == (
         found["mythos"]["memory"]["tensors"] / found["open-mythos"]["memory"]["tensors"]
     )
-    given = ["--against", "open-mythos", "--batch", "1,2", "--tokens", "2", "--repeats", "1"]
+    given = ["--against", "open-mythos", "--batch", "1,2", "--tokens", "1", "--repeats", "1"]
     assert main(["decode", config, *SAME, *given]) == 0
     assert [row["batch"] for row in results(tmp_path, "decode")["rows"]] == [1, 2]
     assert "times as fast" in capsys.readouterr().out

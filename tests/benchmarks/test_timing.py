@@ -75,7 +75,7 @@ def die() -> None:
 
 
 def test_memory_of_a_fresh_process():
-    size = 200 * 2**20
+    size = 100 * 2**20
     keep = torch.ones(3 * size, dtype=torch.uint8)  # nothing of this process is counted
     peak, threads = timing.in_fresh_process(resident_after, size)
     assert size <= peak < 1.3 * size < len(keep)
