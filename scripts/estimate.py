@@ -188,6 +188,11 @@ def read(name: str, overrides: Sequence[str], gpus: int, tokens: float | None) -
     return config
 
 
+def duration(seconds: float) -> str:
+    """In days, or in hours where these are few."""
+    return f"{seconds / 86400:,.2f} days" if seconds >= 172_800 else f"{seconds / 3600:,.2f} hours"
+
+
 def page(figures: dict[str, Any]) -> str:
     """The figures for people."""
     flops, memory, run, split = (figures[name] for name in ("flops_per_token", "memory", "run", "split"))
@@ -221,8 +226,8 @@ def page(figures: dict[str, Any]) -> str:
         ),
         "",
         f"{run['tokens']:,} tokens ({run['flops']:.3e} FLOPs) on {run['gpus']:,} {run['gpu']}",
-        f"  {run['tokens_per_second']:,.0f} tokens/s, {run['seconds'] / 86400:,.2f} days, "
-        f"{run['gpus'] * run['seconds'] / 3600:,.0f} GPU hours, ${run['dollars']:,.0f}",
+        f"  {run['tokens_per_second']:,.0f} tokens/s, {duration(run['seconds'])}, "
+        f"{run['gpus'] * run['seconds'] / 3600:,.1f} GPU hours, ${run['dollars']:,.2f}",
         f"  assumed: {run['utilisation']:.0%} of {run['peak_flops'] / 1e12:,.0f} TFLOP/s, dense bfloat16, for all "
         f"FLOPs executed (--mfu); ${run['dollars_per_hour']:g} an hour (--price)",
         "",

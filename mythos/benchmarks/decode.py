@@ -99,7 +99,7 @@ def halting_rules(model: RecurrentDepthTransformer, name: str | None, trained: b
         try:
             rules[f"{rule} at {threshold:g}"] = halting_rule(model, rule, threshold)
         except ValueError as error:
-            raise MythosError(f"--halting: {error}") from error
+            raise MythosError(str(error)) from error
     return rules
 
 
