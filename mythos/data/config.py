@@ -55,9 +55,9 @@ class TaskConfig(Section):
     """Questions in a sequence, so that it teaches more: in hops different symbols to start from, in permutations and
     addition words and sums one after another; in mano one."""
     ask: Literal["end", "steps", "windows"] = "end"
-    """permutations, addition: end = the product or sum of all elements or numbers; steps = also that of the first, of
-    the first two, and so on, so that every loop has to take a step and to leave those before as they are. Reports ask
-    for the end. windows = permutations without words: at each of the last `queries` elements the product of as many as
+    """permutations, addition, hops told by marks: end = the result of all elements, numbers or hops; steps = also that
+    of the first, of the first two, and so on, so that every loop has to take a step and to leave those before as they
+    are. Reports ask for the end. windows = permutations without words: at each of the last `queries` elements the product of as many as
     the difficulty, which, as in hops, the number of loops alone tells (depth.follow)."""
     modulus: Size = 23
     """mano: numbers are 0..modulus - 1."""
@@ -125,8 +125,8 @@ def task_contradictions(
     if task.name == "hops" and task.queries > task.symbols:
         given = f"got {task.queries} and {task.symbols}"
         yield ("data.task.queries", "data.task.symbols"), f"{given}; there are only so many symbols to start from"
-    if task.ask == "steps" and task.name not in ("permutations", "addition"):
-        rule = "the steps of permutations and addition only can be asked for"
+    if task.ask == "steps" and not (task.name in ("permutations", "addition") or task.tell == "marks"):
+        rule = "the steps of permutations and addition can be asked for, and those of hops that marks tell"
         yield ("data.task.name", "data.task.ask"), f"got {task.name} and steps; {rule}"
     if task.ask == "windows" and task.name != "permutations":
         yield ("data.task.name", "data.task.ask"), f"got {task.name} and windows; these are for permutations only"

@@ -123,14 +123,16 @@ def _hops(task: TaskConfig, draws: Draws, difficulty: int, inputs: np.ndarray, t
     if task.tell == "number":
         inputs[:, end] = told + difficulty - 1
         end += 1
-    # A query and, where hops are told by marks, so many of them; the last of these tokens is answered.
+    # A query and, where hops are told by marks, so many of them; the last of these tokens is answered, or each mark is.
     step = 1 + difficulty * (task.tell == "marks")
     inputs[:, end : end + task.queries * step] = told
     inputs[:, end : end + task.queries * step : step] = symbol + start
     reached = start
-    for _ in range(difficulty):
+    for hop in range(1, difficulty + 1):
         reached = np.take_along_axis(image, reached, axis=1)
-    targets[:, end + step - 1 : end + task.queries * step : step] = symbol + reached
+        if hop == difficulty or task.ask == "steps":
+            answered = end + min(hop, step - 1)
+            targets[:, answered : end + task.queries * step : step] = symbol + reached
 
 
 def _mano(task: TaskConfig, draws: Draws, difficulty: int, inputs: np.ndarray, targets: np.ndarray) -> None:

@@ -39,10 +39,11 @@ def solve_hops(task: TaskConfig, ids: list[int], difficulty: int) -> dict[int, i
     assert len(rest) == len(set(rest)) == task.queries
     answers = {}
     for place, token in enumerate(rest):
-        symbol = token - 1
-        for _ in range(difficulty):
+        symbol, last = token - 1, first + place * step
+        for left in reversed(range(difficulty)):
             symbol = image[symbol]
-        answers[first + place * step] = symbol + 1
+            if left == 0 or task.ask == "steps":
+                answers[last - left] = symbol + 1
     return answers
 
 
@@ -111,6 +112,7 @@ SOLVERS = {"hops": solve_hops, "mano": solve_mano, "permutations": solve_permuta
         {"tell": "number", "symbols": 5},
         {"tell": "marks", "symbols": 7},
         {"tell": "marks", "symbols": 7, "queries": 3},
+        {"tell": "marks", "symbols": 7, "queries": 3, "ask": "steps"},
         {"queries": 12},
         {"name": "mano"},
         {"name": "mano", "modulus": 5},
