@@ -203,6 +203,10 @@ def test_dry_run_knows_the_vocabulary(tmp_path: Path) -> None:
         ({"model__vocab_size": 2, "data__task": {"symbols": 12}, "data__sequence_length": 13}, "model.vocab_size"),
         ({"depth__follow": "none"}, "data.task.tell, depth.follow: got nothing and none; .* number or marks"),
         (
+            {"data__task": {"ask": "steps"}, "data__sequence_length": 13},
+            "data.task.name, data.task.ask: got hops and steps; .* those of hops that marks tell",
+        ),
+        (
             {"data__task": {"ask": "windows"}, "data__sequence_length": 13},
             "data.task.name, data.task.ask: got hops and windows",
         ),
