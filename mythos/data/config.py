@@ -57,8 +57,8 @@ class TaskConfig(Section):
     ask: Literal["end", "steps", "windows"] = "end"
     """permutations, addition, hops told by marks: end = the result of all elements, numbers or hops; steps = also that
     of the first, of the first two, and so on, so that every loop has to take a step and to leave those before as they
-    are. Reports ask for the end. windows = permutations without words: at each of the last `queries` elements the product of as many as
-    the difficulty, which, as in hops, the number of loops alone tells (depth.follow)."""
+    are. Reports ask for the end. windows = permutations without words: at each of the last `queries` elements the
+    product of as many as the difficulty, which, as in hops, the number of loops alone tells (depth.follow)."""
     modulus: Size = 23
     """mano: numbers are 0..modulus - 1."""
     group: Literal["S3", "S5"] = "S3"
