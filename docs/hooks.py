@@ -47,14 +47,14 @@ def reference() -> list[str]:
 
 
 def _section(path: str, section: type[Section]) -> str:
-    lines = [f"{'#' * (2 + path.count('.'))} {path}", "", section.__doc__ or "", ""]
+    lines = [f"{'#' * (2 + path.count('.'))} {path} {{#{path}}}", "", section.__doc__ or "", ""]
     rows = ["| field | allowed | default | meaning |", "|---|---|---|---|"]
     schemas = section.model_json_schema()["properties"]
     inner = dict(sections(section))
     for name, field in section.model_fields.items():
         meaning = " ".join((field.description or "").split())
         if name in inner:
-            cells = [f"[`{name}`](#{path}.{name})".replace(".", ""), "a section", "", meaning]
+            cells = [f"[`{name}`](#{path}.{name})", "a section", "", meaning]
         else:
             default = "" if field.is_required() else f"`{shown(field.get_default())}`"
             cells = [f"`{name}`", allowed(schemas[name]), default, meaning]

@@ -273,6 +273,12 @@ def test_python_imports_what_there_is(block: Block) -> None:
     exec(compile(ast.Module(imports, []), block.where, "exec"), {})
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere_in_a_checkout(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text("utf-8")):  # those of the site fail its build
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
 def test_quoted_errors_are_those_of_the_code() -> None:
     told = []
     for path in [ROOT / "train.py", *(ROOT / "mythos").rglob("*.py")]:
