@@ -1,0 +1,71 @@
+"""What the site shows beyond these pages: the configuration reference, and two files of the repository's root."""
+
+import re
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import griffe
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+from mythos.config import Config
+from mythos.model.config import Section
+from mythos.presets import preset_table
+from mythos.schema import allowed, sections, shown
+
+ROOT = Path(__file__).parent.parent
+OUTSIDE = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+"""Files of the root, and the pages that they are on the site."""
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the files of the root."""
+    for name, page in OUTSIDE.items():
+        files.append(File.generated(config, page, content=(ROOT / name).read_text("utf-8").replace("](docs/", "](")))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    """Point links at the pages of the root's files, and complete the configuration reference."""
+    for name, target in OUTSIDE.items():
+        markdown = markdown.replace(f"](../{name}", f"]({target}")
+    if page.file.src_uri == "configuration.md":
+        markdown = "\n\n".join([markdown, *reference(), "## Presets", f"```text\n{preset_table()}\n```"])
+    return markdown
+
+
+def reference() -> list[str]:
+    """Every section of the configuration as Markdown, from the declarations that runs are checked against."""
+    pieces = []
+    for path, section in sections(Config):
+        pieces += [_section(path, section)]
+        for name, field in section.model_fields.items():
+            if get_origin(field.annotation) is dict:
+                pieces.append(_section(f"{path}.{name}.NAME", get_args(field.annotation)[1]))
+    return pieces
+
+
+def _section(path: str, section: type[Section]) -> str:
+    lines = [f"{'#' * (2 + path.count('.'))} {path} {{#{path}}}", "", section.__doc__ or "", ""]
+    rows = ["| field | allowed | default | meaning |", "|---|---|---|---|"]
+    schemas = section.model_json_schema()["properties"]
+    inner = dict(sections(section))
+    for name, field in section.model_fields.items():
+        meaning = " ".join((field.description or "").split())
+        if name in inner:
+            cells = [f"[`{name}`](#{path}.{name})", "a section", "", meaning]
+        else:
+            default = "" if field.is_required() else f"`{shown(field.get_default())}`"
+            cells = [f"`{name}`", allowed(schemas[name]), default, meaning]
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join([*lines, *rows])
+
+
+class PlainRoles(griffe.Extension):
+    """Shows :func:`name` in a docstring as a name and not as Sphinx's markup."""
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Replace the roles of one docstring."""
+        if obj.docstring:
+            obj.docstring.value = re.sub(r":(?:class|func|meth|mod):`([^`]+)`", r"`\1`", obj.docstring.value)

@@ -1,0 +1,295 @@
+"""What README and docs tell to type is accepted, marked where it needs more than a CPU, and quotes the code."""
+
+import argparse
+import ast
+import importlib.util
+import json
+import re
+import shlex
+import tomllib
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+import yaml
+
+from mythos.config import Config, describe, load_config
+from mythos.errors import MythosError
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+STAND_INS = {name: "configs/debug.yaml" for name in ("CONFIG.yaml", "CONFIG", "my.yaml")}
+STAND_INS |= {"SECTION": "depth", "SIZE": "reference", "RUN": "runs/quickstart"}
+"""What the pages write for names of the reader's choice."""
+
+
+class Block(NamedTuple):
+    """A fenced block, or code within a line."""
+
+    where: str
+    language: str
+    text: str
+    needs: set[str]
+    """What the comment above it says that it needs, as in <!-- needs: network, gpu -->."""
+
+
+def blocks(page: Path) -> list[Block]:
+    name, found = str(page.relative_to(ROOT)), []
+    lines, number = page.read_text("utf-8").split("\n"), 0
+    prose: list[str] = []
+    while number < len(lines):
+        if fence := re.fullmatch(r"(```+)(\w*)", lines[number]):
+            end = lines.index(fence[1], number + 1)
+            mark = re.fullmatch(r"<!-- needs: (.+) -->", lines[number - 1])
+            needs = set(mark[1].split(", ")) if mark else set()
+            found.append(Block(f"{name}:{number + 1}", fence[2], "\n".join(lines[number + 1 : end]), needs))
+            number = end
+        else:
+            prose.append(lines[number])
+        number += 1
+    inline = re.findall(r"`([^`]+)`", "\n".join(prose))
+    return found + [Block(f"{name}: `{code}`", "inline", " ".join(code.split()), set()) for code in inline]
+
+
+BLOCKS = [block for page in PAGES for block in blocks(page)]
+
+
+def commands(block: Block) -> Iterator[list[str]]:
+    """The words of every command; other lines of a block are what commands print."""
+    for line in block.text.replace("\\\n", " ").split("\n"):
+        line = re.sub(r"\[[^]]*\.\.\.\]", "", line)  # [key.path=value ...]
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError:
+            continue
+        while words and re.match(r"[A-Z_]+=", words[0]):
+            words.pop(0)
+        if not words or words[0] not in CHECKS or (block.language == "inline" and len(words) == 1):
+            continue
+        while words:
+            end = words.index("&&") if "&&" in words else len(words)
+            yield [STAND_INS.get(word, word) for word in words[:end]]
+            words = words[end + 1 :]
+
+
+@cache
+def module(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"documented_{Path(path).stem}", ROOT / path)
+    assert spec is not None and spec.loader is not None, path
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+def parsed(main: Callable[[list[str]], int], arguments: list[str]) -> argparse.Namespace:
+    """What a script's own parser makes of arguments; nothing after that is run."""
+
+    class Parsed(Exception):
+        pass
+
+    def only(parse: Callable[..., argparse.Namespace]) -> Callable[..., None]:
+        def parse_and_leave(*values: object) -> None:
+            raise Parsed(parse(*values))
+
+        return parse_and_leave
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("parse_args", "parse_intermixed_args"):
+            patch.setattr(argparse.ArgumentParser, name, only(getattr(argparse.ArgumentParser, name)))
+        with pytest.raises(Parsed) as caught:
+            main(arguments)
+    return caught.value.args[0]
+
+
+def online(config: Config) -> bool:
+    """Whether a run asks servers."""
+    hub = any(source.kind == "hub" for source in config.data.named_sources.values())
+    return hub or config.log.wandb.mode == "online"
+
+
+# Each check takes the words after the program's name, fails where they would not be accepted, and returns what running
+# them needs beyond a CPU and what is installed.
+
+
+def python(words: list[str]) -> set[str]:
+    if words[0] == "-m":
+        return set()
+    options = parsed(module(words[0]).main, words[1:])
+    if words[0] == "train.py" and options.help:
+        describe(options.help)
+    needs = {"network"} if getattr(options, "against", None) else set()  # a package to compare with
+    if path := getattr(options, "config", None):
+        overrides = getattr(options, "overrides", [])
+        if path.endswith(".yaml"):
+            config = load_config(ROOT / path, overrides)
+            reads = words[0] in ("train.py", "scripts/tokenize_corpus.py") and not getattr(options, "dry_run", False)
+            needs |= {"network"} if reads and online(config) else set()
+        elif path != STAND_INS["RUN"]:
+            from mythos.benchmarks.steps import configuration
+
+            configuration(path, overrides)
+    return needs
+
+
+def launcher(words: list[str]) -> set[str]:
+    if words == ["--help"]:
+        return set()
+    processes = words[0] in ("--cpu", "--processes")
+    needs = {"gpu"} if words[0] != "--cpu" else set()
+    assert not processes or int(words[1]) >= 1
+    return needs | python(["train.py", *words[2 * processes :]])
+
+
+def sbatch(words: list[str]) -> set[str]:
+    assert (ROOT / words[0]).exists()
+    return launcher(words[1:])
+
+
+def torchrun(words: list[str]) -> set[str]:
+    from torch.distributed.run import get_args_parser
+
+    options = get_args_parser().parse_args(words)
+    return {"gpu"} | python([options.training_script, *options.training_script_args])
+
+
+def accelerate(words: list[str]) -> set[str]:
+    from accelerate.commands.launch import launch_command_parser
+
+    assert words[0] == "launch"
+    if len(words) == 1:
+        return set()
+    options = launch_command_parser().parse_args(words[1:])
+    return {"gpu"} | python([options.training_script, *options.training_script_args])
+
+
+def pip(words: list[str]) -> set[str]:
+    assert words[0] == "install"
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for name in re.findall(r"\.\[(\w+)\]", " ".join(words)):
+        assert name in extras
+    return {"network"}
+
+
+def own_file(name: str) -> Callable[[list[str]], set[str]]:
+    """For a program of others: what it reads of ours is there."""
+
+    def check(_: list[str]) -> set[str]:
+        assert (ROOT / name).exists()
+        return set()
+
+    return check
+
+
+CHECKS: dict[str, Callable[[list[str]], set[str]]] = {
+    "python": python,
+    "./launch.sh": launcher,
+    "sbatch": sbatch,
+    "torchrun": torchrun,
+    "accelerate": accelerate,
+    "pip": pip,
+    "git": lambda _: {"network"},
+    "mkdocs": own_file("mkdocs.yml"),
+    "pre-commit": own_file(".pre-commit-config.yaml"),
+    "pytest": own_file("tests"),
+    "ruff": own_file("pyproject.toml"),
+    ".ci/run": own_file(".ci/run"),
+    "cd": lambda _: set(),
+    "source": lambda _: set(),
+}
+
+
+COMMANDS = [(block, words) for block in BLOCKS if block.language in ("", "inline") for words in commands(block)]
+
+
+def test_there_are_commands_of_every_kind() -> None:
+    assert {words[0] for _, words in COMMANDS} == CHECKS.keys()
+    assert len(COMMANDS) > 60
+
+
+@pytest.mark.parametrize("page", [str(page.relative_to(ROOT)) for page in PAGES])
+def test_commands_are_accepted_and_say_what_they_need(page: str) -> None:
+    for block, words in COMMANDS:
+        if not block.where.startswith(f"{page}:"):
+            continue
+        needs = CHECKS[words[0]](words[1:])
+        if block.language != "inline":
+            missing = needs - block.needs
+            assert not missing, f"{block.where}: {shlex.join(words)} needs {missing}: say so in a comment above it"
+
+
+@pytest.mark.parametrize(
+    ("command", "error"),
+    [
+        ("python train.py configs/quickstart.yaml optim.learning_rate=1", MythosError),
+        ("python train.py configs/nothing.yaml", MythosError),
+        ("python train.py --help depths", MythosError),
+        ("python scripts/generate.py runs/quickstart --prompts x", SystemExit),
+        ("python scripts/nothing.py", FileNotFoundError),
+        ("python scripts/benchmark.py train nothing", MythosError),
+        ("./launch.sh --cpu 2 configs/debug.yaml --dry-runs", SystemExit),
+        ("torchrun --standalone --nproc-per-nodes 8 train.py configs/debug.yaml", SystemExit),
+        ("pip install -e '.[nothing]'", AssertionError),
+    ],
+)
+def test_commands_that_are_wrong_are_found(command: str, error: type[BaseException]) -> None:
+    program, *words = shlex.split(command)
+    with pytest.raises(error):
+        CHECKS[program](words)
+
+
+def test_what_a_command_needs_is_found() -> None:
+    page = ROOT / "docs/quickstart.md"
+    assert [block.needs for block in blocks(page)[:2]] == [{"network"}, set()]
+    for command, needs in {
+        "python train.py configs/fineweb-edu-1b.yaml": {"network"},
+        "python train.py configs/fineweb-edu-1b.yaml --dry-run": set(),
+        "python train.py configs/debug.yaml log.wandb.mode=online": {"network"},
+        "./launch.sh configs/debug.yaml": {"gpu"},
+        "./launch.sh --cpu 2 configs/debug.yaml": set(),
+        "torchrun --standalone --nproc-per-node 8 train.py configs/debug.yaml": {"gpu"},
+    }.items():
+        program, *words = shlex.split(command)
+        assert CHECKS[program](words) == needs
+
+
+def blocks_of(language: str) -> pytest.MarkDecorator:
+    found = [block for block in BLOCKS if block.language == language]
+    return pytest.mark.parametrize("block", found, ids=[block.where for block in found])
+
+
+@blocks_of("yaml")
+def test_yaml_is_a_part_of_a_configuration(block: Block) -> None:
+    overrides = [f"{section}={json.dumps(values)}" for section, values in yaml.safe_load(block.text).items()]
+    load_config(ROOT / "configs/debug.yaml", overrides)
+
+
+@blocks_of("python")
+def test_python_imports_what_there_is(block: Block) -> None:
+    tree = ast.parse(block.text)
+    imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    exec(compile(ast.Module(imports, []), block.where, "exec"), {})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere_in_a_checkout(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text("utf-8")):  # those of the site fail its build
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_quoted_errors_are_those_of_the_code() -> None:
+    told = []
+    for path in [ROOT / "train.py", *(ROOT / "mythos").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "..." for part in node.values]
+                told.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                told.append(node.value)
+    told.append(re.sub(r"\$\w+", "...", (ROOT / "launch.sh").read_text("utf-8")))
+    quoted = [" ".join(block.text.split()) for block in blocks(ROOT / "docs/faq.md") if block.language == "text"]
+    assert len(quoted) > 20
+    for message in quoted:
+        assert any(message in text for text in told), f"docs/faq.md quotes what is nowhere said: {message}"
