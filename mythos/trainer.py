@@ -409,6 +409,7 @@ class Trainer:
             "loops": sum(plan.loops) / len(plan.loops),
             "backprop_loops": plan.mean_backprop,
             "skipped_steps": int(skipped),
+            "rollbacks": self.rollbacks,
         }
         radius = self.model.spectral_radius()
         if radius is not None:
