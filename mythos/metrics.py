@@ -40,8 +40,9 @@ class MetricsLog:
     """Appends JSON objects to `metrics.jsonl`, and to the trackers of `log.wandb` and `log.trackers`.
 
     Continuing at `start_step` drops the lines of later steps that a killed run left: they will be written again. (W&B
-    keeps the first it got of a step and ignores the others.) The first line then written says `resumed_from`, the step.
-    A tracker that fails later on is left out with a warning. With `main` false, on every rank but 0, nothing is checked, started or written.
+    keeps the first it got of a step and ignores the others.) The first line then written has `resumed_from`, the step.
+    A tracker that fails later on is left out with a warning. With `main` false, on every rank but 0, nothing is
+    checked, started or written.
 
     Raises MythosError for trackers that are unknown, not installed or cannot be started, before it changes any file.
     """
