@@ -65,8 +65,8 @@ class MetricsLog:
         """Append one record; it must have `step`."""
         if not self.main:
             return
-        record, self.first = record | self.first, {}
-        self.file.write(json.dumps(record) + "\n")
+        self.file.write(json.dumps(record | self.first) + "\n")
+        self.first = {}
         self.file.flush()
         values = {key: value for key, value in record.items() if key != "step" and value is not None}
         plain = {key.replace("@", "_at_"): value for key, value in values.items()}
