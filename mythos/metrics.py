@@ -309,3 +309,15 @@ def expert_balance(load: torch.Tensor) -> dict[str, float]:
         "moe/load_max_over_mean": (by_expert.amax(-1) / by_expert.mean(-1)).max().item(),
         "moe/dead_experts": int((by_expert == 0).sum().item()),
     }
+
+
+def loop_loads(load: torch.Tensor | None) -> dict[str, float]:
+    """`moe/load_max_over_mean@<loop>` from the same counts, for the loops that tokens ran; empty without experts.
+
+    The last one counts all deeper loops too.
+    """
+    if load is None:
+        return {}
+    counts = load.double()
+    busiest = (counts.amax(-1) / counts.mean(-1)).amax(0).tolist()
+    return {f"moe/load_max_over_mean@{loop}": share for loop, share in enumerate(busiest, start=1) if share == share}

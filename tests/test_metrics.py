@@ -24,6 +24,7 @@ from mythos.metrics import (
     MetricsLog,
     check_trackers,
     expert_balance,
+    loop_loads,
     over_ranks,
     peak_flops,
     peak_memory,
@@ -64,6 +65,13 @@ def test_expert_balance_by_hand():
     assert expert_balance(load) == {"moe/load_max_over_mean": 3.0, "moe/dead_experts": 2}
     even = torch.full((1, 3, 8), 7)
     assert expert_balance(even) == {"moe/load_max_over_mean": 1.0, "moe/dead_experts": 0}
+
+
+def test_loads_by_loop_by_hand():
+    # (2 layers, 3 loop indices, 4 experts); means 2.5, 1.5 and none in the first layer, 2, 2 and none in the second.
+    load = torch.tensor([[[5, 0, 4, 1], [3, 0, 0, 3], [0] * 4], [[1, 1, 6, 0], [1, 1, 5, 1], [0] * 4]])
+    assert loop_loads(load) == {"moe/load_max_over_mean@1": 3.0, "moe/load_max_over_mean@2": 2.5}
+    assert loop_loads(None) == {}
 
 
 def test_peak_memory_is_the_process(tmp_path):

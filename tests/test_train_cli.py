@@ -87,6 +87,7 @@ def test_metrics_of_the_contract(finished):
     every_step |= {"moe/load_max_over_mean", "moe/dead_experts"}
     validated = {"val/loss", "val/loss@1", "val/loss@3", "val/bits_per_byte", "val/state_delta", "moe/depth_overlap"}
     validated |= {"val/auto_loss", "val/auto_loops", "val/auto_saved"}
+    validated |= {f"moe/load_max_over_mean@{loop}" for loop in (1, 2, 3)}
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
     for record in records:
         assert set(record) == every_step | (validated if record["step"] in (3, 6) else set())

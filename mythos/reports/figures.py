@@ -50,6 +50,8 @@ RATES: dict[str, tuple[str, str, float]] = {
 """Panels over hours: key, axis, and what values are divided by."""
 FEW = 50
 """Measurements that are marked each on its own."""
+SHOWN_LOADS = 4
+"""Validations whose load by loops is drawn."""
 
 
 def page_style() -> AbstractContextManager[None]:
@@ -112,6 +114,24 @@ def depth_figures(run: RecordedRun) -> Iterator[Figure]:
         draw_over_tokens(axes, run.records, "val/accuracy", marker="o", markersize=3, color="tab:red")
         axes.set_ylim(-0.02, 1.02)
         yield figure
+
+
+def expert_figures(run: RecordedRun) -> Iterator[Figure]:
+    """Load of the experts by loops, of the steps of the last validations, and the panels of EXPERTS."""
+    prefix = "moe/load_max_over_mean@"
+    measured = [record for record in run.records if f"{prefix}1" in record]
+    if measured:
+        figure, axes = new_axes(
+            "Load of the busiest expert by loop", "loop; the last counts all deeper", "over the mean"
+        )
+        for record in measured[-SHOWN_LOADS:]:
+            loads = {int(key.removeprefix(prefix)): load for key, load in record.items() if key.startswith(prefix)}
+            newest = record is measured[-1]
+            style = {"color": "tab:red"} if newest else {"color": "tab:gray", "alpha": 0.4}
+            axes.plot(list(loads), list(loads.values()), "o-", label=f"step {record['step']}", **style)
+        axes.legend()
+        yield figure
+    yield from panels(run, EXPERTS)
 
 
 def inline_svg(figure: Figure, name: str) -> str:

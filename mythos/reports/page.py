@@ -18,10 +18,10 @@ from mythos.evaluation.validation import losses_by_depth
 from mythos.metrics import without_credentials
 from mythos.plots import sweep_figure
 from mythos.reports.figures import (
-    EXPERTS,
     HALTING,
     TRAINING,
     depth_figures,
+    expert_figures,
     inline_svg,
     loss_figure,
     page_style,
@@ -64,7 +64,7 @@ def run_page(run: RecordedRun) -> str:
         sections.append(("Training", pictures.row([loss_figure(run), *panels(run, TRAINING)])))
         sections.append(("Depth", depth_section(run, pictures)))
         sections.append(("Depth sweep", sweep_section(run, pictures)))
-        sections.append(("Experts", pictures.row(panels(run, EXPERTS))))
+        sections.append(("Experts", pictures.row(expert_figures(run))))
         sections.append(("Throughput and memory", pictures.row(rate_figures(run))))
     sections.append(("Samples", samples_section(run)))
     sections.append(("Events", events_section(run)))

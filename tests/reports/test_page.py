@@ -155,6 +155,14 @@ def test_panels_show_what_was_measured(tmp_path):
     assert list(line.get_ydata()) == [record["peak_memory_bytes"] / 2**30 for record in written]
 
 
+def test_load_of_the_experts_by_loop(trained):
+    by_loop, *_ = figures.expert_figures(open_run(trained))
+    measured = [line for line in lines_of(trained) if "val/loss" in line]
+    for drawn, line in zip(by_loop.axes[0].lines, measured, strict=True):
+        expected = [(loop, line[f"moe/load_max_over_mean@{loop}"]) for loop in (1, 2, 3)]
+        assert list(zip(*drawn.get_data(), strict=True)) == expected and all(load >= 1 for _, load in expected)
+
+
 def test_depth_curve_with_its_law_and_the_halting_point(tmp_path):
     written = records(4)
     losses = {loops: 3 + math.exp(-0.7 * loops) for loops in (1, 2, 3, 6, 12)}
