@@ -19,8 +19,6 @@ from mythos.reports.recorded import RecordedRun, open_run, run_names
 DATA = ("kind", "path", "dataset", "subset", "split", "text_column", "filters", "task", "sources", "streams")
 DATA += ("sequence_length", "mask_documents", "validation")
 """Fields of data that say what is learnt and held out."""
-COLUMNS = ("run", "parameters", "active", "step", "tokens", "flops", "loss", "val_loss", "val_loss_lowest")
-COLUMNS += ("bits_per_byte", "accuracy", "auto_loops", "tokens_per_second", "peak_memory_bytes", "skipped_steps")
 PRINTED = {"run": "run", "parameters": "parameters", "tokens": "tokens", "flops": "FLOPs", "loss": "loss"}
 PRINTED |= {"val_loss": "val loss", "val_loss_lowest": "lowest", "bits_per_byte": "bits/byte", "accuracy": "accuracy"}
 """Columns of the table for a terminal, and their titles."""
@@ -55,16 +53,30 @@ class Comparison:
         return found
 
     def rows(self) -> list[dict[str, Any]]:
-        """A line for each run by the names of COLUMNS, with None for what it has not measured."""
+        """A line for each run, with None for what it has not measured."""
         made = []
         for name, run in zip(self.names, self.runs, strict=True):
             parameters, last = count_parameters(run.config.model), run.records[-1]
             validation = run.validations[-1] if run.validations else {}
-            values = [name, parameters.total, parameters.active, last["step"], last["tokens"], run.flops[-1]]
-            values += [run.last("loss"), validation.get("val/loss"), min(run.measured("val/loss"), default=None)]
-            values += [validation.get(key) for key in ("val/bits_per_byte", "val/accuracy", "val/auto_loops")]
-            values += [run.last("tokens_per_second"), max(run.measured("peak_memory_bytes"), default=None)]
-            made.append(dict(zip(COLUMNS, [*values, run.last("skipped_steps")], strict=True)))
+            made.append(
+                {
+                    "run": name,
+                    "parameters": parameters.total,
+                    "active": parameters.active,
+                    "step": last["step"],
+                    "tokens": last["tokens"],
+                    "flops": run.flops[-1],
+                    "loss": run.last("loss"),
+                    "val_loss": validation.get("val/loss"),
+                    "val_loss_lowest": min(run.measured("val/loss"), default=None),
+                    "bits_per_byte": validation.get("val/bits_per_byte"),
+                    "accuracy": validation.get("val/accuracy"),
+                    "auto_loops": validation.get("val/auto_loops"),
+                    "tokens_per_second": run.last("tokens_per_second"),
+                    "peak_memory_bytes": max(run.measured("peak_memory_bytes"), default=None),
+                    "skipped_steps": run.last("skipped_steps"),
+                }
+            )
         return made
 
     def table(self) -> str:
@@ -86,11 +98,11 @@ class Comparison:
     def write(self, folder: Path) -> list[Path]:
         """Write compare.csv and compare.png; returns their paths."""
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "compare.csv"
+        path, rows = folder / "compare.csv", self.rows()
         with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
             writer.writeheader()
-            writer.writerows(self.rows())
+            writer.writerows(rows)
         return [path, finish(self.figure(), folder / "compare.png")]
 
     def figure(self) -> Figure:

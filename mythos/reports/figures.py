@@ -3,8 +3,9 @@
 import html
 import io
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -59,6 +60,11 @@ def page_style() -> AbstractContextManager[None]:
     return matplotlib.rc_context(SETTINGS)
 
 
+def marker(measured: Sequence[Any]) -> str | None:
+    """How each measurement is marked: where there are many, not at all, for marks are most of a page's bytes."""
+    return "o" if len(measured) <= FEW else None
+
+
 def loss_figure(run: RecordedRun) -> Figure:
     """Training and validation loss over tokens."""
     figure, axes = new_axes("Training and validation loss", "tokens", "loss (nats per token)")
@@ -74,8 +80,7 @@ def panels(run: RecordedRun, kind: Mapping[str, tuple[str, str, Mapping[str, str
             continue
         figure, axes = new_axes(title, "tokens", label)
         for key, name in there.items():
-            marker = "o" if len(run.measured(key)) <= FEW else None
-            draw_over_tokens(axes, run.records, key, marker=marker, markersize=4, label=name)
+            draw_over_tokens(axes, run.records, key, marker=marker(run.measured(key)), markersize=4, label=name)
         axes.set_yscale(scale)
         if len(there) > 1:
             axes.legend()
@@ -84,13 +89,13 @@ def panels(run: RecordedRun, kind: Mapping[str, tuple[str, str, Mapping[str, str
 
 def rate_figures(run: RecordedRun) -> Iterator[Figure]:
     """Throughput, utilisation and memory over hours since the first record; pauses of the run are gaps in time."""
-    begin = run.records[0].get("time")
+    begin = next(iter(run.measured("time")), 0.0)
     for title, (key, label, unit) in RATES.items():
         points = [record for record in run.records if record.get(key) is not None and record.get("time") is not None]
         if points:
             figure, axes = new_axes(title, "hours since the first record", label)
             hours = [(record["time"] - begin) / 3600 for record in points]
-            axes.plot(hours, [record[key] / unit for record in points], ".-", markersize=3)
+            axes.plot(hours, [record[key] / unit for record in points], marker=marker(points), markersize=4)
             axes.set_ylim(bottom=0)
             yield figure
 

@@ -156,10 +156,12 @@ def open_run(path: str | Path) -> RecordedRun:
     except (OSError, ValueError) as error:
         raise MythosError(f"{file} cannot be read: {short_reason(error)}") from error
     for number, record in enumerate(records, start=1):
-        lacking = [key for key in NEEDED if not isinstance(record, dict) or not _is_number(record.get(key))]
-        if lacking:
+        fields = record if isinstance(record, dict) else {}
+        wrong = [key for key in NEEDED if fields.get(key) is None]
+        wrong += [key for key, value in fields.items() if not (value is None or _is_number(value))]
+        if wrong:
             raise MythosError(
-                f"{file}: line {number} has no number for {', '.join(lacking)}; give a directory that train.py wrote"
+                f"{file}: line {number} has no number for {', '.join(wrong)}; give a directory that train.py wrote"
             )
     if not records:
         raise MythosError(f"{file} has no records yet; the run writes one every log.every steps")

@@ -320,7 +320,8 @@ def test_runs_that_are_none(tmp_path, capsys):
     assert "no config.yaml in it" in refused(tmp_path)
     directory = write_run(tmp_path / "run", [])
     assert "metrics.jsonl has no records yet" in refused(directory)
-    for line in ("5", '{"step": 1, "tokens": 2}', '{"step": true, "tokens": 2, "loops": 1, "backprop_loops": 1}'):
+    needed = '"tokens": 2, "loops": 1, "backprop_loops": 1}'
+    for line in ("5", '{"step": 1, "tokens": 2}', '{"step": true, ' + needed, '{"step": 1, "loss": "low", ' + needed):
         (directory / "metrics.jsonl").write_text(line + "\n")
         assert "metrics.jsonl: line 1 has no number for " in refused(directory)
     (directory / "metrics.jsonl").unlink()
