@@ -61,7 +61,7 @@ class ForwardFlops:
     loop: float
     """One pass of the core."""
 
-    def training(self, loops: Sequence[int], backprop: int) -> float:
+    def training(self, loops: Sequence[float], backprop: float) -> float:
         """Mean FLOPs per token of a training step: every pass forward, and twice that backward where gradient flows."""
         forward = sum(loops) / len(loops)
         backward = sum(min(row, backprop) for row in loops) / len(loops)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import os
 import re
 import resource
 import secrets
@@ -16,6 +17,7 @@ import torch
 
 from mythos.config import Config
 from mythos.errors import MythosError, short_reason
+from mythos.evaluation.validation import losses_by_depth
 from mythos.schema import suggestion
 
 if TYPE_CHECKING:
@@ -38,8 +40,9 @@ class MetricsLog:
     """Appends JSON objects to `metrics.jsonl`, and to the trackers of `log.wandb` and `log.trackers`.
 
     Continuing at `start_step` drops the lines of later steps that a killed run left: they will be written again. (W&B
-    keeps the first it got of a step and ignores the others.) A tracker that fails later on is left out with a warning.
-    With `main` false, on every rank but 0, nothing is checked, started or written.
+    keeps the first it got of a step and ignores the others.) The first line then written has `resumed_from`, the step.
+    A tracker that fails later on is left out with a warning. With `main` false, on every rank but 0, nothing is
+    checked, started or written.
 
     Raises MythosError for trackers that are unknown, not installed or cannot be started, before it changes any file.
     """
@@ -47,6 +50,7 @@ class MetricsLog:
     def __init__(self, run_dir: Path, config: Config, start_step: int, main: bool = True) -> None:
         self.path = run_dir / "metrics.jsonl"
         self.main = main
+        self.first = {"resumed_from": start_step} if start_step else {}
         self.trackers: list[GeneralTracker] = []
         if not main:
             return
@@ -61,11 +65,18 @@ class MetricsLog:
         """Append one record; it must have `step`."""
         if not self.main:
             return
-        self.file.write(json.dumps(record) + "\n")
+        self.file.write(json.dumps(record | self.first) + "\n")
+        self.first = {}
         self.file.flush()
         values = {key: value for key, value in record.items() if key != "step" and value is not None}
         plain = {key.replace("@", "_at_"): value for key, value in values.items()}
-        self._each(lambda tracker: tracker.log(plain if tracker.name in NO_AT_SIGN else values, step=record["step"]))
+
+        def log(tracker: "GeneralTracker") -> None:
+            shown = plain if tracker.name in NO_AT_SIGN else values
+            charts = wandb_charts(record) if tracker.name == "wandb" else {}
+            tracker.log(shown | charts, step=record["step"])
+
+        self._each(log)
 
     def close(self) -> None:
         """Finish the file and the trackers."""
@@ -157,12 +168,15 @@ def start_trackers(run_dir: Path, config: Config, start_step: int) -> "list[Gene
 
 
 def start_wandb(run_dir: Path, config: Config, start_step: int) -> "GeneralTracker":
-    """A W&B run, the same one over all resumes: its id is kept in `wandb_id`."""
+    """A W&B run, the same one over all resumes: its id is kept in `wandb_id`.
+
+    `wandb agent` gives the runs of a sweep their ids, in WANDB_RUN_ID.
+    """
     from accelerate.tracking import WandBTracker
 
     id_file = run_dir / "wandb_id"
     if start_step == 0 or not id_file.exists():
-        id_file.write_text(secrets.token_hex(8))
+        id_file.write_text(os.environ.get("WANDB_RUN_ID") or secrets.token_hex(8))
     settings = config.log.wandb
     tracker = WandBTracker(
         settings.project,
@@ -178,7 +192,22 @@ def start_wandb(run_dir: Path, config: Config, start_step: int) -> "GeneralTrack
     )
     with _arguments_without_credentials():
         tracker.start()
+    # Panels are drawn over tokens, and tables of runs show the best validation loss beside the last of all else.
+    tracker.run.define_metric("tokens")
+    tracker.run.define_metric("*", step_metric="tokens")
+    tracker.run.define_metric("val/loss", step_metric="tokens", summary="min")
     return tracker
+
+
+def wandb_charts(record: dict[str, Any]) -> dict[str, Any]:
+    """The curve of loss by loops of a validation as a chart of W&B, `val/depth`; nothing for other records."""
+    curve = losses_by_depth(record)
+    if not curve:
+        return {}
+    import wandb
+
+    table = wandb.Table(columns=["loops", "loss"], data=[list(point) for point in curve.items()])
+    return {"val/depth": wandb.plot.line(table, "loops", "loss", title="Validation loss by depth")}
 
 
 def start_tracker(name: str, run_dir: Path, config: Config, start_step: int) -> "GeneralTracker":
@@ -280,3 +309,15 @@ def expert_balance(load: torch.Tensor) -> dict[str, float]:
         "moe/load_max_over_mean": (by_expert.amax(-1) / by_expert.mean(-1)).max().item(),
         "moe/dead_experts": int((by_expert == 0).sum().item()),
     }
+
+
+def loop_loads(load: torch.Tensor | None) -> dict[str, float]:
+    """`moe/load_max_over_mean@<loop>` from the same counts, for the loops that tokens ran; empty without experts.
+
+    The last one counts all deeper loops too.
+    """
+    if load is None:
+        return {}
+    counts = load.double()
+    busiest = (counts.amax(-1) / counts.mean(-1)).amax(0).tolist()
+    return {f"moe/load_max_over_mean@{loop}": share for loop, share in enumerate(busiest, start=1) if share == share}

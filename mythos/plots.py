@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from mythos.evaluation.depth_sweep import DepthFit, fit_losses
 from mythos.evaluation.validation import losses_by_depth
 from mythos.metrics import read_metrics
 
@@ -27,42 +29,69 @@ def draw_plots(run_dir: Path, mean_depth: float) -> list[Path]:
     written = []
 
     figure, axes = new_axes("Training and validation loss", "tokens", "loss (nats per token)")
-    trained = [record for record in records if record.get("loss") is not None]  # null: the update was skipped
-    axes.plot(
-        [r["tokens"] for r in trained], [r["loss"] for r in trained], color="tab:blue", alpha=0.5, label="training"
-    )
-    if validations:
-        tokens, losses = [r["tokens"] for r in validations], [r["val/loss"] for r in validations]
-        axes.plot(
-            tokens, losses, color="tab:red", marker="o", markersize=3, label=f"validation at {mean_depth:g} loops"
-        )
-    axes.legend()
+    draw_training(axes, records, f"validation at {mean_depth:g} loops")
     written.append(finish(figure, directory / "loss.png"))
 
     if validations:
         figure, axes = new_axes("Validation loss by depth", "loops", "loss (nats per token)")
-        shown = validations[:: max(1, len(validations) // 5)]
-        for record in [*shown, validations[-1]] if shown[-1] is not validations[-1] else shown:
-            curve = losses_by_depth(record)
-            newest = record is validations[-1]
-            axes.plot(
-                list(curve),
-                list(curve.values()),
-                marker="o",
-                color="tab:red" if newest else "tab:gray",
-                alpha=1.0 if newest else 0.4,
-                label=f"step {record['step']}",
-            )
-        if "val/auto_loss" in validations[-1]:
-            halted = [validations[-1][key] for key in ("val/auto_loops", "val/auto_loss")]
-            axes.plot(*halted, "*", color="tab:red", markersize=12, label="with halting")
-        axes.set_xscale("log", base=2)
-        ticks = list(losses_by_depth(validations[-1]))
-        axes.set_xticks(ticks, [str(tick) for tick in ticks])
-        axes.axvline(mean_depth, color="black", linestyle=":", label="training mean")
-        axes.legend()
+        draw_depths(axes, validations, mean_depth)
         written.append(finish(figure, directory / "depth.png"))
     return written
+
+
+def draw_training(axes: Axes, records: Sequence[dict[str, Any]], label: str) -> None:
+    """Training and validation loss over tokens; `label` is that of the validation."""
+    draw_over_tokens(axes, records, "loss", color="tab:blue", alpha=0.5, label="training")
+    if any("val/loss" in record for record in records):
+        draw_over_tokens(axes, records, "val/loss", color="tab:red", marker="o", markersize=3, label=label)
+    axes.legend()
+
+
+def draw_over_tokens(axes: Axes, records: Sequence[dict[str, Any]], key: str, **style: Any) -> None:
+    """A measurement over tokens, of the records that have it: that of an update that was skipped may be null."""
+    measured = [record for record in records if record.get(key) is not None]
+    axes.plot([record["tokens"] for record in measured], [record[key] for record in measured], **style)
+
+
+def draw_depths(axes: Axes, validations: Sequence[dict[str, Any]], mean_depth: float) -> None:
+    """Loss by loops of some validations, with the fit and the halting point of the last, where it has them."""
+    last = validations[-1]
+    shown = validations[:: max(1, len(validations) // 5)]
+    for record in [*shown, last] if shown[-1] is not last else shown:
+        curve = losses_by_depth(record)
+        newest = record is last
+        axes.plot(
+            list(curve),
+            list(curve.values()),
+            marker="o",
+            color="tab:red" if newest else "tab:gray",
+            alpha=1.0 if newest else 0.4,
+            label=f"step {record['step']}",
+        )
+    curve = losses_by_depth(last)
+    if "val/fit_limit" in last and (fit := fit_losses(curve)):
+        draw_fit(axes, fit, 0.0)
+    if "val/auto_loss" in last:
+        axes.plot(
+            last["val/auto_loops"], last["val/auto_loss"], "*", color="tab:red", markersize=12, label="with halting"
+        )
+    loop_axis(axes, list(curve))
+    axes.axvline(mean_depth, color="black", linestyle=":", label="training mean")
+    axes.legend()
+
+
+def draw_fit(axes: Axes, fit: DepthFit, floor: float) -> None:
+    """The law of a fit over the depths it was fitted to, above a loss."""
+    first, last = fit.loops[0], fit.loops[-1]
+    finely = [first * (last / first) ** (step / 100) for step in range(101)]
+    law = f"{fit.limit:.3f} {fit.amplitude:+.3f} exp(-{fit.rate:.3f} T)"
+    axes.plot(finely, [fit.loss(loops) - floor for loops in finely], ":", color="black", label=law)
+
+
+def loop_axis(axes: Axes, ticks: Sequence[int]) -> None:
+    """Numbers of loops, doubling by equal steps."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
 
 
 def new_axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
@@ -84,7 +113,12 @@ def finish(figure: Figure, path: Path) -> Path:
 
 
 def draw_sweep(sweep: DepthSweep, path: Path) -> Path:
-    """Draw a depth sweep to a PNG: loss, exits, state and, for a routed core, experts, by loops; returns the path."""
+    """Draw a depth sweep to a PNG; returns the path."""
+    return finish(sweep_figure(sweep), path)
+
+
+def sweep_figure(sweep: DepthSweep) -> Figure:
+    """Loss, exits, state and, for a routed core, experts, by loops."""
     from matplotlib.figure import Figure
 
     routed = sweep.loops[0].load_max_over_mean is not None
@@ -116,14 +150,13 @@ def draw_sweep(sweep: DepthSweep, path: Path) -> Path:
     ticks = [measures.loops for measures in sweep.read_out]
     for axes in panels.flat:
         axes.set_xlabel("loops")
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        loop_axis(axes, ticks)
         axes.axvline(sweep.mean_loops, color="black", linewidth=0.8, linestyle=":")
         axes.grid(alpha=0.3)
     exits.set_xlim(loss.get_xlim())
     if sweep.halting:
         exits.legend(fontsize="x-small")
-    return finish(figure, path)
+    return figure
 
 
 def draw_losses(axes: Axes, sweep: DepthSweep) -> None:
@@ -134,10 +167,7 @@ def draw_losses(axes: Axes, sweep: DepthSweep) -> None:
     axes.set_yscale("symlog", linthresh=1e-3)
     axes.plot([d.loops for d in read_out], [d.loss - best for d in read_out], "o-", color="black", label="all alike")
     if fit is not None:
-        first, last = fit.loops[0], fit.loops[-1]
-        finely = [first * (last / first) ** (step / 100) for step in range(101)]
-        law = f"{fit.limit:.3f} {fit.amplitude:+.3f} exp(-{fit.rate:.3f} T)"
-        axes.plot(finely, [fit.loss(loops) - best for loops in finely], ":", color="black", label=law)
+        draw_fit(axes, fit, best)
     for number, rule in enumerate(dict.fromkeys(point.rule for point in sweep.halting)):
         points = [point for point in sweep.halting if point.rule == rule]
         losses = [point.loss - best for point in points]

@@ -40,7 +40,7 @@ from mythos.faults import (
     collective_reason,
     parse_duration,
 )
-from mythos.metrics import MetricsLog, check_trackers, expert_balance, over_ranks, peak_flops, peak_memory
+from mythos.metrics import MetricsLog, check_trackers, expert_balance, loop_loads, over_ranks, peak_flops, peak_memory
 from mythos.model.generate import generate
 from mythos.model.rdt import RDTOutput, RecurrentDepthTransformer
 from mythos.model.recurrence import initial_state
@@ -238,7 +238,7 @@ class Trainer:
                     bar.set_postfix(loss=loss, tok_s=f"{metrics['tokens_per_second']:,.0f}")
                     with watch.pause():
                         if validating:
-                            metrics |= self.validate()
+                            metrics |= loop_loads(result.expert_load) | self.validate()
                         self.log.write(metrics)
                         if validating and self.main:
                             self.plots = draw_plots(self.run_dir, config.depth_mean)
@@ -409,6 +409,7 @@ class Trainer:
             "loops": sum(plan.loops) / len(plan.loops),
             "backprop_loops": plan.mean_backprop,
             "skipped_steps": int(skipped),
+            "rollbacks": self.rollbacks,
         }
         radius = self.model.spectral_radius()
         if radius is not None:

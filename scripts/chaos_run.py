@@ -32,8 +32,8 @@ GONE_SECONDS = 60.0
 
 FOLDER, HARNESS = "MYTHOS_CHAOS_FOLDER", "MYTHOS_CHAOS_HARNESS"
 """Environment variables of the processes: the run's folder, and the process that watches it."""
-UNLIKE = ("time", "tokens_per_second", "peak_memory_bytes")
-"""Keys of metrics.jsonl that depend on the machine's speed, as do those that begin with straggler/."""
+UNLIKE = ("time", "tokens_per_second", "peak_memory_bytes", "resumed_from")
+"""Keys of metrics.jsonl that tell of the processes, as do those that begin with straggler/."""
 
 START, TRAINING, TMP, SHARDS, RENAMED = "start-up", "training", "writing shards", "shards written", "renamed"
 """Moments; at SHARDS the rename is yet to come, at RENAMED the marker."""

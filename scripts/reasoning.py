@@ -9,11 +9,8 @@ side-by-side.png, comes beside the first. docs/reasoning.md tells how to read th
 """
 
 import argparse
-import os
 import sys
-from collections.abc import Sequence
 from functools import partial
-from itertools import chain, count
 from pathlib import Path
 
 import torch
@@ -23,6 +20,7 @@ from mythos.errors import MythosError
 from mythos.evaluation.reasoning import AccuracyMap, accuracy_map, draw_maps, usual_difficulties
 from mythos.model_files import open_model, run_directory
 from mythos.ranks import choose_device
+from mythos.reports.recorded import run_names
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -58,7 +56,7 @@ def report(options: argparse.Namespace) -> None:
     device = choose_device(options.device, option="--device")
     maps: list[AccuracyMap] = []
     stems: list[Path] = []
-    for path, name in zip(options.runs, names(options.runs), strict=True):
+    for path, name in zip(options.runs, run_names(options.runs), strict=True):
         one = measure(path, name, options, device)
         stems.append(stem(path, one, options.out))
         maps.append(one)
@@ -83,18 +81,6 @@ def stem(path: str, made: AccuracyMap, out: Path | None) -> Path:
     if out is None and run is not None:
         return run / "reasoning" / f"step-{made.step:08d}"
     return (out or Path("reasoning")) / made.name
-
-
-def names(paths: Sequence[str]) -> list[str]:
-    """What each run is called: as its directory, with a number added where another one is called so."""
-    made: list[str] = []
-    for path in paths:
-        given = Path(os.path.abspath(path))
-        shown = given.parent.parent if given.name.startswith("step-") else given
-        name = (run_directory(path) or shown).name
-        numbered = (f"{name}-{number}" for number in count(2))
-        made.append(next(free for free in chain([name], numbered) if free not in made))
-    return made
 
 
 def measure(path: str, name: str, options: argparse.Namespace, device: torch.device) -> AccuracyMap:

@@ -13,7 +13,7 @@ from mythos.metrics import read_metrics
 SUBJECTS = ("river", "garden", "signal", "letter", "number", "morning", "stone", "engine")
 VERBS = ("crosses", "finds", "follows", "carries", "repeats")
 
-MEASURED_TIME = {"time", "tokens_per_second", "peak_memory_bytes"}
+MEASURED_TIME = {"time", "tokens_per_second", "peak_memory_bytes", "resumed_from"}
 """Keys of a record that are not a function of the configuration."""
 
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -12,9 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from accelerate import tracking
 
 from mythos import trainer
+from mythos.config import load_config
 from mythos.depth import DepthPlan
 from mythos.errors import MythosError
 from mythos.estimate import forward_flops
@@ -22,6 +24,7 @@ from mythos.metrics import (
     MetricsLog,
     check_trackers,
     expert_balance,
+    loop_loads,
     over_ranks,
     peak_flops,
     peak_memory,
@@ -49,7 +52,7 @@ def test_continuing_drops_later_and_broken_lines(tmp_path):
     assert read_metrics(path) == [
         {"step": 2, "loss": 0.2},
         {"step": 4, "loss": 0.4},
-        {"step": 6, "loss": 0.5},
+        {"step": 6, "loss": 0.5, "resumed_from": 4},
     ]
     MetricsLog(tmp_path, config, 0).close()
     assert path.read_text() == "", "a run that starts anew has no records of another"
@@ -62,6 +65,13 @@ def test_expert_balance_by_hand():
     assert expert_balance(load) == {"moe/load_max_over_mean": 3.0, "moe/dead_experts": 2}
     even = torch.full((1, 3, 8), 7)
     assert expert_balance(even) == {"moe/load_max_over_mean": 1.0, "moe/dead_experts": 0}
+
+
+def test_loads_by_loop_by_hand():
+    # (2 layers, 3 loop indices, 4 experts); means 2.5, 1.5 and none in the first layer, 2, 2 and none in the second.
+    load = torch.tensor([[[5, 0, 4, 1], [3, 0, 0, 3], [0] * 4], [[1, 1, 6, 0], [1, 1, 5, 1], [0] * 4]])
+    assert loop_loads(load) == {"moe/load_max_over_mean@1": 3.0, "moe/load_max_over_mean@2": 2.5}
+    assert loop_loads(None) == {}
 
 
 def test_peak_memory_is_the_process(tmp_path):
@@ -364,8 +374,10 @@ def test_offline_wandb(tmp_path, monkeypatch):
     names = []
     for start in (0, 2):
         log = MetricsLog(run_dir, config, start)
+        assert [tracker.name for tracker in log.trackers] == ["wandb"]
         names.append(log.trackers[0].run.id)
-        log.write({"step": start + 1, "loss": 1.0, "grad_norm": None, "val/loss@8": 2.0})
+        log.write({"step": start + 1, "loss": 1.0, "grad_norm": None, "val/loss@8": 2.0, "val/loss@1": 3.0})
+        assert log.trackers, "the chart was drawn"
         log.close()
     assert names[0] == names[1] == (run_dir / "wandb_id").read_text()
     assert sys.argv is arguments
@@ -375,6 +387,11 @@ def test_offline_wandb(tmp_path, monkeypatch):
     for stored in contents:
         for known in (names[0], "val/loss@8", "tagged", "tiny", "https://***@host/a.txt", "https://host/a.txt?***"):
             assert known.encode() in stored
+        assert b"wandb/line/v0" in stored, "the depth curve is a chart of lines"
+    for folder in folders:
+        [table] = (folder / "files" / "media").rglob("depth_table*.json")
+        stored = json.loads(table.read_text())
+        assert stored["columns"] == ["loops", "loss"] and stored["data"] == [[1, 3.0], [8, 2.0]]
     for file in tmp_path.rglob("*"):
         if file.is_file():
             stored = file.read_bytes()
@@ -382,11 +399,97 @@ def test_offline_wandb(tmp_path, monkeypatch):
     assert [record["step"] for record in read_metrics(run_dir / "metrics.jsonl")] == [1, 3]
 
 
+class Run:
+    """What a run of W&B is told."""
+
+    def __init__(self) -> None:
+        self.defined: dict[str, dict[str, str]] = {}
+        self.logged: list[tuple[int, dict]] = []
+
+    def define_metric(self, name: str, **given: str) -> None:
+        self.defined[name] = given
+
+    def log(self, values: dict, step: int) -> None:
+        self.logged.append((step, values))
+
+
+def test_wandb_panels(tmp_path, monkeypatch, caplog):
+    """Everything over tokens, the best validation loss, and the depth curve with each validation; also of a sweep."""
+    import wandb
+
+    run = Run()
+    monkeypatch.setattr(wandb, "init", lambda **_: run)
+    monkeypatch.setenv("WANDB_RUN_ID", "given-by-agent")
+    log = MetricsLog(tmp_path, tiny(tmp_path, log__wandb={"mode": "online"}), 0)
+    assert (tmp_path / "wandb_id").read_text() == "given-by-agent"
+    assert run.defined == {
+        "tokens": {},
+        "*": {"step_metric": "tokens"},
+        "val/loss": {"step_metric": "tokens", "summary": "min"},
+    }
+    log.write({"step": 1, "tokens": 10, "loss": 1.0})
+    log.write({"step": 2, "tokens": 20, "loss": 0.5, "val/loss": 2.0, "val/loss@8": 2.0, "val/loss@1": 3.0})
+    (_, plain), (step, validated) = run.logged
+    assert plain == {"tokens": 10, "loss": 1.0} and step == 2
+    chart = validated.pop("val/depth")
+    assert validated == {"tokens": 20, "loss": 0.5, "val/loss": 2.0, "val/loss@8": 2.0, "val/loss@1": 3.0}
+    assert chart.table.columns == ["loops", "loss"] and chart.table.data == [[1, 3.0], [8, 2.0]]
+    assert chart.spec.fields["x"] == "loops" and chart.spec.fields["y"] == "loss"
+
+    monkeypatch.setattr(wandb.plot, "line", lambda *_, **__: 1 / 0)
+    log.write({"step": 3, "tokens": 30, "loss": 0.5, "val/loss@8": 2.0})
+    log.write({"step": 4, "tokens": 40, "loss": 0.5})
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert "wandb failed (ZeroDivisionError" in caplog.text
+
+
+SWEEP = Path(__file__).parents[1] / "scripts" / "wandb-sweep.yaml"
+
+
+@pytest.mark.parametrize("given", [{"optim.lr": 1e-05, "depth.backprop": 2.0, "depth.sampling": "fixed"}, "anything"])
+def test_sweep_command(tmp_path, monkeypatch, given):
+    """W&B's own agent makes the command, sh carries it out, and the configuration is the one that was drawn."""
+    from wandb import wandb_agent
+
+    sweep = yaml.safe_load(SWEEP.read_text())
+    expected: dict = {"optim": {"lr": 1e-05}, "depth": {"backprop": 2, "sampling": "fixed"}}
+    if given == "anything":  # the forms that values of a sweep may have
+        given = {"optim": {"lr": 0.02, "schedule": "wsd"}, "eval.loops": [1, 3], "train.compile": True}
+        given |= {"depth.mean": None, "eval.prompts": ["a b", "it's"], "run.seed": 3}
+        expected = {"optim": {"lr": 0.02, "schedule": "wsd"}, "eval": {"loops": [1, 3], "prompts": ["a b", "it's"]}}
+        expected |= {"depth": {"mean": None}, "train": {"compile": True}, "run": {"seed": 3}}
+    else:
+        assert given.keys() == sweep["parameters"].keys()
+    started = []
+    monkeypatch.setattr(wandb_agent, "AgentProcess", lambda **made: started.append(made) or SimpleNamespace())
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.chdir(tmp_path)
+    agent = wandb_agent.Agent(None, None, sweep_id="s")
+    agent._sweep_command = sweep["command"]
+    for run_id in ("first", "second"):
+        arguments = {name: {"value": value} for name, value in given.items()}
+        agent._command_run({"run_id": run_id, "program": sweep["program"], "args": arguments})
+
+    (tmp_path / "python").write_text('#!/bin/sh\nfor word; do printf "%s\\0" "$word"; done\n')
+    (tmp_path / "python").chmod(0o755)
+    for made, name in zip(started, ("sweep-first", "sweep-second"), strict=True):
+        variables = made["env"] | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        said = subprocess.run(made["command"], env=variables, capture_output=True, text=True, check=True).stdout
+        program, path, *overrides = said.split("\0")[:-1]
+        assert program == "train.py" and (SWEEP.parents[1] / program).exists()
+        config = load_config(SWEEP.parents[1] / path, overrides)
+        assert config.run.name == name and config.run_dir.name == name and config.log.wandb.mode == "online"
+        for section, values in expected.items():
+            for field, value in values.items():
+                assert getattr(getattr(config, section), field) == value
+
+
 def test_wandb_run_is_continued_only_with_the_run(tmp_path, monkeypatch):
     import wandb
 
     made = []
-    monkeypatch.setattr(wandb, "init", lambda **given: made.append(given))
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    monkeypatch.setattr(wandb, "init", lambda **given: made.append(given) or Run())
     config = tiny(tmp_path, log__wandb={"mode": "online", "project": "loops", "entity": "team"})
     for start in (0, 3, 5, 0):
         MetricsLog(tmp_path, config, start)

@@ -83,10 +83,11 @@ def test_metrics_of_the_contract(finished):
     lines = (finished.dir / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     every_step = {"step", "tokens", "loss", "lr", "grad_norm", "loops", "backprop_loops", "state_norm", "state_delta"}
-    every_step |= {"tokens_per_second", "peak_memory_bytes", "rho_a", "time", "skipped_steps"}
+    every_step |= {"tokens_per_second", "peak_memory_bytes", "rho_a", "time", "skipped_steps", "rollbacks"}
     every_step |= {"moe/load_max_over_mean", "moe/dead_experts"}
     validated = {"val/loss", "val/loss@1", "val/loss@3", "val/bits_per_byte", "val/state_delta", "moe/depth_overlap"}
     validated |= {"val/auto_loss", "val/auto_loops", "val/auto_saved"}
+    validated |= {f"moe/load_max_over_mean@{loop}" for loop in (1, 2, 3)}
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
     for record in records:
         assert set(record) == every_step | (validated if record["step"] in (3, 6) else set())

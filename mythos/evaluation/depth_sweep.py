@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from mythos.data.tasks import TaskSet
 from mythos.data.validation import ValidationSet
+from mythos.errors import MythosError, short_reason
 from mythos.model.attention import document_starts
 from mythos.model.cache import DecodeCache
 from mythos.model.halting import HALTING_RULES, THRESHOLDS, HaltingRule, halting_rule
@@ -126,6 +127,19 @@ class DepthSweep:
             writer.writeheader()
             writer.writerows(rows)
         return [document, table]
+
+    @classmethod
+    def load(cls, document: Path) -> tuple["DepthSweep", dict[str, Any]]:
+        """The sweep of a STEM.json, and what the file says about it. Raises MythosError if it is not one of `save`."""
+        try:
+            values = json.loads(document.read_text(encoding="utf-8"))
+            about = {key: values.pop(key) for key in values.keys() - {field.name for field in fields(cls)}}
+            values["loops"] = [LoopMeasures(**measures) for measures in values["loops"]]
+            values["fit"] = DepthFit(**values["fit"]) if values["fit"] else None
+            values["halting"] = [HaltingPoint(**point) for point in values["halting"]]
+            return cls(**values), about
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise MythosError(f"{document} cannot be read as a depth sweep: {short_reason(error)}") from error
 
 
 class Rows(NamedTuple):

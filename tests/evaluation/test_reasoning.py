@@ -25,10 +25,10 @@ from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.model.recurrence import initial_state
 from mythos.plan import plan
 from mythos.ranks import Ranks, World
+from mythos.reports.recorded import run_names
 from mythos.trainer import Trainer
 from scripts.depth_sweep import main as depth_sweep
 from scripts.reasoning import main as report
-from scripts.reasoning import names
 from tests.trainers import assert_identical, run, take_step
 
 pytestmark = pytest.mark.usefixtures("no_plots")
@@ -345,7 +345,7 @@ def test_report_of_a_looped_and_a_fixed_run(
 
 def test_runs_are_called_as_their_directories() -> None:
     given = ["a/lr0.1/", "b/lr0.2", "c/lr0.1/checkpoints/step-00000004", "d/lr0.1-2", "e/lr0.1"]
-    assert names(given) == ["lr0.1", "lr0.2", "lr0.1-2", "lr0.1-2-2", "lr0.1-3"]
+    assert run_names(given) == ["lr0.1", "lr0.2", "lr0.1-2", "lr0.1-2-2", "lr0.1-3"]
 
 
 def test_report_refuses_what_it_cannot_ask(
