@@ -36,9 +36,10 @@ class Muon(torch.optim.AdamW):
     def __init__(self, groups: list[dict[str, Any]], dtype: torch.dtype, **options: Any) -> None:
         super().__init__(groups, **options)
         self.dtype = dtype
-        # Whole experts are left where they are.
         matrices = [p for group in self._matrix_groups for p in group["params"]]
-        cut = [p for p in matrices if isinstance(p, DTensor) and not (p.ndim == 3 and p.placements[-1] == Shard(0))]
+        for parameter in matrices:
+            self.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
+        cut = [p for p in matrices if _is_cut(p)]
         self.exchange = Exchange(cut, dtype) if cut else None
 
     @property
@@ -61,9 +62,9 @@ class Muon(torch.optim.AdamW):
         if getattr(self, "grad_scale", None) is not None:
             torch._foreach_div_(gradients, self.grad_scale)
         if getattr(self, "found_inf", None) is not None:
+            skip = self.found_inf > 0
             for gradient, momentum in zip(gradients, momenta, strict=True):
-                # Moved towards itself, the momentum stays what it was.
-                torch.where(self.found_inf > 0, momentum, gradient, out=gradient)
+                torch.where(skip, momentum, gradient, out=gradient)  # moved towards itself, it stays what it was
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         torch._foreach_lerp_(gradients, momenta, group["momentum"])
 
@@ -190,6 +191,13 @@ class Piece:
     def cut(self, whole: Tensor) -> tuple[Tensor, ...]:
         """The ranks' shards."""
         return whole.split(self.sizes, self.dim)
+
+
+def _is_cut(parameter: Tensor) -> bool:
+    """Whether ranks hold parts of matrices, not some of a stack each."""
+    if not isinstance(parameter, DTensor) or parameter.device_mesh.shape[-1] == 1:
+        return False
+    return parameter.ndim == 2 or parameter.placements[-1] != Shard(0)
 
 
 def _local(tensor: Tensor) -> Tensor:

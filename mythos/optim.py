@@ -23,6 +23,12 @@ def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
     return parameter.ndim > 1 and name.startswith(HIDDEN) and not name.endswith("router.weight")
 
 
+def state_bytes(model: nn.Module, config: OptimConfig) -> int:
+    """Bytes that training keeps of a model: float32 weights, gradients, and one moment for Muon or two for AdamW."""
+    muon = config.name == "muon"
+    return sum(p.numel() * (12 if muon and is_hidden_matrix(n, p) else 16) for n, p in model.named_parameters())
+
+
 def build_optimizer(
     model: nn.Module, config: OptimConfig, dtype: torch.dtype = torch.float32
 ) -> torch.optim.AdamW | Muon:
@@ -41,10 +47,7 @@ def build_optimizer(
     ]
     options = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "fused": True}
     optimizer = Muon(settings, dtype, **options) if config.name == "muon" else torch.optim.AdamW(settings, **options)
-    for parameter in named.values():
-        if parameter in matrices:
-            optimizer.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
-            continue
+    for parameter in set(named.values()) - matrices:
         optimizer.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
             "exp_avg": torch.zeros_like(parameter),

@@ -2,6 +2,7 @@
 
 from math import sqrt
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +11,8 @@ from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.muon import Muon
 from mythos.optim import build_optimizer
 from mythos.presets import preset_config
+from tests.runs import tiny
+from tests.trainers import assert_identical, run, saved
 
 LR, DECAY, MOMENTUM = 0.02, 0.3, 0.9
 
@@ -85,3 +88,75 @@ def test_step_equals_muon_written_out():
                 state[name] = [muon_step(w, g, m) for (w, m), g in zip(state[name], parts, strict=True)]
             for part, (weight, _) in zip(matrices(name, parameter), state[name], strict=True):
                 torch.testing.assert_close(part.double(), weight, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: n + m)
+
+
+def test_equals_torch_where_it_has_one():
+    """torch.optim.Muon is for matrices, in bfloat16."""
+    model, optimizer = build(torch.bfloat16)
+    weights = {name: p for name, p in hidden(model).items() if p.ndim == 2 and "gate_up" not in name}
+    copies = {name: nn.Parameter(p.detach().clone()) for name, p in weights.items()}
+    settings = {"lr": LR, "weight_decay": DECAY, "momentum": MOMENTUM, "adjust_lr_fn": "match_rms_adamw"}
+    theirs = torch.optim.Muon(copies.values(), **settings)
+    for step in range(3):
+        before = {name: p.detach().clone() for name, p in weights.items()}
+        for name, gradient in draw_gradients(model, step).items():
+            if name in copies:
+                copies[name].grad = gradient
+        optimizer.step()
+        theirs.step()
+        for name, weight in weights.items():
+            torch.testing.assert_close(theirs.state[copies[name]], optimizer.state[weight], rtol=1e-6, atol=1e-9)
+            moved, expected = weight - before[name], copies[name] - before[name]
+            assert (moved - expected).norm() < 0.01 * expected.norm(), name
+            weight.data.copy_(copies[name].data)
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (16, 56), (56, 16)])
+def test_updates_are_nearly_orthogonal_and_as_large_as_those_of_adamw(shape):
+    weight = nn.Parameter(torch.zeros(shape))
+    optimizer = Muon([{"params": [weight], "momentum": 0.0, "parts": 1}], torch.float32, lr=1.0, weight_decay=0.0)
+    weight.grad = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    left, _, right = torch.linalg.svd(weight.grad, full_matrices=False)
+    optimizer.step()
+    update = -weight.detach()
+    values = (left.T @ update @ right.T) / (0.2 * sqrt(max(shape)))  # in the gradient's own singular vectors
+    assert ((values.diagonal() > 0.6) & (values.diagonal() < 1.3)).all()
+    torch.testing.assert_close(values, values.diagonal().diag(), rtol=0, atol=1e-5)
+    assert 0.15 < update.square().mean().sqrt() < 0.25
+
+
+def test_without_a_gradient_nothing_moves():
+    """An idle expert's matrices decay and no more."""
+    model, optimizer = build()
+    draw_gradients(model, 0)
+    experts = model.recurrence.blocks[0].ffn.gate_up
+    experts.grad[3] = 0.0
+    before = experts.detach().clone()
+    optimizer.step()
+    torch.testing.assert_close(experts[3], before[3] * (1 - LR * DECAY))
+    assert not torch.allclose(experts[2], before[2] * (1 - LR * DECAY), atol=1e-3)
+
+
+def test_all_else_is_updated_by_adamw():
+    model, optimizer = build()
+    other = RecurrentDepthTransformer(preset_config("mythos_nano", vocab_size=128)).initialize(0)
+    adamw = build_optimizer(other, OptimConfig(lr=LR, weight_decay=DECAY))
+    for step in range(2):
+        for one, given in ((model, optimizer), (other, adamw)):
+            draw_gradients(one, step)
+            given.step()
+    matrices, others = hidden(model), dict(other.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, others[name]) == (name not in matrices), name
+        assert optimizer.state[parameter].keys() == (
+            {"momentum_buffer"} if name in matrices else {"step", "exp_avg", "exp_avg_sq"}
+        )
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_continues_exactly(tmp_path):
+    """Two steps, saved, and two more by another run are bit for bit the four of one run."""
+    changes = {"optim__name": "muon", "train__steps": 4, "checkpoint__every": 2, "eval__batches": 1}
+    whole = run(tiny(tmp_path, **changes))
+    again = tiny(tmp_path, **changes, run__dir=str(tmp_path / "again"), run__resume=str(saved(whole, 2)))
+    assert_identical(whole, run(again))
