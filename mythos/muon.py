@@ -11,10 +11,14 @@ from torch.distributed.tensor import DTensor, Shard
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the polynomial x (a + b x^2 + c x^4), Jordan's: steep at 0, and after five times near 1 for what is above 0.01."""
 ITERATIONS = 5
+TOGETHER = 2**24
+"""Elements of the matrices that are multiplied together: enough for a GPU, little beside a model."""
+SENT = 2**26
+"""Elements of a rank's shards that are sent together: buffers of them are all that an exchange takes."""
 SMALLEST_NORM = 1e-7
 """What a matrix is divided by at least."""
 UPDATE_RMS = 0.2
-"""Root mean square of AdamW's updates at a learning rate of 1, which those of matrices are given (arXiv 2502.16982)."""
+"""Root mean square of AdamW's updates at a learning rate of 1, which those of matrices get (arXiv 2502.16982)."""
 
 
 class Muon(torch.optim.AdamW):
@@ -26,21 +30,29 @@ class Muon(torch.optim.AdamW):
     rows of a matrix and the columns of a stack.
 
     Products are in `dtype`, all else in the parameters' type. A step takes `found_inf` and `grad_scale` as a fused
-    AdamW does, waits for nothing, needs a gradient of every matrix and uses it up. What FSDP2 has cut is put together
-    on one of the ranks that share it, a part of the matrices on each.
+    AdamW does, waits for nothing, needs a gradient of every matrix and uses it up. Matrices that FSDP2 has cut are put
+    together, each on one of the ranks that share it, about `elements` of a rank's shards at a time.
 
     torch.optim.Muon knows no stacks and no `found_inf` or `grad_scale`, takes one matrix after the other, always in
     bfloat16, and would do the same work on all ranks.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], dtype: torch.dtype, **options: Any) -> None:
+    def __init__(self, groups: list[dict[str, Any]], dtype: torch.dtype, elements: int = SENT, **options: Any) -> None:
         super().__init__(groups, **options)
         self.dtype = dtype
         matrices = [p for group in self._matrix_groups for p in group["params"]]
         for parameter in matrices:
             self.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
-        cut = [p for p in matrices if _is_cut(p)]
-        self.exchange = Exchange(cut, dtype) if cut else None
+        rounds: list[list[DTensor]] = []
+        room = 0.0
+        for parameter in sorted(filter(_is_cut, matrices), key=lambda p: p.shape):
+            share = parameter.numel() / parameter.device_mesh.shape[-1]
+            if not rounds or share > room:
+                rounds.append([])
+                room = elements
+            rounds[-1].append(parameter)
+            room -= share
+        self.exchanges = [Exchange(cut, dtype) for cut in rounds]
 
     @property
     def _matrix_groups(self) -> list[dict[str, Any]]:
@@ -48,15 +60,15 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update of all parameters. From here on gradients of matrices hold what these are moved by."""
+        """One update of all parameters; the gradients of matrices are turned into what moves them, and let go of."""
         for group in self._matrix_groups:
-            self._average(group)
+            self._follow_momentum(group)
         self._orthogonalize()
         for group in self._matrix_groups:
             self._apply(group)
         super().step()
 
-    def _average(self, group: dict[str, Any]) -> None:
+    def _follow_momentum(self, group: dict[str, Any]) -> None:
         gradients = [_local(p.grad) for p in group["params"]]
         momenta = [_local(self.state[p]["momentum_buffer"]) for p in group["params"]]
         if getattr(self, "grad_scale", None) is not None:
@@ -70,15 +82,14 @@ class Muon(torch.optim.AdamW):
 
     def _orthogonalize(self) -> None:
         parts = {p: group["parts"] for group in self._matrix_groups for p in group["params"]}
-        cut = self.exchange.parameters if self.exchange else set()
+        cut = {p for exchange in self.exchanges for p in exchange.parameters}
         here = [(_local(p.grad), count) for p, count in parts.items() if p not in cut]
-        gathered = self.exchange.gather() if self.exchange else []
-        blocks: list[Tensor] = []
-        for update, count in (*here, *((whole, parts[p]) for p, whole in gathered)):
-            blocks += update.chunk(count, dim=0 if update.ndim == 2 else 2)
-        orthogonalize_(blocks, self.dtype)
-        if self.exchange:
-            self.exchange.scatter([whole for _, whole in gathered])
+        orthogonalize_([matrix for update, count in here for matrix in _matrices(update, count)], self.dtype)
+        for exchange in self.exchanges:
+            gathered = exchange.gather()
+            matrices = [matrix for p, whole in gathered for matrix in _matrices(whole, parts[p])]
+            orthogonalize_(matrices, self.dtype)
+            exchange.scatter([whole for _, whole in gathered])
 
     def _apply(self, group: dict[str, Any]) -> None:
         found_inf = getattr(self, "found_inf", None)
@@ -92,16 +103,17 @@ class Muon(torch.optim.AdamW):
             parameter.grad = None  # AdamW passes over what has none
 
 
-def orthogonalize_(blocks: list[Tensor], dtype: torch.dtype) -> None:
-    """Make matrices orthogonal in place, all of one shape in the same products: (n, m) or stacks (E, n, m)."""
+def orthogonalize_(matrices: list[Tensor], dtype: torch.dtype) -> None:
+    """Make matrices (n, m) orthogonal in place, many of one shape in the same products, which are in `dtype`."""
     shapes: dict[torch.Size, list[Tensor]] = {}
-    for block in blocks:
-        wide = block if block.shape[-2] <= block.shape[-1] else block.mT
-        shapes.setdefault(wide.shape[-2:], []).append(wide.unsqueeze(0) if wide.ndim == 2 else wide)
-    for alike in shapes.values():
-        results = newton_schulz(torch.cat([block.to(dtype) for block in alike]))
-        for block, result in zip(alike, results.split([len(block) for block in alike]), strict=True):
-            block.copy_(result)
+    for matrix in matrices:
+        wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+        shapes.setdefault(wide.shape, []).append(wide)
+    for shape, alike in shapes.items():
+        most = max(1, TOGETHER // shape.numel())
+        for start in range(0, len(alike), most):
+            some = alike[start : start + most]
+            torch._foreach_copy_(some, newton_schulz(torch.stack(some).to(dtype)).unbind())
 
 
 def newton_schulz(x: Tensor) -> Tensor:
@@ -115,9 +127,9 @@ def newton_schulz(x: Tensor) -> Tensor:
 
 
 class Exchange:
-    """Brings each matrix that FSDP2 has cut together on one of the ranks that share it, and what became of it back.
+    """Brings matrices that FSDP2 has cut together, each on one of the ranks that share it, and the results back.
 
-    Each way is one all-to-all of all matrices, in `dtype`. The ranks take turns, the largest matrices first.
+    Each way is one all-to-all, in `dtype`. The ranks take turns, the largest matrices first.
     """
 
     def __init__(self, parameters: list[DTensor], dtype: torch.dtype) -> None:
@@ -152,17 +164,16 @@ class Exchange:
 
     def scatter(self, wholes: list[Tensor]) -> None:
         """Put the matrices that :meth:`gather` gave into the ranks' gradients."""
-        cut = [piece.cut(whole) for piece, whole in zip(self.mine, wholes, strict=True)]
+        cut = [whole.split(piece.sizes, piece.dim) for piece, whole in zip(self.mine, wholes, strict=True)]
         sent = [shards[target] for target in range(self.ranks) for shards in cut]
         for piece, values in zip(self.pieces, self._all_to_all(sent, self.coming, self.leaving), strict=True):
             shard = piece.shard()
             shard.copy_(values.view_as(shard))
 
     def _all_to_all(self, tensors: list[Tensor], leaving: list[list[int]], coming: list[list[int]]) -> list[Tensor]:
-        """What other ranks' tensors were sent here, flat, by rank; the sizes of those sent and received are by rank."""
-        device = self.pieces[0].shard().device
-        empty = torch.empty(0, dtype=self.dtype, device=device)
-        sent = torch.cat([empty, *(tensor.to(self.dtype).flatten() for tensor in tensors)])
+        """Send tensors, ordered by rank, and return those that came, flat; the lists say their sizes for each rank."""
+        nothing = torch.empty(0, dtype=self.dtype, device=self.pieces[0].shard().device)
+        sent = torch.cat([nothing, *(tensor.to(self.dtype).flatten() for tensor in tensors)])
         received = sent.new_empty(sum(map(sum, coming)))
         dist.all_to_all_single(received, sent, list(map(sum, coming)), list(map(sum, leaving)), group=self.group)
         return list(received.split([size for sizes in coming for size in sizes]))
@@ -188,9 +199,11 @@ class Piece:
         local = _local(self.parameter.grad)
         return local if local.ndim == 2 else local[self.place : self.place + 1]
 
-    def cut(self, whole: Tensor) -> tuple[Tensor, ...]:
-        """The ranks' shards."""
-        return whole.split(self.sizes, self.dim)
+
+def _matrices(tensor: Tensor, parts: int) -> list[Tensor]:
+    """Views of the matrices of a parameter's shape."""
+    stack = tensor.unsqueeze(0) if tensor.ndim == 2 else tensor
+    return [half for one in stack for half in one.chunk(parts, dim=0 if tensor.ndim == 2 else 1)]
 
 
 def _is_cut(parameter: Tensor) -> bool:

@@ -75,8 +75,8 @@ class Laid:
     """What ranks sum up in a step to know loss, norms and the experts' load."""
     buckets: int
     """Parts in which DDP reduces gradients."""
-    exchanged: int
-    """Of an all-to-all by which Muon has whole matrices; it makes two in a step. 0 = none."""
+    exchanged: tuple[int, ...]
+    """Of each all-to-all by which Muon makes matrices whole; there is another one to cut them again."""
     units: tuple[Unit, ...]
     """In the order of the forward pass, the root (embedding, head) first; none where nothing is sharded."""
 
@@ -259,7 +259,7 @@ def _measure(config: Config, model: RecurrentDepthTransformer, layout: Layout) -
         replicated=_local_bytes(wholes) if layout.sharded else 0,
         measured=torch.float64.itemsize * (4 + (0 if load is None else load.numel())),
         buckets=len(buckets),
-        exchanged=optimizer.exchange.bytes if isinstance(optimizer, Muon) and optimizer.exchange else 0,
+        exchanged=tuple(exchange.bytes for exchange in optimizer.exchanges) if isinstance(optimizer, Muon) else (),
         units=tuple(_units(model)),
     )
 
@@ -371,7 +371,7 @@ def collectives(config: Config, laid: Laid, loops: int, backprop: int) -> dict[s
         sums.add(1, laid.replicated)
     if layout.size > 1:
         sums.add(1, laid.measured)
-    exchanges = Exchange(2, 2 * laid.exchanged) if laid.exchanged else Exchange()
+    exchanges = Exchange(2 * len(laid.exchanged), 2 * sum(laid.exchanged))
     return {"all-gather": gathers, "reduce-scatter": scatters, "all-reduce": sums, "all-to-all": exchanges}
 
 

@@ -26,8 +26,10 @@ SHAPES: dict[str, tuple[tuple[int, ...], int, int]] = {
 """Shape, the dimension that is cut, and the matrices side by side."""
 
 
-def train(mesh: DeviceMesh | None, placements: list[Placement]) -> tuple[dict[str, Tensor], int, int]:
-    """Three steps, the second skipped; whole weights and momenta, and how many matrices are whole on this rank."""
+def train(
+    mesh: DeviceMesh | None, placements: list[Placement], elements: int = 2**20
+) -> tuple[dict[str, Tensor], list[int], list[int]]:
+    """Three steps, the second skipped; weights and momenta, and of each exchange how many matrices this rank takes."""
 
     def draw(name: str, seed: int) -> Tensor:
         shape, dim, _ = SHAPES[name]
@@ -38,7 +40,7 @@ def train(mesh: DeviceMesh | None, placements: list[Placement]) -> tuple[dict[st
     groups: list[dict[str, Any]] = [
         {"params": [weight], "momentum": 0.9, "parts": SHAPES[name][2]} for name, weight in weights.items()
     ]
-    optimizer = Muon(groups, torch.float32, lr=0.1, weight_decay=0.2)
+    optimizer = Muon(groups, torch.float32, elements, lr=0.1, weight_decay=0.2)
     for step in range(3):
         for place, (name, weight) in enumerate(weights.items()):
             weight.grad = draw(name, 100 * step + place)
@@ -46,23 +48,23 @@ def train(mesh: DeviceMesh | None, placements: list[Placement]) -> tuple[dict[st
         optimizer.step()
     momenta = {f"{n}, momentum": optimizer.state[weight]["momentum_buffer"] for n, weight in weights.items()}
     wholes = {n: (t.full_tensor() if isinstance(t, DTensor) else t).detach() for n, t in (weights | momenta).items()}
-    exchange = optimizer.exchange
-    return wholes, *((len(exchange.mine), len(exchange.pieces)) if exchange else (0, 0))
+    exchanges = optimizer.exchanges
+    return wholes, [len(exchange.mine) for exchange in exchanges], [len(exchange.pieces) for exchange in exchanges]
 
 
-def on_ranks(copies: int) -> tuple[dict[str, Tensor], int, int]:
+def on_ranks(copies: int, elements: int) -> tuple[dict[str, Tensor], list[int], list[int]]:
     torch.distributed.init_process_group("gloo")
     mesh = DeviceMesh("cpu", torch.arange(4).view(copies, -1) if copies > 1 else torch.arange(4))
-    return train(mesh, [Replicate()] if copies > 1 else [])
+    return train(mesh, [Replicate()] if copies > 1 else [], elements)
 
 
-@pytest.mark.parametrize("copies", [1, 2, 4])
-def test_equals_whole_matrices(pool: RankPool, copies: int) -> None:
+@pytest.mark.parametrize(("copies", "elements", "exchanges"), [(1, 2**20, 1), (1, 1, 8), (2, 2**20, 1), (4, 2**20, 0)])
+def test_equals_whole_matrices(pool: RankPool, copies: int, elements: int, exchanges: int) -> None:
     expected, _, _ = train(None, [])
-    everyone = pool.run(on_ranks, copies, ranks=4)
-    for wholes, _, _ in everyone:
+    everyone = pool.run(on_ranks, copies, elements, ranks=4)
+    for wholes, mine, in_all in everyone:
         for name, value in expected.items():
             torch.testing.assert_close(wholes[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
-    taken, in_all = [mine for _, mine, _ in everyone], everyone[0][2]
-    assert in_all == (0 if copies == 4 else 16), "what is whole on a rank stays there"
-    assert sum(taken) == copies * in_all and max(taken) - min(taken) <= 1, "no two ranks do the same"
+        assert len(mine) == exchanges and sum(in_all) == (16 if exchanges else 0), "whole ones stay where they are"
+    for taken, total in zip(zip(*(mine for _, mine, _ in everyone), strict=True), everyone[0][2], strict=True):
+        assert sum(taken) == copies * total and max(taken) - min(taken) <= 1, "no two ranks do the same"
