@@ -86,8 +86,8 @@ def test_bytes_are_those_of_rows_counted_by_hand(
 def test_optimizer_keeps_one_moment_of_what_muon_updates(tmp_path: Path, name: str) -> None:
     config = tiny(tmp_path, optim__name=name, model__vocab_size=384)
     model = build_on_meta(config.model)
-    hidden = [p.numel() for n, p in model.named_parameters() if re.search(r"(query|key\w*|out|gate_up|down)(\.weight)?$", n)
-              and "adapter" not in n]  # fmt: skip
+    projection = re.compile(r"(attention|ffn).*\.(query|key\w*|out|gate_up|down)(\.weight)?$")
+    hidden = [p.numel() for n, p in model.named_parameters() if projection.search(n) and "norm" not in n]
     moments, counters = 2 * count_parameters(config.model).total, len(list(model.parameters()))
     assert len(hidden) == 20
     if name == "muon":
