@@ -47,7 +47,7 @@ def build_optimizer(
     ]
     options = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "fused": True}
     optimizer = Muon(settings, dtype, **options) if config.name == "muon" else torch.optim.AdamW(settings, **options)
-    for parameter in set(named.values()) - matrices:
+    for parameter in (p for p in named.values() if p not in matrices):
         optimizer.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
             "exp_avg": torch.zeros_like(parameter),
