@@ -51,7 +51,8 @@ SPARE_BYTES = 1 << 20
 def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Every tensor that training continues from, by name; the tensors are the live ones, not copies.
 
-    `model.<name>` for parameters and buffers, `optim.<name>.<exp_avg | exp_avg_sq | step>`. Sharded ones are DTensors.
+    `model.<name>` for parameters and buffers, `optim.<name>.<exp_avg | exp_avg_sq | step | momentum_buffer>`. Sharded
+    ones are DTensors.
     """
     parameters = dict(model.named_parameters())
     state = {f"model.{name}": tensor.detach() for name, tensor in (parameters | dict(model.named_buffers())).items()}

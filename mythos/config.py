@@ -157,16 +157,19 @@ class DepthConfig(Section):
 
 
 class OptimConfig(Section):
-    """AdamW and its learning-rate schedule."""
+    """The optimizer and its learning-rate schedule."""
 
-    name: Literal["adamw"] = "adamw"
-    """Optimizer."""
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon = orthogonalised momentum for the matrices of attention, feed-forward and experts, and AdamW for embedding,
+    head, norms, routers, injection, readout, adapter and gates; both share lr and weight_decay (arXiv 2502.16982)."""
     lr: Annotated[float, Field(gt=0)] = 3e-3
     """Peak learning rate."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     """Decay of the first and second moment."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """Added to the root of the second moment."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """muon: decay of the matrices' momentum, applied as Nesterov's."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """Decoupled weight decay, on matrices only; never on norms, biases, embeddings or the injection."""
     clip: Annotated[float, Field(ge=0)] = 1.0
@@ -493,6 +496,9 @@ def _contradictions(config: Config, reported: set[str]) -> Iterator[tuple[tuple[
 
     if train.max_time is not None and not any(digit in train.max_time for digit in "123456789"):
         yield ("train.max_time",), f"got {shown(train.max_time)}; allowed: a time such as 90s or 3h30m, or null"
+    if config.optim.name != "muon" and config.optim.momentum != OptimConfig.model_fields["momentum"].default:
+        given = f"got {config.optim.name} and {config.optim.momentum}"
+        yield ("optim.name", "optim.momentum"), f"{given}; the second is for muon only, adamw has betas"
     parallel = config.parallel
     for name in ("shard", "replicate"):
         if getattr(parallel, name) is not None and parallel.mode != "hsdp":

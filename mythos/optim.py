@@ -1,34 +1,53 @@
-"""AdamW with decay on matrices only, and the learning rate of every step."""
+"""Parameter groups of AdamW and Muon, with decay on matrices only, and the learning rate of every step."""
 
 from math import cos, pi
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mythos.config import OptimConfig
+from mythos.muon import Muon
 
 UNDECAYED = ("embedding.", "readout.", "recurrence.injection.", "recurrence.embedding.", "recurrence.adapter.scale")
 """Matrices (by name prefix) that weight decay would pull away from what they mean: tables, the identity-centred
 injection and readout, and per-loop scales."""
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW; its state exists from the start, so that a checkpoint always has the same tensors."""
+HIDDEN = ("prelude.", "recurrence.blocks.", "coda.")
+"""Where (by name prefix) the matrices are that Muon is for, all but those of routers."""
+
+
+def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether a parameter is one that Muon is for: of attention or feed-forward, or a stack of experts'."""
+    return parameter.ndim > 1 and name.startswith(HIDDEN) and not name.endswith("router.weight")
+
+
+def state_bytes(model: nn.Module, config: OptimConfig) -> int:
+    """Bytes that training keeps of a model: float32 weights, gradients, and one moment for Muon or two for AdamW."""
+    muon = config.name == "muon"
+    return sum(p.numel() * (12 if muon and is_hidden_matrix(n, p) else 16) for n, p in model.named_parameters())
+
+
+def build_optimizer(
+    model: nn.Module, config: OptimConfig, dtype: torch.dtype = torch.float32
+) -> torch.optim.AdamW | Muon:
+    """Fused AdamW, or Muon with products in `dtype`; the state exists from the start: a checkpoint has all tensors."""
     named = dict(model.named_parameters())
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    matrices = {p for name, p in named.items() if config.name == "muon" and is_hidden_matrix(name, p)}
+    groups: dict[tuple[float, bool, int], list[nn.Parameter]] = {}
     for name, parameter in named.items():
         decay = config.weight_decay if parameter.ndim > 1 and not name.startswith(UNDECAYED) else 0.0
+        parts = 0 if parameter not in matrices else 2 if "gate_up" in name else 1
         # One fused operation takes shards or whole tensors, not both.
-        groups.setdefault((decay, isinstance(parameter, DTensor)), []).append(parameter)
-    optimizer = torch.optim.AdamW(
-        [{"params": members, "weight_decay": decay} for (decay, _), members in groups.items()],
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        fused=True,
-    )
-    for parameter in named.values():
+        groups.setdefault((decay, isinstance(parameter, DTensor), parts), []).append(parameter)
+    settings = [
+        {"params": members, "weight_decay": decay} | ({"momentum": config.momentum, "parts": parts} if parts else {})
+        for (decay, _, parts), members in groups.items()
+    ]
+    options = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "fused": True}
+    optimizer = Muon(settings, dtype, **options) if config.name == "muon" else torch.optim.AdamW(settings, **options)
+    for parameter in (p for p in named.values() if p not in matrices):
         optimizer.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
             "exp_avg": torch.zeros_like(parameter),

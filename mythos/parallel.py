@@ -21,10 +21,8 @@ from mythos.model.halting import HaltingGate
 from mythos.model.rdt import RDTOutput, RecurrentDepthTransformer
 from mythos.ranks import World
 
-STATE_BYTES = 16
-"""Bytes that training keeps for a parameter: weight, gradient and two moments of AdamW, float32."""
 STATE_SHARE = 0.4
-"""Share of a device's memory that these may take, which leaves the rest to activations."""
+"""Share of a device's memory for weights, gradients and the optimizer's state; the rest is left to activations."""
 
 
 class Layout(NamedTuple):
@@ -49,14 +47,14 @@ class Layout(NamedTuple):
         return self.mode in ("fsdp", "hsdp")
 
 
-def choose_layout(settings: ParallelConfig, size: int, local_size: int, parameters: int, memory: int) -> Layout:
+def choose_layout(settings: ParallelConfig, size: int, local_size: int, state: int, memory: int) -> Layout:
     """What `parallel.mode` amounts to for `size` processes, `local_size` of them on each machine.
 
-    `auto` takes the mode that communicates least among those whose share of parameters, gradients and moments (16 bytes
-    for each of `parameters`) fits in 40% of `memory`, the bytes of a device: ddp, then hsdp within each machine, then
-    fsdp. Raises MythosError for a mode that does not fit the number of processes.
+    `auto` takes the mode that communicates least among those whose share of `state`, the bytes of parameters, gradients
+    and moments, fits in 40% of `memory`, the bytes of a device: ddp, then hsdp within each machine, then fsdp. Raises
+    MythosError for a mode that does not fit the number of processes.
     """
-    mode, need, room = settings.mode, parameters * STATE_BYTES, STATE_SHARE * memory
+    mode, room = settings.mode, STATE_SHARE * memory
     if mode == "single" and size > 1:
         raise MythosError(
             f"parallel.mode: got single and {size} processes, each of which would train alone: start one process, or "
@@ -65,14 +63,14 @@ def choose_layout(settings: ParallelConfig, size: int, local_size: int, paramete
     if size == 1:
         return Layout("single", 1, 1, "one process")
     if mode == "auto":
-        gib = need / 2**30
-        state = f"{gib:{',.0f' if gib >= 10 else '.2g'}} GiB of training state"
-        if need <= room:
-            return Layout("ddp", size, 1, f"auto: {state} fits in each of {size} devices")
-        if local_size < size and size % local_size == 0 and need / local_size <= room:
-            why = f"auto: {state} fits in the {local_size} devices of a machine"
+        gib = state / 2**30
+        told = f"{gib:{',.0f' if gib >= 10 else '.2g'}} GiB of training state"
+        if state <= room:
+            return Layout("ddp", size, 1, f"auto: {told} fits in each of {size} devices")
+        if local_size < size and size % local_size == 0 and state / local_size <= room:
+            why = f"auto: {told} fits in the {local_size} devices of a machine"
             return Layout("hsdp", size // local_size, local_size, why)
-        return Layout("fsdp", 1, size, f"auto: {state} is shared by all {size} devices")
+        return Layout("fsdp", 1, size, f"auto: {told} is shared by all {size} devices")
     if mode == "hsdp":
         shard = settings.shard or (size // settings.replicate if settings.replicate else local_size)
         replicate = settings.replicate or size // shard

@@ -28,7 +28,8 @@ from mythos.estimate import (
 )
 from mythos.model.cache import cache_bytes_per_token
 from mythos.model.rdt import RecurrentDepthTransformer
-from mythos.optim import build_optimizer
+from mythos.muon import Muon
+from mythos.optim import build_optimizer, state_bytes
 from mythos.parallel import Layout, build_mesh, choose_layout, shard_model
 from mythos.ranks import check_fit
 
@@ -74,6 +75,8 @@ class Laid:
     """What ranks sum up in a step to know loss, norms and the experts' load."""
     buckets: int
     """Parts in which DDP reduces gradients."""
+    exchanged: tuple[int, ...]
+    """Of each all-to-all by which Muon makes matrices whole; there is another one to cut them again."""
     units: tuple[Unit, ...]
     """In the order of the forward pass, the root (embedding, head) first; none where nothing is sharded."""
 
@@ -106,7 +109,7 @@ class Exchange:
 
     count: int = 0
     bytes: int = 0
-    """Of what is gathered or reduced, as one rank sees it whole."""
+    """Of what is gathered or reduced, as one rank sees it whole; of what rank 0 sends or receives in an all-to-all."""
 
     def add(self, times: int, size: int) -> None:
         """Count `times` collectives of `size` bytes each."""
@@ -132,7 +135,8 @@ def plan(config: Config, ranks: int | None = None, machine_ranks: int = 8, devic
     check_fit(config, ranks)
     parameters = count_parameters(config.model)
     local = min(machine_ranks, ranks)
-    layout = choose_layout(config.parallel, ranks, local, parameters.total, device_memory)
+    state = state_bytes(build_on_meta(config.model), config.optim)
+    layout = choose_layout(config.parallel, ranks, local, state, device_memory)
     laid = lay_out(config, layout)
     automatic = config.model.vocab_size == "auto"
     vocabulary = ", without the vocabulary, whose size the tokenizer decides" if automatic else ""
@@ -238,7 +242,7 @@ def fake_processes(size: int) -> Iterator[None]:
 
 def _measure(config: Config, model: RecurrentDepthTransformer, layout: Layout) -> Laid:
     parameters = list(model.parameters())
-    optimizer = build_optimizer(model, config.optim)
+    optimizer = build_optimizer(model, config.optim, compute_dtype(config))
     states = [value for state in optimizer.state.values() for value in state.values()]
     wholes = [p for p in parameters if not isinstance(p, DTensor)]
     load = model.empty_load(torch.device("meta"))
@@ -255,6 +259,7 @@ def _measure(config: Config, model: RecurrentDepthTransformer, layout: Layout) -
         replicated=_local_bytes(wholes) if layout.sharded else 0,
         measured=torch.float64.itemsize * (4 + (0 if load is None else load.numel())),
         buckets=len(buckets),
+        exchanged=tuple(exchange.bytes for exchange in optimizer.exchanges) if isinstance(optimizer, Muon) else (),
         units=tuple(_units(model)),
     )
 
@@ -366,7 +371,8 @@ def collectives(config: Config, laid: Laid, loops: int, backprop: int) -> dict[s
         sums.add(1, laid.replicated)
     if layout.size > 1:
         sums.add(1, laid.measured)
-    return {"all-gather": gathers, "reduce-scatter": scatters, "all-reduce": sums}
+    exchanges = Exchange(2 * len(laid.exchanged), 2 * sum(laid.exchanged))
+    return {"all-gather": gathers, "reduce-scatter": scatters, "all-reduce": sums, "all-to-all": exchanges}
 
 
 @dataclass(frozen=True)

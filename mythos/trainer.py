@@ -45,10 +45,10 @@ from mythos.model.generate import generate
 from mythos.model.rdt import RDTOutput, RecurrentDepthTransformer
 from mythos.model.recurrence import initial_state
 from mythos.model.sampling import Sampling
-from mythos.optim import build_optimizer, learning_rate
+from mythos.optim import build_optimizer, learning_rate, state_bytes
 from mythos.parallel import choose_layout, choose_micro_batch, device_memory, parallelize
 from mythos.plots import draw_plots
-from mythos.preflight import check_same_model, prepare_directory, resolve_vocabulary
+from mythos.preflight import check_same_model, check_same_optimizer, prepare_directory, resolve_vocabulary
 from mythos.profiling import OwnTime, Profiler, Stopwatch
 from mythos.ranks import join_world
 from mythos.rng import random_state, set_random_state
@@ -108,6 +108,7 @@ class Trainer:
         self.count_targets = data.targets
         if meta:
             check_same_model(config, meta["config"]["model"], found)
+            check_same_optimizer(config, meta["config"]["optim"], found)
         self.schedule = DepthSchedule(config)
         self.loader = Loader(
             data.streams(config.run.seed, world.rank, world.size),
@@ -126,13 +127,13 @@ class Trainer:
         set_seed(config.run.seed)  # nothing here draws from global generators, but what users add may
         with torch.device("meta"):
             model = RecurrentDepthTransformer(config.model)
-        parameters = sum(p.numel() for p in model.parameters())
+        state = state_bytes(model, config.optim)
         self.layout = choose_layout(
-            config.parallel, world.size, world.local_size, parameters, min(world.ranks.gather(device_memory(world)))
+            config.parallel, world.size, world.local_size, state, min(world.ranks.gather(device_memory(world)))
         )
         self.parallel = parallelize(config, model, self.layout, world)
         self.model = model
-        self.optimizer = build_optimizer(self.model, config.optim)
+        self.optimizer = build_optimizer(self.model, config.optim, self.parallel.dtype)
         self.micro_batch = choose_micro_batch(config, self.parallel)
 
         # Updates that were skipped, in all and in a row; on the device, so that no step waits to know.
@@ -345,6 +346,7 @@ class Trainer:
 
         # All ranks skip an update together, on the device: they hold the same sums. The fused optimizer takes both
         # numbers as a gradient scaler gives them: it divides by the one, and changes nothing where the other is 1.
+        self.watchdog.beat(f"step {step + 1}: update (all-to-alls of Muon under FSDP)")
         skip = ~(loss.isfinite() & grad_norm.isfinite())
         self.optimizer.found_inf = skip.float()
         self.optimizer.grad_scale = (grad_norm / config.optim.clip).clamp(min=1).float() if config.optim.clip else None

@@ -22,6 +22,7 @@ from mythos.errors import MythosError
 from mythos.estimate import (
     CHECKPOINTING,
     UTILISATION,
+    build_on_meta,
     count_parameters,
     forward_flops,
     mean_depths,
@@ -31,6 +32,7 @@ from mythos.estimate import (
     training_run,
 )
 from mythos.model.cache import cache_bytes_per_token
+from mythos.optim import state_bytes
 from mythos.parallel import choose_layout
 from mythos.plan import activations, lay_out, working_memory
 from mythos.presets import BPE_VOCAB_SIZE, PRESETS, preset_config
@@ -96,7 +98,9 @@ def estimate(options: argparse.Namespace) -> dict[str, Any]:
     tokens = config.train_steps * config.tokens_per_step
 
     local = min(options.machine_gpus, options.gpus)
-    layout = choose_layout(config.parallel, options.gpus, local, parameters.total, gpu.memory)
+    layout = choose_layout(
+        config.parallel, options.gpus, local, state_bytes(build_on_meta(model), config.optim), gpu.memory
+    )
     laid = lay_out(config, layout)
     working = working_memory(config, laid).total
     memory = {}

@@ -38,7 +38,7 @@ def problem(**sections: Any) -> str:
 
 # How YAML writes what Python writes otherwise.
 WRITTEN = {"'128'": '"128"', "True": "true", "False": "false", "None": "null", "{'of': 128}": "{of: 128}"}
-WRITTEN |= {repr(word): f'"{word}"' for word in ("wide", "large", "mha", "yes please")}
+WRITTEN |= {repr(word): f'"{word}"' for word in ("wide", "large", "mha", "yes please", "sgd")}
 
 
 @pytest.mark.parametrize(
@@ -59,6 +59,8 @@ WRITTEN |= {repr(word): f'"{word}"' for word in ("wide", "large", "mha", "yes pl
         ("run", "name", 7, "text"),
         ("run", "seed", -1, "integer >= 0"),
         ("depth", "mean", 0.5, "number >= 1 or null"),
+        ("optim", "name", "sgd", "adamw | muon"),
+        ("optim", "momentum", 1.0, "number >= 0 < 1"),
         ("optim", "lr", 0, "number > 0"),
         ("optim", "lr", False, "number > 0"),
         ("optim", "lr", float("nan"), "number > 0"),
@@ -130,6 +132,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"train": {"steps": 1, "max_time": ""}}, ("train.max_time",)),
     ({"parallel": {"mode": "fsdp", "shard": 8}}, ("parallel.mode", "parallel.shard")),
     ({"parallel": {"replicate": 2}}, ("parallel.mode", "parallel.replicate")),
+    ({"optim": {"momentum": 0.9}}, ("optim.name", "optim.momentum")),
     ({"train": {"steps": 10, "tokens": 10}}, ("train.steps", "train.tokens")),
     ({"train": {"steps": 10, "global_batch": 96}}, ("train.global_batch", "data.streams")),
     ({"data": {"sequence_length": 2048}}, ("data.sequence_length", "model.context_length")),

@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 from mythos import plan as planning
 from mythos.config import Config, config_from_dict
 from mythos.errors import MythosError
-from mythos.estimate import Activations, build_on_meta
-from mythos.optim import build_optimizer
+from mythos.estimate import Activations, build_on_meta, count_parameters
+from mythos.optim import build_optimizer, state_bytes
 from mythos.parallel import choose_layout, parallelize
 from mythos.plan import Laid, Working, fake_processes, lay_out, plan, working_memory
 from mythos.presets import PRESETS
@@ -80,6 +80,21 @@ def test_bytes_are_those_of_rows_counted_by_hand(
     assert laid.optimizer == 8 * numbers + 4 * tensors  # two moments, and a counter of steps for each
     assert laid.replicated == (4 * whole if pieces > 1 else 0)
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_optimizer_keeps_one_moment_of_what_muon_updates(tmp_path: Path, name: str) -> None:
+    config = tiny(tmp_path, optim__name=name, model__vocab_size=384)
+    model = build_on_meta(config.model)
+    projection = re.compile(r"(attention|ffn).*\.(query|key\w*|out|gate_up|down)(\.weight)?$")
+    hidden = [p.numel() for n, p in model.named_parameters() if projection.search(n) and "norm" not in n]
+    moments, counters = 2 * count_parameters(config.model).total, len(list(model.parameters()))
+    assert len(hidden) == 20
+    if name == "muon":
+        moments, counters = moments - sum(hidden), counters - len(hidden)
+    laid = laid_out(config, 1)
+    assert laid.optimizer == 4 * (moments + counters)
+    assert state_bytes(model, config.optim) == laid.state - 4 * counters
 
 
 def test_units_add_up_and_shards_are_padded_to_equal_length(tmp_path: Path) -> None:

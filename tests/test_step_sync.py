@@ -99,8 +99,9 @@ def step_without_waiting(made: Trainer) -> tuple[StepResult, set[str]]:
         {"model__halting": "gate", "model__core_layers": 2},
         {"model__halting": "act", "model__attention": "gqa", "model__core_ffn": "dense", "data__mask_documents": True},
         {"train__dtype": "bfloat16", "parallel__activation_checkpointing": "loop", "model__loop_embedding": True},
+        {"optim__name": "muon", "model__core_layers": 2},
     ],
-    ids=["gate", "act", "recomputation"],
+    ids=["gate", "act", "recomputation", "muon"],
 )
 def test_step_waits_for_nothing(tmp_path, monkeypatch, changes):
     """Micro-batches, rows that join, passes without gradient, clipping, a skipped update, routers' biases."""
@@ -120,6 +121,7 @@ def test_step_waits_for_nothing(tmp_path, monkeypatch, changes):
         weight.data.copy_(kept if skipped else weight)
     assert int(made.skipped) == 1
     assert "_fused_adamw_" in ran
+    assert ("baddbmm" in ran) == (made.config.optim.name == "muon")
     assert ("_grouped_mm" in ran) == (made.config.model.core_ffn == "moe")
 
 

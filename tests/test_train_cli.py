@@ -231,6 +231,12 @@ def test_checkpoint_of_another_model(finished, refused, override, before, here):
     assert ((finished.dir / "metrics.jsonl").read_text(), (finished.dir / "config.yaml").read_text()) == contents
 
 
+def test_checkpoint_of_another_optimizer(finished, refused):
+    message = refused(finished.yaml, "optim.name=muon", "train.steps=7")
+    assert "step-00000006 is of another optimizer" in message
+    assert "optim.name: 'adamw' in the checkpoint, 'muon' here" in message
+
+
 def test_checkpoint_of_other_data(finished, refused):
     message = refused(finished.yaml, "run.seed=1", "train.steps=7")
     assert "the checkpoint's position is in other data: seed was 0, is 1" in message

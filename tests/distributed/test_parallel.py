@@ -150,6 +150,22 @@ def test_gate_learns_alike(pool: RankPool, single: tuple[Path, Trained], gated: 
         assert_same(trained, gated)
 
 
+MUON = {"optim__name": "muon", "model__n_experts": 6}  # which four ranks cut, and two share out
+
+
+@pytest.fixture(scope="module")
+def by_muon(single: tuple[Path, Trained]) -> Trained:
+    return train(single[0], "muon", MUON, steps=4)
+
+
+@pytest.mark.parametrize("layout", ["ddp on 2", "fsdp on 2", "fsdp on 4, kept after forward", "hsdp 2 x 2"])
+def test_muon_equals_one_process(pool: RankPool, single: tuple[Path, Trained], by_muon: Trained, layout: str) -> None:
+    """Each matrix is made orthogonal as a whole, wherever its parts lie."""
+    ranks, changes = LAYOUTS[layout]
+    for trained in pool.run(train, single[0], layout + ", muon", MUON | changes, 4, ranks=ranks):
+        assert_same(trained, by_muon)
+
+
 def dtypes_in_forward(directory: Path) -> tuple[dict[str, torch.dtype], dict[str, torch.dtype], float]:
     """Every parameter's type while its module computes and while it rests, and the loss of the first step."""
     changes = {"parallel__mode": "fsdp", "train__dtype": "bfloat16", "run__dir": str(directory / "bfloat16")}

@@ -98,7 +98,8 @@ def test_something_else_at_the_port(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def layout(size: int, local_size: int, parameters: int = 10**9, memory: int = 80 * GIB, **changes: Any) -> Layout:
     settings = {f"parallel__{name}": value for name, value in changes.items()}
-    return choose_layout(tiny(Path(tempfile.gettempdir()), **settings).parallel, size, local_size, parameters, memory)
+    parallel = tiny(Path(tempfile.gettempdir()), **settings).parallel
+    return choose_layout(parallel, size, local_size, 16 * parameters, memory)
 
 
 def test_auto_takes_the_mode_that_communicates_least_among_those_that_fit(tmp_path: Path) -> None:

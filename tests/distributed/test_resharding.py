@@ -64,6 +64,22 @@ def train_and_save(directory: Path, name: str, changes: dict[str, Any]) -> tuple
     return Path(made.checkpoints.newest), after
 
 
+MUON: dict[str, Any] = {"optim__name": "muon"}
+
+
+def test_muon_continues_what_other_layouts_saved(pool: RankPool, tmp_path: Path) -> None:
+    """Four ranks hold parts of the experts' momentum, two hold some experts each, one all."""
+    tiny(tmp_path)
+    ranks, changes = LAYOUTS["fsdp on 4"]
+    everyone = pool.run(train_and_save, tmp_path, "muon", MUON | changes, ranks=ranks)
+    path, (losses, _) = everyone[0]
+    for layout in ("fsdp on 4", "fsdp on 2", "single"):
+        ranks, changes = LAYOUTS[layout]
+        actual, _ = joined(pool.run(continued, tmp_path, f"muon to {layout}", path, MUON | changes, ranks=ranks))
+        torch.testing.assert_close(actual, losses, rtol=1e-6, atol=0, msg=lambda m, n=layout: f"{n}: {m}")
+        assert layout != "fsdp on 4" or actual == losses, "the same layout must round alike"
+
+
 def continued(directory: Path, name: str, saved: Path, changes: dict[str, Any]) -> Steps:
     made = Trainer(tiny(directory, run__dir=str(directory / name), run__resume=str(saved), **CHANGES, **changes))
     assert made.step == SAVED_AFTER

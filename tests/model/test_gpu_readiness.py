@@ -49,7 +49,7 @@ from tests.runs import tiny
 CUDA = torch.device("cuda", 0)
 DEVICE_TYPES = {"cuda": 1, "meta": 14}  # c10/core/DeviceType.h
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
-PRODUCTS = frozenset({"mm", "addmm", "bmm", "_grouped_mm", "_scaled_dot_product_flash_attention"})
+PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_dot_product_flash_attention"})
 
 
 @pytest.fixture(autouse=True)
@@ -228,7 +228,7 @@ def walk(directory: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> tu
             made.model = RecurrentDepthTransformer(made.config.model)
             made.skipped, made.skipped_in_a_row = torch.zeros(2, dtype=torch.int64).unbind()
         made.parallel = ParallelModel(made.model, made.layout, made.world, made.config.parallel, BFLOAT16)
-        made.optimizer = build_optimizer(made.model, made.config.optim)
+        made.optimizer = build_optimizer(made.model, made.config.optim, BFLOAT16)
         with watch, Kernels(watch):
             result = made.train_step(batch._replace(rows=HostRows(batch.rows.tolist())))
     return made, result, watch
@@ -280,6 +280,15 @@ def test_step_on_a_gpu(tmp_path, monkeypatch, kind, ffn, documents):
     assert watch.float32_sizes == router_injection_gate - (set() if ffn == "moe" else {model.n_experts})
     micro_batches, copied = 2, 2 + documents  # ids, depths, documents
     assert watch.uploads == micro_batches * copied
+
+
+def test_muon_on_a_gpu(tmp_path, monkeypatch):
+    made, _, watch = walk(tmp_path, monkeypatch, optim__name="muon", **WALKED)
+    assert {"bmm", "baddbmm"} <= {name for name, dtype in watch.products if dtype == BFLOAT16}
+    assert not {"bmm", "baddbmm"} & {name for name, dtype in watch.products if dtype == FLOAT32}
+    for name, parameter in made.model.named_parameters():
+        kept = [parameter, *made.optimizer.state[parameter].values()]
+        assert {(tensor.device, tensor.dtype) for tensor in kept} == {(CUDA, FLOAT32)}, name
 
 
 @pytest.mark.parametrize(
