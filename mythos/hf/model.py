@@ -259,10 +259,11 @@ def kept(values: Tensor, mask: Tensor | None, which: int | Tensor) -> Tensor:
 
 
 def float32_names(model: RecurrentDepthTransformer) -> Iterator[str]:
-    """Names of what is never rounded to 16 bits: parameters that modules declare as `float32`, and buffers."""
+    """Names of what is never rounded to 16 bits: what modules declare as `float32`, the injection, and buffers."""
     for prefix, module in model.named_modules():
         buffers = dict(module.named_buffers(recurse=False))
-        for name in (*getattr(module, "float32", ()), *buffers):
+        whole = dict(module.named_parameters()) if module is model.recurrence.injection else {}
+        for name in {*getattr(module, "float32", ()), *whole, *buffers}:
             yield f"{prefix}.{name}"
 
 
