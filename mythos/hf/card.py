@@ -38,11 +38,11 @@ def _what(stored: StoredModel) -> str:
     config = stored.model.config
     parameters = count_parameters(config)
     active = "" if parameters.active == parameters.total else f", {parameters.active:,} of them active at a token"
+    depth = f"Loops are chosen at inference; training ran {stored.mean_loops} on average."
     return (
         f"A recurrent-depth transformer of {parameters.total:,} parameters{active}, {config.dim} wide. "
-        f"Layers: {config.prelude_layers} before the loop, {_core(config)}, {config.coda_layers} after. Loops are chosen "
-        f"at inference; training ran {stored.mean_loops} on average. The context is {config.context_length:,} tokens, "
-        f"the vocabulary {config.vocab_size:,}."
+        f"Layers: {config.prelude_layers} before the loop, {_core(config)}, {config.coda_layers} after. {depth} "
+        f"The context is {config.context_length:,} tokens, the vocabulary {config.vocab_size:,}."
     )
 
 

@@ -1,7 +1,7 @@
 """The model as transformers handles models: loading, saving, generating, fine-tuning."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from typing import Any
 
@@ -157,10 +157,9 @@ class MythosForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits[..., : self.config.vocab_size], **returned)
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        """Products in the type of the parameters, if that is a short one, else in what the caller chose."""
-        dtype, device = self.model.embedding.weight.dtype, self.device.type
-        enabled = dtype != torch.float32 or torch.is_autocast_enabled(device)
-        return torch.autocast(device, dtype if dtype != torch.float32 else None, enabled=enabled)
+        """Products in the type of the parameters if that is a short one, else in what the caller chose."""
+        dtype = self.model.embedding.weight.dtype
+        return nullcontext() if dtype == torch.float32 else torch.autocast(self.device.type, dtype)
 
     def _depth(self, num_loops: int | None, exit_threshold: float | None) -> tuple[int, HaltingRule | None]:
         loops = self.config.mean_loops if num_loops is None else num_loops
