@@ -234,11 +234,9 @@ class MythosForCausalLM(PreTrainedModel, GenerationMixin):
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         """Give `generate` a cache of ours; transformers' own have no place for loops."""
-        if generation_config.cache_implementation is not None:
-            raise ValueError(
-                f"cache_implementation: got {generation_config.cache_implementation!r}; a mythos model has a cache of "
-                "its own, leave it out"
-            )
+        kind = generation_config.cache_implementation
+        if kind is not None and not kind.startswith("dynamic"):
+            raise ValueError(f"cache_implementation: got {kind!r}; a mythos model has a cache of its own, leave it out")
         if generation_config.use_cache is not False and model_kwargs.get(CACHE_NAME) is None:
             model_kwargs[CACHE_NAME] = MythosCache()
 

@@ -98,6 +98,17 @@ def test_the_tokenizer_encodes_as_in_training(trained: Trainer, exported: Path) 
     assert said["generated_text"] == TEXTS[0] + found[0]
 
 
+def test_the_examples_of_the_documentation(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "huggingface.md").read_text()
+    blocks = [block.split("```")[0] for block in text.split("```python\n")[1:]]
+    assert len(blocks) == 2 and all("exported/quickstart" in block for block in blocks)
+    monkeypatch.chdir(tmp_path)
+    for block in blocks:
+        exec(block.replace("exported/quickstart", str(exported)), {})
+    tuned = open_model(tmp_path / "tuned" / "model")
+    assert not torch.equal(tuned.model.norm.weight, open_model(exported).model.norm.weight)
+
+
 def test_tokens_around_a_text_that_training_never_saw_are_left_out(trained: Trainer, tmp_path: Path) -> None:
     """A tokenizer that begins every text with a token of its own."""
     shutil.copytree(trained.run_dir, tmp_path / "run")

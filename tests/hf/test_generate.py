@@ -143,7 +143,7 @@ def test_assisted_decoding_is_greedy_decoding(made: Made, model: MythosForCausal
 def test_a_cached_prompt_is_continued(model: MythosForCausalLM) -> None:
     """The same beginning for two questions, computed once; a cache of transformers' own has no place for loops."""
     start = random_ids(1, 6)
-    cache = model(start, use_cache=True).cache
+    cache = model(start, use_cache=True)[CACHE_NAME]
     for seed in (1, 2):
         whole = torch.cat((start, random_ids(1, 3, seed=seed)), 1)
         found = model.generate(whole, max_new_tokens=5, **{CACHE_NAME: copy.deepcopy(cache)})

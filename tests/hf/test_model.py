@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, Trainer, TrainingArguments, set_seed
 
 from mythos.hf import MythosCache, MythosConfig, MythosForCausalLM
+from mythos.hf.model import CACHE_NAME
 from tests.hf.conftest import CONTEXT, VOCABULARY
 from tests.model.conftest import SMALL
 from tests.model.slow_decode import SlowRow, converged
@@ -92,7 +93,7 @@ def test_positions_stop_at_the_threshold(made: Made) -> None:
     assert len(set(taken)) > 1
     found = model(ids, num_loops=5, exit_threshold=0.4)
     torch.testing.assert_close(found.logits[0].double(), torch.stack(expected)[:, :VOCABULARY], **CLOSE)
-    assert found.cache is None
+    assert found.get(CACHE_NAME) is None
 
 
 def test_logits_to_keep(model: MythosForCausalLM) -> None:
@@ -112,11 +113,11 @@ def test_a_cache_continues_where_it_stands(model: MythosForCausalLM) -> None:
     mask[1, :2] = 0
     whole = model(ids, attention_mask=mask).logits
     first = model(ids[:, :4], attention_mask=mask[:, :4], use_cache=True)
-    cache = first.cache
+    cache = first[CACHE_NAME]
     assert isinstance(cache, MythosCache) and cache.get_seq_length() == 4 and cache.get_max_length() == CONTEXT
     kept = copy.deepcopy(cache)
     second = model(ids[:, 4:], attention_mask=mask, cache=cache)
-    assert second.cache is cache and cache.get_seq_length() == 9
+    assert second[CACHE_NAME] is cache and cache.get_seq_length() == 9
     joined = torch.cat((first.logits, second.logits), 1)
     torch.testing.assert_close(joined[mask.bool()], whole[mask.bool()], **CLOSE)
     assert kept.get_seq_length() == 4
@@ -163,16 +164,16 @@ def test_what_is_refused(made: Made, model: MythosForCausalLM) -> None:
     long, ids = random_ids(1, CONTEXT + 1), random_ids(1, 4)
     with pytest.raises(ValueError, match=f"an input of {CONTEXT + 1} tokens: the model's context is {CONTEXT} "):
         model(long)
-    cache = model(long[:, :CONTEXT], use_cache=True).cache
+    cache = model(long[:, :CONTEXT], use_cache=True)[CACHE_NAME]
     with pytest.raises(ValueError, match=f"a row of {CONTEXT + 1} tokens: the model's context is {CONTEXT} "):
         model(long[:, CONTEXT:], cache=cache)
     with pytest.raises(ValueError, match=r"attention_mask: got shape \(1, 1\); .* the 40 of the cache included"):
         model(long[:, CONTEXT:], cache=cache, attention_mask=torch.ones(1, 1))
     for other in (made(), made(loops=2)):
         with pytest.raises(ValueError, match="this cache holds the keys and values of another model"):
-            other(ids, cache=model(ids, use_cache=True).cache)
+            other(ids, cache=model(ids, use_cache=True)[CACHE_NAME])
     with pytest.raises(ValueError, match="2 rows of ids for a cache of 1 rows"):
-        model(random_ids(2, 1), cache=model(ids, use_cache=True).cache)
+        model(random_ids(2, 1), cache=model(ids, use_cache=True)[CACHE_NAME])
     with pytest.raises(ValueError, match=r"exit threshold 0\.1: halting is none, and a threshold needs a rule"):
         made(halting="none")(ids, exit_threshold=0.1)
     with pytest.raises(ValueError, match=r"exit threshold of act: got 1\.5; allowed: above 0 and at most 1"):
@@ -186,7 +187,7 @@ def test_what_is_refused(made: Made, model: MythosForCausalLM) -> None:
         with pytest.raises(ValueError, match=r"carry no gradient: .*, or call model\.eval\(\) before"):
             training(ids, **options)
     with torch.no_grad():
-        assert training(ids, use_cache=True).cache is not None
+        assert training(ids, use_cache=True)[CACHE_NAME] is not None
 
 
 # Loading and saving
@@ -227,7 +228,7 @@ def test_in_bfloat16_what_must_not_be_rounded_is_not(made: Made, tmp_path: Path)
         continued = rounded(ids, use_cache=True).logits
     assert torch.equal(short(ids).logits, expected)
     cached = short(ids, use_cache=True)
-    assert torch.equal(cached.logits, continued) and cached.cache.decode.entries.dtype == torch.bfloat16
+    assert torch.equal(cached.logits, continued) and cached[CACHE_NAME].decode.entries.dtype == torch.bfloat16
     short(ids, labels=ids).loss.backward()
     assert all(p.grad.isfinite().all() for name, p in short.named_parameters() if "halting" not in name)
 
