@@ -54,6 +54,9 @@ class MythosConfig(PreTrainedConfig):
         self.versions = versions or {}
         super().__init__(**given)
         self.section()
+        # Registers the model with AutoModelForCausalLM. Not before: whoever asks transformers for a tokenizer only
+        # would wait for its models, too.
+        import mythos.hf.model  # noqa: F401
 
     @property
     def num_hidden_layers(self) -> int:

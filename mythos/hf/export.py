@@ -18,7 +18,7 @@ from mythos.data.tokenizer import PROBE, REQUEST_FILE, Tokenizer
 from mythos.errors import MythosError, short_reason
 from mythos.hf.card import model_card
 from mythos.hf.config import MythosConfig
-from mythos.hf.model import MythosForCausalLM, float32_names
+from mythos.hf.model import MythosForCausalLM, float32_tensors
 from mythos.metrics import read_metrics
 from mythos.model_files import INDEX_FILE, PREFIX, StoredModel, run_directory, stored_model, tensors_of
 from mythos.storage import require_space
@@ -109,7 +109,7 @@ def push(folder: str | Path, repository: str) -> str:
 
 def _write_weights(stored: StoredModel, folder: Path, dtype: torch.dtype, max_shard_size: int | str) -> int:
     """Read and write the tensors file by file; returns how many files that makes."""
-    whole = set(float32_names(stored.model))
+    whole = float32_tensors(stored.model)
     planned = {
         name: torch.empty(tensor.shape, dtype=torch.float32 if name in whole else dtype, device="meta")
         for name, tensor in tensors_of(stored.model).items()

@@ -1,8 +1,9 @@
 """The model as transformers handles models: loading, saving, generating, fine-tuning."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -45,7 +46,10 @@ class MythosForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: MythosConfig) -> None:
         super().__init__(config)
         self.model = RecurrentDepthTransformer(config.section())
-        self._keep_in_fp32_modules_strict = {f"model.{name}" for name in float32_names(self.model)}
+        whole = float32_tensors(self.model)
+        self._keep_in_fp32_modules_strict = {f"model.{name}" for name in whole}  # where weights are loaded
+        for tensor in whole.values():
+            tensor.data = tensor.data.float()  # where they are made in another type
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -119,10 +123,14 @@ class MythosForCausalLM(PreTrainedModel, GenerationMixin):
         config.vocab_size) float32.
 
         Raises ValueError for ids longer than the context, num_loops below 1, a threshold that the rule does not know or
-        a model without a rule, a mask of another shape, a cache of another model or another kind, and for a cache or
-        threshold in training.
+        a model without a rule, a mask of another shape, a cache of another model or another kind, a cache or threshold
+        in training, and for weights that are on no device.
         """
         cache = past_key_values if cache is None else cache
+        if cache is not None and not isinstance(cache, MythosCache):
+            raise ValueError(f"{CACHE_NAME}: got a {type(cache).__name__}; allowed: the MythosCache of a forward pass")
+        if self.device.type == "meta":
+            raise ValueError("the weights are on no device: a mythos model is not offloaded; give device_map={'': 0}")
         use_cache = cache is not None if use_cache is None else use_cache
         loops, rule = self._depth(num_loops, exit_threshold)
         mask = self._mask(input_ids, attention_mask, 0 if cache is None else cache.get_seq_length())
@@ -211,8 +219,6 @@ class MythosForCausalLM(PreTrainedModel, GenerationMixin):
         self, ids: Tensor, mask: Tensor | None, cache: MythosCache, loops: int, rule: HaltingRule | None, *, last: bool
     ) -> Tensor:
         """Logits (B, S, V) of ids that continue a cache; with `last` those of each row's last token, (B, 1, V)."""
-        if not isinstance(cache, MythosCache):
-            raise ValueError(f"{CACHE_NAME}: got a {type(cache).__name__}; allowed: the MythosCache of a forward pass")
         entries = cache.of(self.model, len(ids), loops)
         which = "last" if last else "all"
         found = self.model.extend(ids, entries, mask=mask, loops=loops, halting=rule, logits=which).logits
@@ -255,13 +261,14 @@ def kept(values: Tensor, mask: Tensor | None, which: int | Tensor) -> Tensor:
     return values[:, -which:]  # of 0: all
 
 
-def float32_names(model: RecurrentDepthTransformer) -> Iterator[str]:
-    """Names of what is never rounded to 16 bits: what modules declare as `float32`, the injection, and buffers."""
+def float32_tensors(model: RecurrentDepthTransformer) -> dict[str, Tensor]:
+    """What is never rounded to 16 bits, by name: what modules declare as `float32`, the injection, and buffers."""
+    found = {}
     for prefix, module in model.named_modules():
-        buffers = dict(module.named_buffers(recurse=False))
         whole = dict(module.named_parameters()) if module is model.recurrence.injection else {}
-        for name in {*getattr(module, "float32", ()), *whole, *buffers}:
-            yield f"{prefix}.{name}"
+        declared = {*getattr(module, "float32", ()), *whole, *dict(module.named_buffers(recurse=False))}
+        found.update((f"{prefix}.{name}", attrgetter(name)(module)) for name in sorted(declared))
+    return found
 
 
 AutoModelForCausalLM.register(MythosConfig, MythosForCausalLM)

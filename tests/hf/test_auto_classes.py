@@ -9,11 +9,11 @@ MYTHOS_FIRST = """
 import sys
 import mythos
 assert not {"torch", "transformers", "pydantic"} & set(sys.modules), "import mythos is to be cheap"
-from transformers import AutoConfig
+from transformers import AutoTokenizer
+assert "transformers.modeling_utils" not in sys.modules, "a tokenizer needs no models"
+from transformers import AutoConfig, AutoModelForCausalLM
 config = AutoConfig.for_model("mythos", dim=64)
 assert config.hidden_size == 64
-assert "transformers.modeling_utils" not in sys.modules, "a configuration needs no models"
-from transformers import AutoModelForCausalLM
 import torch
 with torch.device("meta"):
     model = AutoModelForCausalLM.from_config(config)

@@ -182,6 +182,8 @@ def test_what_is_refused(made: Made, model: MythosForCausalLM) -> None:
         made(injection="none", loops=1, lora_rank=0)(ids, num_loops=2)
     with pytest.raises(ValueError, match="the vocabulary of a mythos model cannot be resized: it has 100 token ids"):
         model.resize_token_embeddings(200)
+    with pytest.raises(ValueError, match="the weights are on no device: a mythos model is not offloaded"):
+        MythosForCausalLM(model.config).to("meta")(ids)
     training = made().train()
     for options in ({"use_cache": True}, {"exit_threshold": 0.1}):
         with pytest.raises(ValueError, match=r"carry no gradient: .*, or call model\.eval\(\) before"):
@@ -220,6 +222,9 @@ def test_in_bfloat16_what_must_not_be_rounded_is_not(made: Made, tmp_path: Path)
         assert torch.equal(tensor, rounded)
     told = ("norm.weight", "router.", "injection.", "adapter.scale", "halting.")
     assert whole == {name for name in model.state_dict() if any(part in name for part in told)}
+
+    fresh = AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16).state_dict()
+    assert {name for name, tensor in fresh.items() if tensor.dtype == torch.float32} == whole
 
     rounded = copy.deepcopy(model)
     rounded.load_state_dict(short.state_dict())  # into float32
