@@ -35,7 +35,13 @@ def run(options: argparse.Namespace) -> None:
     # Only now: they take seconds to import.
     from mythos.hf.export import export_model, push
 
-    made = export_model(options.path, options.folder, dtype=options.dtype, max_shard_size=options.max_shard_size)
+    made = export_model(
+        options.path,
+        options.folder,
+        dtype=options.dtype,
+        max_shard_size=options.max_shard_size,
+        name=options.push,
+    )
     print(f"{options.folder}: {made.source} at step {made.step}, {made.files} file{'s' * (made.files > 1)} of weights")
     if options.push:
         print(push(options.folder, options.push))

@@ -46,7 +46,12 @@ class Exported:
 
 
 def export_model(
-    path: str | Path, folder: str | Path, *, dtype: str = "float32", max_shard_size: int | str = SHARD_SIZE
+    path: str | Path,
+    folder: str | Path,
+    *,
+    dtype: str = "float32",
+    max_shard_size: int | str = SHARD_SIZE,
+    name: str | None = None,
 ) -> Exported:
     """Write a run, checkpoint or export as a folder for transformers, whole or not at all.
 
@@ -55,9 +60,10 @@ def export_model(
     Args:
         path: what `mythos.model_files.open_model` opens.
         folder: new or empty.
-        dtype: type that weights are stored in, `float32` or `bfloat16`. Norms, routers, decay and step size of the
-            injection and scales of loops stay float32.
+        dtype: type that weights are stored in, `float32` or `bfloat16`; see `mythos.hf.model.float32_tensors` for
+            those that stay float32.
         max_shard_size: most bytes of a file of weights, or as text: `500MB`, `5GB`. A larger tensor gets its own.
+        name: what the model card calls the model (default: the folder's name).
 
     Raises:
         MythosError: the folder has something in it or cannot be written, a type or size that is not known, or what
@@ -76,11 +82,11 @@ def export_model(
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             aside.mkdir()
-            files = _write_weights(stored, aside, DTYPES[dtype], max_shard_size)
             tokenizer = None if stored.tokenizer is None else _write_tokenizer(stored, aside)
             _config(stored, DTYPES[dtype]).save_pretrained(aside)
             _generation_config(stored, tokenizer).save_pretrained(aside)
-            (aside / CARD_FILE).write_text(_card(stored, path, folder.name), encoding="utf-8")
+            (aside / CARD_FILE).write_text(_card(stored, path, name or folder.name), encoding="utf-8")
+            files = _write_weights(stored, aside, DTYPES[dtype], max_shard_size)
             aside.replace(folder)
         except (OSError, SafetensorError) as error:
             raise MythosError(f"{folder} cannot be written: {error}. Make room or give another folder.") from error
@@ -144,7 +150,7 @@ def _write_tokenizer(stored: StoredModel, folder: Path) -> Tokenizer:
     tokenizer = Tokenizer.load(stored.tokenizer)
     aside = folder / "tokenizer"
     tokenizer.save(aside)
-    fast = AutoTokenizer.from_pretrained(aside)
+    fast = AutoTokenizer.from_pretrained(aside, trust_remote_code=False)
     if fast(PROBE).input_ids != tokenizer.encode_batch([PROBE])[0]:
         # It puts tokens before or after a text, which no sequence of training had.
         backend = fast.backend_tokenizer

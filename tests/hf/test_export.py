@@ -296,22 +296,23 @@ def test_damage_is_found(trained: Trainer, exported: Path, tmp_path: Path) -> No
 
 
 def test_push(
-    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    trained: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Against a hub that writes down what it is asked for, and one that refuses."""
     api = Mock()
     api.create_repo.return_value = "https://hub/somebody/small"
     monkeypatch.setattr(export, "HfApi", lambda: api)
     folder = tmp_path / "out"
-    assert export_hf.main([str(exported), str(folder), "--push", "somebody/small"]) == 0
+    assert export_hf.main([str(trained.run_dir), str(folder), "--push", "somebody/small"]) == 0
     api.create_repo.assert_called_once_with("somebody/small", private=True, exist_ok=True)
     [call] = api.upload_folder.call_args_list
     assert call.kwargs["repo_id"] == "somebody/small" and Path(call.kwargs["folder_path"]) == folder
+    assert 'from_pretrained("somebody/small")' in (folder / "README.md").read_text()
     assert "https://hub/somebody/small" in capsys.readouterr().out
 
     api.upload_folder.side_effect = RuntimeError("401 Unauthorized\nmore")
     shutil.rmtree(folder)
-    assert export_hf.main([str(exported), str(folder), "--push", "somebody/small"]) == 1
+    assert export_hf.main([str(trained.run_dir), str(folder), "--push", "somebody/small"]) == 1
     told = capsys.readouterr().err
     assert "out is exported, but somebody/small cannot be uploaded to: 401 Unauthorized. Log in by" in told
     assert (folder / "config.json").is_file()

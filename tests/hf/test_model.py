@@ -132,6 +132,8 @@ def test_a_cache_continues_where_it_stands(model: MythosForCausalLM) -> None:
     kept.batch_select_indices(torch.tensor([0, 2, 3]))
     rows = [1, 0, 0]
     torch.testing.assert_close(model(ids[rows, 6:], cache=kept).logits, whole[rows, 6:], **CLOSE)
+    kept.crop(-2)
+    torch.testing.assert_close(model(ids[rows, 7:], cache=kept).logits, whole[rows, 7:], **CLOSE)
     with pytest.raises(ValueError, match="cannot crop a cache of 9 columns to -1"):
         kept.crop(-10)
     kept.reset()
