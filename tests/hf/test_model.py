@@ -121,6 +121,9 @@ def test_a_cache_continues_where_it_stands(model: MythosForCausalLM) -> None:
     joined = torch.cat((first.logits, second.logits), 1)
     torch.testing.assert_close(joined[mask.bool()], whole[mask.bool()], **CLOSE)
     assert kept.get_seq_length() == 4
+    model(random_ids(2, 5, seed=5), cache=copy.deepcopy(kept))  # which is no concern of the others
+    cache.crop(-1)
+    torch.testing.assert_close(model(ids[:, 8:], cache=cache).logits, whole[:, 8:], **CLOSE)
     assert torch.equal(model(ids[:, 4:], past_key_values=kept, attention_mask=mask).logits, second.logits)
 
     kept.crop(-3)
@@ -139,6 +142,17 @@ def test_a_cache_continues_where_it_stands(model: MythosForCausalLM) -> None:
     kept.reset()
     assert kept.get_seq_length() == 0
     torch.testing.assert_close(model(ids[:1], cache=kept).logits, whole[:1], **CLOSE)
+
+
+def test_padding_may_come_later(model: MythosForCausalLM) -> None:
+    ids, mask = random_ids(2, 6), torch.ones(2, 6, dtype=torch.int64)
+    mask[1, 3:5] = 0
+    cache = model(ids[:, :3], use_cache=True)[CACHE_NAME]
+    found = model(ids[:, 3:], attention_mask=mask, cache=cache).logits
+    alone = model(ids[1:, [0, 1, 2, 5]]).logits
+    torch.testing.assert_close(found[1, -1], alone[0, -1], **CLOSE)
+    cache.crop(-3)
+    torch.testing.assert_close(model(ids[:, 3:], cache=cache).logits, model(ids).logits[:, 3:], **CLOSE)
 
 
 # What is refused
