@@ -1,39 +1,55 @@
-"""Trained models on disk: opened from a run directory, a checkpoint or an exported folder, and exported."""
+"""Trained models on disk: a run directory, a checkpoint or an exported folder."""
 
 import contextlib
 import json
 import os
-import platform
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mythos.checkpoint import complete_checkpoints, read_meta, read_tensors, saved_shapes, verified_copy
 from mythos.config import Config, config_from_dict, load_config
-from mythos.data.tokenizer import REQUEST_FILE, Tokenizer
+from mythos.data.tokenizer import Tokenizer
 from mythos.errors import MythosError, short_reason
 from mythos.model.config import ModelConfig
 from mythos.model.rdt import RecurrentDepthTransformer
-from mythos.storage import MARKER, LocalStorage, locate, require_space
+from mythos.storage import MARKER, LocalStorage, locate
 
 MODEL_TYPE = "mythos"
 RUN_FILE = "config.yaml"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
 TOKENIZER_FILE = "tokenizer.json"
 
 PREFIX = "model."
-"""What the names of a model's tensors begin with in checkpoints, which hold the optimizer's beside them."""
+"""What the names of a model's tensors begin with in checkpoints, which hold the optimizer's too, and in exports."""
 
-HEADER = {"model_type", "mean_loops", "step", "versions"}
+TRANSFORMERS_KEYS = {
+    "architectures",
+    "bos_token_id",
+    "chunk_size_feed_forward",
+    "dtype",
+    "eos_token_id",
+    "id2label",
+    "is_encoder_decoder",
+    "label2id",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token_id",
+    "problem_type",
+    "return_dict",
+    "transformers_version",
+    "use_cache",
+}
+"""What transformers adds to a config.json of its own accord."""
+
+HEADER = {"model_type", "mean_loops", "step", "versions"} | TRANSFORMERS_KEYS
 """What an exported config.json says beside the fields of the model."""
 
 
@@ -54,6 +70,22 @@ class OpenedModel:
     """Where the weights came from."""
 
 
+@dataclass(frozen=True)
+class StoredModel:
+    """A trained model that lies on a disk: what it is, and how to read its tensors."""
+
+    model: RecurrentDepthTransformer
+    """In eval mode, on the meta device: names and shapes."""
+    read: Callable[[dict[str, Tensor]], None]
+    """Fills some of its tensors in place, by name."""
+    tokenizer: Path | None
+    """Folder of its tokenizer; None for a run without text."""
+    mean_loops: int
+    step: int
+    run: Config | None
+    source: str
+
+
 def open_model(path: str | Path, device: torch.device | str = "cpu") -> OpenedModel:
     """Open a run directory (its newest complete checkpoint), a checkpoint step-XXXXXXXX, or an exported folder.
 
@@ -63,32 +95,49 @@ def open_model(path: str | Path, device: torch.device | str = "cpu") -> OpenedMo
     Raises:
         MythosError: the path is none of these, a run has no complete checkpoint, or what is there is damaged.
     """
+    with stored_model(path) as stored:
+        model = stored.model.to_empty(device=device)
+        stored.read(tensors_of(model))
+        tokenizer = None if stored.tokenizer is None else Tokenizer.load(stored.tokenizer)
+        return OpenedModel(model, tokenizer, stored.mean_loops, stored.step, stored.run, stored.source)
+
+
+@contextlib.contextmanager
+def stored_model(path: str | Path) -> Iterator[StoredModel]:
+    """What `open_model` opens, without its tensors; they can be read until the block ends.
+
+    Raises:
+        MythosError: as `open_model`.
+    """
     text = str(path).rstrip("/") or "/"
     folder = Path(text)
-    if "://" in text:
-        return _open_checkpoint(text, device)
-    with _told(path):
-        exported, is_run = ((folder / file).is_file() for file in (CONFIG_FILE, RUN_FILE))
-        what = "it is no model" if folder.exists() else "there is nothing"
-    if exported:
-        return _open_export(folder, device)
-    if is_run:
-        run = load_config(folder / RUN_FILE)
-        place = run.checkpoint.dir or folder / "checkpoints"
-        with _told(place):
-            found = complete_checkpoints(place)
-        if not found:
+    run_dir = None
+    if "://" not in text:
+        with _told(path):
+            exported, is_run = ((folder / file).is_file() for file in (CONFIG_FILE, RUN_FILE))
+            what = "it is no model" if folder.exists() else "there is nothing"
+        if exported:
+            with _stored_export(folder) as stored:
+                yield stored
+            return
+        if is_run:
+            run = load_config(folder / RUN_FILE)
+            place = run.checkpoint.dir or folder / "checkpoints"
+            with _told(place):
+                found = complete_checkpoints(place)
+            if not found:
+                raise MythosError(
+                    f"{path}: the run has no complete checkpoint yet. Runs save every checkpoint.every steps and at "
+                    "their end; continue it with the command that started it."
+                )
+            text, run_dir = found[-1], folder
+        elif not folder.name.startswith("step-"):
             raise MythosError(
-                f"{path}: the run has no complete checkpoint yet. Runs save every checkpoint.every steps and at their "
-                "end; continue it with the command that started it."
+                f"{path}: {what}. Give a run directory (with {RUN_FILE}), a checkpoint (checkpoints/step-XXXXXXXX in "
+                f"it), or a folder written by scripts/export_hf.py (with {CONFIG_FILE})."
             )
-        return _open_checkpoint(found[-1], device, folder)
-    if folder.name.startswith("step-"):
-        return _open_checkpoint(text, device)
-    raise MythosError(
-        f"{path}: {what}. Give a run directory (with {RUN_FILE}), a checkpoint (checkpoints/step-XXXXXXXX in it), or a "
-        f"folder written by scripts/export_hf.py (with {CONFIG_FILE})."
-    )
+    with _stored_checkpoint(text, run_dir) as stored:
+        yield stored
 
 
 @contextlib.contextmanager
@@ -109,50 +158,14 @@ def run_directory(path: str | Path) -> Path | None:
     return next((place for place in places if (place / RUN_FILE).is_file()), None)
 
 
-def export_model(opened: OpenedModel, folder: str | Path) -> None:
-    """Write a folder of config.json, model.safetensors and the tokenizer's files, whole or not at all.
-
-    config.json holds `model_type: mythos`, every field of the model section, the mean loops, the steps of training and
-    the versions it was written with. The tensors have the names of the model's parameters and buffers.
-
-    Raises:
-        MythosError: the folder has something in it, or cannot be written.
-    """
-    folder = Path(folder)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise MythosError(f"{folder} exists and is not empty; give a folder that is new or empty.")
-    header = {
-        "model_type": MODEL_TYPE,
-        "mean_loops": opened.mean_loops,
-        "step": opened.step,
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("mythos-rdt", "torch", "safetensors")},
-    }
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in _tensors(opened.model).items()}
-    try:
-        aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    except ValueError as error:  # "."
-        raise MythosError(f"{folder} has no name; give a folder that is new or empty.") from error
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        require_space(folder.parent, sum(tensor.nbytes for tensor in tensors.values()))
-        aside.mkdir()
-        if opened.tokenizer is not None:
-            opened.tokenizer.save(aside / "tokenizer")
-            for file in (aside / "tokenizer").iterdir():
-                file.rename(aside / file.name)
-            (aside / "tokenizer").rmdir()
-        save_file(tensors, aside / WEIGHTS_FILE, metadata={"format": "pt"})
-        values = header | opened.model.config.model_dump(mode="json")
-        (aside / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        aside.replace(folder)
-    except (OSError, SafetensorError) as error:
-        raise MythosError(f"{folder} cannot be written: {error}. Make room or give another folder.") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+def tensors_of(model: RecurrentDepthTransformer) -> dict[str, Tensor]:
+    """Every tensor of a model by name, the live ones."""
+    named = dict(model.named_parameters()) | dict(model.named_buffers())
+    return {name: tensor.detach() for name, tensor in named.items()}
 
 
-def _open_checkpoint(path: Path | str, device: torch.device | str, run_dir: Path | None = None) -> OpenedModel:
+@contextlib.contextmanager
+def _stored_checkpoint(path: Path | str, run_dir: Path | None) -> Iterator[StoredModel]:
     storage, name = locate(path)
     with _told(path):
         complete = name.removeprefix("step-").isdigit() and storage.exists(name, MARKER)
@@ -164,28 +177,24 @@ def _open_checkpoint(path: Path | str, device: torch.device | str, run_dir: Path
     if not isinstance(meta.get("config"), dict) or not isinstance(meta.get("step"), int):
         raise MythosError(f"checkpoint {path} is damaged: its meta.json lacks the configuration or the step")
     run = config_from_dict(meta["config"])
-    with verified_copy(path) as copy:
-        shapes = saved_shapes(path, copy)
-        there = {key.removeprefix(PREFIX): shapes[key] for key in shapes if key.startswith(PREFIX)}
-        model = _fitting_model(str(path), run.model, there).to_empty(device=device)
-        tensors = {PREFIX + name: tensor for name, tensor in _tensors(model).items()}
-        read_tensors(path, copy, tensors, no_dist=True)
     # A checkpoint holds no tokenizer: it lies beside the checkpoints, or with the run that wrote them elsewhere.
     places = [run_dir or run.run_dir]
     if isinstance(storage, LocalStorage):
         places.insert(0, Path(path).parent.parent)
     tokenizer = next((place / "tokenizer" for place in places if (place / "tokenizer").is_dir()), None)
-    return OpenedModel(
-        model,
-        Tokenizer.load(tokenizer) if tokenizer else None,
-        round(run.depth_mean),
-        meta["step"],
-        run,
-        str(path),
-    )
+    with verified_copy(path) as copy:
+        shapes = saved_shapes(path, copy)
+        there = {key.removeprefix(PREFIX): shapes[key] for key in shapes if key.startswith(PREFIX)}
+
+        def read(tensors: dict[str, Tensor]) -> None:
+            read_tensors(path, copy, {PREFIX + name: tensor for name, tensor in tensors.items()}, no_dist=True)
+
+        model = _fitting_model(str(path), run.model, there)
+        yield StoredModel(model, read, tokenizer, round(run.depth_mean), meta["step"], run, str(path))
 
 
-def _open_export(folder: Path, device: torch.device | str) -> OpenedModel:
+@contextlib.contextmanager
+def _stored_export(folder: Path) -> Iterator[StoredModel]:
     path = folder / CONFIG_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -204,31 +213,51 @@ def _open_export(folder: Path, device: torch.device | str) -> OpenedModel:
         else:
             reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise MythosError(f"{path} cannot be read as the configuration of a model: {reason}") from error
+    files = _weights_files(folder)
+    with contextlib.ExitStack() as stack:
+        places: dict[str, tuple[Path, str]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        opened = {}
+        for file in files:
+            with _reading(file):
+                opened[file] = stack.enter_context(safe_open(file, framework="pt"))
+                for key in opened[file].keys():  # noqa: SIM118
+                    name = key.removeprefix(PREFIX)  # earlier versions wrote none
+                    places[name] = file, key
+                    shapes[name] = tuple(opened[file].get_slice(key).get_shape())
+
+        def read(tensors: dict[str, Tensor]) -> None:
+            for name, tensor in tensors.items():
+                file, key = places[name]
+                with _reading(file):
+                    tensor.copy_(opened[file].get_tensor(key))
+
+        tokenizer = folder if (folder / TOKENIZER_FILE).is_file() else None
+        model = _fitting_model(str(folder), config, shapes)
+        yield StoredModel(model, read, tokenizer, mean_loops, step, None, str(folder))
+
+
+def _weights_files(folder: Path) -> list[Path]:
+    """The files that hold an export's tensors: one, or those that an index names."""
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        return [folder / WEIGHTS_FILE]
     try:
-        with safe_open(folder / WEIGHTS_FILE, framework="pt") as weights:
-            there = {key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118
-            model = _fitting_model(str(folder), config, there).to_empty(device=device)
-            for key, tensor in _tensors(model).items():
-                tensor.copy_(weights.get_tensor(key))
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if any("/" in name for name in names):
+            raise ValueError("it names files elsewhere")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise MythosError(f"{index} cannot be read: {error}. Export the model again.") from error
+    return [folder / name for name in names]
+
+
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Tell of an export's weights that cannot be read as MythosError."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:
-        raise MythosError(f"{folder / WEIGHTS_FILE} cannot be read: {error}. Export the model again.") from error
-    return OpenedModel(model, _exported_tokenizer(folder), mean_loops, step, None, str(folder))
-
-
-def _exported_tokenizer(folder: Path) -> Tokenizer | None:
-    if not (folder / TOKENIZER_FILE).is_file():
-        return None
-    # Imported here because it costs a second or more. (Asked by AutoTokenizer, the library would look up the model's
-    # type, which it does not know.)
-    from transformers import PreTrainedTokenizerFast
-
-    try:
-        request = json.loads((folder / REQUEST_FILE).read_text(encoding="utf-8"))
-        return Tokenizer(PreTrainedTokenizerFast.from_pretrained(str(folder)), request)
-    except Exception as error:  # the library's errors share no base class
-        raise MythosError(
-            f"{folder}: its tokenizer cannot be read: {short_reason(error)}. Export the model again."
-        ) from error
+        raise MythosError(f"{file} cannot be read: {error}. Export the model again.") from error
 
 
 def _fitting_model(path: str, config: ModelConfig, there: dict[str, tuple[int, ...]]) -> RecurrentDepthTransformer:
@@ -247,7 +276,7 @@ def _fitting_model(path: str, config: ModelConfig, there: dict[str, tuple[int, .
         raise MythosError(
             f"{path} does not fit its own configuration: {short_reason(error)}. It is damaged."
         ) from error
-    here = {name: tuple(tensor.shape) for name, tensor in _tensors(model).items()}
+    here = {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
     differing = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
     if differing:
         first = differing[0]
@@ -257,9 +286,3 @@ def _fitting_model(path: str, config: ModelConfig, there: dict[str, tuple[int, .
             "another version of mythos."
         )
     return model
-
-
-def _tensors(model: RecurrentDepthTransformer) -> dict[str, Tensor]:
-    """Every tensor of the model by name, the live ones."""
-    named = dict(model.named_parameters()) | dict(model.named_buffers())
-    return {name: tensor.detach() for name, tensor in named.items()}

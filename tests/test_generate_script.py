@@ -1,4 +1,4 @@
-"""Text from a trained model: opening it, exporting it, pieces of text, and the command line."""
+"""Text from a trained model: opening it, pieces of text, and the command line."""
 
 import contextlib
 import io
@@ -15,18 +15,18 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from mythos import model_files, text_generation
+from mythos import text_generation
 from mythos.data.tokenizer import Tokenizer
 from mythos.depth_view import PALETTE, coloured, harmless, html_page, legend, shade
 from mythos.errors import MythosError
+from mythos.hf.export import export_model
 from mythos.model.halting import Act, Convergence, SecondDifference
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.model.sampling import Sampling
-from mythos.model_files import OpenedModel, export_model, open_model, run_directory
+from mythos.model_files import OpenedModel, open_model, run_directory
 from mythos.storage import RemoteStorage
 from mythos.text_generation import Piece, PieceStream, TextGeneration, TextRow, choose_depth, generate_text
 from mythos.trainer import Trainer
-from scripts import export_hf
 from scripts import generate as script
 from tests.runs import tiny
 from tests.trainers import run, saved
@@ -58,7 +58,7 @@ def generate(trained: Trainer, capsys: pytest.CaptureFixture[str]) -> Callable[.
     return call
 
 
-# Opening and exporting
+# Opening
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -111,45 +111,6 @@ def test_a_run_that_checkpoints_elsewhere(trained: Trainer, tmp_path: Path) -> N
     assert open_model(moved).tokenizer is not None
 
 
-def test_an_export_is_the_model(trained: Trainer, opened: OpenedModel, tmp_path: Path) -> None:
-    folder = tmp_path / "deep" / "model"
-    assert export_hf.main([str(trained.run_dir), str(folder)]) == 0
-    values = json.loads((folder / "config.json").read_text())
-    assert values["model_type"] == "mythos" and values["mean_loops"] == 2 and values["dim"] == 32
-    assert values["versions"]["torch"] == torch.__version__
-    assert {file.suffix for file in folder.iterdir()} == {".json", ".safetensors"}
-
-    back = open_model(folder)
-    assert_same(weights(back.model), weights(trained.model))
-    assert back.model.config == trained.config.model and back.run is None
-    assert (back.step, back.mean_loops) == (4, 2)
-    assert back.tokenizer is not None and back.tokenizer.fingerprint == trained.tokenizer.fingerprint
-    again = tmp_path / "again"
-    again.mkdir()  # empty, which is fine
-    export_model(back, again)
-    assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
-
-
-def test_an_export_that_fails_leaves_nothing(
-    opened: OpenedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    full = tmp_path / "full"
-    full.mkdir()
-    (full / "note").write_text("mine")
-    with pytest.raises(MythosError, match="full exists and is not empty"):
-        export_model(opened, full)
-
-    def fail(tensors: object, path: Path, **_: object) -> None:
-        path.write_bytes(b"half")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(model_files, "save_file", fail)
-    with pytest.raises(MythosError, match="cannot be written: No space left"):
-        export_model(opened, tmp_path / "new")
-    assert [path.name for path in tmp_path.iterdir()] == ["full"]
-    assert [path.name for path in full.iterdir()] == ["note"]
-
-
 def copy_of(trained: Trainer, folder: Path) -> Path:
     """The newest checkpoint in a run directory of its own."""
     shutil.copytree(saved(trained, 4), folder / "checkpoints" / "step-00000004")
@@ -199,12 +160,12 @@ def far_away(checkpoint: Path) -> Iterator[str]:
 
 
 def test_no_memory_is_asked_for_before_shapes_are_known_to_fit(
-    trained: Trainer, opened: OpenedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sizes far beyond any memory, and beyond what a tensor can have at all."""
     monkeypatch.setattr(RecurrentDepthTransformer, "to_empty", None)
     checkpoint, folder = copy_of(trained, tmp_path / "run"), tmp_path / "export"
-    export_model(opened, folder)
+    export_model(trained.run_dir, folder)
     config, meta = json.loads((folder / "config.json").read_text()), json.loads((checkpoint / "meta.json").read_text())
     for changes, message in [
         ({"ffn_dim": 2**40}, "tensors differ"),
@@ -220,7 +181,7 @@ def test_no_memory_is_asked_for_before_shapes_are_known_to_fit(
                 open_model(path)
 
 
-def test_damage_is_found(trained: Trainer, opened: OpenedModel, tmp_path: Path) -> None:
+def test_damage_is_found(trained: Trainer, tmp_path: Path) -> None:
     checkpoint = copy_of(trained, tmp_path / "run")
     [shard] = checkpoint.glob("*.safetensors")
     whole = shard.read_bytes()
@@ -246,27 +207,6 @@ def test_damage_is_found(trained: Trainer, opened: OpenedModel, tmp_path: Path) 
         shard.write_bytes(whole[:end])
         with pytest.raises(MythosError, match="step-00000004 is damaged: "):
             open_model(checkpoint)
-
-    folder = tmp_path / "export"
-    export_model(opened, folder)
-    config = json.loads((folder / "config.json").read_text())
-    for changes, message in [
-        ({"model_type": "llama"}, "model_type is 'llama'; only models of type 'mythos'"),
-        ({"dim": "wide"}, "cannot be read as the configuration of a model: dim: "),
-        ({"depth_of_field": 3}, "depth_of_field: Extra inputs are not permitted"),
-        ({"ffn_dim": 64}, "does not fit its own configuration: .* tensors differ"),
-    ]:
-        (folder / "config.json").write_text(json.dumps(config | changes))
-        with pytest.raises(MythosError, match=message):
-            open_model(folder)
-    del config["mean_loops"]
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(MythosError, match="'mean_loops' is missing"):
-        open_model(folder)
-    (folder / "config.json").write_text(json.dumps(config | {"mean_loops": 2}))
-    (folder / "model.safetensors").write_bytes(b"\x08")
-    with pytest.raises(MythosError, match="safetensors cannot be read"):
-        open_model(folder)
 
 
 # Pieces of text
@@ -580,8 +520,6 @@ def test_a_cache_that_does_not_fit_is_refused(opened: OpenedModel, monkeypatch: 
 def test_a_path_that_is_no_model(generate: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     status, _, err = generate("--prompt", "a", path=tmp_path)
     assert status == 1 and "it is no model. Give a run directory" in err
-    status = export_hf.main([str(tmp_path), str(tmp_path / "out")])
-    assert status == 1 and not (tmp_path / "out").exists()
 
 
 def test_a_model_without_text_is_told(trained: Trainer, tmp_path: Path) -> None:

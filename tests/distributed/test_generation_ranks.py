@@ -1,4 +1,4 @@
-"""Text samples while a model is sharded, and what several processes saved, opened by one."""
+"""Text samples while a model is sharded, and what several processes saved, opened and exported by one."""
 
 from pathlib import Path
 
@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
 
+from mythos.hf.export import export_model
 from mythos.model.generate import generate
 from mythos.model.sampling import Sampling
 from mythos.model_files import open_model
@@ -56,7 +58,9 @@ def test_ranks_say_the_same(ranks: tuple[Path, list[Sampled]]) -> None:
     assert ids == other_ids and len(ids) == 10
 
 
-def test_one_process_opens_what_two_saved_and_says_the_same(ranks: tuple[Path, list[Sampled]]) -> None:
+def test_one_process_opens_and_exports_what_two_saved_and_says_the_same(
+    ranks: tuple[Path, list[Sampled]], tmp_path: Path
+) -> None:
     directory, [(_, ids, tensors), _] = ranks
     opened = open_model(directory / "run")
     assert len(list(Path(opened.source).glob("*.safetensors"))) == 2
@@ -64,3 +68,7 @@ def test_one_process_opens_what_two_saved_and_says_the_same(ranks: tuple[Path, l
     assert own.keys() == tensors.keys() and all(torch.equal(own[name], tensors[name]) for name in own)
     [row], _ = generate(opened.model, [[5, 9, 2]], 10, sampling=Sampling(temperature=1.0), seed=3, loops=5)
     assert row.tokens == ids
+
+    made = export_model(directory / "run", tmp_path / "exported", max_shard_size="30KB")
+    loaded = AutoModelForCausalLM.from_pretrained(made.folder).model.state_dict()
+    assert made.files > 2 and all(torch.equal(loaded[name], tensors[name]) for name in tensors)

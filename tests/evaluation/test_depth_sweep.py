@@ -31,13 +31,13 @@ from mythos.evaluation.depth_sweep import (
     sweep_depths,
     sweep_rules,
 )
+from mythos.hf.export import export_model
 from mythos.metrics import read_metrics
 from mythos.model.cache import DecodeCache
 from mythos.model.config import ModelConfig
 from mythos.model.halting import halting_rule
 from mythos.model.layers import name_generator
 from mythos.model.rdt import IGNORE_INDEX, RecurrentDepthTransformer
-from mythos.model_files import export_model, open_model
 from mythos.ranks import Ranks, World
 from scripts import depth_sweep as script
 from tests.runs import SETTINGS, tiny
@@ -408,7 +408,7 @@ def test_command_line_on_a_checkpoint_and_other_text(trained, tmp_path):
 
 
 def test_command_line_on_an_exported_model(trained, tmp_path, capsys):
-    export_model(open_model(trained), tmp_path / "exported")
+    export_model(trained, tmp_path / "exported")
     assert script.main([str(tmp_path / "exported")]) == 1
     assert "--data" in capsys.readouterr().err
     options = ["--data", str(trained.parent / "corpus.jsonl"), "--sequences", "2", "--loops", "1", "--rules", "none"]

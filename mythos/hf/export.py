@@ -1,0 +1,198 @@
+"""A trained model as a folder that transformers loads, and on the Hugging Face hub."""
+
+import json
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi, split_state_dict_into_shards_factory
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+
+from mythos.data.tokenizer import PROBE, REQUEST_FILE, Tokenizer
+from mythos.errors import MythosError, short_reason
+from mythos.hf.card import model_card
+from mythos.hf.config import MythosConfig
+from mythos.hf.model import MythosForCausalLM, float32_tensors
+from mythos.metrics import read_metrics
+from mythos.model_files import INDEX_FILE, PREFIX, StoredModel, run_directory, stored_model, tensors_of
+from mythos.storage import require_space
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SHARD_SIZE = "5GB"
+SHARD_NAMES = "model{suffix}.safetensors"
+CARD_FILE = "README.md"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+LOADED_HERE = ("is_local", "local_files_only", "name_or_path")
+"""What a tokenizer's configuration says of how it was loaded on this machine."""
+PACKAGES = ("mythos-rdt", "torch", "safetensors", "transformers")
+"""Whose versions an export tells."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was exported."""
+
+    folder: Path
+    source: str
+    step: int
+    files: int
+    """Files of weights."""
+
+
+def export_model(
+    path: str | Path,
+    folder: str | Path,
+    *,
+    dtype: str = "float32",
+    max_shard_size: int | str = SHARD_SIZE,
+    name: str | None = None,
+) -> Exported:
+    """Write a run, checkpoint or export as a folder for transformers, whole or not at all.
+
+    Of the weights no more than one file's is in memory at a time.
+
+    Args:
+        path: what `mythos.model_files.open_model` opens.
+        folder: new or empty.
+        dtype: type that weights are stored in, `float32` or `bfloat16`; see `mythos.hf.model.float32_tensors` for
+            those that stay float32.
+        max_shard_size: most bytes of a file of weights, or as text: `500MB`, `5GB`. A larger tensor gets its own.
+        name: what the model card calls the model (default: the folder's name).
+
+    Raises:
+        MythosError: the folder has something in it or cannot be written, a type or size that is not known, or what
+            `open_model` raises.
+    """
+    folder = Path(folder)
+    if dtype not in DTYPES:
+        raise MythosError(f"dtype: got {dtype!r}; allowed: {', '.join(DTYPES)}")
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise MythosError(f"{folder} exists and is not empty; give a folder that is new or empty.")
+    try:
+        aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    except ValueError as error:  # "."
+        raise MythosError(f"{folder} has no name; give a folder that is new or empty.") from error
+    with stored_model(path) as stored:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            aside.mkdir()
+            tokenizer = None if stored.tokenizer is None else _write_tokenizer(stored, aside)
+            _config(stored, DTYPES[dtype]).save_pretrained(aside)
+            _generation_config(stored, tokenizer).save_pretrained(aside)
+            (aside / CARD_FILE).write_text(_card(stored, path, name or folder.name), encoding="utf-8")
+            files = _write_weights(stored, aside, DTYPES[dtype], max_shard_size)
+            aside.replace(folder)
+        except (OSError, SafetensorError) as error:
+            raise MythosError(f"{folder} cannot be written: {error}. Make room or give another folder.") from error
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        return Exported(folder, stored.source, stored.step, files)
+
+
+def push(folder: str | Path, repository: str) -> str:
+    """Upload an exported folder to a repository of the hub, OWNER/NAME, made private if it is not there; its URL.
+
+    Raises:
+        MythosError: the hub cannot be reached or refuses.
+    """
+    try:
+        api = HfApi()
+        url = api.create_repo(repository, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Export")
+        return str(url)
+    except Exception as error:  # of the network, of the hub, of a name that is none
+        raise MythosError(
+            f"{folder} is exported, but {repository} cannot be uploaded to: {short_reason(error)}. Log in by `hf auth "
+            f"login` or $HF_TOKEN, then run `hf upload {repository} {folder}`."
+        ) from error
+
+
+def _write_weights(stored: StoredModel, folder: Path, dtype: torch.dtype, max_shard_size: int | str) -> int:
+    """Read and write the tensors file by file; returns how many files that makes."""
+    whole = float32_tensors(stored.model)
+    planned = {
+        name: torch.empty(tensor.shape, dtype=torch.float32 if name in whole else dtype, device="meta")
+        for name, tensor in tensors_of(stored.model).items()
+    }
+    try:
+        plan = split_state_dict_into_shards_factory(
+            planned,
+            get_storage_size=lambda tensor: tensor.nbytes,
+            filename_pattern=SHARD_NAMES,
+            max_shard_size=max_shard_size,
+        )
+    except ValueError as error:
+        raise MythosError(f"max_shard_size: got {max_shard_size!r}; allowed: such as 500MB or 5GB") from error
+    require_space(folder, sum(tensor.nbytes for tensor in planned.values()))
+    for file, names in plan.filename_to_tensors.items():
+        tensors = {name: torch.empty(planned[name].shape) for name in names}
+        stored.read(tensors)
+        for name in names:  # one after the other: only one is there in both types
+            tensors[name] = tensors[name].to(planned[name].dtype)
+        save_file({PREFIX + name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
+        del tensors  # before the next file's are made
+    if plan.is_sharded:
+        weight_map = {PREFIX + name: file for name, file in plan.tensor_to_filename.items()}
+        index = {"metadata": plan.metadata, "weight_map": weight_map}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return len(plan.filename_to_tensors)
+
+
+def _write_tokenizer(stored: StoredModel, folder: Path) -> Tokenizer:
+    """Write the tokenizer so that AutoTokenizer encodes as training did, pads on the left and knows the context."""
+    assert stored.tokenizer is not None
+    tokenizer = Tokenizer.load(stored.tokenizer)
+    aside = folder / "tokenizer"
+    tokenizer.save(aside)
+    fast = AutoTokenizer.from_pretrained(aside, trust_remote_code=False)
+    if fast(PROBE).input_ids != tokenizer.encode_batch([PROBE])[0]:
+        # It puts tokens before or after a text, which no sequence of training had.
+        backend = fast.backend_tokenizer
+        backend.post_processor = None
+        fast = PreTrainedTokenizerFast(tokenizer_object=backend, **fast.special_tokens_map)
+    fast.save_pretrained(folder)
+    shutil.copy(aside / REQUEST_FILE, folder)
+    shutil.rmtree(aside)
+    values = json.loads((folder / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
+    for key in LOADED_HERE:
+        values.pop(key, None)
+    values |= {"padding_side": "left", "model_max_length": stored.model.config.context_length}
+    (folder / TOKENIZER_CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    return tokenizer
+
+
+def _card(stored: StoredModel, path: str | Path, name: str) -> str:
+    """The card: made from the run, or that of the export which is exported again."""
+    if stored.run is None:
+        card = Path(stored.source) / CARD_FILE
+        return card.read_text(encoding="utf-8") if card.is_file() else model_card(stored, name, [])
+    places = (run_directory(path), run_directory(stored.source), run_directory(stored.run.run_dir))
+    run_dir = next((place for place in places if place is not None), None)
+    return model_card(stored, name, [] if run_dir is None else read_metrics(run_dir / "metrics.jsonl"))
+
+
+def _config(stored: StoredModel, dtype: torch.dtype) -> MythosConfig:
+    return MythosConfig(
+        **stored.model.config.model_dump(),
+        mean_loops=stored.mean_loops,
+        step=stored.step,
+        versions={"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        architectures=[MythosForCausalLM.__name__],
+        dtype=dtype,
+    )
+
+
+def _generation_config(stored: StoredModel, tokenizer: Tokenizer | None) -> GenerationConfig:
+    if tokenizer is None:
+        return GenerationConfig()
+    # Ids that the model has and the tokenizer has not are no text.
+    unused = list(range(tokenizer.size, int(stored.model.config.vocab_size)))
+    return GenerationConfig(
+        eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.eos_id, suppress_tokens=unused or None
+    )

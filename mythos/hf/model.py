@@ -1,0 +1,274 @@
+"""The model as transformers handles models: loading, saving, generating, fine-tuning."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
+from operator import attrgetter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from mythos.hf.cache import MythosCache
+from mythos.hf.config import MythosConfig
+from mythos.model.attention import attention_context
+from mythos.model.halting import ActHalting, HaltingRule, Pondering, halting_rule
+from mythos.model.loss import IGNORE_INDEX, summed_cross_entropy
+from mythos.model.rdt import RecurrentDepthTransformer
+from mythos.model.recurrence import LoopState
+
+CACHE_NAME = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
+"""What transformers calls a cache: from 5.24 on the former."""
+
+DEPTH_ARGUMENTS = ("num_loops", "exit_threshold")
+"""What `generate` and a generation configuration take beside transformers' own arguments."""
+
+
+class MythosForCausalLM(PreTrainedModel, GenerationMixin):
+    """A `RecurrentDepthTransformer` in transformers' clothes.
+
+    Tensors have the names they have in checkpoints. Matrix products are in the type of the parameters; what must not be
+    rounded to 16 bits stays float32 whatever `dtype` is asked for. The loop runs on one device: `device_map` places the
+    model as a whole.
+    """
+
+    config_class = MythosConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
+    _no_split_modules = ("RecurrentDepthTransformer",)
+    _supports_sdpa = True
+
+    def __init__(self, config: MythosConfig) -> None:
+        super().__init__(config)
+        self.model = RecurrentDepthTransformer(config.section())
+        whole = float32_tensors(self.model)
+        self._keep_in_fp32_modules_strict = {f"model.{name}" for name in whole}  # where weights are loaded
+        for tensor in whole.values():
+            tensor.data = tensor.data.float()  # where they are made in another type
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding; it is the head too where they are tied."""
+        return self.model.embedding
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The head, None where it is the embedding."""
+        return self.model.head
+
+    def resize_token_embeddings(self, *_: Any, **__: Any) -> nn.Module:
+        """Not supported: raises ValueError."""
+        raise ValueError(
+            f"the vocabulary of a mythos model cannot be resized: it has {self.config.vocab_size} token ids; use a "
+            "tokenizer that needs no more"
+        )
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether every loop is computed again in the backward pass, instead of kept; set by transformers."""
+        return self.model.recurrence.checkpointing == "loop"
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enable: bool) -> None:
+        self.model.recurrence.checkpointing = "loop" if enable else "none"
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Fill what no file gave values to, by torch's own generator."""
+        initializers = getattr(module, "initializers", {})
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if not getattr(tensor, "_is_hf_initialized", False):
+                value = torch.zeros(tensor.shape)
+                if name in initializers:
+                    initializers[name](value, torch.default_generator)
+                tensor.copy_(value)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: MythosCache | None = None,
+        cache: MythosCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        num_loops: int | None = None,
+        exit_threshold: float | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: int | Tensor | None = None,
+    ) -> CausalLMOutputWithPast:
+        """Logits of the next token at every position, and the loss where labels are given.
+
+        Positions count the tokens of each row: padding, wherever in a row it is, changes nothing for the others.
+
+        Args:
+            input_ids: (B, S) int64.
+            attention_mask: (B, S), 0 at padding; with a cache (B, columns of the cache + S).
+            past_key_values: older name of `cache`.
+            cache: what earlier passes returned; these ids continue it.
+            labels: (B, S) int64, the ids themselves, -100 where there is none; shifted here. What padding would predict
+                is left out.
+            use_cache: also return a cache (default: only where one is given). It carries no gradient.
+            num_loops: passes of the core for every position (default `config.mean_loops`).
+            exit_threshold: stop positions earlier, by the model's halting rule at this threshold (default: none does).
+            logits_to_keep: logits of the last so many positions only, or of these positions; 0 = all. 1 means the last
+                token of each row.
+            num_items_in_batch: what the summed loss is divided by (default: the labels that count).
+
+        Returns loss (float32 scalar, nats, over all rows of the embedding, as in pretraining) and logits (B, S,
+        config.vocab_size) float32.
+
+        Raises ValueError for ids longer than the context, num_loops below 1, a threshold that the rule does not know or
+        a model without a rule, a mask of another shape, a cache of another model or another kind, a cache or threshold
+        in training, and for weights that are on no device.
+        """
+        cache = past_key_values if cache is None else cache
+        if cache is not None and not isinstance(cache, MythosCache):
+            raise ValueError(f"{CACHE_NAME}: got a {type(cache).__name__}; allowed: the MythosCache of a forward pass")
+        if self.device.type == "meta":
+            raise ValueError("the weights are on no device: a mythos model is not offloaded; give device_map={'': 0}")
+        use_cache = cache is not None if use_cache is None else use_cache
+        loops, rule = self._depth(num_loops, exit_threshold)
+        mask = self._mask(input_ids, attention_mask, 0 if cache is None else cache.get_seq_length())
+        decoding = cache is not None or use_cache or rule is not None
+        if decoding and self.training and torch.is_grad_enabled():
+            raise ValueError(
+                "a cache and an exit_threshold carry no gradient: leave out use_cache, cache and exit_threshold in "
+                "training, or call model.eval() before"
+            )
+        targets = None
+        if labels is not None:
+            targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+            targets = targets if mask is None else targets.masked_fill(~mask, IGNORE_INDEX)
+        loss = None
+        with self._autocast():
+            if decoding:
+                cache = MythosCache() if cache is None else cache
+                last = logits_to_keep == 1 if isinstance(logits_to_keep, int) else False
+                logits = self._extend(input_ids, mask, cache, loops, rule, last=last and targets is None)
+                if targets is not None:
+                    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+                logits = kept(logits, mask, logits_to_keep)
+            else:
+                hidden = self._hidden(input_ids, mask, loops)
+                if targets is not None:
+                    loss = summed_cross_entropy(hidden, self.model.head_weight, targets)
+                logits = F.linear(kept(hidden, mask, logits_to_keep), self.model.head_weight).float()
+        if loss is not None and targets is not None:
+            loss = loss / ((targets != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch)
+        returned = {CACHE_NAME: cache if use_cache else None}
+        # Rows that only pad the embedding mean no token.
+        return CausalLMOutputWithPast(loss=loss, logits=logits[..., : self.config.vocab_size], **returned)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """Products in the type of the parameters if that is a short one, else in what the caller chose."""
+        dtype = self.model.embedding.weight.dtype
+        return nullcontext() if dtype == torch.float32 else torch.autocast(self.device.type, dtype)
+
+    def _depth(self, num_loops: int | None, exit_threshold: float | None) -> tuple[int, HaltingRule | None]:
+        loops = self.config.mean_loops if num_loops is None else num_loops
+        if not isinstance(loops, int) or isinstance(loops, bool) or loops < 1:
+            raise ValueError(f"num_loops: got {loops!r}; allowed: a whole number, at least 1")
+        if exit_threshold is None:
+            return loops, None
+        if not isinstance(exit_threshold, int | float):
+            raise ValueError(f"exit_threshold: got {exit_threshold!r}; allowed: a number above 0")
+        return loops, halting_rule(self.model, threshold=exit_threshold)
+
+    def _mask(self, ids: Tensor, mask: Tensor | None, past: int) -> Tensor | None:
+        """Which of the ids are tokens, (B, S) bool; None where all are."""
+        rows, length = ids.shape
+        context = self.config.context_length
+        if length > context:
+            raise ValueError(
+                f"an input of {length} tokens: the model's context is {context} (context_length); shorten it, in a "
+                f"tokenizer by truncation=True, max_length={context}"
+            )
+        if mask is None:
+            return None
+        if mask.shape != (rows, past + length):
+            raise ValueError(
+                f"attention_mask: got shape {tuple(mask.shape)}; allowed: {(rows, past + length)}, a column for every "
+                + (f"id, the {past} of the cache included" if past else "id")
+            )
+        return mask[:, past:].bool()
+
+    def _hidden(self, ids: Tensor, mask: Tensor | None, loops: int) -> Tensor:
+        """What the head reads, (B, S, D), all positions run alike and with gradient."""
+        model, order = self.model, None
+        if mask is not None:
+            # Tokens first: what comes after them changes nothing, so that causal attention needs no mask.
+            order = (~mask).byte().argsort(dim=1, stable=True)
+            ids = ids.gather(1, order)
+        context = attention_context(model.config, ids.shape[1], ids.device, None)
+        e = model.encode(ids, context)
+        state = e.new_zeros(e.shape, dtype=torch.float32)
+        pondering = Pondering(model.halting) if isinstance(model.halting, ActHalting) else None
+        observe: Callable[[LoopState], None] = ignore if pondering is None else pondering.observe
+        state = model.recurrence(e, state, model.check_loops(loops, len(ids)), loops, context, observe).state
+        hidden = model.decode(state if pondering is None else pondering.result(state), context)
+        if order is None:
+            return hidden
+        return hidden.gather(1, order.argsort(dim=1).unsqueeze(-1).expand_as(hidden))
+
+    def _extend(
+        self, ids: Tensor, mask: Tensor | None, cache: MythosCache, loops: int, rule: HaltingRule | None, *, last: bool
+    ) -> Tensor:
+        """Logits (B, S, V) of ids that continue a cache; with `last` those of each row's last token, (B, 1, V)."""
+        entries = cache.of(self.model, len(ids), loops)
+        which = "last" if last else "all"
+        found = self.model.extend(ids, entries, mask=mask, loops=loops, halting=rule, logits=which).logits
+        cache.advance(ids.shape[1], mask)
+        return found.unsqueeze(1) if last else found
+
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, *args: Any, **kwargs: Any
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
+        """Hand our own arguments on to `forward`, wherever they were given."""
+        prepared, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)
+        for name in DEPTH_ARGUMENTS:
+            if getattr(prepared, name, None) is not None:
+                model_kwargs[name] = getattr(prepared, name)
+        self._depth(*(model_kwargs.get(name) for name in DEPTH_ARGUMENTS))
+        return prepared, model_kwargs
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Give `generate` a cache of ours; transformers' own have no place for loops."""
+        kind = generation_config.cache_implementation
+        if kind is not None and not kind.startswith("dynamic"):
+            raise ValueError(f"cache_implementation: got {kind!r}; a mythos model has a cache of its own, leave it out")
+        if generation_config.use_cache is not False and model_kwargs.get(CACHE_NAME) is None:
+            model_kwargs[CACHE_NAME] = MythosCache()
+
+
+def ignore(done: LoopState) -> None:
+    """Observe nothing."""
+
+
+def kept(values: Tensor, mask: Tensor | None, which: int | Tensor) -> Tensor:
+    """(B, S, X) at the chosen positions: see `logits_to_keep` of `MythosForCausalLM.forward`."""
+    if isinstance(which, Tensor):
+        return values[:, which]
+    if which == 1 and mask is not None and values.shape[1] > 1:
+        column = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1)
+        return values.gather(1, column.view(-1, 1, 1).expand(-1, 1, values.shape[2]))
+    return values[:, -which:]  # of 0: all
+
+
+def float32_tensors(model: RecurrentDepthTransformer) -> dict[str, Tensor]:
+    """What is never rounded to 16 bits, by name: what modules declare as `float32`, the injection, and buffers."""
+    found = {}
+    for prefix, module in model.named_modules():
+        whole = dict(module.named_parameters()) if module is model.recurrence.injection else {}
+        declared = {*getattr(module, "float32", ()), *whole, *dict(module.named_buffers(recurse=False))}
+        found.update((f"{prefix}.{name}", attrgetter(name)(module)) for name in sorted(declared))
+    return found
+
+
+AutoModelForCausalLM.register(MythosConfig, MythosForCausalLM)

@@ -1,0 +1,32 @@
+"""`import mythos` lets transformers' Auto classes know our model, whoever is imported first, and costs nothing."""
+
+import subprocess
+import sys
+
+import pytest
+
+MYTHOS_FIRST = """
+import sys
+import mythos
+assert not {"torch", "transformers", "pydantic"} & set(sys.modules), "import mythos is to be cheap"
+from transformers import AutoTokenizer
+assert "transformers.modeling_utils" not in sys.modules, "a tokenizer needs no models"
+from transformers import AutoConfig, AutoModelForCausalLM
+config = AutoConfig.for_model("mythos", dim=64)
+assert config.hidden_size == 64
+import torch
+with torch.device("meta"):
+    model = AutoModelForCausalLM.from_config(config)
+assert type(model).__module__ == "mythos.hf.model"
+"""
+TRANSFORMERS_FIRST = """
+from transformers import AutoConfig
+import mythos
+assert AutoConfig.for_model("mythos", dim=64).hidden_size == 64
+"""
+
+
+@pytest.mark.parametrize("program", [MYTHOS_FIRST, TRANSFORMERS_FIRST], ids=["mythos first", "transformers first"])
+def test_registration(program: str) -> None:
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
