@@ -47,7 +47,7 @@ def choose_settings(
     """
     settings = []
     for count in loops:
-        model.check_loops(count or mean_loops, 1)
+        model.check_loops(mean_loops if count is None else count, 1)
         if count is not None:
             settings.append(DepthSetting(count))
             continue
@@ -152,6 +152,8 @@ def score_requests(
     return [[found[index][number] for index in range(len(requests))] for number in range(len(settings))]
 
 
+# Every batch has another shape, and blocks that training compiled would be compiled for each of them.
+@torch.compiler.set_stance("force_eager")
 @torch.no_grad()
 def score_batch(
     model: RecurrentDepthTransformer, requests: Sequence[Request], settings: Sequence[DepthSetting]

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from mythos.model.halting import halting_rule
 from mythos.model.sampling import Sampling
 from mythos.model_files import OpenedModel
 from mythos.ranks import World
-from mythos.schema import suggestion
 from mythos.text_generation import PieceStream
 
 logger = logging.getLogger(__name__)
@@ -57,9 +57,10 @@ def open_tasks(names: Sequence[str], include_path: Path | None = None) -> dict[s
     tasks = {}
     for name in names:
         if name not in manager.all_tasks:
+            nearest = ", ".join(get_close_matches(name, manager.all_tasks)) or "none"
             raise MythosError(
-                f"--tasks: {name!r} is no task of lm-evaluation-harness and no .jsonl file; "
-                f"{suggestion(name, manager.all_tasks)}"
+                f"--tasks: {name!r} is no task of lm-evaluation-harness and no .jsonl file; nearest names: {nearest}. "
+                "`lm-eval ls tasks` lists all"
             )
         try:
             tasks[name] = manager.load([name])
