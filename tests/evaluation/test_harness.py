@@ -1,3 +1,4 @@
+# ruff: noqa: E402 (nothing of it can be imported where the extra is not installed)
 """lm-evaluation-harness on a local task, against our own scores and against answers written out."""
 
 import contextlib
