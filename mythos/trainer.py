@@ -465,7 +465,7 @@ class Trainer:
         return metrics
 
     def validate(self) -> dict[str, float]:
-        """Validation loss at several depths; text samples go to samples/step-N.txt."""
+        """Validation loss and answers at several depths; text samples go to samples/step-N.txt."""
         config = self.config
         self.watchdog.beat(f"step {self.step}: validation")
         self.model.eval()

@@ -240,9 +240,12 @@ def run_tasks(
         tasks: from `open_tasks`.
         limit: most documents of a task.
         fewshot: examples before each question; None = what the task says.
+
+    Raises:
+        MythosError: a task that the harness or the model refuses.
     """
     results = []
-    for loaded in tasks.values():
+    for name, loaded in tasks.items():
         for task in loaded["tasks"].values():
             # A task that says 0 has nothing to make examples of.
             said = task.get_config("num_fewshot")
@@ -250,7 +253,10 @@ def run_tasks(
             task.set_fewshot_seed(seed=1234)
         for setting in model.settings:
             model.begin(setting)
-            found = evaluate(model, loaded, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False)
+            try:
+                found = evaluate(model, loaded, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False)
+            except ValueError as error:  # a task that runs code, or shows pictures; or of our own model
+                raise MythosError(f"--tasks: {name} cannot be run: {error}") from error
             assert found is not None
             results += _results(found, setting, model.mean_loops)
     return results

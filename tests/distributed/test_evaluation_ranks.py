@@ -9,6 +9,7 @@ import pytest
 from mythos.trainer import Trainer
 from scripts import evaluate
 from tests.distributed.pool import RankPool
+from tests.evaluation.local_tasks import write_tasks
 from tests.runs import tiny
 from tests.test_evaluate_script import questions
 from tests.trainers import take_step
@@ -58,6 +59,28 @@ def test_the_script(pool: RankPool, single: tuple[Path, dict[str, float]]) -> No
         assert {**one, "value": 0, "mean_loops": 0} == {**two, "value": 0, "mean_loops": 0}
         assert two["value"] == pytest.approx(one["value"], rel=1e-5)
         assert two["mean_loops"] == pytest.approx(one["mean_loops"], rel=1e-6)
+
+
+def test_tasks_of_the_harness(pool: RankPool, single: tuple[Path, dict[str, float]]) -> None:
+    pytest.importorskip("lm_eval", reason="needs the extra eval")
+    directory, _ = single
+    write_tasks(directory / "tasks", directory / "local.jsonl")
+    values = []
+    for ranks in (1, 2):
+        out = directory / f"harness-{ranks}"
+        arguments = [
+            str(directory / "single"),
+            "--tasks",
+            "local_multiple_choice,local_generate_until",
+            "--include-path",
+        ]
+        arguments += [str(directory / "tasks"), "--out", str(out), *OPTIONS]
+        statuses = pool.run(evaluate.main, arguments, ranks=ranks) if ranks > 1 else [evaluate.main(arguments)]
+        assert statuses == [0] * ranks
+        values.append(json.loads((out / "step-00000003.json").read_text())["results"])
+    assert len(values[0]) == 9
+    for one, two in zip(*values, strict=True):
+        assert two == {**one, "mean_loops": pytest.approx(one["mean_loops"], rel=1e-6)}
 
 
 def test_what_cannot_be_scored_is_told_by_all(pool: RankPool, single: tuple[Path, dict[str, float]]) -> None:

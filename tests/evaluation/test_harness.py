@@ -21,42 +21,12 @@ from mythos.evaluation.continuations import DepthSetting, score_requests
 from mythos.evaluation.harness import HarnessModel
 from mythos.model_files import OpenedModel, open_model
 from scripts import evaluate, export_hf
+from tests.evaluation.local_tasks import write_tasks
 from tests.evaluation.test_continuations import ALONE
 from tests.runs import documents, tiny
 from tests.trainers import run
 
 pytestmark = pytest.mark.usefixtures("no_plots")
-
-TASK = """
-task: {name}
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {file}
-test_split: test
-output_type: {kind}
-"""
-CHOICES = """
-doc_to_text: query
-doc_to_choice: choices
-doc_to_target: gold
-metric_list:
-  - {metric: acc, aggregation: mean, higher_is_better: true}
-  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
-"""
-PERPLEXITY = """
-doc_to_text: ""
-doc_to_target: "{{query}}"
-metric_list:
-  - {metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}
-"""
-CONTINUATION = """
-doc_to_text: query
-doc_to_target: " crosses"
-generation_kwargs: {until: ["the"], max_gen_toks: 6}
-metric_list:
-  - {metric: exact_match, aggregation: mean, higher_is_better: true}
-"""
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +44,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, no_plots: None) -> Path:
     ]
     file = folder / "questions.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "tasks").mkdir()
-    kinds = {"multiple_choice": CHOICES, "loglikelihood_rolling": PERPLEXITY, "generate_until": CONTINUATION}
-    for kind, rest in kinds.items():
-        text = TASK.format(name=f"local_{kind}", file=file, kind=kind) + rest
-        (folder / "tasks" / f"{kind}.yaml").write_text(text)
+    write_tasks(folder / "tasks", file)
     return folder
 
 
