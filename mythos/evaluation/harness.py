@@ -5,6 +5,7 @@ It is imported only where tasks of it are asked for.
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from difflib import get_close_matches
@@ -104,8 +105,10 @@ class HarnessModel(LM):
         self._known: dict[tuple[str, ...], list[Score]] = {}
 
     def begin(self, setting: DepthSetting) -> None:
-        """Answer at this setting from now on."""
+        """Answer at this setting from now on. The first one begins another task."""
         self.setting, self.loops = setting, []
+        if setting == self.settings[0]:
+            self._known.clear()
 
     @property
     def mean_loops(self) -> float:
@@ -132,11 +135,11 @@ class HarnessModel(LM):
             cut = get_rolling_token_windows(ids, self.coder.eos_id, self.model.config.context_length, 1)
             windows += [(text, Request(*make_disjoint_window(window))) for window in cut]
         sums = {(text,): [Score(0.0, True, 0.0)] * len(self.settings) for (text,) in new}
-        counts = {(text,): sum(owner == text for owner, _ in windows) for (text,) in new}
+        counts = Counter(text for text, _ in windows)
         if windows:
             for (text, _), scores in zip(windows, self._score([request for _, request in windows]), strict=True):
                 sums[text,] = [
-                    Score(a.log_likelihood + b.log_likelihood, a.greedy and b.greedy, a.loops + b.loops / counts[text,])
+                    Score(a.log_likelihood + b.log_likelihood, a.greedy and b.greedy, a.loops + b.loops / counts[text])
                     for a, b in zip(sums[text,], scores, strict=True)
                 ]
         self._known |= sums
@@ -148,23 +151,29 @@ class HarnessModel(LM):
         alike: dict[str, list[int]] = {}
         for index, (_, options) in enumerate(asked):
             alike.setdefault(json.dumps(options, sort_keys=True), []).append(index)
+        prompts, cut = [], 0
+        for (_, options), ids in zip(asked, self.coder.encode_batch([context for context, _ in asked]), strict=True):
+            room = max(1, self.model.config.context_length - most_tokens(options))
+            prompts.append((ids or [self.coder.eos_id])[-room:])
+            cut += len(ids) > room
+        self._tell(cut, len(prompts))
         batches = []
         for indices in alike.values():
-            indices.sort(key=lambda index: -len(asked[index][0]))
+            indices.sort(key=lambda index: -len(prompts[index]))
             batches += [indices[start : start + self.micro_batch] for start in range(0, len(indices), self.micro_batch)]
         found: dict[int, tuple[str, float]] = {}
         for batch in batches[self.world.rank :: self.world.size]:
-            made = self._generate([asked[index][0] for index in batch], asked[batch[0]][1], batch)
+            made = self._generate([prompts[index] for index in batch], asked[batch[0]][1], batch)
             found |= zip(batch, made, strict=True)
         for part in self.world.ranks.gather(found):
             found |= part
         self.loops += [found[index][1] for index in range(len(asked))]
         return [found[index][0] for index in range(len(asked))]
 
-    def _generate(self, contexts: Sequence[str], options: dict[str, Any], seeds: list[int]) -> list[tuple[str, float]]:
+    def _generate(
+        self, prompts: Sequence[list[int]], options: dict[str, Any], seeds: list[int]
+    ) -> list[tuple[str, float]]:
         """Continuations and the mean loops of their tokens."""
-        names = ("max_gen_toks", "max_new_tokens", "max_tokens")
-        most = int(next((options[name] for name in names if options.get(name) is not None), MOST_TOKENS))
         until = options.get("until") or []
         stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
         sampled = options.get("do_sample", float(options.get("temperature", 0)) > 0)
@@ -173,10 +182,6 @@ class HarnessModel(LM):
             top_k=options.get("top_k"),
             top_p=options.get("top_p"),
         )
-        room = max(1, self.model.config.context_length - most)
-        prompts = [ids or [self.coder.eos_id] for ids in self.coder.encode_batch(contexts)]
-        self._tell(sum(len(ids) > room for ids in prompts), len(prompts))
-        prompts = [ids[-room:] for ids in prompts]
         streams = [PieceStream(self.coder, ids, stops) for ids in prompts]
 
         def on_token(row: int, token: int, loops: int) -> bool:
@@ -187,7 +192,7 @@ class HarnessModel(LM):
             rows = generate(
                 self.model,
                 prompts,
-                most,
+                most_tokens(options),
                 sampling=sampling,
                 seed=seeds,
                 loops=self.setting.loops,
@@ -223,11 +228,17 @@ class HarnessModel(LM):
         return answers
 
     def _tell(self, cut: int, of: int) -> None:
-        if cut and self.world.rank == 0:
+        if cut and self.world.rank == 0 and self.setting == self.settings[0]:
             context = self.model.config.context_length
             logger.warning(
                 "%d of %d prompts do not fit in the context of %d tokens and lose their beginning", cut, of, context
             )
+
+
+def most_tokens(options: dict[str, Any]) -> int:
+    """How many tokens a task's options let be generated."""
+    names = ("max_gen_toks", "max_new_tokens", "max_tokens")
+    return int(next((options[name] for name in names if options.get(name) is not None), MOST_TOKENS))
 
 
 def run_tasks(

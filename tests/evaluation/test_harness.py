@@ -145,6 +145,9 @@ def test_generation_is_greedy_and_stops(opened: OpenedModel) -> None:
                 break
             ids.append(int(best))
         assert text == tokenizer.decode(ids)[len(tokenizer.decode(ids[:given])) :]
+    drawn = [(context, {"do_sample": True, "temperature": 3.0, "max_gen_toks": 8}) for context in contexts]
+    first, second = (model.generate_until(instances("generate_until", drawn)) for _ in range(2))
+    assert first == second != found
     longest = max(found, key=len)
     stop = longest[len(longest) // 2 :]
     again = [(context, {"until": stop, "max_gen_toks": 8}) for context in contexts]
