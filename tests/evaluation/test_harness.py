@@ -154,6 +154,34 @@ def test_generation_is_greedy_and_stops(opened: OpenedModel) -> None:
     assert model.generate_until(instances("generate_until", again)) == [text.partition(stop)[0] for text in found]
 
 
+def test_answers_are_those_of_the_harness_own_class(exported: Path, opened: OpenedModel) -> None:
+    """The harness' class for transformers, on the export as transformers opens it, at the training mean."""
+    pytest.importorskip("mythos.hf")  # registers the export's type
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, context = str(exported / "model"), opened.model.config.context_length
+    theirs = HFLM(
+        pretrained=AutoModelForCausalLM.from_pretrained(folder).eval(),
+        tokenizer=AutoTokenizer.from_pretrained(folder),
+        batch_size=3,
+        max_length=context,
+        device="cpu",
+    )
+    ours = adapter(opened, [DepthSetting(opened.mean_loops)])
+    pairs = [("The river", " crosses"), ("Page 7.  ", "The"), ("", " finds the"), (documents()[6] * 2, " stone.")]
+    likelihoods = [model.loglikelihood(instances("loglikelihood", pairs)) for model in (ours, theirs)]
+    for (own_sum, own_greedy), (their_sum, their_greedy) in zip(*likelihoods, strict=True):
+        assert own_sum == pytest.approx(their_sum, rel=1e-5) and own_greedy == their_greedy
+    texts = [(documents()[6] * 2,), ("Page",)]
+    sums = [model.loglikelihood_rolling(instances("loglikelihood_rolling", texts)) for model in (ours, theirs)]
+    assert sums[0] == pytest.approx(sums[1], rel=1e-5)
+    options = {"until": ["river"], "max_gen_toks": 6}
+    asked = [(context, options) for context, _ in pairs if context]
+    made = [model.generate_until(instances("generate_until", asked)) for model in (ours, theirs)]
+    assert made[0] == made[1]
+
+
 def test_tasks_that_cannot_be_had(exported: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     # The harness' own thousands of tasks take seconds to read.
     monkeypatch.setattr(harness, "TaskManager", partial(TaskManager, include_defaults=False))
