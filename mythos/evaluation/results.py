@@ -116,16 +116,18 @@ def draw(results: Sequence[Result], path: Path) -> Path:
     figure = Figure(figsize=(4.5 * columns, 3.2 * lines), layout="constrained")
     panels = list(figure.subplots(lines, columns, squeeze=False).flat)
     for axes, ((task, metric), found) in zip(panels, rows, strict=False):
-        alike = sorted((result for result in found.values() if result.setting.rule is None), key=depth)
+        alike = sorted(
+            (result for result in found.values() if result.setting.rule is None), key=lambda one: one.mean_loops
+        )
         axes.set(title=task, xlabel="loops", ylabel=metric)
         axes.grid(alpha=0.3)
         if alike:
-            places, errors = [depth(result) for result in alike], [result.stderr or 0.0 for result in alike]
+            places, errors = [result.mean_loops for result in alike], [result.stderr or 0.0 for result in alike]
             axes.errorbar(
                 places, [result.value for result in alike], errors, fmt="o-", color="black", label="all alike"
             )
         for number, result in enumerate(result for result in found.values() if result.setting.rule is not None):
-            place = [depth(result)], [result.value], [result.stderr or 0.0]
+            place = [result.mean_loops], [result.value], [result.stderr or 0.0]
             axes.errorbar(*place, fmt="*", color=f"C{number}", markersize=12, label=str(result.setting))
         axes.set_xscale("log", base=2)
         ticks = [result.setting.loops for result in alike]
@@ -134,8 +136,3 @@ def draw(results: Sequence[Result], path: Path) -> Path:
     for axes in panels[len(rows) :]:
         axes.remove()
     return finish(figure, path)
-
-
-def depth(result: Result) -> float:
-    """Where a result stands on the axis of loops."""
-    return result.mean_loops
