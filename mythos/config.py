@@ -239,6 +239,8 @@ class EvalConfig(Section):
     """Tokens of a sample."""
     prompts: list[str] = ["The "]
     """Beginnings of the samples, used in turn."""
+    tasks: list[str] = []
+    """Files *.jsonl of multiple-choice questions (docs/evaluation.md), scored at each validation at eval.loops."""
 
 
 class CheckpointConfig(Section):
@@ -479,6 +481,8 @@ def _contradictions(config: Config, reported: set[str]) -> Iterator[tuple[tuple[
         yield from task_contradictions(data.task, data.sequence_length, model_vocabulary, depth.follow)
         if data.mask_documents:
             yield ("data.kind", "data.mask_documents"), "got reasoning and true; a task has no documents"
+        if config.eval.tasks:
+            yield ("data.kind", "eval.tasks"), f"got reasoning and {shown(config.eval.tasks)}; questions are text"
     elif data.task != TaskConfig():
         yield ("data.kind", "data.task"), f"got {data.kind} and a task; tasks are for reasoning"
     if data.validation.fraction == 0 and not data.validation.path:

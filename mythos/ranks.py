@@ -85,7 +85,10 @@ class Ranks:
 
 @dataclass
 class World:
-    """All processes of the run as this one sees them. Make it with :func:`join_world`, end it with :meth:`leave`."""
+    """All processes of the run as this one sees them. :func:`join_world` or :func:`meet_world` makes it.
+
+    End it with :meth:`leave`.
+    """
 
     device: torch.device
     ranks: Ranks
@@ -147,15 +150,33 @@ class World:
 
 
 def join_world(config: Config) -> World:
+    """Find the other processes of a run.
+
+    Raises MythosError as `meet_world` does, if the configuration does not fit the number of processes, or if two ranks
+    were given different configurations.
+    """
+    parallel = config.parallel
+    world = meet_world(config.train.device, start_timeout=parallel.start_timeout, timeout=parallel.timeout)
+    if world.size > 1:
+        check_fit(config, world.size)
+        check_same_config(config, world.ranks)
+    return world
+
+
+def meet_world(
+    device_name: str, *, start_timeout: float = 1800.0, timeout: float = 300.0, option: str = "train.device"
+) -> World:
     """Find the other processes that torchrun (or anything else that sets RANK, WORLD_SIZE, MASTER_ADDR) started.
 
-    Raises MythosError if they cannot be reached, if the configuration does not fit their number, or if two ranks were
-    given different configurations.
+    `device_name` is what the option called `option` gave: auto, cpu or cuda. Seconds are as in the section `parallel`
+    of the configuration.
+
+    Raises MythosError if they cannot be reached, or for a device that is not there.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
-    device = choose_device(config.train.device, local_rank, local_size)
+    device = choose_device(device_name, local_rank, local_size, option=option)
     if size == 1:
         return World(device, Ranks(), Ranks())
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
@@ -166,9 +187,9 @@ def join_world(config: Config) -> World:
         )
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    start = timedelta(seconds=config.parallel.start_timeout)
+    start = timedelta(seconds=start_timeout)
     try:
-        store = _meet(config.parallel.timeout)
+        store = _meet(timeout)
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("GROUP_WORLD_SIZE") == "1":
             # The agent's store outlives a restart, and with it the addresses of the dead (pytorch#135712). Agents of
             # several machines count restarts differently; launch.sh has them share no store.
@@ -181,10 +202,7 @@ def join_world(config: Config) -> World:
         ranks, storage = (Ranks(dist.new_group(everyone, timeout=start, backend="gloo")) for _ in range(2))
     except (RuntimeError, ValueError) as error:
         raise MythosError(_no_meeting(rank, size, error)) from error
-    world = World(device, ranks, storage, local_rank, local_size)
-    check_fit(config, size)
-    check_same_config(config, ranks)
-    return world
+    return World(device, ranks, storage, local_rank, local_size)
 
 
 def _meet(seconds: float) -> dist.Store:

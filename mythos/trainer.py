@@ -29,6 +29,7 @@ from mythos.data.tokenizer import check_vocabulary
 from mythos.depth import DepthPlan, DepthSchedule
 from mythos.errors import MythosError, TransientError
 from mythos.estimate import count_parameters, forward_flops
+from mythos.evaluation.choices import choice_metrics, encode_task, read_tasks
 from mythos.evaluation.depth_sweep import adaptive_metrics, fit_losses, fit_metrics
 from mythos.evaluation.reasoning import task_metrics
 from mythos.evaluation.validation import losses_by_depth, validation_metrics
@@ -79,6 +80,7 @@ class Trainer:
         self.device = world.device
         self.run_dir = config.run_dir
         check_trackers(config.log.trackers)
+        tasks = world.ranks.agreed(lambda: read_tasks(config.eval.tasks, what="eval.tasks"))
         world.ranks.agreed(lambda: prepare_directory(self.run_dir))
         self.resources = contextlib.ExitStack()
         world.ranks.agreed(lambda: self.resources.enter_context(RunLock(self.run_dir)) if self.main else None)
@@ -105,6 +107,7 @@ class Trainer:
             config = resolve_vocabulary(config, self.tokenizer.padded_size)
             check_vocabulary(self.tokenizer, config.model.vocab_size)
         self.config = config
+        self.tasks = [encode_task(task, self.tokenizer, config.model.context_length) for task in tasks]
         self.count_targets = data.targets
         if meta:
             check_same_model(config, meta["config"]["model"], found)
@@ -465,7 +468,7 @@ class Trainer:
         return metrics
 
     def validate(self) -> dict[str, float]:
-        """Validation loss at several depths; text samples go to samples/step-N.txt."""
+        """Validation loss and answers at several depths; text samples go to samples/step-N.txt."""
         config = self.config
         self.watchdog.beat(f"step {self.step}: validation")
         self.model.eval()
@@ -483,6 +486,7 @@ class Trainer:
         # Where positions halt, ranks run different numbers of passes, and those that share the model must not.
         if not follows and not self.layout.sharded:
             metrics |= adaptive_metrics(self.model, self.validation, most=self.mean_loops, **common)
+        metrics |= choice_metrics(self.model, self.tasks, depths=config.eval.loops, **common)
         # Under FSDP a forward pass takes all ranks; they draw the same.
         sampling = self.tokenizer is not None and (self.main or self.layout.sharded)
         self.samples = [self.sample(n) for n in range(config.eval.samples)] if sampling else []

@@ -16,22 +16,14 @@ from typing import Any
 import torch
 
 from mythos.command_line import DEVICES, check_least, exit_status, positive_numbers, whole_numbers, writing
-from mythos.config import DataConfig, ValidationConfig
-from mythos.data.corpus import open_corpora
-from mythos.data.pipeline import Data, open_data
-from mythos.data.source import open_sources
-from mythos.data.tasks import TaskSet
-from mythos.data.validation import ValidationSet
 from mythos.errors import MythosError
 from mythos.evaluation.depth_sweep import DepthSweep, HaltingPoint, depth_sweep, sweep_depths, sweep_rules
+from mythos.evaluation.text import validation_data
 from mythos.model.halting import halting_rule
 from mythos.model_files import OpenedModel, open_model, run_directory
 from mythos.parallel import choose_dtype
 from mythos.plots import draw_sweep
 from mythos.ranks import choose_device
-
-SEQUENCES, LENGTH = 64, 1024
-"""Sequences of a sweep and tokens of each, at most, where no run says how many."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -123,28 +115,6 @@ def chosen_rules(
     except ValueError as error:
         raise MythosError(f"--thresholds: {error}") from error
     return [(names[0], threshold) for threshold in thresholds]
-
-
-def validation_data(opened: OpenedModel, files: str | None, sequences: int | None) -> ValidationSet | TaskSet:
-    """The run's validation set as its trainer makes it, or one of the same shape from other files."""
-    run = opened.run
-    if sequences is None:
-        sequences = run.eval.batches * run.data.streams if run else SEQUENCES
-    if files == "":
-        raise MythosError("--data: got no name; give text files, e.g. --data 'texts/*.txt'")
-    if run is None and files is None:
-        raise MythosError("--data: an exported model knows no data; give text files, e.g. --data 'texts/*.txt'")
-    if run is not None and run.data.kind == "reasoning":
-        if files is not None:
-            raise MythosError("--data: the run was trained on a reasoning task, which is made on the way; leave it out")
-        return open_data(run, None, {}).validation(max(sequences, run.data.streams))  # as many of every stream
-    data = run.data if run else DataConfig(sequence_length=min(opened.model.config.context_length, LENGTH))
-    if files is not None:
-        data = data.model_copy(update={"validation": ValidationConfig(path=files)})
-    if opened.tokenizer is None:
-        raise MythosError(f"{opened.source}: no tokenizer lies beside it, so no text can be measured")
-    sources = {} if data.validation.path else open_sources(data, open_corpora(data), opened.tokenizer)
-    return Data(data, opened.tokenizer, sources).validation(sequences, option=None if files is None else "--data")
 
 
 def report(sweep: DepthSweep) -> str:

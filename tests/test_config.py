@@ -125,6 +125,10 @@ CONTRADICTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"model": {"preset": "dense_140m", "loops": 2}}, ("model.injection", "model.loops")),
     ({"model": {"preset": "dense_140m", "lora_rank": 4}}, ("model.injection", "model.lora_rank")),
     ({"model": {"preset": "dense_140m", "loop_embedding": True}}, ("model.injection", "model.loop_embedding")),
+    (
+        {"data": {"kind": "reasoning"}, "depth": {"follow": "difficulty"}, "eval": {"tasks": ["a.jsonl"]}},
+        ("data.kind", "eval.tasks"),
+    ),
     ({"model": {"preset": "dense_140m"}, "eval": {"loops": [1, 2]}}, ("model.injection", "eval.loops")),
     ({"model": {"preset": "dense_140m"}, "depth": {"maximum": 2}}, ("model.injection", "depth.maximum")),
     ({"train": {}}, ("train.steps", "train.tokens")),

@@ -1,0 +1,289 @@
+"""Tasks of lm-evaluation-harness, run through its own interface (extra `eval`).
+
+It is imported only where tasks of it are asked for.
+"""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.evaluator import evaluate
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from mythos.errors import MythosError, short_reason
+from mythos.evaluation.continuations import DepthSetting, Request, Score, encode_requests, score_requests
+from mythos.evaluation.results import Result
+from mythos.evaluation.text import require_tokenizer
+from mythos.model.generate import generate
+from mythos.model.halting import halting_rule
+from mythos.model.sampling import Sampling
+from mythos.model_files import OpenedModel
+from mythos.ranks import World
+from mythos.text_generation import PieceStream
+
+logger = logging.getLogger(__name__)
+
+BOOTSTRAP = 1000
+"""Resamples for standard errors that have no formula."""
+MOST_TOKENS = 256
+"""Tokens that are generated where a task does not say how many; the harness' own default."""
+
+
+def open_tasks(names: Sequence[str], include_path: Path | None = None) -> dict[str, Any]:
+    """Load tasks, groups or tags, with their data.
+
+    Args:
+        names: what the harness calls them.
+        include_path: folder with YAML files of further tasks.
+
+    Raises:
+        MythosError: an unknown name, or a task whose data cannot be had.
+    """
+    manager = None
+    if include_path is not None:
+        if not include_path.is_dir():
+            raise MythosError(f"--include-path: {include_path} is no folder; give one with YAML files of tasks")
+        manager = TaskManager(include_path=str(include_path), include_defaults=False)
+    if manager is None or not set(names) <= set(manager.all_subtasks):
+        # All that the harness brings: thousands of files, which takes seconds.
+        manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    tasks = {}
+    for name in names:
+        if name not in manager.all_tasks:
+            nearest = ", ".join(get_close_matches(name, manager.all_tasks)) or "none"
+            raise MythosError(
+                f"--tasks: {name!r} is no task of lm-evaluation-harness and no .jsonl file; nearest names: {nearest}. "
+                "`lm-eval ls tasks` lists all"
+            )
+        try:
+            tasks[name] = manager.load([name])
+        except Exception as error:  # of the harness, of datasets, of the network: no common base class
+            raise MythosError(
+                f"--tasks: {name} cannot be loaded: {short_reason(error)}. Unless its YAML names local files, its data "
+                "comes from the Hugging Face hub: load it once with the network, then it is in the cache; or give a "
+                ".jsonl file of questions"
+            ) from error
+    return tasks
+
+
+class HarnessModel(LM):
+    """A model as the harness sees it: one process that answers requests, at `setting`.
+
+    Likelihoods at all settings are computed when the first asks for them, equal loops in one run of the model. The
+    requests are divided over the ranks here, so that all harnesses see all answers.
+    """
+
+    def __init__(
+        self,
+        opened: OpenedModel,
+        settings: Sequence[DepthSetting],
+        *,
+        micro_batch: int,
+        world: World,
+        autocast: AbstractContextManager[Any],
+        progress: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = opened.model
+        self.coder = require_tokenizer(opened)  # what is called tokenizer, the harness takes for one of transformers
+        self.settings = list(settings)
+        self.world = world
+        self.autocast = autocast
+        self.micro_batch = micro_batch
+        self.progress = progress
+        self.setting = self.settings[0]
+        self.loops: list[float] = []
+        """Mean loops of what was asked for since `begin`."""
+        self._known: dict[tuple[str, ...], list[Score]] = {}
+
+    def begin(self, setting: DepthSetting) -> None:
+        """Answer at this setting from now on. The first one begins another task."""
+        self.setting, self.loops = setting, []
+        if setting == self.settings[0]:
+            self._known.clear()
+
+    @property
+    def mean_loops(self) -> float:
+        """Loops of a position, on average over requests since `begin`."""
+        return sum(self.loops) / max(1, len(self.loops))
+
+    def loglikelihood(self, requests: list[Instance], **_: Any) -> list[tuple[float, bool]]:
+        """Log-likelihood in nats of each continuation, and whether it is what greedy decoding gives."""
+        asked = [request.args for request in requests]
+        new = [texts for texts in dict.fromkeys(asked) if texts not in self._known]
+        if new:
+            encoded, cut = encode_requests(self.coder, new, self.model.config.context_length)
+            self._tell(cut, len(new))
+            for texts, scores in zip(new, self._score(encoded), strict=True):
+                self._known[texts] = scores
+        return [(score.log_likelihood, score.greedy) for score in self._answers(asked)]
+
+    def loglikelihood_rolling(self, requests: list[Instance], **_: Any) -> list[float]:
+        """Log-likelihood in nats of each text, in windows of the context where it is longer."""
+        asked = [request.args for request in requests]
+        new = [texts for texts in dict.fromkeys(asked) if texts not in self._known]
+        windows = []
+        for (text,), ids in zip(new, self.coder.encode_batch([text for (text,) in new]), strict=True):
+            cut = get_rolling_token_windows(ids, self.coder.eos_id, self.model.config.context_length, 1)
+            windows += [(text, Request(*make_disjoint_window(window))) for window in cut]
+        sums = {(text,): [Score(0.0, True, 0.0)] * len(self.settings) for (text,) in new}
+        counts = Counter(text for text, _ in windows)
+        if windows:
+            for (text, _), scores in zip(windows, self._score([request for _, request in windows]), strict=True):
+                sums[text,] = [
+                    Score(a.log_likelihood + b.log_likelihood, a.greedy and b.greedy, a.loops + b.loops / counts[text])
+                    for a, b in zip(sums[text,], scores, strict=True)
+                ]
+        self._known |= sums
+        return [score.log_likelihood for score in self._answers(asked)]
+
+    def generate_until(self, requests: list[Instance], **_: Any) -> list[str]:
+        """Each context continued up to a stop string, greedily unless the task samples."""
+        asked = [request.args for request in requests]
+        alike: dict[str, list[int]] = {}
+        for index, (_, options) in enumerate(asked):
+            alike.setdefault(json.dumps(options, sort_keys=True), []).append(index)
+        prompts, cut = [], 0
+        for (_, options), ids in zip(asked, self.coder.encode_batch([context for context, _ in asked]), strict=True):
+            room = max(1, self.model.config.context_length - most_tokens(options))
+            prompts.append((ids or [self.coder.eos_id])[-room:])
+            cut += len(ids) > room
+        self._tell(cut, len(prompts))
+        batches = []
+        for indices in alike.values():
+            indices.sort(key=lambda index: -len(prompts[index]))
+            batches += [indices[start : start + self.micro_batch] for start in range(0, len(indices), self.micro_batch)]
+        found: dict[int, tuple[str, float]] = {}
+        for batch in batches[self.world.rank :: self.world.size]:
+            made = self._generate([prompts[index] for index in batch], asked[batch[0]][1], batch)
+            found |= zip(batch, made, strict=True)
+        for part in self.world.ranks.gather(found):
+            found |= part
+        self.loops += [found[index][1] for index in range(len(asked))]
+        return [found[index][0] for index in range(len(asked))]
+
+    def _generate(
+        self, prompts: Sequence[list[int]], options: dict[str, Any], seeds: list[int]
+    ) -> list[tuple[str, float]]:
+        """Continuations and the mean loops of their tokens."""
+        until = options.get("until") or []
+        stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
+        sampled = options.get("do_sample", float(options.get("temperature", 0)) > 0)
+        sampling = Sampling(
+            temperature=float(options.get("temperature", 1)) if sampled else 0.0,
+            top_k=options.get("top_k"),
+            top_p=options.get("top_p"),
+        )
+        streams = [PieceStream(self.coder, ids, stops) for ids in prompts]
+
+        def on_token(row: int, token: int, loops: int) -> bool:
+            streams[row].push(token, loops)
+            return streams[row].stopped
+
+        with self.autocast:
+            rows = generate(
+                self.model,
+                prompts,
+                most_tokens(options),
+                sampling=sampling,
+                seed=seeds,
+                loops=self.setting.loops,
+                halting=halting_rule(self.model, self.setting.rule or "none", self.setting.threshold),
+                stop_ids=(self.coder.eos_id,),
+                on_token=on_token,
+                vocabulary=self.coder.size,
+            ).rows
+        for stream in streams:
+            stream.finish()
+        return [
+            ("".join(piece.text for piece in stream.pieces), sum(row.loops) / max(1, len(row.loops)))
+            for stream, row in zip(streams, rows, strict=True)
+        ]
+
+    def _score(self, requests: Sequence[Request]) -> list[list[Score]]:
+        """For each request its scores at all settings."""
+        by_setting = score_requests(
+            self.model,
+            requests,
+            self.settings,
+            micro_batch=self.micro_batch,
+            world=self.world,
+            autocast=self.autocast,
+            progress=self.progress,
+        )
+        return [list(scores) for scores in zip(*by_setting, strict=True)]
+
+    def _answers(self, asked: Sequence[tuple[str, ...]]) -> list[Score]:
+        number = self.settings.index(self.setting)
+        answers = [self._known[texts][number] for texts in asked]
+        self.loops += [score.loops for score in answers]
+        return answers
+
+    def _tell(self, cut: int, of: int) -> None:
+        if cut and self.world.rank == 0 and self.setting == self.settings[0]:
+            context = self.model.config.context_length
+            logger.warning(
+                "%d of %d prompts do not fit in the context of %d tokens and lose their beginning", cut, of, context
+            )
+
+
+def most_tokens(options: dict[str, Any]) -> int:
+    """How many tokens a task's options let be generated."""
+    names = ("max_gen_toks", "max_new_tokens", "max_tokens")
+    return int(next((options[name] for name in names if options.get(name) is not None), MOST_TOKENS))
+
+
+def run_tasks(
+    model: HarnessModel, tasks: dict[str, Any], *, limit: int | None = None, fewshot: int | None = None
+) -> list[Result]:
+    """Scores of every task and its parts at every setting of the model, on every rank.
+
+    Args:
+        model: the model.
+        tasks: from `open_tasks`.
+        limit: most documents of a task.
+        fewshot: examples before each question; None = what the task says.
+
+    Raises:
+        MythosError: a task that the harness or the model refuses.
+    """
+    results = []
+    for name, loaded in tasks.items():
+        for task in loaded["tasks"].values():
+            # A task that says 0 has nothing to make examples of.
+            said = task.get_config("num_fewshot")
+            task.set_config(key="num_fewshot", value=(said or 0) if fewshot is None or said == 0 else fewshot)
+            task.set_fewshot_seed(seed=1234)
+        for setting in model.settings:
+            model.begin(setting)
+            try:
+                found = evaluate(model, loaded, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False)
+            except ValueError as error:  # a task that runs code, or shows pictures; or of our own model
+                raise MythosError(f"--tasks: {name} cannot be run: {error}") from error
+            assert found is not None
+            results += _results(found, setting, model.mean_loops)
+    return results
+
+
+def _results(found: Any, setting: DepthSetting, mean_loops: float) -> list[Result]:
+    """The numbers of the harness' result, which it names METRIC,FILTER and METRIC_stderr,FILTER."""
+    results = []
+    for name, values in (found["results"] | found.get("groups", {})).items():
+        for key, value in values.items():
+            metric, comma, of_filter = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            error = values.get(f"{metric}_stderr,{of_filter}")
+            called = metric if of_filter == "none" else key
+            count = found["n-samples"].get(name, {}).get("effective")
+            stderr = float(error) if isinstance(error, int | float) else None
+            results.append(Result(name, called, setting, mean_loops, float(value), stderr, count))
+    return results
