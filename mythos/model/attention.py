@@ -9,6 +9,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from mythos.model import kernels
 from mythos.model.cache import CachedContext, Part
+from mythos.model.causal_attention import causal_attention
 from mythos.model.config import ModelConfig
 from mythos.model.layers import Linear, RMSNorm, apply_rope, autocast_dtype, rope_table, zeros
 
@@ -103,7 +104,7 @@ def listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
-    """Causal softmax attention through torch's fused kernels.
+    """Causal softmax attention by the kernel that `kernels` chooses.
 
     query (B, S, H, d), key (B, S, KV, d), value (B, S, KV, v) with KV dividing H -> (B, S, H, v).
     """
@@ -113,6 +114,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext)
         flex = kernels.flex(query.device)
         output = flex(query, key, value, block_mask=context.mask, enable_gqa=heads != key.shape[1])
         return output.transpose(1, 2)
+    if context.mask is None and kernels.causal_by_products(query.device, query.dtype, query.shape[2]):
+        with torch.autocast(query.device.type, enabled=False):
+            return causal_attention(query, key, value, dim**-0.5).transpose(1, 2)
     if not kernels.takes_widths(query.device, query.dtype, dim, value_dim):
         # Else the kernel that keeps all S x S scores would run; zeros change neither scores nor outputs.
         if value_dim < dim:

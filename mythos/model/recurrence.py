@@ -18,6 +18,7 @@ from mythos.model.experts import ExpertWeights
 from mythos.model.halting import HaltingRule
 from mythos.model.layers import Linear, RMSNorm, SwiGLU, autocast_dtype, constant, identity, ones, zeros
 from mythos.model.moe import MixtureOfExperts, build_core_ffn
+from mythos.model.products import float32_linear, linear
 
 START_DECAY = sqrt(1 / 5)
 """Entries of A at the start."""
@@ -80,7 +81,7 @@ class LTIInjection(nn.Module):
     def forward(self, e: Tensor) -> tuple[Tensor, Tensor]:
         """What all loops share: A (D,) and Delta * (e B^T) (B, S, D), float32."""
         with torch.autocast(e.device.type, enabled=False):
-            return self.decay(), self.delta() * F.linear(e.float(), self.weight)
+            return self.decay(), self.delta() * float32_linear(e, self.weight)
 
     def combine(self, state: Tensor, decay: Tensor, injected: Tensor) -> Tensor:
         """The core's input u, (n, S, D) float32."""
@@ -101,7 +102,7 @@ class LinearInjection(nn.Module):
 
     def combine(self, state: Tensor, weight: Tensor, injected: Tensor) -> Tensor:
         """The core's input u, (n, S, D) float32."""
-        return injected + F.linear(state, weight)
+        return injected + linear(state, weight)
 
 
 class AddInjection(nn.Module):
