@@ -41,6 +41,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "fsdp on 2, blocks": (2, {"parallel__mode": "fsdp", "parallel__wrap": "block"}),
     "fsdp on 2, reduced once": (2, {"parallel__mode": "fsdp", "parallel__reduce": "step"}),
     "fsdp on 2, recomputed": (2, {"parallel__mode": "fsdp", "parallel__activation_checkpointing": "loop"}),
+    "ddp on 2, recomputed in part": (2, {"parallel__mode": "ddp", "parallel__activation_checkpointing": "selective"}),
+    "fsdp on 2, blocks, recomputed in part": (
+        2,
+        {"parallel__mode": "fsdp", "parallel__wrap": "block", "parallel__activation_checkpointing": "selective"},
+    ),
     "hsdp 2 x 2": (4, {"parallel__mode": "hsdp", "parallel__shard": 2}),
     "hsdp 2 x 2, reduced once": (
         4,

@@ -185,13 +185,19 @@ def test_truncated_gradient_matches_unrolled_loop(model, loops, backprop, tied):
     assert_same_gradients(actual, gradients(model))
 
 
-def test_checkpointing_loops_changes_nothing_but_memory(model):
-    model = model()
+@pytest.mark.parametrize("mode", ["selective", "loop"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"attention": "gqa", "injection": "linear", "loop_embedding": True}, {"q_lora_rank": 8, "qk_norm": False}],
+    ids=str,
+)
+def test_checkpointing_changes_nothing_but_memory(model, changes, mode):
+    model = model(**changes)
     ids, targets, state = inputs(model)
     plain = model(ids, targets, loops=DEPTHS, backprop=3, state=state)
     plain.loss.backward()
     expected = gradients(model)
-    model.recurrence.checkpointing = "loop"
+    model.recurrence.checkpointing = mode
     again = model(ids, targets, loops=DEPTHS, backprop=3, state=state)
     again.loss.backward()
     assert again.loss.item() == plain.loss.item()
