@@ -1,8 +1,8 @@
 """Selective activation checkpointing: what is cheap to make is made again in the backward pass, and not kept for it.
 
 Marked are results of few operations per byte: norms, gates, rotations, copies, and what latent attention expands from
-its latents (as in arXiv 2412.19437, section 3.2.3). What they are made of stays: the residual stream, and what attention
-and the other products give. torch's own selective checkpointing asks a Python function at every operation of both
+its latents (as in arXiv 2412.19437, section 3.2.3). What they are made of stays: the residual stream, and what other
+products and attention return. torch's own selective checkpointing asks a Python function at every operation of both
 passes, which on a CPU takes as long as it saves; here Python sees the kept tensors alone.
 """
 
