@@ -286,7 +286,7 @@ def test_automatic_dtype_on_a_cpu(monkeypatch, capabilities, expected):
 class ProductTypes(TorchDispatchMode):
     """Types of the arguments of every matrix product, by the part of the model that is running."""
 
-    PRODUCTS = frozenset({"mm", "addmm", "bmm", "grouped_product", "addcmul"})
+    PRODUCTS = frozenset({"mm", "addmm", "bmm", "_linear_pointwise", "causal_attention", "grouped_product", "addcmul"})
 
     def __init__(self) -> None:
         super().__init__()
@@ -358,7 +358,13 @@ def test_bfloat16_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"model__attention": "gqa", "model__core_ffn": "dense", "model__prelude_layers": 0, "model__coda_layers": 0},
+        {
+            "model__attention": "gqa",
+            "model__core_ffn": "dense",
+            "model__prelude_layers": 0,
+            "model__coda_layers": 0,
+            "parallel__activation_checkpointing": "selective",
+        },
         # One shape, for time's sake: the curriculum and the growing prefix are above.
         {
             "train__dtype": "bfloat16",

@@ -36,8 +36,8 @@ Why, and what bounds it (file names are torch's):
   (`GroupedBlas.cpp`). Elsewhere (SM80, SM120, and float32 anywhere) torch copies the ends to the host and loops over
   the groups (`GroupedMMUtils.h`): correct, but every product waits for the device. No kernel without that is planned
   for SM80 (github.com/pytorch/pytorch/issues/186620). Rows must be multiples of 16 bytes, hence widths of 8.
-- Flash on a CPU without AMX multiplies bfloat16 at the rate of float32. Batched products by oneDNN are 1.6 to 2.8 times
-  as fast up to thousands of positions; in float32 1.3 times at 256, but slower from 2,048 on (docs/performance.md).
+- Flash on a CPU without AMX multiplies bfloat16 at the rate of float32. Batched products by oneDNN are 2.5 times as
+  fast at 256 and 512 positions, and as fast at 4,096; in float32 1.3 times at 256, and as fast at 1,024.
 - torch's float32 products go to MKL, which on AMD's processors does not use AVX-512: 107 GFLOP/s on a core of Zen 5,
   where oneDNN reaches 180 to 250. torch calls oneDNN for float32 only through operators that its compiler emits;
   `mkldnn::_linear_pointwise` is one. It obeys `torch.backends.mkldnn`, and compiled blocks are left to the compiler.
@@ -52,7 +52,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import flex_attention
 
-PRODUCTS_UP_TO = {torch.float32: 1024, torch.bfloat16: 8192}
+PRODUCTS_UP_TO = {torch.float32: 1024, torch.bfloat16: 4096}
 """Longest sequence whose causal attention batched products make faster than SDPA on a CPU, by type."""
 
 
