@@ -27,14 +27,14 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     for heads, rows, seen, unseen in _pieces(queries, keys):
         probabilities = _probabilities(queries[heads, rows], keys[heads, seen], unseen, scale)
         output[heads, rows] = probabilities @ values[heads, seen]
-    return _by_head(output, query)
+    return _by_head(output, query).transpose(1, 2).contiguous().transpose(1, 2)
 
 
 @torch.library.custom_op("mythos::causal_attention_backward", mutates_args=())
 def causal_attention_backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, which lie in memory as (B, S, H, d)."""
+    """Gradients of query, key and value, contiguous."""
     queries, keys, values = _by_key_head(query, key), _by_key_head(key, key), _by_key_head(value, key)
     of_output, of_queries = _by_key_head(grad_out, key), torch.empty_like(queries)
     summed = torch.promote_types(query.dtype, torch.float32)  # over blocks of queries
@@ -52,12 +52,13 @@ def causal_attention_backward(
 
 @causal_attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    return _empty(query, value.shape[-1])
+    rows, heads, length, _ = query.shape
+    return query.new_empty(rows, length, heads, value.shape[-1]).transpose(1, 2)
 
 
 @causal_attention_backward.register_fake
 def _(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty(query, query.shape[-1]), _empty(key, key.shape[-1]), _empty(value, value.shape[-1])
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: Tensor) -> None:
@@ -100,14 +101,7 @@ def _by_key_head(x: Tensor, key: Tensor) -> Tensor:
 
 
 def _by_head(x: Tensor, like: Tensor) -> Tensor:
-    """(B KV, S G, d) -> (B, H, S, d), the first three as in `like`."""
+    """(B KV, S G, d) -> (B, H, S, d), the first three as in `like`; contiguous."""
     rows, heads, length, _ = like.shape
     group = x.shape[1] // length
-    grouped = x.view(rows, heads // group, length, group, x.shape[-1])
-    return grouped.transpose(1, 2).reshape(rows, length, heads, -1).transpose(1, 2)
-
-
-def _empty(like: Tensor, width: int) -> Tensor:
-    """What `_by_head` gives, of unknown values."""
-    rows, heads, length, _ = like.shape
-    return like.new_empty(rows, length, heads, width).transpose(1, 2)
+    return x.view(rows, heads // group, length, group, -1).transpose(2, 3).reshape(rows, heads, length, -1)

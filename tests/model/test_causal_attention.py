@@ -1,11 +1,14 @@
 """Causal attention by products against attention written out, in double precision."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mythos.model import causal_attention as module
-from mythos.model.causal_attention import causal_attention
+from mythos.model.causal_attention import causal_attention, causal_attention_backward
 
 
 def written_out(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -47,7 +50,15 @@ def test_in_bfloat16_it_is_off_by_roundings_only():
         assert (actual - right).norm() < 0.01 * right.norm()
 
 
-def test_is_an_operator_to_torch():
+@pytest.mark.parametrize("kv", [2, 4])
+def test_is_an_operator_to_torch(kv):
     """Shapes, strides and gradients as torch traces them."""
-    inputs = [torch.randn(2, 70, h, d).transpose(1, 2).requires_grad_() for h, d in ((4, 8), (2, 8), (2, 4))]
+    inputs = [torch.randn(2, 70, h, d).transpose(1, 2).requires_grad_() for h, d in ((4, 8), (kv, 8), (kv, 4))]
     torch.library.opcheck(causal_attention, (*inputs, 0.3))
+    gradient = torch.randn(2, 70, 4, 4).transpose(1, 2)
+    results = []
+    for mode in (contextlib.nullcontext(), FakeTensorMode(allow_non_fake_inputs=True)):
+        with mode:
+            found = (causal_attention(*inputs, 0.3), *causal_attention_backward(gradient, *inputs, 0.3))
+        results.append([(x.shape, x.stride()) for x in found])
+    assert results[0] == results[1]
