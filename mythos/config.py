@@ -277,8 +277,9 @@ class ParallelConfig(Section):
     reduce: Literal["step", "micro_batch"] = "micro_batch"
     """fsdp, hsdp: when gradients are reduced. micro_batch = after each, keeping shards; step = once, which sends less,
     each process keeping whole float32 gradients between micro-batches."""
-    activation_checkpointing: Literal["none", "loop"] = "none"
-    """loop = keep only the state between loops and recompute each loop in the backward pass."""
+    activation_checkpointing: Literal["none", "selective", "loop"] = "none"
+    """What of the loops is computed again in the backward pass, to take less memory. selective = what is cheap: norms,
+    gates, rotations; loop = each loop as a whole: only the state between loops is kept."""
     start_timeout: Annotated[float, Field(gt=0)] = 1800.0
     """Seconds that processes wait for each other until the first step is done (it may gather data and compile)."""
     timeout: Annotated[float, Field(gt=0)] = 300.0

@@ -4,7 +4,7 @@ import gc
 import math
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 from unittest.mock import patch
@@ -20,7 +20,7 @@ from mythos.config import Config, ParallelConfig
 from mythos.depth import DepthSchedule
 from mythos.errors import MythosError
 from mythos.metrics import PEAK_BF16_FLOPS
-from mythos.model import loss
+from mythos.model import kernels, loss
 from mythos.model.config import ModelConfig, padded_vocab_size
 from mythos.model.moe import MixtureOfExperts
 from mythos.model.rdt import RecurrentDepthTransformer
@@ -210,7 +210,12 @@ def _fake(config: ModelConfig, step: Step) -> Iterator[RecurrentDepthTransformer
         gc.freeze()  # so that collecting what a step leaves in cycles is quick
     try:
         # torch without CUDA cannot take fake tensors of its device type through a backward pass.
-        with patch.dict(loss.LOGIT_BYTES, cpu=loss.LOGIT_BYTES[step.device]), FakeTensorMode():
+        with ExitStack() as stack:
+            stack.enter_context(patch.dict(loss.LOGIT_BYTES, cpu=loss.LOGIT_BYTES[step.device]))
+            if step.device != "cpu":
+                for choice in ("causal_by_products", "float32_by_onednn"):
+                    stack.enter_context(patch.object(kernels, choice, lambda *_: False))
+            stack.enter_context(FakeTensorMode())
             model = RecurrentDepthTransformer(config)
             prepare_model(Config(parallel=ParallelConfig(activation_checkpointing=step.checkpointing)), model)
             if not step.shared:

@@ -100,8 +100,9 @@ def step_without_waiting(made: Trainer) -> tuple[StepResult, set[str]]:
         {"model__halting": "act", "model__attention": "gqa", "model__core_ffn": "dense", "data__mask_documents": True},
         {"train__dtype": "bfloat16", "parallel__activation_checkpointing": "loop", "model__loop_embedding": True},
         {"optim__name": "muon", "model__core_layers": 2},
+        {"train__dtype": "bfloat16", "parallel__activation_checkpointing": "selective", "model__loop_embedding": True},
     ],
-    ids=["gate", "act", "recomputation", "muon"],
+    ids=["gate", "act", "recomputation", "muon", "selective recomputation"],
 )
 def test_step_waits_for_nothing(tmp_path, monkeypatch, changes):
     """Micro-batches, rows that join, passes without gradient, clipping, a skipped update, routers' biases."""

@@ -111,7 +111,13 @@ def test_steps_equal_a_loop_written_out(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"train__micro_batch": 2}, {"parallel__activation_checkpointing": "loop"}], ids=str
+    "changes",
+    [
+        {"train__micro_batch": 2},
+        {"parallel__activation_checkpointing": "selective"},
+        {"parallel__activation_checkpointing": "loop"},
+    ],
+    ids=str,
 )
 def test_layout_of_the_work_changes_nothing(tmp_path, changes):
     """Accumulation in more micro-batches, or recomputation: same losses, gradients and expert counts."""
@@ -130,9 +136,9 @@ def test_layout_of_the_work_changes_nothing(tmp_path, changes):
 
 
 def test_checkpointing_recomputes(tmp_path):
-    """The switch reaches the model: with it, every pass that carries gradient is computed twice."""
+    """The switch reaches the model: with loop every pass that carries gradient is computed twice, else none is."""
     calls = []
-    for mode in ("none", "loop"):
+    for mode in ("none", "selective", "loop"):
         directory = str(tmp_path / mode)
         made = Trainer(
             tiny(tmp_path, run__dir=directory, parallel__activation_checkpointing=mode, depth__sampling="fixed")
@@ -148,7 +154,7 @@ def test_checkpointing_recomputes(tmp_path):
         take_step(made)
         calls.append(count)
     micro_batches, loops, carried = 2, 3, 2
-    assert calls == [micro_batches * loops, micro_batches * (loops + carried)]
+    assert calls == [micro_batches * loops, micro_batches * loops, micro_batches * (loops + carried)]
 
 
 # --- learning and measuring
@@ -280,7 +286,7 @@ def test_automatic_dtype_on_a_cpu(monkeypatch, capabilities, expected):
 class ProductTypes(TorchDispatchMode):
     """Types of the arguments of every matrix product, by the part of the model that is running."""
 
-    PRODUCTS = frozenset({"mm", "addmm", "bmm", "grouped_product", "addcmul"})
+    PRODUCTS = frozenset({"mm", "addmm", "bmm", "_linear_pointwise", "causal_attention", "grouped_product", "addcmul"})
 
     def __init__(self) -> None:
         super().__init__()
@@ -352,7 +358,13 @@ def test_bfloat16_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"model__attention": "gqa", "model__core_ffn": "dense", "model__prelude_layers": 0, "model__coda_layers": 0},
+        {
+            "model__attention": "gqa",
+            "model__core_ffn": "dense",
+            "model__prelude_layers": 0,
+            "model__coda_layers": 0,
+            "parallel__activation_checkpointing": "selective",
+        },
         # One shape, for time's sake: the curriculum and the growing prefix are above.
         {
             "train__dtype": "bfloat16",

@@ -47,7 +47,7 @@ OUTSIDE = "clipping, measurements, accumulation"
 OPTIMIZER = "optimizer"
 
 DISPATCH = {
-    "grouped products": ("mm", "addmm", "_grouped_mm", "new_empty"),
+    "grouped products": ("mm", "addmm", "_linear_pointwise", "_grouped_mm", "new_empty"),
     "sort": ("sort", "argsort", "searchsorted", "arange"),
     "gather and scatter": ("index", "scatter", "gather", "sum", "zeros", "floor_divide"),
     "casts": ("to", "_to_copy", "copy_", "float"),
@@ -55,7 +55,12 @@ DISPATCH = {
 }
 """What an operator of the experts is for, by the beginning of its name; anything else is gating."""
 
-PRODUCTS = tuple(f"aten::{name}" for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "_grouped_mm"))
+OPERATORS = ("aten::", "mkldnn::")
+"""Whose own time is told; that of others is between operators."""
+PRODUCTS = (
+    *(f"aten::{name}" for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "_grouped_mm")),
+    "mkldnn::_linear_pointwise",
+)
 FUSED_ATTENTION = "aten::_scaled_dot_product"
 
 
@@ -217,7 +222,7 @@ def by_part(events: list[FunctionEvent]) -> dict[tuple[str, str], float]:
             part = creator[node.sequence_nr][1] if node is not None and node.sequence_nr in creator else OUTSIDE
         if part == PARTS["MixtureOfExperts"]:
             part += purpose(event)
-        operator = event.name if event.name.startswith("aten::") else "python and autograd"
+        operator = event.name if event.name.startswith(OPERATORS) else "python and autograd"
         seconds[part, operator] += event.self_cpu_time_total / 1e6
     return dict(seconds)
 
@@ -247,8 +252,8 @@ def backward_node(event: FunctionEvent) -> FunctionEvent | None:
 
 def purpose(event: FunctionEvent) -> str:
     """What an operator of the experts is for."""
-    called = [above.name.removeprefix("aten::") for above in ancestors(event) if above.name.startswith("aten::")]
-    name = called[-1] if called else ""
+    called = [above.name for above in ancestors(event) if above.name.startswith(OPERATORS)]
+    name = called[-1].partition("::")[2] if called else ""
     return next((what for what, starts in DISPATCH.items() if name.startswith(starts)), "gating and the rest")
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import mythos.model.causal_attention
 import mythos.model.experts  # noqa: F401 (defines operators)
 
 aten = torch.ops.aten
@@ -16,14 +17,22 @@ aten = torch.ops.aten
 GROUPED = (aten._grouped_mm, torch.ops.mythos.grouped_product, torch.ops.mythos.grouped_outer)
 """Products of the experts: torch's, and operators of our own that are its loop on a CPU."""
 
-GEMMS = (aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm, aten.baddbmm_, *GROUPED)
+ONEDNN = torch.ops.mkldnn._linear_pointwise
+"""A product by oneDNN."""
+
+GEMMS = (aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm, aten.baddbmm_, ONEDNN, *GROUPED)
 """What the roofline is made of. Fused attention is not: it is products and a softmax in one."""
 
-ATTENTION = tuple(
-    getattr(aten, f"_scaled_dot_product_{kind}_attention{where}{direction}")
-    for kind, where in (("flash", "_for_cpu"), ("flash", ""), ("efficient", ""), ("cudnn", ""))
-    for direction in ("", "_backward")
+ATTENTION = (
+    torch.ops.mythos.causal_attention,
+    torch.ops.mythos.causal_attention_backward,
+    *(
+        getattr(aten, f"_scaled_dot_product_{kind}_attention{where}{direction}")
+        for kind, where in (("flash", "_for_cpu"), ("flash", ""), ("efficient", ""), ("cudnn", ""))
+        for direction in ("", "_backward")
+    ),
 )
+"""Ours, which is always causal, and torch's."""
 
 
 class Flops(NamedTuple):
@@ -32,9 +41,9 @@ class Flops(NamedTuple):
     gemms: int
     """Of :data:`GEMMS`."""
     attention: int
-    """Of fused attention: the causal half where it is causal, padding of heads included."""
+    """Of attention: the causal half where it is causal, padding of heads included."""
     recomputed: int
-    """Part of `attention`: scores that the fused backward pass makes again, instead of reading them from memory."""
+    """Part of `attention`: scores that its backward pass makes again, instead of reading them from memory."""
 
     @property
     def total(self) -> int:
@@ -58,6 +67,7 @@ def executed_flops(work: Callable[[], object]) -> Flops:
     # torch 2.13 knows neither these, nor fused attention on a CPU, and counts the masked scores of causal attention.
     formulas = {
         **{operator: _formula(lambda a, b, *args, **kwargs: product_flops(a, b)) for operator in GROUPED},
+        ONEDNN: _formula(lambda a, b, *args: product_flops(a, b.T)),
         aten.addmm_: _formula(lambda total, a, b, **kwargs: product_flops(a, b)),
         aten.baddbmm_: _formula(lambda total, a, b, **kwargs: product_flops(a, b)),
     }
@@ -100,7 +110,7 @@ def attention_flops(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     given = dict(zip(names, args, strict=False)) | kwargs
     query, key, value = (given[name].shape for name in ("query", "key", "value"))
     pairs = query[0] * query[1] * query[2] * key[2]
-    if given.get("is_causal"):
+    if given.get("is_causal") or "is_causal" not in names:
         pairs = query[0] * query[1] * query[2] * (key[2] + 1) // 2
     scores, values = 2 * pairs * query[3], 2 * pairs * value[3]
     return (2 * (scores + values), scores) if "grad_out" in names[0] else (scores + values, 0)
@@ -143,6 +153,13 @@ class Like(NamedTuple):
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device).normal_()
 
 
+def _described(value: Any) -> Any:
+    """An argument as it can be compared."""
+    if torch.is_tensor(value):
+        return Like.of(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
 class ProductRecorder(TorchDispatchMode):
     """Counts the different products that are executed inside."""
 
@@ -152,8 +169,8 @@ class ProductRecorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket in GEMMS:
-            arguments = tuple(Like.of(value) if torch.is_tensor(value) else value for value in args)
-            options = tuple((n, Like.of(v) if torch.is_tensor(v) else v) for n, v in (kwargs or {}).items())
+            arguments = tuple(_described(value) for value in args)
+            options = tuple((name, _described(value)) for name, value in (kwargs or {}).items())
             self.products[Product(func, arguments, options)] += 1
         return func(*args, **(kwargs or {}))
 

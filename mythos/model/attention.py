@@ -9,8 +9,10 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from mythos.model import kernels
 from mythos.model.cache import CachedContext, Part
+from mythos.model.causal_attention import causal_attention
 from mythos.model.config import ModelConfig
 from mythos.model.layers import Linear, RMSNorm, apply_rope, autocast_dtype, rope_table, zeros
+from mythos.model.recompute import recomputable
 
 BLOCK = 128
 """Positions in a side of flex attention's blocks."""
@@ -103,7 +105,7 @@ def listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
-    """Causal softmax attention through torch's fused kernels.
+    """Causal softmax attention by the kernel that `kernels` chooses.
 
     query (B, S, H, d), key (B, S, KV, d), value (B, S, KV, v) with KV dividing H -> (B, S, H, v).
     """
@@ -113,6 +115,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext)
         flex = kernels.flex(query.device)
         output = flex(query, key, value, block_mask=context.mask, enable_gqa=heads != key.shape[1])
         return output.transpose(1, 2)
+    if context.mask is None and kernels.causal_by_products(query.device, query.dtype, query.shape[2]):
+        with torch.autocast(query.device.type, enabled=False):
+            return causal_attention(query, key, value, dim**-0.5).transpose(1, 2)
     if not kernels.takes_widths(query.device, query.dtype, dim, value_dim):
         # Else the kernel that keeps all S x S scores would run; zeros change neither scores nor outputs.
         if value_dim < dim:
@@ -152,8 +157,8 @@ class GroupedQueryAttention(nn.Module):
         value = self.value(x).unflatten(-1, (self.kv_heads, self.head_dim))
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        query = apply_rope(query, context.cos, context.sin).to(value.dtype)
-        key = apply_rope(key, context.cos, context.sin).to(value.dtype)
+        query = recomputable(apply_rope, query, context.cos, context.sin, value.dtype)
+        key = recomputable(apply_rope, key, context.cos, context.sin, value.dtype)
         if isinstance(context, CachedContext):
             seen = context.store(torch.stack((key, value), dim=2).flatten(1)).unflatten(-1, (2, self.kv_heads, -1))
             key, value = seen.transpose(1, 3).unbind(2)
@@ -192,7 +197,7 @@ class MultiHeadLatentAttention(nn.Module):
     def forward(self, x: Tensor, context: AttentionContext | CachedContext) -> Tensor:
         """(B, S, D) -> (B, S, D); with a cache, packed positions (N, 1, D) -> (N, 1, D)."""
         if self.query_down is not None and self.query_latent_norm is not None:
-            query = self.query(self.query_latent_norm(self.query_down(x)))
+            query = recomputable(self.query, self.query_latent_norm(self.query_down(x)))
         else:
             query = self.query(x)
         query = query.unflatten(-1, (self.heads, self.nope + self.rope))
@@ -203,17 +208,17 @@ class MultiHeadLatentAttention(nn.Module):
 
         latent = self.latent_norm(latent)
         nope_query, rope_query = query.split((self.nope, self.rope), dim=-1)
-        rope_query = apply_rope(rope_query, context.cos, context.sin)
-        rope_key = apply_rope(rope_key, context.cos, context.sin)
+        rope_query = recomputable(apply_rope, rope_query, context.cos, context.sin)
+        rope_key = recomputable(apply_rope, rope_key, context.cos, context.sin)
         if isinstance(context, CachedContext):
             seen = context.store(torch.cat((latent, rope_key.squeeze(2)), dim=-1).squeeze(1))
             output = self.attend_latents(nope_query.squeeze(1), rope_query.squeeze(1), seen, context)
             return self.out(output.flatten(1).unsqueeze(1))
 
-        expanded = self.key_value_up(latent).unflatten(-1, (self.heads, self.nope + self.value_dim))
+        expanded = recomputable(self.key_value_up, latent).unflatten(-1, (self.heads, self.nope + self.value_dim))
         nope_key, value = expanded.split((self.nope, self.value_dim), dim=-1)
-        query = torch.cat((nope_query.to(value.dtype), rope_query.to(value.dtype)), dim=-1)
-        key = torch.cat((nope_key, rope_key.expand(-1, -1, self.heads, -1).to(value.dtype)), dim=-1)
+        query = recomputable(joined, nope_query, rope_query, value.dtype)
+        key = recomputable(joined, nope_key, rope_key.expand(-1, -1, self.heads, -1), value.dtype)
         return self.out(attend(query, key, value, context).flatten(-2))
 
     def attend_latents(self, nope_query: Tensor, rope_query: Tensor, seen: Tensor, context: CachedContext) -> Tensor:
@@ -230,6 +235,11 @@ class MultiHeadLatentAttention(nn.Module):
         # Keys are the values too: fused kernels want both as wide, and the rotated key's part of the result is dropped.
         output = context.attend(query, shared, shared, (self.nope + self.rope) ** -0.5)[..., : self.latent_dim]
         return torch.einsum("nhc,hvc->nhv", output, value_up)
+
+
+def joined(nope: Tensor, rope: Tensor, dtype: torch.dtype) -> Tensor:
+    """Heads of `dtype` from their two parts, (..., nope) and (..., rope) -> (..., nope + rope)."""
+    return torch.cat((nope.to(dtype), rope.to(dtype)), dim=-1)
 
 
 def build_attention(config: ModelConfig) -> nn.Module:

@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mythos.model import kernels
+from mythos.model.products import multiply
 
 CPU_ROWS = 16
-"""In bfloat16 on CPUs the rows of a product are a multiple of this, or fewer: oneDNN compiles a kernel for each number
-of rows it meets (0.3 ms each, and hundreds of MiB for experts that get other numbers in every pass)."""
+"""On CPUs the rows of a product are a multiple of this, or fewer: oneDNN compiles a kernel for each number of rows that
+it meets (0.3 ms each, and hundreds of MiB for experts that get other numbers in every pass)."""
 
 
 # An operator to torch, so that what traces a step need not look into the loop.
@@ -23,10 +24,11 @@ def grouped_product(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     if kernels.groups_on_device(x.device):
         return F.grouped_mm(x, weights, offs=ends)
     product = x.new_empty(len(x), weights.shape[2])
-    for group, first, whole, last in _groups(ends, x.dtype):
-        for rows in (slice(first, whole), slice(whole, last)):
-            if rows.stop > rows.start:
-                torch.mm(x[rows], weights[group], out=product[rows])
+    for group, first, whole, last in _groups(ends):
+        if whole > first:
+            multiply(x[first:whole], weights[group], out=product[first:whole])
+        if last > whole:
+            torch.mm(x[whole:last], weights[group], out=product[whole:last])
     return product
 
 
@@ -41,9 +43,9 @@ def grouped_outer(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
     if kernels.groups_on_device(x.device):
         return F.grouped_mm(x.T, y, offs=ends)
     product = x.new_empty(len(ends), x.shape[1], y.shape[1])
-    for group, first, whole, last in _groups(ends, x.dtype):
+    for group, first, whole, last in _groups(ends):
         if whole > first:
-            torch.mm(x[first:whole].T, y[first:whole], out=product[group])
+            multiply(x[first:whole].T, y[first:whole], out=product[group])
         else:
             product[group].zero_()
         if last > whole:
@@ -56,12 +58,11 @@ def _(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
     return x.new_empty(len(ends), x.shape[1], y.shape[1])
 
 
-def _groups(ends: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int, int, int]]:
+def _groups(ends: Tensor) -> Iterator[tuple[int, int, int, int]]:
     """Each group's number and first row, where its rows in whole multiples of CPU_ROWS end, and where all do."""
-    unit = CPU_ROWS if dtype == torch.bfloat16 else 1
     first = 0
     for group, last in enumerate(ends.tolist()):
-        yield group, first, last - (last - first) % unit, last
+        yield group, first, last - (last - first) % CPU_ROWS, last
         first = last
 
 

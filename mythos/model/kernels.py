@@ -1,4 +1,4 @@
-"""Which kernel does what on which device: attention and grouped products, on CPUs and on GPUs of SM80, SM90 and SM100.
+"""Which kernel does what on which device: attention and products, on CPUs and on GPUs of SM80, SM90 and SM100.
 
 Chosen here and nowhere else. SM80 is the A100, SM90 the H100 and H200, SM100 the B200; torch 2.13 with CUDA 13 and
 cuDNN 9.20, in bfloat16:
@@ -6,13 +6,16 @@ cuDNN 9.20, in bfloat16:
 =====================  ====================  =====================  ==========================  =============
 what                   CPU                   SM80                   SM90                        SM100
 =====================  ====================  =====================  ==========================  =============
-causal attention       SDPA, flash           SDPA, flash 2          SDPA, cuDNN                 as SM90
-... values of another  padded with zeros     padded with zeros      as they are, where cuDNN    as SM90
-width than keys                              (flash 2)              takes them, else padded
+causal attention       batched products;     SDPA, flash 2          SDPA, cuDNN                 as SM90
+                       SDPA, flash, if long
+... values of another  as they are; padded   padded with zeros      as they are, where cuDNN    as SM90
+width than keys        with zeros for flash  (flash 2)              takes them, else padded
 documents              SDPA with a mask of   flex, compiled by      as SM80                     as SM80
                        S x S                 Triton, by blocks
 experts                a loop of products    `grouped_mm`, in which `grouped_mm`, one kernel    as SM90
                                              torch loops: waits
+float32 products       MKL; oneDNN on AMD    cuBLAS                 cuBLAS                      cuBLAS
+                       with AVX-512
 =====================  ====================  =====================  ==========================  =============
 
 Why, and what bounds it (file names are torch's):
@@ -33,15 +36,24 @@ Why, and what bounds it (file names are torch's):
   (`GroupedBlas.cpp`). Elsewhere (SM80, SM120, and float32 anywhere) torch copies the ends to the host and loops over
   the groups (`GroupedMMUtils.h`): correct, but every product waits for the device. No kernel without that is planned
   for SM80 (github.com/pytorch/pytorch/issues/186620). Rows must be multiples of 16 bytes, hence widths of 8.
+- Flash on a CPU without AMX multiplies bfloat16 at the rate of float32. Batched products by oneDNN are 2.5 times as
+  fast at 256 and 512 positions, and as fast at 4,096; in float32 1.3 times at 256, and as fast at 1,024.
+- torch's float32 products go to MKL, which on AMD's processors does not use AVX-512: 107 GFLOP/s on a core of Zen 5,
+  where oneDNN reaches 180 to 250. torch calls oneDNN for float32 only through operators that its compiler emits;
+  `mkldnn::_linear_pointwise` is one. It obeys `torch.backends.mkldnn`, and compiled blocks are left to the compiler.
 """
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import flex_attention
+
+PRODUCTS_UP_TO = {torch.float32: 1024, torch.bfloat16: 4096}
+"""Longest sequence whose causal attention batched products make faster than SDPA on a CPU, by type."""
 
 
 def blocks_of_documents(device: torch.device) -> bool:
@@ -72,6 +84,31 @@ def _sdpa_backend(device: torch.device, dtype: torch.dtype, dim: int, value_dim:
             torch.empty(1, 1, 128, width, device=device, dtype=dtype, requires_grad=True) for width in (dim, value_dim)
         )
         return SDPBackend(torch._fused_sdp_choice(key, key, value, is_causal=True))
+
+
+@torch.compiler.assume_constant_result
+def causal_by_products(device: torch.device, dtype: torch.dtype, length: int) -> bool:
+    """Whether causal attention is made of batched products (`causal_attention`), rather than by SDPA."""
+    if device.type != "cpu" or (dtype == torch.bfloat16 and _cpu().get("amx_bf16")):
+        return False
+    return length <= PRODUCTS_UP_TO.get(dtype, 0)
+
+
+def float32_by_onednn(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether matrix products are oneDNN's own, rather than those of the BLAS that torch calls."""
+    return (
+        device.type == "cpu"
+        and dtype == torch.float32
+        and not torch.compiler.is_compiling()
+        and torch.backends.mkldnn.is_available()
+        and bool(_cpu().get("avx512_f"))
+        and str(_cpu().get("cpu_name")).startswith("AMD")
+    )
+
+
+@cache
+def _cpu() -> dict[str, Any]:
+    return torch.cpu.get_capabilities()
 
 
 def groups_on_device(device: torch.device) -> bool:

@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from mythos.model.products import linear
+from mythos.model.recompute import recomputable
+
 Initializer = Callable[[Tensor, torch.Generator], None]
 
 
@@ -91,7 +94,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features), in the autocast type."""
-        return F.linear(x, self.weight)
+        return linear(x, self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -111,6 +114,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) of any float type -> (..., dim)."""
+        return recomputable(self.normed, x)
+
+    def normed(self, x: Tensor) -> Tensor:
+        """The same, without a mark."""
         dtype = autocast_dtype(x) if self.cast else torch.float32
         if x.is_cuda:
             return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(dtype)
@@ -147,7 +154,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        return self.down(_Gated.apply(self.gate_up(x)))
+        return self.down(recomputable(_Gated.apply, self.gate_up(x)))
 
 
 class _Gated(torch.autograd.Function):
@@ -181,12 +188,12 @@ def rope_at(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
     return angle.cos().float(), angle.sin().float()
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Rotate the pairs (x_i, x_{i + d/2}) of the last dimension.
 
-    x is (B, S, heads, d), cos and sin are (S, d / 2) or (B, S, d / 2); the result has x's dtype and is computed in
-    float32.
+    x is (B, S, heads, d), cos and sin are (S, d / 2) or (B, S, d / 2). The result is computed in float32 and given in
+    `dtype` (default: x's).
     """
     first, second = x.float().chunk(2, dim=-1)
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(dtype or x.dtype)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mythos.model.layers import autocast_dtype
+from mythos.model.products import multiply
 
 IGNORE_INDEX = -100
 LOGIT_BYTES = {"cpu": 8 * 2**20, "cuda": 2 * 2**30}
@@ -36,17 +37,13 @@ class _SummedCrossEntropy(torch.autograd.Function):
         for piece in pieces(len(rows), len(weight), hidden.device):
             counted = targets[piece] != IGNORE_INDEX
             target = targets[piece].where(counted, 0).unsqueeze(1)
-            logits = F.log_softmax(rows[piece] @ matrix.T, dim=-1, dtype=torch.float32)
+            logits = F.log_softmax(multiply(rows[piece], matrix.T), dim=-1, dtype=torch.float32)
             loss -= logits.gather(1, target).squeeze(1).where(counted, 0).sum()
             error = logits.exp_().scatter_add_(1, target, logits.new_full((), -1).expand_as(target))
             error = error.masked_fill_(~counted.unsqueeze(1), 0).to(dtype)
-            torch.mm(error, matrix, out=of_hidden[piece])
-            if of_weight is None:
-                continue
-            if dtype == torch.float32:
-                of_weight.addmm_(error.T, rows[piece])
-            else:
-                of_weight += error.T @ rows[piece]
+            multiply(error, matrix, out=of_hidden[piece])
+            if of_weight is not None:
+                of_weight += multiply(error.T, rows[piece])
         ctx.save_for_backward(of_hidden, of_weight)
         ctx.dtypes = hidden.dtype, weight.dtype
         return loss

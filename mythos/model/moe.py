@@ -1,12 +1,12 @@
 """Mixture of experts: sigmoid affinities, bias-balanced top-k, grouped matrix products."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mythos.model.config import ModelConfig
 from mythos.model.experts import ExpertWeights, run_experts
 from mythos.model.layers import Initializer, SwiGLU, autocast_dtype, truncated_normal, zeros
+from mythos.model.products import float32_linear
 
 
 class Router(nn.Module):
@@ -28,7 +28,7 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(N, D) -> gates (N, k) float32, chosen experts (N, k) int64."""
         with torch.autocast(x.device.type, enabled=False):
-            affinity = torch.sigmoid(_Float32Linear.apply(x, self.weight.float()))
+            affinity = torch.sigmoid(float32_linear(x, self.weight.float()))
         experts = (affinity.detach() + self.bias).topk(self.chosen, dim=-1).indices
         gates = affinity.gather(-1, experts)
         return gates / gates.sum(-1, keepdim=True).clamp_min(1e-9), experts
@@ -38,20 +38,6 @@ class Router(nn.Module):
         """Move the bias by +-rate against the load, (E,) tokens per expert of a whole optimizer step."""
         load = load.float()
         self.bias += rate * torch.sign(load.mean() - load)
-
-
-class _Float32Linear(torch.autograd.Function):
-    """x W^T in float32, which keeps x as it is and not its float32 copy."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return F.linear(x.float(), weight)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        return (gradient @ weight).to(x.dtype), gradient.T @ x.float()
 
 
 class MixtureOfExperts(nn.Module):

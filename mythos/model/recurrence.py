@@ -18,6 +18,8 @@ from mythos.model.experts import ExpertWeights
 from mythos.model.halting import HaltingRule
 from mythos.model.layers import Linear, RMSNorm, SwiGLU, autocast_dtype, constant, identity, ones, zeros
 from mythos.model.moe import MixtureOfExperts, build_core_ffn
+from mythos.model.products import float32_linear, linear
+from mythos.model.recompute import Selective, recomputable
 
 START_DECAY = sqrt(1 / 5)
 """Entries of A at the start."""
@@ -80,7 +82,7 @@ class LTIInjection(nn.Module):
     def forward(self, e: Tensor) -> tuple[Tensor, Tensor]:
         """What all loops share: A (D,) and Delta * (e B^T) (B, S, D), float32."""
         with torch.autocast(e.device.type, enabled=False):
-            return self.decay(), self.delta() * F.linear(e.float(), self.weight)
+            return self.decay(), self.delta() * float32_linear(e, self.weight)
 
     def combine(self, state: Tensor, decay: Tensor, injected: Tensor) -> Tensor:
         """The core's input u, (n, S, D) float32."""
@@ -101,7 +103,7 @@ class LinearInjection(nn.Module):
 
     def combine(self, state: Tensor, weight: Tensor, injected: Tensor) -> Tensor:
         """The core's input u, (n, S, D) float32."""
-        return injected + F.linear(state, weight)
+        return injected + linear(state, weight)
 
 
 class AddInjection(nn.Module):
@@ -190,7 +192,7 @@ class Recurrence(nn.Module):
         self.blocks = nn.ModuleList(Block(config, build_core_ffn(config)) for _ in range(config.core_layers))
         self.adapter = LoopAdapter(config) if config.lora_rank else None
         self.embedding = LoopEmbedding(config.dim) if config.loop_embedding else None
-        self.checkpointing: Literal["none", "loop"] = "none"
+        self.checkpointing: Literal["none", "selective", "loop"] = "none"
         # Not where FSDP gathers every block for itself: it frees their weights after each loop.
         self.share_weights = True
 
@@ -234,6 +236,9 @@ class Recurrence(nn.Module):
             with torch.set_grad_enabled(gradient and remaining <= backprop):
                 if self.checkpointing == "loop" and torch.is_grad_enabled():
                     after, experts = checkpoint(self.step, *inputs, use_reentrant=False)
+                elif self.checkpointing == "selective" and torch.is_grad_enabled():
+                    with Selective(e.device):
+                        after, experts = self.step(*inputs)
                 else:
                     after, experts = self.step(*inputs)
             last = LoopState(deepest - remaining + 1, after, current, slots, experts)
@@ -290,7 +295,9 @@ class Recurrence(nn.Module):
         weights: Sequence[ExpertWeights | None],
     ) -> tuple[Tensor, list[Tensor]]:
         """One pass of the core over (n, S, D) rows standing at loop indices `loop` (n,)."""
-        u = self.injection.combine(state, shared, injected) if self.injection is not None else injected
+        u = injected
+        if self.injection is not None:
+            u = recomputable(self.injection.combine, state, shared, injected)
         x = u if self.embedding is None else u + self.embedding(loop)
         adapted = self.adapter(x, loop) if self.adapter is not None else None
         routed = []

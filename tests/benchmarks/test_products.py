@@ -59,9 +59,9 @@ def test_a_step_executes_what_it_needs_and_checkpointing_the_loops_once_more(tmp
         needed = plain.flops_needed
         once, twice = executed_flops(plain), executed_flops(again)
     assert (once.total - once.recomputed) / needed == pytest.approx(1, abs=0.02)
-    # What is made again ends with the last value that the backward pass needs: the last product or two are not.
+    # What is made again ends with the last value that the backward pass needs: the last product or two may not be.
     forward_of_core = core_flops(again.config) * again.tokens
-    assert 0.9 * forward_of_core < twice.total - once.total <= forward_of_core
+    assert 0.9 * forward_of_core < twice.total - once.total < 1.001 * forward_of_core
 
 
 def core_flops(config) -> float:

@@ -41,6 +41,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "fsdp on 2, blocks": (2, {"parallel__mode": "fsdp", "parallel__wrap": "block"}),
     "fsdp on 2, reduced once": (2, {"parallel__mode": "fsdp", "parallel__reduce": "step"}),
     "fsdp on 2, recomputed": (2, {"parallel__mode": "fsdp", "parallel__activation_checkpointing": "loop"}),
+    "ddp on 2, recomputed in part": (2, {"parallel__mode": "ddp", "parallel__activation_checkpointing": "selective"}),
+    "fsdp on 2, blocks, recomputed in part": (
+        2,
+        {"parallel__mode": "fsdp", "parallel__wrap": "block", "parallel__activation_checkpointing": "selective"},
+    ),
     "hsdp 2 x 2": (4, {"parallel__mode": "hsdp", "parallel__shard": 2}),
     "hsdp 2 x 2, reduced once": (
         4,
@@ -194,3 +199,50 @@ def test_what_stays_float32_under_bfloat16(pool: RankPool, single: tuple[Path, T
         for name in resting.keys() - {"head.weight"}:  # which is used as a matrix, not called
             assert seen[name] == (torch.float32 if any(part in name for part in precise) else torch.bfloat16), name
         assert loss == pytest.approx(expected.losses[0], rel=2e-3)
+
+
+def accumulation_error(directory: Path, name: str, changes: dict[str, Any]) -> tuple[float, set[torch.dtype]]:
+    """How far gradients accumulated over micro-batches in bfloat16 are from the sum of those of each, and their types.
+
+    The largest of any parameter, relative to its gradient's norm.
+    """
+    bfloat16 = {"train__dtype": "bfloat16", "run__dir": str(directory / name)}
+    made = Trainer(tiny(directory, **{**CHANGES, **bfloat16, **changes}))
+    batch, _ = made.read_ahead()
+    assert batch is not None
+    plan, rows = made.schedule.plan(0), batch.rows.tolist()
+    order = sorted(range(len(rows)), key=lambda place: -plan.loops[rows[place]])
+    micro_batches = [order[start : start + 2] for start in range(0, len(order), 2)]
+    types: set[torch.dtype] = set()
+
+    def gradients(passes: list[list[int]]) -> dict[str, Tensor]:
+        for micro in passes:
+            with made.parallel.accumulating(micro is passes[-1]):
+                made.forward(batch, micro, plan).objective.backward()
+        made.parallel.finish_gradients()
+        found = {n: p.grad for n, p in made.model.named_parameters() if p.grad is not None}
+        types.update(gradient.dtype for gradient in found.values())
+        result = {n: whole(gradient).double() for n, gradient in found.items()}
+        made.optimizer.zero_grad(set_to_none=True)
+        return result
+
+    accumulated = gradients(micro_batches)
+    one_by_one = [gradients([micro]) for micro in micro_batches]
+    made.resources.close()
+    errors = []
+    for parameter, gradient in accumulated.items():
+        total = torch.stack([each[parameter] for each in one_by_one]).sum(0)
+        errors.append(((gradient - total).norm() / total.norm().clamp_min(1e-12)).item())
+    return max(errors), types
+
+
+@pytest.mark.parametrize(
+    "layout", ["single", "ddp on 2", "fsdp on 2", "fsdp on 2, reduced once", "hsdp 2 x 2, reduced once"]
+)
+def test_gradients_of_micro_batches_are_added_up_in_float32(pool: RankPool, tmp_path: Path, layout: str) -> None:
+    """Added up in bfloat16 they would be off by a thousandth."""
+    ranks, changes = LAYOUTS.get(layout, (1, {}))
+    everyone = pool.run(accumulation_error, tmp_path, layout, changes, ranks=ranks)
+    print([error for error, _ in everyone])
+    for error, types in everyone:
+        assert error < 1e-5 and types == {torch.float32}

@@ -68,6 +68,26 @@ def test_torch_is_asked_when_a_block_is_compiled():
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize(
+    ("cpu", "by_onednn", "by_products"),
+    [
+        ({"cpu_name": "AMD EPYC", "avx512_f": True, "avx512_bf16": True}, True, True),
+        ({"cpu_name": "AMD EPYC", "avx512_f": False}, False, True),
+        ({"cpu_name": "Intel Xeon", "avx512_f": True, "amx_bf16": True}, False, False),
+        ({}, False, True),
+    ],
+)
+def test_choices_by_processor(monkeypatch, cpu, by_onednn, by_products):
+    monkeypatch.setattr(kernels, "_cpu", lambda: cpu)
+    assert kernels.float32_by_onednn(CPU, torch.float32) == by_onednn
+    assert kernels.causal_by_products(CPU, torch.bfloat16, 256) == by_products
+    assert kernels.causal_by_products(CPU, torch.float32, 256)
+    assert not kernels.causal_by_products(CPU, torch.float32, 100_000)
+    for device, dtype in ((CPU, torch.bfloat16), (CPU, torch.float64), (GPU, torch.float32)):
+        assert not kernels.float32_by_onednn(device, dtype)
+    assert not kernels.causal_by_products(GPU, torch.bfloat16, 256)
+
+
 def test_choices_by_device(monkeypatch):
     assert not kernels.blocks_of_documents(CPU) and kernels.blocks_of_documents(GPU)
     assert not kernels.groups_on_device(CPU) and kernels.groups_on_device(GPU)

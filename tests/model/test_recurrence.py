@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
+from mythos.benchmarks.products import executed_flops
 from mythos.depth import DepthSchedule
 from mythos.model.attention import attention_context
 from mythos.model.rdt import RecurrentDepthTransformer
@@ -185,13 +185,19 @@ def test_truncated_gradient_matches_unrolled_loop(model, loops, backprop, tied):
     assert_same_gradients(actual, gradients(model))
 
 
-def test_checkpointing_loops_changes_nothing_but_memory(model):
-    model = model()
+@pytest.mark.parametrize("mode", ["selective", "loop"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"attention": "gqa", "injection": "linear", "loop_embedding": True}, {"q_lora_rank": 8, "qk_norm": False}],
+    ids=str,
+)
+def test_checkpointing_changes_nothing_but_memory(model, changes, mode):
+    model = model(**changes)
     ids, targets, state = inputs(model)
     plain = model(ids, targets, loops=DEPTHS, backprop=3, state=state)
     plain.loss.backward()
     expected = gradients(model)
-    model.recurrence.checkpointing = "loop"
+    model.recurrence.checkpointing = mode
     again = model(ids, targets, loops=DEPTHS, backprop=3, state=state)
     again.loss.backward()
     assert again.loss.item() == plain.loss.item()
@@ -295,31 +301,6 @@ def test_initial_state_is_a_function_of_seed_step_and_row(small):
     assert initial_state(small(state_init="zero"), [1], 5, seed=0, step=0, device=cpu).abs().max() == 0
 
 
-def count_flops(run: Callable[[], Any]) -> int:
-    """FLOPs of all matrix products and attention, forward and backward, the ones torch does not know included."""
-
-    def attention(query, key, value, *args, out_val=None, **kwargs) -> int:
-        rows, heads, length, dim = query
-        return 4 * rows * heads * length * key[2] * dim
-
-    def attention_backward(grad, query, key, *args, out_val=None, **kwargs) -> int:
-        rows, heads, length, dim = query
-        return 10 * rows * heads * length * key[2] * dim
-
-    def grouped(a, b, *args, out_val=None, **kwargs) -> int:
-        # 2-D x 3-D: all rows once; 2-D x 2-D: the weight gradient, contracted over all rows.
-        return 2 * math.prod(a) * b[-1]
-
-    mapping = {
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
-        torch.ops.aten._grouped_mm: grouped,
-    }
-    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-        run()
-    return counter.get_total_flops()
-
-
 def test_flops_executed_are_those_the_depths_need(model):
     model = model()
     depths = [11, 8, 8, 6, 5, 5, 3, 1]
@@ -328,8 +309,8 @@ def test_flops_executed_are_those_the_depths_need(model):
     def train(rows: slice) -> None:
         model(ids[rows], targets[rows], loops=depths[rows], backprop=3, state=state[rows]).loss.backward()
 
-    executed = count_flops(lambda: train(slice(None)))
-    needed = sum(count_flops(lambda row=row: train(slice(row, row + 1))) for row in range(len(depths)))
+    executed = executed_flops(lambda: train(slice(None))).total
+    needed = sum(executed_flops(lambda row=row: train(slice(row, row + 1))).total for row in range(len(depths)))
     print(f"FLOPs executed / needed: {executed / needed:.4f}")
     assert executed <= 1.02 * needed
 

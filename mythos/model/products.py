@@ -1,0 +1,50 @@
+"""Matrix products, with gradients where asked: torch's own, and oneDNN's in float32 where `kernels` chooses it."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mythos.model import kernels
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a (n, K) times b (K, M) of the same type -> (n, M), written to `out` if that is given; no autograd."""
+    if not kernels.float32_by_onednn(a.device, a.dtype):
+        return torch.mm(a, b, out=out)
+    product = torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
+    return product if out is None else out.copy_(product)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., K) times the transpose of weight (M, K), in the autocast type -> (..., M)."""
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if autocast or x.dtype != weight.dtype or not kernels.float32_by_onednn(x.device, x.dtype):
+        return F.linear(x, weight)
+    return float32_linear(x, weight)
+
+
+def float32_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., K) of any float type times the transpose of weight (M, K) float32, in float32; keeps x as it is."""
+    return _Float32Linear.apply(x, weight)
+
+
+class _Float32Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return multiply(x.flatten(0, -2).float(), weight.T).unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        gradient, rows = gradient.flatten(0, -2), x.flatten(0, -2).float()
+        of_x = of_weight = None
+        if ctx.needs_input_grad[0]:
+            of_x = multiply(gradient, weight).to(x.dtype).view_as(x)
+        if ctx.needs_input_grad[1]:
+            # oneDNN copies a left factor that is transposed: better the narrower one.
+            narrow = rows.shape[1] < gradient.shape[1]
+            of_weight = multiply(rows.T, gradient).T if narrow else multiply(gradient.T, rows)
+        return of_x, of_weight
