@@ -17,8 +17,8 @@ aten = torch.ops.aten
 GROUPED = (aten._grouped_mm, torch.ops.mythos.grouped_product, torch.ops.mythos.grouped_outer)
 """Products of the experts: torch's, and operators of our own that are its loop on a CPU."""
 
-ONEDNN = torch.ops.mkldnn._linear_pointwise
-"""A product by oneDNN."""
+ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+"""A product by oneDNN; None where torch was built without it."""
 
 GEMMS = (aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm, aten.baddbmm_, ONEDNN, *GROUPED)
 """What the roofline is made of. Fused attention is not: it is products and a softmax in one."""
