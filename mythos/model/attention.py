@@ -31,6 +31,10 @@ class AttentionContext:
         """The context of one layer: this one, where nothing is kept (see `CachedContext.layer`)."""
         return self
 
+    def rotate(self, heads: Tensor) -> Tensor:
+        """Queries or keys (B, S, heads, d) at their positions, in their type."""
+        return apply_rope(heads, self.cos, self.sin)
+
     def first_rows(self, rows: int) -> "AttentionContext":
         """The context of the leading `rows` sequences."""
         if self.mask is None or rows == self.mask.shape[0]:
@@ -152,8 +156,7 @@ class GroupedQueryAttention(nn.Module):
         value = self.value(x).unflatten(-1, (self.kv_heads, self.head_dim))
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        query = apply_rope(query, context.cos, context.sin).to(value.dtype)
-        key = apply_rope(key, context.cos, context.sin).to(value.dtype)
+        query, key = context.rotate(query).to(value.dtype), context.rotate(key).to(value.dtype)
         if isinstance(context, CachedContext):
             seen = context.store(torch.stack((key, value), dim=2).flatten(1)).unflatten(-1, (2, self.kv_heads, -1))
             key, value = seen.transpose(1, 3).unbind(2)
@@ -203,8 +206,7 @@ class MultiHeadLatentAttention(nn.Module):
 
         latent = self.latent_norm(latent)
         nope_query, rope_query = query.split((self.nope, self.rope), dim=-1)
-        rope_query = apply_rope(rope_query, context.cos, context.sin)
-        rope_key = apply_rope(rope_key, context.cos, context.sin)
+        rope_query, rope_key = context.rotate(rope_query), context.rotate(rope_key)
         if isinstance(context, CachedContext):
             seen = context.store(torch.cat((latent, rope_key.squeeze(2)), dim=-1).squeeze(1))
             output = self.attend_latents(nope_query.squeeze(1), rope_query.squeeze(1), seen, context)
@@ -225,11 +227,12 @@ class MultiHeadLatentAttention(nn.Module):
         dtype = autocast_dtype(nope_query)
         up = self.key_value_up.weight.to(dtype).view(self.heads, self.nope + self.value_dim, self.latent_dim)
         key_up, value_up = up.split((self.nope, self.value_dim), dim=1)
-        query = torch.cat((torch.einsum("nhd,hdc->nhc", nope_query.to(dtype), key_up), rope_query.to(dtype)), dim=-1)
+        latent_query = torch.bmm(nope_query.to(dtype).transpose(0, 1), key_up).transpose(0, 1)
+        query = torch.cat((latent_query, rope_query.to(dtype)), dim=-1)
         shared = seen.to(dtype).unsqueeze(1)
         # Keys are the values too: fused kernels want both as wide, and the rotated key's part of the result is dropped.
         output = context.attend(query, shared, shared, (self.nope + self.rope) ** -0.5)[..., : self.latent_dim]
-        return torch.einsum("nhc,hvc->nhv", output, value_up)
+        return torch.bmm(output.transpose(0, 1), value_up.transpose(1, 2)).transpose(0, 1)
 
 
 def build_attention(config: ModelConfig) -> nn.Module:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from mythos.model.config import ModelConfig
 from mythos.model.experts import ExpertWeights, run_experts
-from mythos.model.layers import Initializer, SwiGLU, autocast_dtype, truncated_normal, zeros
+from mythos.model.layers import Initializer, SwiGLU, autocast_dtype, truncated_normal, without_autocast, zeros
 
 
 class Router(nn.Module):
@@ -27,8 +27,9 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(N, D) -> gates (N, k) float32, chosen experts (N, k) int64."""
-        with torch.autocast(x.device.type, enabled=False):
-            affinity = torch.sigmoid(_Float32Linear.apply(x, self.weight.float()))
+        with without_autocast(x):
+            product = _Float32Linear.apply if torch.is_grad_enabled() else _float32_linear
+            affinity = torch.sigmoid(product(x, self.weight.float()))
         experts = (affinity.detach() + self.bias).topk(self.chosen, dim=-1).indices
         gates = affinity.gather(-1, experts)
         return gates / gates.sum(-1, keepdim=True).clamp_min(1e-9), experts
@@ -40,13 +41,17 @@ class Router(nn.Module):
         self.bias += rate * torch.sign(load.mean() - load)
 
 
+def _float32_linear(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x.float(), weight)
+
+
 class _Float32Linear(torch.autograd.Function):
     """x W^T in float32, which keeps x as it is and not its float32 copy."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return F.linear(x.float(), weight)
+        return _float32_linear(x, weight)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:

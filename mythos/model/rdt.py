@@ -302,7 +302,7 @@ class RecurrentDepthTransformer(nn.Module):
             counts, packed = [length] * rows, torch.arange(rows * length, device=device)
         else:
             counts, packed = mask.sum(1).tolist(), mask.flatten().nonzero().squeeze(1)
-        tokens = ids.flatten()[packed]
+        tokens = ids.flatten() if mask is None else ids.flatten()[packed]
         lowest, highest = torch.stack(tokens.aminmax()).tolist() if len(tokens) else (0, 0)
         if lowest < 0 or highest >= self.vocabulary:
             raise ValueError(f"token ids {lowest} to {highest}: the model knows 0 to {self.vocabulary - 1}")
@@ -313,30 +313,29 @@ class RecurrentDepthTransformer(nn.Module):
                 "(model.context_length)"
             )
         width = self.vocabulary
-        taken = torch.zeros(rows * length, dtype=torch.int64, device=device)
         if not sum(counts):
             shape = (rows, width) if logits == "last" else (rows, length, width)
-            return Extension(torch.zeros(shape, device=device), taken.view(rows, length))
-        row = torch.tensor([r for r, count in enumerate(counts) for _ in range(count)], device=device)
-        position = torch.tensor(
-            [p for old, new in zip(cache.lengths, lengths, strict=True) for p in range(old, new)], device=device
-        )
-        deepest = max(limit for limit, count in zip(limits, counts, strict=True) if count)
-        cache.reserve(max(lengths), deepest)
-        context = CachedContext.make(cache, row, position, max(lengths))
+            return Extension(torch.zeros(shape, device=device), torch.zeros_like(ids))
+        each_row = [r for r, count in enumerate(counts) for _ in range(count)]
+        each_place = [p for old, new in zip(cache.lengths, lengths, strict=True) for p in range(old, new)]
+        each_limit = [limits[r] for r in each_row]
+        row, position = torch.tensor([each_row, each_place], device=device)
+        cache.reserve(max(lengths), max(each_limit))
+        span, single = max(lengths), max(counts) == 1
+        context = CachedContext.make(cache, row, position, span, single, single and min(each_place) == span - 1)
 
         e = self.encode(tokens.unsqueeze(1), context)
-        limit = torch.tensor(limits, device=device)[row]
-        state, done = self.recurrence.extend(e, context, limit, deepest, halting, minimum)
-        taken[packed] = done
+        state, done = self.recurrence.extend(e, context, each_limit, halting, minimum)
         hidden = self.decode(state, context).squeeze(1)
-        if logits == "last":
+        if logits == "last" and not single:
             ends = torch.tensor([count for count in counts if count], device=device).cumsum(0) - 1
-            hidden, packed = hidden[ends], row[ends]
+            hidden, row = hidden[ends], row[ends]
         found = F.linear(hidden, self.head_weight).float()
-        result = found.new_zeros(rows if logits == "last" else rows * length, width).index_copy(0, packed, found)
         cache.lengths = lengths
-        return Extension(result if logits == "last" else result.view(rows, length, width), taken.view(rows, length))
+        taken = in_places(done, packed, rows * length).view(rows, length)
+        if logits == "last":
+            return Extension(in_places(found, row, rows), taken)
+        return Extension(in_places(found, packed, rows * length).view(rows, length, width), taken)
 
     def check_loops(self, loops: int | Sequence[int] | None, rows: int) -> list[int]:
         """`loops` as one host integer per row, deepest first."""
@@ -388,6 +387,13 @@ class RecurrentDepthTransformer(nn.Module):
         """rho(A), a float32 scalar on the device; None where the injection is not LTI."""
         injection = self.recurrence.injection
         return injection.decay().max() if isinstance(injection, LTIInjection) else None
+
+
+def in_places(values: Tensor, places: Tensor, count: int) -> Tensor:
+    """Values (n, ...) at ascending places (n,) of `count`, and zeros elsewhere: (count, ...)."""
+    if len(values) == count:
+        return values
+    return values.new_zeros(count, *values.shape[1:]).index_copy(0, places, values)
 
 
 @torch.no_grad()
