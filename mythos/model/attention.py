@@ -199,13 +199,13 @@ class MultiHeadLatentAttention(nn.Module):
         else:
             query = self.query(x)
         query = query.unflatten(-1, (self.heads, self.nope + self.rope))
-        latent, rope_key = self.key_value_down(x).split((self.latent_dim, self.rope), dim=-1)
+        latent, rope_key = self.key_value_down(x).split_with_sizes((self.latent_dim, self.rope), dim=-1)
         rope_key = rope_key.unsqueeze(2)
         if self.query_norm is not None and self.rope_key_norm is not None:
             query, rope_key = self.query_norm(query), self.rope_key_norm(rope_key)
 
         latent = self.latent_norm(latent)
-        nope_query, rope_query = query.split((self.nope, self.rope), dim=-1)
+        nope_query, rope_query = query.split_with_sizes((self.nope, self.rope), dim=-1)
         rope_query, rope_key = context.rotate(rope_query), context.rotate(rope_key)
         if isinstance(context, CachedContext):
             seen = context.store(torch.cat((latent, rope_key.squeeze(2)), dim=-1).squeeze(1))
@@ -213,7 +213,7 @@ class MultiHeadLatentAttention(nn.Module):
             return self.out(output.flatten(1).unsqueeze(1))
 
         expanded = self.key_value_up(latent).unflatten(-1, (self.heads, self.nope + self.value_dim))
-        nope_key, value = expanded.split((self.nope, self.value_dim), dim=-1)
+        nope_key, value = expanded.split_with_sizes((self.nope, self.value_dim), dim=-1)
         query = torch.cat((nope_query.to(value.dtype), rope_query.to(value.dtype)), dim=-1)
         key = torch.cat((nope_key, rope_key.expand(-1, -1, self.heads, -1).to(value.dtype)), dim=-1)
         return self.out(attend(query, key, value, context).flatten(-2))
@@ -226,7 +226,7 @@ class MultiHeadLatentAttention(nn.Module):
         """
         dtype = autocast_dtype(nope_query)
         up = self.key_value_up.weight.to(dtype).view(self.heads, self.nope + self.value_dim, self.latent_dim)
-        key_up, value_up = up.split((self.nope, self.value_dim), dim=1)
+        key_up, value_up = up.split_with_sizes((self.nope, self.value_dim), dim=1)
         latent_query = torch.bmm(nope_query.to(dtype).transpose(0, 1), key_up).transpose(0, 1)
         query = torch.cat((latent_query, rope_query.to(dtype)), dim=-1)
         shared = seen.to(dtype).unsqueeze(1)

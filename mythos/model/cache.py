@@ -251,9 +251,7 @@ class CachedContext(NamedTuple):
             groups = group_singles(rows, positions, len(self.cache.lengths), self.span, self.level)
         else:
             groups = group(rows, positions, len(self.cache.lengths), self.span)
-        return self._replace(
-            rows=rows, positions=positions, cos=self.cos[chosen], sin=self.sin[chosen], groups=groups
-        )
+        return self._replace(rows=rows, positions=positions, cos=self.cos[chosen], sin=self.sin[chosen], groups=groups)
 
     def at_loop(self, loop: int) -> "CachedContext":
         """The context of the core's blocks in a pass."""

@@ -1,6 +1,7 @@
 """The recurrent-depth transformer: embed, prelude, loop, coda, head."""
 
 from collections.abc import Callable, Sequence
+from functools import cache as cached
 from math import sqrt
 from typing import Literal, NamedTuple
 
@@ -259,8 +260,6 @@ class RecurrentDepthTransformer(nn.Module):
         self.recurrence(e, state, [deepest] * len(ids), 0, context, read_out)
         return readouts
 
-    # Every call has other shapes, and blocks that training compiled would be compiled for each of them.
-    @torch.compiler.set_stance("force_eager")
     @torch.no_grad()
     def extend(
         self,
@@ -272,6 +271,7 @@ class RecurrentDepthTransformer(nn.Module):
         halting: HaltingRule | None = None,
         minimum: int = 1,
         logits: Literal["last", "all"] = "last",
+        compiled: bool = False,
     ) -> Extension:
         """Continue the rows of a cache by ids (B, S) int64, each position with its own number of loops.
 
@@ -279,6 +279,10 @@ class RecurrentDepthTransformer(nn.Module):
         `loops` is the most passes, of all rows or one per row (default config.loops); `halting` may stop a position
         after `minimum` passes or more (a model of act always halts by act). Prompts may come in pieces: any split gives
         the same result, unless the cache keeps fewer loops than are run.
+
+        `compiled` runs calls that give every row one token and run the same number of loops for all, without halting,
+        as one graph by torch.compile: one for a single row and two for any number (of equal lengths, or not), for each
+        number of loops, whatever the lengths. Other calls run as they would without it.
 
         Raises ValueError for loops below 1, a mask of another shape or type, tokens outside of the vocabulary, rows
         that become longer than config.context_length, or a cache of other rows or another model; the cache then holds
@@ -324,9 +328,12 @@ class RecurrentDepthTransformer(nn.Module):
         span, single = max(lengths), max(counts) == 1
         context = CachedContext.make(cache, row, position, span, single, single and min(each_place) == span - 1)
 
-        e = self.encode(tokens.unsqueeze(1), context)
-        state, done = self.recurrence.extend(e, context, each_limit, halting, minimum)
-        hidden = self.decode(state, context).squeeze(1)
+        alike = len(set(each_limit)) == 1
+        run, stance = RecurrentDepthTransformer.run_packed, "force_eager"
+        if compiled and single and alike and len(row) == rows and halting is None:
+            run, stance = _compiled_run_packed(), "default"
+        with torch.compiler.set_stance(stance):
+            hidden, done = run(self, tokens, context, each_limit[0] if alike else each_limit, halting, minimum)
         if logits == "last" and not single:
             ends = torch.tensor([count for count in counts if count], device=device).cumsum(0) - 1
             hidden, row = hidden[ends], row[ends]
@@ -336,6 +343,19 @@ class RecurrentDepthTransformer(nn.Module):
         if logits == "last":
             return Extension(in_places(found, row, rows), taken)
         return Extension(in_places(found, packed, rows * length).view(rows, length, width), taken)
+
+    def run_packed(
+        self,
+        tokens: Tensor,
+        context: CachedContext,
+        loops: int | Sequence[int],
+        halting: HaltingRule | None,
+        minimum: int,
+    ) -> tuple[Tensor, Tensor]:
+        """The part of `extend` between token ids (N,) and the head: hidden states (N, D), and loops run (N,) int64."""
+        e = self.encode(tokens.unsqueeze(1), context)
+        state, done = self.recurrence.extend(e, context, loops, halting, minimum)
+        return self.decode(state, context).squeeze(1), done
 
     def check_loops(self, loops: int | Sequence[int] | None, rows: int) -> list[int]:
         """`loops` as one host integer per row, deepest first."""
@@ -387,6 +407,11 @@ class RecurrentDepthTransformer(nn.Module):
         """rho(A), a float32 scalar on the device; None where the injection is not LTI."""
         injection = self.recurrence.injection
         return injection.decay().max() if isinstance(injection, LTIInjection) else None
+
+
+@cached
+def _compiled_run_packed() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(RecurrentDepthTransformer.run_packed, dynamic=True)
 
 
 def in_places(values: Tensor, places: Tensor, count: int) -> Tensor:

@@ -246,17 +246,31 @@ class Recurrence(nn.Module):
         return last
 
     def extend(
-        self, e: Tensor, context: CachedContext, loops: Sequence[int], halting: HaltingRule | None, minimum: int
+        self,
+        e: Tensor,
+        context: CachedContext,
+        loops: int | Sequence[int],
+        halting: HaltingRule | None,
+        minimum: int,
     ) -> tuple[Tensor, Tensor]:
         """Run packed positions, each until `halting` stops it or for its number of loops; their entries are kept.
 
-        e is (N, 1, D), `loops` has the N host integers. A position that has stopped leaves the batch: later passes
-        compute nothing for it, and the others see its last keys and values. Returns h_T (N, 1, D) float32, and the
-        passes done by each position, (N,) int64.
+        e is (N, 1, D); `loops` is a host integer, for all or for each of the N. A position that has stopped leaves the
+        batch: later passes compute nothing for it, and the others see its last keys and values. Returns h_T (N, 1, D)
+        float32, and the passes done by each position, (N,) int64.
         """
         weights = self.step_weights(autocast_dtype(e))
         shared, injected = self.injection(e) if self.injection is not None else (e, e)
         state = torch.zeros_like(e, dtype=torch.float32)
+        if halting is None and isinstance(loops, int):
+            slots = torch.arange(loops, device=e.device)
+            for loop in range(loops):
+                slot = slots[loop : loop + 1]
+                state, _ = self.step(state, shared, injected, slot, context.at_loop(loop), weights)
+            context.cache.freeze(context.rows, context.positions, loops - 1)
+            return state, torch.full_like(context.rows, loops)
+
+        loops = [loops] * len(e) if isinstance(loops, int) else loops
         ends, deepest = set(loops), max(loops)
         slots, limits = torch.arange(deepest, device=e.device), torch.tensor(loops, device=e.device)
         final, taken = torch.empty_like(state), torch.empty_like(limits)
@@ -271,13 +285,10 @@ class Recurrence(nn.Module):
             state = after
             if stop is None:
                 continue  # nothing can stop here, and nobody has to wait for the device to know
-            stopped = stop.nonzero().squeeze(1) if done < deepest else torch.arange(len(running), device=e.device)
+            stopped = stop.nonzero().squeeze(1)
             if len(stopped) == 0:
                 continue
             result = state if halting is None else halting.result(state[:, 0], memory).unsqueeze(1)
-            if len(stopped) == len(e):
-                context.cache.freeze(context.rows, context.positions, done - 1)
-                return result, taken.fill_(done)
             final[running[stopped]] = result[stopped]
             taken[running[stopped]] = done
             context.cache.freeze(context.rows[stopped], context.positions[stopped], done - 1)
