@@ -332,6 +332,9 @@ class RecurrentDepthTransformer(nn.Module):
         run, stance = RecurrentDepthTransformer.run_packed, "force_eager"
         if compiled and single and alike and len(row) == rows and halting is None:
             run, stance = _compiled_run_packed(), "default"
+            # Else torch takes sizes that are equal by chance, as of rows and of a head, for one that changes.
+            for tensor, sizes in ((cache.held, (0, 3)), (context.cos, 3), (context.sin, 3)):
+                torch._dynamo.mark_static(tensor, sizes)
         with torch.compiler.set_stance(stance):
             hidden, done = run(self, tokens, context, each_limit[0] if alike else each_limit, halting, minimum)
         if logits == "last" and not single:
