@@ -306,7 +306,7 @@ class RecurrentDepthTransformer(nn.Module):
             counts, packed = [length] * rows, torch.arange(rows * length, device=device)
         else:
             counts, packed = mask.sum(1).tolist(), mask.flatten().nonzero().squeeze(1)
-        tokens = ids.flatten() if mask is None else ids.flatten()[packed]
+        tokens = ids.flatten()[packed]
         lowest, highest = torch.stack(tokens.aminmax()).tolist() if len(tokens) else (0, 0)
         if lowest < 0 or highest >= self.vocabulary:
             raise ValueError(f"token ids {lowest} to {highest}: the model knows 0 to {self.vocabulary - 1}")
@@ -323,8 +323,9 @@ class RecurrentDepthTransformer(nn.Module):
         each_row = [r for r, count in enumerate(counts) for _ in range(count)]
         each_place = [p for old, new in zip(cache.lengths, lengths, strict=True) for p in range(old, new)]
         each_limit = [limits[r] for r in each_row]
-        row, position = torch.tensor([each_row, each_place], device=device)
-        cache.reserve(max(lengths), max(each_limit))
+        row, position = torch.tensor(each_row, device=device), torch.tensor(each_place, device=device)
+        # One place more, for a graph in which all places are seen would be another one.
+        cache.reserve(max(lengths) + compiled, max(each_limit))
         span, single = max(lengths), max(counts) == 1
         context = CachedContext.make(cache, row, position, span, single, single and min(each_place) == span - 1)
 
