@@ -280,9 +280,9 @@ class RecurrentDepthTransformer(nn.Module):
         after `minimum` passes or more (a model of act always halts by act). Prompts may come in pieces: any split gives
         the same result, unless the cache keeps fewer loops than are run.
 
-        `compiled` runs calls that give every row one token and run the same number of loops for all, without halting,
-        as one graph by torch.compile: one for a single row and two for any number (of equal lengths, or not), for each
-        number of loops, whatever the lengths. Other calls run as they would without it.
+        `compiled` runs calls that continue every row by one token, with as many loops for all and without halting, as
+        one graph of torch.compile: for each number of loops one for a single row, and two for any number of rows (of
+        equal lengths, or not), whatever the lengths. Other calls run as they would without it.
 
         Raises ValueError for loops below 1, a mask of another shape or type, tokens outside of the vocabulary, rows
         that become longer than config.context_length, or a cache of other rows or another model; the cache then holds
@@ -331,7 +331,7 @@ class RecurrentDepthTransformer(nn.Module):
 
         alike = len(set(each_limit)) == 1
         run, stance = RecurrentDepthTransformer.run_packed, "force_eager"
-        if compiled and single and alike and len(row) == rows and halting is None:
+        if compiled and single and alike and len(row) == rows and span > 1 and halting is None:
             run, stance = _compiled_run_packed(), "default"
             # Else torch takes sizes that are equal by chance, as of rows and of a head, for one that changes.
             for tensor, sizes in ((cache.held, (0, 3)), (context.cos, 3), (context.sin, 3)):

@@ -104,7 +104,7 @@ def test_a_graph_for_each_depth_and_none_for_another_cache(model: Build, graphs:
         pair.extend(random_ids(2, length), loops=3)
         for loops in (3, 1, 3, 1, 3):
             pair.extend(random_ids(2, 1, seed=loops), loops=loops)
-    assert (graphs.traced, graphs.ran) == (2, 16)
+    assert (graphs.traced, graphs.ran) == (2, 15)
 
 
 def test_calls_that_no_graph_is_for(model: Build, graphs: Graphs) -> None:
