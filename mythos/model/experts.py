@@ -252,7 +252,7 @@ def run_experts(x: Tensor, gates: Tensor, experts: Tensor, weights: ExpertWeight
     """
     if torch.is_grad_enabled():
         return _run_with_gradient(x, gates, experts, weights)
-    run = _operator if torch.compiler.is_compiling() else _run_without_gradient
+    run = run_experts_operator if torch.compiler.is_compiling() else _run_without_gradient
     return run(x.to(weights.gate_up.dtype), gates, experts, weights.gate_up, weights.down)
 
 
@@ -273,9 +273,9 @@ def _run_without_gradient(x: Tensor, gates: Tensor, experts: Tensor, gate_up: Te
     return torch.cat(products).sum(0, keepdim=True, dtype=torch.float32)
 
 
-_operator = torch.library.custom_op("mythos::run_experts", _run_without_gradient, mutates_args=())
+run_experts_operator = torch.library.custom_op("mythos::run_experts", _run_without_gradient, mutates_args=())
 
 
-@_operator.register_fake
+@run_experts_operator.register_fake
 def _(x: Tensor, gates: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.float32)

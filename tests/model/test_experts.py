@@ -7,7 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mythos.model.experts import CPU_ROWS, ExpertWeights, grouped_outer, grouped_product, run_experts
+from mythos.model.experts import (
+    CPU_ROWS,
+    ExpertWeights,
+    grouped_outer,
+    grouped_product,
+    run_experts,
+    run_experts_operator,
+)
 
 EXPERTS, DIM, HIDDEN, CHOSEN = 5, 8, 6, 2
 
@@ -62,6 +69,28 @@ def test_shared_weights_equal_autograd(kept: int) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     assert (actual[2][3] == 0).all(), "an expert without tokens"
     assert not shared[0].gradient.take(), "handed over"
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 70])
+def test_without_gradient(tokens: int) -> None:
+    (x, gate_up, down), gates, experts, _ = made(loops=1, tokens=tokens)
+    weights = ExpertWeights(gate_up, down, torch.float32)
+    with torch.no_grad():
+        actual = run_experts(x, gates[0], experts[0], weights)
+    torch.testing.assert_close(actual, one_by_one(x, gate_up, down, gates[0], experts[0]), rtol=1e-5, atol=1e-5)
+    torch.library.opcheck(
+        run_experts_operator, (x, gates[0], experts[0], gate_up, down), test_utils=("test_schema", "test_faketensor")
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_products_without_gradient_are_in_the_type_of_the_weights(tokens: int) -> None:
+    (x, gate_up, down), gates, experts, _ = made(loops=1, tokens=tokens)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = run_experts(x, gates[0], experts[0], ExpertWeights(gate_up, down, torch.bfloat16))
+    assert actual.dtype == torch.float32
+    expected = one_by_one(x, gate_up, down, gates[0], experts[0])
+    assert 0 < (actual - expected).norm() < 0.02 * expected.norm()
 
 
 def test_many_loops_are_summed_in_float32() -> None:
