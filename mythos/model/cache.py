@@ -201,7 +201,7 @@ def group(rows: Tensor, positions: Tensor, cache_rows: int, span: int) -> Groups
 
 
 def group_singles(rows: Tensor, positions: Tensor, cache_rows: int, span: int, level: bool = False) -> Groups:
-    """The same of positions of as many rows, without a look at what they are; `level` where they are all the last."""
+    """`group` of positions (N,) of N different rows, which waits for nothing; `level`: each is the last place."""
     mask = None if level else torch.arange(span, device=rows.device) <= positions.view(-1, 1, 1, 1)
     return Groups(None if len(rows) == cache_rows else rows, None, 1, mask, False)
 

@@ -324,9 +324,9 @@ class RecurrentDepthTransformer(nn.Module):
         each_place = [p for old, new in zip(cache.lengths, lengths, strict=True) for p in range(old, new)]
         each_limit = [limits[r] for r in each_row]
         row, position = torch.tensor(each_row, device=device), torch.tensor(each_place, device=device)
-        # One place more, for a graph in which all places are seen would be another one.
-        cache.reserve(max(lengths) + compiled, max(each_limit))
         span, single = max(lengths), max(counts) == 1
+        # One place more for compiled calls: a graph in which all places are seen would be another one.
+        cache.reserve(span + 1 if compiled else span, max(each_limit))
         context = CachedContext.make(cache, row, position, span, single, single and min(each_place) == span - 1)
 
         alike = len(set(each_limit)) == 1
@@ -336,6 +336,7 @@ class RecurrentDepthTransformer(nn.Module):
             # Else torch takes sizes that are equal by chance, as of rows and of a head, for one that changes.
             for tensor, sizes in ((cache.held, (0, 3)), (context.cos, 3), (context.sin, 3)):
                 torch._dynamo.mark_static(tensor, sizes)
+        # Calls have other shapes each, and blocks that training compiled would be compiled for all of them.
         with torch.compiler.set_stance(stance):
             hidden, done = run(self, tokens, context, each_limit[0] if alike else each_limit, halting, minimum)
         if logits == "last" and not single:
