@@ -106,7 +106,7 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument(
         "--compile",
         action="store_true",
-        help="compile the step from token to token first, which takes minutes; for one number of loops without halting",
+        help="first compile the step from token to token, about a minute; for one number of loops without halting",
     )
     return made
 

@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=128, help="tokens generated in each row (128)")
     parser.add_argument("--halting", help="rule (the model's; all loops only for untrained weights)")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of matrix products (float32)")
-    parser.add_argument("--compile", action="store_true", help="all loops also as a compiled step (minutes to compile)")
+    parser.add_argument("--compile", action="store_true", help="all loops also as a compiled graph")
     parser.add_argument("--repeats", type=int, default=5, help="turns (5)")
     parser.add_argument("--against", choices=["open-mythos"], help="compare with that package, without halting")
 
