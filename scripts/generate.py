@@ -103,6 +103,11 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument(
         "--prefill-chunk", type=int, default=512, metavar="N", help="prompt tokens computed at once (%(default)s)"
     )
+    where.add_argument(
+        "--compile",
+        action="store_true",
+        help="first compile the step from token to token, about a minute; for one number of loops without halting",
+    )
     return made
 
 
@@ -154,6 +159,9 @@ def run(options: argparse.Namespace) -> None:
         sampling = replace(sampling, top_k=min(40, opened.tokenizer.size))
     depth = choose_depth(opened, loops, options.halting, options.exit_threshold)
     most = max(depth.limits)
+    if options.compile and (depth.rule is not None or len(set(depth.limits)) > 1):
+        given = "a halting rule that stops tokens" if depth.rule is not None else "several depths"
+        raise MythosError(f"--compile: got {given}; allowed: as many loops for all (--loops N, --halting none)")
     if most > 8 * opened.mean_loops:
         print(
             f"warning: {in_loops(most)} for a model trained with {opened.mean_loops} on average: time and cache grow "
@@ -192,6 +200,7 @@ def run(options: argparse.Namespace) -> None:
         on_piece=on_piece,
         prefill_chunk=options.prefill_chunk,
         cache_loops=options.cache_loops,
+        compiled=options.compile,
     )
     if streaming:
         print("".join(unsaid))

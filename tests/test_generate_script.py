@@ -20,6 +20,7 @@ from mythos.data.tokenizer import Tokenizer
 from mythos.depth_view import PALETTE, coloured, harmless, html_page, legend, shade
 from mythos.errors import MythosError
 from mythos.hf.export import export_model
+from mythos.model import rdt
 from mythos.model.halting import Act, Convergence, SecondDifference
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.model.sampling import Sampling
@@ -434,6 +435,16 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         assert option in out
 
 
+def test_compiled_text_is_the_same(
+    generate: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Mock(wraps=RecurrentDepthTransformer.run_packed)
+    monkeypatch.setattr(rdt, "_compiled_run_packed", lambda: step)
+    arguments = ("--prompt", "The river", "--tokens", "9", "--loops", "3")
+    assert generate(*arguments, "--compile")[1] == generate(*arguments)[1]
+    assert step.call_count == 8, "the first token comes with the prompt"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -450,6 +461,8 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         (["--min-p", "1.5"], "min-p: got 1.5"),
         (["--temperature", "-1"], "temperature: got -1.0; allowed: at least 0"),
         (["--repetition-penalty", "0"], "repetition penalty: got 0.0"),
+        (["--compile"], "--compile: got a halting rule that stops tokens; allowed: as many loops for all"),
+        (["--compile", "--loops", "1,2"], "--compile: got several depths; allowed: as many loops for all"),
     ],
 )
 def test_bad_input_is_told_in_a_line(

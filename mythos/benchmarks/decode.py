@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=128, help="tokens generated in each row (128)")
     parser.add_argument("--halting", help="rule (the model's; all loops only for untrained weights)")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of matrix products (float32)")
+    parser.add_argument("--compile", action="store_true", help="all loops also as a compiled graph")
     parser.add_argument("--repeats", type=int, default=5, help="turns (5)")
     parser.add_argument("--against", choices=["open-mythos"], help="compare with that package, without halting")
 
@@ -109,12 +110,18 @@ def prompts_of(vocabulary: int, batch: int) -> Tensor:
 
 
 def decode(
-    model: RecurrentDepthTransformer, batch: int, tokens: int, loops: int, rule: HaltingRule | None, dtype: str
+    model: RecurrentDepthTransformer,
+    batch: int,
+    tokens: int,
+    loops: int,
+    rule: HaltingRule | None,
+    dtype: str,
+    compiled: bool = False,
 ) -> Generation:
     """Generate greedily after random prompts."""
-    prompts = prompts_of(int(model.config.vocab_size), batch)
+    prompts, greedy = prompts_of(int(model.config.vocab_size), batch).tolist(), Sampling(temperature=0)
     with torch.autocast("cpu", dtype=DTYPES[dtype], enabled=dtype != "float32"):
-        return generate(model, prompts.tolist(), tokens, sampling=Sampling(temperature=0), loops=loops, halting=rule)
+        return generate(model, prompts, tokens, sampling=greedy, loops=loops, halting=rule, compiled=compiled)
 
 
 def table(
@@ -127,10 +134,13 @@ def table(
     """Rules in turns, and each one's ratio to all loops in the same turn."""
     made: dict[str, Generation] = {}
 
-    def work(name: str, rule: HaltingRule | None) -> Work:
-        return lambda: made.update({name: decode(model, batch, options.tokens, loops, rule, options.dtype)})
+    def work(name: str, rule: HaltingRule | None, compiled: bool = False) -> Work:
+        return lambda: made.update({name: decode(model, batch, options.tokens, loops, rule, options.dtype, compiled)})
 
-    timings = in_turns({name: work(name, rule) for name, rule in rules.items()}, options.repeats, warm_up=1)
+    works = {name: work(name, rule) for name, rule in rules.items()}
+    if options.compile:
+        works["all loops, compiled"] = work("all loops, compiled", None, compiled=True)
+    timings = in_turns(works, options.repeats, warm_up=1)
     results = []
     for name, times in timings.items():
         ratio = Ratio.of(timings["all loops"], times)
@@ -161,17 +171,16 @@ def against(model: RecurrentDepthTransformer, loops: int, batch: int, options: a
     tokens, config = options.tokens, model.config
     theirs = open_mythos.Decoder(config, PROMPT + tokens, loops, DTYPES[options.dtype])
     prompts = prompts_of(int(config.vocab_size), batch)
-    timings = in_turns(
-        {
-            "mythos": lambda: decode(model, batch, tokens, loops, None, options.dtype),
-            "open-mythos": lambda: theirs(prompts, tokens),
-        },
-        options.repeats,
-        warm_up=1,
-    )
+    works: dict[str, Work] = {
+        "mythos": lambda: decode(model, batch, tokens, loops, None, options.dtype),
+        "open-mythos": lambda: theirs(prompts, tokens),
+    }
+    if options.compile:
+        works["compiled"] = lambda: decode(model, batch, tokens, loops, None, options.dtype, compiled=True)
+    timings = in_turns(works, options.repeats, warm_up=1)
     sizes = (config, batch, tokens, loops, options.dtype)
     memory = {name: in_fresh_process(memory_of_decoding, name, *sizes) for name in timings}
-    ratio = Ratio.of(timings["open-mythos"], timings["mythos"])
+    ratios = {name: Ratio.of(timings["open-mythos"], times) for name, times in timings.items() if name != "open-mythos"}
     print_table(
         [f"{loops} loops, {batch} rows", "tokens/CPU s", "tokens/s", "peak memory"],
         [
@@ -180,11 +189,12 @@ def against(model: RecurrentDepthTransformer, loops: int, batch: int, options: a
             for name, times in timings.items()
         ],
     )  # fmt: skip
-    print(f"mythos is {ratio} times as fast\n")
+    print("\n".join(f"{name} is {ratio} times as fast" for name, ratio in ratios.items()) + "\n")
     return {
         "most_loops": loops,
         "batch": batch,
-        "speed_ratio": ratio._asdict(),
+        "speed_ratio": ratios["mythos"]._asdict(),
+        **({"compiled_speed_ratio": ratios["compiled"]._asdict()} if options.compile else {}),
         **{name: {**times.record(), "tokens_per_cpu_second": batch * tokens / times.median,
                   "memory": memory[name]._asdict()} for name, times in timings.items()},
     }  # fmt: skip
@@ -193,10 +203,10 @@ def against(model: RecurrentDepthTransformer, loops: int, batch: int, options: a
 def memory_of_decoding(name: str, config: ModelConfig, batch: int, tokens: int, loops: int, dtype: str) -> Memory:
     """What a process that decodes needs; to be called in one of its own."""
     device = torch.device("cpu")
-    if name == "mythos":
-        start = resident_bytes()
+    if name != "open-mythos":
+        start, compiled = resident_bytes(), name == "compiled"
         model = untrained(config)
-        return peak_memory(device, start, lambda: decode(model, batch, tokens, loops, None, dtype), runs=1)
+        return peak_memory(device, start, lambda: decode(model, batch, tokens, loops, None, dtype, compiled), runs=1)
     open_mythos.package()  # its imports count as such
     start = resident_bytes()
     theirs = open_mythos.Decoder(config, PROMPT + tokens, loops, DTYPES[dtype])

@@ -33,6 +33,10 @@ class AttentionContext:
         """The context of one layer: this one, where nothing is kept (see `CachedContext.layer`)."""
         return self
 
+    def rotate(self, heads: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Queries or keys (B, S, heads, d) at their positions, in `dtype` (default: theirs)."""
+        return apply_rope(heads, self.cos, self.sin, dtype)
+
     def first_rows(self, rows: int) -> "AttentionContext":
         """The context of the leading `rows` sequences."""
         if self.mask is None or rows == self.mask.shape[0]:
@@ -157,8 +161,8 @@ class GroupedQueryAttention(nn.Module):
         value = self.value(x).unflatten(-1, (self.kv_heads, self.head_dim))
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        query = recomputable(apply_rope, query, context.cos, context.sin, value.dtype)
-        key = recomputable(apply_rope, key, context.cos, context.sin, value.dtype)
+        query = recomputable(context.rotate, query, value.dtype)
+        key = recomputable(context.rotate, key, value.dtype)
         if isinstance(context, CachedContext):
             seen = context.store(torch.stack((key, value), dim=2).flatten(1)).unflatten(-1, (2, self.kv_heads, -1))
             key, value = seen.transpose(1, 3).unbind(2)
@@ -201,22 +205,21 @@ class MultiHeadLatentAttention(nn.Module):
         else:
             query = self.query(x)
         query = query.unflatten(-1, (self.heads, self.nope + self.rope))
-        latent, rope_key = self.key_value_down(x).split((self.latent_dim, self.rope), dim=-1)
+        latent, rope_key = self.key_value_down(x).split_with_sizes((self.latent_dim, self.rope), dim=-1)
         rope_key = rope_key.unsqueeze(2)
         if self.query_norm is not None and self.rope_key_norm is not None:
             query, rope_key = self.query_norm(query), self.rope_key_norm(rope_key)
 
         latent = self.latent_norm(latent)
-        nope_query, rope_query = query.split((self.nope, self.rope), dim=-1)
-        rope_query = recomputable(apply_rope, rope_query, context.cos, context.sin)
-        rope_key = recomputable(apply_rope, rope_key, context.cos, context.sin)
+        nope_query, rope_query = query.split_with_sizes((self.nope, self.rope), dim=-1)
+        rope_query, rope_key = recomputable(context.rotate, rope_query), recomputable(context.rotate, rope_key)
         if isinstance(context, CachedContext):
             seen = context.store(torch.cat((latent, rope_key.squeeze(2)), dim=-1).squeeze(1))
             output = self.attend_latents(nope_query.squeeze(1), rope_query.squeeze(1), seen, context)
             return self.out(output.flatten(1).unsqueeze(1))
 
         expanded = recomputable(self.key_value_up, latent).unflatten(-1, (self.heads, self.nope + self.value_dim))
-        nope_key, value = expanded.split((self.nope, self.value_dim), dim=-1)
+        nope_key, value = expanded.split_with_sizes((self.nope, self.value_dim), dim=-1)
         query = recomputable(joined, nope_query, rope_query, value.dtype)
         key = recomputable(joined, nope_key, rope_key.expand(-1, -1, self.heads, -1), value.dtype)
         return self.out(attend(query, key, value, context).flatten(-2))
@@ -229,12 +232,13 @@ class MultiHeadLatentAttention(nn.Module):
         """
         dtype = autocast_dtype(nope_query)
         up = self.key_value_up.weight.to(dtype).view(self.heads, self.nope + self.value_dim, self.latent_dim)
-        key_up, value_up = up.split((self.nope, self.value_dim), dim=1)
-        query = torch.cat((torch.einsum("nhd,hdc->nhc", nope_query.to(dtype), key_up), rope_query.to(dtype)), dim=-1)
+        key_up, value_up = up.split_with_sizes((self.nope, self.value_dim), dim=1)
+        latent_query = torch.bmm(nope_query.to(dtype).transpose(0, 1), key_up).transpose(0, 1)
+        query = torch.cat((latent_query, rope_query.to(dtype)), dim=-1)
         shared = seen.to(dtype).unsqueeze(1)
         # Keys are the values too: fused kernels want both as wide, and the rotated key's part of the result is dropped.
         output = context.attend(query, shared, shared, (self.nope + self.rope) ** -0.5)[..., : self.latent_dim]
-        return torch.einsum("nhc,hvc->nhv", output, value_up)
+        return torch.bmm(output.transpose(0, 1), value_up.transpose(1, 2)).transpose(0, 1)
 
 
 def joined(nope: Tensor, rope: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,6 @@
 """What decoding keeps of positions: an entry for every prelude and coda layer, and for every core layer and loop."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -187,23 +186,27 @@ def group(rows: Tensor, positions: Tensor, cache_rows: int, span: int) -> Groups
     present, counts = torch.unique_consecutive(rows, return_counts=True)
     here = len(present)
     size = 1 if here == len(rows) else int(counts.max())
-    place = None
-    last = positions.view(-1, 1)
-    if size > 1:
-        starts = counts.cumsum(0) - counts
-        order = torch.arange(len(rows), device=rows.device) - starts.repeat_interleave(counts, output_size=len(rows))
-        place = torch.arange(here, device=rows.device).repeat_interleave(counts, output_size=len(rows)) * size + order
-        # A query that stands for nothing sees the first place: one that sees none would be NaN.
-        last = positions.new_zeros(here * size).index_copy(0, place, positions).view(here, size)
+    if size == 1:
+        return group_singles(rows, positions, cache_rows, span)
+    starts = counts.cumsum(0) - counts
+    order = torch.arange(len(rows), device=rows.device) - starts.repeat_interleave(counts, output_size=len(rows))
+    place = torch.arange(here, device=rows.device).repeat_interleave(counts, output_size=len(rows)) * size + order
     causal = size == span and len(rows) == here * size
     mask = None
     if not causal:
-        mask = torch.arange(span, device=rows.device) <= last[:, None, :, None]
+        # A query that stands for nothing sees the first place: one that sees none would be NaN.
+        last = positions.new_zeros(here * size).index_copy(0, place, positions)
+        mask = torch.arange(span, device=rows.device) <= last.view(here, 1, size, 1)
     return Groups(None if here == cache_rows else present, place, size, mask, causal)
 
 
-@dataclass(frozen=True)
-class CachedContext:
+def group_singles(rows: Tensor, positions: Tensor, cache_rows: int, span: int, level: bool = False) -> Groups:
+    """`group` of positions (N,) of N different rows, which waits for nothing; `level`: each is the last place."""
+    mask = None if level else torch.arange(span, device=rows.device) <= positions.view(-1, 1, 1, 1)
+    return Groups(None if len(rows) == cache_rows else rows, None, 1, mask, False)
+
+
+class CachedContext(NamedTuple):
     """What the attention layers of a decoding call share: N packed positions, of any number of each row.
 
     Packed positions pass through the model as (N, 1, D): nothing is computed for padding or for positions that halted.
@@ -216,34 +219,52 @@ class CachedContext:
     """(N,) int64, ascending in each row."""
     span: int
     """Places that any query may see."""
+    level: bool
+    """Whether there is at most one position of each row, and each is the last of the places."""
     cos: Tensor
-    """(N, 1, rotated dims / 2) float32."""
+    """(N, 1, 1, rotated dims) float32: cosines, twice."""
     sin: Tensor
+    """(N, 1, 1, rotated dims) float32: sines, negative and positive."""
     groups: Groups
     loop: int = 0
     slot: int = 0
 
     @classmethod
-    def make(cls, cache: DecodeCache, rows: Tensor, positions: Tensor, span: int) -> "CachedContext":
+    def make(
+        cls, cache: DecodeCache, rows: Tensor, positions: Tensor, span: int, single: bool, level: bool
+    ) -> "CachedContext":
         """Tables and mask for the positions."""
         config = cache.config
         rotated = config.qk_rope_head_dim if config.attention == "mla" else config.head_dim
-        cos, sin = rope_at(positions.unsqueeze(1), rotated, config.rope_theta)
-        return cls(cache, rows, positions, span, cos, sin, group(rows, positions, len(cache.lengths), span))
+        cos, sin = rope_at(positions.view(-1, 1, 1), rotated, config.rope_theta)
+        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+        if single:
+            groups = group_singles(rows, positions, len(cache.lengths), span, level)
+        else:
+            groups = group(rows, positions, len(cache.lengths), span)
+        return cls(cache, rows, positions, span, level, cos, sin, groups)
 
     def keep(self, chosen: Tensor) -> "CachedContext":
         """The context of some of the positions, (n,) indices in ascending order."""
         rows, positions = self.rows[chosen], self.positions[chosen]
-        groups = group(rows, positions, len(self.cache.lengths), self.span)
-        return replace(self, rows=rows, positions=positions, cos=self.cos[chosen], sin=self.sin[chosen], groups=groups)
+        if self.groups.place is None:
+            groups = group_singles(rows, positions, len(self.cache.lengths), self.span, self.level)
+        else:
+            groups = group(rows, positions, len(self.cache.lengths), self.span)
+        return self._replace(rows=rows, positions=positions, cos=self.cos[chosen], sin=self.sin[chosen], groups=groups)
 
     def at_loop(self, loop: int) -> "CachedContext":
         """The context of the core's blocks in a pass."""
-        return replace(self, loop=loop)
+        return self._replace(loop=loop)
 
     def layer(self, part: Part, layer: int) -> "CachedContext":
         """The context of one layer."""
-        return replace(self, slot=self.cache.slot(part, layer, self.loop))
+        return self._replace(slot=self.cache.slot(part, layer, self.loop))
+
+    def rotate(self, heads: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Queries or keys (N, 1, heads, d) at their positions, in `dtype`."""
+        # As `apply_rope`, in three operations: the halves change places, and one of them its sign.
+        return torch.addcmul(heads * self.cos, heads.roll(heads.shape[-1] // 2, -1), self.sin).to(dtype)
 
     def store(self, entry: Tensor) -> Tensor:
         """Keep the layer's entries of these positions, (N, width), and return all that their rows see.
@@ -264,7 +285,7 @@ class CachedContext:
         key, value = key.to(query.dtype), value.to(query.dtype)
         if groups.place is None:
             # One query a row: the heads that share a key stand as its queries, up to ten times faster.
-            query = query.unflatten(1, (kv_heads, -1))
+            query = query.view(len(query), kv_heads, -1, query.shape[-1])
             return F.scaled_dot_product_attention(query, key, value, attn_mask=groups.mask, scale=scale).flatten(1, 2)
         # Heads of its own for every query: with enable_gqa and a mask, or heads wider than 256, CUDA has no kernel but
         # the one that keeps all scores. A single head is not copied.

@@ -10,11 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mythos.model import kernels
-from mythos.model.products import multiply
-
-CPU_ROWS = 16
-"""On CPUs the rows of a product are a multiple of this, or fewer: oneDNN compiles a kernel for each number of rows that
-it meets (0.3 ms each, and hundreds of MiB for experts that get other numbers in every pass)."""
+from mythos.model.layers import gated
+from mythos.model.products import ROWS, multiply
 
 
 # An operator to torch, so that what traces a step need not look into the loop.
@@ -59,10 +56,10 @@ def _(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
 
 
 def _groups(ends: Tensor) -> Iterator[tuple[int, int, int, int]]:
-    """Each group's number and first row, where its rows in whole multiples of CPU_ROWS end, and where all do."""
+    """Each group's number and first row, where its rows in whole multiples of ROWS end, and where all do."""
     first = 0
     for group, last in enumerate(ends.tolist()):
-        yield group, first, last - (last - first) % CPU_ROWS, last
+        yield group, first, last - (last - first) % ROWS, last
         first = last
 
 
@@ -197,15 +194,9 @@ class _RunExperts(torch.autograd.Function):
     def forward(ctx, x: Tensor, gates: Tensor, experts: Tensor, link: Tensor | None, weights: ExpertWeights) -> Tensor:
         ctx.weights, ctx.dtype = weights, x.dtype
         x = x.to(weights.gate_up.dtype)
-        experts, order = experts.flatten().sort(stable=True)
-        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        ends = expert_ends(experts, len(weights.gate_up))
-        gate_up = grouped_product(x[order // gates.shape[-1]], weights.gate_up, ends)
-        gate, up = gate_up.chunk(2, dim=-1)
-        # Weighted before the down-projection and not after: there are fewer numbers, and nothing more to keep.
-        activation = F.silu(gate).mul_(up).mul_(gates.flatten()[order].to(up.dtype).unsqueeze(1))
-        ctx.save_for_backward(x, gates, experts, order, place, gate_up)
-        return _summed(grouped_product(activation, weights.down, ends), place, gates.shape)
+        output, *sorted_slots = _sorted_products(x, gates, experts, weights.gate_up, weights.down)
+        ctx.save_for_backward(x, gates, *sorted_slots)
+        return output
 
     @staticmethod
     @once_differentiable
@@ -231,19 +222,57 @@ class _RunExperts(torch.autograd.Function):
         return of_x.to(ctx.dtype), of_gates, None, None, None
 
 
+def _sorted_products(
+    x: Tensor, gates: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The output, (n, D) float32; then of the slots, sorted by expert: experts, slots, places, up-projections."""
+    experts, order = experts.flatten().sort(stable=True)
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    ends = expert_ends(experts, len(gate_up))
+    projected = grouped_product(x[order // gates.shape[-1]], gate_up, ends)
+    # Weighted before the down-projection and not after: there are fewer numbers, and nothing more to keep.
+    activation = gated(projected).mul_(gates.flatten()[order].to(x.dtype).unsqueeze(1))
+    return _summed(grouped_product(activation, down, ends), place, gates.shape), experts, order, place, projected
+
+
 def _summed(slots: Tensor, place: Tensor, shape: torch.Size) -> Tensor:
     """Add up each token's slots, which stand at `place`: (n k, D) -> (n, D) float32; `shape` is (n, k)."""
     # Not by index_add, whose sums on a GPU differ from call to call.
     return slots[place].unflatten(0, shape).sum(1, dtype=torch.float32)
 
 
-# torch 2.13 cannot trace grouped_mm in float32 on a CPU; and the gradient of many loops is not for one graph to form.
-@torch.compiler.disable
 def run_experts(x: Tensor, gates: Tensor, experts: Tensor, weights: ExpertWeights) -> Tensor:
     """Weighted sum of each token's chosen experts: x (n, D), gates (n, k) float32, experts (n, k) -> (n, D) float32.
 
     Tokens are sorted by expert on the device and multiplied by `grouped_mm`, without a loop over experts of our own;
     where torch has a grouped kernel (on GPUs bfloat16) it has none either, and nothing waits for the host.
     """
+    if torch.is_grad_enabled():
+        return _run_with_gradient(x, gates, experts, weights)
+    run = run_experts_operator if torch.compiler.is_compiling() else _run_without_gradient
+    return run(x.to(weights.gate_up.dtype), gates, experts, weights.gate_up, weights.down)
+
+
+# torch 2.13 cannot trace grouped_mm in float32 on a CPU; and the gradient of many loops is not for one graph to form.
+@torch.compiler.disable
+def _run_with_gradient(x: Tensor, gates: Tensor, experts: Tensor, weights: ExpertWeights) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         return _RunExperts.apply(x, gates, experts, weights.link, weights)
+
+
+def _run_without_gradient(x: Tensor, gates: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    if len(x) > 1 or kernels.groups_on_device(x.device):
+        return _sorted_products(x, gates, experts, gate_up, down)[0]
+    # A single token, on a CPU: nothing to sort.
+    chosen = experts[0].tolist()
+    activation = gated(torch.cat([x @ gate_up[expert] for expert in chosen])).mul_(gates.T.to(x.dtype))
+    products = [slot @ down[expert] for slot, expert in zip(activation.split(1), chosen, strict=True)]
+    return torch.cat(products).sum(0, keepdim=True, dtype=torch.float32)
+
+
+run_experts_operator = torch.library.custom_op("mythos::run_experts", _run_without_gradient, mutates_args=())
+
+
+@run_experts_operator.register_fake
+def _(x: Tensor, gates: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.float32)

@@ -56,6 +56,7 @@ def generate(
     vocabulary: int | None = None,
     prefill_chunk: int = 512,
     cache_loops: int | None = None,
+    compiled: bool = False,
 ) -> Generation:
     """Generate up to `max_tokens` ids after each of the prompts, which may differ in length.
 
@@ -77,6 +78,8 @@ def generate(
         vocabulary: only ids below it are drawn (default config.vocab_size): rows that pad the embedding mean no text.
         prefill_chunk: positions of the prompts that are computed at once.
         cache_loops: see `mythos.model.cache.DecodeCache`.
+        compiled: run the tokens after the prompts by torch.compile, where all rows run as many loops and nothing halts;
+            see `mythos.model.rdt.RecurrentDepthTransformer.extend`.
 
     Raises:
         ValueError: no prompts, an empty one, one longer than the context, ids outside of the vocabulary, loops below 1,
@@ -112,7 +115,9 @@ def generate(
     )
 
     def extend(ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        found = model.extend(ids, cache, mask=mask, loops=[limits[row] for row in live], halting=halting)
+        found = model.extend(
+            ids, cache, mask=mask, loops=[limits[row] for row in live], halting=halting, compiled=compiled
+        )
         return found.logits[:, :vocabulary], found.loops[:, -1]
 
     logits, depths = _prefill(extend, [prompts[row] for row in live], prefill_chunk, device)

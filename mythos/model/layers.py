@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from math import sqrt
 
 import torch
@@ -84,6 +85,12 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+def without_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """Products on x's device in the type of what is multiplied."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 class Linear(nn.Module):
     """y = x W^T without bias; W is (out_features, in_features)."""
 
@@ -109,6 +116,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim))
         self.eps = eps
+        self._eps = torch.tensor(eps, device="cpu")
         self.cast = cast
         self.initializers = {"weight": ones}
 
@@ -121,6 +129,10 @@ class RMSNorm(nn.Module):
         dtype = autocast_dtype(x) if self.cast else torch.float32
         if x.is_cuda:
             return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(dtype)
+        if not torch.is_grad_enabled():
+            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+            scale = torch.addcmul(self._eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()
+            return (x * scale * self.weight).to(dtype)
         return _RMSNorm.apply(x, self.weight, self.eps, dtype)
 
 
@@ -154,11 +166,19 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        return self.down(recomputable(_Gated.apply, self.gate_up(x)))
+        return self.down(recomputable(gated, self.gate_up(x)))
+
+
+def gated(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of the halves of the last dimension."""
+    if torch.is_grad_enabled():
+        return _Gated.apply(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
 
 
 class _Gated(torch.autograd.Function):
-    """silu(gate) * up of the halves of the last dimension; keeps nothing but these."""
+    """`gated`, which keeps nothing but its input."""
 
     @staticmethod
     def forward(ctx, gate_up: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from mythos.model.config import ModelConfig
 from mythos.model.experts import ExpertWeights, run_experts
-from mythos.model.layers import Initializer, SwiGLU, autocast_dtype, truncated_normal, zeros
+from mythos.model.layers import Initializer, SwiGLU, autocast_dtype, truncated_normal, without_autocast, zeros
 from mythos.model.products import float32_linear
 
 
@@ -27,7 +27,7 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(N, D) -> gates (N, k) float32, chosen experts (N, k) int64."""
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             affinity = torch.sigmoid(float32_linear(x, self.weight.float()))
         experts = (affinity.detach() + self.bias).topk(self.chosen, dim=-1).indices
         gates = affinity.gather(-1, experts)

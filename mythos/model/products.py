@@ -7,6 +7,10 @@ from torch.autograd.function import once_differentiable
 
 from mythos.model import kernels
 
+ROWS = 16
+"""Numbers of rows that are no multiple of this are left to torch where any may come: oneDNN compiles a kernel for each
+number of rows that it meets (0.3 ms each, and hundreds of MiB for experts that get other numbers in every pass)."""
+
 
 def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a (n, K) times b (K, M) of the same type -> (n, M), written to `out` if that is given; no autograd."""
@@ -26,14 +30,22 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def float32_linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (..., K) of any float type times the transpose of weight (M, K) float32, in float32; keeps x as it is."""
-    return _Float32Linear.apply(x, weight)
+    if torch.is_grad_enabled():
+        return _Float32Linear.apply(x, weight)
+    # Decoding meets any number of rows.
+    product = F.linear if x.numel() // x.shape[-1] % ROWS else _float32_product
+    return product(x.float(), weight)
+
+
+def _float32_product(x: Tensor, weight: Tensor) -> Tensor:
+    return multiply(x.flatten(0, -2), weight.T).unflatten(0, x.shape[:-1])
 
 
 class _Float32Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return multiply(x.flatten(0, -2).float(), weight.T).unflatten(0, x.shape[:-1])
+        return _float32_product(x.float(), weight)
 
     @staticmethod
     @once_differentiable

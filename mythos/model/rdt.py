@@ -1,6 +1,7 @@
 """The recurrent-depth transformer: embed, prelude, loop, coda, head."""
 
 from collections.abc import Callable, Sequence
+from functools import cache as cached
 from math import sqrt
 from typing import Literal, NamedTuple
 
@@ -259,8 +260,6 @@ class RecurrentDepthTransformer(nn.Module):
         self.recurrence(e, state, [deepest] * len(ids), 0, context, read_out)
         return readouts
 
-    # Every call has other shapes, and blocks that training compiled would be compiled for each of them.
-    @torch.compiler.set_stance("force_eager")
     @torch.no_grad()
     def extend(
         self,
@@ -272,6 +271,7 @@ class RecurrentDepthTransformer(nn.Module):
         halting: HaltingRule | None = None,
         minimum: int = 1,
         logits: Literal["last", "all"] = "last",
+        compiled: bool = False,
     ) -> Extension:
         """Continue the rows of a cache by ids (B, S) int64, each position with its own number of loops.
 
@@ -279,6 +279,10 @@ class RecurrentDepthTransformer(nn.Module):
         `loops` is the most passes, of all rows or one per row (default config.loops); `halting` may stop a position
         after `minimum` passes or more (a model of act always halts by act). Prompts may come in pieces: any split gives
         the same result, unless the cache keeps fewer loops than are run.
+
+        `compiled` runs calls that continue every row by one token, with as many loops for all and without halting, as
+        one graph of torch.compile: for each number of loops one for a single row, and two for any number of rows (of
+        equal lengths, or not), whatever the lengths. Other calls run as they would without it.
 
         Raises ValueError for loops below 1, a mask of another shape or type, tokens outside of the vocabulary, rows
         that become longer than config.context_length, or a cache of other rows or another model; the cache then holds
@@ -313,30 +317,50 @@ class RecurrentDepthTransformer(nn.Module):
                 "(model.context_length)"
             )
         width = self.vocabulary
-        taken = torch.zeros(rows * length, dtype=torch.int64, device=device)
         if not sum(counts):
             shape = (rows, width) if logits == "last" else (rows, length, width)
-            return Extension(torch.zeros(shape, device=device), taken.view(rows, length))
-        row = torch.tensor([r for r, count in enumerate(counts) for _ in range(count)], device=device)
-        position = torch.tensor(
-            [p for old, new in zip(cache.lengths, lengths, strict=True) for p in range(old, new)], device=device
-        )
-        deepest = max(limit for limit, count in zip(limits, counts, strict=True) if count)
-        cache.reserve(max(lengths), deepest)
-        context = CachedContext.make(cache, row, position, max(lengths))
+            return Extension(torch.zeros(shape, device=device), torch.zeros_like(ids))
+        each_row = [r for r, count in enumerate(counts) for _ in range(count)]
+        each_place = [p for old, new in zip(cache.lengths, lengths, strict=True) for p in range(old, new)]
+        each_limit = [limits[r] for r in each_row]
+        row, position = torch.tensor(each_row, device=device), torch.tensor(each_place, device=device)
+        span, single = max(lengths), max(counts) == 1
+        # One place more for compiled calls: a graph in which all places are seen would be another one.
+        cache.reserve(span + 1 if compiled else span, max(each_limit))
+        context = CachedContext.make(cache, row, position, span, single, single and min(each_place) == span - 1)
 
-        e = self.encode(tokens.unsqueeze(1), context)
-        limit = torch.tensor(limits, device=device)[row]
-        state, done = self.recurrence.extend(e, context, limit, deepest, halting, minimum)
-        taken[packed] = done
-        hidden = self.decode(state, context).squeeze(1)
-        if logits == "last":
+        alike = len(set(each_limit)) == 1
+        run, stance = RecurrentDepthTransformer.run_packed, "force_eager"
+        if compiled and single and alike and len(row) == rows and span > 1 and halting is None:
+            run, stance = _compiled_run_packed(), "default"
+            # Else torch takes sizes that are equal by chance, as of rows and of a head, for one that changes.
+            for tensor, sizes in ((cache.held, (0, 3)), (context.cos, 3), (context.sin, 3)):
+                torch._dynamo.mark_static(tensor, sizes)
+        # Calls have other shapes each, and blocks that training compiled would be compiled for all of them.
+        with torch.compiler.set_stance(stance):
+            hidden, done = run(self, tokens, context, each_limit[0] if alike else each_limit, halting, minimum)
+        if logits == "last" and not single:
             ends = torch.tensor([count for count in counts if count], device=device).cumsum(0) - 1
-            hidden, packed = hidden[ends], row[ends]
+            hidden, row = hidden[ends], row[ends]
         found = F.linear(hidden, self.head_weight).float()
-        result = found.new_zeros(rows if logits == "last" else rows * length, width).index_copy(0, packed, found)
         cache.lengths = lengths
-        return Extension(result if logits == "last" else result.view(rows, length, width), taken.view(rows, length))
+        taken = in_places(done, packed, rows * length).view(rows, length)
+        if logits == "last":
+            return Extension(in_places(found, row, rows), taken)
+        return Extension(in_places(found, packed, rows * length).view(rows, length, width), taken)
+
+    def run_packed(
+        self,
+        tokens: Tensor,
+        context: CachedContext,
+        loops: int | Sequence[int],
+        halting: HaltingRule | None,
+        minimum: int,
+    ) -> tuple[Tensor, Tensor]:
+        """The part of `extend` between token ids (N,) and the head: hidden states (N, D), and loops run (N,) int64."""
+        e = self.encode(tokens.unsqueeze(1), context)
+        state, done = self.recurrence.extend(e, context, loops, halting, minimum)
+        return self.decode(state, context).squeeze(1), done
 
     def check_loops(self, loops: int | Sequence[int] | None, rows: int) -> list[int]:
         """`loops` as one host integer per row, deepest first."""
@@ -388,6 +412,18 @@ class RecurrentDepthTransformer(nn.Module):
         """rho(A), a float32 scalar on the device; None where the injection is not LTI."""
         injection = self.recurrence.injection
         return injection.decay().max() if isinstance(injection, LTIInjection) else None
+
+
+@cached
+def _compiled_run_packed() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(RecurrentDepthTransformer.run_packed, dynamic=True)
+
+
+def in_places(values: Tensor, places: Tensor, count: int) -> Tensor:
+    """Values (n, ...) at ascending places (n,) of `count`, and zeros elsewhere: (count, ...)."""
+    if len(values) == count:
+        return values
+    return values.new_zeros(count, *values.shape[1:]).index_copy(0, places, values)
 
 
 @torch.no_grad()

@@ -139,11 +139,15 @@ class LoopAdapter(nn.Module):
         self.initializers = {"scale": ones}
 
     def forward(self, x: Tensor, loop: Tensor) -> Tensor:
-        """(n, S, D) and each row's loop index (n,) int64 -> (n, S, D)."""
-        # Looked up as a product: its gradient touches every slot in one deterministic operation.
-        slots = torch.arange(self.scale.shape[0], device=loop.device)
-        slot = (loop.clamp(max=self.scale.shape[0] - 1).unsqueeze(1) == slots).to(self.scale.dtype)
-        return self.up(self.down(self.norm(x)) * (slot @ self.scale).unsqueeze(1))
+        """(n, S, D) and each row's loop index, (n,) or for all (1,) int64 -> (n, S, D)."""
+        slot = loop.clamp(max=self.scale.shape[0] - 1).unsqueeze(1)
+        if torch.is_grad_enabled():
+            # Looked up as a product: its gradient touches every slot in one deterministic operation.
+            slots = torch.arange(self.scale.shape[0], device=loop.device)
+            scale = ((slot == slots).to(self.scale.dtype) @ self.scale).unsqueeze(1)
+        else:
+            scale = F.embedding(slot, self.scale)
+        return self.up(self.down(self.norm(x)) * scale)
 
 
 class LoopEmbedding(nn.Module):
@@ -247,29 +251,44 @@ class Recurrence(nn.Module):
         return last
 
     def extend(
-        self, e: Tensor, context: CachedContext, loops: Tensor, deepest: int, halting: HaltingRule | None, minimum: int
+        self,
+        e: Tensor,
+        context: CachedContext,
+        loops: int | Sequence[int],
+        halting: HaltingRule | None,
+        minimum: int,
     ) -> tuple[Tensor, Tensor]:
         """Run packed positions, each until `halting` stops it or for its number of loops; their entries are kept.
 
-        e is (N, 1, D), loops (N,) int64, at most `deepest`. A position that has stopped leaves the batch: later passes
-        compute nothing for it, and the others see its last keys and values. Returns h_T (N, 1, D) float32, and the
-        passes done by each position, (N,) int64.
+        e is (N, 1, D); `loops` is a host integer, for all or for each of the N. A position that has stopped leaves the
+        batch: later passes compute nothing for it, and the others see its last keys and values. Returns h_T (N, 1, D)
+        float32, and the passes done by each position, (N,) int64.
         """
         weights = self.step_weights(autocast_dtype(e))
         shared, injected = self.injection(e) if self.injection is not None else (e, e)
-        state = e.new_zeros(e.shape, dtype=torch.float32)
-        final, taken = torch.empty_like(state), torch.full_like(loops, deepest)
+        state = torch.zeros_like(e, dtype=torch.float32)
+        if halting is None and isinstance(loops, int):
+            slots = torch.arange(loops, device=e.device)
+            for loop in range(loops):
+                slot = slots[loop : loop + 1]
+                state, _ = self.step(state, shared, injected, slot, context.at_loop(loop), weights)
+            context.cache.freeze(context.rows, context.positions, loops - 1)
+            return state, torch.full_like(context.rows, loops)
+
+        loops = [loops] * len(e) if isinstance(loops, int) else loops
+        ends, deepest = set(loops), max(loops)
+        slots, limits = torch.arange(deepest, device=e.device), torch.tensor(loops, device=e.device)
+        final, taken = torch.empty_like(state), torch.empty_like(limits)
         running, memory = torch.arange(len(e), device=e.device), None
-        ends = set(loops.unique().tolist())
         for done in range(1, deepest + 1):
-            slots = torch.full_like(running, done - 1)
-            after, _ = self.step(state, shared, injected, slots, context.at_loop(done - 1), weights)
-            stop = loops[running] <= done
+            after, _ = self.step(state, shared, injected, slots[done - 1 : done], context.at_loop(done - 1), weights)
+            stop = limits[running] <= done if done in ends else None
             if halting is not None:
                 wish, memory = halting(done, state[:, 0], after[:, 0], memory)
-                stop = stop | wish if done >= minimum else stop
+                if done >= minimum:
+                    stop = wish if stop is None else stop | wish
             state = after
-            if halting is None and done not in ends:
+            if stop is None:
                 continue  # nothing can stop here, and nobody has to wait for the device to know
             stopped = stop.nonzero().squeeze(1)
             if len(stopped) == 0:

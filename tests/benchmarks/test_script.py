@@ -103,6 +103,9 @@ def test_decode(tmp_path, capsys):
     assert rows[0]["loops"] == 1 and rows[8]["loops"] == 2
     assert rows[0]["cache_bytes"] < rows[4]["cache_bytes"] and rows[0]["cache_bytes"] < rows[8]["cache_bytes"]
     assert "2 loops, 2 rows" in capsys.readouterr().out
+    given = ["--loops", "2", "--tokens", "1", "--repeats", "1", "--compile"]
+    assert main(["decode", config, "model.vocab_size=384", *given]) == 0
+    assert [row["halting"] for row in results(tmp_path, "decode")["rows"]] == ["all loops", "all loops, compiled"]
 
 
 def test_checkpoint(tmp_path, monkeypatch):
@@ -186,9 +189,10 @@ def test_against_open_mythos(tmp_path, capsys, installed):
     assert found["memory_ratio"]["tensors"] == (
         found["mythos"]["memory"]["tensors"] / found["open-mythos"]["memory"]["tensors"]
     )
-    given = ["--against", "open-mythos", "--batch", "1,2", "--tokens", "1", "--repeats", "1"]
+    given = ["--against", "open-mythos", "--batch", "1,2", "--tokens", "1", "--repeats", "1", "--compile"]
     assert main(["decode", config, *SAME, *given]) == 0
-    assert [row["batch"] for row in results(tmp_path, "decode")["rows"]] == [1, 2]
+    rows = results(tmp_path, "decode")["rows"]
+    assert [row["batch"] for row in rows] == [1, 2] and rows[0]["compiled_speed_ratio"]["median"] > 0
     assert "times as fast" in capsys.readouterr().out
 
 

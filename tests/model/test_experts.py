@@ -7,7 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mythos.model.experts import CPU_ROWS, ExpertWeights, grouped_outer, grouped_product, run_experts
+from mythos.model.experts import (
+    ROWS,
+    ExpertWeights,
+    grouped_outer,
+    grouped_product,
+    run_experts,
+    run_experts_operator,
+)
 
 EXPERTS, DIM, HIDDEN, CHOSEN = 5, 8, 6, 2
 
@@ -64,6 +71,28 @@ def test_shared_weights_equal_autograd(kept: int) -> None:
     assert not shared[0].gradient.take(), "handed over"
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 70])
+def test_without_gradient(tokens: int) -> None:
+    (x, gate_up, down), gates, experts, _ = made(loops=1, tokens=tokens)
+    weights = ExpertWeights(gate_up, down, torch.float32)
+    with torch.no_grad():
+        actual = run_experts(x, gates[0], experts[0], weights)
+    torch.testing.assert_close(actual, one_by_one(x, gate_up, down, gates[0], experts[0]), rtol=1e-5, atol=1e-5)
+    torch.library.opcheck(
+        run_experts_operator, (x, gates[0], experts[0], gate_up, down), test_utils=("test_schema", "test_faketensor")
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_products_without_gradient_are_in_the_type_of_the_weights(tokens: int) -> None:
+    (x, gate_up, down), gates, experts, _ = made(loops=1, tokens=tokens)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = run_experts(x, gates[0], experts[0], ExpertWeights(gate_up, down, torch.bfloat16))
+    assert actual.dtype == torch.float32
+    expected = one_by_one(x, gate_up, down, gates[0], experts[0])
+    assert 0 < (actual - expected).norm() < 0.02 * expected.norm()
+
+
 def test_many_loops_are_summed_in_float32() -> None:
     """In bfloat16 a sum of 300 equal gradients would stop growing at 256 times the first."""
     x, gates = torch.ones(1, DIM), torch.ones(1, 1)
@@ -95,7 +124,7 @@ def test_loops_without_gradient_leave_nothing() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_grouped_products_of_uneven_groups(dtype: torch.dtype) -> None:
-    sizes = [0, 1, CPU_ROWS - 1, CPU_ROWS, 0, 3 * CPU_ROWS + 5, 2]
+    sizes = [0, 1, ROWS - 1, ROWS, 0, 3 * ROWS + 5, 2]
     ends = torch.tensor(sizes).cumsum(0).int()
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(sum(sizes), size, generator=generator).to(dtype) for size in (8, 16))

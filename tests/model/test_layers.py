@@ -23,14 +23,17 @@ def test_rms_norm_with_gradients(shape: tuple[int, ...]) -> None:
         (result * direction).sum().backward()
         found.append((result.detach(), leaf.grad, norm.weight.grad))
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(norm(x), found[1][0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("gradient", [True, False])
 @pytest.mark.parametrize(("cast", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_rms_norm_is_computed_in_float32_and_cast_at_the_end(cast: bool, dtype: torch.dtype) -> None:
+def test_rms_norm_is_computed_in_float32_and_cast_at_the_end(cast: bool, dtype: torch.dtype, gradient: bool) -> None:
     x = (torch.randn(5, 64, generator=torch.Generator().manual_seed(0)) + 300).bfloat16()
     norm = RMSNorm(64, 1e-6, cast=cast)
     torch.nn.init.ones_(norm.weight)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.set_grad_enabled(gradient):
         result = norm(x)
     assert result.dtype == dtype
     expected = F.rms_norm(x.double(), (64,), eps=1e-6)
@@ -51,3 +54,5 @@ def test_swiglu_with_gradients() -> None:
         (apply(leaf) * direction).sum().backward()
         found.append((apply(leaf).detach(), leaf.grad, *(parameter.grad for parameter in layer.parameters())))
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), found[1][0], rtol=1e-5, atol=1e-5)

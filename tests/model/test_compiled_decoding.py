@@ -1,0 +1,144 @@
+"""Decoding by compiled graphs against decoding without, and how many graphs it takes."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mythos.model import rdt
+from mythos.model.cache import DecodeCache
+from mythos.model.generate import Continuation, generate
+from mythos.model.halting import Convergence
+from mythos.model.rdt import RecurrentDepthTransformer
+from mythos.model.sampling import Sampling
+
+Build = Callable[..., RecurrentDepthTransformer]
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+class Graphs:
+    """A backend that runs a graph as it was traced, and counts graphs and calls."""
+
+    def __init__(self) -> None:
+        self.traced = self.ran = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        self.traced += 1
+
+        def run(*arguments: Any) -> Any:
+            self.ran += 1
+            return graph.forward(*arguments)
+
+        return run
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graphs]:
+    """Counts what decoding compiles; nothing is left from other tests, and a break in a graph is an error."""
+    torch.compiler.reset()
+    backend = Graphs()
+    made = torch.compile(RecurrentDepthTransformer.run_packed, dynamic=True, backend=backend, fullgraph=True)
+    monkeypatch.setattr(rdt, "_compiled_run_packed", lambda: made)
+    yield backend
+    torch.compiler.reset()
+
+
+def random_ids(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, 128, shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Pair:
+    """One text extended in two caches, with compiled graphs and without."""
+
+    def __init__(self, model: RecurrentDepthTransformer, rows: int, **arguments: Any) -> None:
+        self.model = model
+        self.caches = [DecodeCache(model.config, rows, loops=3, block=8, **arguments) for _ in range(2)]
+
+    def extend(self, ids: Tensor, **arguments: Any) -> None:
+        found, expected = (
+            self.model.extend(ids, cache, compiled=compiled, **arguments)
+            for cache, compiled in zip(self.caches, (True, False), strict=True)
+        )
+        torch.testing.assert_close(found.logits, expected.logits, **CLOSE)
+        assert torch.equal(found.loops, expected.loops)
+
+    def select(self, rows: list[int]) -> None:
+        for cache in self.caches:
+            cache.select(rows)
+
+
+VARIANTS: list[dict[str, Any]] = [
+    {"qk_rope_head_dim": 4, "loop_embedding": True},
+    {"attention": "gqa", "core_ffn": "dense", "injection": "linear", "lora_rank": 0},
+]
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_graphs_do_not_depend_on_lengths_or_rows(model: Build, graphs: Graphs, changes: dict[str, Any]) -> None:
+    """One for a row, two for several of equal or unequal lengths; over the blocks that a cache grows by."""
+    pair = Pair(model(**{"core_layers": 1, "loops": 2, **changes}), 4)
+    pair.extend(random_ids(4, 5))
+    for token in random_ids(20, 4, 1, seed=1):
+        pair.extend(token)
+    assert (graphs.traced, graphs.ran) == (1, 20)
+    pair.extend(random_ids(4, 3), mask=torch.tensor([[1, 1, 1], [0, 1, 1], [1, 0, 0], [0, 0, 1]]).bool())
+    for token in random_ids(10, 4, 1, seed=2):
+        pair.extend(token)
+    pair.select([0, 3])
+    for token in random_ids(10, 2, 1, seed=3):
+        pair.extend(token)
+    assert (graphs.traced, graphs.ran) == (2, 40)
+    pair.select([1])
+    for token in random_ids(10, 1, 1, seed=4):
+        pair.extend(token)
+    assert (graphs.traced, graphs.ran) == (3, 50)
+
+
+def test_a_graph_for_each_depth_and_none_for_another_cache(model: Build, graphs: Graphs) -> None:
+    """Shallower calls than the cache is deep leave their entries to deeper ones, in graphs too."""
+    built = model(core_layers=1, loops=3)
+    for length in (1, 3, 30):
+        pair = Pair(built, 2)
+        pair.extend(random_ids(2, length), loops=3)
+        for loops in (3, 1, 3, 1, 3):
+            pair.extend(random_ids(2, 1, seed=loops), loops=loops)
+    assert (graphs.traced, graphs.ran) == (2, 15)
+
+
+def test_calls_that_no_graph_is_for(model: Build, graphs: Graphs) -> None:
+    """Rows that halt, that run different loops, that get several tokens, or none."""
+    pair = Pair(model(core_layers=1, loops=2), 3)
+    pair.extend(random_ids(3, 4))
+    pair.extend(random_ids(3, 1), halting=Convergence(0.1))
+    pair.extend(random_ids(3, 1), loops=[2, 1, 2])
+    pair.extend(random_ids(3, 1), mask=torch.tensor([[True], [False], [True]]))
+    assert graphs.traced == 0
+
+
+def test_rows_that_end_leave_the_batch_of_a_graph(model: Build, graphs: Graphs) -> None:
+    built, prompts, lengths = model(core_layers=1, loops=2), [[5, 9, 2, 77], [1], [8, 8]], [12, 4, 7]
+
+    def run(compiled: bool) -> list[Continuation]:
+        left = list(lengths)
+
+        def ends(row: int, token: int, loops: int) -> bool:
+            left[row] -= 1
+            return not left[row]
+
+        return generate(built, prompts, 20, sampling=Sampling(temperature=0), on_token=ends, compiled=compiled).rows
+
+    found = run(True)
+    assert found == run(False) and [len(row.tokens) for row in found] == lengths
+    assert (graphs.traced, graphs.ran) == (2, 11)
+
+
+def test_compiled_code_equals_none(model: Build) -> None:
+    """As it is compiled outside of tests."""
+    torch.compiler.reset()
+    pair = Pair(model(core_layers=1, loops=2), 2)
+    pair.extend(random_ids(2, 3))
+    for token in random_ids(12, 2, 1, seed=1):
+        pair.extend(token)
+    torch.compiler.reset()
