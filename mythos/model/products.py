@@ -33,8 +33,8 @@ def float32_linear(x: Tensor, weight: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         return _Float32Linear.apply(x, weight)
     # Decoding meets any number of rows.
-    product = F.linear if x.numel() // x.shape[-1] % ROWS else _float32_product
-    return product(x.float(), weight)
+    by_onednn = kernels.float32_by_onednn(x.device, torch.float32) and x.numel() // x.shape[-1] % ROWS == 0
+    return _float32_product(x.float(), weight) if by_onednn else F.linear(x.float(), weight)
 
 
 def _float32_product(x: Tensor, weight: Tensor) -> Tensor:
