@@ -420,11 +420,12 @@ def test_colours_are_for_terminals(
     arguments = ("--prompt", "The", "--tokens", "4", "--loops", "4", "--show-depth")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     _, out, err = generate(*arguments)
-    assert out.count("\x1b[0m") == 4 and f"\x1b[38;5;{PALETTE[-1][0]}m" in out and "loops: \x1b[" in err
+    assert f"\x1b[38;5;{PALETTE[-1][0]}m" in out and "loops: \x1b[" in err
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    out = generate(*arguments)[1]
-    assert "\x1b" not in out and "[4]" in out
+    plain = generate(*arguments)[1]
+    # Tokens that only together make a character are shown as one, and which these are depends on the text.
+    assert "\x1b" not in plain and 1 <= plain.count("[4]") == out.count("\x1b[0m") <= 4
 
 
 def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:

@@ -100,7 +100,7 @@ def halting_rules(model: RecurrentDepthTransformer, name: str | None, trained: b
         try:
             rules[f"{rule} at {threshold:g}"] = halting_rule(model, rule, threshold)
         except ValueError as error:
-            raise MythosError(str(error)) from error
+            raise MythosError(f"--{error}") from error
     return rules
 
 
