@@ -213,7 +213,7 @@ def build_halting(name: str, dim: int, loops: int) -> HaltingGate | ActHalting |
     return ActHalting(dim, loops) if name == "act" else None
 
 
-THRESHOLDS = {"convergence": 0.2, "second_difference": 0.2, "gate": 0.01, "act": 1 - ACT_EPSILON}
+THRESHOLDS = {"convergence": 0.13, "second_difference": 0.15, "gate": 0.005, "act": 1 - ACT_EPSILON}
 """Exit threshold of each rule where none is given: relative change of the state, the same, nats, total probability."""
 HALTING_RULES = ("none", *THRESHOLDS)
 
