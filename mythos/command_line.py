@@ -32,6 +32,17 @@ def exit_status(action: Callable[[], None]) -> int:
     return 0
 
 
+def add_measuring_options(parser: argparse.ArgumentParser, folder: str) -> None:
+    """Options of scripts that measure a model and write to `folder` in its run directory.
+
+    `mythos.evaluation.text.as_in_training` tells what is meant where dtype and micro-batch are not given.
+    """
+    parser.add_argument("--out", type=Path, metavar="DIR", help=f"folder to write to ({folder}/ in the run directory)")
+    parser.add_argument("--micro-batch", type=int, metavar="N", help="sequences computed at once (as in training)")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="auto (default) = cuda if there is one")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], help="of matrix products (as in training)")
+
+
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
     """Tell of an OSError met on writing to a folder as MythosError."""

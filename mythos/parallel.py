@@ -18,6 +18,7 @@ from torch.nn.utils import get_total_norm
 from mythos.config import Config, ParallelConfig
 from mythos.errors import MythosError
 from mythos.model.halting import HaltingGate
+from mythos.model.layers import autocast_to
 from mythos.model.rdt import RDTOutput, RecurrentDepthTransformer
 from mythos.ranks import World
 
@@ -144,7 +145,7 @@ class ParallelModel:
     @property
     def autocast(self) -> AbstractContextManager[Any]:
         """Matrix products in the run's dtype."""
-        return torch.autocast(self.world.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+        return autocast_to(self.dtype, self.world.device)
 
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:
         """Around forward and backward pass of a micro-batch; gradients are reduced in the last one."""

@@ -14,6 +14,7 @@ from mythos.data.tokenizer import Tokenizer
 from mythos.errors import MythosError
 from mythos.model.generate import End, cache_bytes_needed, generate
 from mythos.model.halting import HaltingRule, halting_rule
+from mythos.model.layers import autocast_to
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.model.sampling import Sampling
 from mythos.model_files import OpenedModel
@@ -256,9 +257,8 @@ def generate_text(
             on_piece(row, piece)
         return streams[row].stopped
 
-    device = model.embedding.weight.device.type
     try:
-        with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+        with autocast_to(dtype, model.embedding.weight.device):
             made, cache_bytes = generate(
                 model,
                 ids,

@@ -13,15 +13,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from mythos.command_line import DEVICES, check_least, exit_status, positive_numbers, whole_numbers, writing
+from mythos.command_line import (
+    add_measuring_options,
+    check_least,
+    exit_status,
+    positive_numbers,
+    whole_numbers,
+    writing,
+)
 from mythos.errors import MythosError
 from mythos.evaluation.depth_sweep import DepthSweep, HaltingPoint, depth_sweep, sweep_depths, sweep_rules
-from mythos.evaluation.text import validation_data
+from mythos.evaluation.text import as_in_training, validation_data
 from mythos.model.halting import halting_rule
+from mythos.model.layers import autocast_to
 from mythos.model_files import OpenedModel, open_model, run_directory
-from mythos.parallel import choose_dtype
 from mythos.plots import draw_sweep
 from mythos.ranks import choose_device
 
@@ -48,10 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--most", type=int, metavar="N", help="loops after which a rule stops in any case (the training mean)"
     )
     parser.add_argument("--data", metavar="GLOB", help="text files to measure on (the run's validation set)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write to (sweep/ in the run directory)")
-    parser.add_argument("--micro-batch", type=int, metavar="N", help="sequences computed at once (as in training)")
-    parser.add_argument("--device", choices=DEVICES, default="auto", help="auto (default) = cuda if there is one")
-    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], help="of matrix products (as in training)")
+    add_measuring_options(parser, "sweep")
     return exit_status(lambda: sweep(parser.parse_args(arguments)))
 
 
@@ -76,9 +78,7 @@ def sweep(options: argparse.Namespace) -> None:
     rules = chosen_rules(opened, options.rules, options.thresholds)
     out = options.out or (run_directory(options.path) or Path()) / "sweep"
     data = validation_data(opened, options.data, options.sequences)
-    train = opened.run.train if opened.run else None
-    dtype = choose_dtype(options.dtype or (train.dtype if train else "auto"), device)
-    micro_batch = options.micro_batch or (train.micro_batch if train and train.micro_batch != "auto" else 8)
+    dtype, micro_batch = as_in_training(opened, device, options.dtype, options.micro_batch)
     result = depth_sweep(
         opened.model,
         data,
@@ -87,7 +87,7 @@ def sweep(options: argparse.Namespace) -> None:
         rules=rules,
         most=options.most,
         micro_batch=micro_batch,
-        autocast=torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32),
+        autocast=autocast_to(dtype, device),
     )
     about: dict[str, Any] = {"source": opened.source, "step": opened.step}
     about |= {"data": options.data or "the run's validation set", "dtype": str(dtype).removeprefix("torch.")}

@@ -14,21 +14,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from mythos.command_line import DEVICES, check_least, exit_status, positive_numbers, whole_numbers, writing
+from mythos.command_line import (
+    add_measuring_options,
+    check_least,
+    exit_status,
+    positive_numbers,
+    whole_numbers,
+    writing,
+)
 from mythos.data.tasks import TaskSet
 from mythos.errors import MythosError
 from mythos.evaluation.choices import choice_scores, encode_task, read_tasks
 from mythos.evaluation.continuations import DepthSetting, choose_settings, score_requests
 from mythos.evaluation.results import Result, choice_results, draw, save, table, text_results
-from mythos.evaluation.text import require_tokenizer, text_scores, validation_data
+from mythos.evaluation.text import as_in_training, require_tokenizer, text_scores, validation_data
+from mythos.model.layers import autocast_to
 from mythos.model_files import OpenedModel, open_model, run_directory
-from mythos.parallel import choose_dtype
 from mythos.ranks import World, meet_world
-
-MICRO_BATCH = 8
-"""Sequences computed at once where no run says how many."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -60,10 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--limit", type=int, metavar="N", help="most questions, documents or sequences of a task")
     parser.add_argument("--fewshot", type=int, metavar="N", help="examples before each question of harness tasks")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write to (evaluation/ in the run directory)")
-    parser.add_argument("--micro-batch", type=int, metavar="N", help="sequences computed at once (as in training)")
-    parser.add_argument("--device", choices=DEVICES, default="auto", help="auto (default) = cuda if there is one")
-    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], help="of matrix products (as in training)")
+    add_measuring_options(parser, "evaluation")
     return exit_status(lambda: run(parser.parse_args(arguments)))
 
 
@@ -92,11 +91,8 @@ def evaluate(options: argparse.Namespace, world: World) -> None:
     loaded = world.in_turn(lambda: harness_tasks(of_harness, options.include_path)) if of_harness else None
     out = options.out or (run_directory(options.path) or Path()) / "evaluation"
     world.ranks.agreed(lambda: check_writable(out) if world.rank == 0 else None)
-    train = opened.run.train if opened.run else None
-    dtype = choose_dtype(options.dtype or (train.dtype if train else "auto"), world.device)
-    autocast = torch.autocast(world.device.type, dtype=dtype, enabled=dtype != torch.float32)
-    micro_batch = options.micro_batch or (train.micro_batch if train and train.micro_batch != "auto" else MICRO_BATCH)
-    common: dict[str, Any] = {"micro_batch": micro_batch, "world": world, "autocast": autocast}
+    dtype, micro_batch = as_in_training(opened, world.device, options.dtype, options.micro_batch)
+    common: dict[str, Any] = {"micro_batch": micro_batch, "world": world, "autocast": autocast_to(dtype, world.device)}
 
     results: list[Result] = []
     about: dict[str, Any] = {"source": opened.source, "step": opened.step, "dtype": str(dtype).removeprefix("torch.")}

@@ -11,7 +11,7 @@ from typing import Any
 from mythos.evaluation.choices import ChoiceScores, ChoiceTask
 from mythos.evaluation.continuations import DepthSetting
 from mythos.evaluation.text import TextScores
-from mythos.plots import finish
+from mythos.plots import finish, loop_axis
 
 MOST_PANELS = 12
 """Panels of a picture; files and table hold all scores."""
@@ -129,9 +129,7 @@ def draw(results: Sequence[Result], path: Path) -> Path:
         for number, result in enumerate(result for result in found.values() if result.setting.rule is not None):
             place = [result.mean_loops], [result.value], [result.stderr or 0.0]
             axes.errorbar(*place, fmt="*", color=f"C{number}", markersize=12, label=str(result.setting))
-        axes.set_xscale("log", base=2)
-        ticks = [result.setting.loops for result in alike]
-        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        loop_axis(axes, [result.setting.loops for result in alike])
         axes.legend(fontsize="x-small")
     for axes in panels[len(rows) :]:
         axes.remove()

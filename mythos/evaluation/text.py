@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
+import torch
+
 from mythos.config import DataConfig, ValidationConfig
 from mythos.data.corpus import open_corpora
 from mythos.data.pipeline import Data, open_data
@@ -18,10 +20,13 @@ from mythos.evaluation.validation import validation_metrics
 from mythos.model.halting import halting_rule
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.model_files import OpenedModel
+from mythos.parallel import choose_dtype
 from mythos.ranks import World
 
 SEQUENCES, LENGTH = 64, 1024
 """Sequences that are measured and tokens of each, at most, where no run says how many."""
+MICRO_BATCH = 8
+"""Sequences computed at once where no run says how many."""
 
 
 def validation_data(opened: OpenedModel, files: str | None, sequences: int | None) -> ValidationSet | TaskSet:
@@ -52,6 +57,15 @@ def validation_data(opened: OpenedModel, files: str | None, sequences: int | Non
     tokenizer = require_tokenizer(opened)
     sources = {} if data.validation.path else open_sources(data, open_corpora(data), tokenizer)
     return Data(data, tokenizer, sources).validation(sequences, option=None if files is None else "--data")
+
+
+def as_in_training(
+    opened: OpenedModel, device: torch.device, dtype: str | None, micro_batch: int | None
+) -> tuple[torch.dtype, int]:
+    """Type of matrix products and sequences computed at once: as given, else as in the model's training."""
+    train = opened.run.train if opened.run else None
+    micro_batch = micro_batch or (train.micro_batch if train and train.micro_batch != "auto" else MICRO_BATCH)
+    return choose_dtype(dtype or (train.dtype if train else "auto"), device), micro_batch
 
 
 def require_tokenizer(opened: OpenedModel) -> Tokenizer:

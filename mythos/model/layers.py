@@ -85,6 +85,11 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+def autocast_to(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[None]:
+    """Matrix products on a device in a type; float32 is what they are in without autocast."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
 def without_autocast(x: Tensor) -> AbstractContextManager[None]:
     """Products on x's device in the type of what is multiplied."""
     device = x.device.type
