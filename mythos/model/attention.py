@@ -11,7 +11,7 @@ from mythos.model import kernels
 from mythos.model.cache import CachedContext, Part
 from mythos.model.causal_attention import causal_attention
 from mythos.model.config import ModelConfig
-from mythos.model.layers import Linear, RMSNorm, apply_rope, autocast_dtype, rope_table, zeros
+from mythos.model.layers import Linear, RMSNorm, apply_rope, autocast_dtype, rope_table, without_autocast, zeros
 from mythos.model.recompute import recomputable
 
 BLOCK = 128
@@ -120,7 +120,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext)
         output = flex(query, key, value, block_mask=context.mask, enable_gqa=heads != key.shape[1])
         return output.transpose(1, 2)
     if context.mask is None and kernels.causal_by_products(query.device, query.dtype, query.shape[2]):
-        with torch.autocast(query.device.type, enabled=False):
+        with without_autocast(query):
             return causal_attention(query, key, value, dim**-0.5).transpose(1, 2)
     if not kernels.takes_widths(query.device, query.dtype, dim, value_dim):
         # Else the kernel that keeps all S x S scores would run; zeros change neither scores nor outputs.

@@ -181,13 +181,18 @@ class Groups(NamedTuple):
     """Whether queries and keys are the same positions."""
 
 
-def group(rows: Tensor, positions: Tensor, cache_rows: int, span: int) -> Groups:
-    """Group packed positions (N,), sorted by row, which see the places up to their own among `span`."""
-    present, counts = torch.unique_consecutive(rows, return_counts=True)
-    here = len(present)
-    size = 1 if here == len(rows) else int(counts.max())
-    if size == 1:
-        return group_singles(rows, positions, cache_rows, span)
+def group(rows: Tensor, positions: Tensor, cache_rows: int, span: int, *, single: bool, level: bool) -> Groups:
+    """Group packed positions (N,), sorted by row, which see the places up to their own among `span`.
+
+    `single` tells that no two are of one row, so that nobody has to wait for the device to know, and `level` that each
+    is the last place as well.
+    """
+    if not single:
+        present, counts = torch.unique_consecutive(rows, return_counts=True)
+    if single or len(present) == len(rows):
+        mask = None if level else torch.arange(span, device=rows.device) <= positions.view(-1, 1, 1, 1)
+        return Groups(None if len(rows) == cache_rows else rows, None, 1, mask, False)
+    here, size = len(present), int(counts.max())
     starts = counts.cumsum(0) - counts
     order = torch.arange(len(rows), device=rows.device) - starts.repeat_interleave(counts, output_size=len(rows))
     place = torch.arange(here, device=rows.device).repeat_interleave(counts, output_size=len(rows)) * size + order
@@ -198,12 +203,6 @@ def group(rows: Tensor, positions: Tensor, cache_rows: int, span: int) -> Groups
         last = positions.new_zeros(here * size).index_copy(0, place, positions)
         mask = torch.arange(span, device=rows.device) <= last.view(here, 1, size, 1)
     return Groups(None if here == cache_rows else present, place, size, mask, causal)
-
-
-def group_singles(rows: Tensor, positions: Tensor, cache_rows: int, span: int, level: bool = False) -> Groups:
-    """`group` of positions (N,) of N different rows, which waits for nothing; `level`: each is the last place."""
-    mask = None if level else torch.arange(span, device=rows.device) <= positions.view(-1, 1, 1, 1)
-    return Groups(None if len(rows) == cache_rows else rows, None, 1, mask, False)
 
 
 class CachedContext(NamedTuple):
@@ -238,19 +237,14 @@ class CachedContext(NamedTuple):
         rotated = config.qk_rope_head_dim if config.attention == "mla" else config.head_dim
         cos, sin = rope_at(positions.view(-1, 1, 1), rotated, config.rope_theta)
         cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-        if single:
-            groups = group_singles(rows, positions, len(cache.lengths), span, level)
-        else:
-            groups = group(rows, positions, len(cache.lengths), span)
+        groups = group(rows, positions, len(cache.lengths), span, single=single, level=level)
         return cls(cache, rows, positions, span, level, cos, sin, groups)
 
     def keep(self, chosen: Tensor) -> "CachedContext":
         """The context of some of the positions, (n,) indices in ascending order."""
         rows, positions = self.rows[chosen], self.positions[chosen]
-        if self.groups.place is None:
-            groups = group_singles(rows, positions, len(self.cache.lengths), self.span, self.level)
-        else:
-            groups = group(rows, positions, len(self.cache.lengths), self.span)
+        single = self.groups.place is None
+        groups = group(rows, positions, len(self.cache.lengths), self.span, single=single, level=self.level)
         return self._replace(rows=rows, positions=positions, cos=self.cos[chosen], sin=self.sin[chosen], groups=groups)
 
     def at_loop(self, loop: int) -> "CachedContext":

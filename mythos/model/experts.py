@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mythos.model import kernels
-from mythos.model.layers import gated
+from mythos.model.layers import gated, without_autocast
 from mythos.model.products import ROWS, multiply
 
 
@@ -256,7 +256,7 @@ def run_experts(x: Tensor, gates: Tensor, experts: Tensor, weights: ExpertWeight
 # torch 2.13 cannot trace grouped_mm in float32 on a CPU; and the gradient of many loops is not for one graph to form.
 @torch.compiler.disable
 def _run_with_gradient(x: Tensor, gates: Tensor, experts: Tensor, weights: ExpertWeights) -> Tensor:
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         return _RunExperts.apply(x, gates, experts, weights.link, weights)
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mythos.model.layers import Initializer, constant, truncated_normal, zeros
+from mythos.model.layers import Initializer, constant, truncated_normal, without_autocast, zeros
 
 if TYPE_CHECKING:
     from mythos.model.rdt import RecurrentDepthTransformer
@@ -101,7 +101,7 @@ class HaltingGate(nn.Module):
 
     def forward(self, before: Tensor, after: Tensor) -> Tensor:
         """Log of the expected nats lost, (n,), from the states (n, D) before and after a pass."""
-        with torch.autocast(after.device.type, enabled=False):
+        with without_autocast(after):
             norm = after.norm(dim=-1, keepdim=True)
             change = ((after - before).norm(dim=-1, keepdim=True) / norm).clamp_min(1e-6).log()
             features = torch.cat((F.rms_norm(after, after.shape[-1:]), change), dim=-1)
@@ -142,7 +142,7 @@ class ActHalting(nn.Module):
 
     def forward(self, state: Tensor) -> Tensor:
         """Probability to halt after a pass, (...) float32, from its state (..., D)."""
-        with torch.autocast(state.device.type, enabled=False):
+        with without_autocast(state):
             return torch.sigmoid(F.rms_norm(state, state.shape[-1:]) @ self.weight + self.bias)
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mythos.model.layers import autocast_dtype
+from mythos.model.layers import autocast_dtype, without_autocast
 from mythos.model.products import multiply
 
 IGNORE_INDEX = -100
@@ -68,7 +68,7 @@ def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     if not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
         return cross_entropies(hidden, weight, targets).sum()
     dtype = autocast_dtype(hidden)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden):
         return _SummedCrossEntropy.apply(hidden, weight, targets, dtype)
 
 

@@ -16,7 +16,17 @@ from mythos.model.cache import CachedContext
 from mythos.model.config import ModelConfig
 from mythos.model.experts import ExpertWeights
 from mythos.model.halting import HaltingRule
-from mythos.model.layers import Linear, RMSNorm, SwiGLU, autocast_dtype, constant, identity, ones, zeros
+from mythos.model.layers import (
+    Linear,
+    RMSNorm,
+    SwiGLU,
+    autocast_dtype,
+    constant,
+    identity,
+    ones,
+    without_autocast,
+    zeros,
+)
 from mythos.model.moe import MixtureOfExperts, build_core_ffn
 from mythos.model.products import float32_linear, linear
 from mythos.model.recompute import Selective, recomputable
@@ -81,7 +91,7 @@ class LTIInjection(nn.Module):
 
     def forward(self, e: Tensor) -> tuple[Tensor, Tensor]:
         """What all loops share: A (D,) and Delta * (e B^T) (B, S, D), float32."""
-        with torch.autocast(e.device.type, enabled=False):
+        with without_autocast(e):
             return self.decay(), self.delta() * float32_linear(e, self.weight)
 
     def combine(self, state: Tensor, decay: Tensor, injected: Tensor) -> Tensor:
