@@ -5,7 +5,8 @@ import sys
 from itertools import islice
 from pathlib import Path
 
-from mythos.config import DataConfig, load_config
+from mythos.config import load_config
+from mythos.data.config import DataConfig
 from mythos.data.corpus import holdout_fraction, is_held_out, open_corpora, weighted
 from mythos.data.tokenizer import train_bpe, training_documents
 from mythos.errors import MythosError

@@ -1,4 +1,4 @@
-"""Sections of a configuration about data: validation, filters, and reasoning tasks."""
+"""Sections of a configuration about data: sources, filters, validation, and reasoning tasks."""
 
 from collections.abc import Iterator
 from math import factorial, inf
@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mythos.model.config import PositiveInt, Section, padded_vocab_size
+from mythos.model.config import NonNegativeInt, PositiveInt, Section, padded_vocab_size
+from mythos.schema import shown
 
 MOST_TOLD = 64
 """Numbers of hops that have a token of their own where the text tells the number."""
@@ -102,6 +103,80 @@ class TaskConfig(Section):
         }[self.name]
 
 
+class SourceConfig(Section):
+    """Where documents come from."""
+
+    kind: Literal["embedded", "files", "hub", "tokens"] = "embedded"
+    """embedded = English documentation found on this machine, files = parquet/jsonl/txt, hub = Hugging Face dataset,
+    tokens = what scripts/tokenize_corpus.py wrote."""
+    path: str | list[str] | None = None
+    """files: glob, URL, or list of them, of .parquet, .jsonl, .jsonl.gz or .txt files; tokens: the folder."""
+    dataset: str | None = None
+    """hub: dataset id, e.g. HuggingFaceFW/fineweb-edu, or a local folder in the layout of one."""
+    subset: str | None = None
+    """hub: configuration of the dataset, e.g. sample-10BT."""
+    split: str = "train"
+    """hub: split of the dataset."""
+    revision: str | None = None
+    """hub: branch, tag or commit; null = the newest. The run's config.yaml pins the commit it was started with."""
+    text_column: str = "text"
+    """Column (parquet) or key (jsonl) that holds a document's text."""
+    filters: dict[str, FilterConfig] = {}
+    """Documents to use, by column: {int_score: {min: 3}, language: {one_of: [en]}, length: {max: 100000}}; length is
+    the number of characters of the text."""
+
+
+class MixtureSourceConfig(SourceConfig):
+    """One source of a mixture."""
+
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Share of the sequences that come from this source, relative to the other sources' weights."""
+
+
+class DataConfig(SourceConfig):
+    """Where documents come from and how they become sequences."""
+
+    kind: Literal["embedded", "files", "hub", "tokens", "mixture", "reasoning"] = "embedded"
+    """embedded = English documentation found on this machine, files = parquet/jsonl/txt, hub = Hugging Face dataset,
+    tokens = what scripts/tokenize_corpus.py wrote, mixture = several of these; reasoning = no text but a task, whose
+    vocabulary takes the tokenizer's place."""
+    task: TaskConfig = TaskConfig()
+    """reasoning: what is asked for."""
+    sources: dict[str, MixtureSourceConfig] = {}
+    """mixture: sources by a name of your choice, each with kind, path, dataset, ..., filters and weight."""
+    streams: PositiveInt = 64
+    """Logical streams the corpus is read by. Part of the run's identity: they fix the global batches at any world
+    size."""
+    sequence_length: PositiveInt = 1024
+    """Tokens of a training sequence, at most model.context_length."""
+    mask_documents: bool = False
+    """Keep attention inside each document of a packed sequence, and count positions from its beginning."""
+    workers: NonNegativeInt = 1
+    """Processes of each rank that read and tokenize ahead of training; 0 = none, in between the steps. They change
+    nothing in what is read."""
+    prefetch: PositiveInt = 2
+    """Steps that the workers are ahead."""
+    on_error: Literal["skip", "fail"] = "fail"
+    """A document or shard that cannot be used is left out, counted and reported, or ends the run."""
+    max_document_bytes: PositiveInt = 10_000_000
+    """Longest document in bytes of UTF-8; longer ones cannot be used (see on_error)."""
+    patience: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds that a remote file may stay unreachable before the run saves and stops."""
+    on_mismatch: Literal["fail", "restart"] = "fail"
+    """When a checkpoint's position is in other data (another corpus, tokenizer, seed or number of streams): refuse,
+    or start the data again."""
+    cache_dir: str | None = None
+    """Where gathered corpora, file lists, validation sets and trained tokenizers are kept; null = $MYTHOS_CACHE or
+    ~/.cache/mythos."""
+    validation: ValidationConfig = ValidationConfig()
+    """Held-out documents."""
+
+    @property
+    def named_sources(self) -> dict[str, SourceConfig]:
+        """The sources by name: those of a mixture, or the one that this section describes, named corpus."""
+        return dict(self.sources) if self.kind == "mixture" else {"corpus": self}
+
+
 def task_contradictions(
     task: TaskConfig, sequence_length: int, vocab_size: int | str, follow: str
 ) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -145,3 +220,41 @@ def task_contradictions(
         if task.name != of and value != TaskConfig.model_fields[name].default:
             rule = f"{name} is for the task {of} only"
             yield ("data.task.name", f"data.task.{name}"), f"got {task.name} and {value}; {rule}"
+
+
+def source_contradictions(data: DataConfig, tokenizer: str) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield the paths and the explanation of all values of the sources that cannot hold together.
+
+    `tokenizer` is tokenizer.name.
+    """
+    if data.kind == "mixture" and not data.sources:
+        yield ("data.kind", "data.sources"), "got mixture and no sources; give some, each with a name and a kind"
+    if data.kind != "mixture" and data.sources:
+        yield ("data.kind", "data.sources"), f"got {data.kind} and {', '.join(data.sources)}; sources are for a mixture"
+    needed = {"files": ("path", "a glob or a list of globs"), "tokens": ("path", "the folder of the token shards")}
+    needed["hub"] = ("dataset", "a dataset id, e.g. HuggingFaceFW/fineweb-edu")
+    used_by = {"path": ("files", "tokens"), "text_column": ("files", "hub"), "filters": ("files", "hub", "embedded")}
+    used_by |= dict.fromkeys(("dataset", "subset", "split", "revision"), ("hub",))
+    described = {"data": data} | {f"data.sources.{name}": source for name, source in data.sources.items()}
+    for prefix, source in described.items():
+        kind = source.kind
+        if kind in needed and not getattr(source, needed[kind][0]):
+            name, what = needed[kind]
+            yield (f"{prefix}.kind", f"{prefix}.{name}"), f"got {kind} and no {name}; give {what}"
+        for name, kinds in used_by.items():
+            value = getattr(source, name)
+            if kind not in kinds and value != SourceConfig.model_fields[name].default:
+                rule = f"{name} is for kind {' or '.join(kinds)} only"
+                yield (f"{prefix}.kind", f"{prefix}.{name}"), f"got {kind} and {shown(value)}; {rule}"
+        if kind == "tokens" and isinstance(source.path, list):
+            yield (f"{prefix}.path",), f"got {shown(source.path)}; for tokens give one folder, or a mixture of several"
+        for column, rule in source.filters.items():
+            where = f"{prefix}.filters.{column}"
+            if rule == FilterConfig():
+                yield (where,), "got no condition; give min, max or one_of"
+            if rule.min is not None and rule.max is not None and rule.min > rule.max:
+                yield (f"{where}.min", f"{where}.max"), f"got {rule.min:g} and {rule.max:g}; nothing can pass"
+    kinds = {source.kind for source in data.named_sources.values()}
+    if tokenizer == "bpe" and "tokens" in kinds:
+        rule = "the tokens have a tokenizer already; set tokenizer.name to the folder tokenizer/ beside them"
+        yield ("tokenizer.name", "data.kind"), f"got bpe and tokens; {rule}"

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mythos.config import SourceConfig
+from mythos.data.config import SourceConfig
 from mythos.data.corpus import Corpus, Skipped, content_hash, holdout_limit
 from mythos.data.tokenizer import Tokenizer
 from mythos.data.tokens import (

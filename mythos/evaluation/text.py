@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mythos.config import DataConfig, ValidationConfig
+from mythos.data.config import DataConfig, ValidationConfig
 from mythos.data.corpus import open_corpora
 from mythos.data.pipeline import Data, open_data
 from mythos.data.source import open_sources

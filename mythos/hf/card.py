@@ -4,7 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mythos.config import Config, DataConfig, MixtureSourceConfig
+from mythos.config import Config
+from mythos.data.config import DataConfig, MixtureSourceConfig
 from mythos.estimate import count_parameters
 from mythos.evaluation.validation import losses_by_depth
 from mythos.model.config import ModelConfig

@@ -9,8 +9,9 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from mythos.config import DataConfig, TokenizerConfig
+from mythos.config import TokenizerConfig
 from mythos.data import tokenizer as tokenizer_module
+from mythos.data.config import DataConfig
 from mythos.data.corpus import Corpus, is_held_out, open_corpus
 from mythos.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, training_documents
 from mythos.errors import MythosError
