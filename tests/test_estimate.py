@@ -31,7 +31,7 @@ from mythos.model.moe import MixtureOfExperts
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.parallel import prepare_model
 from mythos.presets import preset_config
-from scripts.estimate import main
+from mythos.commands.estimate import main
 
 LENGTH = 64
 

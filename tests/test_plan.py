@@ -25,7 +25,7 @@ from mythos.plan import Laid, Working, fake_processes, lay_out, plan, working_me
 from mythos.presets import PRESETS
 from mythos.ranks import Ranks, World
 from tests.runs import tiny
-from train import main
+from mythos.commands.train import main
 
 GIB = 2**30
 

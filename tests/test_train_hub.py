@@ -13,7 +13,7 @@ from mythos.data.stream import Batch
 from mythos.trainer import StepResult, Trainer
 from tests.data.hub_server import DATASET, FAULTS, Faults, StandInHub, use_hub, write_fineweb_edu
 from tests.runs import documents, losses, write_settings
-from train import main
+from mythos.commands.train import main
 
 ROOT = Path(__file__).parents[1]
 

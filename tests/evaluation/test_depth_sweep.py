@@ -39,7 +39,7 @@ from mythos.model.halting import halting_rule
 from mythos.model.layers import name_generator
 from mythos.model.rdt import IGNORE_INDEX, RecurrentDepthTransformer
 from mythos.ranks import Ranks, World
-from scripts import depth_sweep as script
+from mythos.commands import sweep as script
 from tests.runs import SETTINGS, tiny
 from tests.trainers import run
 

@@ -20,7 +20,7 @@ from mythos.evaluation.choices import choice_scores, encode_task, read_tasks
 from mythos.evaluation.continuations import DepthSetting, score_requests
 from mythos.evaluation.harness import HarnessModel
 from mythos.model_files import OpenedModel, open_model
-from scripts import evaluate, export_hf
+from mythos.commands import evaluate, export_hf
 from tests.evaluation.local_tasks import write_tasks
 from tests.evaluation.test_continuations import ALONE
 from tests.runs import documents, tiny

@@ -20,7 +20,7 @@ from mythos.model.generate import generate
 from mythos.model.sampling import Sampling
 from mythos.model_files import StoredModel, open_model
 from mythos.trainer import Trainer
-from scripts import export_hf
+from mythos.commands import export_hf
 from tests.runs import tiny
 from tests.trainers import run, saved
 
