@@ -365,7 +365,9 @@ def describe(section: str | None = None) -> str:
         where = (
             "Fields are declared and explained in mythos/config.py, mythos/model/config.py and mythos/data/config.py."
         )
-        return "\n".join(["Sections:", *lines, "", "mythos train --help SECTION prints every field of a section.", where])
+        return "\n".join(
+            ["Sections:", *lines, "", "mythos train --help SECTION prints every field of a section.", where]
+        )
     if section not in known:
         raise MythosError(f"{section}: unknown section; {suggestion(section, list(known))}")
     lines = [f"{section}: {_summary(known[section])}"]

@@ -366,6 +366,7 @@ GPUS = {
 """SXM modules of 80, 80, 141 and 180 GB. Prices are those of specialised clouds, on demand, in spring 2026: an order of
 magnitude, to be replaced by one's own."""
 
+
 def named_gpu(name: str) -> Gpu:
     """Look a GPU up, whatever its case. Raises MythosError for one that is not known."""
     if name.upper() not in GPUS:
@@ -382,9 +383,7 @@ class Run:
     dollars: float
 
 
-def training_run(
-    tokens: float, executed: float, peak: float, gpus: int, utilisation: float, price: float = 0.0
-) -> Run:
+def training_run(tokens: float, executed: float, peak: float, gpus: int, utilisation: float, price: float = 0.0) -> Run:
     """Time and cost of `tokens` at `executed` FLOPs each on `gpus` of `peak` FLOP/s and `price` dollars an hour."""
     rate = gpus * peak * utilisation / executed
     seconds = tokens / rate

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
+from mythos.commands import evaluate, export_hf, sweep
 from mythos.errors import MythosError
 from mythos.evaluation import results as results_module
 from mythos.evaluation.continuations import DepthSetting
 from mythos.evaluation.results import MOST_PANELS, Result, draw, save, table
 from mythos.metrics import read_metrics
 from mythos.trainer import Trainer
-from mythos.commands import evaluate, export_hf, sweep
 from tests.runs import tiny
 from tests.trainers import run, saved
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from mythos import text_generation
+from mythos.commands import generate as script
 from mythos.data.tokenizer import Tokenizer
 from mythos.depth_view import PALETTE, coloured, harmless, html_page, legend, shade
 from mythos.errors import MythosError
@@ -28,7 +29,6 @@ from mythos.model_files import OpenedModel, open_model, run_directory
 from mythos.storage import RemoteStorage
 from mythos.text_generation import Piece, PieceStream, TextGeneration, TextRow, choose_depth, generate_text
 from mythos.trainer import Trainer
-from mythos.commands import generate as script
 from tests.runs import tiny
 from tests.trainers import run, saved
 

@@ -18,12 +18,12 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from mythos.commands.tokenize import main
 from mythos.config import load_config
 from mythos.data.corpus import cache_directory, holdout_fraction, open_corpora, weighted
 from mythos.data.source import TextSource
 from mythos.data.tokenizer import Tokenizer, load_tokenizer
 from mythos.data.tokens import TokenSource
-from mythos.commands.tokenize import main
 from tests.runs import documents, losses, write_settings
 
 PARTS = 120

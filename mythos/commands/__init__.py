@@ -61,7 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
         from mythos.schema import suggestion
 
         print(
-            f"error: mythos {given[0]}: there is no such command; {suggestion(given[0], list(COMMANDS))}", file=sys.stderr
+            f"error: mythos {given[0]}: there is no such command; {suggestion(given[0], list(COMMANDS))}",
+            file=sys.stderr,
         )
         return 2
     made = parser()

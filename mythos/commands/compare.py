@@ -14,9 +14,7 @@ def parser(prog: str = "mythos compare") -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("runs", nargs="*", metavar="RUN", help="run directories, or checkpoints step-* in them")
-    made.add_argument(
-        "--out", type=Path, default=Path("compare"), metavar="DIR", help="folder to write to (compare/)"
-    )
+    made.add_argument("--out", type=Path, default=Path("compare"), metavar="DIR", help="folder to write to (compare/)")
     return made
 
 

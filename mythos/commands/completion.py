@@ -20,9 +20,7 @@ FOLDERS = ("DIR", "FOLDER", "RUN")
 
 def parser(prog: str = "mythos completion") -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("shell", choices=SHELLS, help="the shell")
     return made
 

@@ -15,9 +15,7 @@ from mythos.schema import suggestion
 
 def parser(prog: str = "mythos configs") -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("config", nargs="?", metavar="NAME", help="the configuration to print (without: list all)")
     return made
 

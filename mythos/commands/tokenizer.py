@@ -17,14 +17,10 @@ def parser(prog: str = "mythos tokenizer") -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(prog=prog, description=__doc__)
     made.add_argument("config", nargs="?", metavar="CONFIG", help="train on the corpus of this run")
-    made.add_argument(
-        "--path", nargs="+", metavar="GLOB", help="train on these parquet, jsonl, jsonl.gz or txt files"
-    )
+    made.add_argument("--path", nargs="+", metavar="GLOB", help="train on these parquet, jsonl, jsonl.gz or txt files")
     made.add_argument("--embedded", action="store_true", help="train on the documentation text found on this machine")
     made.add_argument("--text-column", default="text", help="column or key that holds the text of --path (text)")
-    made.add_argument(
-        "--vocab-size", type=int, help="number of tokens (tokenizer.vocab_size of the config, else 4096)"
-    )
+    made.add_argument("--vocab-size", type=int, help="number of tokens (tokenizer.vocab_size of the config, else 4096)")
     made.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     return made
 

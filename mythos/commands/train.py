@@ -10,6 +10,7 @@ import sys
 from mythos.config import describe, load_config
 from mythos.errors import MythosError, TransientError
 
+
 def parser(prog: str = "mythos train") -> argparse.ArgumentParser:
     """The command line, to be parsed intermixed: options may stand between the overrides."""
     made = argparse.ArgumentParser(
@@ -23,10 +24,16 @@ def parser(prog: str = "mythos train") -> argparse.ArgumentParser:
     )
     made.add_argument("config", nargs="?", metavar="CONFIG", help=argparse.SUPPRESS)
     made.add_argument("overrides", nargs="*", metavar="key.path=value", help=argparse.SUPPRESS)
-    made.add_argument("--help", "-h", nargs="?", const="", metavar="SECTION", help="this text, or the fields of a section")
+    made.add_argument(
+        "--help", "-h", nargs="?", const="", metavar="SECTION", help="this text, or the fields of a section"
+    )
     made.add_argument("--list-presets", action="store_true", help="print the named model sizes")
     dry = made.add_argument_group("to see what a run amounts to")
-    dry.add_argument("--dry-run", action="store_true", help="check the configuration, tell of it, and stop; in the place of these processes, imagine")
+    dry.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check the configuration, tell of it, and stop; in the place of these processes, imagine",
+    )
     dry.add_argument("--ranks", type=int, metavar="N", help="so many (one, or as many as torchrun starts)")
     dry.add_argument("--machine-ranks", type=int, metavar="M", help="so many on each machine (8)")
     dry.add_argument("--device-memory", type=float, metavar="GIB", help="devices of so much memory (80)")
@@ -56,7 +63,9 @@ def main(arguments: list[str], prog: str = "mythos train") -> int:
             print(preset_table())
             return 0
         if options.config is None:
-            raise MythosError(f"no configuration given; usage: {prog} CONFIG [key.path=value ...]\nTry quickstart, or --help.")
+            raise MythosError(
+                f"no configuration given; usage: {prog} CONFIG [key.path=value ...]\nTry quickstart, or --help."
+            )
         imagined = {name: getattr(options, name) for name in ("ranks", "machine_ranks", "device_memory")}
         given = [f"--{name.replace('_', '-')}" for name, value in imagined.items() if value is not None]
         if given and not options.dry_run:

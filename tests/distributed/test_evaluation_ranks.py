@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from mythos.trainer import Trainer
 from mythos.commands import evaluate
+from mythos.trainer import Trainer
 from tests.distributed.pool import RankPool
 from tests.evaluation.local_tasks import write_tasks
 from tests.runs import tiny

@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mythos.commands.reasoning import main as report
+from mythos.commands.sweep import main as depth_sweep
 from mythos.config import Config, config_from_dict
 from mythos.data.config import TaskConfig
 from mythos.data.tasks import TaskSet, task_set
@@ -27,8 +29,6 @@ from mythos.plan import plan
 from mythos.ranks import Ranks, World
 from mythos.reports.recorded import run_names
 from mythos.trainer import Trainer
-from mythos.commands.sweep import main as depth_sweep
-from mythos.commands.reasoning import main as report
 from tests.trainers import assert_identical, run, take_step
 
 pytestmark = pytest.mark.usefixtures("no_plots")
