@@ -8,6 +8,7 @@ from math import sqrt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mythos.model.products import linear
@@ -146,19 +147,22 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = (norm.square() / x.shape[-1] + eps).rsqrt()
+        values = x.float()  # products of two types, and sums of bfloat16, take twice as long
+        norm = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
+        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale * weight).to(dtype)
+        return (values * scale).mul_(weight).to(dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        # With s the scale, g the gradient and w the weight, of x: s (g w - x s^2 sum(g w x) / D).
         x, weight, scale = ctx.saved_tensors
-        normed = x * scale
-        of_weight = (gradient * normed).flatten(0, -2).sum(0)
-        of_normed = gradient * weight
-        along = torch.linalg.vecdot(of_normed, normed).unsqueeze(-1) / x.shape[-1]
-        return ((of_normed - normed * along) * scale).to(x.dtype), of_weight, None, None
+        gradient, values, scales = gradient.float(), x.float(), scale.flatten()
+        products = (gradient * values).flatten(0, -2)
+        of_weight = scales @ products
+        along = (products @ weight).mul_(scales**3).div_(-x.shape[-1]).view_as(scale)
+        return (gradient * weight).mul_(scale).addcmul_(values, along).to(x.dtype), of_weight, None, None
 
 
 class SwiGLU(nn.Module):
