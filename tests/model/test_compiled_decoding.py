@@ -40,7 +40,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graphs]:
     torch.compiler.reset()
     backend = Graphs()
     made = torch.compile(RecurrentDepthTransformer.run_packed, dynamic=True, backend=backend, fullgraph=True)
-    monkeypatch.setattr(rdt, "_compiled_run_packed", lambda: made)
+    monkeypatch.setattr(rdt, "_compiled_run_packed", lambda device: made)
     yield backend
     torch.compiler.reset()
 
