@@ -74,14 +74,19 @@ class ModelConfig(Section):
     """RMSNorm on query and key heads (arXiv 2010.04245); in mla on the query heads and the shared rotated key."""
     rope_theta: Annotated[float, Field(gt=1)] = 10_000.0
     """Base of the RoPE frequencies (arXiv 2104.09864). Tables are computed, never stored."""
+    value_embeddings: bool = False
+    """gqa: every second layer, counted back from the last, adds a row of a table to the values of each token, weighted
+    for each head by a gate on the layer's input (after arXiv 2410.17897, in the form of nanochat and Parcae)."""
     norm_eps: Annotated[float, Field(gt=0)] = 1e-6
     """Added to the mean square in every RMSNorm."""
 
     # Feed-forward
     ffn_dim: PositiveInt = 256
-    """Hidden width of the dense SwiGLU in prelude, coda and (core_ffn: dense) core; a multiple of 8."""
+    """Hidden width of the dense feed-forward in prelude, coda and (core_ffn: dense) core; a multiple of 8."""
+    dense_ffn: Literal["swiglu", "relu2"] = "swiglu"
+    """Form of the dense feed-forward: swiglu is gated (arXiv 2002.05202), relu2 squares a ReLU (arXiv 2109.08668)."""
     core_ffn: Literal["moe", "dense"] = "moe"
-    """Feed-forward of the core: mixture of experts or one dense SwiGLU of width ffn_dim."""
+    """Feed-forward of the core: mixture of experts or one dense feed-forward of width ffn_dim."""
     n_experts: PositiveInt = 8
     """Routed experts of a core block."""
     experts_per_token: PositiveInt = 2
@@ -141,6 +146,9 @@ def model_contradictions(config: ModelConfig) -> Iterator[tuple[tuple[str, ...],
     if config.attention == "gqa" and config.n_heads % config.n_kv_heads:
         given = f"got {config.n_heads} and {config.n_kv_heads}"
         yield ("n_heads", "n_kv_heads"), f"{given}; n_kv_heads must divide n_heads"
+    if config.attention == "mla" and config.value_embeddings:
+        rule = "latent attention has no values of its own to add to; allowed: value_embeddings false, or attention gqa"
+        yield ("attention", "value_embeddings"), f"got mla and true; {rule}"
     rotated = "head_dim" if config.attention == "gqa" else "qk_rope_head_dim"
     if getattr(config, rotated) % 2:
         yield (rotated,), f"got {getattr(config, rotated)}; allowed: an even number (RoPE rotates pairs)"

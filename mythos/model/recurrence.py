@@ -11,17 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mythos.model.attention import AttentionContext, build_attention
-from mythos.model.cache import CachedContext
+from mythos.model.attention import AttentionContext, build_attention, value_embedding_layers
+from mythos.model.cache import CachedContext, Part
 from mythos.model.config import ModelConfig
 from mythos.model.experts import ExpertWeights
 from mythos.model.halting import HaltingRule
 from mythos.model.layers import (
     Linear,
     RMSNorm,
-    SwiGLU,
     autocast_dtype,
     constant,
+    dense_ffn,
     identity,
     ones,
     without_autocast,
@@ -42,10 +42,10 @@ LOG_A_BOUNDS = (-6.0, 2.0)
 class Block(nn.Module):
     """Pre-norm transformer block; its residual stream is float32."""
 
-    def __init__(self, config: ModelConfig, ffn: nn.Module) -> None:
+    def __init__(self, config: ModelConfig, ffn: nn.Module, part: Part, layer: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.attention = build_attention(config)
+        self.attention = build_attention(config, (part, layer) in value_embedding_layers(config))
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn = ffn
 
@@ -60,9 +60,9 @@ class Block(nn.Module):
         return x + output, experts
 
 
-def dense_block(config: ModelConfig) -> Block:
+def dense_block(config: ModelConfig, part: Part, layer: int) -> Block:
     """A block of the prelude or the coda."""
-    return Block(config, SwiGLU(config.dim, config.ffn_dim))
+    return Block(config, dense_ffn(config.dense_ffn, config.dim, config.ffn_dim), part, layer)
 
 
 class LTIInjection(nn.Module):
@@ -203,7 +203,9 @@ class Recurrence(nn.Module):
         super().__init__()
         self.config = config
         self.injection = INJECTIONS[config.injection](config.dim) if config.injection != "none" else None
-        self.blocks = nn.ModuleList(Block(config, build_core_ffn(config)) for _ in range(config.core_layers))
+        self.blocks = nn.ModuleList(
+            Block(config, build_core_ffn(config), "core", layer) for layer in range(config.core_layers)
+        )
         self.adapter = LoopAdapter(config) if config.lora_rank else None
         self.embedding = LoopEmbedding(config.dim) if config.loop_embedding else None
         self.checkpointing: Literal["none", "selective", "loop"] = "none"
