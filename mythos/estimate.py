@@ -89,7 +89,7 @@ def forward_flops(config: ModelConfig, length: int) -> ForwardFlops:
     else:
         core = dense
     looped = config.injection != "none"
-    inject_once = {"lti": dim * dim, "linear": dim * dim, "add": 0, "none": 0}[config.injection]
+    inject_once = dim * dim if config.injection in ("lti", "linear") else 0
     inject_loop = dim * dim if config.injection == "linear" else 0
     vocab = padded_vocab_size(config.vocab_size) if isinstance(config.vocab_size, int) else 0
     once = (config.prelude_layers + config.coda_layers) * dense + inject_once + looped * dim * dim + dim * vocab

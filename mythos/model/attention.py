@@ -158,7 +158,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext)
 
 
 class GroupedQueryAttention(nn.Module):
-    """Grouped-query attention (arXiv 2305.13245) with RoPE, optional QK-norm and value embedding.
+    """Grouped-query attention (arXiv 2305.13245) with RoPE, optional QK-norm, QK-bias and value embedding.
 
     With a value embedding the values are v + 2 sigmoid(W x_{:32}) * row of the token, one gate a head.
     """
@@ -173,12 +173,20 @@ class GroupedQueryAttention(nn.Module):
         self.out = Linear(self.heads * self.head_dim, dim, zeros)
         self.query_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.key_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.query_bias = self.key_bias = None
+        if config.qk_bias:
+            self.query_bias = nn.Parameter(torch.empty(self.heads * self.head_dim))
+            self.key_bias = nn.Parameter(torch.empty(self.kv_heads * self.head_dim))
+            self.initializers = {"query_bias": zeros, "key_bias": zeros}
         self.value_gate = Linear(min(GATE_INPUTS, dim), self.kv_heads, zeros) if value_embedding else None
 
     def forward(self, x: Tensor, context: AttentionContext | CachedContext) -> Tensor:
         """(B, S, D) -> (B, S, D); with a cache, packed positions (N, 1, D) -> (N, 1, D)."""
-        query = self.query(x).unflatten(-1, (self.heads, self.head_dim))
-        key = self.key(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        query, key = self.query(x), self.key(x)
+        if self.query_bias is not None and self.key_bias is not None:
+            query, key = query + self.query_bias.to(query.dtype), key + self.key_bias.to(key.dtype)
+        query = query.unflatten(-1, (self.heads, self.head_dim))
+        key = key.unflatten(-1, (self.kv_heads, self.head_dim))
         value = self.value(x).unflatten(-1, (self.kv_heads, self.head_dim))
         if self.value_gate is not None:
             gate = 2 * self.value_gate(x[..., :GATE_INPUTS]).sigmoid()

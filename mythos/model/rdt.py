@@ -108,6 +108,7 @@ class RecurrentDepthTransformer(nn.Module):
         self.prelude = nn.ModuleList(dense_block(config, "prelude", layer) for layer in range(config.prelude_layers))
         self.prelude_norm = RMSNorm(dim, config.norm_eps, cast=False) if config.prelude_norm and looped else None
         self.recurrence = Recurrence(config)
+        self.readout_norm = RMSNorm(dim, config.norm_eps) if config.readout_norm and looped else None
         self.readout = Linear(dim, dim, identity()) if looped else None
         self.coda = nn.ModuleList(dense_block(config, "coda", layer) for layer in range(config.coda_layers))
         self.norm = RMSNorm(dim, config.norm_eps)
@@ -396,7 +397,8 @@ class RecurrentDepthTransformer(nn.Module):
 
     def decode(self, state: Tensor, context: AttentionContext | CachedContext) -> Tensor:
         """RMSNorm(Coda(C h)): (B, S, D) -> (B, S, D)."""
-        x = state if self.readout is None else self.readout(state).float()
+        x = state if self.readout_norm is None else self.readout_norm(state)
+        x = x if self.readout is None else self.readout(x).float()
         for index, block in enumerate(self.coda):
             x, _ = block(x, context.layer("coda", index))
         return self.norm(x)

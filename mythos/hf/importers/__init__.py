@@ -2,9 +2,11 @@
 
 from mythos.errors import MythosError
 from mythos.hf.importers.architecture import Architecture, Values
+from mythos.hf.importers.huginn import HUGINN
+from mythos.hf.importers.ouro import OURO
 from mythos.hf.importers.parcae import PARCAE
 
-KNOWN: tuple[Architecture, ...] = (PARCAE,)
+KNOWN: tuple[Architecture, ...] = (PARCAE, HUGINN, OURO)
 
 
 def architecture_of(values: Values) -> Architecture:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mythos.errors import MythosError
 from mythos.model.config import ModelConfig, model_contradictions, padded_vocab_size
+from mythos.presets import PRESETS, preset_config
 
 Values = Mapping[str, Any]
 """What a config.json says."""
@@ -83,12 +84,16 @@ def differing(values: Values, defaults: Values, needed: Values) -> Iterator[str]
 def checked(name: str, problems: list[str], fields: Callable[[], dict[str, Any]]) -> ModelConfig:
     """The model section of these fields, if there are no problems with what was given, or with them.
 
+    It has the name of the preset that it equals, if there is one.
+
     Raises MythosError telling all of them.
     """
     config = None
     if not problems:
         try:
             config = ModelConfig(**fields())
+            preset = next((name for name in PRESETS if preset_config(name, preset=config.preset) == config), None)
+            config = config.model_copy(update={"preset": preset or config.preset})
             problems = [f"{', '.join(names)}: {told}" for names, told in model_contradictions(config)]
         except (ValueError, TypeError, KeyError) as error:
             problems = [" ".join(str(error).split())]
@@ -147,5 +152,14 @@ def rotations(name: str, theta: float) -> Check:
         if (table.double() - expected).abs().max() < 0.01:
             return None
         return f"{name} is not the table of rotations of base {theta:g}"
+
+    return check
+
+
+def tied(head: str, table: str) -> Check:
+    """Check that a head that is stored once more is the embedding."""
+
+    def check(read: Read) -> str | None:
+        return None if torch.equal(read(head), read(table)) else f"{head} should be {table}, and is not"
 
     return check

@@ -42,6 +42,7 @@ from mythos.hf.importers.architecture import (
     rotations,
     rows_to,
     scaled,
+    tied,
 )
 from mythos.model.config import ModelConfig
 from mythos.model.recurrence import DT_BOUNDS, LOG_A_BOUNDS
@@ -160,7 +161,7 @@ def map_parcae(values: Values) -> Mapped:
     if config.tie_embeddings:
         made["norm.weight"] = Made(("transformer.ln_f.weight",), scaled(sqrt(dim)))
         mapped.unused.add("lm_head.weight")
-        mapped.checks["lm_head.weight"] = tied
+        mapped.checks["lm_head.weight"] = tied("lm_head.weight", "transformer.wte.weight")
     else:
         made["norm.weight"] = Made(("transformer.ln_f.weight",))
         made["head.weight"] = Made(("lm_head.weight",), rows_to(vocabulary))
@@ -248,13 +249,6 @@ def decays(read: Read) -> str | None:
     if kept.max() <= torch.exp(-slowest):
         return None
     return f"transformer.adapter keeps {kept.max():.8f} of a state; allowed: at most {torch.exp(-slowest):.8f}"
-
-
-def tied(read: Read) -> str | None:
-    """Check that the head, stored once more, is the embedding."""
-    if torch.equal(read("lm_head.weight"), read("transformer.wte.weight")):
-        return None
-    return "tie_embeddings is true, and lm_head.weight is not transformer.wte.weight"
 
 
 PARCAE = Architecture(
