@@ -120,9 +120,8 @@ def map_parcae(values: Values) -> Mapped:
     prelude, core, coda = (given(f"n_layers_in_{part}") for part in ("prelude", "recurrent_block", "coda"))
     tables, gates = value_layers(values)
     if tables & gates not in (tables, set()):
-        problems.append(
-            f"value embeddings of layers {sorted(tables & gates)}: allowed: every second, the last included"
-        )
+        layers = sorted(tables & gates)
+        problems.append(f"value embeddings: got layers {layers}; allowed: every second, the last included")
     theta = float(rope.get("rope_base", ROPE_BASE))
 
     config = checked(
