@@ -6,7 +6,6 @@ source is run: weights are safetensors, or files of torch's from which tensors a
 """
 
 import argparse
-import logging
 
 from mythos.command_line import exit_status
 
@@ -33,7 +32,6 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str]) -> int:
     """Run the command line; returns the exit status."""
-    logging.basicConfig(format="%(levelname)s: %(message)s")
     options = parser().parse_args(arguments)
     return exit_status(lambda: run(options))
 

@@ -18,7 +18,7 @@ from mythos.hf.foreign import ForeignModel, foreign_model, located, read_values
 from mythos.hf.importers import architecture_of
 from mythos.hf.importers.architecture import Architecture, Mapped, Read, Values
 from mythos.model.rdt import RecurrentDepthTransformer
-from mythos.model_files import TOKENIZER_FILE, StoredModel, tensors_of
+from mythos.model_files import MODEL_TYPE, TOKENIZER_FILE, StoredModel, tensors_of
 
 SMALLEST_SHARE = 0.9
 """Of a model's token ids, those that its tokenizer has at least: tables are padded, but not by more."""
@@ -81,6 +81,8 @@ def import_model(
 
 
 def _told(place: Path, values: Values) -> Architecture:
+    if values.get("model_type") == MODEL_TYPE:
+        raise MythosError(f"{place} is a mythos model already: give it to the other scripts as it is")
     try:
         return architecture_of(values)
     except MythosError as error:
@@ -151,6 +153,7 @@ def _stored(foreign: ForeignModel, mapped: Mapped, tokenizer: Path | None, sourc
 def _tokenizer(name: str | Path, architecture: Architecture, mapped: Mapped, folder: Path) -> Path:
     """Write a tokenizer of somebody else's so that ours loads it, and look whether it is the model's."""
     place = located(name, tokenizer_only=True)
+    called = place.name if Path(name).is_dir() else str(name)  # no path of this machine goes into an export
     try:
         fast = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except Exception as error:  # formats of many kinds share no base class
@@ -164,6 +167,5 @@ def _tokenizer(name: str | Path, architecture: Architecture, mapped: Mapped, fol
             f"tokenizer {name} has {size} ids, and the model {rows}: it is of another model. Give the model's own by "
             "--tokenizer, a folder or OWNER/NAME on the hub"
         )
-    fast.save_pretrained(folder)
-    Tokenizer.load(folder)
+    Tokenizer(fast, {"name": called}).save(folder)
     return folder

@@ -197,6 +197,8 @@ def test_tokenizer_that_does_not_say_what_ends_a_document(parcae: Path, tmp_path
     fast = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert fast("the loop").input_ids == opened.tokenizer.encode_batch(["the loop"])[0]
     assert fast.eos_token == "<|eos|>" and fast.model_max_length == 64
+    assert not [file for file in (tmp_path / "out").glob("*.json") if str(tmp_path) in file.read_text()]
+    assert json.loads((tmp_path / "out" / "request.json").read_text()) == {"name": "source"}
     made = generate(opened.model, [[5, 6, 7]], 4, sampling=Sampling(temperature=0), loops=3, stop_ids=[1])
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     found = loaded.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, num_loops=3, do_sample=False)
@@ -288,6 +290,7 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
         values(_class_name="GPTConfig"),
         "source is of an architecture that is not known: _class_name 'GPTConfig'; known: parcae (SandyResearch/",
     ),
+    "ours": (values(model_type="mythos"), "source is a mythos model already: give it to the other scripts as it is"),
     "nothing told": (values(_class_name=""), "not known: it says none; known: parcae"),
     "no configuration": (lambda source: (source / "config.json").unlink(), "config.json cannot be read"),
     "a list": (lambda source: (source / "config.json").write_text("[]"), "config.json cannot be read: it is no object"),
