@@ -178,6 +178,38 @@ class SwiGLU(nn.Module):
         return self.down(recomputable(gated, self.gate_up(x)))
 
 
+class SquaredReLU(nn.Module):
+    """Feed-forward W_down(relu(W_up x)^2) (arXiv 2109.08668)."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.up = Linear(dim, hidden)
+        self.down = Linear(hidden, dim, zeros)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return self.down(recomputable(_SquaredReLU.apply, self.up(x)))
+
+
+class _SquaredReLU(torch.autograd.Function):
+    """relu(x)^2, which keeps nothing but its input."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return F.relu(x).square_()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return F.relu(x).mul_(2).mul_(gradient)
+
+
+def dense_ffn(name: str, dim: int, hidden: int) -> nn.Module:
+    """The feed-forward that `model.dense_ffn` names."""
+    return {"swiglu": SwiGLU, "relu2": SquaredReLU}[name](dim, hidden)
+
+
 def gated(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of the halves of the last dimension."""
     if torch.is_grad_enabled():

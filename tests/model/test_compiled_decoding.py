@@ -71,7 +71,10 @@ class Pair:
 
 VARIANTS: list[dict[str, Any]] = [
     {"qk_rope_head_dim": 4, "loop_embedding": True},
-    {"attention": "gqa", "core_ffn": "dense", "injection": "linear", "lora_rank": 0},
+    {
+        **{"attention": "gqa", "core_ffn": "dense", "injection": "linear", "lora_rank": 0},
+        **{"value_embeddings": True, "dense_ffn": "relu2", "qk_bias": True, "block_norm": "sandwich"},
+    },
 ]
 
 
