@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -90,8 +91,15 @@ def check_destination(folder: str | Path, dtype: str) -> Path:
     return folder
 
 
-def write_export(stored: StoredModel, folder: Path, card: str, dtype: str, max_shard_size: int | str) -> Exported:
-    """Write a stored model to a new or empty folder, with this card; see `export_model`.
+def write_export(
+    stored: StoredModel,
+    folder: Path,
+    card: str,
+    dtype: str,
+    max_shard_size: int | str,
+    texts: Mapping[str, str] | None = None,
+) -> Exported:
+    """Write a stored model to a new or empty folder, with this card and further texts by file; see `export_model`.
 
     Raises:
         MythosError: the folder cannot be written, or the size is not known.
@@ -103,7 +111,8 @@ def write_export(stored: StoredModel, folder: Path, card: str, dtype: str, max_s
         tokenizer = None if stored.tokenizer is None else _write_tokenizer(stored, aside)
         _config(stored, DTYPES[dtype]).save_pretrained(aside)
         _generation_config(stored, tokenizer).save_pretrained(aside)
-        (aside / CARD_FILE).write_text(card, encoding="utf-8")
+        for file, text in {CARD_FILE: card, **(texts or {})}.items():
+            (aside / file).write_text(text, encoding="utf-8")
         files = _write_weights(stored, aside, DTYPES[dtype], max_shard_size)
         aside.replace(folder)
     except (OSError, SafetensorError) as error:

@@ -65,14 +65,14 @@ def import_model(
     place = located(source, revision)
     architecture = _told(place, read_values(place))
     with foreign_model(place) as foreign, TemporaryDirectory() as aside:
-        mapped = _mapped(foreign, architecture)
+        mapped = map_foreign(foreign, architecture)
         found = tokenizer
         if found is None and (place / TOKENIZER_FILE).is_file():
             found = place
         elif found is None and not Path(source).is_dir():
             found = architecture.tokenizer
-        prepared = None if found is None else _tokenizer(found, architecture, mapped, Path(aside) / "tokenizer")
-        with _stored(foreign, mapped, prepared, str(source)) as stored:
+        prepared = None if found is None else prepare_tokenizer(found, architecture, mapped, Path(aside) / "tokenizer")
+        with stored_foreign(foreign, mapped, prepared, str(source)) as stored:
             text = model_card(stored, folder.name, [])
             text += f"\n## Source\n\nImported from `{source if place != Path(source) else place.name}` "
             text += f"({architecture.name}); the results are the same.\n"
@@ -89,7 +89,7 @@ def _told(place: Path, values: Values) -> Architecture:
         raise MythosError(f"{place} is of {error}") from error
 
 
-def _mapped(foreign: ForeignModel, architecture: Architecture) -> Mapped:
+def map_foreign(foreign: ForeignModel, architecture: Architecture) -> Mapped:
     """How the model's tensors become ours, if all of them do and none is missing.
 
     Raises MythosError telling everything that is not as it should be.
@@ -136,7 +136,7 @@ def _float32(foreign: ForeignModel) -> Read:
 
 
 @contextlib.contextmanager
-def _stored(foreign: ForeignModel, mapped: Mapped, tokenizer: Path | None, source: str) -> Iterator[StoredModel]:
+def stored_foreign(foreign: ForeignModel, mapped: Mapped, tokenizer: Path | None, source: str) -> Iterator[StoredModel]:
     """The model as if it were one of ours on a disk."""
     with torch.device("meta"):
         model = RecurrentDepthTransformer(mapped.config).eval()
@@ -150,7 +150,7 @@ def _stored(foreign: ForeignModel, mapped: Mapped, tokenizer: Path | None, sourc
     yield StoredModel(model, fill, tokenizer, mapped.mean_loops, 0, None, source)
 
 
-def _tokenizer(name: str | Path, architecture: Architecture, mapped: Mapped, folder: Path) -> Path:
+def prepare_tokenizer(name: str | Path, architecture: Architecture, mapped: Mapped, folder: Path) -> Path:
     """Write a tokenizer of somebody else's so that ours loads it, and look whether it is the model's."""
     place = located(name, tokenizer_only=True)
     called = place.name if Path(name).is_dir() else str(name)  # no path of this machine goes into an export

@@ -50,6 +50,8 @@ class ModelConfig(Section):
     """Longest sequence in tokens the model is meant for; no parameter depends on it."""
     tie_embeddings: bool = True
     """Share one matrix between the token embedding and the output head."""
+    scale_embeddings: bool = True
+    """Multiply the rows of the embedding by sqrt(dim); false where the model has been another's, whose rows are not."""
 
     # Attention
     attention: Literal["gqa", "mla"] = "mla"

@@ -62,6 +62,24 @@ def name_generator(seed: int, name: str) -> torch.Generator:
 
 
 @torch.no_grad()
+def starting_value(model: nn.Module, name: str, seed: int) -> Tensor:
+    """The value that a parameter starts from, whole, on the CPU, float32: a function of (seed, name)."""
+    owner_name, _, leaf = name.rpartition(".")
+    value = torch.empty(model.get_parameter(name).shape, dtype=torch.float32)
+    model.get_submodule(owner_name).initializers[leaf](value, name_generator(seed, name))
+    return value
+
+
+@torch.no_grad()
+def place(value: Tensor, parameter: Tensor) -> None:
+    """Copy a whole value, which every rank has, into a parameter, of which a rank may hold a shard: nothing is sent."""
+    if isinstance(parameter, DTensor):
+        value = value.to(parameter.device)
+        value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.copy_(value)
+
+
+@torch.no_grad()
 def initialize(model: nn.Module, seed: int) -> None:
     """Fill every parameter from (seed, its name), drawn on the CPU in float32: the same on every device and world size.
 
@@ -69,13 +87,7 @@ def initialize(model: nn.Module, seed: int) -> None:
     computed with in bfloat16; buffers start at zero.
     """
     for name, parameter in model.named_parameters():
-        owner_name, _, leaf = name.rpartition(".")
-        value = torch.empty(parameter.shape, dtype=torch.float32)
-        model.get_submodule(owner_name).initializers[leaf](value, name_generator(seed, name))
-        if isinstance(parameter, DTensor):  # every rank draws the whole and keeps its shard: nothing is sent
-            value = value.to(parameter.device)
-            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.copy_(value)
+        place(starting_value(model, name, seed), parameter)
     for buffer in model.buffers():
         buffer.zero_()
 

@@ -32,15 +32,16 @@ from mythos.model.recurrence import LoopState, LTIInjection, Recurrence, dense_b
 class TokenEmbedding(nn.Module):
     """Rows of a (V, D) table, scaled by sqrt(D) so that their entries have the size of a block's output."""
 
-    def __init__(self, vocab_size: int, dim: int) -> None:
+    def __init__(self, vocab_size: int, dim: int, scaled: bool = True) -> None:
         super().__init__()
+        self.scale = sqrt(dim) if scaled else 1.0
         self.weight = nn.Parameter(torch.empty(vocab_size, dim))
         self.initializers: dict[str, Initializer] = {"weight": truncated_normal(dim)}
 
     def forward(self, ids: Tensor) -> Tensor:
         """(B, S) int64 -> (B, S, D) float32."""
         # The residual stream is float32 also where FSDP gathers the table in bfloat16.
-        return F.embedding(ids, self.weight).float() * sqrt(self.weight.shape[1])
+        return F.embedding(ids, self.weight).float() * self.scale
 
 
 class RDTOutput(NamedTuple):  # a tuple, because FSDP and DDP look for the tensors in what a module returns
@@ -103,7 +104,7 @@ class RecurrentDepthTransformer(nn.Module):
         self.config = config
         dim, looped = config.dim, config.injection != "none"
         self.vocabulary = vocab = padded_vocab_size(config.vocab_size)
-        self.embedding = TokenEmbedding(vocab, dim)
+        self.embedding = TokenEmbedding(vocab, dim, config.scale_embeddings)
         self.value_embeddings = ValueEmbeddings(config, vocab) if config.value_embeddings else None
         self.prelude = nn.ModuleList(dense_block(config, "prelude", layer) for layer in range(config.prelude_layers))
         self.prelude_norm = RMSNorm(dim, config.norm_eps, cast=False) if config.prelude_norm and looped else None

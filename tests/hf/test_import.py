@@ -375,14 +375,14 @@ def test_other_refusals(parcae: Path, tmp_path: Path) -> None:
 
 
 def test_failing_half_way_leaves_nothing(parcae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mapped = importing._mapped
+    mapped = importing.map_foreign
 
     def broken(*arguments: Any) -> Any:
         found = mapped(*arguments)
         found.made["norm.weight"] = replace(found.made["norm.weight"], names=("gone",))
         return found
 
-    monkeypatch.setattr(importing, "_mapped", broken)
+    monkeypatch.setattr(importing, "map_foreign", broken)
     with pytest.raises(KeyError):
         import_model(parcae, tmp_path / "out", max_shard_size="20KB")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
