@@ -11,6 +11,7 @@ from pydantic import Field
 
 from mythos.data.config import DataConfig, TaskConfig, source_contradictions, task_contradictions
 from mythos.errors import MythosError
+from mythos.inherited import inherited
 from mythos.model.config import (
     ModelConfig,
     NonNegativeInt,
@@ -126,6 +127,9 @@ class TrainConfig(Section):
     """Optimizer steps. Give steps or tokens, not both."""
     tokens: PositiveInt | None = None
     """Training tokens, rounded up to whole steps."""
+    init_from: str | None = None
+    """Run directory, checkpoint or exported folder whose weights a new run starts from, with a fresh optimizer, at step
+    0 and the beginning of the data; model and tokenizer are its own where the configuration names none."""
     global_batch: PositiveInt = 64
     """Sequences of an optimizer step over all ranks; a multiple of data.streams."""
     micro_batch: PositiveInt | Literal["auto"] = 8
@@ -391,11 +395,19 @@ def _build(data: dict[str, Any], problems: Problems) -> Config:
     values = valid_values(Config, data, problems)
     model = values.setdefault("model", {})
     preset = model.get("preset", ModelConfig.model_fields["preset"].default)
-    if preset in PRESETS:
+    start, unknown = values.get("train", {}).get("init_from"), False
+    if start is not None and "preset" not in model:
+        try:
+            values |= inherited(start, values)
+        except MythosError as error:
+            problems.add("train.init_from", str(error))
+            unknown = True
+    elif preset in PRESETS:
         values["model"] = {**PRESETS[preset], **model}
     else:
         problems.add("model.preset", f"got {shown(preset)}; {suggestion(preset, list(PRESETS))}")
-        # What the preset would have set is unknown, so nothing it leaves at a default may count as a contradiction.
+        unknown = True
+    if unknown:  # what would have been set, so nothing left at a default may count as a contradiction
         problems.paths |= {f"model.{name}" for name in ModelConfig.model_fields if name not in model}
     if values["model"].get("injection") == "none":
         values.setdefault("eval", {}).setdefault("loops", [1])
@@ -451,6 +463,10 @@ def _contradictions(config: Config, reported: set[str]) -> Iterator[tuple[tuple[
         given = f"got {shown(train.steps)} and {shown(train.tokens)}"
         yield ("train.steps", "train.tokens"), f"{given}; give exactly one of them, null for the other"
 
+    if train.init_from is not None and run.resume not in ("auto", "never"):
+        given = f"got {run.resume} and {train.init_from}"
+        rule = "the first goes on with a run, its optimizer and data, the second starts a new one: give one of them"
+        yield ("run.resume", "train.init_from"), f"{given}; {rule}"
     if train.max_time is not None and not any(digit in train.max_time for digit in "123456789"):
         yield ("train.max_time",), f"got {shown(train.max_time)}; allowed: a time such as 90s or 3h30m, or null"
     if config.optim.name != "muon" and config.optim.momentum != OptimConfig.model_fields["momentum"].default:

@@ -21,6 +21,7 @@ from mythos.depth import DepthSchedule
 from mythos.errors import MythosError
 from mythos.metrics import PEAK_BF16_FLOPS
 from mythos.model import kernels, loss
+from mythos.model.attention import GATE_INPUTS, value_embedding_layers
 from mythos.model.config import ModelConfig, padded_vocab_size
 from mythos.model.moe import MixtureOfExperts
 from mythos.model.rdt import RecurrentDepthTransformer
@@ -81,18 +82,21 @@ def forward_flops(config: ModelConfig, length: int) -> ForwardFlops:
         head = value = config.head_dim
         projections = 2 * dim * head * (heads + config.n_kv_heads)
     attention = projections + heads * (head + value) * (length + 1) / 2
-    dense = attention + 3 * dim * config.ffn_dim
+    dense = attention + (3 if config.dense_ffn == "swiglu" else 2) * dim * config.ffn_dim
     if config.core_ffn == "moe":
         routed = config.experts_per_token * config.expert_dim + config.n_shared_experts * config.shared_expert_dim
         core = attention + dim * config.n_experts + 3 * dim * routed
     else:
         core = dense
     looped = config.injection != "none"
-    inject_once = {"lti": dim * dim, "linear": dim * dim, "add": 0, "none": 0}[config.injection]
+    inject_once = dim * dim if config.injection in ("lti", "linear") else 0
     inject_loop = dim * dim if config.injection == "linear" else 0
     vocab = padded_vocab_size(config.vocab_size) if isinstance(config.vocab_size, int) else 0
     once = (config.prelude_layers + config.coda_layers) * dense + inject_once + looped * dim * dim + dim * vocab
     loop = config.core_layers * core + inject_loop + 2 * dim * config.lora_rank
+    gated = [part for part, _ in value_embedding_layers(config)]
+    gate = min(GATE_INPUTS, dim) * config.n_kv_heads
+    once, loop = once + gate * (len(gated) - gated.count("core")), loop + gate * gated.count("core")
     return ForwardFlops(2.0 * once, 2.0 * loop)
 
 

@@ -9,7 +9,10 @@ from torch.distributed.tensor import DTensor
 from mythos.config import OptimConfig
 from mythos.muon import Muon
 
-UNDECAYED = ("embedding.", "readout.", "recurrence.injection.", "recurrence.embedding.", "recurrence.adapter.scale")
+UNDECAYED = (
+    *("embedding.", "value_embeddings.", "readout."),
+    *("recurrence.injection.", "recurrence.embedding.", "recurrence.adapter.scale"),
+)
 """Matrices (by name prefix) that weight decay would pull away from what they mean: tables, the identity-centred
 injection and readout, and per-loop scales."""
 

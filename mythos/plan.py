@@ -26,6 +26,7 @@ from mythos.estimate import (
     recomputed_flops,
     step_activations,
 )
+from mythos.init_from import told_before
 from mythos.model.cache import cache_bytes_per_token
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.muon import Muon
@@ -124,7 +125,8 @@ def plan(config: Config, ranks: int | None = None, machine_ranks: int = 8, devic
     (default: WORLD_SIZE, or 1), `machine_ranks` of them on each machine, on devices of `device_memory` bytes: the
     layout, the memory a process needs, what would fit if that does not, and the collectives of a step.
 
-    Raises MythosError if so many processes cannot share the batches or if parallel.mode does not fit their number.
+    Raises MythosError if so many processes cannot share the batches, if parallel.mode does not fit their number, or if
+    the run cannot start from train.init_from.
     """
     ranks = int(os.environ.get("WORLD_SIZE", "1")) if ranks is None else ranks
     if ranks < 1 or machine_ranks < 1 or device_memory <= 0:
@@ -144,6 +146,7 @@ def plan(config: Config, ranks: int | None = None, machine_ranks: int = 8, devic
     depths = sorted({*config.eval.loops, round(config.depth_mean)})
     lines = [
         dump_config(config),
+        *(f"{'start' if number == 0 else '':15} {line}" for number, line in enumerate(told_before(config))),
         f"parameters      {parameters.total:,} ({parameters.active:,} active per token and loop){vocabulary}",
         f"training        {config.train_steps:,} steps of {config.tokens_per_step:,} tokens, "
         f"{config.train_steps * config.tokens_per_step:,} in all",

@@ -7,7 +7,7 @@ from typing import Any
 
 from mythos.config import Config
 from mythos.errors import MythosError
-from mythos.model.config import padded_vocab_size
+from mythos.model.config import ModelConfig, padded_vocab_size
 
 
 def prepare_directory(run_dir: Path) -> None:
@@ -42,12 +42,14 @@ shape is checked with all others.)"""
 def check_same_model(config: Config, saved: dict[str, Any], path: Path | None) -> None:
     """Refuse to continue with another model than the checkpoint's. Raises MythosError naming every differing field."""
     here = config.model.model_dump(mode="json")
+    # What the version that wrote the checkpoint did not know had the default.
+    saved = {name: field.default for name, field in ModelConfig.model_fields.items()} | saved
     # Rules that need no training may be changed as well.
     trained = [section.get("halting") in ("gate", "act") and section["halting"] for section in (here, saved)]
     free = FREE_MODEL_FIELDS | ({"halting"} if trained[0] == trained[1] else set())
-    differing = [name for name in here if name not in free and here[name] != saved.get(name)]
+    differing = [name for name in here if name not in free and here[name] != saved[name]]
     if differing:
-        lines = [f"  model.{name}: {saved.get(name)!r} in the checkpoint, {here[name]!r} here" for name in differing]
+        lines = [f"  model.{name}: {saved[name]!r} in the checkpoint, {here[name]!r} here" for name in differing]
         raise MythosError(
             f"checkpoint {path} is of another model:\n"
             + "\n".join(lines)

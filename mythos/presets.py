@@ -52,6 +52,20 @@ def _dense_core(layers: int, dim: int) -> dict[str, Any]:
     }
 
 
+def _parcae(layers: int, dim: int) -> dict[str, Any]:
+    """Fields of a published Parcae (arXiv 2604.12946); see `mythos.hf.importers.parcae`."""
+    return _dense_core(layers, dim) | {
+        "vocab_size": 32_768,
+        "tie_embeddings": True,
+        "value_embeddings": True,
+        "rope_theta": 5e4,
+        "norm_eps": 1e-5,
+        "ffn_dim": 4 * dim,
+        "dense_ffn": "relu2",
+        "halting": "none",
+    }
+
+
 def _multiple_of_128(width: float) -> int:
     return round(width / 128) * 128
 
@@ -74,6 +88,7 @@ def _run(loops: int, context: int, lora: int, theta: float, vocab: int) -> dict[
 _NO_LOOP: dict[str, Any] = {"injection": "none", "loops": 1}
 _LOOPED = {"140m": _dense_core(2, 768), "370m": _dense_core(4, 1024), "770m": _dense_core(6, 1280)}
 _LOOPED["1b3"] = _dense_core(8, 1536)
+_PARCAE = {"140m": _parcae(2, 768), "370m": _parcae(4, 1024), "770m": _parcae(6, 1280), "1b3": _parcae(8, 1536)}
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Run anywhere. Query and key heads are as wide as value heads, which fused attention on CPU needs.
@@ -159,6 +174,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Looped dense cores, and fixed-depth baselines of as many parameters whose core runs once.
     **{f"looped_{size}": fields for size, fields in _LOOPED.items()},
     **{f"dense_{size}": {**fields, **_NO_LOOP} for size, fields in _LOOPED.items()},
+    # What scripts/import_hf.py imports.
+    **{f"parcae_{size}": fields for size, fields in _PARCAE.items()},
 }
 
 

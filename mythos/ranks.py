@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from mythos.config import Config
 from mythos.errors import MythosError, short_reason
+from mythos.host_memory import keep_freed_memory
 
 T = TypeVar("T")
 
@@ -150,7 +151,7 @@ class World:
 
 
 def join_world(config: Config) -> World:
-    """Find the other processes of a run.
+    """Find the other processes of a run, and make this one ready for its steps.
 
     Raises MythosError as `meet_world` does, if the configuration does not fit the number of processes, or if two ranks
     were given different configurations.
@@ -160,6 +161,8 @@ def join_world(config: Config) -> World:
     if world.size > 1:
         check_fit(config, world.size)
         check_same_config(config, world.ranks)
+    if world.device.type == "cpu":
+        keep_freed_memory()
     return world
 
 

@@ -30,7 +30,7 @@ from mythos.depth import DepthPlan, DepthSchedule
 from mythos.errors import MythosError, TransientError
 from mythos.estimate import count_parameters, forward_flops
 from mythos.evaluation.choices import choice_metrics, encode_task, read_tasks
-from mythos.evaluation.depth_sweep import adaptive_metrics, fit_losses, fit_metrics
+from mythos.evaluation.depth_sweep import adaptive_metrics, fit_metrics
 from mythos.evaluation.reasoning import task_metrics
 from mythos.evaluation.validation import losses_by_depth, validation_metrics
 from mythos.faults import (
@@ -41,6 +41,7 @@ from mythos.faults import (
     collective_reason,
     parse_duration,
 )
+from mythos.init_from import agreed_start
 from mythos.metrics import MetricsLog, check_trackers, expert_balance, loop_loads, over_ranks, peak_flops, peak_memory
 from mythos.model.generate import generate
 from mythos.model.rdt import RDTOutput, RecurrentDepthTransformer
@@ -53,6 +54,7 @@ from mythos.preflight import check_same_model, check_same_optimizer, prepare_dir
 from mythos.profiling import OwnTime, Profiler, Stopwatch
 from mythos.ranks import join_world
 from mythos.rng import random_state, set_random_state
+from mythos.summary import summary
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +97,10 @@ class Trainer:
         found = self.checkpoints.find(config.run.resume)
         meta = world.ranks.agreed(lambda: checkpoint.read_meta(found)) if found else None
         self.step, self.tokens = (meta["step"], meta["tokens"]) if meta else (0, 0)
+        # The weights that a new run starts from; one that is continued has its own, and needs that model no more.
+        self.start = None if found else agreed_start(config, world.ranks)
+        if self.start is not None:
+            self.resources.callback(self.start.close)
 
         # Data: corpora, their tokenizer (which sizes the model's vocabulary), training streams, validation rows.
         saved_data = meta["config"]["data"] if meta else {}
@@ -107,6 +113,8 @@ class Trainer:
             config = resolve_vocabulary(config, self.tokenizer.padded_size)
             check_vocabulary(self.tokenizer, config.model.vocab_size)
         self.config = config
+        if self.start is not None:
+            world.ranks.agreed(lambda: self.start.match(config, self.tokenizer))
         self.tasks = [encode_task(task, self.tokenizer, config.model.context_length) for task in tasks]
         self.count_targets = data.targets
         if meta:
@@ -148,6 +156,9 @@ class Trainer:
             self.checkpoints.load(found, self.state())
             if "rng" in meta:
                 set_random_state(meta["rng"])
+        if self.start is not None:
+            world.ranks.agreed(lambda: self.start.fill(self.model, config.run.seed))
+            self.start.close()
         self.log = world.ranks.agreed(lambda: self.begin_files(found))
         self.resources.callback(self.log.close)
         self.watchdog = Watchdog(self.run_dir / "stacks", world.rank, config.parallel.stall_after)
@@ -212,6 +223,9 @@ class Trainer:
         with bar, Profiler(self.run_dir, config.train.profile, self.world.rank) as profiler:
             batch, problem = self.read_ahead() if self.step < steps else (None, None)
             self.agree_on_data(problem)
+            if self.start is not None:  # what it starts from, as the same validation measures it
+                metrics = self.validate()
+                self.log.write({"step": 0, "tokens": 0, "time": time.time()} | metrics)
             watch, steps_before, first = Stopwatch(), self.step, True
             while batch is not None:
                 result = self.train_step(batch)
@@ -564,30 +578,14 @@ class Trainer:
         if restarts := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
             lines["restart"] = f"{restarts}, because a process was lost"
         print("\n".join(f"{name:9} {line}" for name, line in lines.items()))
+        for number, line in enumerate(self.start.told if self.start else []):
+            print(f"{'' if number else 'start':9} {line}")
 
     def sum_up(self, metrics: dict[str, Any]) -> None:
         """Print the depth table, a sample, and where everything is."""
         if not self.main:
             return
-        curve = losses_by_depth(metrics)
-        answered = "val/accuracy" in metrics
-        column = "accuracy" if answered else "perplexity"
-        print(f"\nValidation after {self.tokens:,} tokens\n\n  loops      loss  {column:>10}")
-        for loops, loss in curve.items():
-            mark = "  <- training mean" if loops == self.mean_loops else ""
-            beside = f"{metrics[f'val/accuracy@{loops}']:10.2%}" if answered else f"{math.exp(loss):10.2f}"
-            print(f"  {loops:5d}  {loss:8.4f}  {beside}{mark}")
-        if answered:
-            at = "as many loops as steps" if self.config.depth.follow == "difficulty" else f"{self.mean_loops} loops"
-            print(f"\n  {metrics['val/accuracy']:.2%} of the sequences have every answer right at {at}")
-        else:
-            print(f"\n  {metrics['val/bits_per_byte']:.3f} bits per byte at {self.mean_loops} loops")
-        if "val/fit_limit" in metrics:
-            print(f"  {fit_losses(curve)}")
-        if "val/auto_loss" in metrics:
-            beside = "" if answered else f", perplexity {math.exp(metrics['val/auto_loss']):.2f}"
-            halted = f"{metrics['val/auto_loops']:.2f} loops where {self.config.model.halting} halts"
-            print(f"  {halted}: {metrics['val/auto_saved']:.0%} saved{beside}")
+        print(summary(self.config, metrics, self.mean_loops, self.tokens))
         if self.samples:
             print(f"\nSample\n\n  {self.samples[0]!r}")
         plots = "\n            ".join(map(str, self.plots))

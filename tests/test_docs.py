@@ -22,6 +22,7 @@ from mythos.errors import MythosError
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 STAND_INS = {name: "configs/debug.yaml" for name in ("CONFIG.yaml", "CONFIG", "my.yaml")}
+STAND_INS |= {"retrofitted/train.yaml": "configs/debug.yaml"}
 STAND_INS |= {"SECTION": "depth", "SIZE": "reference", "RUN": "runs/quickstart"}
 """What the pages write for names of the reader's choice."""
 

@@ -64,6 +64,11 @@ VARIANTS: list[dict[str, Any]] = [
     {"core_ffn": "dense", "injection": "add", "lora_rank": 0, "q_lora_rank": 0},
     {"injection": "none", "loops": 1, "lora_rank": 0, "attention": "gqa", "core_ffn": "dense"},
     {"injection": "none", "loops": 1, "lora_rank": 0, "n_shared_experts": 0},
+    {
+        **{"attention": "gqa", "core_ffn": "dense", "value_embeddings": True, "dense_ffn": "relu2", "qk_bias": True},
+        **{"block_norm": "sandwich", "readout_norm": True},
+    },
+    {"injection": "initial", "block_norm": "peri", "prelude_norm": False},
 ]
 
 
@@ -126,7 +131,7 @@ def test_training_flops_are_those_torch_counts(changes: dict[str, Any], loops: l
     assert executed == pytest.approx(needed, rel=0.01)
 
 
-@pytest.mark.parametrize("changes", VARIANTS[:2], ids=str)
+@pytest.mark.parametrize("changes", [*VARIANTS[:2], VARIANTS[-2]], ids=str)
 def test_recomputed_flops_are_those_torch_counts(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """With the products of a GPU, and values as wide as keys, to which a GPU's kernel may have to pad them."""
     monkeypatch.setattr(kernels, "float32_by_onednn", lambda *_: False)

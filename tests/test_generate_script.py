@@ -440,7 +440,7 @@ def test_compiled_text_is_the_same(
     generate: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = Mock(wraps=RecurrentDepthTransformer.run_packed)
-    monkeypatch.setattr(rdt, "_compiled_run_packed", lambda: step)
+    monkeypatch.setattr(rdt, "_compiled_run_packed", lambda device: step)
     arguments = ("--prompt", "The river", "--tokens", "9", "--loops", "3")
     assert generate(*arguments, "--compile")[1] == generate(*arguments)[1]
     assert step.call_count == 8, "the first token comes with the prompt"

@@ -44,7 +44,7 @@ def written_out(c: ModelConfig) -> int:
         attention += c.qk_norm * (qk + c.qk_rope_head_dim)
     else:
         attention = 2 * c.dim * c.head_dim * (c.n_heads + c.n_kv_heads) + c.qk_norm * 2 * c.head_dim
-    dense = 3 * c.dim * c.ffn_dim
+    dense = {"swiglu": 3, "relu2": 2}[c.dense_ffn] * c.dim * c.ffn_dim
     experts = c.n_experts * c.expert_dim + c.n_shared_experts * c.shared_expert_dim
     routed = c.dim * c.n_experts + 3 * c.dim * experts
     core = routed if c.core_ffn == "moe" else dense
@@ -54,7 +54,9 @@ def written_out(c: ModelConfig) -> int:
     injection = {"lti": c.dim**2 + 2 * c.dim, "linear": 2 * c.dim**2, "add": 0, "none": 0}[c.injection]
     around = injection + looped * (c.dim**2 + c.prelude_norm * c.dim) + c.dim
     adapter = c.lora_rank and 2 * c.dim * c.lora_rank + c.loops * c.lora_rank + c.dim
-    return vocab * c.dim * (1 if c.tie_embeddings else 2) + blocks + around + adapter
+    layers = c.prelude_layers + c.core_layers + c.coda_layers
+    values = c.value_embeddings * -(-layers // 2) * c.n_kv_heads * (vocab * c.head_dim + 32)
+    return vocab * c.dim * (1 if c.tie_embeddings else 2) + blocks + around + adapter + values
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -24,6 +24,7 @@ PARTS = {
     "Router": "experts: router",
     "MixtureOfExperts": "experts: ",  # and what the operator is for
     "SwiGLU": "dense and shared feed-forward",
+    "SquaredReLU": "dense and shared feed-forward",
     "RMSNorm": "norms",
     "LTIInjection": "injection",
     "LinearInjection": "injection",
@@ -31,6 +32,7 @@ PARTS = {
     "LoopAdapter": "depth-wise adapter",
     "LoopEmbedding": "depth-wise adapter",
     "TokenEmbedding": "embedding",
+    "ValueTable": "embedding",
     "HaltingGate": "halting",
     "ActHalting": "halting",
 }

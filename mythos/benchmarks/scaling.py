@@ -13,7 +13,6 @@ from mythos.benchmarks.steps import Steps, configuration
 from mythos.benchmarks.timing import Timings, Work, in_turns, mebibytes, print_table
 from mythos.command_line import check_least, whole_numbers
 from mythos.errors import MythosError
-from mythos.model.attention import attention_context
 
 AXES: dict[str, tuple[str, Callable[[int], list[str]]]] = {
     "loops": (
@@ -107,10 +106,11 @@ def slope(x: Sequence[float], y: Sequence[float]) -> float:
 
 def core_alone(steps: Steps) -> Work:
     """Forward and backward pass of the recurrence of a step, without what comes before and after it."""
-    model, config = steps.trainer.model, steps.config
+    model = steps.trainer.model
     ids = steps.batch.ids[: steps.trainer.micro_batch, :-1].to(steps.device)
-    context = attention_context(config.model, ids.shape[1], steps.device, None)
-    e = torch.randn(*ids.shape, config.model.dim, device=steps.device, requires_grad=True)
+    with torch.no_grad():
+        context = model.context(ids)
+    e = torch.randn(*ids.shape, model.config.dim, device=steps.device, requires_grad=True)
     state = torch.zeros_like(e)
 
     def work() -> None:

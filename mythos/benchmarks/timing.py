@@ -27,6 +27,9 @@ WARM_UP = 2
 """Untimed runs before the first turn: allocators, caches and lazily built kernels are then as they stay."""
 
 
+NO_MEMORY = "the process that is measured died, most likely for lack of memory: give a smaller model or batch"
+
+
 class Seconds(NamedTuple):
     """What one run took."""
 
@@ -102,8 +105,48 @@ def timed(work: Work, device: torch.device | None = None) -> Seconds:
     return Seconds(time.process_time() - cpu, time.perf_counter() - wall)
 
 
+class OwnProcess:
+    """A work that takes its turns in a process of its own, where nothing of the other works' lies in its way.
+
+    It inherits the cores and threads of this one. `make(*arguments)`, of a module, gives the work there.
+    """
+
+    def __init__(self, make: Callable[..., Work], *arguments: Any) -> None:
+        self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        self._ask(_begin, torch.get_num_threads(), make, arguments)
+
+    def timed(self) -> Seconds:
+        """Run it once."""
+        return self._ask(_run_begun)
+
+    def _ask(self, function: Callable[..., T], *arguments: Any) -> T:
+        try:
+            return self.pool.submit(function, *arguments).result()
+        except BrokenProcessPool as error:
+            raise MythosError(NO_MEMORY) from error
+
+    def __enter__(self) -> "OwnProcess":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.pool.shutdown()
+
+
+_begun: list[Work] = []
+
+
+def _begin(threads: int, make: Callable[..., Work], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(threads)
+    _begun.append(make(*arguments))
+
+
+def _run_begun() -> Seconds:
+    gc.collect()
+    return timed(_begun[0])
+
+
 def in_turns(
-    works: Mapping[str, Work], repeats: int, device: torch.device | None = None, warm_up: int = WARM_UP
+    works: Mapping[str, Work | OwnProcess], repeats: int, device: torch.device | None = None, warm_up: int = WARM_UP
 ) -> dict[str, Timings]:
     """Run every work once a turn, A B A B, for `repeats` turns, and tell what each took."""
     timings = {name: Timings(device) for name in works}
@@ -111,7 +154,7 @@ def in_turns(
         for turn in range(-warm_up, repeats):
             gc.collect()  # here, and not in the middle of a run
             for name, work in works.items():
-                seconds = timed(work, device)
+                seconds = work.timed() if isinstance(work, OwnProcess) else timed(work, device)
                 bar.update()
                 if turn >= 0:
                     timings[name].runs.append(seconds)
@@ -160,9 +203,7 @@ def in_fresh_process(work: Callable[..., T], *arguments: Any) -> T:
         try:
             return pool.submit(_run_alone, work, torch.get_num_threads(), *arguments).result()
         except BrokenProcessPool as error:
-            raise MythosError(
-                "the process that measures memory died, most likely for lack of it: give a smaller model or batch"
-            ) from error
+            raise MythosError(NO_MEMORY) from error
 
 
 def _run_alone(work: Callable[..., T], threads: int, *arguments: Any) -> T:

@@ -12,6 +12,7 @@ from mythos.benchmarks.steps import Steps, configuration, memory_of_steps
 from mythos.benchmarks.timing import (
     WARM_UP,
     Memory,
+    OwnProcess,
     Ratio,
     Timings,
     Work,
@@ -157,7 +158,7 @@ def uncompiled(steps: Steps, count: Any) -> Any:
 
 def against(config: Config, repeats: int) -> dict[str, Any]:
     """Our step and the other package's in turns, then each one's memory."""
-    other = open_mythos.Steps(config)
+    parameters = open_mythos.Steps(config).parameters
     with Steps(config) as ours:
         if ours.device.type == "cuda" or len(set(ours.loops)) > 1 or ours.backprop < ours.loops[0]:
             raise MythosError(
@@ -165,9 +166,10 @@ def against(config: Config, repeats: int) -> dict[str, Any]:
                 "set train.device=cpu, depth.sampling=fixed and depth.backprop to the number of loops"
             )
         print(describe(ours))
-        print(f"open-mythos: {other.parameters:,} parameters, its ACT threshold at infinity, so that all loops run")
-        timings = in_turns({"mythos": ours, "open-mythos": other}, repeats)
+        print(f"open-mythos: {parameters:,} parameters, its ACT threshold at infinity, so that all loops run")
         tokens = ours.tokens
+    with OwnProcess(Steps, config) as mine, OwnProcess(open_mythos.Steps, config) as theirs:
+        timings = in_turns({"mythos": mine, "open-mythos": theirs}, repeats)
     memory = {
         "mythos": in_fresh_process(memory_of_steps, config),
         "open-mythos": in_fresh_process(open_mythos.memory_of_steps, config),
@@ -181,16 +183,17 @@ def against(config: Config, repeats: int) -> dict[str, Any]:
             for name, times in timings.items()
         ],
     )  # fmt: skip
-    ours_memory, theirs = memory["mythos"], memory["open-mythos"]
-    assert ours_memory.tensors and theirs.tensors
+    our_memory, their_memory = memory["mythos"], memory["open-mythos"]
+    assert our_memory.tensors and their_memory.tensors
+    resident, tensors = our_memory.peak / their_memory.peak, our_memory.tensors / their_memory.tensors
     print(
-        f"mythos is {ratio} times as fast; memory: {ours_memory.peak / theirs.peak:.2f} times as much resident (of it "
-        f"{mebibytes(ours_memory.start)} imports), {ours_memory.tensors / theirs.tensors:.2f} times in tensors"
+        f"mythos is {ratio} times as fast; memory: {resident:.2f} times as much resident (of it "
+        f"{mebibytes(our_memory.start)} imports), {tensors:.2f} times in tensors"
     )
     return {
         "configuration": config.model_dump(mode="json"),
         "speed_ratio": ratio._asdict(),
-        "memory_ratio": {"resident": ours_memory.peak / theirs.peak, "tensors": ours_memory.tensors / theirs.tensors},
+        "memory_ratio": {"resident": resident, "tensors": tensors},
         **{name: {**times.record(), "tokens_per_cost_second": tokens / times.median,
                   "memory": memory[name]._asdict()} for name, times in timings.items()},
     }  # fmt: skip

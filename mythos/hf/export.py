@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -69,30 +70,56 @@ def export_model(
         MythosError: the folder has something in it or cannot be written, a type or size that is not known, or what
             `open_model` raises.
     """
+    folder = check_destination(folder, dtype)
+    with stored_model(path) as stored:
+        return write_export(stored, folder, _card(stored, path, name or folder.name), dtype, max_shard_size)
+
+
+def check_destination(folder: str | Path, dtype: str) -> Path:
+    """The folder, if something can be written there; before anything is read.
+
+    Raises:
+        MythosError: it has something in it or no name, or the type is not known.
+    """
     folder = Path(folder)
     if dtype not in DTYPES:
         raise MythosError(f"dtype: got {dtype!r}; allowed: {', '.join(DTYPES)}")
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise MythosError(f"{folder} exists and is not empty; give a folder that is new or empty.")
+    if not folder.name:  # "."
+        raise MythosError(f"{folder} has no name; give a folder that is new or empty.")
+    return folder
+
+
+def write_export(
+    stored: StoredModel,
+    folder: Path,
+    card: str,
+    dtype: str,
+    max_shard_size: int | str,
+    texts: Mapping[str, str] | None = None,
+) -> Exported:
+    """Write a stored model to a new or empty folder, with this card and further texts by file; see `export_model`.
+
+    Raises:
+        MythosError: the folder cannot be written, or the size is not known.
+    """
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
-        aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    except ValueError as error:  # "."
-        raise MythosError(f"{folder} has no name; give a folder that is new or empty.") from error
-    with stored_model(path) as stored:
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            aside.mkdir()
-            tokenizer = None if stored.tokenizer is None else _write_tokenizer(stored, aside)
-            _config(stored, DTYPES[dtype]).save_pretrained(aside)
-            _generation_config(stored, tokenizer).save_pretrained(aside)
-            (aside / CARD_FILE).write_text(_card(stored, path, name or folder.name), encoding="utf-8")
-            files = _write_weights(stored, aside, DTYPES[dtype], max_shard_size)
-            aside.replace(folder)
-        except (OSError, SafetensorError) as error:
-            raise MythosError(f"{folder} cannot be written: {error}. Make room or give another folder.") from error
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-        return Exported(folder, stored.source, stored.step, files)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside.mkdir()
+        tokenizer = None if stored.tokenizer is None else _write_tokenizer(stored, aside)
+        _config(stored, DTYPES[dtype]).save_pretrained(aside)
+        _generation_config(stored, tokenizer).save_pretrained(aside)
+        for file, text in {CARD_FILE: card, **(texts or {})}.items():
+            (aside / file).write_text(text, encoding="utf-8")
+        files = _write_weights(stored, aside, DTYPES[dtype], max_shard_size)
+        aside.replace(folder)
+    except (OSError, SafetensorError) as error:
+        raise MythosError(f"{folder} cannot be written: {error}. Make room or give another folder.") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return Exported(folder, stored.source, stored.step, files)
 
 
 def push(folder: str | Path, repository: str) -> str:

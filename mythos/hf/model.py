@@ -15,7 +15,6 @@ from transformers.utils import can_return_tuple
 
 from mythos.hf.cache import MythosCache
 from mythos.hf.config import MythosConfig
-from mythos.model.attention import attention_context
 from mythos.model.halting import ActHalting, HaltingRule, Pondering, halting_rule
 from mythos.model.loss import IGNORE_INDEX, summed_cross_entropy
 from mythos.model.rdt import RecurrentDepthTransformer
@@ -204,7 +203,7 @@ class MythosForCausalLM(PreTrainedModel, GenerationMixin):
             # Tokens first: what comes after them changes nothing, so that causal attention needs no mask.
             order = (~mask).byte().argsort(dim=1, stable=True)
             ids = ids.gather(1, order)
-        context = attention_context(model.config, ids.shape[1], ids.device, None)
+        context = model.context(ids)
         e = model.encode(ids, context)
         state = e.new_zeros(e.shape, dtype=torch.float32)
         pondering = Pondering(model.halting) if isinstance(model.halting, ActHalting) else None

@@ -1,6 +1,6 @@
 """Causal attention over packed sequences: grouped-query and multi-head latent."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -8,14 +8,26 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from mythos.model import kernels
-from mythos.model.cache import CachedContext, Part
+from mythos.model.cache import CachedContext, Part, ValueRows
 from mythos.model.causal_attention import causal_attention
 from mythos.model.config import ModelConfig
-from mythos.model.layers import Linear, RMSNorm, apply_rope, autocast_dtype, rope_table, without_autocast, zeros
+from mythos.model.layers import (
+    Initializer,
+    Linear,
+    RMSNorm,
+    apply_rope,
+    autocast_dtype,
+    rope_table,
+    truncated_normal,
+    without_autocast,
+    zeros,
+)
 from mythos.model.recompute import recomputable
 
 BLOCK = 128
 """Positions in a side of flex attention's blocks."""
+GATE_INPUTS = 32
+"""Leading dimensions of a layer's input that the gate of its value embedding reads."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +40,14 @@ class AttentionContext:
     """Like `cos`."""
     mask: Tensor | BlockMask | None
     """None = causal; (B, 1, S, S) bool, True where a query may look; or the same as a block mask on a GPU."""
+    values: ValueRows | None = None
+    """Rows of the value embeddings, (B, S, KV, d) for each layer that has one; None in a model without."""
+    value: Tensor | None = None
+    """Those of the layer that this is the context of."""
 
     def layer(self, part: Part, layer: int) -> "AttentionContext":
-        """The context of one layer: this one, where nothing is kept (see `CachedContext.layer`)."""
-        return self
+        """The context of one layer."""
+        return self if self.values is None else replace(self, value=self.values.get((part, layer)))
 
     def rotate(self, heads: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Queries or keys (B, S, heads, d) at their positions, in `dtype` (default: theirs)."""
@@ -39,12 +55,13 @@ class AttentionContext:
 
     def first_rows(self, rows: int) -> "AttentionContext":
         """The context of the leading `rows` sequences."""
+        values = None if self.values is None else {layer: value[:rows] for layer, value in self.values.items()}
         if self.mask is None or rows == self.mask.shape[0]:
-            return self
+            return self if values is None else replace(self, values=values)
         mask = self.mask[:rows]
         if isinstance(mask, BlockMask) and isinstance(self.mask, BlockMask):
             mask.mask_mod = self.mask.mask_mod  # slicing drops it, for its row indices may no longer fit; a prefix's do
-        return AttentionContext(self.cos[:rows], self.sin[:rows], mask)
+        return AttentionContext(self.cos[:rows], self.sin[:rows], mask, values)
 
 
 def rotated_dim(config: ModelConfig) -> int:
@@ -141,9 +158,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext)
 
 
 class GroupedQueryAttention(nn.Module):
-    """Grouped-query attention (arXiv 2305.13245) with RoPE and optional QK-norm."""
+    """Grouped-query attention (arXiv 2305.13245) with RoPE, optional QK-norm, QK-bias and value embedding.
 
-    def __init__(self, config: ModelConfig) -> None:
+    With a value embedding the values are v + 2 sigmoid(W x_{:32}) * row of the token, one gate a head.
+    """
+
+    def __init__(self, config: ModelConfig, value_embedding: bool) -> None:
         super().__init__()
         dim, self.head_dim = config.dim, config.head_dim
         self.heads, self.kv_heads = config.n_heads, config.n_kv_heads
@@ -153,12 +173,24 @@ class GroupedQueryAttention(nn.Module):
         self.out = Linear(self.heads * self.head_dim, dim, zeros)
         self.query_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.key_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.query_bias = self.key_bias = None
+        if config.qk_bias:
+            self.query_bias = nn.Parameter(torch.empty(self.heads * self.head_dim))
+            self.key_bias = nn.Parameter(torch.empty(self.kv_heads * self.head_dim))
+            self.initializers = {"query_bias": zeros, "key_bias": zeros}
+        self.value_gate = Linear(min(GATE_INPUTS, dim), self.kv_heads, zeros) if value_embedding else None
 
     def forward(self, x: Tensor, context: AttentionContext | CachedContext) -> Tensor:
         """(B, S, D) -> (B, S, D); with a cache, packed positions (N, 1, D) -> (N, 1, D)."""
-        query = self.query(x).unflatten(-1, (self.heads, self.head_dim))
-        key = self.key(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        query, key = self.query(x), self.key(x)
+        if self.query_bias is not None and self.key_bias is not None:
+            query, key = query + self.query_bias.to(query.dtype), key + self.key_bias.to(key.dtype)
+        query = query.unflatten(-1, (self.heads, self.head_dim))
+        key = key.unflatten(-1, (self.kv_heads, self.head_dim))
         value = self.value(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        if self.value_gate is not None:
+            gate = 2 * self.value_gate(x[..., :GATE_INPUTS]).sigmoid()
+            value = value + gate.unsqueeze(-1) * context.value
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         query = recomputable(context.rotate, query, value.dtype)
@@ -246,6 +278,48 @@ def joined(nope: Tensor, rope: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.cat((nope.to(dtype), rope.to(dtype)), dim=-1)
 
 
-def build_attention(config: ModelConfig) -> nn.Module:
-    """The attention module that `config.attention` names."""
-    return {"gqa": GroupedQueryAttention, "mla": MultiHeadLatentAttention}[config.attention](config)
+class ValueEmbeddings(nn.Module):
+    """Tables (V, KV d) of what layers add to the values of each token, by `part_layer`."""
+
+    def __init__(self, config: ModelConfig, vocabulary: int) -> None:
+        super().__init__()
+        self.heads = config.n_kv_heads
+        self.layers = value_embedding_layers(config)
+        for part, layer in self.layers:
+            self.add_module(f"{part}_{layer}", ValueTable(vocabulary, config.n_kv_heads * config.head_dim))
+
+    def forward(self, ids: Tensor) -> ValueRows:
+        """(B, S) int64 -> the rows for each layer, (B, S, KV, d) in the autocast type."""
+        tables = {place: self.get_submodule("{}_{}".format(*place)) for place in self.layers}
+        return {place: table(ids).unflatten(-1, (self.heads, -1)) for place, table in tables.items()}
+
+
+class ValueTable(nn.Module):
+    """Rows of a (V, n) table, whose entries start as large as those of values."""
+
+    def __init__(self, vocabulary: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocabulary, width))
+        self.initializers: dict[str, Initializer] = {"weight": truncated_normal(1)}
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(B, S) int64 -> (B, S, n), in the autocast type."""
+        return F.embedding(ids, self.weight).to(autocast_dtype(self.weight))
+
+
+def value_embedding_layers(config: ModelConfig) -> list[tuple[Part, int]]:
+    """The layers that have a value embedding: every second, counted back from the last."""
+    counts: dict[Part, int] = {
+        "prelude": config.prelude_layers,
+        "core": config.core_layers,
+        "coda": config.coda_layers,
+    }
+    layers = [(part, layer) for part, count in counts.items() for layer in range(count)]
+    return layers[::-1][::2] if config.value_embeddings else []
+
+
+def build_attention(config: ModelConfig, value_embedding: bool = False) -> nn.Module:
+    """The attention module that `config.attention` names, for a layer with a value embedding or without."""
+    if config.attention == "mla":
+        return MultiHeadLatentAttention(config)
+    return GroupedQueryAttention(config, value_embedding)

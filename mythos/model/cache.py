@@ -1,6 +1,6 @@
 """What decoding keeps of positions: an entry for every prelude and coda layer, and for every core layer and loop."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from mythos.model.rdt import RecurrentDepthTransformer
 
 Part = Literal["prelude", "core", "coda"]
+ValueRows = Mapping[tuple[Part, int], Tensor]
+"""Rows of value embeddings by layer; see `mythos.model.attention.ValueEmbeddings`."""
 
 
 def entry_width(config: ModelConfig) -> int:
@@ -225,8 +227,12 @@ class CachedContext(NamedTuple):
     sin: Tensor
     """(N, 1, 1, rotated dims) float32: sines, negative and positive."""
     groups: Groups
+    values: ValueRows | None
+    """Rows of the value embeddings, (N, 1, KV, d) for each layer that has one; None in a model without."""
     loop: int = 0
     slot: int = 0
+    value: Tensor | None = None
+    """The rows of this layer."""
 
     @classmethod
     def make(
@@ -238,14 +244,17 @@ class CachedContext(NamedTuple):
         cos, sin = rope_at(positions.view(-1, 1, 1), rotated, config.rope_theta)
         cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
         groups = group(rows, positions, len(cache.lengths), span, single=single, level=level)
-        return cls(cache, rows, positions, span, level, cos, sin, groups)
+        return cls(cache, rows, positions, span, level, cos, sin, groups, None)
 
     def keep(self, chosen: Tensor) -> "CachedContext":
         """The context of some of the positions, (n,) indices in ascending order."""
         rows, positions = self.rows[chosen], self.positions[chosen]
         single = self.groups.place is None
         groups = group(rows, positions, len(self.cache.lengths), self.span, single=single, level=self.level)
-        return self._replace(rows=rows, positions=positions, cos=self.cos[chosen], sin=self.sin[chosen], groups=groups)
+        kept = self._replace(rows=rows, positions=positions, cos=self.cos[chosen], sin=self.sin[chosen], groups=groups)
+        if self.values is None:
+            return kept
+        return kept._replace(values={layer: value[chosen] for layer, value in self.values.items()})
 
     def at_loop(self, loop: int) -> "CachedContext":
         """The context of the core's blocks in a pass."""
@@ -253,7 +262,8 @@ class CachedContext(NamedTuple):
 
     def layer(self, part: Part, layer: int) -> "CachedContext":
         """The context of one layer."""
-        return self._replace(slot=self.cache.slot(part, layer, self.loop))
+        value = None if self.values is None else self.values.get((part, layer))
+        return self._replace(slot=self.cache.slot(part, layer, self.loop), value=value)
 
     def rotate(self, heads: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Queries or keys (N, 1, heads, d) at their positions, in `dtype`."""

@@ -104,4 +104,5 @@ def _by_head(x: Tensor, like: Tensor) -> Tensor:
     """(B KV, S G, d) -> (B, H, S, d), the first three as in `like`; contiguous."""
     rows, heads, length, _ = like.shape
     group = x.shape[1] // length
-    return x.view(rows, heads // group, length, group, -1).transpose(2, 3).reshape(rows, heads, length, -1)
+    # Of a single key head a reshape would be a view, which compiled code does not expect.
+    return x.view(rows, heads // group, length, group, -1).transpose(2, 3).reshape(rows, heads, length, -1).contiguous()

@@ -50,6 +50,8 @@ class ModelConfig(Section):
     """Longest sequence in tokens the model is meant for; no parameter depends on it."""
     tie_embeddings: bool = True
     """Share one matrix between the token embedding and the output head."""
+    scale_embeddings: bool = True
+    """Multiply the rows of the embedding by sqrt(dim); false where the model has been another's, whose rows are not."""
 
     # Attention
     attention: Literal["gqa", "mla"] = "mla"
@@ -72,16 +74,26 @@ class ModelConfig(Section):
     """mla: dimension of a value head."""
     qk_norm: bool = True
     """RMSNorm on query and key heads (arXiv 2010.04245); in mla on the query heads and the shared rotated key."""
+    qk_bias: bool = False
+    """gqa: a bias added to queries and keys before all else, as in Huginn (arXiv 2502.05171)."""
     rope_theta: Annotated[float, Field(gt=1)] = 10_000.0
     """Base of the RoPE frequencies (arXiv 2104.09864). Tables are computed, never stored."""
+    value_embeddings: bool = False
+    """gqa: every second layer, counted back from the last, adds a row of a table to the values of each token, weighted
+    for each head by a gate on the layer's input (after arXiv 2410.17897, in the form of nanochat and Parcae)."""
     norm_eps: Annotated[float, Field(gt=0)] = 1e-6
     """Added to the mean square in every RMSNorm."""
+    block_norm: Literal["pre", "peri", "sandwich"] = "pre"
+    """Where a block has RMSNorms: pre = before attention and feed-forward; peri = also after each, before its result is
+    added (Ouro, arXiv 2510.25741); sandwich = also on each sum (Huginn, arXiv 2502.05171)."""
 
     # Feed-forward
     ffn_dim: PositiveInt = 256
-    """Hidden width of the dense SwiGLU in prelude, coda and (core_ffn: dense) core; a multiple of 8."""
+    """Hidden width of the dense feed-forward in prelude, coda and (core_ffn: dense) core; a multiple of 8."""
+    dense_ffn: Literal["swiglu", "relu2"] = "swiglu"
+    """Form of the dense feed-forward: swiglu is gated (arXiv 2002.05202), relu2 squares a ReLU (arXiv 2109.08668)."""
     core_ffn: Literal["moe", "dense"] = "moe"
-    """Feed-forward of the core: mixture of experts or one dense SwiGLU of width ffn_dim."""
+    """Feed-forward of the core: mixture of experts or one dense feed-forward of width ffn_dim."""
     n_experts: PositiveInt = 8
     """Routed experts of a core block."""
     experts_per_token: PositiveInt = 2
@@ -98,11 +110,14 @@ class ModelConfig(Section):
     # Recurrence
     loops: PositiveInt = 8
     """Passes through the core the model is trained for on average: the default of depth.mean and of inference."""
-    injection: Literal["lti", "linear", "add", "none"] = "lti"
+    injection: Literal["lti", "linear", "add", "initial", "none"] = "lti"
     """How the encoded input enters every pass: lti = stable by construction (rho(A) < 1), linear = one unconstrained
-    matrix over state and input, add = plain sum; none = a fixed-depth transformer whose core runs once."""
+    matrix over state and input, add = plain sum; initial = the first alone, the others read the normalised state (Ouro,
+    arXiv 2510.25741); none = a fixed-depth transformer whose core runs once."""
     prelude_norm: bool = True
     """RMSNorm on the prelude's output before it is injected (arXiv 2604.12946: without it long runs blow up)."""
+    readout_norm: bool = False
+    """RMSNorm on the last state before it is read out, as in Huginn (arXiv 2502.05171)."""
     state_init: Literal["normal", "zero"] = "normal"
     """Initial state in training: truncated-normal noise of std sqrt(2 / (5 D)), or zeros. Evaluation starts at zero."""
     lora_rank: NonNegativeInt = 4
@@ -141,6 +156,11 @@ def model_contradictions(config: ModelConfig) -> Iterator[tuple[tuple[str, ...],
     if config.attention == "gqa" and config.n_heads % config.n_kv_heads:
         given = f"got {config.n_heads} and {config.n_kv_heads}"
         yield ("n_heads", "n_kv_heads"), f"{given}; n_kv_heads must divide n_heads"
+    if config.attention == "mla":
+        for name in ("value_embeddings", "qk_bias"):
+            if getattr(config, name):
+                rule = "latent attention has nothing of its own to add it to"
+                yield ("attention", name), f"got mla and true; {rule}: set attention to gqa, or leave out {name}"
     rotated = "head_dim" if config.attention == "gqa" else "qk_rope_head_dim"
     if getattr(config, rotated) % 2:
         yield (rotated,), f"got {getattr(config, rotated)}; allowed: an even number (RoPE rotates pairs)"

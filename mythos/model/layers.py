@@ -8,6 +8,7 @@ from math import sqrt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mythos.model.products import linear
@@ -61,6 +62,24 @@ def name_generator(seed: int, name: str) -> torch.Generator:
 
 
 @torch.no_grad()
+def starting_value(model: nn.Module, name: str, seed: int) -> Tensor:
+    """The value that a parameter starts from, whole, on the CPU, float32: a function of (seed, name)."""
+    owner_name, _, leaf = name.rpartition(".")
+    value = torch.empty(model.get_parameter(name).shape, dtype=torch.float32)
+    model.get_submodule(owner_name).initializers[leaf](value, name_generator(seed, name))
+    return value
+
+
+@torch.no_grad()
+def place(value: Tensor, parameter: Tensor) -> None:
+    """Copy a whole value, which every rank has, into a parameter, of which a rank may hold a shard: nothing is sent."""
+    if isinstance(parameter, DTensor):
+        value = value.to(parameter.device)
+        value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.copy_(value)
+
+
+@torch.no_grad()
 def initialize(model: nn.Module, seed: int) -> None:
     """Fill every parameter from (seed, its name), drawn on the CPU in float32: the same on every device and world size.
 
@@ -68,13 +87,7 @@ def initialize(model: nn.Module, seed: int) -> None:
     computed with in bfloat16; buffers start at zero.
     """
     for name, parameter in model.named_parameters():
-        owner_name, _, leaf = name.rpartition(".")
-        value = torch.empty(parameter.shape, dtype=torch.float32)
-        model.get_submodule(owner_name).initializers[leaf](value, name_generator(seed, name))
-        if isinstance(parameter, DTensor):  # every rank draws the whole and keeps its shard: nothing is sent
-            value = value.to(parameter.device)
-            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.copy_(value)
+        place(starting_value(model, name, seed), parameter)
     for buffer in model.buffers():
         buffer.zero_()
 
@@ -146,19 +159,22 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = (norm.square() / x.shape[-1] + eps).rsqrt()
+        values = x.float()  # products of two types, and sums of bfloat16, take twice as long
+        norm = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
+        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale * weight).to(dtype)
+        return (values * scale).mul_(weight).to(dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        # With s the scale, g the gradient and w the weight, of x: s (g w - x s^2 sum(g w x) / D).
         x, weight, scale = ctx.saved_tensors
-        normed = x * scale
-        of_weight = (gradient * normed).flatten(0, -2).sum(0)
-        of_normed = gradient * weight
-        along = torch.linalg.vecdot(of_normed, normed).unsqueeze(-1) / x.shape[-1]
-        return ((of_normed - normed * along) * scale).to(x.dtype), of_weight, None, None
+        gradient, values, scales = gradient.float(), x.float(), scale.flatten()
+        products = (gradient * values).flatten(0, -2)
+        of_weight = scales @ products
+        along = (products @ weight).mul_(scales**3).div_(-x.shape[-1]).view_as(scale)
+        return (gradient * weight).mul_(scale).addcmul_(values, along).to(x.dtype), of_weight, None, None
 
 
 class SwiGLU(nn.Module):
@@ -172,6 +188,38 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
         return self.down(recomputable(gated, self.gate_up(x)))
+
+
+class SquaredReLU(nn.Module):
+    """Feed-forward W_down(relu(W_up x)^2) (arXiv 2109.08668)."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.up = Linear(dim, hidden)
+        self.down = Linear(hidden, dim, zeros)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return self.down(recomputable(_SquaredReLU.apply, self.up(x)))
+
+
+class _SquaredReLU(torch.autograd.Function):
+    """relu(x)^2, which keeps nothing but its input."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return F.relu(x).square_()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return F.relu(x).mul_(2).mul_(gradient)
+
+
+def dense_ffn(name: str, dim: int, hidden: int) -> nn.Module:
+    """The feed-forward that `model.dense_ffn` names."""
+    return {"swiglu": SwiGLU, "relu2": SquaredReLU}[name](dim, hidden)
 
 
 def gated(gate_up: Tensor) -> Tensor:

@@ -35,15 +35,17 @@ class _SummedCrossEntropy(torch.autograd.Function):
         of_hidden = torch.empty_like(rows)
         of_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for piece in pieces(len(rows), len(weight), hidden.device):
-            counted = targets[piece] != IGNORE_INDEX
-            target = targets[piece].where(counted, 0).unsqueeze(1)
-            logits = F.log_softmax(multiply(rows[piece], matrix.T), dim=-1, dtype=torch.float32)
-            loss -= logits.gather(1, target).squeeze(1).where(counted, 0).sum()
-            error = logits.exp_().scatter_add_(1, target, logits.new_full((), -1).expand_as(target))
-            error = error.masked_fill_(~counted.unsqueeze(1), 0).to(dtype)
+            counted = (targets[piece] != IGNORE_INDEX).unsqueeze(1)
+            target = targets[piece].unsqueeze(1).where(counted, 0)
+            logits = multiply(rows[piece], matrix.T).float()
+            logits -= logits.amax(-1, keepdim=True)
+            of_target = logits.gather(1, target)
+            total = logits.exp_().sum(-1, keepdim=True)
+            loss += (total.log() - of_target).where(counted, 0).sum()
+            error = logits.mul_(counted / total).scatter_add_(1, target, -counted.float()).to(dtype)
             multiply(error, matrix, out=of_hidden[piece])
             if of_weight is not None:
-                of_weight += multiply(error.T, rows[piece])
+                of_weight += multiply(error.T, rows[piece]).float()
         ctx.save_for_backward(of_hidden, of_weight)
         ctx.dtypes = hidden.dtype, weight.dtype
         return loss

@@ -5,7 +5,15 @@ from torch import Tensor, nn
 
 from mythos.model.config import ModelConfig
 from mythos.model.experts import ExpertWeights, run_experts
-from mythos.model.layers import Initializer, SwiGLU, autocast_dtype, truncated_normal, without_autocast, zeros
+from mythos.model.layers import (
+    Initializer,
+    SwiGLU,
+    autocast_dtype,
+    dense_ffn,
+    truncated_normal,
+    without_autocast,
+    zeros,
+)
 from mythos.model.products import float32_linear
 
 
@@ -72,4 +80,6 @@ class MixtureOfExperts(nn.Module):
 
 def build_core_ffn(config: ModelConfig) -> nn.Module:
     """The feed-forward of a core block that `config.core_ffn` names."""
-    return MixtureOfExperts(config) if config.core_ffn == "moe" else SwiGLU(config.dim, config.ffn_dim)
+    if config.core_ffn == "moe":
+        return MixtureOfExperts(config)
+    return dense_ffn(config.dense_ffn, config.dim, config.ffn_dim)

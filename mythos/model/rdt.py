@@ -1,6 +1,7 @@
 """The recurrent-depth transformer: embed, prelude, loop, coda, head."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache as cached
 from math import sqrt
 from typing import Literal, NamedTuple
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mythos.model.attention import AttentionContext, attention_context
+from mythos.model.attention import AttentionContext, ValueEmbeddings, attention_context
 from mythos.model.cache import CachedContext, DecodeCache
 from mythos.model.config import ModelConfig, padded_vocab_size
 from mythos.model.halting import (
@@ -31,15 +32,16 @@ from mythos.model.recurrence import LoopState, LTIInjection, Recurrence, dense_b
 class TokenEmbedding(nn.Module):
     """Rows of a (V, D) table, scaled by sqrt(D) so that their entries have the size of a block's output."""
 
-    def __init__(self, vocab_size: int, dim: int) -> None:
+    def __init__(self, vocab_size: int, dim: int, scaled: bool = True) -> None:
         super().__init__()
+        self.scale = sqrt(dim) if scaled else 1.0
         self.weight = nn.Parameter(torch.empty(vocab_size, dim))
         self.initializers: dict[str, Initializer] = {"weight": truncated_normal(dim)}
 
     def forward(self, ids: Tensor) -> Tensor:
         """(B, S) int64 -> (B, S, D) float32."""
         # The residual stream is float32 also where FSDP gathers the table in bfloat16.
-        return F.embedding(ids, self.weight).float() * sqrt(self.weight.shape[1])
+        return F.embedding(ids, self.weight).float() * self.scale
 
 
 class RDTOutput(NamedTuple):  # a tuple, because FSDP and DDP look for the tensors in what a module returns
@@ -102,12 +104,14 @@ class RecurrentDepthTransformer(nn.Module):
         self.config = config
         dim, looped = config.dim, config.injection != "none"
         self.vocabulary = vocab = padded_vocab_size(config.vocab_size)
-        self.embedding = TokenEmbedding(vocab, dim)
-        self.prelude = nn.ModuleList(dense_block(config) for _ in range(config.prelude_layers))
+        self.embedding = TokenEmbedding(vocab, dim, config.scale_embeddings)
+        self.value_embeddings = ValueEmbeddings(config, vocab) if config.value_embeddings else None
+        self.prelude = nn.ModuleList(dense_block(config, "prelude", layer) for layer in range(config.prelude_layers))
         self.prelude_norm = RMSNorm(dim, config.norm_eps, cast=False) if config.prelude_norm and looped else None
         self.recurrence = Recurrence(config)
+        self.readout_norm = RMSNorm(dim, config.norm_eps) if config.readout_norm and looped else None
         self.readout = Linear(dim, dim, identity()) if looped else None
-        self.coda = nn.ModuleList(dense_block(config) for _ in range(config.coda_layers))
+        self.coda = nn.ModuleList(dense_block(config, "coda", layer) for layer in range(config.coda_layers))
         self.norm = RMSNorm(dim, config.norm_eps)
         self.head = None if config.tie_embeddings else Linear(dim, vocab)
         self.halting = build_halting(config.halting, dim, config.loops)
@@ -148,7 +152,7 @@ class RecurrentDepthTransformer(nn.Module):
         match the rows.
         """
         rows = self.check_loops(loops, len(ids))
-        context = attention_context(self.config, ids.shape[1], ids.device, document_ids)
+        context = self.context(ids, document_ids)
         e = self.encode(ids, context)
         if state is None:
             state = e.new_zeros(e.shape, dtype=torch.float32)
@@ -173,7 +177,7 @@ class RecurrentDepthTransformer(nn.Module):
             return RDTOutput(F.linear(hidden, self.head_weight).float(), None, norm, delta, load, None)
         halting_loss = None
         if gate is not None:
-            halting_loss = self.gate_loss(gate, early, early_rows, hidden, targets, document_ids)
+            halting_loss = self.gate_loss(gate, early, early_rows, hidden, ids, targets, document_ids)
         elif pondering is not None:
             halting_loss = self.config.ponder_weight * (pondering.ponder_cost() * (targets != IGNORE_INDEX)).sum()
         return RDTOutput(None, summed_cross_entropy(hidden, self.head_weight, targets), norm, delta, load, halting_loss)
@@ -184,6 +188,7 @@ class RecurrentDepthTransformer(nn.Module):
         early: LoopState | None,
         rows: Sequence[int],
         hidden: Tensor,
+        ids: Tensor,
         targets: Tensor,
         document_ids: Tensor | None,
     ) -> Tensor:
@@ -202,8 +207,7 @@ class RecurrentDepthTransformer(nn.Module):
         wanted = 2 * asked + (place % every == 0)
         spaced = wanted.topk(-(-len(place) // every)).indices.sort().values
         with torch.no_grad():
-            documents = None if document_ids is None else document_ids[chosen]
-            context = attention_context(self.config, targets.shape[1], targets.device, documents)
+            context = self.context(ids[chosen], None if document_ids is None else document_ids[chosen])
             shallow, deep = (
                 F.linear(decoded[:, spaced], self.head_weight).float().log_softmax(-1)
                 for decoded in (self.decode(early.state[chosen], context), hidden[chosen])
@@ -235,7 +239,7 @@ class RecurrentDepthTransformer(nn.Module):
         if not depths or sorted(set(depths)) != depths:
             raise ValueError(f"depths {depths}: give at least one, each once, shallowest first")
         deepest = self.check_loops(depths[::-1], len(depths))[0]
-        context = attention_context(self.config, ids.shape[1], ids.device, document_ids)
+        context = self.context(ids, document_ids)
         e = self.encode(ids, context)
         state = e.new_zeros(e.shape, dtype=torch.float32)
         readouts: list[DepthReadout] = []
@@ -332,7 +336,7 @@ class RecurrentDepthTransformer(nn.Module):
         alike = len(set(each_limit)) == 1
         run, stance = RecurrentDepthTransformer.run_packed, "force_eager"
         if compiled and single and alike and len(row) == rows and span > 1 and halting is None:
-            run, stance = _compiled_run_packed(), "default"
+            run, stance = _compiled_run_packed(device.type), "default"
             # Else torch takes sizes that are equal by chance, as of rows and of a head, for one that changes.
             for tensor, sizes in ((cache.held, (0, 3)), (context.cos, 3), (context.sin, 3)):
                 torch._dynamo.mark_static(tensor, sizes)
@@ -358,7 +362,10 @@ class RecurrentDepthTransformer(nn.Module):
         minimum: int,
     ) -> tuple[Tensor, Tensor]:
         """The part of `extend` between token ids (N,) and the head: hidden states (N, D), and loops run (N,) int64."""
-        e = self.encode(tokens.unsqueeze(1), context)
+        ids = tokens.unsqueeze(1)
+        if self.value_embeddings is not None:
+            context = context._replace(values=self.value_embeddings(ids))
+        e = self.encode(ids, context)
         state, done = self.recurrence.extend(e, context, loops, halting, minimum)
         return self.decode(state, context).squeeze(1), done
 
@@ -377,6 +384,11 @@ class RecurrentDepthTransformer(nn.Module):
             raise ValueError(f"loops {loops[0]}: a fixed-depth model (injection: none) runs its core once")
         return loops
 
+    def context(self, ids: Tensor, document_ids: Tensor | None = None) -> AttentionContext:
+        """What the layers of a pass over ids (B, S) share; document_ids as in `forward`."""
+        context = attention_context(self.config, ids.shape[1], ids.device, document_ids)
+        return context if self.value_embeddings is None else replace(context, values=self.value_embeddings(ids))
+
     def encode(self, ids: Tensor, context: AttentionContext | CachedContext) -> Tensor:
         """e = RMSNorm(Prelude(Embed(ids))): (B, S) -> (B, S, D)."""
         x = self.embedding(ids)
@@ -386,7 +398,8 @@ class RecurrentDepthTransformer(nn.Module):
 
     def decode(self, state: Tensor, context: AttentionContext | CachedContext) -> Tensor:
         """RMSNorm(Coda(C h)): (B, S, D) -> (B, S, D)."""
-        x = state if self.readout is None else self.readout(state).float()
+        x = state if self.readout_norm is None else self.readout_norm(state)
+        x = x if self.readout is None else self.readout(x).float()
         for index, block in enumerate(self.coda):
             x, _ = block(x, context.layer("coda", index))
         return self.norm(x)
@@ -415,8 +428,10 @@ class RecurrentDepthTransformer(nn.Module):
 
 
 @cached
-def _compiled_run_packed() -> Callable[..., tuple[Tensor, Tensor]]:
-    return torch.compile(RecurrentDepthTransformer.run_packed, dynamic=True)
+def _compiled_run_packed(device: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    # One token is some 400 small operations: called from Python they take a CPU a quarter longer than from C++.
+    options = {"cpp_wrapper": True} if device == "cpu" else None
+    return torch.compile(RecurrentDepthTransformer.run_packed, dynamic=True, options=options)
 
 
 def in_places(values: Tensor, places: Tensor, count: int) -> Tensor:

@@ -11,17 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mythos.model.attention import AttentionContext, build_attention
-from mythos.model.cache import CachedContext
+from mythos.model.attention import AttentionContext, build_attention, value_embedding_layers
+from mythos.model.cache import CachedContext, Part
 from mythos.model.config import ModelConfig
 from mythos.model.experts import ExpertWeights
 from mythos.model.halting import HaltingRule
 from mythos.model.layers import (
     Linear,
     RMSNorm,
-    SwiGLU,
     autocast_dtype,
     constant,
+    dense_ffn,
     identity,
     ones,
     without_autocast,
@@ -40,29 +40,40 @@ LOG_A_BOUNDS = (-6.0, 2.0)
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; its residual stream is float32."""
+    """Transformer block with norms before its parts, and after them or on the sums; its residual stream is float32."""
 
-    def __init__(self, config: ModelConfig, ffn: nn.Module) -> None:
+    def __init__(self, config: ModelConfig, ffn: nn.Module, part: Part, layer: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.attention = build_attention(config)
+        self.attention = build_attention(config, (part, layer) in value_embedding_layers(config))
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn = ffn
+        self.on_sums = config.block_norm == "sandwich"
+        self.attention_out_norm = self.ffn_out_norm = None
+        if config.block_norm != "pre":
+            self.attention_out_norm = RMSNorm(config.dim, config.norm_eps, cast=False)
+            self.ffn_out_norm = RMSNorm(config.dim, config.norm_eps, cast=False)
 
     def forward(
         self, x: Tensor, context: AttentionContext | CachedContext, weights: ExpertWeights | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """(B, S, D) -> (B, S, D), and the chosen experts (B, S, k) if the feed-forward routes."""
-        x = x + self.attention(self.attention_norm(x), context)
+        x = self.add(x, self.attention(self.attention_norm(x), context), self.attention_out_norm)
         normed = self.ffn_norm(x)
         output = self.ffn(normed) if weights is None else self.ffn(normed, weights)
         output, experts = output if isinstance(output, tuple) else (output, None)
-        return x + output, experts
+        return self.add(x, output, self.ffn_out_norm), experts
+
+    def add(self, x: Tensor, output: Tensor, norm: RMSNorm | None) -> Tensor:
+        """The residual stream with a part's output, (B, S, D) float32."""
+        if norm is None:
+            return x + output
+        return norm(x + output) if self.on_sums else x + norm(output)
 
 
-def dense_block(config: ModelConfig) -> Block:
+def dense_block(config: ModelConfig, part: Part, layer: int) -> Block:
     """A block of the prelude or the coda."""
-    return Block(config, SwiGLU(config.dim, config.ffn_dim))
+    return Block(config, dense_ffn(config.dense_ffn, config.dim, config.ffn_dim), part, layer)
 
 
 class LTIInjection(nn.Module):
@@ -74,8 +85,9 @@ class LTIInjection(nn.Module):
 
     float32 = ("dt", "log_a")
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        dim = config.dim
         self.dt = nn.Parameter(torch.empty(dim))
         self.log_a = nn.Parameter(torch.empty(dim))
         self.weight = nn.Parameter(torch.empty(dim, dim))
@@ -94,7 +106,7 @@ class LTIInjection(nn.Module):
         with without_autocast(e):
             return self.decay(), self.delta() * float32_linear(e, self.weight)
 
-    def combine(self, state: Tensor, decay: Tensor, injected: Tensor) -> Tensor:
+    def combine(self, state: Tensor, decay: Tensor, injected: Tensor, loop: Tensor) -> Tensor:
         """The core's input u, (n, S, D) float32."""
         return torch.addcmul(injected, decay, state)
 
@@ -102,16 +114,16 @@ class LTIInjection(nn.Module):
 class LinearInjection(nn.Module):
     """u = W_h h + W_e e, unconstrained: the adapter of Huginn (arXiv 2502.05171), started where LTI starts."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.state = Linear(dim, dim, identity(START_DECAY))
-        self.input = Linear(dim, dim, identity(-log(START_DECAY)))
+        self.state = Linear(config.dim, config.dim, identity(START_DECAY))
+        self.input = Linear(config.dim, config.dim, identity(-log(START_DECAY)))
 
     def forward(self, e: Tensor) -> tuple[Tensor, Tensor]:
         """What all loops share: W_h (D, D) and W_e e (B, S, D)."""
         return self.state.weight, self.input(e).float()
 
-    def combine(self, state: Tensor, weight: Tensor, injected: Tensor) -> Tensor:
+    def combine(self, state: Tensor, weight: Tensor, injected: Tensor, loop: Tensor) -> Tensor:
         """The core's input u, (n, S, D) float32."""
         return injected + linear(state, weight)
 
@@ -119,16 +131,32 @@ class LinearInjection(nn.Module):
 class AddInjection(nn.Module):
     """u = h + e (the simplest looped transformer)."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
 
     def forward(self, e: Tensor) -> tuple[Tensor, Tensor]:
         """What all loops share: nothing learned, and e itself."""
         return e.new_ones(()), e
 
-    def combine(self, state: Tensor, unused: Tensor, injected: Tensor) -> Tensor:
+    def combine(self, state: Tensor, unused: Tensor, injected: Tensor, loop: Tensor) -> Tensor:
         """The core's input u, (n, S, D) float32."""
         return injected + state
+
+
+class InitialInjection(nn.Module):
+    """u = e in the first pass and RMSNorm(h) in the others: the input is where the state starts (arXiv 2510.25741)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.dim, config.norm_eps, cast=False)
+
+    def forward(self, e: Tensor) -> tuple[Tensor, Tensor]:
+        """What all loops share: nothing learned, and e itself."""
+        return e.new_ones(()), e
+
+    def combine(self, state: Tensor, unused: Tensor, injected: Tensor, loop: Tensor) -> Tensor:
+        """The core's input u, (n, S, D) float32."""
+        return torch.where((loop == 0).view(-1, 1, 1), injected, self.norm(state))
 
 
 class LoopAdapter(nn.Module):
@@ -178,7 +206,7 @@ class LoopEmbedding(nn.Module):
         return (self.gain * torch.cat((angle.sin(), angle.cos()), dim=-1)).unsqueeze(1)
 
 
-INJECTIONS = {"lti": LTIInjection, "linear": LinearInjection, "add": AddInjection}
+INJECTIONS = {"lti": LTIInjection, "linear": LinearInjection, "add": AddInjection, "initial": InitialInjection}
 
 
 class LoopState(NamedTuple):  # a tuple, because FSDP looks for the tensors in what a module returns
@@ -202,8 +230,10 @@ class Recurrence(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.injection = INJECTIONS[config.injection](config.dim) if config.injection != "none" else None
-        self.blocks = nn.ModuleList(Block(config, build_core_ffn(config)) for _ in range(config.core_layers))
+        self.injection = INJECTIONS[config.injection](config) if config.injection != "none" else None
+        self.blocks = nn.ModuleList(
+            Block(config, build_core_ffn(config), "core", layer) for layer in range(config.core_layers)
+        )
         self.adapter = LoopAdapter(config) if config.lora_rank else None
         self.embedding = LoopEmbedding(config.dim) if config.loop_embedding else None
         self.checkpointing: Literal["none", "selective", "loop"] = "none"
@@ -326,7 +356,7 @@ class Recurrence(nn.Module):
         """One pass of the core over (n, S, D) rows standing at loop indices `loop` (n,)."""
         u = injected
         if self.injection is not None:
-            u = recomputable(self.injection.combine, state, shared, injected)
+            u = recomputable(self.injection.combine, state, shared, injected, loop)
         x = u if self.embedding is None else u + self.embedding(loop)
         adapted = self.adapter(x, loop) if self.adapter is not None else None
         routed = []

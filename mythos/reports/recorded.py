@@ -73,6 +73,8 @@ class RecordedRun:
         return list(
             accumulate(
                 (record["tokens"] - before) * costs.training([record["loops"]], record["backprop_loops"])
+                if "loops" in record
+                else 0.0  # a validation before the first step
                 for record, before in zip(self.records, earlier, strict=False)
             )
         )
@@ -157,7 +159,9 @@ def open_run(path: str | Path) -> RecordedRun:
         raise MythosError(f"{file} cannot be read: {short_reason(error)}") from error
     for number, record in enumerate(records, start=1):
         fields = record if isinstance(record, dict) else {}
-        wrong = [key for key in NEEDED if fields.get(key) is None]
+        # Before the first step there is only what the run starts from (train.init_from).
+        needed = ("step", "tokens") if fields.get("step") == 0 else NEEDED
+        wrong = [key for key in needed if fields.get(key) is None]
         wrong += [key for key, value in fields.items() if not (value is None or _is_number(value))]
         if wrong:
             raise MythosError(

@@ -80,8 +80,31 @@ def test_memory_of_a_fresh_process():
     peak, threads = timing.in_fresh_process(resident_after, size)
     assert size <= peak < 1.3 * size < len(keep)
     assert threads == torch.get_num_threads()
-    with pytest.raises(MythosError, match="the process that measures memory died"):
+    with pytest.raises(MythosError, match="the process that is measured died"):
         timing.in_fresh_process(die)
+
+
+class Sleeper:
+    """A work that takes longer from run to run, and knows its process."""
+
+    def __init__(self, seconds: float, parent: int) -> None:
+        assert os.getpid() != parent
+        self.seconds = seconds
+        self.runs = 0
+
+    def __call__(self) -> None:
+        self.runs += 1
+        time.sleep(self.seconds * self.runs)
+
+
+def test_turns_of_works_in_their_own_processes():
+    with timing.OwnProcess(Sleeper, 0.05, os.getpid()) as slow, timing.OwnProcess(Sleeper, 0.01, os.getpid()) as quick:
+        measured = timing.in_turns({"slow": slow, "quick": quick}, repeats=2, warm_up=0)
+    assert [round(run.wall, 2) for run in measured["slow"].runs] == [0.05, 0.1]  # the same object, there
+    assert all(run.cpu < 0.05 for run in measured["slow"].runs)
+    assert [round(run.wall, 2) for run in measured["quick"].runs] == [0.01, 0.02]
+    with pytest.raises(MythosError, match="the process that is measured died"):
+        timing.OwnProcess(die)
 
 
 @pytest.mark.parametrize("text", ["x", "0,", "-1", "1.5", ""])

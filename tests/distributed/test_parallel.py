@@ -171,6 +171,39 @@ def test_muon_equals_one_process(pool: RankPool, single: tuple[Path, Trained], b
         assert_same(trained, by_muon)
 
 
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "parcae and huginn": {
+        **{"model__attention": "gqa", "model__value_embeddings": True, "model__dense_ffn": "relu2"},
+        **{"model__qk_bias": True, "model__block_norm": "sandwich", "model__readout_norm": True},
+    },
+    "ouro": {"model__injection": "initial", "model__block_norm": "peri", "model__prelude_norm": False},
+}
+"""What published looped models have, and ours by itself has not."""
+
+
+@pytest.fixture(scope="module")
+def as_published(single: tuple[Path, Trained]) -> dict[str, Trained]:
+    return {name: train(single[0], name, changes, steps=3) for name, changes in PUBLISHED.items()}
+
+
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [
+        ("ddp on 2", "parcae and huginn"),
+        ("fsdp on 2, blocks, recomputed in part", "parcae and huginn"),
+        ("hsdp 2 x 2", "parcae and huginn"),
+        ("fsdp on 2, recomputed", "ouro"),
+    ],
+)
+def test_options_of_published_models_equal_one_process(
+    pool: RankPool, single: tuple[Path, Trained], as_published: dict[str, Trained], layout: str, options: str
+) -> None:
+    """Tables that every layer and loop reads rows of, biases, and norms wherever they may be."""
+    ranks, changes = LAYOUTS[layout]
+    for trained in pool.run(train, single[0], f"{layout}, {options}", PUBLISHED[options] | changes, 3, ranks=ranks):
+        assert_same(trained, as_published[options])
+
+
 def dtypes_in_forward(directory: Path) -> tuple[dict[str, torch.dtype], dict[str, torch.dtype], float]:
     """Every parameter's type while its module computes and while it rests, and the loss of the first step."""
     changes = {"parallel__mode": "fsdp", "train__dtype": "bfloat16", "run__dir": str(directory / "bfloat16")}

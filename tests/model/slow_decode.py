@@ -41,6 +41,7 @@ class SlowRow:
     def append(self, token: int, limit: int) -> tuple[Tensor, int]:
         """Logits (V,) after the token, and the loops it ran."""
         config, w = self.config, self.weights
+        self.token = token
         x = w["embedding.weight"][token] * sqrt(config.dim)
         for layer in range(config.prelude_layers):
             x = self.block(f"prelude.{layer}.", ("prelude", layer), x, 1)
@@ -53,6 +54,7 @@ class SlowRow:
                 break
         x = self.reads(states)
         if looped:
+            x = self.norm("readout_norm.", x) if config.readout_norm else x
             x = w["readout.weight"] @ x
         for layer in range(config.coda_layers):
             x = self.block(f"coda.{layer}.", ("coda", layer), x, 1)
@@ -68,6 +70,8 @@ class SlowRow:
             u = w[at + "injection.state.weight"] @ h + w[at + "injection.input.weight"] @ e
         else:
             u = h + e if config.injection == "add" else e
+        if config.injection == "initial" and loop > 1:
+            u = self.norm(at + "injection.norm.", h)
         if config.loop_embedding:
             half = config.dim // 2
             angles = [(loop - 1) * 10_000 ** (-i / half) for i in range(half)]
@@ -83,10 +87,19 @@ class SlowRow:
         return x
 
     def block(self, at: str, layer: tuple[str, int], x: Tensor, loop: int) -> Tensor:
-        x = x + self.attention(at + "attention.", layer, self.norm(at + "attention_norm.", x), loop)
+        attended = self.attention(at + "attention.", layer, self.norm(at + "attention_norm.", x), loop)
+        x = self.add(at + "attention_out_norm.", x, attended)
         normed = self.norm(at + "ffn_norm.", x)
-        routes = at + "ffn.router.weight" in self.weights
-        return x + (self.experts(at + "ffn.", normed) if routes else self.swiglu(at + "ffn.", normed))
+        if at + "ffn.router.weight" in self.weights:
+            return self.add(at + "ffn_out_norm.", x, self.experts(at + "ffn.", normed))
+        ffn = self.swiglu if self.config.dense_ffn == "swiglu" else self.squared_relu
+        return self.add(at + "ffn_out_norm.", x, ffn(at + "ffn.", normed))
+
+    def add(self, at: str, x: Tensor, output: Tensor) -> Tensor:
+        kind = self.config.block_norm
+        if kind == "pre":
+            return x + output
+        return x + self.norm(at, output) if kind == "peri" else self.norm(at, x + output)
 
     def attention(self, at: str, layer: tuple[str, int], x: Tensor, loop: int) -> Tensor:
         kept = self.kept.setdefault(layer, [])
@@ -95,6 +108,10 @@ class SlowRow:
         query, key, value = (self.latent_heads if self.config.attention == "mla" else self.shared_heads)(
             at, x, len(kept) - 1
         )
+        if self.config.value_embeddings and self.from_last(layer) % 2 == 0:
+            row = self.weights["value_embeddings.{}_{}.weight".format(*layer)][self.token].view(-1, len(value[0]))
+            gate = 2 * torch.sigmoid(self.weights[at + "value_gate.weight"] @ x[:32])
+            value = value + (gate.unsqueeze(1) * row).repeat_interleave(len(value) // len(row), dim=0)
         kept[-1].append((key, value))
         seen = [ran[-1] if ran is kept[-1] else self.serves(ran, loop) for ran in kept]
         results = []
@@ -103,6 +120,12 @@ class SlowRow:
             weights = scores.exp() / scores.exp().sum()
             results.append(sum(p * value[head] for p, (_, value) in zip(weights, seen, strict=True)))
         return self.weights[at + "out.weight"] @ torch.cat(results)
+
+    def from_last(self, layer: tuple[str, int]) -> int:
+        """How many layers come after this one, those of the core counted once."""
+        config = self.config
+        after = {"coda": 0, "core": config.coda_layers, "prelude": config.coda_layers + config.core_layers}
+        return after[layer[0]] + getattr(config, f"{layer[0]}_layers") - 1 - layer[1]
 
     def serves(self, ran: list[tuple[Tensor, Tensor]], loop: int) -> tuple[Tensor, Tensor]:
         """What an earlier position serves to a later one in a loop: its own of that loop, or its last."""
@@ -113,7 +136,10 @@ class SlowRow:
 
     def shared_heads(self, at: str, x: Tensor, position: int) -> tuple[Tensor, Tensor, Tensor]:
         config, w = self.config, self.weights
-        query, key, value = ((w[f"{at}{name}.weight"] @ x).split(config.head_dim) for name in ("query", "key", "value"))
+        query, key, value = (w[f"{at}{name}.weight"] @ x for name in ("query", "key", "value"))
+        if config.qk_bias:
+            query, key = query + w[at + "query_bias"], key + w[at + "key_bias"]
+        query, key, value = (heads.split(config.head_dim) for heads in (query, key, value))
         if config.qk_norm:
             query = [self.norm(at + "query_norm.", q) for q in query]
             key = [self.norm(at + "key_norm.", k) for k in key]
@@ -150,6 +176,9 @@ class SlowRow:
     def swiglu(self, at: str, x: Tensor) -> Tensor:
         gate, up = (self.weights[at + "gate_up.weight"] @ x).chunk(2)
         return self.weights[at + "down.weight"] @ (gate * torch.sigmoid(gate) * up)
+
+    def squared_relu(self, at: str, x: Tensor) -> Tensor:
+        return self.weights[at + "down.weight"] @ (self.weights[at + "up.weight"] @ x).clamp(min=0) ** 2
 
     def experts(self, at: str, x: Tensor) -> Tensor:
         w, chosen = self.weights, self.config.experts_per_token

@@ -50,7 +50,7 @@ def test_in_bfloat16_it_is_off_by_roundings_only():
         assert (actual - right).norm() < 0.01 * right.norm()
 
 
-@pytest.mark.parametrize("kv", [2, 4])
+@pytest.mark.parametrize("kv", [1, 2, 4])
 def test_is_an_operator_to_torch(kv):
     """Shapes, strides and gradients as torch traces them."""
     inputs = [torch.randn(2, 70, h, d).transpose(1, 2).requires_grad_() for h, d in ((4, 8), (kv, 8), (kv, 4))]

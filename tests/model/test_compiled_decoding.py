@@ -40,7 +40,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graphs]:
     torch.compiler.reset()
     backend = Graphs()
     made = torch.compile(RecurrentDepthTransformer.run_packed, dynamic=True, backend=backend, fullgraph=True)
-    monkeypatch.setattr(rdt, "_compiled_run_packed", lambda: made)
+    monkeypatch.setattr(rdt, "_compiled_run_packed", lambda device: made)
     yield backend
     torch.compiler.reset()
 
@@ -71,7 +71,10 @@ class Pair:
 
 VARIANTS: list[dict[str, Any]] = [
     {"qk_rope_head_dim": 4, "loop_embedding": True},
-    {"attention": "gqa", "core_ffn": "dense", "injection": "linear", "lora_rank": 0},
+    {
+        **{"attention": "gqa", "core_ffn": "dense", "injection": "linear", "lora_rank": 0},
+        **{"value_embeddings": True, "dense_ffn": "relu2", "qk_bias": True, "block_norm": "sandwich"},
+    },
 ]
 
 

@@ -121,6 +121,9 @@ VARIANTS: list[dict[str, Any]] = [
     {"prelude_layers": 0},
     {"coda_layers": 0, "attention": "gqa"},
     {"prelude_layers": 2, "coda_layers": 2, "core_layers": 1, "n_shared_experts": 0},
+    {"attention": "gqa", "dim": 48, "value_embeddings": True, "dense_ffn": "relu2", "prelude_layers": 2},
+    {"attention": "gqa", "core_ffn": "dense", "block_norm": "sandwich", "qk_bias": True, "readout_norm": True},
+    {"block_norm": "peri", "injection": "initial", "prelude_layers": 0, "coda_layers": 0},
 ]
 
 

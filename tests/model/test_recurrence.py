@@ -16,11 +16,16 @@ from mythos.benchmarks.products import executed_flops
 from mythos.depth import DepthSchedule
 from mythos.model.attention import attention_context
 from mythos.model.rdt import RecurrentDepthTransformer
-from mythos.model.recurrence import LinearInjection, LTIInjection, initial_state
+from mythos.model.recurrence import InitialInjection, LinearInjection, LTIInjection, initial_state
 from tests.model.conftest import scrambled
 from tests.test_depth import config_with
 
 DEPTHS = [5, 3, 3, 1]
+PUBLISHED: dict[str, Any] = {
+    **{"attention": "gqa", "core_ffn": "dense", "value_embeddings": True, "dense_ffn": "relu2", "qk_bias": True},
+    **{"block_norm": "sandwich", "readout_norm": True},
+}
+"""What published looped models have, and ours by itself has not."""
 LENGTH = 7
 
 
@@ -48,12 +53,12 @@ def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]
         )
 
 
-def test_injection_follows_its_formula():
-    injection = scrambled(LTIInjection(6))
+def test_injection_follows_its_formula(small):
+    injection = scrambled(LTIInjection(small(dim=6)))
     generator = torch.Generator().manual_seed(0)
     e, state = torch.randn(2, 3, 6, generator=generator), torch.randn(2, 3, 6, generator=generator)
     decay, injected = injection(e)
-    actual = injection.combine(state, decay, injected)
+    actual = injection.combine(state, decay, injected, torch.tensor([0]))
     for row in range(2):
         for position in range(3):
             for d in range(6):
@@ -72,13 +77,18 @@ def test_injection_starts_where_the_design_says(small):
     assert torch.equal(injection.weight, torch.eye(32))
 
 
-def test_linear_and_add_injections(small):
-    linear = scrambled(LinearInjection(6))
+def test_linear_add_and_initial_injections(small):
+    linear, loop = scrambled(LinearInjection(small(dim=6))), torch.tensor([1, 0])
     e, state = torch.randn(2, 3, 6), torch.randn(2, 3, 6)
     expected = state @ linear.state.weight.T + e @ linear.input.weight.T
-    torch.testing.assert_close(linear.combine(state, *linear(e)), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(linear.combine(state, *linear(e), loop), expected, rtol=1e-5, atol=1e-5)
     add = RecurrentDepthTransformer(small(injection="add")).recurrence.injection
-    torch.testing.assert_close(add.combine(state, *add(e)), state + e)
+    torch.testing.assert_close(add.combine(state, *add(e), loop), state + e)
+    initial = scrambled(InitialInjection(small(dim=6)))
+    combined = initial.combine(state, *initial(e), loop)
+    normed = state[0] / (state[0].square().mean(-1, keepdim=True) + 1e-6).sqrt() * initial.norm.weight
+    torch.testing.assert_close(combined[0], normed, rtol=1e-5, atol=1e-5)
+    assert torch.equal(combined[1], e[1])
 
 
 @pytest.mark.parametrize("direction", [1.0, -1.0])
@@ -108,6 +118,8 @@ def test_spectral_radius_below_one_after_a_huge_step(model, direction, fused):
         {"attention": "gqa", "core_ffn": "dense", "loop_embedding": True},
         {"injection": "linear", "lora_rank": 0},
         {"injection": "add", "prelude_norm": False, "loop_embedding": True},
+        PUBLISHED,
+        {"injection": "initial", "block_norm": "peri", "prelude_norm": False},
     ],
     ids=str,
 )
@@ -188,7 +200,13 @@ def test_truncated_gradient_matches_unrolled_loop(model, loops, backprop, tied):
 @pytest.mark.parametrize("mode", ["selective", "loop"])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"attention": "gqa", "injection": "linear", "loop_embedding": True}, {"q_lora_rank": 8, "qk_norm": False}],
+    [
+        {},
+        {"attention": "gqa", "injection": "linear", "loop_embedding": True},
+        {"q_lora_rank": 8, "qk_norm": False},
+        PUBLISHED | {"core_ffn": "moe"},
+        {"injection": "initial", "block_norm": "peri", "prelude_norm": False},
+    ],
     ids=str,
 )
 def test_checkpointing_changes_nothing_but_memory(model, changes, mode):

@@ -1,0 +1,127 @@
+"""Ouro (arXiv 2510.25741), as `ByteDance/Ouro-1.4B` and `-2.6B` publish it.
+
+Read in a copy of their modeling_ouro.py, github.com/Eagle4398/ouro-nixpkgs at 16df09c. Their configuration_ouro.py
+was not at hand, so what config.json leaves out has the values that the published files are known to have.
+
+- h_0 = embed_tokens[ids]; T times all layers and RMSNorm `norm`; `lm_head` reads the last state. There is no prelude,
+  no coda and no injection. No product has a bias.
+- A layer is x + input_layernorm_2(attention(input_layernorm x)), then x + post_attention_layernorm_2(mlp(
+  post_attention_layernorm x)); the mlp is down_proj(silu(gate_proj x) * up_proj x).
+- Queries and keys are rotated in halves of a head (base 1,000,000) and not normalised.
+
+Our state is theirs before `norm`: the norm becomes the one of `injection: initial`, which every pass but the first
+reads, and the final norm. In training on, the two copies part. `early_exit_gate`, which a run of all loops does not
+ask, is left out: ours is another function of other inputs, so positions stop by rules that need no training.
+"""
+
+from math import sqrt
+
+import torch
+
+from mythos.hf.importers.architecture import (
+    Architecture,
+    Made,
+    Mapped,
+    Values,
+    checked,
+    differing,
+    identity,
+    option,
+    rows_to,
+    scaled,
+    tied,
+)
+
+DEFAULTS = {
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1_000_000.0,
+    "tie_word_embeddings": False,
+    "total_ut_steps": 4,
+    "use_sliding_window": False,
+}
+"""Of `OuroConfig`; what is not here is None."""
+
+NEEDED = {"attention_bias": (None, False), "hidden_act": "silu", "rope_scaling": None, "use_sliding_window": False}
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "max_position_embeddings"),
+)
+
+
+def map_ouro(values: Values) -> Mapped:
+    """Our tensors as made of an Ouro's. Raises MythosError for a variant that cannot be put into ours exactly."""
+    problems = [f"{name} is missing" for name in SIZES if not isinstance(values.get(name), int)]
+    problems += differing(values, DEFAULTS, NEEDED)
+    if set(values.get("layer_types") or ()) - {"full_attention"}:
+        problems.append("layer_types: allowed: full_attention only")
+    dim, heads, vocabulary = (
+        values.get("hidden_size", 1),
+        values.get("num_attention_heads", 1),
+        values.get("vocab_size"),
+    )
+    config = checked(
+        "ouro",
+        problems,
+        lambda: {
+            "vocab_size": vocabulary,
+            "dim": dim,
+            "prelude_layers": 0,
+            "core_layers": values["num_hidden_layers"],
+            "coda_layers": 0,
+            "context_length": values["max_position_embeddings"],
+            "tie_embeddings": option(values, DEFAULTS, "tie_word_embeddings"),
+            "attention": "gqa",
+            "n_heads": heads,
+            "n_kv_heads": values.get("num_key_value_heads") or heads,
+            "head_dim": values.get("head_dim") or dim // heads,
+            "qk_norm": False,
+            "rope_theta": float(option(values, DEFAULTS, "rope_theta")),
+            "norm_eps": option(values, DEFAULTS, "rms_norm_eps"),
+            "block_norm": "peri",
+            "ffn_dim": values["intermediate_size"],
+            "core_ffn": "dense",
+            "loops": option(values, DEFAULTS, "total_ut_steps"),
+            "injection": "initial",
+            "prelude_norm": False,
+            "lora_rank": 0,
+            "halting": "none",
+        },
+    )
+    mapped = Mapped(config, config.loops, unused={"model.early_exit_gate.weight", "model.early_exit_gate.bias"})
+    made = mapped.made
+    made["embedding.weight"] = Made(("model.embed_tokens.weight",), rows_to(vocabulary, 1 / sqrt(dim)))
+    made["recurrence.injection.norm.weight"] = Made(("model.norm.weight",))
+    made["readout.weight"] = identity(dim)
+    if config.tie_embeddings:
+        made["norm.weight"] = Made(("model.norm.weight",), scaled(sqrt(dim)))
+        mapped.unused.add("lm_head.weight")
+        mapped.checks["lm_head.weight"] = tied("lm_head.weight", "model.embed_tokens.weight")
+    else:
+        made["norm.weight"] = Made(("model.norm.weight",))
+        made["head.weight"] = Made(("lm_head.weight",), rows_to(vocabulary))
+    names = {
+        "attention_norm": ("input_layernorm",),
+        "attention.query": ("self_attn.q_proj",),
+        "attention.key": ("self_attn.k_proj",),
+        "attention.value": ("self_attn.v_proj",),
+        "attention.out": ("self_attn.o_proj",),
+        "attention_out_norm": ("input_layernorm_2",),
+        "ffn_norm": ("post_attention_layernorm",),
+        "ffn.gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+        "ffn.down": ("mlp.down_proj",),
+        "ffn_out_norm": ("post_attention_layernorm_2",),
+    }
+    for layer in range(config.core_layers):
+        for ours, theirs in names.items():
+            parts = tuple(f"model.layers.{layer}.{name}.weight" for name in theirs)
+            made[f"recurrence.blocks.{layer}.{ours}.weight"] = Made(parts, lambda *weights: torch.cat(weights))
+    return mapped
+
+
+OURO = Architecture(
+    name="ouro",
+    models="ByteDance/Ouro-1.4B, -2.6B",
+    recognises=lambda values: values.get("model_type") == "ouro",
+    map=map_ouro,
+)

@@ -1,0 +1,35 @@
+"""What a run says at its end."""
+
+import math
+from typing import Any
+
+from mythos.config import Config
+from mythos.evaluation.depth_sweep import fit_losses
+from mythos.evaluation.validation import losses_by_depth
+
+
+def summary(config: Config, metrics: dict[str, Any], mean_loops: int, tokens: int) -> str:
+    """The depth table of a validation after so many tokens of training, its fit, and where positions halt.
+
+    `metrics` are those of the validation, `mean_loops` is the depth that `val/loss` was measured at.
+    """
+    curve = losses_by_depth(metrics)
+    answered = "val/accuracy" in metrics
+    column = "accuracy" if answered else "perplexity"
+    lines = [f"\nValidation after {tokens:,} tokens\n\n  loops      loss  {column:>10}"]
+    for loops, loss in curve.items():
+        mark = "  <- training mean" if loops == mean_loops else ""
+        beside = f"{metrics[f'val/accuracy@{loops}']:10.2%}" if answered else f"{math.exp(loss):10.2f}"
+        lines.append(f"  {loops:5d}  {loss:8.4f}  {beside}{mark}")
+    if answered:
+        at = "as many loops as steps" if config.depth.follow == "difficulty" else f"{mean_loops} loops"
+        lines.append(f"\n  {metrics['val/accuracy']:.2%} of the sequences have every answer right at {at}")
+    else:
+        lines.append(f"\n  {metrics['val/bits_per_byte']:.3f} bits per byte at {mean_loops} loops")
+    if "val/fit_limit" in metrics:
+        lines.append(f"  {fit_losses(curve)}")
+    if "val/auto_loss" in metrics:
+        beside = "" if answered else f", perplexity {math.exp(metrics['val/auto_loss']):.2f}"
+        halted = f"{metrics['val/auto_loops']:.2f} loops where {config.model.halting} halts"
+        lines.append(f"  {halted}: {metrics['val/auto_saved']:.0%} saved{beside}")
+    return "\n".join(lines)
