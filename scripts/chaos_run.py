@@ -47,7 +47,7 @@ class Failed(Exception):
 
 
 def train_with_faults(arguments: list[str]) -> int:
-    """The command train, which reports what it does, stands still where a fault is to hit, and makes the faults inside."""
+    """The command train, which reports what it does, stands still where a fault is to hit, and makes those inside."""
     folder, rank = Path(os.environ[FOLDER]), int(os.environ["RANK"])
 
     def report(event: str) -> None:

@@ -17,6 +17,8 @@ COMMANDS = {
     "evaluate": "evaluate",
     "reasoning": "reasoning",
     "export": "export_hf",
+    "import": "import_hf",
+    "retrofit": "retrofit_hf",
     "estimate": "estimate",
     "report": "report",
     "compare": "compare",
@@ -40,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
         prog="mythos",
         usage="mythos COMMAND [arguments]",
         description="Pretraining of recurrent-depth (looped) transformers.",
-        epilog="`mythos COMMAND --help` explains a command, `mythos train --help SECTION` a section of the configuration.",
+        epilog="`mythos COMMAND --help` explains a command, `mythos train --help SECTION` the fields of a section.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=16),
     )
     made.add_argument("--version", action="version", version=f"mythos {__version__}")
@@ -53,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status. SystemExit(2) for a command that there is not, as argparse has it."""
+    """Run the command line; returns the exit status."""
     given = sys.argv[1:] if arguments is None else arguments
     if given and given[0] in COMMANDS:
         return command(given[0]).main(given[1:])

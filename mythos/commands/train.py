@@ -16,14 +16,13 @@ def parser(prog: str = "mythos train") -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog=prog,
         usage="%(prog)s CONFIG [key.path=value ...] [options]",
-        description=f"{__doc__}\n\nCONFIG is a YAML file, or a name that `mythos configs` lists. Its fields are "
-        "overridden by key.path=value, e.g.\nmodel.preset=mythos_tiny train.steps=100.",
+        description=f"{__doc__}\n\nFields are overridden by key.path=value: model.preset=mythos_tiny train.steps=100.",
         epilog=describe(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
     )
-    made.add_argument("config", nargs="?", metavar="CONFIG", help=argparse.SUPPRESS)
-    made.add_argument("overrides", nargs="*", metavar="key.path=value", help=argparse.SUPPRESS)
+    made.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file, or a name that `mythos configs` lists")
+    made.add_argument("overrides", nargs="*", metavar="key.path=value", help="other values of its fields")
     made.add_argument(
         "--help", "-h", nargs="?", const="", metavar="SECTION", help="this text, or the fields of a section"
     )

@@ -264,8 +264,8 @@ class TokenSource:
         if self.on_error == "fail":
             files = self.directory / f"{self._index[shard].part:05}.*"
             raise MythosError(
-                f"{where}. Remove {files} and run {TOKENIZE} as before to write these files again, or set data.on_error: "
-                "skip to leave out what is damaged."
+                f"{where}. Remove {files} and run {TOKENIZE} as before to write these files again, or set "
+                "data.on_error: skip to leave out what is damaged."
             ) from error
         if shard not in self._warned:
             self._warned.add(shard)
