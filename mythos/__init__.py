@@ -2,5 +2,7 @@
 
 from mythos.auto_classes import register
 
+__version__ = "0.1.0"
+
 register()
 del register

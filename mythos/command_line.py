@@ -1,4 +1,4 @@
-"""What the scripts' command lines have in common: how they end, and how options are read and refused."""
+"""What the commands have in common: how they end, and how options are read and refused."""
 
 import argparse
 import contextlib
@@ -14,7 +14,7 @@ DEVICES = ("auto", "cpu", "cuda")
 
 
 def exit_status(action: Callable[[], None]) -> int:
-    """Run what a script is for and return its exit status, with a line on standard error where it did not succeed.
+    """Run what a command is for and return its exit status, with a line on standard error where it did not succeed.
 
     0 = done, also where what read the output has read enough; 1 = MythosError; 130 = interrupted.
     """
@@ -33,7 +33,7 @@ def exit_status(action: Callable[[], None]) -> int:
 
 
 def add_measuring_options(parser: argparse.ArgumentParser, folder: str) -> None:
-    """Options of scripts that measure a model and write to `folder` in its run directory.
+    """Options of commands that measure a model and write to `folder` in its run directory.
 
     `mythos.evaluation.text.as_in_training` tells what is meant where dtype and micro-batch are not given.
     """

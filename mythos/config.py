@@ -300,15 +300,39 @@ class Config(Section):
         return math.ceil(self.train.tokens / self.tokens_per_step)
 
 
+def packaged_configs() -> dict[str, Path]:
+    """The configurations that come with the package, by name: the files of configs/."""
+    folder = Path(__file__).parent / "configs"  # in a checkout a link to configs/, which an installation has itself
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"), key=lambda path: path.stem)}
+
+
+def config_file(name: str) -> Path:
+    """The file that `name` means: a path, or the name of a packaged configuration where there is no such file.
+
+    Raises MythosError for a name, without a folder or an ending, that is neither.
+    """
+    path, packaged = Path(name), packaged_configs()
+    if path.exists() or path.name != name or path.suffix:
+        return path
+    if name not in packaged:
+        raise MythosError(
+            f"{name}: neither a file nor a configuration that comes with mythos ({', '.join(packaged)}); give one of "
+            "these, or the path of a YAML file"
+        )
+    return packaged[name]
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply ``key.path=value`` overrides, fill in the preset, and check everything.
+
+    ``path`` may be the name of a packaged configuration instead (:func:`config_file`).
 
     Values of overrides are YAML (``eval.loops=[1,4]``, ``depth.mean=null``); ``3e-4`` and ``1e9`` are numbers.
 
     Raises MythosError with one line for every problem found.
     """
     problems = Problems(str(path), Config)
-    data = read_yaml(Path(path), problems)
+    data = read_yaml(config_file(str(path)), problems)
     for override in overrides:
         data = apply_override(data, override, problems)
     return _build(data, problems)
@@ -345,7 +369,9 @@ def describe(section: str | None = None) -> str:
         where = (
             "Fields are declared and explained in mythos/config.py, mythos/model/config.py and mythos/data/config.py."
         )
-        return "\n".join(["Sections:", *lines, "", "train.py --help SECTION prints every field of a section.", where])
+        return "\n".join(
+            ["Sections:", *lines, "", "mythos train --help SECTION prints every field of a section.", where]
+        )
     if section not in known:
         raise MythosError(f"{section}: unknown section; {suggestion(section, list(known))}")
     lines = [f"{section}: {_summary(known[section])}"]

@@ -369,9 +369,6 @@ GPUS = {
 }
 """SXM modules of 80, 80, 141 and 180 GB. Prices are those of specialised clouds, on demand, in spring 2026: an order of
 magnitude, to be replaced by one's own."""
-UTILISATION = 0.4
-"""Share of the peak that is assumed for all FLOPs that are executed, recomputation included. Well-tuned dense models
-reach 0.4 to 0.5 on H100; small models, short sequences and many machines reach less."""
 
 
 def named_gpu(name: str) -> Gpu:
@@ -390,9 +387,7 @@ class Run:
     dollars: float
 
 
-def training_run(
-    tokens: float, executed: float, peak: float, gpus: int, utilisation: float = UTILISATION, price: float = 0.0
-) -> Run:
+def training_run(tokens: float, executed: float, peak: float, gpus: int, utilisation: float, price: float = 0.0) -> Run:
     """Time and cost of `tokens` at `executed` FLOPs each on `gpus` of `peak` FLOP/s and `price` dollars an hour."""
     rate = gpus * peak * utilisation / executed
     seconds = tokens / rate

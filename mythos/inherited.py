@@ -67,7 +67,7 @@ def _stored(source: str) -> Sections:
             if section.get("model_type") != "mythos":
                 raise MythosError(
                     f"{source} is a model of type {section.get('model_type')!r}, not of mythos: "
-                    "scripts/import_hf.py makes published looped models ours, scripts/retrofit_hf.py dense ones"
+                    "`mythos import` makes published looped models ours, `mythos retrofit` dense ones"
                 )
         elif "://" not in source and (folder / RUN_FILE).is_file():
             section = yaml.safe_load((folder / RUN_FILE).read_text(encoding="utf-8"))["model"]

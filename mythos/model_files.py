@@ -134,7 +134,7 @@ def stored_model(path: str | Path) -> Iterator[StoredModel]:
         elif not folder.name.startswith("step-"):
             raise MythosError(
                 f"{path}: {what}. Give a run directory (with {RUN_FILE}), a checkpoint (checkpoints/step-XXXXXXXX in "
-                f"it), or a folder written by scripts/export_hf.py (with {CONFIG_FILE})."
+                f"it), or a folder written by `mythos export` (with {CONFIG_FILE})."
             )
     with _stored_checkpoint(text, run_dir) as stored:
         yield stored
@@ -201,7 +201,7 @@ def _stored_export(folder: Path) -> Iterator[StoredModel]:
         if values.get("model_type") != MODEL_TYPE:
             raise MythosError(
                 f"{path}: model_type is {values.get('model_type')!r}; only models of type {MODEL_TYPE!r} are opened, "
-                "which scripts/export_hf.py writes"
+                "which `mythos export` writes"
             )
         config = ModelConfig.model_validate({key: value for key, value in values.items() if key not in HEADER})
         mean_loops, step = int(values["mean_loops"]), int(values["step"])

@@ -174,7 +174,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Looped dense cores, and fixed-depth baselines of as many parameters whose core runs once.
     **{f"looped_{size}": fields for size, fields in _LOOPED.items()},
     **{f"dense_{size}": {**fields, **_NO_LOOP} for size, fields in _LOOPED.items()},
-    # What scripts/import_hf.py imports.
+    # What `mythos import` imports.
     **{f"parcae_{size}": fields for size, fields in _PARCAE.items()},
 }
 

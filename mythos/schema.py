@@ -66,9 +66,11 @@ def read_yaml(path: Path, problems: Problems) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError) as error:
         raise MythosError(f"{path}: not valid YAML: {error}") from error
     if data is None:
-        raise MythosError(f"{path}: the file is empty; see configs/ for examples")
+        raise MythosError(f"{path}: the file is empty; `mythos configs quickstart` prints an example")
     if not isinstance(data, dict):
-        raise MythosError(f"{path}: got {shown(data)}; allowed: a mapping of sections; see configs/ for examples")
+        raise MythosError(
+            f"{path}: got {shown(data)}; allowed: a mapping of sections; `mythos configs quickstart` prints an example"
+        )
     for key, line in _duplicates(tree, "", set()):
         problems.add(key, f"given again in line {line}; keep one of them")
     return data

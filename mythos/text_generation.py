@@ -229,7 +229,7 @@ def generate_text(
     if tokenizer is None:
         if opened.run is not None and opened.run.data.kind == "reasoning":
             raise MythosError(
-                f"{opened.source} is of a reasoning run, which has no text to continue: use scripts/reasoning.py"
+                f"{opened.source} is of a reasoning run, which has no text to continue: use `mythos reasoning`"
             )
         raise MythosError(f"{opened.source} has no tokenizer: it was not trained on text, or its folder was not copied")
     if "" in stops:

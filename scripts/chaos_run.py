@@ -47,7 +47,7 @@ class Failed(Exception):
 
 
 def train_with_faults(arguments: list[str]) -> int:
-    """train.main, which reports what it does, stands still where a fault is to hit, and makes the faults inside."""
+    """The command train, which reports what it does, stands still where a fault is to hit, and makes those inside."""
     folder, rank = Path(os.environ[FOLDER]), int(os.environ["RANK"])
 
     def report(event: str) -> None:
@@ -60,8 +60,8 @@ def train_with_faults(arguments: list[str]) -> int:
 
     import torch
 
-    import train
     from mythos import storage, trainer
+    from mythos.commands.train import main
 
     trainer.draw_plots = lambda *_: []  # it takes a second to import what draws, which has no part in this
 
@@ -121,7 +121,7 @@ def train_with_faults(arguments: list[str]) -> int:
         trainer.Trainer.train_step,
     )
     trainer.Trainer.run, trainer.Trainer.forward, trainer.Trainer.train_step = run, forward, train_step
-    return train.main(arguments)
+    return main(arguments)
 
 
 def _end_with_harness(pid: int) -> None:

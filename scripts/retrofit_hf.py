@@ -1,8 +1,8 @@
-"""Put loops into a dense pretrained model: python scripts/retrofit_hf.py SOURCE OUT --prelude 0-3 --core 8-15 ..."""
+"""The same as `mythos retrofit`: python scripts/retrofit_hf.py --help."""
 
 import sys
 
 from mythos.commands.retrofit_hf import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:], "python scripts/retrofit_hf.py"))

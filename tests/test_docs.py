@@ -16,7 +16,9 @@ from typing import NamedTuple
 import pytest
 import yaml
 
-from mythos.config import Config, describe, load_config
+from mythos.commands import COMMANDS as COMMAND_NAMES
+from mythos.commands import command, main
+from mythos.config import Config, describe, load_config, packaged_configs
 from mythos.errors import MythosError
 
 ROOT = Path(__file__).parents[1]
@@ -116,17 +118,35 @@ def online(config: Config) -> bool:
 
 
 def python(words: list[str]) -> set[str]:
+    if words[:2] == ["-m", "mythos"]:
+        return mythos(words[2:])
     if words[0] == "-m":
         return set()
-    options = parsed(module(words[0]).main, words[1:])
-    if words[0] == "train.py" and options.help:
+    return accepted(module(words[0]).main, words[1:], trains=words[0] == "train.py", tokenizes="tokenize_" in words[0])
+
+
+def mythos(words: list[str]) -> set[str]:
+    if words[0].startswith("-"):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == 0
+        return set()
+    assert words[0] in COMMAND_NAMES, words[0]
+    if words[0] == "configs":
+        assert not words[1:] or words[1] in packaged_configs()
+    return accepted(command(words[0]).main, words[1:], trains=words[0] == "train", tokenizes=words[0] == "tokenize")
+
+
+def accepted(main: Callable[[list[str]], int], words: list[str], trains: bool, tokenizes: bool) -> set[str]:
+    options = parsed(main, words)
+    if trains and options.help:
         describe(options.help)
     needs = {"network"} if getattr(options, "against", None) else set()  # a package to compare with
     if path := getattr(options, "config", None):
         overrides = getattr(options, "overrides", [])
-        if path.endswith(".yaml"):
-            config = load_config(ROOT / path, overrides)
-            reads = words[0] in ("train.py", "scripts/tokenize_corpus.py") and not getattr(options, "dry_run", False)
+        if path.endswith(".yaml") or path in packaged_configs():
+            config = load_config(ROOT / path if path.endswith(".yaml") else path, overrides)
+            reads = (trains or tokenizes) and not getattr(options, "dry_run", False)
             needs |= {"network"} if reads and online(config) else set()
         elif path != STAND_INS["RUN"]:
             from mythos.benchmarks.steps import configuration
@@ -153,7 +173,8 @@ def torchrun(words: list[str]) -> set[str]:
     from torch.distributed.run import get_args_parser
 
     options = get_args_parser().parse_args(words)
-    return {"gpu"} | python([options.training_script, *options.training_script_args])
+    module = ["-m"] if options.module else []
+    return {"gpu"} | python([*module, options.training_script, *options.training_script_args])
 
 
 def accelerate(words: list[str]) -> set[str]:
@@ -186,6 +207,7 @@ def own_file(name: str) -> Callable[[list[str]], set[str]]:
 
 CHECKS: dict[str, Callable[[list[str]], set[str]]] = {
     "python": python,
+    "mythos": mythos,
     "./launch.sh": launcher,
     "sbatch": sbatch,
     "torchrun": torchrun,
@@ -229,6 +251,10 @@ def test_commands_are_accepted_and_say_what_they_need(page: str) -> None:
         ("python train.py --help depths", MythosError),
         ("python scripts/generate.py runs/quickstart --prompts x", SystemExit),
         ("python scripts/nothing.py", FileNotFoundError),
+        ("mythos generates runs/quickstart", AssertionError),
+        ("mythos train quickstar", MythosError),
+        ("mythos sweep runs/quickstart --depths 4", SystemExit),
+        ("python -m mythos presets --all", SystemExit),
         ("python scripts/benchmark.py train nothing", MythosError),
         ("./launch.sh --cpu 2 configs/debug.yaml --dry-runs", SystemExit),
         ("torchrun --standalone --nproc-per-nodes 8 train.py configs/debug.yaml", SystemExit),
@@ -244,15 +270,17 @@ def test_commands_that_are_wrong_are_found(command: str, error: type[BaseExcepti
 def test_what_a_command_needs_is_found() -> None:
     page = ROOT / "docs/quickstart.md"
     assert [block.needs for block in blocks(page)[:2]] == [{"network"}, set()]
-    for command, needs in {
+    for given, needs in {
         "python train.py configs/fineweb-edu-1b.yaml": {"network"},
         "python train.py configs/fineweb-edu-1b.yaml --dry-run": set(),
         "python train.py configs/debug.yaml log.wandb.mode=online": {"network"},
+        "mythos train fineweb-edu-1b": {"network"},
+        "mythos train quickstart": set(),
         "./launch.sh configs/debug.yaml": {"gpu"},
         "./launch.sh --cpu 2 configs/debug.yaml": set(),
         "torchrun --standalone --nproc-per-node 8 train.py configs/debug.yaml": {"gpu"},
     }.items():
-        program, *words = shlex.split(command)
+        program, *words = shlex.split(given)
         assert CHECKS[program](words) == needs
 
 

@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from mythos import estimate as estimating
+from mythos.commands.estimate import main
 from mythos.config import Config, ParallelConfig
 from mythos.estimate import (
     CHECKPOINTING,
@@ -31,7 +32,6 @@ from mythos.model.moe import MixtureOfExperts
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.parallel import prepare_model
 from mythos.presets import preset_config
-from scripts.estimate import main
 
 LENGTH = 64
 

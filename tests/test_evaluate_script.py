@@ -1,4 +1,4 @@
-"""scripts/evaluate.py on a run, a checkpoint and an export, and the same questions in training."""
+"""mythos evaluate on a run, a checkpoint and an export, and the same questions in training."""
 
 import csv
 import json
@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
+from mythos.commands import evaluate, export_hf, sweep
 from mythos.errors import MythosError
 from mythos.evaluation import results as results_module
 from mythos.evaluation.continuations import DepthSetting
 from mythos.evaluation.results import MOST_PANELS, Result, draw, save, table
 from mythos.metrics import read_metrics
 from mythos.trainer import Trainer
-from scripts import depth_sweep, evaluate, export_hf
 from tests.runs import tiny
 from tests.trainers import run, saved
 
@@ -89,7 +89,7 @@ def test_a_run(trained: Trainer, capsys: pytest.CaptureFixture[str], caplog: pyt
     other = scores(stem.parent / "other" / "step-00000004.json")
     assert other[corpus, "bits_per_byte", 2, None]["samples"] == 3
     options[-1] = str(stem.parent / "sweep")
-    assert depth_sweep.main([str(trained.run_dir), *options, "--sequences", "3", "--rules", "none"]) == 0
+    assert sweep.main([str(trained.run_dir), *options, "--sequences", "3", "--rules", "none"]) == 0
     measured = json.loads((stem.parent / "sweep" / "step-00000004.json").read_text())["loops"][-1]
     assert other[corpus, "bits_per_byte", 2, None]["value"] == pytest.approx(measured["bits_per_byte"])
 

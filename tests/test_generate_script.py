@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from mythos import text_generation
+from mythos.commands import generate as script
 from mythos.data.tokenizer import Tokenizer
 from mythos.depth_view import PALETTE, coloured, harmless, html_page, legend, shade
 from mythos.errors import MythosError
@@ -28,7 +29,6 @@ from mythos.model_files import OpenedModel, open_model, run_directory
 from mythos.storage import RemoteStorage
 from mythos.text_generation import Piece, PieceStream, TextGeneration, TextRow, choose_depth, generate_text
 from mythos.trainer import Trainer
-from scripts import generate as script
 from tests.runs import tiny
 from tests.trainers import run, saved
 
@@ -546,5 +546,5 @@ def test_a_model_without_text_is_told(trained: Trainer, tmp_path: Path) -> None:
     assert opened.run is not None
     data = opened.run.data.model_copy(update={"kind": "reasoning"})
     asked = replace(opened, run=opened.run.model_copy(update={"data": data}))
-    with pytest.raises(MythosError, match=r"of a reasoning run, .*: use scripts/reasoning\.py"):
+    with pytest.raises(MythosError, match=r"of a reasoning run, .*: use `mythos reasoning`"):
         generate_text(asked, ["a"], 1, choose_depth(opened, [1]), sampling=Sampling())

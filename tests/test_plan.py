@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mythos import plan as planning
+from mythos.commands.train import main
 from mythos.config import Config, config_from_dict
 from mythos.errors import MythosError
 from mythos.estimate import Activations, build_on_meta, count_parameters
@@ -25,7 +26,6 @@ from mythos.plan import Laid, Working, fake_processes, lay_out, plan, working_me
 from mythos.presets import PRESETS
 from mythos.ranks import Ranks, World
 from tests.runs import tiny
-from train import main
 
 GIB = 2**30
 

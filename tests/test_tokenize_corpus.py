@@ -18,15 +18,14 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from mythos.commands.tokenize import main
 from mythos.config import load_config
 from mythos.data.corpus import cache_directory, holdout_fraction, open_corpora, weighted
 from mythos.data.source import TextSource
 from mythos.data.tokenizer import Tokenizer, load_tokenizer
 from mythos.data.tokens import TokenSource
-from scripts.tokenize_corpus import main
 from tests.runs import documents, losses, write_settings
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "tokenize_corpus.py"
 PARTS = 120
 
 
@@ -74,7 +73,7 @@ def started() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     processes = []
 
     def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
-        command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+        command = [sys.executable, "-m", "mythos", "tokenize", *map(str, arguments)]
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **options
         )
@@ -209,7 +208,7 @@ def test_what_is_printed(config: Path, undisturbed: Path, tmp_path: Path, capsys
 
 
 def test_training_on_tokens_is_training_on_the_text(undisturbed: Path, config: Path, tmp_path: Path) -> None:
-    from train import main as train
+    from mythos.commands.train import main as train
 
     tokenizer = f"tokenizer.name={undisturbed}/tokenizer"
     assert train([str(config), tokenizer, f"run.dir={tmp_path / 'text'}"]) == 0
@@ -219,7 +218,7 @@ def test_training_on_tokens_is_training_on_the_text(undisturbed: Path, config: P
 
 
 def test_a_run_on_text_goes_on_with_its_tokens(undisturbed: Path, config: Path, tmp_path: Path) -> None:
-    from train import main as train
+    from mythos.commands.train import main as train
 
     tokens = ["data.kind=tokens", f"data.path={undisturbed}", f"tokenizer.name={undisturbed}/tokenizer"]
     for name, continued in (("text", []), ("tokens", tokens)):

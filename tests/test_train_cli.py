@@ -15,10 +15,10 @@ import yaml
 from matplotlib.image import imread
 from transformers import AutoTokenizer
 
+from mythos.commands.train import main
 from mythos.config import load_config
 from mythos.presets import PRESETS
 from tests.runs import documents, losses, measurements, write_settings
-from train import main
 
 RUN = {"train__steps": 6, "eval__every": 3, "eval__samples": 2, "eval__prompts": ["The river", "Page"]}
 COMMAND = {**RUN, "checkpoint__every": 3, "checkpoint__keep": 1}

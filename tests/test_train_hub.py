@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mythos.commands.train import main
 from mythos.config import load_config
 from mythos.data.stream import Batch
 from mythos.trainer import StepResult, Trainer
 from tests.data.hub_server import DATASET, FAULTS, Faults, StandInHub, use_hub, write_fineweb_edu
 from tests.runs import documents, losses, write_settings
-from train import main
 
 ROOT = Path(__file__).parents[1]
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mythos.benchmarks.timing import Memory, peak_memory, resident_bytes, tensor_bytes, tensor_peak
-from mythos.config import Config, LogConfig, WandbConfig, config_from_dict, load_config
+from mythos.config import Config, LogConfig, WandbConfig, config_from_dict, load_config, packaged_configs
 from mythos.data.stream import Batch
 from mythos.errors import MythosError
 from mythos.estimate import forward_flops
@@ -94,7 +94,7 @@ def configuration(name: str, overrides: Sequence[str] = ()) -> Config:
             data = apply_override(data, override, problems)
         problems.raise_any()
         config = config_from_dict(data)
-    elif name.endswith((".yaml", ".yml")) or Path(name).is_file():
+    elif name.endswith((".yaml", ".yml")) or Path(name).is_file() or name in packaged_configs():
         config = load_config(name, overrides)
     else:
         known = [*SHAPES, *PRESETS]

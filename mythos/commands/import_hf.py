@@ -1,7 +1,7 @@
-"""Import a published looped model: python scripts/import_hf.py SOURCE FOLDER.
+"""Import a published looped model.
 
 SOURCE is a folder, or OWNER/NAME of a repository on the hub, with a config.json of an architecture that is known.
-FOLDER then holds what scripts/export_hf.py writes: the other scripts and AutoModelForCausalLM open it. Nothing of the
+FOLDER then holds what `mythos export` writes: the other commands and AutoModelForCausalLM open it. Nothing of the
 source is run: weights are safetensors, or files of torch's from which tensors alone are taken.
 """
 
@@ -10,11 +10,9 @@ import argparse
 from mythos.command_line import exit_status
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(prog: str = "mythos import") -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
-        prog="import_hf.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("source", metavar="SOURCE", help="folder, or OWNER/NAME on the hub (SandyResearch/parcae-140m)")
     made.add_argument("folder", metavar="FOLDER", help="new or empty folder to write")
     made.add_argument("--revision", metavar="NAME", help="commit, branch or tag of the repository")
@@ -30,9 +28,9 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str], prog: str = "mythos import") -> int:
     """Run the command line; returns the exit status."""
-    options = parser().parse_args(arguments)
+    options = parser(prog).parse_args(arguments)
     return exit_status(lambda: run(options))
 
 

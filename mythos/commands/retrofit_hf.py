@@ -1,9 +1,9 @@
-"""Put loops into a dense pretrained model: python scripts/retrofit_hf.py SOURCE OUT --prelude 0-3 --core 8-15 ...
+"""Put loops into a dense pretrained model.
 
 SOURCE is a folder, or OWNER/NAME on the hub, with a LlamaForCausalLM or one like it. Layers are counted from 0; those
 that are not named are left out. At one loop the result computes what its layers compute one after the other. OUT then
-holds what scripts/export_hf.py writes, and train.yaml, which trains it on with growing loops: python train.py
-OUT/train.yaml. Nothing of the source is run.
+holds what `mythos export` writes, and train.yaml, which trains it on with growing loops: mythos train OUT/train.yaml.
+Nothing of the source is run.
 """
 
 import argparse
@@ -13,11 +13,9 @@ from mythos.command_line import exit_status
 from mythos.errors import MythosError
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(prog: str = "mythos retrofit") -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
-        prog="retrofit_hf.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("source", metavar="SOURCE", help="folder, or OWNER/NAME on the hub")
     made.add_argument("folder", metavar="OUT", help="new or empty folder to write")
     made.add_argument("--prelude", required=True, metavar="LAYERS", help="run once before the loop: 0-3, 0,1,4 or none")
@@ -38,10 +36,10 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str], prog: str = "mythos retrofit") -> int:
     """Run the command line; returns the exit status."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    options = parser().parse_args(arguments)
+    options = parser(prog).parse_args(arguments)
     return exit_status(lambda: run(options))
 
 

@@ -108,7 +108,7 @@ class SourceConfig(Section):
 
     kind: Literal["embedded", "files", "hub", "tokens"] = "embedded"
     """embedded = English documentation found on this machine, files = parquet/jsonl/txt, hub = Hugging Face dataset,
-    tokens = what scripts/tokenize_corpus.py wrote."""
+    tokens = what `mythos tokenize` wrote."""
     path: str | list[str] | None = None
     """files: glob, URL, or list of them, of .parquet, .jsonl, .jsonl.gz or .txt files; tokens: the folder."""
     dataset: str | None = None
@@ -138,7 +138,7 @@ class DataConfig(SourceConfig):
 
     kind: Literal["embedded", "files", "hub", "tokens", "mixture", "reasoning"] = "embedded"
     """embedded = English documentation found on this machine, files = parquet/jsonl/txt, hub = Hugging Face dataset,
-    tokens = what scripts/tokenize_corpus.py wrote, mixture = several of these; reasoning = no text but a task, whose
+    tokens = what `mythos tokenize` wrote, mixture = several of these; reasoning = no text but a task, whose
     vocabulary takes the tokenizer's place."""
     task: TaskConfig = TaskConfig()
     """reasoning: what is asked for."""

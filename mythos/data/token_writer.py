@@ -32,9 +32,6 @@ from mythos.data.tokens import (
 )
 from mythos.errors import MythosError, short_reason
 
-VALIDATION_SHARE = 0.05
-"""Share of the documents, by content hash, whose tokens keep their bytes: the most that can be held out."""
-
 # A restart with other workers must find the same parts, so their size depends on the corpus alone: a few hundred parts
 # for most corpora, and little to do again after an interruption of large ones.
 WANTED_PARTS = 256

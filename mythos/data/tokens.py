@@ -32,7 +32,7 @@ FORMAT = 1
 INDEX = "index.json"
 PLAN = "plan.json"
 TOKENIZER = "tokenizer"
-SCRIPT = "scripts/tokenize_corpus.py"
+TOKENIZE = "`mythos tokenize`"
 
 ENTRY = np.dtype(
     [
@@ -264,8 +264,8 @@ class TokenSource:
         if self.on_error == "fail":
             files = self.directory / f"{self._index[shard].part:05}.*"
             raise MythosError(
-                f"{where}. Remove {files} and run {SCRIPT} as before to write these files again, or set data.on_error: "
-                "skip to leave out what is damaged."
+                f"{where}. Remove {files} and run {TOKENIZE} as before to write these files again, or set "
+                "data.on_error: skip to leave out what is damaged."
             ) from error
         if shard not in self._warned:
             self._warned.add(shard)
@@ -291,13 +291,13 @@ def read_index(directory: Path) -> dict[str, Any]:
         MythosError: there is none, or it is damaged or of another format.
     """
     if not directory.is_dir():
-        raise MythosError(f"data.path: there is no folder {directory}. Give one that {SCRIPT} wrote.")
+        raise MythosError(f"data.path: there is no folder {directory}. Give one that {TOKENIZE} wrote.")
     header = read_header(directory)
     if header is None:
-        raise MythosError(f"data.path: {directory} has no {INDEX}. Give a folder that {SCRIPT} wrote.")
+        raise MythosError(f"data.path: {directory} has no {INDEX}. Give a folder that {TOKENIZE} wrote.")
     if not (directory / INDEX).exists():
         raise MythosError(
-            f"data.path: {directory} is not complete: it has no {INDEX}. Run {SCRIPT} as before; it goes on where it "
+            f"data.path: {directory} is not complete: it has no {INDEX}. Run {TOKENIZE} as before; it goes on where it "
             "was interrupted."
         )
     return header
@@ -310,13 +310,13 @@ def read_json(path: Path) -> dict[str, Any]:
         if isinstance(value, dict) and value.get("format", FORMAT) != FORMAT:
             raise MythosError(
                 f"{path} has format {value['format']}, this version reads {FORMAT}. Tokenize the corpus again with "
-                f"{SCRIPT}."
+                f"{TOKENIZE}."
             )
         if not isinstance(value, dict) or value.pop("crc32", None) != _checksum(value):
             raise ValueError("checksum differs")
     except (OSError, ValueError) as error:
         raise MythosError(
-            f"{path} cannot be read: {short_reason(error)}. Restore it, or tokenize the corpus again with {SCRIPT}."
+            f"{path} cannot be read: {short_reason(error)}. Restore it, or tokenize the corpus again with {TOKENIZE}."
         ) from error
     return value
 

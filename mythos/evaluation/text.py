@@ -73,7 +73,7 @@ def require_tokenizer(opened: OpenedModel) -> Tokenizer:
     if opened.tokenizer is not None:
         return opened.tokenizer
     if opened.run is not None and opened.run.data.kind == "reasoning":
-        raise MythosError(f"{opened.source} is of a reasoning run, which knows no text: use scripts/reasoning.py")
+        raise MythosError(f"{opened.source} is of a reasoning run, which knows no text: use `mythos reasoning`")
     raise MythosError(
         f"{opened.source}: no tokenizer lies beside it, so no text can be measured. Give the run directory, or copy "
         "its folder tokenizer/ beside the folder that the checkpoint lies in."

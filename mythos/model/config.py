@@ -33,7 +33,7 @@ class ModelConfig(Section):
     """
 
     preset: str = "mythos_nano"
-    """Named size whose values the other fields of this section override; `train.py --list-presets` prints all."""
+    """Named size whose values the other fields of this section override; `mythos presets` prints all."""
 
     # Size
     vocab_size: PositiveInt | Literal["auto"] = "auto"

@@ -169,12 +169,12 @@ def depth_section(run: RecordedRun, pictures: Pictures) -> str:
 
 
 def sweep_section(run: RecordedRun, pictures: Pictures) -> str:
-    """The newest sweep of the run, as scripts/depth_sweep.py left it: by loops, and what halting saves."""
+    """The newest sweep of the run, as `mythos sweep` left it: by loops, and what halting saves."""
     files = sorted((run.directory / "sweep").glob("step-*.json"), key=sweep_step)
     if not files and run.config.depth.follow == "difficulty":
         return ""
     if not files:
-        return '<p class="dim">None yet: scripts/depth_sweep.py measures loss, halting and experts by depth.</p>'
+        return '<p class="dim">None yet: mythos sweep measures loss, halting and experts by depth.</p>'
     try:
         sweep, about = DepthSweep.load(files[-1])
         figure = pictures.one(sweep_figure(sweep))

@@ -165,7 +165,7 @@ def open_run(path: str | Path) -> RecordedRun:
         wrong += [key for key, value in fields.items() if not (value is None or _is_number(value))]
         if wrong:
             raise MythosError(
-                f"{file}: line {number} has no number for {', '.join(wrong)}; give a directory that train.py wrote"
+                f"{file}: line {number} has no number for {', '.join(wrong)}; give a directory that training wrote"
             )
     if not records:
         raise MythosError(f"{file} has no records yet; the run writes one every log.every steps")

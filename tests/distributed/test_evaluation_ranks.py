@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from mythos.commands import evaluate
 from mythos.trainer import Trainer
-from scripts import evaluate
 from tests.distributed.pool import RankPool
 from tests.evaluation.local_tasks import write_tasks
 from tests.runs import tiny

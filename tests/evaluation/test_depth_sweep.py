@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from mythos import plots
+from mythos.commands import sweep as script
 from mythos.data.tasks import TaskSet
 from mythos.data.validation import ValidationSet
 from mythos.evaluation.depth_sweep import (
@@ -39,7 +40,6 @@ from mythos.model.halting import halting_rule
 from mythos.model.layers import name_generator
 from mythos.model.rdt import IGNORE_INDEX, RecurrentDepthTransformer
 from mythos.ranks import Ranks, World
-from scripts import depth_sweep as script
 from tests.runs import SETTINGS, tiny
 from tests.trainers import run
 

@@ -15,12 +15,12 @@ lm_eval = pytest.importorskip("lm_eval", reason="needs the extra eval")
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
+from mythos.commands import evaluate, export_hf
 from mythos.evaluation import harness
 from mythos.evaluation.choices import choice_scores, encode_task, read_tasks
 from mythos.evaluation.continuations import DepthSetting, score_requests
 from mythos.evaluation.harness import HarnessModel
 from mythos.model_files import OpenedModel, open_model
-from scripts import evaluate, export_hf
 from tests.evaluation.local_tasks import write_tasks
 from tests.evaluation.test_continuations import ALONE
 from tests.runs import documents, tiny

@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mythos.commands.reasoning import main as report
+from mythos.commands.sweep import main as depth_sweep
 from mythos.config import Config, config_from_dict
 from mythos.data.config import TaskConfig
 from mythos.data.tasks import TaskSet, task_set
@@ -27,8 +29,6 @@ from mythos.plan import plan
 from mythos.ranks import Ranks, World
 from mythos.reports.recorded import run_names
 from mythos.trainer import Trainer
-from scripts.depth_sweep import main as depth_sweep
-from scripts.reasoning import main as report
 from tests.trainers import assert_identical, run, take_step
 
 pytestmark = pytest.mark.usefixtures("no_plots")
@@ -337,7 +337,7 @@ def test_report_of_a_looped_and_a_fixed_run(
     assert report([*runs, "--sequences", "8", "--difficulties", "1", "--out", str(out)]) == 1
     assert f"error: {out} cannot be written: " in capsys.readouterr().err
     assert depth_sweep([runs[0]]) == 1
-    assert "scripts/reasoning.py" in capsys.readouterr().err
+    assert "`mythos reasoning`" in capsys.readouterr().err
     for option in ("--loops", "--most"):
         assert depth_sweep([runs[1], option, "2"]) == 1
         assert f"error: {option}: got 2; a fixed-depth model" in capsys.readouterr().err

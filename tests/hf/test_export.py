@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
+from mythos.commands import export_hf
 from mythos.errors import MythosError
 from mythos.hf import export
 from mythos.hf.export import export_model
@@ -20,7 +21,6 @@ from mythos.model.generate import generate
 from mythos.model.sampling import Sampling
 from mythos.model_files import StoredModel, open_model
 from mythos.trainer import Trainer
-from scripts import export_hf
 from tests.runs import tiny
 from tests.trainers import run, saved
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from mythos.commands.compare import main
 from mythos.config import load_config
 from mythos.estimate import count_parameters, forward_flops
 from mythos.reports.comparison import compare
-from scripts.compare import main
 from tests.reports.handmade import records, write_run
 
 HOPS = Path(__file__).parents[2] / "configs" / "reasoning-hops.yaml"

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mythos.commands import report, sweep
 from mythos.config import load_config
 from mythos.errors import MythosError
 from mythos.estimate import forward_flops
@@ -17,7 +18,6 @@ from mythos.model_files import open_model
 from mythos.reports import figures
 from mythos.reports.page import run_page
 from mythos.reports.recorded import open_run
-from scripts import depth_sweep, report
 from tests.reports.handmade import Page, records, write_run
 from tests.runs import tiny
 from tests.trainers import run
@@ -43,7 +43,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     changes["eval__prompts"] = ["The river", "<b>Page"]
     for steps in (4, 6):
         run(tiny(directory, train__steps=steps, **changes))
-    assert depth_sweep.main([str(directory / "run"), "--loops", "1,2,3,6", "--rules", "convergence"]) == 0
+    assert sweep.main([str(directory / "run"), "--loops", "1,2,3,6", "--rules", "convergence"]) == 0
     return directory / "run"
 
 

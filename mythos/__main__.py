@@ -1,0 +1,8 @@
+"""The command `mythos` as `python -m mythos`, also for torchrun: `torchrun ... -m mythos train CONFIG`."""
+
+import sys
+
+from mythos.commands import main
+
+if __name__ == "__main__":
+    sys.exit(main())

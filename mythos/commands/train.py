@@ -1,0 +1,121 @@
+"""Train a recurrent-depth transformer, or continue a run."""
+
+import argparse
+import errno
+import logging
+import os
+import signal
+import sys
+
+from mythos.config import describe, load_config
+from mythos.errors import MythosError, TransientError
+
+
+def parser(prog: str = "mythos train") -> argparse.ArgumentParser:
+    """The command line, to be parsed intermixed: options may stand between the overrides."""
+    made = argparse.ArgumentParser(
+        prog=prog,
+        usage="%(prog)s CONFIG [key.path=value ...] [options]",
+        description=f"{__doc__}\n\nFields are overridden by key.path=value: model.preset=mythos_tiny train.steps=100.",
+        epilog=describe(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+    )
+    made.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file, or a name that `mythos configs` lists")
+    made.add_argument("overrides", nargs="*", metavar="key.path=value", help="other values of its fields")
+    made.add_argument(
+        "--help", "-h", nargs="?", const="", metavar="SECTION", help="this text, or the fields of a section"
+    )
+    made.add_argument("--list-presets", action="store_true", help="print the named model sizes")
+    dry = made.add_argument_group("to see what a run amounts to")
+    dry.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check the configuration, tell of it, and stop; in the place of these processes, imagine",
+    )
+    dry.add_argument("--ranks", type=int, metavar="N", help="so many (one, or as many as torchrun starts)")
+    dry.add_argument("--machine-ranks", type=int, metavar="M", help="so many on each machine (8)")
+    dry.add_argument("--device-memory", type=float, metavar="GIB", help="devices of so much memory (80)")
+    return made
+
+
+def main(arguments: list[str], prog: str = "mythos train") -> int:
+    """Run the command line; returns the exit status."""
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    if ended := os.environ.get("MYTHOS_ENDED"):  # launch.sh's: see mythos/faults.py
+        if os.path.exists(ended):
+            return 0 if os.environ.get("GROUP_WORLD_SIZE") == "1" else 1
+        signal.signal(signal.SIGTERM, stop_before_training)
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
+        from mythos.faults import refuse_restart
+
+        if refuse_restart():
+            return 1
+    options = parser(prog).parse_intermixed_args(arguments)
+    try:
+        if options.help is not None:
+            print(describe(options.help) if options.help else parser(prog).format_help(), end="\n" * bool(options.help))
+            return 0
+        if options.list_presets:
+            from mythos.presets import preset_table
+
+            print(preset_table())
+            return 0
+        if options.config is None:
+            raise MythosError(
+                f"no configuration given; usage: {prog} CONFIG [key.path=value ...]\nTry quickstart, or --help."
+            )
+        imagined = {name: getattr(options, name) for name in ("ranks", "machine_ranks", "device_memory")}
+        given = [f"--{name.replace('_', '-')}" for name, value in imagined.items() if value is not None]
+        if given and not options.dry_run:
+            raise MythosError(f"{', '.join(given)}: only for --dry-run; ./launch.sh starts several processes")
+        config = load_config(options.config, options.overrides)
+        # Only now: torch takes seconds to import, and a misspelt key should be told at once.
+        if options.dry_run:
+            from mythos.plan import plan
+
+            machine_ranks = 8 if options.machine_ranks is None else options.machine_ranks
+            memory = 80.0 if options.device_memory is None else options.device_memory
+            print(plan(config, options.ranks, machine_ranks, int(memory * 2**30)))
+        else:
+            from mythos.trainer import Trainer
+
+            Trainer(config).run()
+    except TransientError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            os._exit(1)  # threads that still wait for lost processes would keep this one, and so the restart
+        return 1
+    except MythosError as error:
+        return end(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return end(f"{error}. Free some space and run the same command again; checkpoints are intact")
+    except KeyboardInterrupt:
+        print(STOPPED, file=sys.stderr)
+        return 130
+    return 0
+
+
+STOPPED = "stopped; the same command continues from the newest checkpoint, if there is one"
+
+
+def stop_before_training(number: int, _: object) -> None:
+    """Handle SIGTERM outside of training, where nothing needs saving: with status 0 if launch.sh was asked to stop."""
+    if os.path.exists(os.environ["MYTHOS_ENDED"]) and os.environ.get("GROUP_WORLD_SIZE") == "1":
+        if os.environ.get("RANK") == "0":
+            print(STOPPED, file=sys.stderr, flush=True)
+        os._exit(0)
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
+def end(message: str) -> int:
+    """Print an error that would be met again; under torchrun once for all processes, which are not restarted."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from mythos.faults import exit_for_good
+
+        return exit_for_good(message)
+    print(f"error: {message}", file=sys.stderr)
+    return 1
