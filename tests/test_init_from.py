@@ -183,7 +183,7 @@ def test_what_is_no_model_is_refused(trained: Trainer, tmp_path: Path) -> None:
     cases = {
         "nowhere": "neither a run directory",
         "empty": "neither a run directory",
-        "llama": "'llama', not of mythos: .*retrofit_hf.py",
+        "llama": "'llama', not of mythos: .*mythos retrofit",
     }
     for name, says in cases.items():
         with pytest.raises(MythosError, match=f"1 problem in the configuration\n  train.init_from: .*{says}"):

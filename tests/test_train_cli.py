@@ -148,7 +148,7 @@ def test_written_configuration_of_a_small_corpus_reloads(tmp_path):
 def test_help(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    for part in ("train.py CONFIG.yaml [key.path=value ...]", "--dry-run", "--list-presets", "mythos/config.py"):
+    for part in ("mythos train CONFIG [key.path=value ...]", "--dry-run", "--list-presets", "mythos/config.py"):
         assert part in text
     for section in ("run", "model", "tokenizer", "data", "depth", "optim", "train", "eval", "checkpoint", "log"):
         assert re.search(rf"^  {section} ", text, re.MULTILINE)
