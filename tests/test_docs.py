@@ -74,7 +74,8 @@ def commands(block: Block) -> Iterator[list[str]]:
             continue
         while words:
             end = words.index("&&") if "&&" in words else len(words)
-            yield [STAND_INS.get(word, word) for word in words[:end]]
+            typed = words[: words.index(">") if ">" in words[:end] else end]
+            yield [STAND_INS.get(word, word) for word in typed]
             words = words[end + 1 :]
 
 
