@@ -127,6 +127,8 @@ def python(words: list[str]) -> set[str]:
 
 
 def mythos(words: list[str]) -> set[str]:
+    if not words or words[0] == "COMMAND":
+        return set()
     if words[0].startswith("-"):
         with pytest.raises(SystemExit) as ended:
             main(words)
