@@ -53,7 +53,8 @@ def _begun(run_dir: Path, checkpoints: str | Path, source: str) -> Sections | No
     with contextlib.suppress(Exception):  # of a file or a remote file system: then the source is read, or told of
         if open_storage(checkpoints).complete():
             saved = yaml.safe_load((run_dir / RUN_FILE).read_text(encoding="utf-8"))
-            if saved["train"].get("init_from") == source:
+            began = saved["train"].get("init_from")
+            if began is not None and Path(began) == Path(source):  # however its separators are written
                 return _model_fields(saved["model"]), saved["tokenizer"]
     return None
 

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from mythos.commands import COMMANDS as COMMAND_NAMES
-from mythos.commands import command, main
+from mythos.commands import command
 from mythos.config import Config, describe, load_config, packaged_configs
 from mythos.errors import MythosError
 
@@ -130,9 +130,7 @@ def mythos(words: list[str]) -> set[str]:
     if not words or words[0] == "COMMAND":
         return set()
     if words[0].startswith("-"):
-        with pytest.raises(SystemExit) as ended:
-            main(words)
-        assert ended.value.code == 0
+        assert words[0] in ("--help", "--version")
         return set()
     assert words[0] in COMMAND_NAMES, words[0]
     if words[0] == "configs":

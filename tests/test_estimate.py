@@ -287,7 +287,7 @@ def test_page_and_json_of_a_preset(tmp_path: Path, capsys: pytest.CaptureFixture
     ("arguments", "message"),
     [
         (["mythos_nano", "--gpu", "V100"], "--gpu: got V100; known: A100, H100, H200, B200"),
-        (["mythos_nan"], "mythos_nan is neither a file nor a preset; presets: mythos_nano"),
+        (["mythos_nan"], "mythos_nan is neither a file nor a preset nor a configuration that comes with mythos"),
         (["mythos_nano", "--gpus", "0"], "--gpus: got 0; give a number above 0"),
         (["mythos_nano", "--mfu", "40"], "--mfu: got 40.0; it is a share of the peak"),
         (["mythos_nano", "--tokens", "nan"], "--tokens: got nan"),

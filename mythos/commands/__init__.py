@@ -30,6 +30,11 @@ COMMANDS = {
 }
 """Commands in the order that they are listed in, and their modules in this package."""
 
+USAGE = "mythos COMMAND [arguments]"
+ABOUT = "Pretraining of recurrent-depth (looped) transformers."
+MORE = """`mythos COMMAND --help` explains a command, `mythos train --help SECTION` a section of the configuration, and
+`mythos --version` tells the version."""
+
 
 def command(name: str) -> ModuleType:
     """The module of a command."""
@@ -38,36 +43,39 @@ def command(name: str) -> ModuleType:
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line, every command with its options; commands are run by their own parsers, see `main`."""
-    made = argparse.ArgumentParser(
-        prog="mythos",
-        usage="mythos COMMAND [arguments]",
-        description="Pretraining of recurrent-depth (looped) transformers.",
-        epilog="`mythos COMMAND --help` explains a command, `mythos train --help SECTION` the fields of a section.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=16),
-    )
-    made.add_argument("--version", action="version", version=f"mythos {__version__}")
-    commands = made.add_subparsers(title="commands", metavar="COMMAND")
+    made = argparse.ArgumentParser(prog="mythos", usage=USAGE)
+    made.add_argument("--version", action="version", version=f"mythos {__version__}", help="the version")
+    commands = made.add_subparsers(metavar="COMMAND")
     for name in COMMANDS:
         own = command(name).parser()
-        summary = own.description.partition("\n")[0].rstrip(".")
-        commands.add_parser(name, parents=[own], add_help=False, help=summary, description=own.description)
+        commands.add_parser(name, parents=[own], add_help=False, help=summary(own), description=own.description)
     return made
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    given = sys.argv[1:] if arguments is None else arguments
-    if given and given[0] in COMMANDS:
-        return command(given[0]).main(given[1:])
-    if given and not given[0].startswith("-"):
-        from mythos.schema import suggestion
+def summary(parser: argparse.ArgumentParser) -> str:
+    """What a command does, in a line."""
+    return (parser.description or "").partition("\n")[0].rstrip(".")
 
-        print(
-            f"error: mythos {given[0]}: there is no such command; {suggestion(given[0], list(COMMANDS))}",
-            file=sys.stderr,
-        )
-        return 2
-    made = parser()
-    made.parse_args(given)
-    made.print_help()
-    return 0
+
+def overview() -> str:
+    """All commands, a line each."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {summary(command(name).parser())}" for name in COMMANDS]
+    return f"usage: {USAGE}\n\n{ABOUT}\n\ncommands:\n" + "\n".join(lines) + f"\n\n{MORE}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 2 for a command that there is not, as for wrong options."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if not given or given[0] in ("--help", "-h"):
+        print(overview())
+        return 0
+    if given[0] in COMMANDS:
+        return command(given[0]).main(given[1:])
+    if given[0].startswith("-"):
+        parser().parse_args(given)  # --version, or an option that there is not
+    from mythos.schema import suggestion
+
+    told = suggestion(given[0], list(COMMANDS))
+    print(f"error: mythos {given[0]}: there is no such command; {told}", file=sys.stderr)
+    return 2

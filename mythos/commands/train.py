@@ -16,26 +16,28 @@ def parser(prog: str = "mythos train") -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog=prog,
         usage="%(prog)s CONFIG [key.path=value ...] [options]",
-        description=f"{__doc__}\n\nFields are overridden by key.path=value: model.preset=mythos_tiny train.steps=100.",
+        description=__doc__,
         epilog=describe(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
     )
     made.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file, or a name that `mythos configs` lists")
-    made.add_argument("overrides", nargs="*", metavar="key.path=value", help="other values of its fields")
+    made.add_argument("overrides", nargs="*", metavar="key.path=value", help="fields to override, e.g. train.steps=100")
     made.add_argument(
         "--help", "-h", nargs="?", const="", metavar="SECTION", help="this text, or the fields of a section"
     )
-    made.add_argument("--list-presets", action="store_true", help="print the named model sizes")
-    dry = made.add_argument_group("to see what a run amounts to")
+    made.add_argument("--list-presets", action="store_true", help="the named model sizes, as `mythos presets`")
+    dry = made.add_argument_group("what a run amounts to, on other processes than these too")
     dry.add_argument(
         "--dry-run",
         action="store_true",
-        help="check the configuration, tell of it, and stop; in the place of these processes, imagine",
+        help="check the configuration, print size, FLOPs, memory and collectives, and stop",
     )
-    dry.add_argument("--ranks", type=int, metavar="N", help="so many (one, or as many as torchrun starts)")
-    dry.add_argument("--machine-ranks", type=int, metavar="M", help="so many on each machine (8)")
-    dry.add_argument("--device-memory", type=float, metavar="GIB", help="devices of so much memory (80)")
+    dry.add_argument(
+        "--ranks", type=int, metavar="N", help="processes of --dry-run (one, or as many as torchrun starts)"
+    )
+    dry.add_argument("--machine-ranks", type=int, metavar="M", help="of them on each machine (8)")
+    dry.add_argument("--device-memory", type=float, metavar="GIB", help="memory of a device (80)")
     return made
 
 
