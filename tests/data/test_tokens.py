@@ -288,7 +288,7 @@ def test_folders_that_cannot_be_used(folder: Path, tmp_path: Path, tokenizer: To
     refused("index.json cannot be read", folder, tokenizer, 0.0, "fail")
     (folder / "index.json").unlink()
     (folder / "plan.json").write_text(index)
-    refused("is not complete.*tokenize_corpus.py as before", folder, tokenizer, 0.0, "skip")
+    refused("is not complete.*mythos tokenize` as before", folder, tokenizer, 0.0, "skip")
 
 
 def flipped(path: Path, position: int) -> None:
@@ -325,7 +325,7 @@ def test_a_file_that_cannot_be_read(
     damage(folder / f"00001.{kind}.npy")
     failing = TokenSource(folder, tokenizer, FRACTION, "fail")
     assert plain(failing.read(0, 0, 1)) == first
-    message = rf"00001\.{kind}\.npy.*shard .*b\.jsonl.*Remove .*00001\.\* .*tokenize_corpus"
+    message = rf"00001\.{kind}\.npy.*shard .*b\.jsonl.*Remove .*00001\.\* .*mythos tokenize"
     for _ in range(2):
         with pytest.raises(MythosError, match=message):
             plain(failing.read(1, 3, 2))
