@@ -18,7 +18,7 @@ from torch import Tensor
 from mythos.data.config import TaskConfig
 from mythos.data.stream import Batch
 from mythos.errors import MythosError
-from mythos.model.rdt import IGNORE_INDEX
+from mythos.model import IGNORE_INDEX
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))

@@ -12,10 +12,11 @@ from tqdm import tqdm
 
 from mythos.data.tokenizer import Tokenizer
 from mythos.errors import MythosError
+from mythos.model import IGNORE_INDEX
 from mythos.model.cache import DecodeCache
 from mythos.model.halting import THRESHOLDS, halting_rule
 from mythos.model.layers import autocast_dtype
-from mythos.model.rdt import IGNORE_INDEX, RecurrentDepthTransformer
+from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.ranks import World
 
 

@@ -18,11 +18,12 @@ from tqdm import tqdm
 from mythos.data.tasks import TaskSet
 from mythos.data.validation import ValidationSet
 from mythos.errors import MythosError, short_reason
+from mythos.model import IGNORE_INDEX
 from mythos.model.attention import document_starts
 from mythos.model.cache import DecodeCache
 from mythos.model.halting import HALTING_RULES, THRESHOLDS, HaltingRule, halting_rule
 from mythos.model.layers import autocast_dtype
-from mythos.model.rdt import IGNORE_INDEX, RecurrentDepthTransformer, add_load, chosen_overlap, state_measures
+from mythos.model.rdt import RecurrentDepthTransformer, add_load, chosen_overlap, state_measures
 from mythos.model.recurrence import LoopState
 from mythos.ranks import World
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from mythos.data.config import TaskConfig
 from mythos.data.tasks import TaskSet, task_set
-from mythos.model.rdt import IGNORE_INDEX, RecurrentDepthTransformer
+from mythos.model import IGNORE_INDEX
+from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.plots import finish
 from mythos.ranks import World
 

@@ -15,8 +15,9 @@ from transformers.utils import can_return_tuple
 
 from mythos.hf.cache import MythosCache
 from mythos.hf.config import MythosConfig
+from mythos.model import IGNORE_INDEX
 from mythos.model.halting import ActHalting, HaltingRule, Pondering, halting_rule
-from mythos.model.loss import IGNORE_INDEX, summed_cross_entropy
+from mythos.model.loss import summed_cross_entropy
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.model.recurrence import LoopState
 

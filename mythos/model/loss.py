@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mythos.model import IGNORE_INDEX
 from mythos.model.layers import autocast_dtype, without_autocast
 from mythos.model.products import multiply
 
-IGNORE_INDEX = -100
 LOGIT_BYTES = {"cpu": 8 * 2**20, "cuda": 2 * 2**30}
 """Most memory of a piece's float32 logits: on a CPU what a core's caches hold; on a GPU enough rows for its products to
 run at full speed and for the weight's gradient, which every piece adds to, to be passed through seldom."""

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mythos.model import IGNORE_INDEX
 from mythos.model.attention import AttentionContext, ValueEmbeddings, attention_context
 from mythos.model.cache import CachedContext, DecodeCache
 from mythos.model.config import ModelConfig, padded_vocab_size
@@ -24,7 +25,7 @@ from mythos.model.halting import (
     build_halting,
 )
 from mythos.model.layers import Initializer, Linear, RMSNorm, identity, initialize, truncated_normal
-from mythos.model.loss import IGNORE_INDEX, cross_entropies, summed_cross_entropy
+from mythos.model.loss import cross_entropies, summed_cross_entropy
 from mythos.model.moe import MixtureOfExperts
 from mythos.model.recurrence import LoopState, LTIInjection, Recurrence, dense_block
 

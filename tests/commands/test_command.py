@@ -53,12 +53,9 @@ def test_a_script_is_its_command(name):
 
 
 def test_script_command_and_module_answer_alike():
-    answers = [
-        run(*words, "no/such/run", cwd=ROOT)
-        for words in (["-m", "mythos", "report"], ["scripts/report.py"], ["-m", "mythos.__main__", "report"])
-    ]
+    answers = [run(*words, "no/such.yaml", cwd=ROOT) for words in (["-m", "mythos", "train"], ["train.py"])]
     assert len({(answer.returncode, answer.stdout, answer.stderr) for answer in answers}) == 1
-    assert answers[0].returncode == 1 and answers[0].stderr.startswith("error: no/such/run")
+    assert answers[0].returncode == 1 and answers[0].stderr.startswith("error: no/such.yaml")
 
 
 def test_help_and_errors_come_without_torch():

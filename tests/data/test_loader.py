@@ -32,6 +32,12 @@ def running_workers() -> list[psutil.Process]:
     return [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
 
 
+def test_a_worker_imports_no_model() -> None:
+    """It would take every worker a second and the memory of a compiler."""
+    code = "import sys, mythos.data.loader; print({'mythos.model.rdt', 'torch._dynamo'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
 @pytest.mark.parametrize(("workers", "prefetch", "world_size"), [(1, 4, 2), (4, 2, 1)])
 def test_workers_and_prefetch_change_nothing(
     workers: int, prefetch: int, world_size: int, parquet_folder: Callable[..., str], tokenizer: Tokenizer

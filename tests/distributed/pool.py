@@ -22,11 +22,14 @@ class RankPool:
         self.size = size
         self.workers: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
 
-    def run(self, function: Callable[..., Any], *arguments: Any, ranks: int, timeout: float = 120) -> list[Any]:
+    def run(
+        self, function: Callable[..., Any], *arguments: Any, ranks: int, timeout: float = 120, lost: int = 0
+    ) -> list[Any]:
         """Call `function(*arguments)` on so many ranks; returns what each returned.
 
         Raises MythosError if all ranks did (the ranks' distinct messages), and RuntimeError with a traceback for any
-        other exception or when time is out; the processes are then ended and replaced at the next call.
+        other exception, when time is out, or when all but the `lost` ranks, which never answer, have answered; the
+        processes are then ended and replaced at the next call.
         """
         self.start()
         port = free_port()
@@ -42,7 +45,7 @@ class RankPool:
             connection.send(({key: str(value) for key, value in environment.items()}, function, arguments))
         deadline = time.monotonic() + timeout
         answers: dict[int, tuple[str, Any]] = {}
-        while len(answers) < ranks:
+        while len(answers) < ranks - lost:
             for rank, (process, connection) in enumerate(self.workers[:ranks]):
                 if rank not in answers and connection.poll(0.02):
                     try:

@@ -245,7 +245,9 @@ def run_beside_a_lost_rank(directory: Path, how: str) -> str:
 @pytest.mark.parametrize("how", ["dead", "hanging"])
 def test_lost_rank_ends_the_others_within_the_timeout(pool: RankPool, single: Path, how: str) -> None:
     with pytest.raises(RuntimeError):  # of the pool: rank 1 never answers
-        pool.run(run_beside_a_lost_rank, single, how, ranks=4 if how == "hanging" else 2, timeout=20)
+        pool.run(
+            run_beside_a_lost_rank, single, how, ranks=4 if how == "hanging" else 2, timeout=20, lost=how == "hanging"
+        )
     message = (single / how / "message").read_text()
     # Of whichever was told last: all but the lost one, rank 1, write it.
     assert re.match(r"rank [023] lost the other processes in step 4: ", message) and "(" in message

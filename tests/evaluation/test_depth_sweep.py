@@ -34,11 +34,12 @@ from mythos.evaluation.depth_sweep import (
 )
 from mythos.hf.export import export_model
 from mythos.metrics import read_metrics
+from mythos.model import IGNORE_INDEX
 from mythos.model.cache import DecodeCache
 from mythos.model.config import ModelConfig
 from mythos.model.halting import halting_rule
 from mythos.model.layers import name_generator
-from mythos.model.rdt import IGNORE_INDEX, RecurrentDepthTransformer
+from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.ranks import Ranks, World
 from tests.runs import SETTINGS, tiny
 from tests.trainers import run

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mythos.model import loss
-from mythos.model.loss import IGNORE_INDEX, cross_entropies, summed_cross_entropy
+from mythos.model import IGNORE_INDEX, loss
+from mythos.model.loss import cross_entropies, summed_cross_entropy
 
 
 def made(rows: int = 150, dim: int = 16, vocabulary: int = 96) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
