@@ -43,6 +43,14 @@ def add_measuring_options(parser: argparse.ArgumentParser, folder: str) -> None:
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], help="of matrix products (as in training)")
 
 
+def add_writing_options(parser: argparse.ArgumentParser) -> None:
+    """Options of commands that write a model's weights."""
+    parser.add_argument("--dtype", default="float32", metavar="TYPE", help="float32 (default) or bfloat16")
+    parser.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="most bytes of a file of weights (%(default)s)"
+    )
+
+
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
     """Tell of an OSError met on writing to a folder as MythosError."""

@@ -13,8 +13,9 @@ from mythos.errors import MythosError, short_reason
 from mythos.model.config import ModelConfig
 from mythos.storage import MARKER, META, locate, open_storage
 
+MODEL_TYPE = "mythos"
 RUN_FILE = "config.yaml"
-EXPORT_FILE = "config.json"
+CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
 
 
@@ -63,9 +64,9 @@ def _stored(source: str) -> Sections:
     """The sections of a run directory, a checkpoint or an export."""
     folder = Path(source)
     try:
-        if "://" not in source and (folder / EXPORT_FILE).is_file():
-            section, places = json.loads((folder / EXPORT_FILE).read_text(encoding="utf-8")), [folder]
-            if section.get("model_type") != "mythos":
+        if "://" not in source and (folder / CONFIG_FILE).is_file():
+            section, places = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")), [folder]
+            if section.get("model_type") != MODEL_TYPE:
                 raise MythosError(
                     f"{source} is a model of type {section.get('model_type')!r}, not of mythos: "
                     "`mythos import` makes published looped models ours, `mythos retrofit` dense ones"
@@ -79,7 +80,7 @@ def _stored(source: str) -> Sections:
                 raise MythosError(
                     f"{source} is neither a run directory (with {RUN_FILE}), nor a complete "
                     f"checkpoint (checkpoints/step-XXXXXXXX, with a file '{MARKER}'), nor an exported folder (with "
-                    f"{EXPORT_FILE})"
+                    f"{CONFIG_FILE})"
                 )
             saved = json.loads(storage.read(name, META))["config"]
             section, run = saved["model"], saved["run"]

@@ -16,16 +16,13 @@ from mythos.checkpoint import complete_checkpoints, read_meta, read_tensors, sav
 from mythos.config import Config, config_from_dict, load_config
 from mythos.data.tokenizer import Tokenizer
 from mythos.errors import MythosError, short_reason
+from mythos.inherited import CONFIG_FILE, MODEL_TYPE, RUN_FILE, TOKENIZER_FILE
 from mythos.model.config import ModelConfig
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.storage import MARKER, LocalStorage, locate
 
-MODEL_TYPE = "mythos"
-RUN_FILE = "config.yaml"
-CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
-TOKENIZER_FILE = "tokenizer.json"
 
 PREFIX = "model."
 """What the names of a model's tensors begin with in checkpoints, which hold the optimizer's too, and in exports."""
@@ -240,15 +237,18 @@ def _stored_export(folder: Path) -> Iterator[StoredModel]:
 def _weights_files(folder: Path) -> list[Path]:
     """The files that hold an export's tensors: one, or those that an index names."""
     index = folder / INDEX_FILE
-    if not index.is_file():
-        return [folder / WEIGHTS_FILE]
+    return indexed_files(index, "Export the model again.") if index.is_file() else [folder / WEIGHTS_FILE]
+
+
+def indexed_files(index: Path, advice: str) -> list[Path]:
+    """The files, beside an index of tensors, that it names. Raises MythosError with the advice where it is damaged."""
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         if any("/" in name for name in names):
             raise ValueError("it names files elsewhere")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise MythosError(f"{index} cannot be read: {error}. Export the model again.") from error
-    return [folder / name for name in names]
+        raise MythosError(f"{index} cannot be read: {error}. {advice}") from error
+    return [index.parent / name for name in names]
 
 
 @contextlib.contextmanager

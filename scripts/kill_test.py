@@ -384,7 +384,7 @@ def kill_once(run: str, folder: Path, number: int, plan: Plan, reference: Refere
     try:
         if aim == "start-up":
             # About as long as it takes on two cores, which all processes share.
-            seconds = 3.0 + 1.5 * shape.world_size * (1 + shape.workers)
+            seconds = 2.0 + 0.6 * shape.world_size * (1 + shape.workers)
             if target == TARGETS[2]:
                 generation.wait(lambda: generation.data_workers(rank))
                 seconds /= 2

@@ -7,7 +7,7 @@ AutoModelForCausalLM loads it wherever mythos is installed and imported.
 import argparse
 import logging
 
-from mythos.command_line import exit_status
+from mythos.command_line import add_writing_options, exit_status
 
 
 def parser(prog: str = "mythos export") -> argparse.ArgumentParser:
@@ -15,10 +15,7 @@ def parser(prog: str = "mythos export") -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("path", metavar="RUN_OR_CHECKPOINT", help="run directory, checkpoint step-XXXXXXXX, or export")
     made.add_argument("folder", metavar="FOLDER", help="new or empty folder to write")
-    made.add_argument("--dtype", default="float32", metavar="TYPE", help="float32 (default) or bfloat16")
-    made.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="most bytes of a file of weights (%(default)s)"
-    )
+    add_writing_options(made)
     made.add_argument(
         "--push",
         metavar="OWNER/NAME",

@@ -7,7 +7,7 @@ source is run: weights are safetensors, or files of torch's from which tensors a
 
 import argparse
 
-from mythos.command_line import exit_status
+from mythos.command_line import add_writing_options, exit_status
 
 
 def parser(prog: str = "mythos import") -> argparse.ArgumentParser:
@@ -21,10 +21,7 @@ def parser(prog: str = "mythos import") -> argparse.ArgumentParser:
         metavar="SOURCE",
         help="folder or OWNER/NAME of the tokenizer (default: what lies with the weights, or the architecture's own)",
     )
-    made.add_argument("--dtype", default="float32", metavar="TYPE", help="float32 (default) or bfloat16")
-    made.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="most bytes of a file of weights (%(default)s)"
-    )
+    add_writing_options(made)
     return made
 
 

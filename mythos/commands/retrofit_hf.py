@@ -9,7 +9,7 @@ Nothing of the source is run.
 import argparse
 import logging
 
-from mythos.command_line import exit_status
+from mythos.command_line import add_writing_options, exit_status
 from mythos.errors import MythosError
 
 
@@ -29,10 +29,7 @@ def parser(prog: str = "mythos retrofit") -> argparse.ArgumentParser:
     made.add_argument(
         "--tokenizer", metavar="SOURCE", help="folder or OWNER/NAME of the tokenizer (what lies with the weights)"
     )
-    made.add_argument("--dtype", default="float32", metavar="TYPE", help="float32 (default) or bfloat16")
-    made.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="most bytes of a file of weights (%(default)s)"
-    )
+    add_writing_options(made)
     return made
 
 
@@ -63,7 +60,7 @@ def run(options: argparse.Namespace) -> None:
     dropped = ", ".join(map(str, made.dropped))
     left_out = f"; left out: layer{'s' * (len(made.dropped) > 1)} {dropped}" if dropped else ""
     print(f"{options.folder}: {options.source}, {made.architecture}{left_out}")
-    print(f"next: python train.py {made.exported.folder / TRAIN_FILE}")
+    print(f"next: mythos train {made.exported.folder / TRAIN_FILE}")
 
 
 def layer_numbers(option: str, text: str) -> list[int]:

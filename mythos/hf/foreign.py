@@ -16,9 +16,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mythos.errors import MythosError, short_reason
+from mythos.inherited import CONFIG_FILE, TOKENIZER_FILE
+from mythos.model_files import indexed_files
 
-CONFIG_FILE = "config.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES = (TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.pt")
 """Names of a file of weights, in the order of preference; with `.index.json` after it, of an index of several."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -120,14 +121,7 @@ def _weights_files(folder: Path) -> list[Path]:
         raise MythosError(f"{folder} has no weights: none of {known}, nor an index of one in several files")
     if name in there:
         return [folder / name]
-    index = folder / f"{name}.index.json"
-    try:
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if any("/" in file for file in files):
-            raise ValueError("it names files elsewhere")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise MythosError(f"{index} cannot be read: {error}. Download the model again.") from error
-    return [folder / file for file in files]
+    return indexed_files(folder / f"{name}.index.json", "Download the model again.")
 
 
 def _unpickled(file: Path) -> dict[str, Tensor]:

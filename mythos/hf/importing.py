@@ -17,8 +17,9 @@ from mythos.hf.export import SHARD_SIZE, Exported, check_destination, write_expo
 from mythos.hf.foreign import ForeignModel, foreign_model, located, read_values
 from mythos.hf.importers import architecture_of
 from mythos.hf.importers.architecture import Architecture, Mapped, Read, Values
+from mythos.inherited import MODEL_TYPE, TOKENIZER_FILE
 from mythos.model.rdt import RecurrentDepthTransformer
-from mythos.model_files import MODEL_TYPE, TOKENIZER_FILE, StoredModel, tensors_of
+from mythos.model_files import StoredModel, tensors_of
 
 SMALLEST_SHARE = 0.9
 """Of a model's token ids, those that its tokenizer has at least: tables are padded, but not by more."""

@@ -14,26 +14,25 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-
 from mythos.errors import MythosError
 from mythos.hf.card import model_card
 from mythos.hf.export import SHARD_SIZE, Exported, check_destination, write_export
 from mythos.hf.foreign import foreign_model, located, read_values
 from mythos.hf.importers.architecture import (
+    LLAMA_LAYER,
     Architecture,
-    Made,
     Mapped,
     Values,
+    add_tables,
     checked,
     differing,
     filled,
     identity,
+    of_llama_layer,
     option,
-    rows_to,
-    tied,
 )
 from mythos.hf.importing import map_foreign, prepare_tokenizer, stored_foreign
+from mythos.inherited import TOKENIZER_FILE
 
 DECAY = 0.1
 """Entries of A at the start: so small that more loops change little, which trained on better than 0.447."""
@@ -57,17 +56,6 @@ NEEDED = {"attention_bias": False, "hidden_act": "silu", "mlp_bias": False, "use
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 NORMED = {"llama": False, "mistral": False, "qwen3": True}
 """Whether queries and keys are normalised, by the architectures that are known, which are else alike."""
-BLOCK = {
-    "attention_norm": ("input_layernorm",),
-    "attention.query": ("self_attn.q_proj",),
-    "attention.key": ("self_attn.k_proj",),
-    "attention.value": ("self_attn.v_proj",),
-    "attention.out": ("self_attn.o_proj",),
-    "ffn_norm": ("post_attention_layernorm",),
-    "ffn.gate_up": ("mlp.gate_proj", "mlp.up_proj"),
-    "ffn.down": ("mlp.down_proj",),
-}
-"""The tensors of a block, and the ones of a layer that they are made of; both rotate halves of a head."""
 QK_NORMS = {"attention.query_norm": ("self_attn.q_norm",), "attention.key_norm": ("self_attn.k_norm",)}
 
 
@@ -147,8 +135,8 @@ def retrofit(
     architecture = dense_architecture(place, read_values(place), layers, loops, decay)
     with foreign_model(place) as foreign, TemporaryDirectory() as aside:
         mapped = map_foreign(foreign, architecture)
-        if tokenizer is None and not (place / "tokenizer.json").is_file():
-            raise MythosError(f"{place} has no tokenizer.json: give the model's tokenizer by --tokenizer")
+        if tokenizer is None and not (place / TOKENIZER_FILE).is_file():
+            raise MythosError(f"{place} has no {TOKENIZER_FILE}: give the model's tokenizer by --tokenizer")
         prepared = prepare_tokenizer(tokenizer or place, architecture, mapped, Path(aside) / "tokenizer")
         with stored_foreign(foreign, mapped, prepared, str(source)) as stored:
             name = str(source if place != Path(source) else place.name)
@@ -221,24 +209,16 @@ def map_dense(kind: str, values: Values, layers: Layers, loops: int, decay: floa
     )
     mapped = Mapped(config, loops)
     made = mapped.made
-    made["embedding.weight"] = Made(("model.embed_tokens.weight",), rows_to(vocabulary))
-    made["norm.weight"] = Made(("model.norm.weight",))
+    add_tables(mapped, "model.embed_tokens.weight", "model.norm.weight")
     made["readout.weight"] = identity(dim)
     made["recurrence.injection.dt"] = filled(dim, value=log(expm1(1)))  # Delta = 1
     made["recurrence.injection.log_a"] = filled(dim, value=log(-log(decay)))
     made["recurrence.injection.weight"] = identity(dim)
-    if config.tie_embeddings:
-        mapped.unused.add("lm_head.weight")
-        mapped.checks["lm_head.weight"] = tied("lm_head.weight", "model.embed_tokens.weight")
-    else:
-        made["head.weight"] = Made(("lm_head.weight",), rows_to(vocabulary))
-    names = BLOCK | (QK_NORMS if NORMED[kind] else {})
+    names = LLAMA_LAYER | (QK_NORMS if NORMED[kind] else {})
     parts = {"prelude": layers.prelude, "recurrence.blocks": layers.core, "coda": layers.coda}
     for part, numbers in parts.items():
         for place, layer in enumerate(numbers):
-            for ours, theirs in names.items():
-                of = tuple(f"model.layers.{layer}.{name}.weight" for name in theirs)
-                made[f"{part}.{place}.{ours}.weight"] = Made(of, lambda *weights: torch.cat(weights))
+            made |= {f"{part}.{place}.{name}": tensor for name, tensor in of_llama_layer(layer, names).items()}
     for layer in range(count):
         mapped.unused.add(f"model.layers.{layer}.self_attn.rotary_emb.inv_freq")  # earlier versions stored it
         if layer not in layers.chosen:

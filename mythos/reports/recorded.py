@@ -14,8 +14,9 @@ from mythos.checkpoint import complete_checkpoints, read_meta, step_of
 from mythos.config import Config, load_config
 from mythos.errors import MythosError, short_reason
 from mythos.estimate import forward_flops
+from mythos.inherited import RUN_FILE, TOKENIZER_FILE
 from mythos.metrics import read_metrics, without_credentials
-from mythos.model_files import RUN_FILE, TOKENIZER_FILE, run_directory
+from mythos.model_files import run_directory
 
 METRICS_FILE = "metrics.jsonl"
 NEEDED = ("step", "tokens", "loops", "backprop_loops")

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -134,31 +134,48 @@ PARENT = """
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_workers_end_with_their_parent(number: signal.Signals, tmp_path: Path, tokenizer: Tokenizer) -> None:
-    write_parquet(tmp_path / "x.parquet", make_documents(100))
-    tokenizer.save(tmp_path / "tokenizer")
-    (tmp_path / "parent.py").write_text(textwrap.dedent(PARENT))
-    process = subprocess.Popen(
-        [sys.executable, str(tmp_path / "parent.py"), str(tmp_path / "x.parquet"), str(tmp_path / "tokenizer")],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        assert process.stdout and process.stdout.readline() == "reading\n"
-        workers = psutil.Process(process.pid).children(recursive=True)
-        assert len(workers) >= 2
-        if number is signal.SIGINT:  # as a terminal does: to the whole group
-            os.killpg(process.pid, number)
-        else:
-            process.send_signal(number)
-        _, errors = process.communicate(timeout=20)
-        _, alive = psutil.wait_procs(workers, timeout=20)
-        assert not alive
-        assert errors.count("Traceback") == (number is signal.SIGINT), errors
-    finally:
-        if process.poll() is None:
-            process.kill()
+ENDS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+
+
+@pytest.fixture(scope="module")
+def parents(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer
+) -> Iterator[dict[signal.Signals, subprocess.Popen[str]]]:
+    """Processes with workers, one for each way to end; started together, so that the tests wait once."""
+    folder = tmp_path_factory.mktemp("parents")
+    write_parquet(folder / "x.parquet", make_documents(100))
+    tokenizer.save(folder / "tokenizer")
+    (folder / "parent.py").write_text(textwrap.dedent(PARENT))
+    started = {
+        number: subprocess.Popen(
+            [sys.executable, str(folder / "parent.py"), str(folder / "x.parquet"), str(folder / "tokenizer")],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        for number in ENDS
+    }
+    yield started
+    for process in started.values():
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("number", ENDS)
+def test_workers_end_with_their_parent(
+    number: signal.Signals, parents: dict[signal.Signals, subprocess.Popen[str]]
+) -> None:
+    process = parents[number]
+    assert process.stdout and process.stdout.readline() == "reading\n"
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert len(workers) >= 2
+    if number is signal.SIGINT:  # as a terminal does: to the whole group
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    _, errors = process.communicate(timeout=20)
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive
+    assert errors.count("Traceback") == (number is signal.SIGINT), errors

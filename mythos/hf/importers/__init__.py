@@ -1,4 +1,4 @@
-"""Architectures of published looped models that can be imported, one a module; `scripts/import_hf.py` uses them."""
+"""Architectures of published looped models that can be imported, one a module; `mythos import` uses them."""
 
 from mythos.errors import MythosError
 from mythos.hf.importers.architecture import Architecture, Values

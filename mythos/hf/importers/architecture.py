@@ -102,6 +102,47 @@ def checked(name: str, problems: list[str], fields: Callable[[], dict[str, Any]]
     return config
 
 
+# --- what several architectures share
+
+LLAMA_LAYER = {
+    "attention_norm": ("input_layernorm",),
+    "attention.query": ("self_attn.q_proj",),
+    "attention.key": ("self_attn.k_proj",),
+    "attention.value": ("self_attn.v_proj",),
+    "attention.out": ("self_attn.o_proj",),
+    "ffn_norm": ("post_attention_layernorm",),
+    "ffn.gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "ffn.down": ("mlp.down_proj",),
+}
+"""The tensors of a block, and the ones of a layer of Llama's that they are made of; both rotate halves of a head."""
+
+
+def of_llama_layer(layer: int, names: Mapping[str, tuple[str, ...]]) -> dict[str, Made]:
+    """A block's tensors by their names in ours; `names` is LLAMA_LAYER, or more than it."""
+    return {
+        f"{ours}.weight": Made(
+            tuple(f"model.layers.{layer}.{name}.weight" for name in theirs), lambda *weights: torch.cat(weights)
+        )
+        for ours, theirs in names.items()
+    }
+
+
+def add_tables(mapped: Mapped, table: str, norm: str, scale: float = 1.0) -> None:
+    """Add embedding, final norm and head, of the names of their embedding and norm; their head is `lm_head`.
+
+    Where the embedding is the head too, `scale`, which the embedding is multiplied by, is taken from the norm.
+    """
+    config = mapped.config
+    mapped.made["embedding.weight"] = Made((table,), rows_to(config.vocab_size, scale))
+    if config.tie_embeddings:
+        mapped.made["norm.weight"] = Made((norm,), scaled(1 / scale))
+        mapped.unused.add("lm_head.weight")
+        mapped.checks["lm_head.weight"] = tied("lm_head.weight", table)
+    else:
+        mapped.made["norm.weight"] = Made((norm,))
+        mapped.made["head.weight"] = Made(("lm_head.weight",), rows_to(config.vocab_size))
+
+
 # --- what is done to tensors
 
 

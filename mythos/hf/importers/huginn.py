@@ -24,15 +24,13 @@ from mythos.hf.importers.architecture import (
     Made,
     Mapped,
     Values,
+    add_tables,
     checked,
     differing,
     halves,
     identity,
     option,
     rotations,
-    rows_to,
-    scaled,
-    tied,
 )
 from mythos.model.config import ModelConfig
 
@@ -114,14 +112,7 @@ def map_huginn(values: Values) -> Mapped:
     )
     mapped = Mapped(config, config.loops)
     made, scale = mapped.made, (values.get("init_values") or {}).get("embed_scale", sqrt(dim)) / sqrt(dim)
-    made["embedding.weight"] = Made(("transformer.wte.weight",), rows_to(vocabulary, scale))
-    if config.tie_embeddings:
-        made["norm.weight"] = Made(("transformer.ln_f.weight",), scaled(1 / scale))
-        mapped.unused.add("lm_head.weight")
-        mapped.checks["lm_head.weight"] = tied("lm_head.weight", "transformer.wte.weight")
-    else:
-        made["norm.weight"] = Made(("transformer.ln_f.weight",))
-        made["head.weight"] = Made(("lm_head.weight",), rows_to(vocabulary))
+    add_tables(mapped, "transformer.wte.weight", "transformer.ln_f.weight", scale)
     made["readout_norm.weight"] = Made(("transformer.ln_f.weight",))
     made["readout.weight"] = identity(dim)
     made["recurrence.injection.state.weight"] = Made(("transformer.adapter.weight",), lambda weight: weight[:, :dim])

@@ -16,20 +16,18 @@ ask, is left out: ours is another function of other inputs, so positions stop by
 
 from math import sqrt
 
-import torch
-
 from mythos.hf.importers.architecture import (
+    LLAMA_LAYER,
     Architecture,
     Made,
     Mapped,
     Values,
+    add_tables,
     checked,
     differing,
     identity,
+    of_llama_layer,
     option,
-    rows_to,
-    scaled,
-    tied,
 )
 
 DEFAULTS = {
@@ -47,6 +45,7 @@ SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "max_position_embeddings"),
 )
+OUT_NORMS = {"attention_out_norm": ("input_layernorm_2",), "ffn_out_norm": ("post_attention_layernorm_2",)}
 
 
 def map_ouro(values: Values) -> Mapped:
@@ -90,32 +89,12 @@ def map_ouro(values: Values) -> Mapped:
     )
     mapped = Mapped(config, config.loops, unused={"model.early_exit_gate.weight", "model.early_exit_gate.bias"})
     made = mapped.made
-    made["embedding.weight"] = Made(("model.embed_tokens.weight",), rows_to(vocabulary, 1 / sqrt(dim)))
     made["recurrence.injection.norm.weight"] = Made(("model.norm.weight",))
     made["readout.weight"] = identity(dim)
-    if config.tie_embeddings:
-        made["norm.weight"] = Made(("model.norm.weight",), scaled(sqrt(dim)))
-        mapped.unused.add("lm_head.weight")
-        mapped.checks["lm_head.weight"] = tied("lm_head.weight", "model.embed_tokens.weight")
-    else:
-        made["norm.weight"] = Made(("model.norm.weight",))
-        made["head.weight"] = Made(("lm_head.weight",), rows_to(vocabulary))
-    names = {
-        "attention_norm": ("input_layernorm",),
-        "attention.query": ("self_attn.q_proj",),
-        "attention.key": ("self_attn.k_proj",),
-        "attention.value": ("self_attn.v_proj",),
-        "attention.out": ("self_attn.o_proj",),
-        "attention_out_norm": ("input_layernorm_2",),
-        "ffn_norm": ("post_attention_layernorm",),
-        "ffn.gate_up": ("mlp.gate_proj", "mlp.up_proj"),
-        "ffn.down": ("mlp.down_proj",),
-        "ffn_out_norm": ("post_attention_layernorm_2",),
-    }
+    add_tables(mapped, "model.embed_tokens.weight", "model.norm.weight", 1 / sqrt(dim))
     for layer in range(config.core_layers):
-        for ours, theirs in names.items():
-            parts = tuple(f"model.layers.{layer}.{name}.weight" for name in theirs)
-            made[f"recurrence.blocks.{layer}.{ours}.weight"] = Made(parts, lambda *weights: torch.cat(weights))
+        block = of_llama_layer(layer, LLAMA_LAYER | OUT_NORMS)
+        made |= {f"recurrence.blocks.{layer}.{name}": tensor for name, tensor in block.items()}
     return mapped
 
 

@@ -34,6 +34,7 @@ from mythos.hf.importers.architecture import (
     Mapped,
     Read,
     Values,
+    add_tables,
     checked,
     differing,
     filled,
@@ -42,7 +43,6 @@ from mythos.hf.importers.architecture import (
     rotations,
     rows_to,
     scaled,
-    tied,
 )
 from mythos.model.config import ModelConfig
 from mythos.model.recurrence import DT_BOUNDS, LOG_A_BOUNDS
@@ -156,14 +156,7 @@ def map_parcae(values: Values) -> Mapped:
     )
     mapped = Mapped(config, config.loops)
     made, vocabulary = mapped.made, given("vocab_size")
-    made["embedding.weight"] = Made(("transformer.wte.weight",), rows_to(vocabulary, 1 / sqrt(dim)))
-    if config.tie_embeddings:
-        made["norm.weight"] = Made(("transformer.ln_f.weight",), scaled(sqrt(dim)))
-        mapped.unused.add("lm_head.weight")
-        mapped.checks["lm_head.weight"] = tied("lm_head.weight", "transformer.wte.weight")
-    else:
-        made["norm.weight"] = Made(("transformer.ln_f.weight",))
-        made["head.weight"] = Made(("lm_head.weight",), rows_to(vocabulary))
+    add_tables(mapped, "transformer.wte.weight", "transformer.ln_f.weight", 1 / sqrt(dim))
     if config.prelude_norm:
         made["prelude_norm.weight"] = Made(("transformer.ln_prelude.weight",))
     made["readout.weight"] = Made(("transformer.C.weight",))
