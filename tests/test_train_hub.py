@@ -25,6 +25,29 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def through_faults(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Path, StandInHub, subprocess.Popen[str]]]:
+    """A run as a process of its own, with a worker, that knows a faulty hub by its environment alone.
+
+    It mostly waits: it does so beside the other tests, and the last one looks at it.
+    """
+    config = write(tmp_path_factory.mktemp("faults"), data__workers=1)
+    with StandInHub(folder, Faults(rate=0.15, stall=1.5, seed=1)) as hub:
+        process = subprocess.Popen(
+            [sys.executable, "train.py", str(config)],
+            cwd=ROOT,
+            env=hub.environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        yield config, hub, process
+        process.kill()
+        process.wait()
+
+
 @pytest.fixture
 def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]:
     with StandInHub(folder) as hub:
@@ -61,23 +84,6 @@ def write(directory: Path, **changes) -> Path:
 
 def run_dir(config: Path) -> Path:
     return Path(yaml.safe_load(config.read_text())["run"]["dir"])
-
-
-def test_training_through_faults_is_training_without(folder: Path, tmp_path: Path, expected: list[float]) -> None:
-    """A process of its own, with a worker, that knows the hub by its environment alone."""
-    config = write(tmp_path, data__workers=1)
-    with StandInHub(folder, Faults(rate=0.15, stall=1.5, seed=1)) as hub:
-        finished = subprocess.run(
-            [sys.executable, "train.py", str(config)],
-            cwd=ROOT,
-            env=hub.environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert finished.returncode == 0, finished.stderr
-        assert all(hub.counts[f"fault {kind}"] for kind in FAULTS), hub.counts
-    assert losses(run_dir(config)) == expected
 
 
 def test_a_run_keeps_its_commit(hub: StandInHub, tmp_path: Path, expected: list[float]) -> None:
@@ -117,4 +123,14 @@ def test_an_unreachable_shard_stops_the_run_with_everything_saved(
     assert f"Stopped after step {step}, which is saved" in message and 4 <= step < 12
     hub.faults = Faults()
     assert main([str(config)]) == 0
+    assert losses(run_dir(config)) == expected
+
+
+def test_training_through_faults_is_training_without(
+    through_faults: tuple[Path, StandInHub, subprocess.Popen[str]], expected: list[float]
+) -> None:
+    config, hub, process = through_faults
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert all(hub.counts[f"fault {kind}"] for kind in FAULTS), hub.counts
     assert losses(run_dir(config)) == expected

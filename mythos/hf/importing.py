@@ -83,7 +83,7 @@ def import_model(
 
 def _told(place: Path, values: Values) -> Architecture:
     if values.get("model_type") == MODEL_TYPE:
-        raise MythosError(f"{place} is a mythos model already: give it to the other scripts as it is")
+        raise MythosError(f"{place} is a mythos model already: give it to the other commands as it is")
     try:
         return architecture_of(values)
     except MythosError as error:

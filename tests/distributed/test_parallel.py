@@ -64,7 +64,7 @@ class Trained(NamedTuple):
     weights: dict[str, Tensor]
 
 
-def train(directory: Path, name: str, changes: dict[str, Any], steps: int = 6) -> Trained:
+def train(directory: Path, name: str, changes: dict[str, Any], steps: int = 4) -> Trained:
     made = Trainer(tiny(directory, run__dir=str(directory / name), **{**CHANGES, **changes}))
     idle = 0
     forward = made.forward
@@ -110,7 +110,7 @@ def test_equals_one_process(pool: RankPool, single: tuple[Path, Trained], layout
     directory, expected = single
     ranks, changes = LAYOUTS[layout]
     everyone: list[Trained] = pool.run(train, directory, layout, changes, ranks=ranks)
-    assert len(set(expected.depths)) == 6 and sum(len(set(depths)) > 1 for depths in expected.depths) > 3
+    assert len(set(expected.depths)) == 4 and sum(len(set(depths)) > 1 for depths in expected.depths) > 2
     assert min(expected.norms) > 0.7, "clipping must act"
     assert all(trained.idle_experts for trained in everyone), "some experts must be idle on every rank"
     for trained in everyone:

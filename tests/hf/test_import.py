@@ -21,6 +21,7 @@ from mythos.errors import MythosError
 from mythos.estimate import count_parameters
 from mythos.hf import foreign, importing
 from mythos.hf.importers import KNOWN, architecture_of
+from mythos.hf.importers.ouro import map_ouro
 from mythos.hf.importers.parcae import map_parcae, within_bounds
 from mythos.hf.importing import import_model
 from mythos.model.cache import DecodeCache
@@ -31,7 +32,7 @@ from mythos.model.recurrence import DT_BOUNDS, LOG_A_BOUNDS
 from mythos.model.sampling import Sampling
 from mythos.model_files import open_model
 from mythos.presets import preset_config
-from tests.hf.published import PARCAE, PUBLISHED, Published, published
+from tests.hf.published import OURO, PARCAE, PUBLISHED, Published, published
 
 LENGTH = 9
 
@@ -290,7 +291,7 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
         values(_class_name="GPTConfig"),
         "source is of an architecture that is not known: _class_name 'GPTConfig'; known: parcae (SandyResearch/",
     ),
-    "ours": (values(model_type="mythos"), "source is a mythos model already: give it to the other scripts as it is"),
+    "ours": (values(model_type="mythos"), "source is a mythos model already: give it to the other commands as it is"),
     "nothing told": (values(_class_name=""), "not known: it says none; known: parcae"),
     "no configuration": (lambda source: (source / "config.json").unlink(), "config.json cannot be read"),
     "a list": (lambda source: (source / "config.json").write_text("[]"), "config.json cannot be read: it is no object"),
@@ -356,6 +357,11 @@ def test_what_is_refused_leaves_nothing(
     assert re.match("error: .*\n$", error) and told in error
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
     assert sorted(path.name for path in parcae.iterdir()) == before
+
+
+def test_an_ouro_whose_gate_ends_loops() -> None:
+    with pytest.raises(MythosError, match=r"early_exit_threshold: got 0.9; allowed: None or 1.0"):
+        map_ouro({**OURO, "early_exit_threshold": 0.9})
 
 
 def test_other_refusals(parcae: Path, tmp_path: Path) -> None:

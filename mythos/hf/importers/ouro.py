@@ -40,7 +40,13 @@ DEFAULTS = {
 }
 """Of `OuroConfig`; what is not here is None."""
 
-NEEDED = {"attention_bias": (None, False), "hidden_act": "silu", "rope_scaling": None, "use_sliding_window": False}
+NEEDED = {
+    "attention_bias": (None, False),
+    "early_exit_threshold": (None, 1.0),  # below it the gate ends loops
+    "hidden_act": "silu",
+    "rope_scaling": None,
+    "use_sliding_window": False,
+}
 SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "max_position_embeddings"),
