@@ -34,7 +34,7 @@ def through_faults(
     It mostly waits: it does so beside the other tests, and the last one looks at it.
     """
     config = write(tmp_path_factory.mktemp("faults"), data__workers=1)
-    with StandInHub(folder, Faults(rate=0.15, stall=1.5, seed=1)) as hub:
+    with StandInHub(folder, Faults(rate=0.15, stall=1.5, retry_after=0, seed=1)) as hub:
         process = subprocess.Popen(
             [sys.executable, "train.py", str(config)],
             cwd=ROOT,

@@ -41,7 +41,7 @@ def test_kills_change_nothing(tmp_path: Path) -> None:
     assert any(kill.noticed is not None for kill in kills), "a data worker was killed"
 
 
-def test_kills_and_a_faulty_hub_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_and_a_faulty_hub_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_fineweb_edu(tmp_path / "repository", make_documents(400))
     faults = Faults(rate=0.1, kinds=("503", "reset", "truncated", "short"))
     data = {"kind": "hub", "dataset": DATASET, "subset": "sample-10BT", "cache_dir": str(tmp_path / "cache")}
@@ -61,7 +61,7 @@ def test_kills_and_a_faulty_hub_change_nothing(tmp_path: Path, monkeypatch: pyte
                 return ids(self, steps)
 
         monkeypatch.setattr(Reference, "ids", without_faults)
-        kill_run("hub", config_from_dict(values), tmp_path / "run", 2, random.Random(1), workers=(1,))
+        kill_run("hub", config_from_dict(values), tmp_path / "run", 1, random.Random(1), workers=(1,))
     assert sum(count for name, count in hub.counts.items() if name.startswith("fault")) > 3
 
 
