@@ -133,10 +133,8 @@ def mythos(words: list[str]) -> set[str]:
         assert words[0] in ("--help", "--version")
         return set()
     assert words[0] in COMMAND_NAMES, words[0]
-    if len(words) == 1:  # its name, where pages speak of it
-        return set()
     if words[0] == "configs":
-        assert words[1] in packaged_configs()
+        assert not words[1:] or words[1] in packaged_configs()
     return accepted(command(words[0]).main, words[1:], trains=words[0] == "train", tokenizes=words[0] == "tokenize")
 
 
@@ -240,6 +238,8 @@ def test_commands_are_accepted_and_say_what_they_need(page: str) -> None:
     for block, words in COMMANDS:
         if not block.where.startswith(f"{page}:"):
             continue
+        if block.language == "inline" and words[0] == "mythos" and len(words) == 2 and words[1] in COMMAND_NAMES:
+            continue  # the name of a command, where pages speak of it
         needs = CHECKS[words[0]](words[1:])
         if block.language != "inline":
             missing = needs - block.needs

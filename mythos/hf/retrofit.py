@@ -23,12 +23,12 @@ from mythos.hf.importers.architecture import (
     Architecture,
     Mapped,
     Values,
+    add_llama_layer,
     add_tables,
     checked,
     differing,
     filled,
     identity,
-    of_llama_layer,
     option,
 )
 from mythos.hf.importing import map_foreign, prepare_tokenizer, stored_foreign
@@ -218,7 +218,7 @@ def map_dense(kind: str, values: Values, layers: Layers, loops: int, decay: floa
     parts = {"prelude": layers.prelude, "recurrence.blocks": layers.core, "coda": layers.coda}
     for part, numbers in parts.items():
         for place, layer in enumerate(numbers):
-            made |= {f"{part}.{place}.{name}": tensor for name, tensor in of_llama_layer(layer, names).items()}
+            add_llama_layer(mapped, f"{part}.{place}", layer, names)
     for layer in range(count):
         mapped.unused.add(f"model.layers.{layer}.self_attn.rotary_emb.inv_freq")  # earlier versions stored it
         if layer not in layers.chosen:

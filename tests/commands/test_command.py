@@ -53,7 +53,10 @@ def test_a_script_is_its_command(name):
 
 
 def test_script_command_and_module_answer_alike():
-    answers = [run(*words, "no/such.yaml", cwd=ROOT) for words in (["-m", "mythos", "train"], ["train.py"])]
+    answers = [
+        run(*words, "no/such.yaml", cwd=ROOT)
+        for words in (["-m", "mythos", "train"], ["train.py"], ["-m", "mythos.__main__", "train"])
+    ]
     assert len({(answer.returncode, answer.stdout, answer.stderr) for answer in answers}) == 1
     assert answers[0].returncode == 1 and answers[0].stderr.startswith("error: no/such.yaml")
 

@@ -117,14 +117,11 @@ LLAMA_LAYER = {
 """The tensors of a block, and the ones of a layer of Llama's that they are made of; both rotate halves of a head."""
 
 
-def of_llama_layer(layer: int, names: Mapping[str, tuple[str, ...]]) -> dict[str, Made]:
-    """A block's tensors by their names in ours; `names` is LLAMA_LAYER, or more than it."""
-    return {
-        f"{ours}.weight": Made(
-            tuple(f"model.layers.{layer}.{name}.weight" for name in theirs), lambda *weights: torch.cat(weights)
-        )
-        for ours, theirs in names.items()
-    }
+def add_llama_layer(mapped: Mapped, block: str, layer: int, names: Mapping[str, tuple[str, ...]]) -> None:
+    """Add a block of ours, made of a layer of theirs; `names` is LLAMA_LAYER, or more than it."""
+    for ours, theirs in names.items():
+        parts = tuple(f"model.layers.{layer}.{name}.weight" for name in theirs)
+        mapped.made[f"{block}.{ours}.weight"] = Made(parts, lambda *weights: torch.cat(weights))
 
 
 def add_tables(mapped: Mapped, table: str, norm: str, scale: float = 1.0) -> None:

@@ -22,11 +22,11 @@ from mythos.hf.importers.architecture import (
     Made,
     Mapped,
     Values,
+    add_llama_layer,
     add_tables,
     checked,
     differing,
     identity,
-    of_llama_layer,
     option,
 )
 
@@ -99,8 +99,7 @@ def map_ouro(values: Values) -> Mapped:
     made["readout.weight"] = identity(dim)
     add_tables(mapped, "model.embed_tokens.weight", "model.norm.weight", 1 / sqrt(dim))
     for layer in range(config.core_layers):
-        block = of_llama_layer(layer, LLAMA_LAYER | OUT_NORMS)
-        made |= {f"recurrence.blocks.{layer}.{name}": tensor for name, tensor in block.items()}
+        add_llama_layer(mapped, f"recurrence.blocks.{layer}", layer, LLAMA_LAYER | OUT_NORMS)
     return mapped
 
 
