@@ -136,9 +136,15 @@ class DecodeCache:
     def freeze(self, rows: Tensor, positions: Tensor, loop: int) -> None:
         """Let positions (n,) of rows (n,) that stopped after loop index `loop` serve their entries to deeper loops."""
         if loop + 1 < self.loops:
-            first = self.slot("core", 0, 0)
-            core = self.held[first:].unflatten(0, (self.loops, self.config.core_layers))
-            core[loop + 1 :, :, rows, positions] = core[loop, :, rows, positions].unsqueeze(0)
+            layers, first = self.config.core_layers, self.slot("core", 0, loop)
+            last = self.held[first : first + layers, rows, positions]
+            self.write(range(first + layers, len(self.held)), rows, positions, last.repeat(self.loops - loop - 1, 1, 1))
+
+    def write(self, slots: range, rows: Tensor, positions: Tensor, entries: Tensor) -> None:
+        """Put entries (slots, n, width) at positions (n,) of rows (n,)."""
+        # Through no view: in a compiled graph a change of one becomes a copy of all the entries.
+        places = torch.arange(slots.start, slots.stop, device=rows.device).unsqueeze(1), rows, positions
+        self.held.index_put_(places, entries.to(self.held.dtype))
 
     def crop(self, lengths: int | Sequence[int]) -> None:
         """Keep the first positions of every row: so many of all, or of each.
@@ -275,9 +281,8 @@ class CachedContext(NamedTuple):
 
         Returns (R, span, width).
         """
-        entries = self.cache.held[self.slot]
-        entries[self.rows, self.positions] = entry.to(entries.dtype)
-        seen = entries[:, : self.span]
+        self.cache.write(range(self.slot, self.slot + 1), self.rows, self.positions, entry.unsqueeze(0))
+        seen = self.cache.held[self.slot, :, : self.span]
         return seen if self.groups.rows is None else seen[self.groups.rows]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

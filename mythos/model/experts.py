@@ -249,8 +249,14 @@ def run_experts(x: Tensor, gates: Tensor, experts: Tensor, weights: ExpertWeight
     """
     if torch.is_grad_enabled():
         return _run_with_gradient(x, gates, experts, weights)
-    run = run_experts_operator if torch.compiler.is_compiling() else _run_without_gradient
-    return run(x.to(weights.gate_up.dtype), gates, experts, weights.gate_up, weights.down)
+    x = x.to(weights.gate_up.dtype)
+    if not torch.compiler.is_compiling():
+        run = _run_without_gradient
+    elif len(x) == 1 and not kernels.groups_on_device(x.device):
+        run = _run_token
+    else:
+        run = run_experts_operator
+    return run(x, gates, experts, weights.gate_up, weights.down)
 
 
 # torch 2.13 cannot trace grouped_mm in float32 on a CPU; and the gradient of many loops is not for one graph to form.
@@ -268,6 +274,13 @@ def _run_without_gradient(x: Tensor, gates: Tensor, experts: Tensor, gate_up: Te
     activation = gated(torch.cat([x @ gate_up[expert] for expert in chosen])).mul_(gates.T.to(x.dtype))
     products = [slot @ down[expert] for slot, expert in zip(activation.split(1), chosen, strict=True)]
     return torch.cat(products).sum(0, keepdim=True, dtype=torch.float32)
+
+
+def _run_token(x: Tensor, gates: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    # To be compiled: then the matrices are read where they are, and not gathered.
+    projected = torch.bmm(x.expand(experts.shape[1], 1, -1), gate_up[experts[0]])
+    activation = gated(projected) * gates.T.unsqueeze(1).to(x.dtype)
+    return torch.bmm(activation, down[experts[0]]).sum(0, dtype=torch.float32)
 
 
 run_experts_operator = torch.library.custom_op("mythos::run_experts", _run_without_gradient, mutates_args=())

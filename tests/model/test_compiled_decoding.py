@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mythos.benchmarks.timing import tensor_peak
 from mythos.model import rdt
 from mythos.model.cache import DecodeCache
 from mythos.model.generate import Continuation, generate
@@ -54,7 +55,8 @@ class Pair:
 
     def __init__(self, model: RecurrentDepthTransformer, rows: int, **arguments: Any) -> None:
         self.model = model
-        self.caches = [DecodeCache(model.config, rows, loops=3, block=8, **arguments) for _ in range(2)]
+        arguments = {"loops": 3, "block": 8, **arguments}
+        self.caches = [DecodeCache(model.config, rows, **arguments) for _ in range(2)]
 
     def extend(self, ids: Tensor, **arguments: Any) -> None:
         found, expected = (
@@ -137,11 +139,15 @@ def test_rows_that_end_leave_the_batch_of_a_graph(model: Build, graphs: Graphs) 
     assert (graphs.traced, graphs.ran) == (2, 11)
 
 
-def test_compiled_code_equals_none(model: Build) -> None:
-    """As it is compiled outside of tests."""
+@pytest.mark.parametrize("rows", [1, 2])
+def test_compiled_code_equals_none_and_changes_the_cache_in_place(model: Build, rows: int) -> None:
+    """As it is compiled outside of tests: the cache is neither copied whole nor are the places of a layer."""
     torch.compiler.reset()
-    pair = Pair(model(core_layers=1, loops=2), 2)
-    pair.extend(random_ids(2, 3))
-    for token in random_ids(12, 2, 1, seed=1):
+    pair = Pair(model(core_layers=1, loops=2), rows, block=4096)
+    pair.extend(random_ids(rows, 3))
+    for token in random_ids(12, rows, 1, seed=1):
         pair.extend(token)
+    cache = pair.caches[0]
+    peak = tensor_peak(lambda: pair.model.extend(random_ids(rows, 1), cache, compiled=True))
+    assert peak < cache.held[0].nbytes / 2
     torch.compiler.reset()
