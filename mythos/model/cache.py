@@ -138,13 +138,13 @@ class DecodeCache:
         if loop + 1 < self.loops:
             layers, first = self.config.core_layers, self.slot("core", 0, loop)
             last = self.held[first : first + layers, rows, positions]
-            self.write(range(first + layers, len(self.held)), rows, positions, last.repeat(self.loops - loop - 1, 1, 1))
+            self.write(first + layers, rows, positions, last.repeat(self.loops - loop - 1, 1, 1))
 
-    def write(self, slots: range, rows: Tensor, positions: Tensor, entries: Tensor) -> None:
-        """Put entries (slots, n, width) at positions (n,) of rows (n,)."""
+    def write(self, slot: int, rows: Tensor, positions: Tensor, entries: Tensor) -> None:
+        """Put entries (slots, n, width) into the slots from `slot` on, at positions (n,) of rows (n,)."""
         # Through no view: in a compiled graph a change of one becomes a copy of all the entries.
-        places = torch.arange(slots.start, slots.stop, device=rows.device).unsqueeze(1), rows, positions
-        self.held.index_put_(places, entries.to(self.held.dtype))
+        slots = torch.arange(len(entries), device=rows.device).unsqueeze(1) + slot
+        self.held.index_put_((slots, rows, positions), entries.to(self.held.dtype))
 
     def crop(self, lengths: int | Sequence[int]) -> None:
         """Keep the first positions of every row: so many of all, or of each.
@@ -281,7 +281,7 @@ class CachedContext(NamedTuple):
 
         Returns (R, span, width).
         """
-        self.cache.write(range(self.slot, self.slot + 1), self.rows, self.positions, entry.unsqueeze(0))
+        self.cache.write(self.slot, self.rows, self.positions, entry.unsqueeze(0))
         seen = self.cache.held[self.slot, :, : self.span]
         return seen if self.groups.rows is None else seen[self.groups.rows]
 
