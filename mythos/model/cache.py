@@ -143,7 +143,7 @@ class DecodeCache:
     def write(self, slot: int, rows: Tensor, positions: Tensor, entries: Tensor) -> None:
         """Put entries (slots, n, width) into the slots from `slot` on, at positions (n,) of rows (n,)."""
         # Through no view: in a compiled graph a change of one becomes a copy of all the entries.
-        slots = torch.arange(len(entries), device=rows.device).unsqueeze(1) + slot
+        slots = torch.arange(slot, slot + len(entries), device=rows.device).unsqueeze(1)
         self.held.index_put_((slots, rows, positions), entries.to(self.held.dtype))
 
     def crop(self, lengths: int | Sequence[int]) -> None:
