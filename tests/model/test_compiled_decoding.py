@@ -139,15 +139,15 @@ def test_rows_that_end_leave_the_batch_of_a_graph(model: Build, graphs: Graphs) 
     assert (graphs.traced, graphs.ran) == (2, 11)
 
 
-@pytest.mark.parametrize("rows", [1, 2])
-def test_compiled_code_equals_none_and_changes_the_cache_in_place(model: Build, rows: int) -> None:
+@pytest.mark.parametrize(("rows", "loops"), [(1, 1), (2, 2)])
+def test_compiled_code_equals_none_and_changes_the_cache_in_place(model: Build, rows: int, loops: int) -> None:
     """As it is compiled outside of tests: the cache is neither copied whole nor are the places of a layer."""
     torch.compiler.reset()
     pair = Pair(model(core_layers=1, loops=2), rows, block=4096)
     pair.extend(random_ids(rows, 3))
     for token in random_ids(12, rows, 1, seed=1):
-        pair.extend(token)
+        pair.extend(token, loops=loops)
     cache = pair.caches[0]
-    peak = tensor_peak(lambda: pair.model.extend(random_ids(rows, 1), cache, compiled=True))
+    peak = tensor_peak(lambda: pair.model.extend(random_ids(rows, 1), cache, loops=loops, compiled=True))
     assert peak < cache.held[0].nbytes / 2
     torch.compiler.reset()
