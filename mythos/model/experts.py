@@ -82,6 +82,10 @@ class ExpertWeights:
         trained = torch.is_grad_enabled() and (gate_up.requires_grad or down.requires_grad)
         self.link = _Parameters.apply(gate_up, down, self.gradient) if trained else None
 
+    def bytes_of_token(self, chosen: int) -> int:
+        """Memory of the matrices of `chosen` experts."""
+        return chosen * sum(stack[0].numel() * stack.itemsize for stack in (self.gate_up, self.down))
+
 
 class WeightGradient:
     """The gradient of experts' weights, formed by few products.
@@ -252,7 +256,7 @@ def run_experts(x: Tensor, gates: Tensor, experts: Tensor, weights: ExpertWeight
     x = x.to(weights.gate_up.dtype)
     if not torch.compiler.is_compiling():
         run = _run_without_gradient
-    elif len(x) == 1 and not kernels.groups_on_device(x.device):
+    elif len(x) == 1 and kernels.reads_in_graph(x.device, weights.bytes_of_token(experts.shape[1])):
         run = _run_token
     else:
         run = run_experts_operator

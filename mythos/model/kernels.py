@@ -54,6 +54,8 @@ from torch.nn.attention.flex_attention import flex_attention
 
 PRODUCTS_UP_TO = {torch.float32: 1024, torch.bfloat16: 4096}
 """Longest sequence whose causal attention batched products make faster than SDPA on a CPU, by type."""
+TOKEN_BYTES = 2**23
+"""Largest matrices of one token's experts that a compiled graph multiplies by itself on a CPU."""
 
 
 def blocks_of_documents(device: torch.device) -> bool:
@@ -109,6 +111,14 @@ def float32_by_onednn(device: torch.device, dtype: torch.dtype) -> bool:
 @cache
 def _cpu() -> dict[str, Any]:
     return torch.cpu.get_capabilities()
+
+
+def reads_in_graph(device: torch.device, size: int) -> bool:
+    """Whether the compiler multiplies a token by its experts' matrices, of `size` bytes, itself: where they lie.
+
+    On a CPU it walks them by columns: twice as fast as calls of the BLAS at 0.8 MB, 1.3 times at 7, a fifth as fast at 50.
+    """
+    return device.type == "cpu" and size <= TOKEN_BYTES
 
 
 def groups_on_device(device: torch.device) -> bool:

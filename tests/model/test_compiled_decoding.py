@@ -1,5 +1,6 @@
 """Decoding by compiled graphs against decoding without, and how many graphs it takes."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mythos.benchmarks.timing import tensor_peak
-from mythos.model import rdt
+from mythos.model import kernels, rdt
 from mythos.model.cache import DecodeCache
 from mythos.model.generate import Continuation, generate
 from mythos.model.halting import Convergence
@@ -24,9 +25,12 @@ class Graphs:
 
     def __init__(self) -> None:
         self.traced = self.ran = 0
+        self.operations: Counter[Any] = Counter()
+        """In all graphs, as they were traced."""
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
         self.traced += 1
+        self.operations.update(node.target for node in graph.graph.nodes)
 
         def run(*arguments: Any) -> Any:
             self.ran += 1
@@ -137,6 +141,21 @@ def test_rows_that_end_leave_the_batch_of_a_graph(model: Build, graphs: Graphs) 
     found = run(True)
     assert found == run(False) and [len(row.tokens) for row in found] == lengths
     assert (graphs.traced, graphs.ran) == (2, 11)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_experts_of_one_token(model: Build, graphs: Graphs, monkeypatch: pytest.MonkeyPatch, large: bool) -> None:
+    """Multiplied in the graph, or, where the compiler would be slow, by an operator that it does not look into."""
+    built = model(core_layers=1, loops=2)
+    config = built.config
+    size = 4 * config.experts_per_token * 3 * config.dim * config.expert_dim
+    monkeypatch.setattr(kernels, "TOKEN_BYTES", size - large)
+    pair = Pair(built, 1)
+    pair.extend(random_ids(1, 3))
+    for token in random_ids(4, 1, 1, seed=1):
+        pair.extend(token)
+    operator = torch.ops.mythos.run_experts.default
+    assert (graphs.traced, graphs.operations[operator]) == (1, 2 if large else 0)
 
 
 @pytest.mark.parametrize(("rows", "loops"), [(1, 1), (2, 2)])
