@@ -116,7 +116,7 @@ def _cpu() -> dict[str, Any]:
 def reads_in_graph(device: torch.device, size: int) -> bool:
     """Whether the compiler multiplies a token by its experts' matrices, of `size` bytes, itself: where they lie.
 
-    On a CPU it walks them by columns: twice as fast as calls of the BLAS at 0.8 MB, 1.3 times at 7, a fifth as fast at 50.
+    On a CPU it walks them by columns: 2 times as fast as calls of the BLAS at 0.8 MB, 1.3 at 7, a fifth as fast at 50.
     """
     return device.type == "cpu" and size <= TOKEN_BYTES
 
