@@ -84,7 +84,7 @@ class ExpertWeights:
 
     def bytes_of_token(self, chosen: int) -> int:
         """Memory of the matrices of `chosen` experts."""
-        return chosen * sum(stack[0].numel() * stack.itemsize for stack in (self.gate_up, self.down))
+        return chosen * (self.gate_up[0].nbytes + self.down[0].nbytes)
 
 
 class WeightGradient:

@@ -57,10 +57,9 @@ def random_ids(*shape: int, seed: int = 0) -> Tensor:
 class Pair:
     """One text extended in two caches, with compiled graphs and without."""
 
-    def __init__(self, model: RecurrentDepthTransformer, rows: int, **arguments: Any) -> None:
+    def __init__(self, model: RecurrentDepthTransformer, rows: int, block: int = 8) -> None:
         self.model = model
-        arguments = {"loops": 3, "block": 8, **arguments}
-        self.caches = [DecodeCache(model.config, rows, **arguments) for _ in range(2)]
+        self.caches = [DecodeCache(model.config, rows, loops=3, block=block) for _ in range(2)]
 
     def extend(self, ids: Tensor, **arguments: Any) -> None:
         found, expected = (
