@@ -57,7 +57,7 @@ class StopRequests:
 
     A context manager. The first signal sets :attr:`reason` and says so on stderr; a second one, at least
     ``SAME_REQUEST`` seconds later, exits at once with status 128 + its number. At the end of the context the previous
-    handlers are back.
+    handlers are back; but under launch.sh, once all has gone well, signals are ignored until the process has ended.
     """
 
     def __init__(self, max_time: float | None) -> None:
@@ -96,9 +96,12 @@ class StopRequests:
             self._before = {number: signal.signal(number, _ignore) for number in SIGNALS}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        # A stop may be agreed on, and all be saved, before its signal has reached every process: one that then died of
+        # it would be a failure to torchrun, which would start all of them again.
+        done = error is None and self._above
         for number, handler in self._before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            signal.signal(number, signal.SIG_IGN if done else signal.SIG_DFL if handler is None else handler)
         if self._before:
             signal.set_wakeup_fd(self._wakeup_before)
             os.close(self._wakeup)  # ends the thread

@@ -127,6 +127,25 @@ def test_second_signal_exits_at_once(start):
     assert rest == ""
 
 
+@pytest.mark.parametrize(
+    ("launched", "failed", "status"), [(True, False, 0), (True, True, -signal.SIGTERM), (False, False, -signal.SIGTERM)]
+)
+def test_signal_after_the_end(start, monkeypatch, launched, failed, status):
+    """Where launch.sh passes it on to one process after another, the last may already be done."""
+    monkeypatch.delenv("MYTHOS_LAUNCHER", raising=False)
+    if launched:
+        monkeypatch.setenv("MYTHOS_LAUNCHER", str(os.getpid()))
+    process = start(
+        "import contextlib, os, signal\n"
+        "from mythos.faults import StopRequests\n"
+        "with contextlib.suppress(ValueError), StopRequests(None):\n"
+        f"    if {failed}: raise ValueError\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+    )
+    process.communicate(timeout=30)
+    assert process.returncode == status
+
+
 def test_time_is_up(monkeypatch):
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)

@@ -323,7 +323,8 @@ def test_restart_and_stop(tmp_path, monkeypatch):
     try:
         wait_for(lambda: log.read_text().count("attempt 1") == 2, log)
         run.send_signal(signal.SIGTERM)
-        assert run.wait(20) == 0, log.read_text()
+        wait_for(lambda: run.poll() is not None, log)
+        assert run.returncode == 0, log.read_text()
     finally:
         for process in [*psutil.Process(run.pid).children(recursive=True), run] if run.poll() is None else []:
             process.kill()
