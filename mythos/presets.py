@@ -189,6 +189,15 @@ def preset_config(name: str, **overrides: Any) -> ModelConfig:
     return ModelConfig(**{"preset": name, **PRESETS[name], **overrides})
 
 
+def model_name(config: ModelConfig) -> str:
+    """The preset of a model, and how many fields differ from it beside the vocabulary, which a tokenizer may settle."""
+    if config.preset not in PRESETS:  # of the model that a run starts from
+        return config.preset
+    preset = preset_config(config.preset, vocab_size=config.vocab_size)
+    changed = sum(getattr(config, name) != value for name, value in preset)
+    return config.preset + (f" with {changed} field{'s' * (changed > 1)} changed" if changed else "")
+
+
 def preset_table() -> str:
     """Describe every preset in a line: dimensions, and parameters in all and active for a token at one loop."""
     # Imported here because torch takes seconds and checking a configuration does not need it.

@@ -51,6 +51,7 @@ from mythos.optim import build_optimizer, learning_rate, state_bytes
 from mythos.parallel import choose_layout, choose_micro_batch, device_memory, parallelize
 from mythos.plots import draw_plots
 from mythos.preflight import check_same_model, check_same_optimizer, prepare_directory, resolve_vocabulary
+from mythos.presets import model_name
 from mythos.profiling import OwnTime, Profiler, Stopwatch
 from mythos.ranks import join_world
 from mythos.rng import random_state, set_random_state
@@ -563,7 +564,8 @@ class Trainer:
         parameters, dtype = count_parameters(config.model), str(self.parallel.dtype).removeprefix("torch.")
         drawn = "those of the task" if config.depth.follow == "difficulty" else config.depth.sampling
         lines = {
-            "model": f"{config.model.preset}: {parameters.total:,} parameters, {parameters.active:,} active per loop",
+            "model": f"{model_name(config.model)}: {parameters.total:,} parameters, "
+            f"{parameters.active:,} active per loop",
             "depth": f"{config.depth_mean:g} loops on average ({drawn}, "
             f"at most {config.depth_maximum}), gradient through the last {config.depth_backprop}",
             "data": f"{config.data.kind}, {config.data.streams} streams, "

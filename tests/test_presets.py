@@ -4,7 +4,7 @@ from mythos.config import TokenizerConfig, config_from_dict
 from mythos.errors import MythosError
 from mythos.estimate import count_parameters
 from mythos.model.config import ModelConfig
-from mythos.presets import BPE_VOCAB_SIZE, PRESETS, preset_config, preset_table
+from mythos.presets import BPE_VOCAB_SIZE, PRESETS, model_name, preset_config, preset_table
 
 # The fields below, and the total in billions.
 PUBLISHED = {
@@ -145,3 +145,10 @@ def test_table_has_an_aligned_line_for_every_preset() -> None:
     assert rows["mythos_nano"][total:].split()[0] == "1.14M"
     for name, row in rows.items():
         assert int(row[dim:].split()[0]) == preset_config(name).dim
+
+
+def test_name_tells_what_is_changed():
+    assert model_name(preset_config("mythos_tiny", vocab_size=300)) == "mythos_tiny"
+    assert model_name(preset_config("mythos_tiny", n_heads=2)) == "mythos_tiny with 1 field changed"
+    assert model_name(preset_config("mythos_nano", dim=64, ffn_dim=192)) == "mythos_nano with 2 fields changed"
+    assert model_name(ModelConfig(preset="somebody_elses")) == "somebody_elses"

@@ -95,6 +95,10 @@ def map_foreign(foreign: ForeignModel, architecture: Architecture) -> Mapped:
 
     Raises MythosError telling everything that is not as it should be.
     """
+    held = len(foreign.shapes)
+    for name, count in foreign.values.items():  # before as many names as that are made
+        if name.startswith(("n_layers", "num_hidden_layers")) and isinstance(count, int) and count > held:
+            raise MythosError(f"{foreign.folder}: its config.json says {name} {count}, and there are {held} tensors")
     try:
         mapped = architecture.map(foreign.values)
     except MythosError as error:

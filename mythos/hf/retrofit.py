@@ -30,6 +30,7 @@ from mythos.hf.importers.architecture import (
     filled,
     identity,
     option,
+    unlike_llama,
 )
 from mythos.hf.importing import map_foreign, prepare_tokenizer, stored_foreign
 from mythos.inherited import TOKENIZER_FILE
@@ -162,15 +163,12 @@ def dense_architecture(place: Path, values: Values, layers: Layers, loops: int, 
 
 def map_dense(kind: str, values: Values, layers: Layers, loops: int, decay: float) -> Mapped:
     """Our tensors as made of a dense model's. Raises MythosError for a variant that cannot be put into ours exactly."""
-    problems = [f"{name} is missing" for name in SIZES if not isinstance(values.get(name), int)]
+    problems = [*unlike_llama(values, SIZES), *differing(values, DEFAULTS, NEEDED)]
     count = values.get("num_hidden_layers") or 0
     if layers.chosen[-1] >= count or layers.chosen[0] < 0:
         problems.append(f"it has layers 0 to {count - 1}, and {layers.chosen[-1]} was asked for")
-    problems += differing(values, DEFAULTS, NEEDED)
     if kind == "mistral" and values.get("sliding_window") is not None:
         problems.append(f"sliding_window: got {values['sliding_window']}; allowed: null")
-    if set(values.get("layer_types") or ()) - {"full_attention"}:
-        problems.append("layer_types: allowed: full_attention only")
     # transformers writes one mapping since 5.0, and wrote two values before.
     rope = {"rope_theta": option(values, DEFAULTS, "rope_theta")} | dict(
         values.get("rope_parameters") or values.get("rope_scaling") or {}

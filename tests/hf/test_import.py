@@ -304,6 +304,10 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
     "absent": (values(qk_norm=...), "qk_norm: got False; allowed: True"),
     "kinds": (values(n_layers_in_coda="two"), "config.json has values of other kinds"),
     "more kinds": (values(block_size="long"), "context_length Input should be a valid integer"),
+    "far too many layers": (
+        values(n_layers_in_coda=10**12),
+        "its config.json says n_layers_in_coda 1000000000000, and there are",
+    ),
     "no layers": (values(n_layers_in_recurrent_block=0), "core_layers"),
     "no weights": (without, "has no weights: none of model.safetensors, pytorch_model.bin, model.pt"),
     "one missing": (

@@ -190,6 +190,9 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0}
         ({"model_type": "gpt2"}, ALL, "model_type 'gpt2'; known: llama, mistral, qwen3"),
         ({"rope_parameters": LLAMA3}, ALL, "rope_scaling: got llama3; allowed: none"),
         ({"attention_bias": True}, ALL, "attention_bias: got True; allowed: False"),
+        ({"layer_types": ["sliding_attention"] * 6}, ALL, "layer_types: allowed: full_attention only"),
+        ({"intermediate_size": None}, ALL, "intermediate_size is missing"),
+        ({"num_hidden_layers": 10**12}, ALL, "its config.json says num_hidden_layers 1000000000000, and there are"),
         ({"hidden_size": 64}, ALL, "which does not make our"),
         (
             {"num_hidden_layers": 5},

@@ -1,6 +1,6 @@
 """How published looped models are told apart and put into ours: what an importer of an architecture is made of."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,6 +79,15 @@ def differing(values: Values, defaults: Values, needed: Values) -> Iterator[str]
         choices = allowed if isinstance(allowed, tuple) else (allowed,)
         if given not in choices:
             yield f"{name}: got {given!r}; allowed: {' or '.join(map(repr, choices))}"
+
+
+def unlike_llama(values: Values, sizes: Iterable[str]) -> Iterator[str]:
+    """A problem for every size that a configuration like Llama's lacks, and for layers that do not see all before."""
+    for name in sizes:
+        if not isinstance(values.get(name), int):
+            yield f"{name} is missing"
+    if set(values.get("layer_types") or ()) - {"full_attention"}:
+        yield "layer_types: allowed: full_attention only"
 
 
 def checked(name: str, problems: list[str], fields: Callable[[], dict[str, Any]]) -> ModelConfig:

@@ -28,6 +28,7 @@ from mythos.hf.importers.architecture import (
     differing,
     identity,
     option,
+    unlike_llama,
 )
 
 DEFAULTS = {
@@ -56,10 +57,7 @@ OUT_NORMS = {"attention_out_norm": ("input_layernorm_2",), "ffn_out_norm": ("pos
 
 def map_ouro(values: Values) -> Mapped:
     """Our tensors as made of an Ouro's. Raises MythosError for a variant that cannot be put into ours exactly."""
-    problems = [f"{name} is missing" for name in SIZES if not isinstance(values.get(name), int)]
-    problems += differing(values, DEFAULTS, NEEDED)
-    if set(values.get("layer_types") or ()) - {"full_attention"}:
-        problems.append("layer_types: allowed: full_attention only")
+    problems = [*unlike_llama(values, SIZES), *differing(values, DEFAULTS, NEEDED)]
     dim, heads, vocabulary = (
         values.get("hidden_size", 1),
         values.get("num_attention_heads", 1),
