@@ -16,6 +16,11 @@ os.environ.update(
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # many small operations: threads cost more than they bring
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """The whole suite in two processes, which often wait; what is named on the command line in this one."""
+    return 0 if config.args_source is pytest.Config.ArgsSource.ARGS else 2
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep gathered corpora and trained tokenizers of the tests out of the user's cache."""
