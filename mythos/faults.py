@@ -1,5 +1,6 @@
 """What ends or stalls a run: signals, the clock, silent and dead peers, a second job on the same directory."""
 
+import atexit
 import contextlib
 import faulthandler
 import fcntl
@@ -57,7 +58,7 @@ class StopRequests:
 
     A context manager. The first signal sets :attr:`reason` and says so on stderr; a second one, at least
     ``SAME_REQUEST`` seconds later, exits at once with status 128 + its number. At the end of the context the previous
-    handlers are back; but under launch.sh, once all has gone well, signals are ignored until the process has ended.
+    handlers are back; but under launch.sh, where all has gone well, signals are received until the process ends.
     """
 
     def __init__(self, max_time: float | None) -> None:
@@ -97,11 +98,16 @@ class StopRequests:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        # A stop may be agreed on, and all be saved, before its signal has reached every process: one that then died of
-        # it would be a failure to torchrun, which would start all of them again.
-        done = error is None and self._above
-        for number, handler in self._before.items():
-            signal.signal(number, signal.SIG_IGN if done else signal.SIG_DFL if handler is None else handler)
+        if error is None and self._above:
+            # All may be saved before the signal that asked for it has reached every process: one that then died of it
+            # would be a failure to torchrun, which would start all of them again.
+            atexit.register(self._end, dict.fromkeys(self._before, signal.SIG_IGN))
+        else:
+            self._end(self._before)
+
+    def _end(self, handlers: dict[signal.Signals, Any]) -> None:
+        for number, handler in handlers.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
         if self._before:
             signal.set_wakeup_fd(self._wakeup_before)
             os.close(self._wakeup)  # ends the thread

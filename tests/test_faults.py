@@ -128,19 +128,28 @@ def test_second_signal_exits_at_once(start):
 
 
 @pytest.mark.parametrize(
-    ("launched", "failed", "status"), [(True, False, 0), (True, True, -signal.SIGTERM), (False, False, -signal.SIGTERM)]
+    ("launched", "ending", "signals", "status"),
+    [
+        (True, "pass", 1, 0),
+        (True, "pass", 2, 128 + signal.SIGTERM),
+        (True, "raise ValueError", 1, -signal.SIGTERM),
+        (False, "pass", 1, -signal.SIGTERM),
+    ],
 )
-def test_signal_after_the_end(start, monkeypatch, launched, failed, status):
-    """Where launch.sh passes it on to one process after another, the last may already be done."""
+def test_signal_after_the_end(start, monkeypatch, launched, ending, signals, status):
+    """launch.sh passes a signal on to one process after another, and the last may be done by then."""
     monkeypatch.delenv("MYTHOS_LAUNCHER", raising=False)
     if launched:
         monkeypatch.setenv("MYTHOS_LAUNCHER", str(os.getpid()))
     process = start(
-        "import contextlib, os, signal\n"
-        "from mythos.faults import StopRequests\n"
-        "with contextlib.suppress(ValueError), StopRequests(None):\n"
-        f"    if {failed}: raise ValueError\n"
-        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "import contextlib, os, signal, time\n"
+        "from mythos import faults\n"
+        "faults.SAME_REQUEST = 0.1\n"
+        "with contextlib.suppress(ValueError), faults.StopRequests(None):\n"
+        f"    {ending}\n"
+        f"for _ in range({signals}):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    time.sleep(0.5)\n"
     )
     process.communicate(timeout=30)
     assert process.returncode == status
