@@ -148,6 +148,11 @@ class World:
         if self.size > 1:
             self.ranks.barrier()
             dist.destroy_process_group()
+            # A group's threads end with the last reference to it. One that has yet to release a tensor of the last
+            # collective when Python ends aborts the process (https://github.com/pytorch/pytorch/issues/190489). A
+            # model may hold the devices' groups for longer: their last collective is long over.
+            self.ranks.group = self.storage.group = None
+            self.device_groups = []
 
 
 def join_world(config: Config) -> World:

@@ -289,15 +289,13 @@ def test_shellcheck(script):
 
 TRAIN = """
 import os, sys, time
-from datetime import timedelta
-import torch.distributed as dist
 from mythos.faults import StopRequests
-from mythos.ranks import Ranks
+from mythos.ranks import meet_world
 
-rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 with StopRequests(None) as stop:
-    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
-    ranks = Ranks(dist.group.WORLD)
+    world = meet_world("cpu", start_timeout=30, timeout=30)
+    ranks, rank = world.ranks, world.rank
     print(f"attempt {attempt} rank {rank} of {ranks.size}: {sys.argv[1:]}\\n", end="", flush=True)
     while not ranks.max(int(stop.reason is not None)):
         time.sleep(0.05)
@@ -305,8 +303,7 @@ with StopRequests(None) as stop:
         if attempt == 0 and rank == 1:
             os.kill(os.getpid(), 9)
     print(f"saved by rank {rank}\\n", end="", flush=True)
-    ranks.barrier()
-    dist.destroy_process_group()
+world.leave()
 """
 
 

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,27 @@ def test_agreement(pool: RankPool, tmp_path: Path) -> None:
         assert (broadcast, largest, total) == (10, 6, [6.0, 6.0])
         assert order[0] == 0 and sorted(order) == [0, 1, 2, 3]
         assert problem == "rank 1: no such file"
+
+
+def gloo_threads() -> set[str]:
+    """Ids of this process's threads that work for gloo's groups."""
+    threads = Path("/proc/self/task").iterdir()
+    return {thread.name for thread in threads if "gloo" in (thread / "comm").read_text()}
+
+
+def part(directory: Path) -> tuple[int, int]:
+    before = gloo_threads()
+    world = join_world(tiny(directory, data__streams=2))
+    world.ranks.max(1)
+    while_together = gloo_threads()
+    world.leave()
+    return len(while_together - before), len(gloo_threads() - before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the names of threads are read from /proc")
+def test_no_thread_of_a_group_is_left_to_release_tensors_while_python_ends(pool: RankPool, tmp_path: Path) -> None:
+    for while_together, after in pool.run(part, tmp_path, ranks=2):
+        assert while_together > 0 and after == 0
 
 
 def join(directory: Path, changes: dict[str, Any]) -> None:
