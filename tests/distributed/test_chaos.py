@@ -169,11 +169,11 @@ def test_the_comparison_finds(spoil: Callable[[Chaos], None], message: str, chao
 def test_a_process_that_is_left_is_found(chaos: Chaos, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chaos_run, "GONE_SECONDS", 0.3)
     chaos.run.wait_gone()
-    command = [sys.executable, "-c", "import time; time.sleep(60)"]
-    left = subprocess.Popen(
-        command, env={**os.environ, chaos_run.FOLDER: str(chaos.run.folder)}, start_new_session=True
-    )
+    command = [sys.executable, "-c", "import time; print('here', flush=True); time.sleep(60)"]
+    environment = {**os.environ, chaos_run.FOLDER: str(chaos.run.folder)}
+    left = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.PIPE)
     try:
+        left.stdout.readline()  # while a process is being started it has no environment to be found by
         with pytest.raises(Failed, match=f"left after 0 s:\n{left.pid}: "):
             chaos.run.wait_gone()
         chaos.run.destroy()
