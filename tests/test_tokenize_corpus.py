@@ -87,7 +87,7 @@ def started() -> Iterator[Callable[..., subprocess.Popen[str]]]:
             process.wait()
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 180.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
