@@ -125,7 +125,8 @@ def test_goes_on_where_it_stopped(
 ) -> None:
     out = tmp_path / "tokens"
     process = started(config, "--out", out, "--workers", 2)
-    wait_until(lambda: len(list(out.glob("0*.json"))) >= 5)
+    wait_until(lambda: len(list(out.glob("0*.json"))) >= 5 or process.poll() is not None)
+    assert process.poll() is None, process.communicate()[1]
     family = psutil.Process(process.pid).children(recursive=True)
     if how == "killed":
         process.kill()
