@@ -87,7 +87,7 @@ def started() -> Iterator[Callable[..., subprocess.Popen[str]]]:
             process.wait()
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 180.0) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -132,9 +132,9 @@ def test_goes_on_where_it_stopped(
         process.kill()
     else:
         os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=30)
     assert family
-    wait_until(lambda: all(map(is_gone, family)), 60)
+    wait_until(lambda: all(map(is_gone, family)), 10)
     if how == "interrupted":
         assert process.returncode == 130
         assert "Traceback" not in errors and "the same command goes on" in errors

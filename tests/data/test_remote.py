@@ -157,7 +157,7 @@ def test_patience_runs_out_naming_the_file(hub: StandInHub, monkeypatch: pytest.
     began = time.monotonic()
     with pytest.raises(Unreachable) as caught:
         open_file(hub, PARQUET, patience=1).read()
-    assert 1 <= time.monotonic() - began < 10
+    assert 1 <= time.monotonic() - began < 2
     message = str(caught.value)
     assert f"hf://datasets/{DATASET}@{hub.commit}/{PARQUET}" in message
     assert "for 1 s: HTTP 503" in message
@@ -184,7 +184,7 @@ def test_a_stalled_server_is_given_up_in_the_patience(hub: StandInHub) -> None:
     began = time.monotonic()
     with pytest.raises(Unreachable, match="Timeout"):
         open_file(hub, TEXT, patience=0.6).read(100)
-    assert time.monotonic() - began < 10  # the patience and three timeouts of 0.3 s, on a busy machine
+    assert time.monotonic() - began < 2.5  # the patience and three timeouts of 0.3 s, with room
 
 
 def test_a_server_that_is_down(hub: StandInHub) -> None:
@@ -201,7 +201,7 @@ def test_retry_after_is_honoured(hub: StandInHub, quick: None) -> None:
     began = time.monotonic()
     with pytest.raises(Unreachable, match="HTTP 429"):
         open_file(hub, TEXT, patience=1.5).read(10)
-    assert 1.5 <= time.monotonic() - began < 10
+    assert 1.5 <= time.monotonic() - began < 2.5
     assert hub.counts["fault 429"] == 3, "at once, after the second asked for, and at the end of the patience"
 
 
@@ -247,7 +247,7 @@ def test_a_missing_file_fails_at_once(hub: StandInHub) -> None:
         open_remote(f"hf://datasets/{DATASET}@{hub.commit}/nothing.parquet", 10, 60).read()
     with pytest.raises(MythosError, match=r"access refused.*HF_TOKEN"):
         open_remote(f"hf://datasets/some/other@{hub.commit}/nothing.parquet", 10, 60).read()
-    assert time.monotonic() - began < 30  # of 60
+    assert time.monotonic() - began < 2
 
 
 def test_a_file_of_another_size_is_refused(hub: StandInHub) -> None:

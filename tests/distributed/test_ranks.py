@@ -2,11 +2,11 @@
 
 import os
 import socket
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -49,22 +49,20 @@ def test_agreement(pool: RankPool, tmp_path: Path) -> None:
         assert problem == "rank 1: no such file"
 
 
-def gloo_threads() -> set[str]:
-    """Ids of this process's threads that work for gloo's groups."""
-    threads = Path("/proc/self/task").iterdir()
-    return {thread.name for thread in threads if "gloo" in (thread / "comm").read_text()}
-
-
 def part(directory: Path) -> tuple[int, int]:
-    before = gloo_threads()
+    before = threads()
     world = join_world(tiny(directory, data__streams=2))
     world.ranks.max(1)
-    while_together = gloo_threads()
+    while_together = threads()
     world.leave()
-    return len(while_together - before), len(gloo_threads() - before)
+    return len(while_together - before), len(threads() - before)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the names of threads are read from /proc")
+def threads() -> set[int]:
+    """Ids of this process's threads, those of libraries among them."""
+    return {thread.id for thread in psutil.Process().threads()}
+
+
 def test_no_thread_of_a_group_is_left_to_release_tensors_while_python_ends(pool: RankPool, tmp_path: Path) -> None:
     for while_together, after in pool.run(part, tmp_path, ranks=2):
         assert while_together > 0 and after == 0

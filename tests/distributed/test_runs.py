@@ -229,8 +229,9 @@ def test_slow_rank_is_named(pool: RankPool, single: Path) -> None:
 
 
 def run_beside_a_lost_rank(directory: Path, how: str) -> str:
-    changes: dict[str, Any] = {"parallel__timeout": 3, "data__patience": 1, "parallel__stall_after": 1}
-    changes["checkpoint__asynchronous"] = False  # or the newest may not be complete yet when the rank is lost
+    # Saved at once, or the newest checkpoint may not be complete when the rank is lost.
+    changes: dict[str, Any] = {"checkpoint__asynchronous": False}
+    changes |= {"parallel__timeout": 3, "data__patience": 1, "parallel__stall_after": 1}
     changes |= {"parallel__mode": "hsdp", "parallel__shard": 2} if how == "hanging" else {}
     made = made_on(directory, how, **changes)
     if rank() == 1:
