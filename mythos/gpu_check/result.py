@@ -1,0 +1,45 @@
+"""What a check gets and what it gives back."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+
+Verdict = Literal["ok", "off", "failed", "not run"]
+
+
+class Result(NamedTuple):
+    """Outcome of one check."""
+
+    verdict: Verdict
+    """ok = as expected, off = measured, but not as expected, failed = no measurement, not run = says why."""
+    measured: str
+    """The figure with its unit, or the reason."""
+
+
+def judged(as_expected: bool, measured: str) -> Result:
+    """A measurement, ok or off."""
+    return Result("ok" if as_expected else "off", measured)
+
+
+def not_run(reason: str) -> Result:
+    """A check that this machine cannot make."""
+    return Result("not run", reason)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a stage runs."""
+
+    device: "torch.device"
+    out: Path
+    """Folder of the report, and of whatever else a check writes."""
+    deadline: float
+    """Seconds of `time.time()` by which the stage should end."""
+
+    @property
+    def cuda(self) -> bool:
+        """Whether this is a GPU. On a CPU all sizes are tiny: then the script is tested, and not the hardware."""
+        return self.device.type == "cuda"
