@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from mythos.gpu_check.result import PROFILE
 from mythos.presets import PRESETS, preset_config
 
 DTYPES = ("bfloat16", "float32")
@@ -42,10 +43,12 @@ class Task:
     arguments: dict[str, Any] = field(default_factory=dict)
     seconds: float = 10.0
     """About what it takes on a GPU. It is not begun where less is left, and ended where it takes many times as long."""
+    on_cpu: bool = True
+    """Whether it is run on a CPU, at tiny size; not where that would be the same as another task."""
 
 
 class Stage(NamedTuple):
-    """Tasks that share a process."""
+    """Tasks that share a process, on a GPU."""
 
     name: str
     share: float
@@ -53,8 +56,10 @@ class Stage(NamedTuple):
     tasks: tuple[Task, ...]
 
 
-def _task(run: str, checks: Iterable[tuple[str, str]], seconds: float = 10.0, **arguments: Any) -> Task:
-    return Task(tuple(Check(*check) for check in checks), run, arguments, seconds)
+def _task(
+    run: str, checks: Iterable[tuple[str, str]], seconds: float = 10.0, on_cpu: bool = True, **arguments: Any
+) -> Task:
+    return Task(tuple(Check(*check) for check in checks), run, arguments, seconds, on_cpu)
 
 
 def latent_widths() -> dict[tuple[int, int], list[str]]:
@@ -90,7 +95,7 @@ def _kernels() -> Iterator[Task]:
 
     def attention(kind: str, dtype: str, expected: str, seconds: float) -> Iterator[Task]:
         for name, (heads, kv_heads, dim, value_dim) in widths.items():
-            sizes = {"heads": heads, "kv_heads": kv_heads, "dim": dim, "value_dim": value_dim}
+            sizes: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "dim": dim, "value_dim": value_dim}
             checks = [(f"attention, {kind}, {name}, {dtype}", expected)]
             yield _task("kernels:attention", checks, seconds, kind=kind, dtype=dtype, **sizes)
 
@@ -119,6 +124,7 @@ def _step() -> Iterator[Task]:
             "steps:waits",
             [(f"waits in a step, {preset}", "none under set_sync_debug_mode('error') (SM90, SM100; else grouped_mm)")],
             20,
+            preset == "mythos_nano",
             preset=preset,
         )
 
@@ -139,6 +145,7 @@ def _training() -> Iterator[Task]:
         "training:against_cpu",
         [("losses against the CPU's, bfloat16", "first 10 steps within 2e-2, mean of the last 20 within 6%")],
         20,
+        on_cpu=False,
         dtype="bfloat16",
     )
     yield _task(
@@ -154,34 +161,43 @@ def _training() -> Iterator[Task]:
 def _speed() -> Iterator[Task]:
     for compiled in (False, True):
         how = "compiled" if compiled else "eager"
-        expected = "faster than eager" if compiled else "recorded"
-        for preset, sizes in MICRO_BATCHES.items():
-            for rows in sizes:
+        for place in range(2):
+            for preset, sizes in MICRO_BATCHES.items():
+                name = f"tokens/s and MFU, {preset}, micro-batch {sizes[place]}, {how}"
                 yield _task(
                     "speed:throughput",
-                    [(f"tokens/s and MFU, {preset}, micro-batch {rows}, {how}", expected)],
-                    60 if compiled else 10,
-                    **{"preset": preset, "rows": rows, "compiled": compiled},
+                    [(name, "faster than eager" if compiled else "recorded")],
+                    60 if compiled else 20,
+                    on_cpu=(preset, place) == ("mythos_small", 0),
+                    **{"preset": preset, "rows": sizes[place], "compiled": compiled},
                 )
-        for preset in MICRO_BATCHES:
-            yield _task(
-                "speed:shares",
-                [
-                    (f"share of {what}, {preset}, {how}", "recorded; table in profile.txt")
-                    for what in ("products", "attention", "elementwise and others", "gaps between kernels")
-                ],
-                40 if compiled else 10,
-                **{"preset": preset, "compiled": compiled},
-            )
+            if place == 0:
+                yield from _shares(how, compiled)
+
+
+def _shares(how: str, compiled: bool) -> Iterator[Task]:
+    for preset in MICRO_BATCHES:
+        yield _task(
+            "speed:shares",
+            [
+                (f"share of {what}, {preset}, {how}", f"recorded; table in {PROFILE}")
+                for what in ("products", "attention", "elementwise and others", "gaps between kernels")
+            ],
+            40 if compiled else 20,
+            on_cpu=(preset, compiled) == ("mythos_1b", False),
+            **{"preset": preset, "compiled": compiled},
+        )
 
 
 def _memory() -> Iterator[Task]:
     low, high = MEMORY_RATIO
-    for preset in MEMORY_PRESETS:
-        for mode in MEMORY_MODES:
+    for mode in MEMORY_MODES:
+        for preset in MEMORY_PRESETS:
             yield _task(
                 "memory:planned",
                 [(f"memory of a step, {preset}, checkpointing {mode}", f"planned / measured {low:g} to {high:g}")],
+                15,
+                on_cpu=(preset, mode) in (("mythos_small", "selective"), ("looped_370m", "none")),
                 **{"preset": preset, "mode": mode},
             )
 
@@ -221,6 +237,7 @@ def _ranks() -> Iterator[Task]:
             "ranks:parity",
             [(f"{mode} against one process", "losses and gradient norms of 3 steps within 1e-4")],
             30,
+            mode == "fsdp",
             mode=mode,
         )
     yield _task("ranks:gathers", [("all-gathers of a step, fsdp", "as many at 2 loops as at 4")], 30)

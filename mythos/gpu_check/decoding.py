@@ -1,7 +1,7 @@
 """Decoding with a cache: the right tokens, and how fast."""
 
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 
 import torch
 
@@ -10,7 +10,7 @@ from mythos.gpu_check.result import Result, Setting, judged
 from mythos.gpu_check.runs import TINY
 from mythos.model.generate import Generation, generate
 from mythos.model.halting import HaltingRule, halting_rule
-from mythos.model.layers import autocast_to, name_generator
+from mythos.model.layers import autocast_to
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.model.sampling import Sampling
 from mythos.presets import preset_config
@@ -33,7 +33,7 @@ def greedy(setting: Setting) -> Iterator[Result]:
     rates = {}
     for dtype in ("bfloat16", "float32"):
         decode(setting, dtype, tokens=2)
-        rates[dtype] = rows * tokens / timed(lambda dtype=dtype: decode(setting, dtype), setting.device).wall
+        rates[dtype] = rows * tokens / timed(partial(decode, setting, dtype), setting.device).wall
     told = ", ".join(f"{rate:,.0f} in {dtype}" for dtype, rate in rates.items())
     yield judged(True, f"{told}; {rows} rows, {model(setting).config.loops} loops")
 
@@ -54,11 +54,11 @@ def greedy(setting: Setting) -> Iterator[Result]:
 def halting(setting: Setting) -> Iterator[Result]:
     """All loops for all positions, against a rule that lets them stop."""
     rule = halting_rule(model(setting), "convergence")
-    loops = model(setting).config.loops
-    decode(setting, "bfloat16", rule=rule, tokens=2)
-    whole = timed(lambda: decode(setting, "bfloat16"), setting.device).wall
+    loops = 2 * max(4, model(setting).config.loops)  # more than are needed
+    decode(setting, "bfloat16", rule=rule, loops=loops, tokens=2)
+    whole = timed(lambda: decode(setting, "bfloat16", loops=loops), setting.device).wall
     halted: list[Generation] = []
-    part = timed(lambda: halted.append(decode(setting, "bfloat16", rule=rule)), setting.device).wall
+    part = timed(lambda: halted.append(decode(setting, "bfloat16", rule=rule, loops=loops)), setting.device).wall
     counts = [count for row in halted[0].rows for count in row.loops]
     mean = sum(counts) / len(counts)
     told = f"{mean:.2f} loops of {loops}, {part / whole:.2f} of the time"
@@ -75,10 +75,15 @@ def compiled(setting: Setting) -> Iterator[Result]:
     told = f"{rows * tokens / fast:,.0f} in float32, {slow / fast:.2f} times eager"
     yield judged(fast < slow or not setting.cuda, told)
     one, other = ([row.tokens for row in generation.rows] for generation in made)
-    first = [next((n for n, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), None) for x, y in zip(one, other, strict=True)]
+    first = [
+        next((n for n, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), None)
+        for x, y in zip(one, other, strict=True)
+    ]
     differing = [place for place in first if place is not None]
     # After a token that differs by rounding the row goes another way: rows count, and not tokens.
-    told = f"{rows - len(differing)} of {rows} rows alike{f', others up to token {min(differing)}' if differing else ''}"
+    told = (
+        f"{rows - len(differing)} of {rows} rows alike{f', others up to token {min(differing)}' if differing else ''}"
+    )
     yield judged(len(differing) <= rows // 8, told)
 
 
@@ -89,10 +94,11 @@ def model(setting: Setting) -> RecurrentDepthTransformer:
     if not setting.cuda:
         config = preset_config(PRESET, **{name: size for name, size in TINY.items() if name != "q_lora_rank"})
     built = RecurrentDepthTransformer(config).initialize(0)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for name, parameter in built.named_parameters():
+        for parameter in built.parameters():
             if not parameter.any():
-                parameter.copy_(torch.randn(parameter.shape, generator=name_generator(0, name)) * NOISE)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * NOISE)
     return built.to(setting.device).eval()
 
 
@@ -109,6 +115,7 @@ def decode(
     *,
     rule: HaltingRule | None = None,
     compiled: bool = False,
+    loops: int | None = None,
     tokens: int | None = None,
 ) -> Generation:
     """Generate greedily after the prompts."""
@@ -119,6 +126,7 @@ def decode(
             prompts(setting),
             count,
             sampling=Sampling(temperature=0),
+            loops=loops,
             halting=rule,
             compiled=compiled,
         )

@@ -52,7 +52,8 @@ def attention(
     expected = references.with_gradients(references.attention, doubles(inputs), upstream.double(), [visible])
     measured = references.with_gradients(model_attention.attend, there, upstream.to(setting.device), [context])
     if documents is not None:  # the active rows of a loop are a prefix
-        measured.append(model_attention.attend(*(tensor[:1] for tensor in there), context.first_rows(1)))
+        query, key, value = (tensor[:1] for tensor in there)
+        measured.append(model_attention.attend(query, key, value, context.first_rows(1)))
         expected.append(expected[0][:1])
 
     if isinstance(context.mask, BlockMask):
@@ -148,7 +149,7 @@ def _norm(setting: Setting, dtype: str, autocast: AbstractContextManager[Any]) -
     with autocast:
         output = norm(leaf)
     output.backward(upstream.to(setting.device, output.dtype))
-    return compared([output, leaf.grad, norm.weight.grad], expected, dtype)
+    return compared([output.detach(), *references.gradients([leaf, norm.weight])], expected, dtype)
 
 
 def _gated(setting: Setting, dtype: str, autocast: AbstractContextManager[Any]) -> Result:
@@ -176,9 +177,7 @@ def _loss(setting: Setting, dtype: str, autocast: AbstractContextManager[Any]) -
     expected = references.with_gradients(references.cross_entropy, doubles([hidden, weight]), None, [targets])
     there = [tensor.to(setting.device) for tensor in (hidden, weight)]
     with autocast:
-        measured = references.with_gradients(
-            model_loss.summed_cross_entropy, there, None, [targets.to(setting.device)]
-        )
+        measured = references.with_gradients(model_loss.summed_cross_entropy, there, None, [targets.to(setting.device)])
     return compared(measured, expected, dtype)
 
 

@@ -6,7 +6,7 @@ It reads config.yaml in the folder and writes RANK.json.
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mythos.config import Config, load_config
+from mythos.depth import DepthSchedule
 from mythos.gpu_check import traces
 from mythos.gpu_check.runs import next_step
 from mythos.trainer import Trainer
@@ -28,8 +29,8 @@ class Taken:
 
     losses: list[float]
     norms: list[float]
-    gathers: int = 0
-    """All-gathers of the last step."""
+    gathers: dict[str, int] = field(default_factory=dict)
+    """All-gathers of a step, by its loops."""
     sending: float = 0.0
     """Microseconds of NCCL's kernels in a step; 0 where there was no profile."""
     hidden: float = 0.0
@@ -49,23 +50,28 @@ class Gathers(TorchDispatchMode):
 
 
 def take_steps(config: Config, profiled: bool = False) -> Taken:
-    """Train for a few steps as a run does."""
+    """Train for a few steps as a run does; then profile one, or take one of half as many loops."""
     trainer = Trainer(config)
     taken = Taken([], [])
     try:
-        for step in range(STEPS):
-            if profiled and step == STEPS - 1:
-                torch.cuda.synchronize()
-                with profile(activities=[ProfilerActivity.CUDA]) as trace:
-                    result = next_step(trainer)
-                    torch.cuda.synchronize()
-                taken.sending, taken.hidden = traces.overlap(traces.kernels(trace.events()))
-            else:
-                with Gathers() as counter:
-                    result = next_step(trainer)
-                taken.gathers = counter.count
+        for _ in range(STEPS):
+            with Gathers() as counter:
+                result = next_step(trainer)
+            taken.gathers[f"{config.depth_mean:g}"] = counter.count
             taken.losses.append(result.loss.item())
             taken.norms.append(result.grad_norm.item())
+        if profiled:
+            torch.cuda.synchronize()
+            with profile(activities=[ProfilerActivity.CUDA]) as trace:
+                next_step(trainer)
+                torch.cuda.synchronize()
+            taken.sending, taken.hidden = traces.overlap(traces.kernels(trace.events()))
+        else:
+            depth = config.depth.model_copy(update={"mean": config.depth_mean / 2})
+            trainer.schedule = DepthSchedule(config.model_copy(update={"depth": depth}))
+            with Gathers() as counter:
+                next_step(trainer)
+            taken.gathers[f"{config.depth_mean / 2:g}"] = counter.count
     finally:
         trainer.resources.close()
     trainer.world.leave()

@@ -9,13 +9,12 @@ import sys
 import time
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from mythos.config import Config, save_config
-from mythos.gpu_check.rank import Taken, take_steps
+from mythos.gpu_check.rank import STEPS, Taken, take_steps
 from mythos.gpu_check.result import Result, Setting, judged, not_run
 from mythos.gpu_check.runs import task_run
 
@@ -37,7 +36,7 @@ def parity(setting: Setting, *, mode: str) -> Iterator[Result]:
     if size == 1:
         yield not_run("one GPU")
         return
-    measured = launched(setting, mode, 4)[0]
+    measured = launched(setting, mode)[0]
     expected = alone(setting)
     pairs = [*zip(measured.losses, expected.losses, strict=True), *zip(measured.norms, expected.norms, strict=True)]
     error = max(abs(a - b) / abs(b) for a, b in pairs)
@@ -49,8 +48,8 @@ def gathers(setting: Setting) -> Iterator[Result]:
     if size_of(setting) == 1:
         yield not_run("one GPU")
         return
-    counts = [launched(setting, "fsdp", loops)[0].gathers for loops in (2, 4)]
-    yield judged(counts[0] == counts[1] > 0, f"{counts[0]} at 2 loops, {counts[1]} at 4")
+    counts = launched(setting, "fsdp")[0].gathers
+    yield judged(counts["2"] == counts["4"] > 0, f"{counts['2']} at 2 loops, {counts['4']} at 4")
 
 
 def overlap(setting: Setting) -> Iterator[Result]:
@@ -61,7 +60,7 @@ def overlap(setting: Setting) -> Iterator[Result]:
     if not setting.cuda:
         yield not_run("only GPUs communicate while they compute")
         return
-    everyone = launched(setting, "fsdp", 4, "mythos_small")
+    everyone = launched(setting, "fsdp", "mythos_small")
     shares = [taken.hidden / taken.sending for taken in everyone if taken.sending]
     if not shares:
         raise RuntimeError("the profiler saw no kernel of NCCL")
@@ -69,15 +68,15 @@ def overlap(setting: Setting) -> Iterator[Result]:
     yield judged(True, f"{min(shares):.0%} of {sending:.1f} ms a step, mythos_small on {len(everyone)} GPUs")
 
 
-def config_of(setting: Setting, name: str, mode: str, loops: int, preset: str = "") -> Config:
+def config_of(setting: Setting, name: str, mode: str, preset: str = "") -> Config:
     """A run in a folder that is empty, of the same batches for every number of processes."""
-    folder = setting.out / "runs" / name
+    folder = setting.scratch / name
     shutil.rmtree(folder, ignore_errors=True)
     changes: dict[str, Any] = {
-        "train__steps": 3,
+        "train__steps": STEPS + 1,
         "train__micro_batch": 2,
         "train__global_batch": 8,
-        "depth__mean": loops,
+        "depth__mean": 4,
         "depth__sampling": "fixed",
         "parallel__mode": mode,
         "parallel__start_timeout": SECONDS,
@@ -96,18 +95,18 @@ def config_of(setting: Setting, name: str, mode: str, loops: int, preset: str = 
 @cache
 def alone(setting: Setting) -> Taken:
     """What one process, this one, comes to."""
-    return take_steps(config_of(setting, "alone", "single", 4))
+    return take_steps(config_of(setting, "alone", "single"))
 
 
 @cache
-def launched(setting: Setting, mode: str, loops: int, preset: str = "") -> list[Taken]:
+def launched(setting: Setting, mode: str, preset: str = "") -> list[Taken]:
     """What each of several processes comes to.
 
     Raises RuntimeError, with the last lines of the one that failed first, where they do not all end well.
     """
-    name, size = f"{mode}-{loops}{preset}", size_of(setting)
-    config = config_of(setting, name, mode, loops, preset)
-    folder = setting.out / "stages" / name
+    name, size = f"{mode}{preset}", size_of(setting)
+    config = config_of(setting, name, mode, preset)
+    folder = setting.scratch / f"{name}-ranks"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     save_config(config, folder / "config.yaml")
@@ -140,7 +139,9 @@ def launched(setting: Setting, mode: str, loops: int, preset: str = "") -> list[
         rank = next((rank for rank, code in enumerate(codes) if code), codes.index(None) if None in codes else 0)
         lines = (folder / f"{rank}.log").read_text(errors="replace").strip().splitlines()
         why = f"ended with {codes[rank]}" if codes[rank] is not None else f"did not end within {SECONDS:g} s"
-        raise RuntimeError(f"rank {rank} of {size} {why}: {lines[-1] if lines else 'it printed nothing'}\n" + "\n".join(lines[-30:]))
+        raise RuntimeError(
+            f"rank {rank} of {size} {why}: {lines[-1] if lines else 'it printed nothing'}\n" + "\n".join(lines[-30:])
+        )
     return [Taken(**json.loads((folder / f"{rank}.json").read_text())) for rank in range(size)]
 
 

@@ -59,7 +59,12 @@ def with_gradients(
     output = function(*leaves, *others)
     gradient = torch.ones_like(output) if upstream is None else upstream.to(output.device, output.dtype)
     output.backward(gradient)
-    return [output.detach(), *(leaf.grad for leaf in leaves)]
+    return [output.detach(), *gradients(leaves)]
+
+
+def gradients(leaves: Sequence[Tensor]) -> list[Tensor]:
+    """The gradient of each; zeros where it got none."""
+    return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
 
 
 def errors(measured: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:

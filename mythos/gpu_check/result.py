@@ -7,6 +7,11 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 if TYPE_CHECKING:
     import torch
 
+SCRATCH = "gpu-check-files"
+"""Folder in the report's for runs and whatever else a check writes."""
+RATES = "rates.json"
+PROFILE = "profile.txt"
+
 Verdict = Literal["ok", "off", "failed", "not run"]
 
 
@@ -35,9 +40,14 @@ class Setting:
 
     device: "torch.device"
     out: Path
-    """Folder of the report, and of whatever else a check writes."""
+    """Folder of the report."""
     deadline: float
     """Seconds of `time.time()` by which the stage should end."""
+
+    @property
+    def scratch(self) -> Path:
+        """Folder for runs and other files."""
+        return self.out / SCRATCH
 
     @property
     def cuda(self) -> bool:

@@ -1,4 +1,4 @@
-"""Runs the stages, each in a process of its own under a limit of time, and reports every check of every stage."""
+"""Runs the checks in processes of their own, which may die or hang, and reports every one of them."""
 
 import contextlib
 import json
@@ -7,26 +7,28 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from mythos.gpu_check.catalog import Check, Stage
+from mythos.gpu_check.catalog import Check, Stage, Task
 from mythos.gpu_check.report import Line, Report
+from mythos.gpu_check.result import PROFILE, RATES, SCRATCH
 from mythos.gpu_check.stage import CONTEXT_LOST, OUT_OF_TIME
 
 CATALOG = "mythos.gpu_check.catalog"
 GRACE = 60.0
-"""Seconds past its time after which a task that is not done is ended."""
+"""Seconds that a task may go on when all time is over."""
 PATIENCE = 6.0
 """A task that takes so many times what it should, and at least GRACE, hangs."""
+START_SECONDS = 300.0
+"""Longest that a process may import packages and start the GPU: disks of clusters may be cold."""
 PRINTED_LINES = 40
 """Lines of what a process printed that go into the report where it dies."""
 
 
 class Runner:
-    """Runs stages and fills a report.
+    """Runs all tasks and fills a report.
 
     Args:
         report: what is filled.
@@ -34,6 +36,8 @@ class Runner:
         catalog: name of the module that has STAGES.
         grace: see GRACE.
         patience: see PATIENCE.
+
+    Raises OSError where the report's folder cannot be written.
     """
 
     def __init__(
@@ -49,44 +53,34 @@ class Runner:
         self.end = time.time() + 60 * minutes
         self.catalog = catalog
         self.grace, self.patience = grace, patience
-        self.folder = report.folder / "stages"
-        self.folder.mkdir(exist_ok=True)
-
-    def run(self) -> None:
-        """Run all stages."""
-        stages: Sequence[Stage] = import_module(self.catalog).STAGES
-        for place, stage in enumerate(stages):
-            left = max(0.0, self.end - time.time())
-            share = stage.share / sum(later.share for later in stages[place:])
-            StageRun(self, stage, time.time() + left * share).run()
-
-
-class StageRun:
-    """One stage: processes, one after another, until every task has its lines."""
-
-    def __init__(self, runner: Runner, stage: Stage, deadline: float) -> None:
-        self.runner, self.stage, self.deadline = runner, stage, deadline
+        stages: tuple[Stage, ...] = import_module(catalog).STAGES
+        self.tasks: list[tuple[Stage, Task]] = [(stage, task) for stage in stages for task in stage.tasks]
         self.task = -1
         """Number of the task that runs, or ran last; -1 before the first."""
         self.given = 0
         """Its checks that have lines."""
         self.begun = time.time()
         self.device = ""
-        self.events, self.log = (runner.folder / f"{stage.name}.{end}" for end in ("jsonl", "log"))
+        folder = report.folder / SCRATCH
+        folder.mkdir(exist_ok=True)
+        self.events, self.log = folder / "events.jsonl", folder / "log.txt"
+        # What an earlier call left is not added to.
         for path in (self.events, self.log):
+            path.write_text("")
+        for path in (report.folder / PROFILE, folder / RATES):
             path.unlink(missing_ok=True)
         self.read = 0
 
     def run(self) -> None:
-        """Run the tasks. A process that dies or hangs costs the task that it was at; another one goes on with the next."""
+        """Run the tasks. A process that dies or hangs costs the task it was at; another one goes on with the next."""
         first = 0
-        while first < len(self.stage.tasks):
-            how = self.process(first) if time.time() < self.deadline else f"{OUT_OF_TIME}, give more --minutes"
+        while first < len(self.tasks):
+            how = self.process(first) if time.time() < self.end else f"{OUT_OF_TIME}, give more --minutes"
             if self.task < first:
                 # It began nothing, so the next one would not either.
-                for self.task in range(first, len(self.stage.tasks)):
-                    self.given = 0
-                    self.give_up(how)
+                for number in range(first, len(self.tasks)):
+                    self.task, self.given = number, 0
+                    self.give_up(how, detailed=number == first)
                 return
             self.give_up(how)
             first = self.task + 1
@@ -94,23 +88,24 @@ class StageRun:
     @property
     def checks(self) -> tuple[Check, ...]:
         """Checks of the task that runs."""
-        return self.stage.tasks[self.task].checks if self.task >= 0 else ()
+        return self.tasks[self.task][1].checks
 
-    def give_up(self, reason: str) -> None:
+    def give_up(self, reason: str, detailed: bool = True) -> None:
         """Report what the task that runs has not given."""
         verdict = "not run" if reason.startswith(OUT_OF_TIME) else "failed"
+        detail = self.printed() if detailed and verdict == "failed" else ""
         while self.given < len(self.checks):
-            self.add({"verdict": verdict, "measured": reason, "detail": self.printed() if verdict == "failed" else ""})
+            self.add({"verdict": verdict, "measured": reason, "detail": detail})
 
     def process(self, first: int) -> str:
-        """Run the tasks from number `first` on in a process; returns how it ended, for the tasks that it has not done."""
-        command = [sys.executable, "-m", "mythos.gpu_check.stage", self.stage.name]
-        command += ["--catalog", self.runner.catalog, "--out", str(self.runner.report.folder)]
-        command += ["--events", str(self.events), "--first", str(first), "--deadline", str(self.deadline)]
+        """Run tasks from number `first` on in a process; returns how it ended, for the tasks that it has not done."""
+        command = [sys.executable, "-m", "mythos.gpu_check.stage", "--catalog", self.catalog]
+        command += ["--out", str(self.report.folder), "--events", str(self.events)]
+        command += ["--first", str(first), "--end", str(self.end)]
         self.begun = time.time()
         with self.log.open("a", encoding="utf-8") as log:
-            # A group of its own, so that the processes that it starts end with it.
             try:
+                # A session of its own, so that the processes that it starts end with it.
                 child = subprocess.Popen(command, stdout=log, stderr=log, env=environment(), start_new_session=True)
             except OSError as error:
                 return f"no process can be started: {error}"
@@ -118,7 +113,7 @@ class StageRun:
                 while child.poll() is None:
                     time.sleep(0.1)
                     self.take_events()
-                    if reason := self.overdue():
+                    if reason := self.overdue(first):
                         end(child)
                         self.take_events()
                         return reason
@@ -133,20 +128,20 @@ class StageRun:
             return f"the process died by {name}{hint}"
         return f"the process ended with status {child.returncode}"
 
-    def overdue(self) -> str:
-        """Why the task that runs must end now; "" if it need not."""
-        now, runner = time.time(), self.runner
+    def overdue(self, first: int) -> str:
+        """Why the process must end now; "" if it need not."""
+        now = time.time()
         ran = now - self.begun
-        seconds = self.stage.tasks[max(self.task, 0)].seconds
-        if ran > max(runner.grace, runner.patience * seconds):
+        seconds = self.tasks[self.task][1].seconds if self.task >= first else START_SECONDS / self.patience
+        if ran > max(self.grace, self.patience * seconds):
             return f"it hangs: ended after {ran:.0f} s, where about {seconds:g} were expected"
-        if now > runner.end + runner.grace:
+        if now > self.end + self.grace:
             return f"{OUT_OF_TIME}: ended after {ran:.0f} s, give more --minutes"
         return ""
 
     def take_events(self) -> None:
         """Report what the process has told since last time."""
-        text = self.events.read_bytes()[self.read :] if self.events.exists() else b""
+        text = self.events.read_bytes()[self.read :]
         whole = text[: text.rfind(b"\n") + 1]
         self.read += len(whole)
         for row in whole.splitlines():
@@ -159,26 +154,14 @@ class StageRun:
 
     def add(self, event: dict[str, Any]) -> None:
         """Report the next check of the task that runs."""
-        check = self.checks[self.given]
+        check, stage = self.checks[self.given], self.tasks[self.task][0].name
         self.given += 1
-        self.runner.report.add(
-            Line(
-                self.stage.name,
-                check.name,
-                check.expected,
-                event["measured"],
-                event["verdict"],
-                self.device,
-                event["detail"],
-            )
-        )
+        found = (event["measured"], event["verdict"], self.device, event["detail"])
+        self.report.add(Line(stage, check.name, check.expected, *found))
 
     def printed(self) -> str:
-        """The last lines that the processes of this stage printed."""
-        if not self.log.exists():
-            return ""
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        return "\n".join(lines[-PRINTED_LINES:])
+        """The last lines that the processes printed."""
+        return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-PRINTED_LINES:])
 
 
 def environment() -> dict[str, str]:

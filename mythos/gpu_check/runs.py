@@ -105,7 +105,7 @@ def task_run(setting: Setting, folder: Path, **changes: Any) -> Config:
         },
         "depth": {"mean": 4, "backprop": 2},
         "optim": {"warmup": 0.0, "lr": 1e-3},
-        "train": {"global_batch": 32, "micro_batch": 8, "dtype": "float32", "device": setting.device.type},
+        "train": {"global_batch": 32, "micro_batch": 16, "dtype": "float32", "device": setting.device.type},
         "eval": {"every": 0, "batches": 2, "loops": [1, 4], "samples": 0},
         "checkpoint": {"every": 0},
         "log": {"every": 1},

@@ -3,7 +3,6 @@
 import json
 import statistics
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -12,7 +11,7 @@ from mythos.benchmarks.steps import Steps
 from mythos.benchmarks.timing import timed
 from mythos.gpu_check import traces
 from mythos.gpu_check.catalog import MICRO_BATCHES
-from mythos.gpu_check.result import Result, Setting, judged, not_run
+from mythos.gpu_check.result import PROFILE, RATES, Result, Setting, judged, not_run
 from mythos.gpu_check.runs import planned_bytes, seconds_left, steps_of, too_large
 from mythos.metrics import peak_flops
 
@@ -47,7 +46,7 @@ def throughput(setting: Setting, *, preset: str, rows: int, compiled: bool) -> I
 
 def remember(setting: Setting, name: str, rate: float) -> dict[str, float]:
     """Rates so far, this one included: in a file, because a process may have died since."""
-    path: Path = setting.out / "stages" / "rates.json"
+    path = setting.scratch / RATES
     path.parent.mkdir(exist_ok=True)
     rates = json.loads(path.read_text()) if path.exists() else {}
     rates[name] = rate
@@ -61,7 +60,8 @@ def shares(setting: Setting, *, preset: str, compiled: bool) -> Iterator[Result]
     if refused := too_large(setting, planned_bytes(config)[0]):
         yield from [refused] * 4
         return
-    activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * setting.cuda]
+    # Of the CPU's calls too, the trace would slow the launches down, and make gaps of its own.
+    activities = [ProfilerActivity.CUDA if setting.cuda else ProfilerActivity.CPU]
     with Steps(config) as steps:
         for _ in range(WARM_UP if setting.cuda else 1):
             steps()
@@ -73,7 +73,7 @@ def shares(setting: Setting, *, preset: str, compiled: bool) -> Iterator[Result]
     averages = trace.key_averages()
     by = "self_device_time_total" if setting.cuda else "self_cpu_time_total"
     table = averages.table(sort_by=by, row_limit=ROWS_OF_TABLE, max_name_column_width=90)
-    with (setting.out / "profile.txt").open("a", encoding="utf-8") as file:
+    with (setting.out / PROFILE).open("a", encoding="utf-8") as file:
         file.write(f"{preset}, {'compiled' if compiled else 'eager'}, {setting.device.type}\n{table}\n\n")
 
     if setting.cuda:

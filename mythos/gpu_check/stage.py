@@ -1,8 +1,8 @@
-"""The process of one stage: `python -m mythos.gpu_check.stage NAME`, started by `runner`.
+"""The process that makes the checks: `python -m mythos.gpu_check.stage`, started by `runner`.
 
 It appends a JSON object a line to a file: {"task": 3} when a task begins, then one with `verdict` and `measured` for
-each of its checks. A GPU whose context an illegal memory access has destroyed answers nothing more, so the process then
-ends, and `runner` starts another one with the next task.
+each of its checks. On a GPU it ends with the stage, so that the next one finds clean memory and compilers; and where an
+illegal memory access has destroyed the GPU's context, which answers nothing more. `runner` then starts another one.
 """
 
 import argparse
@@ -26,29 +26,38 @@ OUT_OF_TIME = "out of time"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the tasks of a stage from number `--first` on."""
+    """Run tasks from number `--first` on, counted over all stages."""
     parser = argparse.ArgumentParser(prog="python -m mythos.gpu_check.stage", description=__doc__)
-    parser.add_argument("name")
     parser.add_argument("--catalog", required=True, help="module that has STAGES")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--events", type=Path, required=True, help="file to append to")
     parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--deadline", type=float, required=True, help="seconds of time.time()")
+    parser.add_argument("--end", type=float, required=True, help="of all stages, seconds of time.time()")
     options = parser.parse_args(arguments)
     stages: tuple[Stage, ...] = import_module(options.catalog).STAGES
-    tasks = next(stage.tasks for stage in stages if stage.name == options.name)
+    device = prepare()
     with options.events.open("a", encoding="utf-8") as file:
 
         def tell(event: dict[str, Any]) -> None:
             file.write(json.dumps(event) + "\n")
             file.flush()
 
-        setting = Setting(prepare(), options.out, options.deadline)
-        for number, task in list(enumerate(tasks))[options.first :]:
-            tell({"task": number, "device": setting.device.type, "time": time.time()})
-            lost = perform(setting, task, tell)
-            if lost:
-                return CONTEXT_LOST
+        number = 0
+        for place, stage in enumerate(stages):
+            tasks = [(number + index, task) for index, task in enumerate(stage.tasks)]
+            number += len(tasks)
+            tasks = [(index, task) for index, task in tasks if index >= options.first]
+            if not tasks:
+                continue
+            share = stage.share * len(tasks) / len(stage.tasks)
+            share /= share + sum(later.share for later in stages[place + 1 :])
+            setting = Setting(device, options.out, time.time() + share * max(0.0, options.end - time.time()))
+            for index, task in tasks:
+                tell({"task": index, "device": device.type})
+                if perform(setting, task, tell):
+                    return CONTEXT_LOST
+            if setting.cuda:
+                break
     return 0
 
 
@@ -58,6 +67,8 @@ def prepare() -> Any:
 
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", 0) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
     # TF32 would round float32's factors to 10 bits.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if not cuda:
@@ -82,7 +93,7 @@ def perform(setting: Setting, task: Task, tell: Callable[[dict[str, Any]], None]
                 give(result)
         if given < len(task.checks):
             raise RuntimeError(f"the check gave {given} results of {len(task.checks)}")
-    except Exception as error:
+    except BaseException as error:  # torch's checkpoints raise some that are no Exception
         told, detail = problem(error), traceback.format_exc()
         while given < len(task.checks):
             give(Result("failed", told), detail)
@@ -93,6 +104,9 @@ def perform(setting: Setting, task: Task, tell: Callable[[dict[str, Any]], None]
 
 def results(setting: Setting, task: Task) -> Iterator[Result]:
     """What a task yields; that there is no time for it, where there is not."""
+    if not (setting.cuda or task.on_cpu):
+        yield from (not_run("at tiny size on a CPU, one of a kind is run") for _ in task.checks)
+        return
     # On a CPU all is tiny and takes seconds.
     needed = task.seconds if setting.cuda else min(task.seconds, 5.0)
     if setting.deadline - time.time() < needed:
@@ -105,7 +119,7 @@ def results(setting: Setting, task: Task) -> Iterator[Result]:
     yield from run(setting, **task.arguments)
 
 
-def problem(error: Exception) -> str:
+def problem(error: BaseException) -> str:
     """An error in words."""
     kind = type(error).__name__
     return f"out of memory: {error}" if kind == "OutOfMemoryError" else f"{kind}: {error}" if str(error) else kind

@@ -1,5 +1,6 @@
-"""A training step as a whole: does it wait for the device, and how often is it compiled?"""
+"""A training step as a whole: whether it waits for the device, and how often it is compiled."""
 
+import shutil
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,7 +49,9 @@ def waits(setting: Setting, *, preset: str) -> Iterator[Result]:
 def where(error: BaseException) -> tuple[str, bool]:
     """The innermost line of mythos that an error came from, and whether it came by way of the experts' products."""
     folder = Path(mythos.__file__).parent
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(folder)]
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(folder)
+    ]
     if not frames:
         return "an unknown place", False
     last = frames[-1]
@@ -61,8 +64,10 @@ def recompiles(setting: Setting) -> Iterator[Result]:
     steps = RECOMPILE_STEPS if setting.cuda else 8
     torch._dynamo.reset()
     counters.clear()
-    config = task_run(setting, setting.out / "runs" / "recompiles", train__compile=True, train__steps=steps)
-    trainer = Trainer(config.model_copy(update={"run": config.run.model_copy(update={"resume": "never"})}))
+    folder = setting.scratch / "recompiles"
+    shutil.rmtree(folder, ignore_errors=True)
+    config = task_run(setting, folder, train__compile=True, train__steps=steps)
+    trainer = Trainer(config)
     seen = last = 0
     try:
         for step in range(1, steps + 1):

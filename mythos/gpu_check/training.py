@@ -48,7 +48,7 @@ def resumed(setting: Setting) -> Iterator[Result]:
     expected = losses(setting, setting.device.type, "float32")
     config = run_of(setting, "killed", setting.device.type, "float32", every=steps // 4)
     # Resumed here, and begun in a process of its own, which can be killed.
-    kill_at(config, setting.out / "runs" / "killed.yaml", steps // 2)
+    kill_at(config, setting.scratch / "killed.yaml", steps // 2)
     run(config)
     records = read_metrics(config.run_dir / "metrics.jsonl")
     starts = [record["resumed_from"] for record in records if "resumed_from" in record]
@@ -95,12 +95,12 @@ def asynchronous_save(setting: Setting) -> Iterator[Result]:
 
 def steps_in(setting: Setting) -> int:
     """Steps of a run."""
-    return TRAINING_STEPS if setting.cuda else 24
+    return TRAINING_STEPS if setting.cuda else 12
 
 
 def run_of(setting: Setting, name: str, device: str, dtype: str, every: int = 0) -> Config:
     """The configuration of a run in a folder that is empty."""
-    folder = setting.out / "runs" / name
+    folder = setting.scratch / name
     shutil.rmtree(folder, ignore_errors=True)
     return task_run(
         setting,
@@ -158,7 +158,8 @@ def close(
     early = max(abs(a - b) / abs(b) for a, b in zip(measured[:first], expected[:first], strict=True))
     ends = [statistics.fmean(curve[-last:]) for curve in (measured, expected)]
     late = abs(ends[0] - ends[1]) / ends[1]
-    told = f"first {min(first, len(measured))} within {early:.1e}, last {last} {ends[0]:.4f} and {ends[1]:.4f} ({late:.1e})"
+    told = f"first {min(first, len(measured))} within {early:.1e}, mean of the last {last} within {late:.1e}"
+    told += f" ({ends[0]:.4f} and {ends[1]:.4f})"
     return judged(early <= each and late <= mean, told)
 
 
