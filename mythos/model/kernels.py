@@ -73,6 +73,16 @@ def _compiled_flex_attention() -> Callable[..., Tensor]:
     return torch.compile(flex_attention)
 
 
+def fused(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """An elementwise function as it is called on a device: one kernel on a GPU, torch's operations elsewhere."""
+    return _compiled(function) if device.type == "cuda" else function
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=True)
+
+
 @torch.compiler.assume_constant_result  # asked when a block is compiled, not in it
 def takes_widths(device: torch.device, dtype: torch.dtype, dim: int, value_dim: int) -> bool:
     """Whether SDPA trains by flash or cuDNN with keys `dim` and values `value_dim` wide; if not, one is padded."""

@@ -115,11 +115,13 @@ class Linear(nn.Module):
     def __init__(self, in_features: int, out_features: int, init: Initializer | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.in_pass: Tensor | None = None
+        """The weight as a pass of the loop uses it, while that runs (`Recurrence.run`)."""
         self.initializers = {"weight": init or truncated_normal(in_features)}
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features), in the autocast type."""
-        return linear(x, self.weight)
+        return linear(x, self.weight if self.in_pass is None else self.in_pass)
 
 
 class RMSNorm(nn.Module):
