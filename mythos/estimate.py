@@ -221,7 +221,8 @@ def _fake(config: ModelConfig, step: Step) -> Iterator[RecurrentDepthTransformer
                     stack.enter_context(patch.object(kernels, choice, lambda *_: False))
             stack.enter_context(FakeTensorMode())
             model = RecurrentDepthTransformer(config)
-            prepare_model(Config(parallel=ParallelConfig(activation_checkpointing=step.checkpointing)), model)
+            parallel = ParallelConfig(activation_checkpointing=step.checkpointing)
+            prepare_model(Config(parallel=parallel), model, torch.device("cpu"))
             if not step.shared:
                 model.recurrence.share_weights = False
             if step.gathered:

@@ -192,7 +192,7 @@ def parallelize(config: Config, model: RecurrentDepthTransformer, layout: Layout
 
     The values are a function of (seed, parameter name), whatever the layout.
     """
-    prepare_model(config, model)
+    prepare_model(config, model, world.device)
     dtype = choose_dtype(config.train.dtype, world.device)
     if layout.sharded:
         mesh = build_mesh(layout, world.device.type)
@@ -249,14 +249,29 @@ def choose_micro_batch(config: Config, parallel: ParallelModel) -> int:
     return min(world.ranks.gather(fitting))
 
 
-def prepare_model(config: Config, model: RecurrentDepthTransformer) -> None:
+def prepare_model(config: Config, model: RecurrentDepthTransformer, device: torch.device) -> None:
     """Apply parallel.activation_checkpointing and train.compile, in that order."""
-    model.recurrence.checkpointing = config.parallel.activation_checkpointing
-    if config.train.compile:
-        # All blocks share this limit, and each shape of a growing prefix of rows counts: beyond it they run uncompiled.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
-        for block in (*model.prelude, *model.recurrence.blocks, *model.coda):
-            block.compile()
+    recurrence = model.recurrence
+    recurrence.checkpointing = config.parallel.activation_checkpointing
+    if not compiles(config, device):
+        return
+    # Growing prefixes of rows, passes without gradient and validation each take graphs of their own, and all blocks of
+    # prelude and coda share one limit.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
+    # Past the limit torch would run what was compiled operation by operation, and say so in a log line at most.
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    # Under DDP torch would cut graphs where its buckets end, so that these are sent early. But a loop's gradients are
+    # complete only after its first pass, and graphs that hold attention to documents cannot be cut.
+    torch._dynamo.config.optimize_ddp = False
+    # FSDP2 that gathers every block for itself has hooks around them, which no graph can hold.
+    looped = list(recurrence.blocks) if config.parallel.wrap == "block" else [recurrence]
+    for part in (*model.prelude, *looped, *model.coda):
+        part.compile()
+
+
+def compiles(config: Config, device: torch.device) -> bool:
+    """Whether train.compile means that the model is compiled on this device."""
+    return device.type == "cuda" if config.train.compile == "auto" else config.train.compile
 
 
 def build_mesh(layout: Layout, device_type: str) -> DeviceMesh:

@@ -354,11 +354,14 @@ def train_experts_backward(
     trained: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x and gates, and a zero for the link: by it the weights' gradient is taken after all loops'."""
-    # A copy of x: the graph reuses the memory of what it holds, and the weights' gradient is formed later.
-    gradient = _GRADIENTS[int(number)] if trained else None
-    of_x, of_gates = _backward(
-        of_y, x.clone() if trained else x, gates, experts, order, place, projected, gate_up, down, gradient
-    )
+    gradient = None
+    if trained:
+        # Copies of what is kept: the graph reuses the memory of its tensors, and the weights' gradient comes later.
+        gradient = _GRADIENTS[int(number)]
+        of_y, kept_x, experts = of_y.to(x.dtype, copy=True), x.clone(), experts.clone()
+    else:
+        kept_x = x
+    of_x, of_gates = _backward(of_y, kept_x, gates, experts, order, place, projected, gate_up, down, gradient)
     return of_x.to(x.dtype), of_gates, of_gates.new_zeros(())
 
 

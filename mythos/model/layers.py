@@ -147,7 +147,7 @@ class RMSNorm(nn.Module):
     def normed(self, x: Tensor) -> Tensor:
         """The same, without a mark."""
         dtype = autocast_dtype(x) if self.cast else torch.float32
-        if x.is_cuda:
+        if x.is_cuda or torch.compiler.is_compiling():
             return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(dtype)
         if not torch.is_grad_enabled():
             norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
