@@ -264,10 +264,8 @@ def _gating_backward(of_activation: Tensor, projected: Tensor, weight: Tensor) -
     of_weight = (of_activation.float() * activation).sum(1)
     weight = weight.to(projected.dtype)
     of_activation = of_activation * weight
-    of_gate_up = torch.empty_like(projected)
-    of_gate_up[:, : gate.shape[1]] = torch.ops.aten.silu_backward(of_activation * up, gate)
-    of_gate_up[:, gate.shape[1] :] = of_activation * swish
-    return of_gate_up, activation.mul_(weight), of_weight
+    of_gate_up = torch.cat((torch.ops.aten.silu_backward(of_activation * up, gate), of_activation * swish), dim=1)
+    return of_gate_up, activation * weight, of_weight
 
 
 def _sorted_products(

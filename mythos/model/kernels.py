@@ -80,7 +80,7 @@ def fused(function: Callable[..., Any], device: torch.device) -> Callable[..., A
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=True)
+    return torch.compile(function)
 
 
 @torch.compiler.assume_constant_result  # asked when a block is compiled, not in it
