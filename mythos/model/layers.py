@@ -54,7 +54,7 @@ def truncated_normal(fan_in: int) -> Initializer:
 
     def fill(weight: Tensor, generator: np.random.Generator) -> None:
         # By the inverse distribution function: 5 times as fast as nn.init.trunc_normal_, which draws until all fit.
-        generator.random(out=weight.numpy(), dtype=np.float32)
+        generator.random(out=weight.detach().numpy(), dtype=np.float32)
         # Draws are multiples of 2^-24 from 0 to 1 - 2^-24; half a step more makes them symmetric.
         weight.add_(2**-25 - 0.5).mul_(2 * within).erfinv_().mul_(sqrt(2) * std)
 
