@@ -172,7 +172,7 @@ def recomputed_flops(config: ModelConfig, length: int, checkpointing: str) -> fl
 
 def _trace_memory(config: ModelConfig, step: Step, forward: bool = False) -> int:
     """Bytes at the peak of a step, or those that its forward pass leaves."""
-    with _fake(config, step) as model:
+    with fake_model(config, step) as model:
         weights = [*model.parameters(), *model.buffers()]
         if step.accumulating and not step.gathered:
             for parameter in model.parameters():
@@ -180,7 +180,7 @@ def _trace_memory(config: ModelConfig, step: Step, forward: bool = False) -> int
                 weights.append(parameter.grad)
         shapes = {shape for p in model.parameters() for shape in (p.shape, p.shape[::-1])}
         with Ledger(weights, shapes) as ledger:
-            objective = _forward(model, step)
+            objective = run_forward(model, step)
             if forward:
                 return ledger.live
             ledger.collecting = step.checkpointing != "none"
@@ -194,16 +194,16 @@ def _trace_memory(config: ModelConfig, step: Step, forward: bool = False) -> int
 
 def _trace_flops(config: ModelConfig, step: Step) -> int:
     with (
-        _fake(config, step) as model,
+        fake_model(config, step) as model,
         Ledger((), set()),
         FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS) as counter,
     ):
-        _forward(model, step).backward()
+        run_forward(model, step).backward()
     return counter.get_total_flops()
 
 
 @contextmanager
-def _fake(config: ModelConfig, step: Step) -> Iterator[RecurrentDepthTransformer]:
+def fake_model(config: ModelConfig, step: Step) -> Iterator[RecurrentDepthTransformer]:
     """The model made of fake tensors, as a rank holds it, and the choices of its code that depend on the device."""
     from mythos.parallel import float32_parameters, prepare_model  # which take seconds that counting does not need
 
@@ -236,7 +236,7 @@ def _fake(config: ModelConfig, step: Step) -> Iterator[RecurrentDepthTransformer
             gc.unfreeze()
 
 
-def _forward(model: RecurrentDepthTransformer, step: Step) -> Tensor:
+def run_forward(model: RecurrentDepthTransformer, step: Step) -> Tensor:
     """The step's objective."""
     ids = torch.zeros(step.rows, step.length + 1, dtype=torch.int64)
     # The passes without gradient leave nothing behind: one of them stands for all.
