@@ -21,6 +21,7 @@ from mythos.model.halting import HaltingGate
 from mythos.model.layers import autocast_to
 from mythos.model.rdt import RDTOutput, RecurrentDepthTransformer
 from mythos.ranks import World
+from mythos.torch_compat import no_buffer_sync
 
 STATE_SHARE = 0.4
 """Share of a device's memory for weights, gradients and the optimizer's state; the rest is left to activations."""
@@ -129,9 +130,7 @@ class ParallelModel:
         if layout.mode == "ddp":
             ids = [world.device.index] if world.device.type == "cuda" else None
             # Buffers are the router's biases, which all ranks move alike.
-            self.ddp = DistributedDataParallel(
-                model, device_ids=ids, forward_sync_buffers=False, gradient_as_bucket_view=True
-            )
+            self.ddp = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **no_buffer_sync())
         parameters = list(model.parameters())
         self.shards = [p for p in parameters if isinstance(p, DTensor)]
         self.wholes = [p for p in parameters if not isinstance(p, DTensor)]
@@ -254,7 +253,7 @@ def prepare_model(config: Config, model: RecurrentDepthTransformer) -> None:
     model.recurrence.checkpointing = config.parallel.activation_checkpointing
     if config.train.compile:
         # All blocks share this limit, and each shape of a growing prefix of rows counts: beyond it they run uncompiled.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
+        torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, 128)
         for block in (*model.prelude, *model.recurrence.blocks, *model.coda):
             block.compile()
 
