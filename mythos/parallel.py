@@ -21,6 +21,7 @@ from mythos.model.halting import HaltingGate
 from mythos.model.layers import autocast_to
 from mythos.model.rdt import RDTOutput, RecurrentDepthTransformer
 from mythos.ranks import World
+from mythos.torch_compat import no_buffer_sync, prepare_compiler
 
 STATE_SHARE = 0.4
 """Share of a device's memory for weights, gradients and the optimizer's state; the rest is left to activations."""
@@ -129,9 +130,7 @@ class ParallelModel:
         if layout.mode == "ddp":
             ids = [world.device.index] if world.device.type == "cuda" else None
             # Buffers are the router's biases, which all ranks move alike.
-            self.ddp = DistributedDataParallel(
-                model, device_ids=ids, forward_sync_buffers=False, gradient_as_bucket_view=True
-            )
+            self.ddp = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **no_buffer_sync())
         parameters = list(model.parameters())
         self.shards = [p for p in parameters if isinstance(p, DTensor)]
         self.wholes = [p for p in parameters if not isinstance(p, DTensor)]
@@ -255,14 +254,7 @@ def prepare_model(config: Config, model: RecurrentDepthTransformer, device: torc
     recurrence.checkpointing = config.parallel.activation_checkpointing
     if not compiles(config, device):
         return
-    # Growing prefixes of rows, passes without gradient and validation each take graphs of their own, and all blocks of
-    # prelude and coda share one limit.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
-    # Past the limit torch would run what was compiled operation by operation, and say so in a log line at most.
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
-    # Under DDP torch would cut graphs where its buckets end, so that these are sent early. But a loop's gradients are
-    # complete only after its first pass, and graphs that hold attention to documents cannot be cut.
-    torch._dynamo.config.optimize_ddp = False
+    prepare_compiler()
     # FSDP2 that gathers every block for itself has hooks around them, which no graph can hold.
     looped = list(recurrence.blocks) if config.parallel.wrap == "block" else [recurrence]
     for part in (*model.prelude, *looped, *model.coda):

@@ -52,6 +52,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import flex_attention
 
+from mythos.torch_compat import sdpa_backend
+
 PRODUCTS_UP_TO = {torch.float32: 1024, torch.bfloat16: 4096}
 """Longest sequence whose causal attention batched products make faster than SDPA on a CPU, by type."""
 TOKEN_BYTES = 2**23
@@ -95,7 +97,7 @@ def _sdpa_backend(device: torch.device, dtype: torch.dtype, dim: int, value_dim:
         key, value = (
             torch.empty(1, 1, 128, width, device=device, dtype=dtype, requires_grad=True) for width in (dim, value_dim)
         )
-        return SDPBackend(torch._fused_sdp_choice(key, key, value, is_causal=True))
+        return sdpa_backend(key, key, value)
 
 
 @torch.compiler.assume_constant_result
