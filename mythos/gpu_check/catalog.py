@@ -145,7 +145,6 @@ def _training() -> Iterator[Task]:
         "training:against_cpu",
         [("losses against the CPU's, bfloat16", "first 10 steps within 2e-2, mean of the last 20 within 6%")],
         20,
-        on_cpu=False,
         dtype="bfloat16",
     )
     yield _task(

@@ -39,6 +39,8 @@ def kernels(events: Iterable[Any]) -> list[Span]:
 def kind(name: str) -> str:
     """What a kernel is for."""
     name = name.lower()
+    if name.startswith("triton_") and not name.startswith("triton_tem_"):
+        return "others"  # Inductor names elementwise kernels after the products that they stand beside as well
     return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "others")
 
 

@@ -21,7 +21,7 @@ from mythos.benchmarks.steps import Steps
 from mythos.benchmarks.timing import timed
 from mythos.config import Config, load_config, save_config
 from mythos.gpu_check.catalog import TRAINING_STEPS
-from mythos.gpu_check.result import Result, Setting, judged
+from mythos.gpu_check.result import Result, Setting, judged, not_run
 from mythos.gpu_check.runs import steps_of, task_run
 from mythos.metrics import read_metrics
 from mythos.trainer import Trainer
@@ -37,6 +37,9 @@ START_SECONDS = 120.0
 
 def against_cpu(setting: Setting, *, dtype: str) -> Iterator[Result]:
     """The same run on this device and, in float32, on the CPU."""
+    if not setting.cuda and dtype == "float32":
+        yield not_run("the CPU is the reference")
+        return
     expected = losses(setting, "cpu", "float32")
     measured = losses(setting, setting.device.type, dtype)
     yield close(measured, expected, *CLOSE[dtype])
