@@ -20,9 +20,9 @@ GROUPED_KERNEL = ((9, 0), (10, 0))
 """SMs on which `F.grouped_mm` is one kernel (see `mythos.model.kernels`); elsewhere it waits for the host."""
 
 
-def waits(setting: Setting, *, preset: str) -> Iterator[Result]:
+def waits(setting: Setting, *, preset: str, compiled: bool) -> Iterator[Result]:
     """Steps during which torch refuses every operation that waits for the device."""
-    with Steps(steps_of(setting, preset, 4)) as steps:
+    with Steps(steps_of(setting, preset, 4, f"train.compile={str(compiled).lower()}")) as steps:
         for _ in range(WARM_UP):
             steps()
         if not setting.cuda:
