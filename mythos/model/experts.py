@@ -316,8 +316,7 @@ def run_experts(x: Tensor, gates: Tensor, experts: Tensor, weights: ExpertWeight
 
 # The operators of a compiled graph. They do what `_RunExperts` does, which no graph can hold: its backward pass leaves
 # something behind for later. Operators take tensors alone, so they find the gradient that they add to by its number.
-@torch.library.custom_op("mythos::train_experts", mutates_args=())
-def train_experts(
+def run_in_graph(
     x: Tensor,
     gates: Tensor,
     experts: Tensor,
@@ -330,6 +329,9 @@ def train_experts(
     return _sorted_products(x, gates, experts, gate_up, down)
 
 
+train_experts = torch.library.custom_op("mythos::train_experts", run_in_graph, mutates_args=())
+
+
 @train_experts.register_fake
 def _(x: Tensor, gates: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor, link: Any, number: Any) -> Any:
     slots = experts.new_empty(experts.numel())
@@ -337,8 +339,7 @@ def _(x: Tensor, gates: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor, 
     return x.new_empty(x.shape, dtype=torch.float32), slots, torch.empty_like(slots), torch.empty_like(slots), projected
 
 
-@torch.library.custom_op("mythos::train_experts_backward", mutates_args=())
-def train_experts_backward(
+def run_backward_in_graph(
     of_y: Tensor,
     x: Tensor,
     gates: Tensor,
@@ -361,6 +362,11 @@ def train_experts_backward(
         kept_x = x
     of_x, of_gates = _backward(of_y, kept_x, gates, experts, order, place, projected, gate_up, down, gradient)
     return of_x.to(x.dtype), of_gates, of_gates.new_zeros(())
+
+
+train_experts_backward = torch.library.custom_op(
+    "mythos::train_experts_backward", run_backward_in_graph, mutates_args=()
+)
 
 
 @train_experts_backward.register_fake
