@@ -11,9 +11,6 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from mythos.config import Config, ParallelConfig
@@ -25,6 +22,14 @@ from mythos.model.attention import GATE_INPUTS, value_embedding_layers
 from mythos.model.config import ModelConfig, padded_vocab_size
 from mythos.model.moe import MixtureOfExperts
 from mythos.model.rdt import RecurrentDepthTransformer
+from mythos.torch_compat import (
+    CPU_FLASH,
+    CPU_FLASH_BACKWARD,
+    FakeTensorMode,
+    TorchDispatchMode,
+    storage_address,
+    tree_leaves,
+)
 
 
 @dataclass(frozen=True)
@@ -221,7 +226,8 @@ def fake_model(config: ModelConfig, step: Step) -> Iterator[RecurrentDepthTransf
                     stack.enter_context(patch.object(kernels, choice, lambda *_: False))
             stack.enter_context(FakeTensorMode())
             model = RecurrentDepthTransformer(config)
-            prepare_model(Config(parallel=ParallelConfig(activation_checkpointing=step.checkpointing)), model)
+            parallel = ParallelConfig(activation_checkpointing=step.checkpointing)
+            prepare_model(Config(parallel=parallel), model, torch.device("cpu"))
             if not step.shared:
                 model.recurrence.share_weights = False
             if step.gathered:
@@ -257,7 +263,7 @@ class Ledger(TorchDispatchMode):
         super().__init__()
         self.live = 0
         self.weight_shapes = weight_shapes
-        self.numbers: dict[int, int] = {tensor.untyped_storage()._cdata: -1 for tensor in known}
+        self.numbers: dict[int, int] = {storage_address(tensor): -1 for tensor in known}
         """Of the storages that live, by address."""
         self.changes: list[tuple[int, int]] = []
         """Number of a storage, and the bytes it adds (born) or takes away (dead), in order."""
@@ -288,7 +294,7 @@ class Ledger(TorchDispatchMode):
     def note(self, tensor: Tensor) -> None:
         """Count the tensor's storage, if it is new."""
         storage = tensor.untyped_storage()
-        address, size = storage._cdata, storage.nbytes()
+        address, size = storage_address(tensor), storage.nbytes()
         if address not in self.numbers:
             if self.collecting and self.live + size > self.highest:
                 gc.collect()
@@ -309,7 +315,7 @@ class Ledger(TorchDispatchMode):
 
     def peak(self, without: Sequence[Tensor] = ()) -> int:
         """Most bytes that lived at once, but for some tensors that still live."""
-        left_out = {self.numbers.get(tensor.untyped_storage()._cdata) for tensor in without}
+        left_out = {self.numbers.get(storage_address(tensor)) for tensor in without}
         now = highest = 0
         for number, size in self.changes:
             now += 0 if number in left_out else size
@@ -339,8 +345,8 @@ def _added_flops(total: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
 
 
 FLOP_FORMULAS = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    CPU_FLASH: _attention_flops,
+    CPU_FLASH_BACKWARD: _attention_backward_flops,
     torch.ops.aten.addmm_: _added_flops,
     torch.ops.mythos.grouped_product: _grouped_flops,
     torch.ops.mythos.grouped_outer: _grouped_flops,

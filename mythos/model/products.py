@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mythos.model import kernels
+from mythos.torch_compat import onednn_matmul
 
 ROWS = 16
 """Numbers of rows that are no multiple of this are left to torch where any may come: oneDNN compiles a kernel for each
@@ -16,7 +17,7 @@ def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a (n, K) times b (K, M) of the same type -> (n, M), written to `out` if that is given; no autograd."""
     if not kernels.float32_by_onednn(a.device, a.dtype):
         return torch.mm(a, b, out=out)
-    product = torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
+    product = onednn_matmul(a, b)
     return product if out is None else out.copy_(product)
 
 

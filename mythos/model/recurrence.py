@@ -4,7 +4,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from math import erf, expm1, log, sqrt
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +28,9 @@ from mythos.model.layers import (
     zeros,
 )
 from mythos.model.moe import MixtureOfExperts, build_core_ffn
-from mythos.model.products import float32_linear, linear
+from mythos.model.products import float32_linear
 from mythos.model.recompute import Selective, recomputable
+from mythos.model.shared_weight import SharedWeight
 
 START_DECAY = sqrt(1 / 5)
 """Entries of A at the start."""
@@ -120,12 +121,12 @@ class LinearInjection(nn.Module):
         self.input = Linear(config.dim, config.dim, identity(-log(START_DECAY)))
 
     def forward(self, e: Tensor) -> tuple[Tensor, Tensor]:
-        """What all loops share: W_h (D, D) and W_e e (B, S, D)."""
-        return self.state.weight, self.input(e).float()
+        """What all loops share: W_e e (B, S, D)."""
+        return e.new_ones(()), self.input(e).float()
 
-    def combine(self, state: Tensor, weight: Tensor, injected: Tensor, loop: Tensor) -> Tensor:
+    def combine(self, state: Tensor, unused: Tensor, injected: Tensor, loop: Tensor) -> Tensor:
         """The core's input u, (n, S, D) float32."""
-        return injected + linear(state, weight)
+        return injected + self.state(state)
 
 
 class AddInjection(nn.Module):
@@ -239,13 +240,27 @@ class Recurrence(nn.Module):
         self.checkpointing: Literal["none", "selective", "loop"] = "none"
         # Not where FSDP gathers every block for itself: it frees their weights after each loop.
         self.share_weights = True
+        self.compiled_step: Callable[..., tuple[Tensor, list[Tensor]]] | None = None
+        once = getattr(self.injection, "input", None)
+        self.looped = [module for module in self.modules() if isinstance(module, Linear) and module is not once]
+        """The linear maps that every loop uses."""
 
-    def step_weights(self, dtype: torch.dtype) -> list[ExpertWeights | None]:
-        """What the loops of a step share of each block's weights."""
+    def compile(self, **options: Any) -> None:
+        """Let a pass in training or validation run as one graph of torch.compile: injection, adapter and blocks."""
+        self.compiled_step = torch.compile(self.step, fullgraph=True, **options)
+
+    def expert_weights(self, dtype: torch.dtype) -> list[ExpertWeights | None]:
+        """What the loops of a step share of each block's routed experts."""
         return [
             block.ffn.weights(dtype) if isinstance(block.ffn, MixtureOfExperts) and self.share_weights else None
             for block in self.blocks
         ]
+
+    def linear_weights(self, dtype: torch.dtype) -> list[SharedWeight]:
+        """What they share of the weights of `looped`; empty where these are used as they are."""
+        if dtype == torch.float32 or not self.share_weights:
+            return []
+        return [SharedWeight(linear.weight, dtype) for linear in self.looped]
 
     def forward(
         self,
@@ -265,7 +280,8 @@ class Recurrence(nn.Module):
         deepest, gradient = loops[0], torch.is_grad_enabled()
         shallow_first = sorted(loops)
         row_loops = torch.tensor(loops, pin_memory=e.is_cuda).to(e.device, non_blocking=True)
-        weights = self.step_weights(autocast_dtype(e))
+        dtype = autocast_dtype(e)
+        weights, linear_weights = self.expert_weights(dtype), self.linear_weights(dtype)
         shared, injected = self.injection(e) if self.injection is not None else (e, e)
         current = state[:0]
         for remaining in range(deepest, 0, -1):
@@ -278,15 +294,18 @@ class Recurrence(nn.Module):
             joined = injected if active == len(loops) else injected[:active]
             inputs = (current, shared, joined, slots, visible, weights)
             with torch.set_grad_enabled(gradient and remaining <= backprop):
+                in_pass = [weight.in_pass() for weight in linear_weights]
                 if self.checkpointing == "loop" and torch.is_grad_enabled():
                     # A pass draws no random numbers, so no generator's state need be saved; on a GPU that is a copy
                     # to the host, for which the host waits.
-                    after, experts = checkpoint(self.step, *inputs, use_reentrant=False, preserve_rng_state=False)
+                    after, experts = checkpoint(
+                        self.run, in_pass, *inputs, use_reentrant=False, preserve_rng_state=False
+                    )
                 elif self.checkpointing == "selective" and torch.is_grad_enabled():
                     with Selective(e.device):
-                        after, experts = self.step(*inputs)
+                        after, experts = self.run(in_pass, *inputs)
                 else:
-                    after, experts = self.step(*inputs)
+                    after, experts = self.run(in_pass, *inputs)
             last = LoopState(deepest - remaining + 1, after, current, slots, experts)
             observe(last)
             current = after
@@ -306,7 +325,7 @@ class Recurrence(nn.Module):
         batch: later passes compute nothing for it, and the others see its last keys and values. Returns h_T (N, 1, D)
         float32, and the passes done by each position, (N,) int64.
         """
-        weights = self.step_weights(autocast_dtype(e))
+        weights = self.expert_weights(autocast_dtype(e))
         shared, injected = self.injection(e) if self.injection is not None else (e, e)
         state = torch.zeros_like(e, dtype=torch.float32)
         if halting is None and isinstance(loops, int):
@@ -345,6 +364,19 @@ class Recurrence(nn.Module):
             running, state, injected, context = running[going], state[going], injected[going], context.keep(going)
             memory = None if memory is None else memory[going]
         return final, taken
+
+    def run(self, in_pass: Sequence[Tensor], *inputs: Any) -> tuple[Tensor, list[Tensor]]:
+        """`step` with the linear maps' weights of this pass, compiled if the core is."""
+        step = self.compiled_step or self.step
+        if not in_pass:
+            return step(*inputs)
+        for linear, weight in zip(self.looped, in_pass, strict=True):
+            linear.in_pass = weight
+        try:
+            return step(*inputs)
+        finally:  # nothing else may meet them: not what is called next, and not a checkpoint's second run
+            for linear in self.looped:
+                linear.in_pass = None
 
     def step(
         self,

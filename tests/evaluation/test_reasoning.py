@@ -22,13 +22,13 @@ from mythos.errors import MythosError
 from mythos.evaluation.reasoning import AccuracyMap, accuracy_map, draw_maps, task_metrics, usual_difficulties
 from mythos.metrics import read_metrics
 from mythos.model.config import ModelConfig
-from mythos.model.layers import name_generator
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.model.recurrence import initial_state
 from mythos.plan import plan
 from mythos.ranks import Ranks, World
 from mythos.reports.recorded import run_names
 from mythos.trainer import Trainer
+from tests.noise import name_generator
 from tests.trainers import assert_identical, run, take_step
 
 pytestmark = pytest.mark.usefixtures("no_plots")
