@@ -13,13 +13,12 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from mythos.estimate import FLOP_FORMULAS, Step, fake_model, run_forward
 from mythos.model.config import ModelConfig
 from mythos.model.layers import RMSNorm, autocast_dtype
+from mythos.torch_compat import TorchDispatchMode, storage_address, tree_leaves
 
 DEPTHS = (2, 6)
 """Loops of the two traces whose difference is divided by 4. The experts' weight gradients are formed once for several
@@ -130,8 +129,10 @@ class TrafficCounter(TorchDispatchMode):
         packet = operation.overloadpacket
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
-        held = {x.untyped_storage()._cdata for x in inputs}
-        is_view = not operation._schema.is_mutable and all(x.untyped_storage()._cdata in held for x in outputs)
+        held = {storage_address(x) for x in inputs}
+        # torch names operations that change an argument with a trailing underscore.
+        changes = packet.__name__.endswith("_") or "out" in kwargs
+        is_view = not changes and all(storage_address(x) in held for x in outputs)
         if packet in WITHOUT_KERNEL or is_view:
             return result
         if packet in flop_registry or packet in FLOP_FORMULAS or packet in PRODUCTS:
