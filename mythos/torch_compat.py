@@ -97,11 +97,6 @@ foreach_lerp_: Callable[..., None] = torch._foreach_lerp_
 foreach_mul_: Callable[..., None] = torch._foreach_mul_
 
 
-def schema_changes_inputs(operator: Any) -> bool:
-    """Whether an operator writes to what it is given. No public function tells. No fallback: AttributeError."""
-    return operator._schema.is_mutable
-
-
 def storage_address(tensor: Tensor) -> int:
     """A number for a tensor's storage, unique while it lives.
 

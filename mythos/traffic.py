@@ -25,7 +25,6 @@ from mythos.torch_compat import (
     PlannedKernel,
     TorchDispatchMode,
     planning_backend,
-    schema_changes_inputs,
     storage_address,
     tree_leaves,
 )
@@ -188,7 +187,9 @@ class TrafficCounter(TorchDispatchMode):
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         held = {storage_address(x) for x in inputs}
-        is_view = not schema_changes_inputs(operation) and all(storage_address(x) in held for x in outputs)
+        # torch names operations that change an argument with a trailing underscore.
+        changes = packet.__name__.endswith("_") or "out" in kwargs
+        is_view = not changes and all(storage_address(x) in held for x in outputs)
         if packet in WITHOUT_KERNEL or is_view:
             return result
         if packet in flop_registry or packet in FLOP_FORMULAS or packet in PRODUCTS:

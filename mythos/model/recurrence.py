@@ -296,7 +296,11 @@ class Recurrence(nn.Module):
             with torch.set_grad_enabled(gradient and remaining <= backprop):
                 in_pass = [weight.in_pass() for weight in linear_weights]
                 if self.checkpointing == "loop" and torch.is_grad_enabled():
-                    after, experts = checkpoint(self.run, in_pass, *inputs, use_reentrant=False)
+                    # A pass draws no random numbers, so no generator's state need be saved; on a GPU that is a copy
+                    # to the host, for which the host waits.
+                    after, experts = checkpoint(
+                        self.run, in_pass, *inputs, use_reentrant=False, preserve_rng_state=False
+                    )
                 elif self.checkpointing == "selective" and torch.is_grad_enabled():
                     with Selective(e.device):
                         after, experts = self.run(in_pass, *inputs)

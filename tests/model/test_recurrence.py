@@ -223,6 +223,21 @@ def test_checkpointing_changes_nothing_but_memory(model, changes, mode):
     assert torch.equal(again.expert_load, plain.expert_load), "recomputation must not be counted"
 
 
+def test_a_step_neither_draws_random_numbers_nor_saves_generators(model, monkeypatch):
+    model = model()
+    ids, targets, state = inputs(model)
+    before = torch.get_rng_state()
+
+    def saved():
+        raise AssertionError("the state of the global generator was saved")
+
+    model.recurrence.checkpointing = "loop"
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "get_rng_state", saved)
+        model(ids, targets, loops=DEPTHS, backprop=3, state=state).loss.backward()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_read_depths_equals_separate_runs(model):
     model = model().eval()
     ids, targets, _ = inputs(model)
