@@ -21,7 +21,7 @@ task a node; see scripts/slurm.sbatch.
 Also read from the environment:
 
   MAX_RESTARTS      how often processes are started again after a failure (3); each time from the newest checkpoint
-  SHUTDOWN_TIMEOUT  seconds for the final save when torchrun itself is told to end (600)
+  SHUTDOWN_TIMEOUT  seconds for the final save when torchrun itself is told to end (600; always 30 with torch 2.11)
   PYTHON            the interpreter (python)
   PYTORCH_ALLOC_CONF  settings of torch's allocator on GPUs (expandable_segments:True, against fragmentation); a value
                     set by you, also in PYTORCH_CUDA_ALLOC_CONF, is left as it is
@@ -132,19 +132,30 @@ fi
 
 check='
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 from mythos.config import load_config
 from mythos.errors import MythosError
 try:
     load_config(sys.argv[1], sys.argv[2:])
 except MythosError as error:
     sys.exit(f"error: {error}")
+# Read, not imported, which takes seconds.
+torchrun = Path(find_spec("torch").origin).parent / "distributed" / "run.py"
+if "--shutdown-timeout" not in torchrun.read_text():
+    print("fixed")
 '
 overrides=()
 for argument in "${@:2}"; do
   # The value of an option is told by train.py if it is wrong.
   if [[ $argument == *=* && $argument != -* ]]; then overrides+=("$argument"); fi
 done
-PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} "$python" -c "$check" "$1" ${overrides[@]+"${overrides[@]}"}
+torchrun_patience=$(PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} "$python" -c "$check" "$1" ${overrides[@]+"${overrides[@]}"})
+patience=(--shutdown-timeout "$shutdown_timeout")
+if [[ $torchrun_patience == fixed ]]; then # torch 2.11
+  [[ -z ${SHUTDOWN_TIMEOUT:-} ]] || echo "launch.sh: SHUTDOWN_TIMEOUT is ignored: the torchrun of this torch always waits 30 s; newer ones can be told" >&2
+  patience=()
+fi
 
 if ((nodes > 1 && host)); then
   ! reachable || fail "$master:$port is in use: set MASTER_PORT to a free port, the same on all machines, or end the job that holds it"
@@ -210,7 +221,7 @@ fi
 (
   trap '' INT HUP USR1
   exec "$python" -m torch.distributed.run "${meeting[@]}" --nproc-per-node "$processes" --max-restarts "$restarts" \
-    --signals-to-handle SIGTERM,SIGQUIT --shutdown-timeout "$shutdown_timeout" "$here/train.py" "$@"
+    --signals-to-handle SIGTERM,SIGQUIT ${patience[@]+"${patience[@]}"} "$here/train.py" "$@"
 ) &
 torchrun=$!
 

@@ -171,6 +171,24 @@ def test_options_of_torchrun(launch):
     assert (options["--max-restarts"], options["--shutdown-timeout"]) == ("0", "50")
 
 
+def test_a_torchrun_that_cannot_be_told_how_long_to_wait(launch):
+    launch.program("python", STAND_IN.replace("else sys.exit()", "else sys.exit(print('fixed'))"))
+    options, _, _ = launch.started("--cpu", "1", CONFIG)
+    assert "--shutdown-timeout" not in options and options["--signals-to-handle"] == "SIGTERM,SIGQUIT"
+    result = launch("--cpu", "1", CONFIG, SHUTDOWN_TIMEOUT="50")
+    assert "SHUTDOWN_TIMEOUT is ignored" in result.stderr and "--shutdown-timeout" not in launch.record.read_text()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_options_of_the_installed_torchrun_are_read(launch, known):
+    package = launch.directory / "torch"
+    (package / "distributed").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "distributed" / "run.py").write_text('parser.add_argument("--shutdown-timeout")' if known else "")
+    options, _, _ = launch.started("--cpu", "1", CONFIG, CHECK="1", PYTHONPATH=str(launch.directory))
+    assert ("--shutdown-timeout" in options) == known
+
+
 def test_other_interpreter(launch):
     (launch.bin / "python").rename(launch.bin / "mine")
     assert "python: not found" in launch.refused("--cpu", "1", CONFIG)

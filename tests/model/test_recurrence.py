@@ -44,12 +44,12 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
     assert actual.keys() == expected.keys()
     for name, reference in expected.items():
         scale = reference.abs().max().clamp_min(1.0)
         torch.testing.assert_close(
-            actual[name] / scale, reference / scale, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+            actual[name] / scale, reference / scale, rtol=1e-5, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 
@@ -143,7 +143,10 @@ def test_rows_together_equal_rows_alone(model, changes):
     assert together.loss.item() == pytest.approx(loss, rel=1e-5)
     assert together.state_norm.item() == pytest.approx(norm, rel=1e-5)
     assert together.state_delta.item() == pytest.approx(delta, rel=1e-5)
-    assert_same_gradients(together_gradients, gradients(model))
+    # In torch 2.11's oneDNN (3.10) the order of a sum depends on the number of rows: up to 1.5e-5 in 12 seeds, where
+    # oneDNN 3.12 (torch 2.13) and MKL stay below 0.7e-5. Against float64 its products are as exact as theirs.
+    tolerance = 2e-5 if torch.__version__.startswith("2.11.") else 1e-5
+    assert_same_gradients(together_gradients, gradients(model), tolerance)
     if load is not None:
         assert torch.equal(together.expert_load, load)
         assert together.expert_load.sum() == sum(DEPTHS) * LENGTH * 2 * model.config.core_layers
