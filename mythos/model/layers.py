@@ -168,6 +168,10 @@ class Linear(nn.Module):
         """(..., in_features) -> (..., out_features), in the autocast type."""
         return linear(x, self.weight if self.in_pass is None else self.in_pass)
 
+    def recomputable(self, x: Tensor) -> Tensor:
+        """`forward`, whose result selective checkpointing computes again, with this pass's weight."""
+        return recomputable(linear, x, self.weight if self.in_pass is None else self.in_pass)
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm with a learned scale (arXiv 1910.07467), always computed in float32.
