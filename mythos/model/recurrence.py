@@ -180,9 +180,10 @@ class LoopAdapter(nn.Module):
         """(n, S, D) and each row's loop index, (n,) or for all (1,) int64 -> (n, S, D)."""
         slot = loop.clamp(max=self.scale.shape[0] - 1).unsqueeze(1)
         if torch.is_grad_enabled():
-            # Looked up as a product: its gradient touches every slot in one deterministic operation.
+            # Looked up as a sum over all slots, of which one is not masked: the gradient touches every slot in one
+            # deterministic operation, and the value is exact, where a product would be in the autocast type.
             slots = torch.arange(self.scale.shape[0], device=loop.device)
-            scale = ((slot == slots).to(self.scale.dtype) @ self.scale).unsqueeze(1)
+            scale = torch.where((slot == slots).unsqueeze(-1), self.scale, 0.0).sum(1, keepdim=True)
         else:
             scale = F.embedding(slot, self.scale)
         return self.up(self.down(self.norm(x)) * scale)
