@@ -56,6 +56,8 @@ from mythos.torch_compat import sdpa_backend
 
 PRODUCTS_UP_TO = {torch.float32: 1024, torch.bfloat16: 4096}
 """Longest sequence whose causal attention batched products make faster than SDPA on a CPU, by type."""
+FLEX_GRAPHS = 128
+"""Graphs of flex attention that a process may compile."""
 TOKEN_BYTES = 2**23
 """Largest matrices of one token's experts that a compiled graph multiplies by itself on a CPU."""
 
@@ -66,13 +68,22 @@ def blocks_of_documents(device: torch.device) -> bool:
 
 
 def flex(device: torch.device) -> Callable[..., Tensor]:
-    """Flex attention as it is called on a device: compiled on GPUs."""
-    return _compiled_flex_attention() if device.type == "cuda" else flex_attention
+    """Flex attention as it is called on a device: compiled on GPUs, unless what calls it is being compiled itself.
+
+    Raises torch._dynamo.exc.FailOnRecompileLimitHit, once called, rather than run uncompiled and keep all S x S scores.
+    """
+    compiled = device.type == "cuda" and not torch.compiler.is_compiling()
+    return _compiled_flex_attention() if compiled else flex_attention
 
 
 @cache
 def _compiled_flex_attention() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention)
+    # With dynamic sizes a model takes 4 graphs: for one row or more, with gradients or without. Sequences of one block
+    # take 4 more, and a first number of rows that is also that of heads, which torch takes for the same size, 2 more.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, FLEX_GRAPHS)
+    return torch.compile(
+        flex_attention, dynamic=True, fullgraph=True
+    )  # of a whole graph torch makes the limit an error
 
 
 def fused(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
