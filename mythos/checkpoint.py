@@ -25,7 +25,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint import _hf_utils as layout
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
@@ -38,6 +37,7 @@ from mythos.faults import collective_failure
 from mythos.ranks import Ranks
 from mythos.storage import MARKER, META, LocalStorage, Storage, checksum, locate, open_storage
 from mythos.storage import step_of as step_of
+from mythos.torch_compat import shard_file_name, shard_metadata
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -427,18 +427,10 @@ class _ShardWriter(dcp.HuggingFaceStorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         tensors = {item.index.fqn: planner.resolve_data(item).contiguous() for item in plan.items}
-        offsets = {item.index.fqn: {layout.SAVED_OFFSETS_KEY: item.tensor_data.chunk.offsets} for item in plan.items}
+        offsets = {item.index.fqn: item.tensor_data.chunk.offsets for item in plan.items}
         if tensors:
-            file = self.path / layout._gen_file_name(1, 1, plan.storage_data["shard_index"])
-            save_file(
-                tensors,
-                file,
-                metadata={
-                    layout.CUSTOM_METADATA_KEY: json.dumps(offsets),
-                    layout.DCP_VERSION_KEY: str(layout.HF_DCP_VERSION),
-                    layout.FORMAT_KEY: layout.FORMAT_VALUE,
-                },
-            )
+            file = self.path / shard_file_name(plan.storage_data["shard_index"])
+            save_file(tensors, file, metadata=shard_metadata(offsets))
         done: Future[list[WriteResult]] = Future()
         done.set_result([])  # only a consolidated index would need them
         return done

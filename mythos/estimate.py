@@ -11,9 +11,6 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from mythos.config import Config, ParallelConfig
@@ -25,6 +22,14 @@ from mythos.model.attention import GATE_INPUTS, value_embedding_layers
 from mythos.model.config import ModelConfig, padded_vocab_size
 from mythos.model.moe import MixtureOfExperts
 from mythos.model.rdt import RecurrentDepthTransformer
+from mythos.torch_compat import (
+    CPU_FLASH,
+    CPU_FLASH_BACKWARD,
+    FakeTensorMode,
+    TorchDispatchMode,
+    storage_address,
+    tree_leaves,
+)
 
 
 @dataclass(frozen=True)
@@ -172,7 +177,7 @@ def recomputed_flops(config: ModelConfig, length: int, checkpointing: str) -> fl
 
 def _trace_memory(config: ModelConfig, step: Step, forward: bool = False) -> int:
     """Bytes at the peak of a step, or those that its forward pass leaves."""
-    with _fake(config, step) as model:
+    with fake_model(config, step) as model:
         weights = [*model.parameters(), *model.buffers()]
         if step.accumulating and not step.gathered:
             for parameter in model.parameters():
@@ -180,7 +185,7 @@ def _trace_memory(config: ModelConfig, step: Step, forward: bool = False) -> int
                 weights.append(parameter.grad)
         shapes = {shape for p in model.parameters() for shape in (p.shape, p.shape[::-1])}
         with Ledger(weights, shapes) as ledger:
-            objective = _forward(model, step)
+            objective = run_forward(model, step)
             if forward:
                 return ledger.live
             ledger.collecting = step.checkpointing != "none"
@@ -194,16 +199,16 @@ def _trace_memory(config: ModelConfig, step: Step, forward: bool = False) -> int
 
 def _trace_flops(config: ModelConfig, step: Step) -> int:
     with (
-        _fake(config, step) as model,
+        fake_model(config, step) as model,
         Ledger((), set()),
         FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS) as counter,
     ):
-        _forward(model, step).backward()
+        run_forward(model, step).backward()
     return counter.get_total_flops()
 
 
 @contextmanager
-def _fake(config: ModelConfig, step: Step) -> Iterator[RecurrentDepthTransformer]:
+def fake_model(config: ModelConfig, step: Step) -> Iterator[RecurrentDepthTransformer]:
     """The model made of fake tensors, as a rank holds it, and the choices of its code that depend on the device."""
     from mythos.parallel import float32_parameters, prepare_model  # which take seconds that counting does not need
 
@@ -221,7 +226,8 @@ def _fake(config: ModelConfig, step: Step) -> Iterator[RecurrentDepthTransformer
                     stack.enter_context(patch.object(kernels, choice, lambda *_: False))
             stack.enter_context(FakeTensorMode())
             model = RecurrentDepthTransformer(config)
-            prepare_model(Config(parallel=ParallelConfig(activation_checkpointing=step.checkpointing)), model)
+            parallel = ParallelConfig(activation_checkpointing=step.checkpointing)
+            prepare_model(Config(parallel=parallel), model, torch.device("cpu"))
             if not step.shared:
                 model.recurrence.share_weights = False
             if step.gathered:
@@ -235,7 +241,7 @@ def _fake(config: ModelConfig, step: Step) -> Iterator[RecurrentDepthTransformer
             gc.unfreeze()
 
 
-def _forward(model: RecurrentDepthTransformer, step: Step) -> Tensor:
+def run_forward(model: RecurrentDepthTransformer, step: Step) -> Tensor:
     """The step's objective."""
     ids = torch.zeros(step.rows, step.length + 1, dtype=torch.int64)
     # The passes without gradient leave nothing behind: one of them stands for all.
@@ -257,7 +263,7 @@ class Ledger(TorchDispatchMode):
         super().__init__()
         self.live = 0
         self.weight_shapes = weight_shapes
-        self.numbers: dict[int, int] = {tensor.untyped_storage()._cdata: -1 for tensor in known}
+        self.numbers: dict[int, int] = {storage_address(tensor): -1 for tensor in known}
         """Of the storages that live, by address."""
         self.changes: list[tuple[int, int]] = []
         """Number of a storage, and the bytes it adds (born) or takes away (dead), in order."""
@@ -288,7 +294,7 @@ class Ledger(TorchDispatchMode):
     def note(self, tensor: Tensor) -> None:
         """Count the tensor's storage, if it is new."""
         storage = tensor.untyped_storage()
-        address, size = storage._cdata, storage.nbytes()
+        address, size = storage_address(tensor), storage.nbytes()
         if address not in self.numbers:
             if self.collecting and self.live + size > self.highest:
                 gc.collect()
@@ -309,7 +315,7 @@ class Ledger(TorchDispatchMode):
 
     def peak(self, without: Sequence[Tensor] = ()) -> int:
         """Most bytes that lived at once, but for some tensors that still live."""
-        left_out = {self.numbers.get(tensor.untyped_storage()._cdata) for tensor in without}
+        left_out = {self.numbers.get(storage_address(tensor)) for tensor in without}
         now = highest = 0
         for number, size in self.changes:
             now += 0 if number in left_out else size
@@ -339,8 +345,8 @@ def _added_flops(total: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
 
 
 FLOP_FORMULAS = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    CPU_FLASH: _attention_flops,
+    CPU_FLASH_BACKWARD: _attention_backward_flops,
     torch.ops.aten.addmm_: _added_flops,
     torch.ops.mythos.grouped_product: _grouped_flops,
     torch.ops.mythos.grouped_outer: _grouped_flops,
@@ -434,14 +440,15 @@ def optimal_split(config: ModelConfig, length: int, flops: float) -> Split:
     """Mean loops and tokens of the lowest loss that a budget of FLOPs buys this model, after arXiv 2604.12946.
 
     mu* = 2.12 (C / 10^18 (68.8M / N)^2)^0.40, and the tokens are what the budget then pays for, half of the loops
-    with gradient. The exponent is the paper's, the factor from its table 6. The paper fits every size for itself; that
-    the factor goes with C / N^2, the budget's tokens per parameter, is read off here: at its other size, 370M, that
-    gives 3.8, 5.0 and 6.6 loops where the table has 4, 6 and 6. N is the number of parameters that a token is
-    multiplied by at one loop. The tokens follow D* ~ C^0.78 nearly, as measured from 10^18 to 1.3 x 10^20 FLOPs;
-    beyond is extrapolation.
+    with gradient (all with injection initial). The exponent is the paper's, the factor from its table 6. The paper fits
+    every size for itself; that the factor goes with C / N^2, the budget's tokens per parameter, is read off here: at
+    its other size, 370M, that gives 3.8, 5.0 and 6.6 loops where the table has 4, 6 and 6. N is the number of
+    parameters that a token is multiplied by at one loop. The tokens follow D* ~ C^0.78 nearly, as measured from 10^18
+    to 1.3 x 10^20 FLOPs; beyond is extrapolation.
     """
     one = forward_flops(config, 1)
     budget = flops / ANCHOR_FLOPS * (2 * ANCHOR_PARAMETERS / (one.once + one.loop)) ** 2
     loops = 1.0 if config.injection == "none" else max(1.0, ANCHOR_LOOPS * budget**LOOPS_EXPONENT)
     cost = forward_flops(config, length)
-    return Split(flops, loops, flops / (3 * cost.once + cost.loop * (loops + 2 * max(1.0, loops / 2))))
+    backprop = loops if config.injection == "initial" else max(1.0, loops / 2)
+    return Split(flops, loops, flops / (3 * cost.once + cost.loop * (loops + 2 * backprop)))

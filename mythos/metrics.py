@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mythos.config import Config
-from mythos.errors import MythosError, short_reason
+from mythos.errors import MythosError, import_optional, short_reason
 from mythos.evaluation.validation import losses_by_depth
 from mythos.schema import suggestion
 
@@ -139,6 +139,8 @@ def start_trackers(run_dir: Path, config: Config, start_step: int) -> "list[Gene
     check_trackers(config.log.trackers)
     if settings.mode == "disabled" and not config.log.trackers:
         return []
+    if settings.mode != "disabled":
+        import_optional("wandb", f"log.wandb.mode: {settings.mode}")
     # accelerate takes a second to import, and a run may never need it
     from accelerate.state import PartialState
     from accelerate.utils import patch_environment

@@ -8,6 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
+from mythos.torch_compat import foreach_copy_, foreach_div_, foreach_lerp_, foreach_mul_
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the polynomial x (a + b x^2 + c x^4), Jordan's: steep at 0, and after five times near 1 for what is above 0.01."""
 ITERATIONS = 5
@@ -72,13 +74,13 @@ class Muon(torch.optim.AdamW):
         gradients = [_local(p.grad) for p in group["params"]]
         momenta = [_local(self.state[p]["momentum_buffer"]) for p in group["params"]]
         if getattr(self, "grad_scale", None) is not None:
-            torch._foreach_div_(gradients, self.grad_scale)
+            foreach_div_(gradients, self.grad_scale)
         if getattr(self, "found_inf", None) is not None:
             skip = self.found_inf > 0
             for gradient, momentum in zip(gradients, momenta, strict=True):
                 torch.where(skip, momentum, gradient, out=gradient)  # moved towards itself, it stays what it was
-        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-        torch._foreach_lerp_(gradients, momenta, group["momentum"])
+        foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        foreach_lerp_(gradients, momenta, group["momentum"])
 
     def _orthogonalize(self) -> None:
         parts = {p: group["parts"] for group in self._matrix_groups for p in group["params"]}
@@ -95,7 +97,7 @@ class Muon(torch.optim.AdamW):
         found_inf = getattr(self, "found_inf", None)
         applied = 1.0 if found_inf is None else 1 - found_inf
         weights = [_local(p) for p in group["params"]]
-        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"] * applied)
+        foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"] * applied)
         for parameter, weight in zip(group["params"], weights, strict=True):
             outputs, inputs = parameter.shape if parameter.ndim == 2 else parameter.shape[:0:-1]
             scale = UPDATE_RMS * sqrt(max(outputs // group["parts"], inputs))
@@ -113,7 +115,7 @@ def orthogonalize_(matrices: list[Tensor], dtype: torch.dtype) -> None:
         most = max(1, TOGETHER // shape.numel())
         for start in range(0, len(alike), most):
             some = alike[start : start + most]
-            torch._foreach_copy_(some, newton_schulz(torch.stack(some).to(dtype)).unbind())
+            foreach_copy_(some, newton_schulz(torch.stack(some).to(dtype)).unbind())
 
 
 def newton_schulz(x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from mythos.model.halting import HaltingGate
 from mythos.model.layers import autocast_to
 from mythos.model.rdt import RDTOutput, RecurrentDepthTransformer
 from mythos.ranks import World
+from mythos.torch_compat import no_buffer_sync, prepare_compiler
 
 STATE_SHARE = 0.4
 """Share of a device's memory for weights, gradients and the optimizer's state; the rest is left to activations."""
@@ -129,9 +130,7 @@ class ParallelModel:
         if layout.mode == "ddp":
             ids = [world.device.index] if world.device.type == "cuda" else None
             # Buffers are the router's biases, which all ranks move alike.
-            self.ddp = DistributedDataParallel(
-                model, device_ids=ids, forward_sync_buffers=False, gradient_as_bucket_view=True
-            )
+            self.ddp = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **no_buffer_sync())
         parameters = list(model.parameters())
         self.shards = [p for p in parameters if isinstance(p, DTensor)]
         self.wholes = [p for p in parameters if not isinstance(p, DTensor)]
@@ -192,7 +191,7 @@ def parallelize(config: Config, model: RecurrentDepthTransformer, layout: Layout
 
     The values are a function of (seed, parameter name), whatever the layout.
     """
-    prepare_model(config, model)
+    prepare_model(config, model, world.device)
     dtype = choose_dtype(config.train.dtype, world.device)
     if layout.sharded:
         mesh = build_mesh(layout, world.device.type)
@@ -249,14 +248,22 @@ def choose_micro_batch(config: Config, parallel: ParallelModel) -> int:
     return min(world.ranks.gather(fitting))
 
 
-def prepare_model(config: Config, model: RecurrentDepthTransformer) -> None:
+def prepare_model(config: Config, model: RecurrentDepthTransformer, device: torch.device) -> None:
     """Apply parallel.activation_checkpointing and train.compile, in that order."""
-    model.recurrence.checkpointing = config.parallel.activation_checkpointing
-    if config.train.compile:
-        # All blocks share this limit, and each shape of a growing prefix of rows counts: beyond it they run uncompiled.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
-        for block in (*model.prelude, *model.recurrence.blocks, *model.coda):
-            block.compile()
+    recurrence = model.recurrence
+    recurrence.checkpointing = config.parallel.activation_checkpointing
+    if not compiles(config, device):
+        return
+    prepare_compiler()
+    # FSDP2 that gathers every block for itself has hooks around them, which no graph can hold.
+    looped = list(recurrence.blocks) if config.parallel.wrap == "block" else [recurrence]
+    for part in (*model.prelude, *looped, *model.coda):
+        part.compile()
+
+
+def compiles(config: Config, device: torch.device) -> bool:
+    """Whether train.compile means that the model is compiled on this device."""
+    return device.type == "cuda" if config.train.compile == "auto" else config.train.compile
 
 
 def build_mesh(layout: Layout, device_type: str) -> DeviceMesh:

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mythos.config import Config, ParallelConfig, dump_config
 from mythos.errors import MythosError
@@ -33,6 +32,7 @@ from mythos.muon import Muon
 from mythos.optim import build_optimizer, state_bytes
 from mythos.parallel import Layout, build_mesh, choose_layout, shard_model
 from mythos.ranks import check_fit
+from mythos.torch_compat import count_ddp_buckets, fsdp_param_groups, init_fake_processes
 
 DEVICE_MEMORY = 80 * 2**30
 """Bytes of the device that is planned for unless another is named."""
@@ -236,7 +236,7 @@ def fake_processes(size: int) -> Iterator[None]:
     """Be rank 0 of `size` processes whose collectives do nothing. Raises RuntimeError beside real ones."""
     if dist.is_initialized():
         raise RuntimeError("a plan is made before the processes meet, not among them")
-    dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
+    init_fake_processes(size)
     try:
         yield
     finally:
@@ -249,11 +249,8 @@ def _measure(config: Config, model: RecurrentDepthTransformer, layout: Layout) -
     states = [value for state in optimizer.state.values() for value in state.values()]
     wholes = [p for p in parameters if not isinstance(p, DTensor)]
     load = model.empty_load(torch.device("meta"))
-    buckets: list[Any] = []
-    if layout.mode == "ddp":
-        # Gradients are packed in about the order in which the backward pass yields them.
-        limits = [dist._DEFAULT_FIRST_BUCKET_BYTES, BUCKET_BYTES]
-        buckets, _ = dist._compute_bucket_assignment_by_size([p.detach() for p in reversed(parameters)], limits)
+    # Gradients are packed in about the order in which the backward pass yields them.
+    buckets = count_ddp_buckets(parameters[::-1], BUCKET_BYTES) if layout.mode == "ddp" else 0
     return Laid(
         layout,
         parameters=_local_bytes(parameters),
@@ -261,7 +258,7 @@ def _measure(config: Config, model: RecurrentDepthTransformer, layout: Layout) -
         optimizer=_local_bytes(states),
         replicated=_local_bytes(wholes) if layout.sharded else 0,
         measured=torch.float64.itemsize * (4 + (0 if load is None else load.numel())),
-        buckets=len(buckets),
+        buckets=buckets,
         exchanged=tuple(exchange.bytes for exchange in optimizer.exchanges) if isinstance(optimizer, Muon) else (),
         units=tuple(_units(model)),
     )
@@ -279,7 +276,7 @@ def _units(model: RecurrentDepthTransformer) -> Iterator[Unit]:
     for module in model.modules():
         if not isinstance(module, FSDPModule):
             continue
-        for group in module._get_fsdp_state()._fsdp_param_groups:
+        for group in fsdp_param_groups(module):
             policy, shards = group.mp_policy, group.mesh_info.shard_mesh_size
             stored = group.fsdp_params[0].sharded_param.dtype
             computed = policy.param_dtype or stored

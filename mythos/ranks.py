@@ -13,6 +13,7 @@ import torch.distributed as dist
 from mythos.config import Config
 from mythos.errors import MythosError, short_reason
 from mythos.host_memory import keep_freed_memory
+from mythos.torch_compat import set_timeout
 
 T = TypeVar("T")
 
@@ -130,7 +131,7 @@ class World:
     def add_groups(self, groups: list[dist.ProcessGroup], timeout: float) -> None:
         """Let collectives of further groups of devices, too, fail after so many seconds."""
         for group in groups:
-            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), group)
+            set_timeout(group, timeout)
         self.device_groups += groups
 
     def set_timeouts(self, devices: float, hosts: float) -> None:
@@ -140,8 +141,8 @@ class World:
         """
         if self.size > 1:
             for group in self.device_groups:
-                dist.distributed_c10d._set_pg_timeout(timedelta(seconds=devices), group)
-            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=hosts), self.ranks.group)
+                set_timeout(group, devices)
+            set_timeout(self.ranks.group, hosts)
 
     def leave(self) -> None:
         """Part together: without the barrier a process that is done early cuts the others' last messages off."""

@@ -154,6 +154,34 @@ CONTRADICTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"model": {"preset": "dense_140m"}, "depth": {"backprop": 2}}, ("model.injection", "depth.backprop")),
     ({"depth": {"backprop": 17}}, ("depth.backprop", "model.loops")),
     ({"depth": {"backprop": 9, "maximum": 8}}, ("depth.backprop", "depth.maximum")),
+    (
+        {"model": {"injection": "initial"}, "depth": {"backprop": 8}},
+        ("model.injection", "depth.backprop", "model.loops"),
+    ),
+    (
+        {"model": {"injection": "initial"}, "depth": {"mean": 4, "maximum": 6, "backprop": 5}},
+        ("model.injection", "depth.backprop", "depth.maximum"),
+    ),
+    (
+        {"model": {"injection": "initial"}, "depth": {"sampling": "fixed", "mean": 4, "backprop": 3}},
+        ("model.injection", "depth.backprop", "depth.mean"),
+    ),
+    (
+        {"model": {"injection": "initial"}, "depth": {"backprop_curriculum": {"shape": "linear", "start": 2}}},
+        ("model.injection", "depth.backprop_curriculum.start", "model.loops"),
+    ),
+    (
+        {
+            "model": {"injection": "initial"},
+            "data": {"kind": "reasoning", "task": {"difficulty": [1, 5]}},
+            "depth": {"follow": "difficulty", "backprop": 4},
+        },
+        ("model.injection", "depth.backprop", "data.task.difficulty"),
+    ),
+    ({"model": {"halting": "act"}, "depth": {"backprop": 1}}, ("model.halting", "depth.backprop")),
+    ({"model": {"halting": "act", "loops": 2}}, ("model.halting", "model.loops")),
+    ({"model": {"halting": "gate"}, "depth": {"mean": 1}}, ("model.halting", "depth.mean")),
+    ({"model": {"preset": "dense_140m", "halting": "gate"}}, ("model.halting", "model.loops")),
     ({"depth": {"curriculum": {"shape": "linear", "start": 9}}}, ("depth.curriculum.start", "model.loops")),
     (
         {"depth": {"backprop": 2, "backprop_curriculum": {"shape": "steps", "start": 3}}},
@@ -192,6 +220,9 @@ def test_contradiction_names_all_its_fields(sections: dict[str, Any], paths: tup
         {"optim": {"schedule": "cosine", "warmup": 0.5, "decay": 0.6}},
         {"depth": {"curriculum": {"shape": "none", "start": 99}}},
         {"depth": {"backprop": 12}},
+        {"model": {"injection": "initial"}, "depth": {"backprop": 16}},
+        {"model": {"injection": "initial"}, "depth": {"sampling": "fixed", "backprop": 8}},
+        {"model": {"injection": "initial"}, "depth": {"backprop_curriculum": {"shape": "linear", "start": 16}}},
         {"data": {"validation": {"fraction": 0, "path": "a.txt"}}},
         {"eval": {"samples": 0, "prompts": []}},
         {"model": {"preset": "dense_140m"}, "depth": {"mean": 1, "maximum": 1, "backprop": 1}},
@@ -405,6 +436,21 @@ def test_derived_values() -> None:
     assert build(train={"tokens": 64 * 1024 * 3 + 1}).train_steps == 4
     with pytest.raises(MythosError, match=r"train\.steps, train\.tokens"):
         _ = Config().train_steps
+
+
+def test_initial_injection_backpropagates_through_all_loops_by_default(tmp_path: Path) -> None:
+    initial = {"injection": "initial", "loops": 4}
+    assert build(model=initial).depth_backprop == build(model=initial).depth_maximum == 8
+    assert build(model=initial, depth={"maximum": 6}).depth_backprop == 6
+    assert build(model=initial, depth={"sampling": "fixed"}).depth_backprop == 4
+    # The injection of a run that starts from a model on a disk is that model's.
+    save_config(build(model=initial), tmp_path / "config.yaml")
+    start = {"steps": 10, "init_from": str(tmp_path)}
+    assert build(train=start).depth_backprop == 8
+    line = problem(train=start, depth={"backprop": 4})
+    assert line.startswith(
+        "model.injection, depth.backprop, model.loops: got initial, 4 and sequences of up to 8 loops;"
+    )
 
 
 def test_fixed_depth_model_is_evaluated_and_drawn_at_one_loop() -> None:

@@ -190,7 +190,10 @@ def test_memory_is_what_steps_allocate(tmp_path: Path, micro_batches: int, chang
                     loss.backward()
             optimizer.step()
     print(f"planned {planned:,} bytes, allocated {peak.bytes:,}: {planned / peak.bytes:.3f}")
-    assert 0.85 < planned / peak.bytes < 1.2
+    # With blocks as units torch 2.11 allocates 5% more (ratio 0.828): it frees a unit's reduce-scatter input only when
+    # another unit is reduced, later versions already when a block's next loop has nothing to reduce.
+    keeps_input = torch.__version__.startswith("2.11.") and config.parallel.wrap == "block"
+    assert (0.82 if keeps_input else 0.85) < planned / peak.bytes < 1.2
 
 
 # --- what fits

@@ -3,8 +3,11 @@
 import contextlib
 import json
 import math
+import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib import metadata
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mythos.checkpoint import read_meta
 from mythos.config import Config
 from mythos.data.pipeline import open_data
 from mythos.depth import DepthSchedule
@@ -26,7 +30,7 @@ from mythos.optim import learning_rate
 from mythos.parallel import choose_dtype
 from mythos.trainer import Trainer
 from tests.runs import losses, measurements, tiny
-from tests.trainers import assert_identical, run, state_of, take_step
+from tests.trainers import assert_identical, run, saved, state_of, take_step
 
 pytestmark = pytest.mark.usefixtures("no_plots")
 
@@ -375,26 +379,56 @@ def test_bfloat16_run(tmp_path, monkeypatch):
     ],
     ids=["dense", "moe-bfloat16"],
 )
-def test_compiled_blocks(tmp_path, monkeypatch, changes):
+def test_compiled_model(tmp_path, monkeypatch, changes):
     """Traced and differentiated ahead of time; the code generator itself takes a minute on a CPU and is left out."""
     compiled = []
-    original = torch.nn.Module.compile
-    changes = {**changes, "train__micro_batch": 8}
+    original = torch.compile
 
-    def compile_quickly(module: torch.nn.Module) -> None:
-        compiled.append(module)
-        original(module, backend="aot_eager")
+    def compile_quickly(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        compiled.append(function)
+        return original(function, **options, backend="aot_eager")
 
-    monkeypatch.setattr(torch.nn.Module, "compile", compile_quickly)
+    monkeypatch.setattr(torch, "compile", compile_quickly)
     torch.compiler.reset()
-    plain = Trainer(tiny(tmp_path, **changes))
-    assert not compiled
-    made = Trainer(tiny(tmp_path, train__compile=True, run__dir=str(tmp_path / "compiled"), **changes))
-    assert compiled == [*made.model.prelude, *made.model.recurrence.blocks, *made.model.coda]
+    plain = Trainer(tiny(tmp_path, train__micro_batch=8, **changes))
+    assert not compiled, "on a CPU auto means not"
+    made = Trainer(
+        tiny(tmp_path, train__micro_batch=8, train__compile=True, run__dir=str(tmp_path / "compiled"), **changes)
+    )
+    model = made.model
+    blocks = [block._call_impl for block in (*model.prelude, *model.coda)]
+    assert sorted(map(str, compiled)) == sorted(map(str, [model.recurrence.step, *blocks]))
     for _ in range(3):
         assert take_step(made).loss.item() == pytest.approx(take_step(plain).loss.item(), rel=1e-4)
     assert made.model.state_dict().keys() == plain.model.state_dict().keys()
     torch.compiler.reset()
+
+
+def test_number_of_graphs(tmp_path, monkeypatch):
+    """Depths that change in every step, rows that join, truncation and validation: all graphs come early, and are few.
+
+    A graph of a pass in full: fullgraph raises at a break.
+    """
+    graphs: list[int] = []
+    made: Trainer | None = None
+
+    def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        graphs.append(made.step if made else 0)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
+    torch.compiler.reset()
+    changes = {"model__prelude_layers": 1, "train__global_batch": 16, "train__micro_batch": 6, "train__steps": 50}
+    made = Trainer(tiny(tmp_path, train__compile=True, depth__mean=4, data__mask_documents=True, **changes))
+    depths = set()
+    for step in range(50):
+        depths.add(take_step(made).plan.loops)
+        if step % 10 == 0:
+            made.validate()
+    torch.compiler.reset()
+    assert len(depths) > 40
+    print(graphs)
+    assert len(graphs) <= 12 and max(graphs) < 20
 
 
 def test_gate_that_cannot_learn_is_left_as_it_is(tmp_path, monkeypatch):
@@ -409,3 +443,21 @@ def test_gate_that_cannot_learn_is_left_as_it_is(tmp_path, monkeypatch):
     for name, parameter in made.model.halting.named_parameters():
         torch.testing.assert_close(parameter, before[name], rtol=0.01, atol=1e-6)  # but for weight decay
     made.resources.close()
+
+
+def test_checkpoint_names_the_versions_of_what_is_installed(tmp_path, monkeypatch):
+    """A run whose data needs no `datasets` saves without it."""
+    original = metadata.version
+
+    def version(name: str) -> str:
+        if name == "datasets":
+            raise metadata.PackageNotFoundError(name)
+        return original(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    made = Trainer(tiny(tmp_path))
+    made.save(wait=True)
+    made.resources.close()
+    versions = read_meta(saved(made, 0))["versions"]
+    assert versions["torch"] == original("torch") and versions["python"] == platform.python_version()
+    assert "datasets" not in versions

@@ -6,31 +6,31 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import mythos.model.causal_attention
 import mythos.model.experts  # noqa: F401 (defines operators)
+from mythos.torch_compat import (
+    FUSED_ATTENTION,
+    GROUPED_MM,
+    ONEDNN_LINEAR,
+    TorchDispatchMode,
+    argument_names,
+    raw_flop_formula,
+)
 
 aten = torch.ops.aten
 
-GROUPED = (aten._grouped_mm, torch.ops.mythos.grouped_product, torch.ops.mythos.grouped_outer)
+GROUPED = (GROUPED_MM, torch.ops.mythos.grouped_product, torch.ops.mythos.grouped_outer)
 """Products of the experts: torch's, and operators of our own that are its loop on a CPU."""
 
-ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-"""A product by oneDNN; None where torch was built without it."""
-
-GEMMS = (aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm, aten.baddbmm_, ONEDNN, *GROUPED)
+GEMMS = (aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm, aten.baddbmm_, ONEDNN_LINEAR, *GROUPED)
 """What the roofline is made of. Fused attention is not: it is products and a softmax in one."""
 
 ATTENTION = (
     torch.ops.mythos.causal_attention,
     torch.ops.mythos.causal_attention_backward,
-    *(
-        getattr(aten, f"_scaled_dot_product_{kind}_attention{where}{direction}")
-        for kind, where in (("flash", "_for_cpu"), ("flash", ""), ("efficient", ""), ("cudnn", ""))
-        for direction in ("", "_backward")
-    ),
+    *FUSED_ATTENTION,
 )
 """Ours, which is always causal, and torch's."""
 
@@ -62,14 +62,14 @@ def executed_flops(work: Callable[[], object]) -> Flops:
             recomputed += again
             return forward + again
 
-        return _formula(count)
+        return raw_flop_formula(count)
 
     # torch 2.13 knows neither these, nor fused attention on a CPU, and counts the masked scores of causal attention.
     formulas = {
-        **{operator: _formula(lambda a, b, *args, **kwargs: product_flops(a, b)) for operator in GROUPED},
-        ONEDNN: _formula(lambda a, b, *args: product_flops(a, b.T)),
-        aten.addmm_: _formula(lambda total, a, b, **kwargs: product_flops(a, b)),
-        aten.baddbmm_: _formula(lambda total, a, b, **kwargs: product_flops(a, b)),
+        **{operator: raw_flop_formula(lambda a, b, *args, **kwargs: product_flops(a, b)) for operator in GROUPED},
+        ONEDNN_LINEAR: raw_flop_formula(lambda a, b, *args: product_flops(a, b.T)),
+        aten.addmm_: raw_flop_formula(lambda total, a, b, **kwargs: product_flops(a, b)),
+        aten.baddbmm_: raw_flop_formula(lambda total, a, b, **kwargs: product_flops(a, b)),
     }
     formulas |= {operator: attention(operator) for operator in ATTENTION}
     counter = FlopCounterMode(display=False, custom_mapping=formulas)
@@ -78,16 +78,6 @@ def executed_flops(work: Callable[[], object]) -> Flops:
     counts = counter.get_flop_counts()["Global"]
     of_attention = sum(counts.get(operator, 0) for operator in ATTENTION)
     return Flops(sum(counts.values()) - of_attention, of_attention, recomputed)
-
-
-def _formula(count: Callable[..., int]) -> Callable[..., int]:
-    """A formula that is given an operator's arguments, and not their shapes alone."""
-
-    def call(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
-        return count(*args, **kwargs)
-
-    call._get_raw = True  # type: ignore[attr-defined]
-    return call
 
 
 def product_flops(a: Tensor, b: Tensor) -> int:
@@ -106,7 +96,7 @@ def attention_flops(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 
     A causal kernel skips blocks above the diagonal, so half is counted: (S + 1) / 2 keys a query.
     """
-    names = [argument.name for argument in operator.default._schema.arguments]
+    names = argument_names(operator)
     given = dict(zip(names, args, strict=False)) | kwargs
     query, key, value = (given[name].shape for name in ("query", "key", "value"))
     pairs = query[0] * query[1] * query[2] * key[2]

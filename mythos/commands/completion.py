@@ -10,6 +10,7 @@ The script is fixed: it knows the commands and options of this version, and cost
 import argparse
 
 from mythos.command_line import exit_status
+from mythos.errors import import_optional
 
 SHELLS = ("bash", "zsh", "fish")
 CONFIGS = ("CONFIG", "CONFIG_or_PRESET")
@@ -33,8 +34,7 @@ def main(arguments: list[str], prog: str = "mythos completion") -> int:
 
 def script(shell: str) -> str:
     """The script for a shell, of all commands as they are now."""
-    import shtab
-
+    shtab = import_optional("shtab", "mythos completion")
     from mythos.commands import parser as whole
     from mythos.config import packaged_configs
 

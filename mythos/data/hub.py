@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from mythos.data.cache import digest, keep, kept
 from mythos.data.formats import EXTENSIONS
 from mythos.data.remote import Unreachable, hub_json, hub_tree, hub_url, open_remote
-from mythos.errors import MythosError, short_reason
+from mythos.errors import MythosError, import_optional, short_reason
 
 # Where a dataset says which files its subsets and splits are made of.
 DECLARATIONS = ("README.md", ".huggingface.yaml")
@@ -116,7 +116,7 @@ def _list(dataset: str, subset: str | None, split: str, revision: str, patience:
 
 def _select(folder: Path, dataset: str, subset: str | None, split: str) -> list[str]:
     """Paths in a folder of the files that ``datasets`` takes for the subset and split, sorted."""
-    import datasets  # here because it takes a second
+    datasets = import_optional("datasets", "data.kind: hub")  # here because it takes a second
 
     with tempfile.TemporaryDirectory() as cache:
         try:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mythos.torch_compat import softmax_backward
+
 PIECE_BYTES = 2**20
 """Most memory of the scores that exist at once, so that a core's caches hold them; at least those of one block."""
 
@@ -43,7 +45,7 @@ def causal_attention_backward(
         probabilities = _probabilities(queries[heads, rows], keys[heads, seen], unseen, scale)
         of_values[heads, seen] += probabilities.mT @ of_output[heads, rows]
         of_probabilities = of_output[heads, rows] @ values[heads, seen].mT
-        of_scores = torch._softmax_backward_data(of_probabilities, probabilities, -1, query.dtype)
+        of_scores = softmax_backward(of_probabilities, probabilities)
         of_queries[heads, rows] = of_scores @ keys[heads, seen]
         of_keys[heads, seen] += of_scores.mT @ queries[heads, rows]
     of_key, of_value = of_keys.mul_(scale).to(key.dtype), of_values.to(value.dtype)

@@ -52,6 +52,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import flex_attention
 
+from mythos.torch_compat import sdpa_backend
+
 PRODUCTS_UP_TO = {torch.float32: 1024, torch.bfloat16: 4096}
 """Longest sequence whose causal attention batched products make faster than SDPA on a CPU, by type."""
 FLEX_GRAPHS = 128
@@ -84,6 +86,16 @@ def _compiled_flex_attention() -> Callable[..., Tensor]:
     )  # of a whole graph torch makes the limit an error
 
 
+def fused(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """An elementwise function as it is called on a device: one kernel on a GPU, torch's operations elsewhere."""
+    return _compiled(function) if device.type == "cuda" else function
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function)
+
+
 @torch.compiler.assume_constant_result  # asked when a block is compiled, not in it
 def takes_widths(device: torch.device, dtype: torch.dtype, dim: int, value_dim: int) -> bool:
     """Whether SDPA trains by flash or cuDNN with keys `dim` and values `value_dim` wide; if not, one is padded."""
@@ -96,7 +108,7 @@ def _sdpa_backend(device: torch.device, dtype: torch.dtype, dim: int, value_dim:
         key, value = (
             torch.empty(1, 1, 128, width, device=device, dtype=dtype, requires_grad=True) for width in (dim, value_dim)
         )
-        return SDPBackend(torch._fused_sdp_choice(key, key, value, is_causal=True))
+        return sdpa_backend(key, key, value)
 
 
 @torch.compiler.assume_constant_result

@@ -28,6 +28,7 @@ from mythos.model.layers import Initializer, Linear, RMSNorm, identity, initiali
 from mythos.model.loss import cross_entropies, summed_cross_entropy
 from mythos.model.moe import MixtureOfExperts
 from mythos.model.recurrence import LoopState, LTIInjection, Recurrence, dense_block
+from mythos.torch_compat import mark_static
 
 
 class TokenEmbedding(nn.Module):
@@ -340,7 +341,7 @@ class RecurrentDepthTransformer(nn.Module):
             run, stance = _compiled_run_packed(device.type), "default"
             # Else torch takes sizes that are equal by chance, as of rows and of a head, for one that changes.
             for tensor, sizes in ((cache.held, (0, 3)), (context.cos, 3), (context.sin, 3)):
-                torch._dynamo.mark_static(tensor, sizes)
+                mark_static(tensor, sizes)
         # Calls have other shapes each, and blocks that training compiled would be compiled for all of them.
         with torch.compiler.set_stance(stance):
             hidden, done = run(self, tokens, context, each_limit[0] if alike else each_limit, halting, minimum)

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mythos.torch_compat import storage_address
+
 
 def recomputable(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
     """function(*inputs), which inside of :class:`Selective` is made again in the backward pass and not kept for it.
@@ -49,13 +51,13 @@ class Selective:
     def mark(self, output: Tensor, function: Callable[..., Tensor], inputs: tuple[Any, ...]) -> None:
         """Remember how a tensor was made."""
         sources = tuple(self.reference(x) if isinstance(x, Tensor) else x for x in inputs)
-        self.marked[address(output)] = output, Recipe(function, sources, self.autocast)
+        self.marked[storage_address(output)] = output, Recipe(function, sources, self.autocast)
 
     def reference(self, tensor: Tensor) -> "Tensor | View":
         """What stands for a tensor until the backward pass: itself, or how it is made."""
-        if address(tensor) not in self.marked:
+        if storage_address(tensor) not in self.marked:
             return tensor.detach()
-        _, recipe = self.marked[address(tensor)]
+        _, recipe = self.marked[storage_address(tensor)]
         return View(recipe, tensor.shape, tensor.stride(), tensor.storage_offset())
 
     def pack(self, tensor: Tensor) -> "Tensor | View":
@@ -110,8 +112,3 @@ def unpack(kept: Tensor | View) -> Tensor:
     if kept.recipe.awaited == 0:
         kept.recipe.made = None
     return made
-
-
-def address(tensor: Tensor) -> int:
-    """Of a tensor's memory."""
-    return tensor.untyped_storage()._cdata
