@@ -4,11 +4,9 @@ import contextlib
 import logging
 import math
 import os
-import platform
 import time
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -56,6 +54,7 @@ from mythos.profiling import OwnTime, Profiler, Stopwatch
 from mythos.ranks import join_world
 from mythos.rng import random_state, set_random_state
 from mythos.summary import summary
+from mythos.versions import installed_versions
 
 logger = logging.getLogger(__name__)
 
@@ -553,8 +552,7 @@ class Trainer:
             "data": merge_states(self.world.ranks.gather(self.position)),
             "config": self.config.model_dump(mode="json"),
             "layout": {"mode": self.layout.mode, "replicate": self.layout.replicate, "shard": self.layout.shard},
-            "versions": {"python": platform.python_version()}
-            | {name: version(name) for name in ("torch", "transformers", "tokenizers", "datasets")},
+            "versions": installed_versions(("torch", "transformers", "tokenizers", "datasets")),
         }
         self.checkpoints.save(self.step, self.state(), meta, wait=wait)
 

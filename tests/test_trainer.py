@@ -3,8 +3,10 @@
 import contextlib
 import json
 import math
+import platform
 import time
 from collections.abc import Iterator
+from importlib import metadata
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mythos.checkpoint import read_meta
 from mythos.config import Config
 from mythos.data.pipeline import open_data
 from mythos.depth import DepthSchedule
@@ -26,7 +29,7 @@ from mythos.optim import learning_rate
 from mythos.parallel import choose_dtype
 from mythos.trainer import Trainer
 from tests.runs import losses, measurements, tiny
-from tests.trainers import assert_identical, run, state_of, take_step
+from tests.trainers import assert_identical, run, saved, state_of, take_step
 
 pytestmark = pytest.mark.usefixtures("no_plots")
 
@@ -409,3 +412,21 @@ def test_gate_that_cannot_learn_is_left_as_it_is(tmp_path, monkeypatch):
     for name, parameter in made.model.halting.named_parameters():
         torch.testing.assert_close(parameter, before[name], rtol=0.01, atol=1e-6)  # but for weight decay
     made.resources.close()
+
+
+def test_checkpoint_names_the_versions_of_what_is_installed(tmp_path, monkeypatch):
+    """A run whose data needs no `datasets` saves without it."""
+    original = metadata.version
+
+    def version(name: str) -> str:
+        if name == "datasets":
+            raise metadata.PackageNotFoundError(name)
+        return original(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    made = Trainer(tiny(tmp_path))
+    made.save(wait=True)
+    made.resources.close()
+    versions = read_meta(saved(made, 0))["versions"]
+    assert versions["torch"] == original("torch") and versions["python"] == platform.python_version()
+    assert "datasets" not in versions
