@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, get_args
 from unittest.mock import patch
 
@@ -146,6 +147,7 @@ class Activations:
     gradients that are not yet added to those of earlier micro-batches."""
 
 
+@lru_cache(64)  # of pure arguments; a plan asks more than once, and a trace takes seconds
 def step_activations(config: ModelConfig, step: Step) -> Activations:
     """Bytes at the peak of a step, read off the model's own forward and backward pass over fake tensors.
 

@@ -45,8 +45,9 @@ from mythos.model.generate import generate
 from mythos.model.rdt import RDTOutput, RecurrentDepthTransformer
 from mythos.model.recurrence import initial_state
 from mythos.model.sampling import Sampling
-from mythos.optim import build_optimizer, learning_rate, state_bytes
-from mythos.parallel import choose_layout, choose_micro_batch, device_memory, parallelize
+from mythos.optim import build_optimizer, learning_rate
+from mythos.parallel import choose_micro_batch, parallelize
+from mythos.plan import agree_on_layout
 from mythos.plots import draw_plots
 from mythos.preflight import (
     check_same_model,
@@ -146,10 +147,7 @@ class Trainer:
         set_seed(config.run.seed)  # nothing here draws from global generators, but what users add may
         with torch.device("meta"):
             model = RecurrentDepthTransformer(config.model)
-        state = state_bytes(model, config.optim)
-        self.layout = choose_layout(
-            config.parallel, world.size, world.local_size, state, min(world.ranks.gather(device_memory(world)))
-        )
+        self.layout = agree_on_layout(config, world)
         self.parallel = parallelize(config, model, self.layout, world)
         self.model = model
         self.optimizer = build_optimizer(self.model, config.optim, self.parallel.dtype)

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mythos.config import Config
-from mythos.parallel import choose_layout
+from mythos.parallel import named_layout
 from mythos.plan import Exchange, collectives, lay_out
 from mythos.trainer import Trainer
 from tests.distributed.pool import RankPool
@@ -96,7 +96,7 @@ def count(directory: Path, changes: dict[str, Any], first: int, last: int) -> tu
 
 
 def planned(config: Config, ranks: int) -> dict[str, Exchange]:
-    layout = choose_layout(config.parallel, ranks, ranks, 0, 2**40)
+    layout = named_layout(config.parallel, ranks, ranks)
     return collectives(config, lay_out(config, layout), round(config.depth_mean), config.depth_backprop)
 
 
