@@ -78,6 +78,8 @@ class Laid:
     """Parts in which DDP reduces gradients."""
     exchanged: tuple[int, ...]
     """Of each all-to-all by which Muon makes matrices whole; there is another one to cut them again."""
+    shared: tuple[int, ...]
+    """Of each all-gather of the matrices that ranks have made orthogonal for each other."""
     units: tuple[Unit, ...]
     """In the order of the forward pass, the root (embedding, head) first; none where nothing is sharded."""
 
@@ -245,7 +247,8 @@ def fake_processes(size: int) -> Iterator[None]:
 
 def _measure(config: Config, model: RecurrentDepthTransformer, layout: Layout) -> Laid:
     parameters = list(model.parameters())
-    optimizer = build_optimizer(model, config.optim, compute_dtype(config))
+    optimizer = build_optimizer(model, config.optim, compute_dtype(config), layout.size)
+    muon = optimizer if isinstance(optimizer, Muon) else None
     states = [value for state in optimizer.state.values() for value in state.values()]
     wholes = [p for p in parameters if not isinstance(p, DTensor)]
     load = model.empty_load(torch.device("meta"))
@@ -259,7 +262,8 @@ def _measure(config: Config, model: RecurrentDepthTransformer, layout: Layout) -
         replicated=_local_bytes(wholes) if layout.sharded else 0,
         measured=torch.float64.itemsize * (4 + (0 if load is None else load.numel())),
         buckets=buckets,
-        exchanged=tuple(exchange.bytes for exchange in optimizer.exchanges) if isinstance(optimizer, Muon) else (),
+        exchanged=tuple(exchange.bytes for exchange in muon.exchanges) if muon else (),
+        shared=muon.sharing.bytes if muon and muon.sharing else (),
         units=tuple(_units(model)),
     )
 
@@ -371,6 +375,8 @@ def collectives(config: Config, laid: Laid, loops: int, backprop: int) -> dict[s
         sums.add(1, laid.replicated)
     if layout.size > 1:
         sums.add(1, laid.measured)
+    for size in laid.shared:
+        gathers.add(1, size)
     exchanges = Exchange(2 * len(laid.exchanged), 2 * sum(laid.exchanged))
     return {"all-gather": gathers, "reduce-scatter": scatters, "all-reduce": sums, "all-to-all": exchanges}
 
