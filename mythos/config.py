@@ -57,7 +57,7 @@ class CurriculumConfig(Section):
     """Form of the ramp; none = the target from the first step. 1-sqrt rises as 1 - sqrt(1 - x); steps in 4 equal
     stairs."""
     over: Fraction = 0.25
-    """Share of the training steps that the ramp takes."""
+    """Share of the training steps (optim.schedule_steps) that the ramp takes."""
     start: Annotated[float, Field(ge=1)] = 1.0
     """Value at the first step."""
 
@@ -110,6 +110,10 @@ class OptimConfig(Section):
     """wsd: share of the steps over which the learning rate falls."""
     min_lr: Fraction = 0.1
     """Last learning rate as a share of lr."""
+    schedule_steps: PositiveInt | None = None
+    """Length of the schedule: the steps that the learning rate and all other ramps (depth.curriculum,
+    depth.backprop_curriculum, data.task.ramp) are shares of; null = all steps of the run. Steps beyond it keep the last
+    values; a run of fewer steps ends before its schedule does."""
 
 
 class ProfileConfig(Section):
@@ -307,6 +311,11 @@ class Config(Section):
         if self.train.tokens is None:
             raise MythosError("train.steps, train.tokens: got null and null; give one of them")
         return math.ceil(self.train.tokens / self.tokens_per_step)
+
+    @property
+    def schedule_steps(self) -> int:
+        """Optimizer steps that learning rate, depth and difficulty follow their ramps over; then they stay."""
+        return self.train_steps if self.optim.schedule_steps is None else self.optim.schedule_steps
 
 
 def packaged_configs() -> dict[str, Path]:
@@ -559,6 +568,12 @@ def _contradictions(config: Config, reported: set[str]) -> Iterator[tuple[tuple[
     if optim.schedule == "wsd" and optim.warmup + optim.decay > 1:
         given = f"got {optim.warmup:g} and {optim.decay:g}"
         yield ("optim.warmup", "optim.decay"), f"{given}; together they may take at most all (1) of the steps"
+    one_length = (train.steps is None) != (train.tokens is None)
+    if optim.min_lr == 0 and one_length and config.schedule_steps < config.train_steps:
+        given = f"got {config.schedule_steps} of {config.train_steps} steps and 0"
+        rule = "the learning rate of the steps after the schedule would be 0; raise the first or the last"
+        length = "train.steps" if train.tokens is None else "train.tokens"
+        yield ("optim.schedule_steps", length, "optim.min_lr"), f"{given}; {rule}"
     loops = config.eval.loops
     if not loops or any(left >= right for left, right in itertools.pairwise(loops)):
         yield ("eval.loops",), f"got {shown(loops)}; allowed: at least one loop count, each above the one before"

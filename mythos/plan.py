@@ -152,6 +152,7 @@ def plan(config: Config, ranks: int | None = None, machine_ranks: int = 8, devic
         f"parameters      {parameters.total:,} ({parameters.active:,} active per token and loop){vocabulary}",
         f"training        {config.train_steps:,} steps of {config.tokens_per_step:,} tokens, "
         f"{config.train_steps * config.tokens_per_step:,} in all",
+        *([f"schedule        over {config.schedule_steps:,} steps"] if config.optim.schedule_steps is not None else []),
         f"run directory   {config.run_dir}",
         f"FLOPs per token at {config.data.sequence_length} tokens, forward, by loops",
         *(f"{depth:16d}  {flops.once + depth * flops.loop:.3e}" for depth in depths),

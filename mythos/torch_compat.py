@@ -113,20 +113,23 @@ def mark_static(tensor: Tensor, dimensions: int | Sequence[int]) -> None:
     torch._dynamo.mark_static(tensor, dimensions if isinstance(dimensions, int) else list(dimensions))
 
 
-def prepare_compiler() -> None:
-    """Set what the compiler does in this process with functions that meet many shapes. It can be called again.
+def allow_many_graphs() -> None:
+    """Let a compiled function have up to 128 graphs in this process, where torch allows 8.
 
-    torch has no public name for these settings. No fallback: AttributeError.
+    Growing prefixes of rows, passes without gradient and validation each take some, and all blocks of prelude and coda
+    share one limit. torch has no public name for the setting. No fallback: AttributeError.
     """
-    config = torch._dynamo.config
-    # A function may have this many graphs. Growing prefixes of rows, passes without gradient and validation each take
-    # some, and all blocks of prelude and coda share one limit.
-    config.recompile_limit = max(config.recompile_limit, 128)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
+
+
+def prepare_compiler() -> None:
+    """Set what the compiler does in a process that trains. No public names, no fallback: AttributeError."""
+    allow_many_graphs()
     # Past the limit torch would run the function operation by operation, and say so in a log line at most.
-    config.fail_on_recompile_limit_hit = True
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     # Under DDP torch would cut graphs where its buckets end, so that these are sent early. But a loop's gradients are
     # complete only after its first pass, and graphs that hold attention to documents cannot be cut.
-    config.optimize_ddp = False
+    torch._dynamo.config.optimize_ddp = False
 
 
 class PlannedKernel(NamedTuple):

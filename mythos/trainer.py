@@ -48,7 +48,13 @@ from mythos.model.sampling import Sampling
 from mythos.optim import build_optimizer, learning_rate, state_bytes
 from mythos.parallel import choose_layout, choose_micro_batch, device_memory, parallelize
 from mythos.plots import draw_plots
-from mythos.preflight import check_same_model, check_same_optimizer, prepare_directory, resolve_vocabulary
+from mythos.preflight import (
+    check_same_model,
+    check_same_optimizer,
+    prepare_directory,
+    resolve_vocabulary,
+    schedule_change,
+)
 from mythos.presets import model_name
 from mythos.profiling import OwnTime, Profiler, Stopwatch
 from mythos.ranks import join_world
@@ -120,6 +126,8 @@ class Trainer:
         if meta:
             check_same_model(config, meta["config"]["model"], found)
             check_same_optimizer(config, meta["config"]["optim"], found)
+            if self.main and (change := schedule_change(config, meta["config"], self.step)):
+                logger.warning("%s", change)
         self.schedule = DepthSchedule(config)
         self.loader = Loader(
             data.streams(config.run.seed, world.rank, world.size),
@@ -367,7 +375,7 @@ class Trainer:
         skip = ~(loss.isfinite() & grad_norm.isfinite())
         self.optimizer.found_inf = skip.float()
         self.optimizer.grad_scale = (grad_norm / config.optim.clip).clamp(min=1).float() if config.optim.clip else None
-        lr = learning_rate(config.optim, step, config.train_steps)
+        lr = learning_rate(config.optim, step, config.schedule_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -575,6 +583,8 @@ class Trainer:
             "parallel": f"{self.layout.mode}, {self.layout.why}",
             "run": f"{self.run_dir}" + (f", continuing at step {self.step} from {found}" if found else ""),
         }
+        if config.optim.schedule_steps is not None:
+            lines["schedule"] = f"over {config.schedule_steps:,} steps"
         if restarts := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
             lines["restart"] = f"{restarts}, because a process was lost"
         print("\n".join(f"{name:9} {line}" for name, line in lines.items()))

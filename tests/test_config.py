@@ -189,6 +189,14 @@ CONTRADICTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ),
     ({"depth": {"backprop_curriculum": {"shape": "steps", "start": 1.5}}}, ("depth.backprop_curriculum.start",)),
     ({"optim": {"schedule": "wsd", "warmup": 0.5, "decay": 0.6}}, ("optim.warmup", "optim.decay")),
+    (
+        {"optim": {"schedule_steps": 9, "min_lr": 0.0}},
+        ("optim.schedule_steps", "train.steps", "optim.min_lr"),
+    ),
+    (
+        {"train": {"tokens": 64 * 1024 * 10}, "optim": {"schedule_steps": 9, "min_lr": 0.0}},
+        ("optim.schedule_steps", "train.tokens", "optim.min_lr"),
+    ),
     ({"tokenizer": {"vocab_size": 383}}, ("tokenizer.vocab_size",)),
     (
         {"tokenizer": {"vocab_size": 1025}, "model": {"vocab_size": 1000}},
@@ -218,6 +226,8 @@ def test_contradiction_names_all_its_fields(sections: dict[str, Any], paths: tup
         {"tokenizer": {"vocab_size": 1024}, "model": {"vocab_size": 1000}},  # padded to 1,024
         {"tokenizer": {"name": "some/tokenizer", "vocab_size": 1}},
         {"optim": {"schedule": "cosine", "warmup": 0.5, "decay": 0.6}},
+        {"optim": {"schedule_steps": 9}},
+        {"optim": {"schedule_steps": 11, "min_lr": 0.0}},
         {"depth": {"curriculum": {"shape": "none", "start": 99}}},
         {"depth": {"backprop": 12}},
         {"model": {"injection": "initial"}, "depth": {"backprop": 16}},
@@ -434,6 +444,8 @@ def test_derived_values() -> None:
     assert default.train_steps == 10
     assert build(train={"tokens": 64 * 1024 * 3}).train_steps == 3
     assert build(train={"tokens": 64 * 1024 * 3 + 1}).train_steps == 4
+    assert default.schedule_steps == 10
+    assert build(optim={"schedule_steps": 7}).schedule_steps == 7
     with pytest.raises(MythosError, match=r"train\.steps, train\.tokens"):
         _ = Config().train_steps
 

@@ -461,3 +461,20 @@ def test_checkpoint_names_the_versions_of_what_is_installed(tmp_path, monkeypatc
     versions = read_meta(saved(made, 0))["versions"]
     assert versions["torch"] == original("torch") and versions["python"] == platform.python_version()
     assert "datasets" not in versions
+
+
+def test_longer_run_warns_or_keeps_its_schedule(tmp_path, caplog):
+    run(tiny(tmp_path, train__steps=4))
+    for schedule_steps, warned in ((None, True), (4, False)):
+        caplog.clear()
+        longer = Trainer(tiny(tmp_path, train__steps=12, optim__schedule_steps=schedule_steps))
+        said = [record.getMessage() for record in caplog.records if "schedule" in record.getMessage()]
+        assert len(said) == warned
+        optim = longer.config.optim
+        share = 0.1 if schedule_steps else 0.1 + 0.9 * (1 + math.cos(math.pi * (4 - 0.24) / (11 - 0.24))) / 2
+        after = optim.lr * share
+        if warned:
+            moved = f"the learning rate from {optim.lr / 10:.3g} to {after:.3g}, the mean depth from 3 to 2.33"
+            assert f"at step 4 this moves {moved}" in said[0]
+        assert take_step(longer).lr == pytest.approx(after)
+        longer.resources.close()

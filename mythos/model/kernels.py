@@ -52,12 +52,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import flex_attention
 
-from mythos.torch_compat import sdpa_backend
+from mythos.torch_compat import allow_many_graphs, sdpa_backend
 
 PRODUCTS_UP_TO = {torch.float32: 1024, torch.bfloat16: 4096}
 """Longest sequence whose causal attention batched products make faster than SDPA on a CPU, by type."""
-FLEX_GRAPHS = 128
-"""Graphs of flex attention that a process may compile."""
 TOKEN_BYTES = 2**23
 """Largest matrices of one token's experts that a compiled graph multiplies by itself on a CPU."""
 
@@ -80,10 +78,8 @@ def flex(device: torch.device) -> Callable[..., Tensor]:
 def _compiled_flex_attention() -> Callable[..., Tensor]:
     # With dynamic sizes a model takes 4 graphs: for one row or more, with gradients or without. Sequences of one block
     # take 4 more, and a first number of rows that is also that of heads, which torch takes for the same size, 2 more.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, FLEX_GRAPHS)
-    return torch.compile(
-        flex_attention, dynamic=True, fullgraph=True
-    )  # of a whole graph torch makes the limit an error
+    allow_many_graphs()
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)  # a whole graph, so that the limit is an error
 
 
 def fused(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
@@ -93,7 +89,8 @@ def fused(function: Callable[..., Any], device: torch.device) -> Callable[..., A
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function)
+    allow_many_graphs()
+    return torch.compile(function, fullgraph=True)
 
 
 @torch.compiler.assume_constant_result  # asked when a block is compiled, not in it
