@@ -33,9 +33,12 @@ def state_bytes(model: nn.Module, config: OptimConfig) -> int:
 
 
 def build_optimizer(
-    model: nn.Module, config: OptimConfig, dtype: torch.dtype = torch.float32
+    model: nn.Module, config: OptimConfig, dtype: torch.dtype = torch.float32, ranks: int = 1
 ) -> torch.optim.AdamW | Muon:
-    """Fused AdamW, or Muon with products in `dtype`; the state exists from the start: a checkpoint has all tensors."""
+    """Fused AdamW, or Muon with products in `dtype`, whose work on whole matrices `ranks` processes share.
+
+    The state exists from the start: a checkpoint has all tensors.
+    """
     named = dict(model.named_parameters())
     matrices = {p for name, p in named.items() if config.name == "muon" and is_hidden_matrix(name, p)}
     groups: dict[tuple[float, bool, int], list[nn.Parameter]] = {}
@@ -49,7 +52,11 @@ def build_optimizer(
         for (decay, _, parts), members in groups.items()
     ]
     options = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "fused": True}
-    optimizer = Muon(settings, dtype, **options) if config.name == "muon" else torch.optim.AdamW(settings, **options)
+    optimizer = (
+        Muon(settings, dtype, ranks=ranks, **options)
+        if config.name == "muon"
+        else torch.optim.AdamW(settings, **options)
+    )
     for parameter in (p for p in named.values() if p not in matrices):
         optimizer.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),

@@ -366,20 +366,21 @@ def fake_processes(size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def muon_exchanges(config: Config, layout: Layout) -> Exchange:
-    """The all-to-alls of a step of Muon, which makes matrices whole that FSDP2 has cut, and cuts them again.
+def muon_exchanges(config: Config, layout: Layout) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What Muon sends in a step: bytes of each all-gather, and of each all-to-all by which matrices become whole.
 
-    Read off an optimizer over processes that need not exist; raises RuntimeError beside real ones.
+    Under DDP the all-gathers bring the matrices that ranks have made orthogonal for each other. Where FSDP2 has cut
+    matrices, all-to-alls make them whole, and as many more cut them again. Read off an optimizer over processes that
+    need not exist; raises RuntimeError beside real ones.
     """
-    if config.optim.name != "muon" or not layout.sharded:
-        return Exchange()
-    model = build_on_meta(config.model)
+    model, dtype = build_on_meta(config.model), compute_dtype(config)
     with fake_processes(layout.size):
-        shard_model(config.parallel, model, build_mesh(layout, "cpu"), compute_dtype(config))
-        optimizer = build_optimizer(model, config.optim, compute_dtype(config))
+        if layout.sharded:
+            shard_model(config.parallel, model, build_mesh(layout, "cpu"), dtype)
+        optimizer = build_optimizer(model, config.optim, dtype, layout.size)
         assert isinstance(optimizer, Muon)
-        sizes = [exchange.bytes for exchange in optimizer.exchanges]
-    return Exchange(2 * len(sizes), 2 * sum(sizes))
+        shared = optimizer.sharing.bytes if optimizer.sharing else ()
+        return shared, tuple(exchange.bytes for exchange in optimizer.exchanges)
 
 
 def micro_batches(config: Config, ranks: int) -> int:
@@ -434,7 +435,7 @@ def collectives(config: Config, laid: Laid, loops: int, backprop: int) -> dict[s
     adds up the gradients of all uses first. But where such a block has several backward passes, the sum over earlier
     micro-batches is reduced apart, at the first of them. HSDP all-reduces what is reduced in the last micro-batch.
     """
-    gathers, scatters, sums = Exchange(), Exchange(), Exchange()
+    gathers, scatters, sums, exchanges = Exchange(), Exchange(), Exchange(), Exchange()
     layout, micro = laid.layout, micro_batches(config, laid.layout.size)
     backprop = min(loops, backprop)
     if layout.mode == "ddp":
@@ -459,7 +460,11 @@ def collectives(config: Config, laid: Laid, loops: int, backprop: int) -> dict[s
         sums.add(1, laid.replicated)
     if layout.size > 1:
         sums.add(1, laid.measured)
-    exchanges = muon_exchanges(config, layout)
+    if config.optim.name == "muon" and layout.size > 1:
+        shared, exchanged = muon_exchanges(config, layout)
+        for size in shared:
+            gathers.add(1, size)
+        exchanges = Exchange(2 * len(exchanged), 2 * sum(exchanged))
     return {"all-gather": gathers, "reduce-scatter": scatters, "all-reduce": sums, "all-to-all": exchanges}
 
 

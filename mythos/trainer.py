@@ -150,7 +150,7 @@ class Trainer:
         self.layout = agree_on_layout(config, world)
         self.parallel = parallelize(config, model, self.layout, world)
         self.model = model
-        self.optimizer = build_optimizer(self.model, config.optim, self.parallel.dtype)
+        self.optimizer = build_optimizer(self.model, config.optim, self.parallel.dtype, self.layout.size)
         self.micro_batch = choose_micro_batch(config, self.parallel)
 
         # Updates that were skipped, in all and in a row; on the device, so that no step waits to know.
@@ -369,7 +369,7 @@ class Trainer:
 
         # All ranks skip an update together, on the device: they hold the same sums. The fused optimizer takes both
         # numbers as a gradient scaler gives them: it divides by the one, and changes nothing where the other is 1.
-        self.watchdog.beat(f"step {step + 1}: update (all-to-alls of Muon under FSDP)")
+        self.watchdog.beat(f"step {step + 1}: update (all-to-alls of Muon under FSDP, all-gathers under DDP)")
         skip = ~(loss.isfinite() & grad_norm.isfinite())
         self.optimizer.found_inf = skip.float()
         self.optimizer.grad_scale = (grad_norm / config.optim.clip).clamp(min=1).float() if config.optim.clip else None
