@@ -553,6 +553,9 @@ def _contradictions(config: Config, reported: set[str]) -> Iterator[tuple[tuple[
         given = "got act and gradient through 1 loop"
         rule = "the last loop takes whatever probability is left, so act learns from the loops before it alone"
         yield ("model.halting", backprop_path), f"{given}; {rule}: set depth.backprop to 2 or more"
+    if config.model.core_ffn == "moe" and config.model.experts_per_token == 1:
+        rule = "the weights of a token's experts add up to 1, so from a single one the router would learn nothing"
+        yield ("model.experts_per_token",), f"got 1; {rule}: give 2 or more, or set model.core_ffn to dense"
     for name, target, path in (
         ("curriculum", config.depth_mean, mean_path),
         ("backprop_curriculum", config.depth_backprop, backprop_path),

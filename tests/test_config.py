@@ -121,6 +121,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"model": {"ffn_dim": 100}}, ("model.ffn_dim",)),
     ({"model": {"expert_dim": 100}}, ("model.expert_dim",)),
     ({"model": {"shared_expert_dim": 100}}, ("model.shared_expert_dim",)),
+    ({"model": {"experts_per_token": 1}}, ("model.experts_per_token",)),
     ({"model": {"experts_per_token": 9}}, ("model.experts_per_token", "model.n_experts")),
     ({"model": {"preset": "dense_140m", "loops": 2}}, ("model.injection", "model.loops")),
     ({"model": {"preset": "dense_140m", "lora_rank": 4}}, ("model.injection", "model.lora_rank")),
@@ -222,6 +223,7 @@ def test_contradiction_names_all_its_fields(sections: dict[str, Any], paths: tup
     [
         {"model": {"n_heads": 5, "n_kv_heads": 2, "head_dim": 33}},  # of gqa, and attention is mla
         {"model": {"core_ffn": "dense", "experts_per_token": 99, "expert_dim": 3}},
+        {"model": {"core_ffn": "dense", "experts_per_token": 1}},
         {"model": {"n_shared_experts": 0, "shared_expert_dim": 3}},
         {"tokenizer": {"vocab_size": 1024}, "model": {"vocab_size": 1000}},  # padded to 1,024
         {"tokenizer": {"name": "some/tokenizer", "vocab_size": 1}},
