@@ -2,7 +2,7 @@
 
 from collections import deque
 from math import prod, sqrt
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -151,19 +151,14 @@ def newton_schulz(x: Tensor) -> Tensor:
 class Sharing:
     """Shares out matrices that are the same on all ranks, and gathers what each rank has made of its share.
 
-    The costliest matrix goes first, each to the rank that has least to do. The all-gathers are in `dtype`, of at least
-    one matrix of a rank and about `elements` of all ranks, and padded to the rank that sends most.
+    The costliest matrix goes first, each to the rank that has least to do. The all-gathers are in `dtype`, of about
+    `elements` of all ranks, and padded to the rank that sends most.
     """
 
     def __init__(self, parts: dict[Tensor, int], ranks: int, dtype: torch.dtype, elements: int) -> None:
         self.parts, self.dtype = parts, dtype
-        self.sizes: list[int] = []
-        costs: list[int] = []
-        for parameter, count in parts.items():
-            for matrix in _matrices(parameter.detach(), count):
-                small, large = sorted(matrix.shape)
-                self.sizes.append(small * large)
-                costs.append(small * small * (2 * large + small))  # of newton_schulz, but for a factor
+        shapes = [m.shape for parameter, count in parts.items() for m in _matrices(parameter.detach(), count)]
+        costs = [min(shape) ** 2 * (2 * max(shape) + min(shape)) for shape in shapes]  # halves of newton_schulz's FLOPs
         self.shares: list[list[int]] = [[] for _ in range(ranks)]
         """Of each rank, which matrices."""
         loads = [0] * ranks
@@ -171,27 +166,19 @@ class Sharing:
             rank = loads.index(min(loads))
             loads[rank] += costs[index]
             self.shares[rank].append(index)
-        self.rounds: list[list[list[int]]] = []
-        """Of each all-gather, which matrices each rank sends."""
-        waiting = [deque(share) for share in self.shares]
+        self.rounds: list[list[list[Rows]]] = []
+        """Of each all-gather, what each rank sends."""
+        room = max(1, elements // ranks)
+        waiting = [
+            deque(rows for index in share for rows in _in_rows(index, shapes[index], room)) for share in self.shares
+        ]
         while any(waiting):
-            self.rounds.append([self._take(share, elements // ranks) for share in waiting])
-
-    def _take(self, share: deque[int], room: int) -> list[int]:
-        taken: list[int] = []
-        while share and (not taken or self.sizes[share[0]] <= room):
-            taken.append(share.popleft())
-            room -= self.sizes[taken[-1]]
-        return taken
-
-    def _sent(self, taken: list[list[int]]) -> int:
-        """Elements that each rank sends in a round."""
-        return max(sum(self.sizes[index] for index in some) for some in taken)
+            self.rounds.append([_take(share, room) for share in waiting])
 
     @property
     def bytes(self) -> tuple[int, ...]:
         """What each all-gather brings to a rank."""
-        return tuple(self._sent(taken) * len(taken) * self.dtype.itemsize for taken in self.rounds)
+        return tuple(_longest(taken) * len(taken) * self.dtype.itemsize for taken in self.rounds)
 
     def matrices(self) -> list[Tensor]:
         """Views of the gradients' matrices."""
@@ -201,20 +188,57 @@ class Sharing:
         """Bring every rank's share of the matrices into the gradients of all ranks."""
         rank = dist.get_rank()
         for taken in self.rounds:
-            length = self._sent(taken)
-            mine = torch.empty(length, dtype=self.dtype, device=matrices[0].device)
-            for part, index in zip(self._split(mine, taken[rank]), taken[rank], strict=True):
-                part.copy_(matrices[index].flatten())
-            gathered = mine.new_empty(len(taken) * length)
-            dist.all_gather_into_tensor(gathered, mine)
-            for sent, some in zip(gathered.view(len(taken), length), taken, strict=True):
-                for part, index in zip(self._split(sent, some), some, strict=True):
-                    matrices[index].copy_(part.view(matrices[index].shape))
+            mine = torch.empty(_longest(taken), dtype=self.dtype, device=matrices[0].device)
+            for rows, part in zip(taken[rank], _split(mine, taken[rank]), strict=True):
+                part.copy_(rows.of(matrices).flatten())
+            gathered = mine.new_empty(len(taken), len(mine))
+            dist.all_gather_into_tensor(gathered.flatten(), mine)
+            for some, sent in zip(taken, gathered, strict=True):
+                for rows, part in zip(some, _split(sent, some), strict=True):
+                    target = rows.of(matrices)
+                    target.copy_(part.view(target.shape))
 
-    def _split(self, buffer: Tensor, some: list[int]) -> list[Tensor]:
-        """The part of a rank's buffer that each matrix takes."""
-        sizes = [self.sizes[index] for index in some]
-        return list(buffer[: sum(sizes)].split(sizes)) if some else []
+
+class Rows(NamedTuple):
+    """Some rows of a matrix."""
+
+    matrix: int
+    start: int
+    stop: int
+    size: int
+    """Elements."""
+
+    def of(self, matrices: list[Tensor]) -> Tensor:
+        """A view of them."""
+        return matrices[self.matrix][self.start : self.stop]
+
+
+def _in_rows(index: int, shape: torch.Size, room: int) -> list[Rows]:
+    """A matrix, cut into as many rows as there is room for, at least one."""
+    count = max(1, room // shape[1])
+    stops = [min(start + count, shape[0]) for start in range(0, shape[0], count)]
+    return [
+        Rows(index, start, stop, (stop - start) * shape[1]) for start, stop in zip([0, *stops], stops, strict=False)
+    ]
+
+
+def _take(waiting: deque[Rows], room: int) -> list[Rows]:
+    """The foremost that there is room for, at least one."""
+    taken: list[Rows] = []
+    while waiting and (not taken or waiting[0].size <= room):
+        taken.append(waiting.popleft())
+        room -= taken[-1].size
+    return taken
+
+
+def _longest(taken: list[list[Rows]]) -> int:
+    return max(sum(rows.size for rows in some) for some in taken)
+
+
+def _split(buffer: Tensor, some: list[Rows]) -> list[Tensor]:
+    """The part of a rank's buffer that each takes; the rest of it is padding."""
+    sizes = [rows.size for rows in some]
+    return list(buffer.split([*sizes, len(buffer) - sum(sizes)])[:-1])
 
 
 class Exchange:
