@@ -23,6 +23,8 @@ Also read from the environment:
   MAX_RESTARTS      how often processes are started again after a failure (3); each time from the newest checkpoint
   SHUTDOWN_TIMEOUT  seconds for the final save when torchrun itself is told to end (600; always 30 with torch 2.11)
   PYTHON            the interpreter (python)
+  PYTORCH_ALLOC_CONF  settings of torch's allocator on GPUs (expandable_segments:True, against fragmentation); a value
+                    set by you, also in PYTORCH_CUDA_ALLOC_CONF, is left as it is
 
 SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR1 save and stop, with status 0; a second one stops at once.
 TEXT
@@ -170,6 +172,11 @@ fi
 if [[ -z ${OMP_NUM_THREADS:-} ]]; then
   cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
   export OMP_NUM_THREADS=$((cores > processes ? cores / processes : 1))
+fi
+# Rows that leave and join the batch make tensors of many sizes. In segments that grow, freed memory of one size serves
+# the others. torch 2.11 to 2.14 read PYTORCH_ALLOC_CONF first and then the older name, so ours must not hide that one.
+if [[ -z ${PYTORCH_ALLOC_CONF+set}${PYTORCH_CUDA_ALLOC_CONF+set} ]]; then
+  export PYTORCH_ALLOC_CONF=expandable_segments:True
 fi
 # A store of its own for every restart. In the one that agents share, processes that are started again find the
 # addresses of those that have died, and fail or hang (https://github.com/pytorch/pytorch/issues/135712).

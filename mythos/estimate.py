@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, get_args
 from unittest.mock import patch
 
@@ -146,6 +147,7 @@ class Activations:
     gradients that are not yet added to those of earlier micro-batches."""
 
 
+@lru_cache(64)  # of pure arguments; a plan asks more than once, and a trace takes seconds
 def step_activations(config: ModelConfig, step: Step) -> Activations:
     """Bytes at the peak of a step, read off the model's own forward and backward pass over fake tensors.
 
@@ -177,7 +179,7 @@ def recomputed_flops(config: ModelConfig, length: int, checkpointing: str) -> fl
 
 def _trace_memory(config: ModelConfig, step: Step, forward: bool = False) -> int:
     """Bytes at the peak of a step, or those that its forward pass leaves."""
-    with _fake(config, step) as model:
+    with fake_model(config, step) as model:
         weights = [*model.parameters(), *model.buffers()]
         if step.accumulating and not step.gathered:
             for parameter in model.parameters():
@@ -185,7 +187,7 @@ def _trace_memory(config: ModelConfig, step: Step, forward: bool = False) -> int
                 weights.append(parameter.grad)
         shapes = {shape for p in model.parameters() for shape in (p.shape, p.shape[::-1])}
         with Ledger(weights, shapes) as ledger:
-            objective = _forward(model, step)
+            objective = run_forward(model, step)
             if forward:
                 return ledger.live
             ledger.collecting = step.checkpointing != "none"
@@ -199,16 +201,16 @@ def _trace_memory(config: ModelConfig, step: Step, forward: bool = False) -> int
 
 def _trace_flops(config: ModelConfig, step: Step) -> int:
     with (
-        _fake(config, step) as model,
+        fake_model(config, step) as model,
         Ledger((), set()),
         FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS) as counter,
     ):
-        _forward(model, step).backward()
+        run_forward(model, step).backward()
     return counter.get_total_flops()
 
 
 @contextmanager
-def _fake(config: ModelConfig, step: Step) -> Iterator[RecurrentDepthTransformer]:
+def fake_model(config: ModelConfig, step: Step) -> Iterator[RecurrentDepthTransformer]:
     """The model made of fake tensors, as a rank holds it, and the choices of its code that depend on the device."""
     from mythos.parallel import float32_parameters, prepare_model  # which take seconds that counting does not need
 
@@ -226,7 +228,8 @@ def _fake(config: ModelConfig, step: Step) -> Iterator[RecurrentDepthTransformer
                     stack.enter_context(patch.object(kernels, choice, lambda *_: False))
             stack.enter_context(FakeTensorMode())
             model = RecurrentDepthTransformer(config)
-            prepare_model(Config(parallel=ParallelConfig(activation_checkpointing=step.checkpointing)), model)
+            parallel = ParallelConfig(activation_checkpointing=step.checkpointing)
+            prepare_model(Config(parallel=parallel), model, torch.device("cpu"))
             if not step.shared:
                 model.recurrence.share_weights = False
             if step.gathered:
@@ -240,7 +243,7 @@ def _fake(config: ModelConfig, step: Step) -> Iterator[RecurrentDepthTransformer
             gc.unfreeze()
 
 
-def _forward(model: RecurrentDepthTransformer, step: Step) -> Tensor:
+def run_forward(model: RecurrentDepthTransformer, step: Step) -> Tensor:
     """The step's objective."""
     ids = torch.zeros(step.rows, step.length + 1, dtype=torch.int64)
     # The passes without gradient leave nothing behind: one of them stands for all.
@@ -439,14 +442,15 @@ def optimal_split(config: ModelConfig, length: int, flops: float) -> Split:
     """Mean loops and tokens of the lowest loss that a budget of FLOPs buys this model, after arXiv 2604.12946.
 
     mu* = 2.12 (C / 10^18 (68.8M / N)^2)^0.40, and the tokens are what the budget then pays for, half of the loops
-    with gradient. The exponent is the paper's, the factor from its table 6. The paper fits every size for itself; that
-    the factor goes with C / N^2, the budget's tokens per parameter, is read off here: at its other size, 370M, that
-    gives 3.8, 5.0 and 6.6 loops where the table has 4, 6 and 6. N is the number of parameters that a token is
-    multiplied by at one loop. The tokens follow D* ~ C^0.78 nearly, as measured from 10^18 to 1.3 x 10^20 FLOPs;
-    beyond is extrapolation.
+    with gradient (all with injection initial). The exponent is the paper's, the factor from its table 6. The paper fits
+    every size for itself; that the factor goes with C / N^2, the budget's tokens per parameter, is read off here: at
+    its other size, 370M, that gives 3.8, 5.0 and 6.6 loops where the table has 4, 6 and 6. N is the number of
+    parameters that a token is multiplied by at one loop. The tokens follow D* ~ C^0.78 nearly, as measured from 10^18
+    to 1.3 x 10^20 FLOPs; beyond is extrapolation.
     """
     one = forward_flops(config, 1)
     budget = flops / ANCHOR_FLOPS * (2 * ANCHOR_PARAMETERS / (one.once + one.loop)) ** 2
     loops = 1.0 if config.injection == "none" else max(1.0, ANCHOR_LOOPS * budget**LOOPS_EXPONENT)
     cost = forward_flops(config, length)
-    return Split(flops, loops, flops / (3 * cost.once + cost.loop * (loops + 2 * max(1.0, loops / 2))))
+    backprop = loops if config.injection == "initial" else max(1.0, loops / 2)
+    return Split(flops, loops, flops / (3 * cost.once + cost.loop * (loops + 2 * backprop)))

@@ -4,6 +4,7 @@ python scripts/benchmark.py train SIZE|CONFIG.yaml [key.path=value ...] [--again
 python scripts/benchmark.py model SIZE|CONFIG.yaml [key.path=value ...]
 python scripts/benchmark.py scaling SIZE|CONFIG.yaml [key.path=value ...]
 python scripts/benchmark.py decode RUN|SIZE|CONFIG.yaml [--loops N,N] [--batch N,N] [--halting RULE]
+python scripts/benchmark.py traffic SIZE|CONFIG.yaml [key.path=value ...] [--rows N] [--length N]
 python scripts/benchmark.py data CONFIG.yaml [key.path=value ...]
 python scripts/benchmark.py checkpoint [--preset NAME] [--vocabulary N] [--directory DIR]
 
@@ -15,11 +16,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from mythos.benchmarks import checkpoint, data, decode, model, scaling, timing, train
+from mythos.benchmarks import checkpoint, data, decode, model, scaling, timing, traffic, train
 from mythos.command_line import exit_status
 
 BENCHMARKS = {
-    module.__name__.rpartition(".")[2]: module for module in (train, model, scaling, decode, data, checkpoint)
+    module.__name__.rpartition(".")[2]: module for module in (train, model, scaling, decode, data, checkpoint, traffic)
 }
 
 ALL_CORES = {"data", "checkpoint"}

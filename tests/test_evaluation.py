@@ -12,9 +12,9 @@ from torch import Tensor
 from mythos.data.validation import ValidationSet
 from mythos.evaluation.validation import losses_by_depth, validation_metrics
 from mythos.model.config import ModelConfig
-from mythos.model.layers import name_generator
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.ranks import Ranks, World
+from tests.noise import name_generator
 from tests.runs import SETTINGS
 
 ROWS, LENGTH = 5, 16

@@ -23,7 +23,10 @@ STAND_IN = f"""#!{sys.executable}
 import json, os, sys
 if sys.argv[1] == "-c":  # the check of the configuration
     os.execv({sys.executable!r}, [{sys.executable!r}, *sys.argv[1:]]) if "CHECK" in os.environ else sys.exit()
-names = ("OMP_NUM_THREADS", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "MYTHOS_ENDED")
+names = (
+    "OMP_NUM_THREADS", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "MYTHOS_ENDED", "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+)
 with open(os.environ["RECORD"], "w") as file:
     json.dump({{"arguments": sys.argv[1:], "environment": {{name: os.environ.get(name) for name in names}}}}, file)
 if "ERROR" in os.environ:
@@ -127,6 +130,28 @@ def test_processes_on_the_cpu(launch):
     assert environment["OMP_NUM_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
     assert launch.started("--cpu", "2", CONFIG, OMP_NUM_THREADS="5")[2]["OMP_NUM_THREADS"] == "5"
     assert launch.started("--cpu", "1000", CONFIG)[2]["OMP_NUM_THREADS"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "PYTORCH_CUDA_ALLOC_CONF": None}),
+        (
+            {"PYTORCH_ALLOC_CONF": "max_split_size_mb:128"},
+            {"PYTORCH_ALLOC_CONF": "max_split_size_mb:128", "PYTORCH_CUDA_ALLOC_CONF": None},
+        ),
+        ({"PYTORCH_ALLOC_CONF": ""}, {"PYTORCH_ALLOC_CONF": "", "PYTORCH_CUDA_ALLOC_CONF": None}),
+        # torch ignores this name where the other one is set.
+        (
+            {"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"},
+            {"PYTORCH_ALLOC_CONF": None, "PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"},
+        ),
+    ],
+    ids=str,
+)
+def test_segments_of_gpu_memory_grow_unless_the_allocator_was_configured(launch, given, expected):
+    environment = launch.started("--processes", "2", CONFIG, **given)[2]
+    assert {name: environment[name] for name in expected} == expected
 
 
 def test_arguments_arrive_as_they_are(launch):

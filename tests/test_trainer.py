@@ -5,7 +5,8 @@ import json
 import math
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -378,26 +379,56 @@ def test_bfloat16_run(tmp_path, monkeypatch):
     ],
     ids=["dense", "moe-bfloat16"],
 )
-def test_compiled_blocks(tmp_path, monkeypatch, changes):
+def test_compiled_model(tmp_path, monkeypatch, changes):
     """Traced and differentiated ahead of time; the code generator itself takes a minute on a CPU and is left out."""
     compiled = []
-    original = torch.nn.Module.compile
-    changes = {**changes, "train__micro_batch": 8}
+    original = torch.compile
 
-    def compile_quickly(module: torch.nn.Module) -> None:
-        compiled.append(module)
-        original(module, backend="aot_eager")
+    def compile_quickly(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        compiled.append(function)
+        return original(function, **options, backend="aot_eager")
 
-    monkeypatch.setattr(torch.nn.Module, "compile", compile_quickly)
+    monkeypatch.setattr(torch, "compile", compile_quickly)
     torch.compiler.reset()
-    plain = Trainer(tiny(tmp_path, **changes))
-    assert not compiled
-    made = Trainer(tiny(tmp_path, train__compile=True, run__dir=str(tmp_path / "compiled"), **changes))
-    assert compiled == [*made.model.prelude, *made.model.recurrence.blocks, *made.model.coda]
+    plain = Trainer(tiny(tmp_path, train__micro_batch=8, **changes))
+    assert not compiled, "on a CPU auto means not"
+    made = Trainer(
+        tiny(tmp_path, train__micro_batch=8, train__compile=True, run__dir=str(tmp_path / "compiled"), **changes)
+    )
+    model = made.model
+    blocks = [block._call_impl for block in (*model.prelude, *model.coda)]
+    assert sorted(map(str, compiled)) == sorted(map(str, [model.recurrence.step, *blocks]))
     for _ in range(3):
         assert take_step(made).loss.item() == pytest.approx(take_step(plain).loss.item(), rel=1e-4)
     assert made.model.state_dict().keys() == plain.model.state_dict().keys()
     torch.compiler.reset()
+
+
+def test_number_of_graphs(tmp_path, monkeypatch):
+    """Depths that change in every step, rows that join, truncation and validation: all graphs come early, and are few.
+
+    A graph of a pass in full: fullgraph raises at a break.
+    """
+    graphs: list[int] = []
+    made: Trainer | None = None
+
+    def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        graphs.append(made.step if made else 0)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
+    torch.compiler.reset()
+    changes = {"model__prelude_layers": 1, "train__global_batch": 16, "train__micro_batch": 6, "train__steps": 50}
+    made = Trainer(tiny(tmp_path, train__compile=True, depth__mean=4, data__mask_documents=True, **changes))
+    depths = set()
+    for step in range(50):
+        depths.add(take_step(made).plan.loops)
+        if step % 10 == 0:
+            made.validate()
+    torch.compiler.reset()
+    assert len(depths) > 40
+    print(graphs)
+    assert len(graphs) <= 12 and max(graphs) < 20
 
 
 def test_gate_that_cannot_learn_is_left_as_it_is(tmp_path, monkeypatch):
@@ -430,3 +461,20 @@ def test_checkpoint_names_the_versions_of_what_is_installed(tmp_path, monkeypatc
     versions = read_meta(saved(made, 0))["versions"]
     assert versions["torch"] == original("torch") and versions["python"] == platform.python_version()
     assert "datasets" not in versions
+
+
+def test_longer_run_warns_or_keeps_its_schedule(tmp_path, caplog):
+    run(tiny(tmp_path, train__steps=4))
+    for schedule_steps, warned in ((None, True), (4, False)):
+        caplog.clear()
+        longer = Trainer(tiny(tmp_path, train__steps=12, optim__schedule_steps=schedule_steps))
+        said = [record.getMessage() for record in caplog.records if "schedule" in record.getMessage()]
+        assert len(said) == warned
+        optim = longer.config.optim
+        share = 0.1 if schedule_steps else 0.1 + 0.9 * (1 + math.cos(math.pi * (4 - 0.24) / (11 - 0.24))) / 2
+        after = optim.lr * share
+        if warned:
+            moved = f"the learning rate from {optim.lr / 10:.3g} to {after:.3g}, the mean depth from 3 to 2.33"
+            assert f"at step 4 this moves {moved}" in said[0]
+        assert take_step(longer).lr == pytest.approx(after)
+        longer.resources.close()

@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Print both tables; return the figures."""
     check_least(options, repeats=1, operators=1)
     config = configuration(options.config, options.overrides)
-    if config.train.compile:
+    if config.train.compile is True:
         raise MythosError("train.compile: got true; compiled blocks cannot be taken apart: set it to false")
     with Steps(config) as steps:
         if steps.device.type != "cpu":

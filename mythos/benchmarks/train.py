@@ -26,6 +26,7 @@ from mythos.command_line import check_least
 from mythos.config import Config, ParallelConfig
 from mythos.errors import MythosError
 from mythos.estimate import count_parameters
+from mythos.parallel import compiles
 
 GPU_CALLS = 10
 """Calls of a product between two waits for the GPU."""
@@ -149,7 +150,7 @@ def figures(
 
 def uncompiled(steps: Steps, count: Any) -> Any:
     """Count a step's products; compiled blocks would hide theirs, so they run as they were written."""
-    if not steps.config.train.compile:
+    if not compiles(steps.config, steps.device):
         return count(steps)
     train = steps.config.train.model_copy(update={"compile": False})
     with Steps(steps.config.model_copy(update={"train": train})) as plain:

@@ -20,6 +20,7 @@ COMMANDS = {
     "import": "import_hf",
     "retrofit": "retrofit_hf",
     "estimate": "estimate",
+    "gpu-check": "gpu_check",
     "report": "report",
     "compare": "compare",
     "presets": "presets",

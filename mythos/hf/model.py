@@ -17,6 +17,7 @@ from mythos.hf.cache import MythosCache
 from mythos.hf.config import MythosConfig
 from mythos.model import IGNORE_INDEX
 from mythos.model.halting import ActHalting, HaltingRule, Pondering, halting_rule
+from mythos.model.layers import random_stream
 from mythos.model.loss import summed_cross_entropy
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.model.recurrence import LoopState
@@ -78,13 +79,14 @@ class MythosForCausalLM(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Fill what no file gave values to, by torch's own generator."""
+        """Fill what no file gave values to, seeded by torch's own generator."""
         initializers = getattr(module, "initializers", {})
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if not getattr(tensor, "_is_hf_initialized", False):
-                value = torch.zeros(tensor.shape)
+                value = torch.zeros(tensor.shape, dtype=torch.float32, device="cpu")
                 if name in initializers:
-                    initializers[name](value, torch.default_generator)
+                    seed = int(torch.randint(2**62, (), device="cpu"))
+                    initializers[name](value, random_stream(seed, name))
                 tensor.copy_(value)
 
     @can_return_tuple

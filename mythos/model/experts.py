@@ -1,8 +1,9 @@
 """The routed experts' arithmetic: grouped matrix products, and one gradient of the weights for many loops."""
 
 from collections.abc import Iterator
-from itertools import accumulate
-from typing import NamedTuple
+from itertools import accumulate, count
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +71,8 @@ class ExpertWeights:
         gate_up: (E, D, 2 H), without gradient, in the type of the products.
         down: (E, H, D), likewise.
         gradient: what the loops' backward passes add to.
+        number: int64 scalar on the host, the key of `gradient` in `_GRADIENTS`: how an operator in a compiled graph,
+            which takes tensors only, names it. Reading it does not wait for a GPU.
         link: float32 scalar, through which a backward pass finds the parameters after the last loop; None where they
             get no gradient. A pass that runs through a loop but not to the parameters (torch.autograd.grad of
             something else) leaves its part to the next one: ask for the parameters' gradient in the same pass.
@@ -78,6 +81,7 @@ class ExpertWeights:
     def __init__(self, gate_up: Tensor, down: Tensor, dtype: torch.dtype) -> None:
         self.gate_up, self.down = gate_up.detach().to(dtype), down.detach().to(dtype)
         self.gradient = WeightGradient(4 * (gate_up.numel() + down.numel()))
+        self.number = torch.tensor(self.gradient.number, device="cpu")
         # The graph may not hold this object, which holds the graph: memory would wait for the garbage collector.
         trained = torch.is_grad_enabled() and (gate_up.requires_grad or down.requires_grad)
         self.link = _Parameters.apply(gate_up, down, self.gradient) if trained else None
@@ -100,6 +104,8 @@ class WeightGradient:
 
     def __init__(self, room: int) -> None:
         self.room = room
+        self.number = next(_NUMBERS)
+        _GRADIENTS[self.number] = self
         self._parts: list[_Part] = []
         self._sums: list[Tensor] = []
 
@@ -127,6 +133,11 @@ class WeightGradient:
             return
         for total, gradient in zip(self._sums, new, strict=True):
             total += gradient
+
+
+_NUMBERS = count()
+_GRADIENTS: WeakValueDictionary[int, WeightGradient] = WeakValueDictionary()
+"""Gradients that are being formed, by number; their graphs keep them alive."""
 
 
 class _Part(NamedTuple):
@@ -205,25 +216,56 @@ class _RunExperts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, of_y: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        x, gates, experts, order, place, gate_up = ctx.saved_tensors
-        weights, tokens = ctx.weights, order // gates.shape[-1]
-        of_y = of_y.to(x.dtype)
-        ends = expert_ends(experts, len(weights.gate_up))
-        of_activation = grouped_product(of_y.index_select(0, tokens), weights.down.transpose(1, 2), ends)
-        gate, up = gate_up.chunk(2, dim=-1)
-        swish, weight = F.silu(gate), gates.flatten()[order].to(x.dtype).unsqueeze(1)
-        activation = swish * up
-        of_gates = (of_activation.float() * activation).sum(1)[place].view_as(gates)
-        of_activation *= weight
-        of_gate_up = torch.empty_like(gate_up)
-        of_gate_up[:, : gate.shape[1]] = torch.ops.aten.silu_backward(of_activation * up, gate)
-        torch.mul(of_activation, swish, out=of_gate_up[:, gate.shape[1] :])
-        of_x = _summed(grouped_product(of_gate_up, weights.gate_up.transpose(1, 2), ends), place, gates.shape)
-        if weights.link is not None:
-            # Without its place in the graph, which would keep the graph alive where a backward pass ends half way.
-            x = x.detach()
-            weights.gradient.add(_Part(x, of_y, activation.mul_(weight), of_gate_up, experts, tokens, ends))
+        weights: ExpertWeights = ctx.weights
+        gradient = None if weights.link is None else weights.gradient
+        of_x, of_gates = _backward(of_y, *ctx.saved_tensors, weights.gate_up, weights.down, gradient)
         return of_x.to(ctx.dtype), of_gates, None, None, None
+
+
+def _backward(
+    of_y: Tensor,
+    x: Tensor,
+    gates: Tensor,
+    experts: Tensor,
+    order: Tensor,
+    place: Tensor,
+    projected: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gradient: WeightGradient | None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the input, (n, D) float32, and of the gates, (n, k); `gradient` is given the weights' part.
+
+    After the gradient of the output and the input come what `_sorted_products` returned and the weights.
+    """
+    tokens, ends = order // gates.shape[-1], expert_ends(experts, len(gate_up))
+    of_y = of_y.to(x.dtype)
+    of_activation = grouped_product(of_y.index_select(0, tokens), down.transpose(1, 2), ends)
+    weight = gates.flatten()[order].unsqueeze(1)
+    of_gate_up, activation, of_weight = kernels.fused(_gating_backward, x.device)(of_activation, projected, weight)
+    of_x = _summed(grouped_product(of_gate_up, gate_up.transpose(1, 2), ends), place, gates.shape)
+    if gradient is not None:
+        # Without its place in the graph, which would keep the graph alive where a backward pass ends half way.
+        gradient.add(_Part(x.detach(), of_y, activation, of_gate_up, experts, tokens, ends))
+    return of_x, of_weight[place].view_as(gates)
+
+
+def _gating(projected: Tensor, weight: Tensor) -> Tensor:
+    """Input of the down-projection: silu(gate) * up * weight; projected (s, 2 H), weight (s, 1) float32 -> (s, H)."""
+    # Weighted before the down-projection and not after: there are fewer numbers, and nothing more to keep.
+    return gated(projected).mul_(weight.to(projected.dtype))
+
+
+def _gating_backward(of_activation: Tensor, projected: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of `projected`, the result of `_gating` again, and the gradient of `weight`, (s,) float32."""
+    gate, up = projected.chunk(2, dim=-1)
+    swish = F.silu(gate)
+    activation = swish * up
+    of_weight = (of_activation.float() * activation).sum(1)
+    weight = weight.to(projected.dtype)
+    of_activation = of_activation * weight
+    of_gate_up = torch.cat((torch.ops.aten.silu_backward(of_activation * up, gate), of_activation * swish), dim=1)
+    return of_gate_up, activation * weight, of_weight
 
 
 def _sorted_products(
@@ -234,13 +276,16 @@ def _sorted_products(
     place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     ends = expert_ends(experts, len(gate_up))
     projected = grouped_product(x.index_select(0, order // gates.shape[-1]), gate_up, ends)
-    # Weighted before the down-projection and not after: there are fewer numbers, and nothing more to keep.
-    activation = gated(projected).mul_(gates.flatten()[order].to(x.dtype).unsqueeze(1))
+    activation = kernels.fused(_gating, x.device)(projected, gates.flatten()[order].unsqueeze(1))
     return _summed(grouped_product(activation, down, ends), place, gates.shape), experts, order, place, projected
 
 
 def _summed(slots: Tensor, place: Tensor, shape: torch.Size) -> Tensor:
     """Add up each token's slots, which stand at `place`: (n k, D) -> (n, D) float32; `shape` is (n, k)."""
+    return kernels.fused(_sum_of_slots, slots.device)(slots, place, shape)
+
+
+def _sum_of_slots(slots: Tensor, place: Tensor, shape: torch.Size) -> Tensor:
     # Not by index_add, whose sums on a GPU differ from call to call. On a CPU index_select is ten times as fast as [].
     return slots.index_select(0, place).unflatten(0, shape).sum(1, dtype=torch.float32)
 
@@ -250,9 +295,15 @@ def run_experts(x: Tensor, gates: Tensor, experts: Tensor, weights: ExpertWeight
 
     Tokens are sorted by expert on the device and multiplied by `grouped_mm`, without a loop over experts of our own;
     where torch has a grouped kernel (on GPUs bfloat16) it has none either, and nothing waits for the host.
+
+    A graph of torch.compile holds it as one operator, forward and backward.
     """
     if torch.is_grad_enabled():
-        return _run_with_gradient(x, gates, experts, weights)
+        if torch.compiler.is_compiling():
+            x = x.to(weights.gate_up.dtype)
+            return train_experts(x, gates, experts, weights.gate_up, weights.down, weights.link, weights.number)[0]
+        with without_autocast(x):
+            return _RunExperts.apply(x, gates, experts, weights.link, weights)
     x = x.to(weights.gate_up.dtype)
     if not torch.compiler.is_compiling():
         run = _run_without_gradient
@@ -263,11 +314,78 @@ def run_experts(x: Tensor, gates: Tensor, experts: Tensor, weights: ExpertWeight
     return run(x, gates, experts, weights.gate_up, weights.down)
 
 
-# torch 2.13 cannot trace grouped_mm in float32 on a CPU; and the gradient of many loops is not for one graph to form.
-@torch.compiler.disable
-def _run_with_gradient(x: Tensor, gates: Tensor, experts: Tensor, weights: ExpertWeights) -> Tensor:
-    with without_autocast(x):
-        return _RunExperts.apply(x, gates, experts, weights.link, weights)
+# The operators of a compiled graph. They do what `_RunExperts` does, which no graph can hold: its backward pass leaves
+# something behind for later. Operators take tensors alone, so they find the gradient that they add to by its number.
+def run_in_graph(
+    x: Tensor,
+    gates: Tensor,
+    experts: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    link: Tensor | None,
+    number: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`run_experts`, and what its backward pass needs; the arguments are those of `ExpertWeights`."""
+    return _sorted_products(x, gates, experts, gate_up, down)
+
+
+train_experts = torch.library.custom_op("mythos::train_experts", run_in_graph, mutates_args=())
+
+
+@train_experts.register_fake
+def _(x: Tensor, gates: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor, link: Any, number: Any) -> Any:
+    slots = experts.new_empty(experts.numel())
+    projected = x.new_empty(experts.numel(), gate_up.shape[2])
+    return x.new_empty(x.shape, dtype=torch.float32), slots, torch.empty_like(slots), torch.empty_like(slots), projected
+
+
+def run_backward_in_graph(
+    of_y: Tensor,
+    x: Tensor,
+    gates: Tensor,
+    experts: Tensor,
+    order: Tensor,
+    place: Tensor,
+    projected: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    number: Tensor,
+    trained: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x and gates, and a zero for the link: by it the weights' gradient is taken after all loops'."""
+    gradient = None
+    if trained:
+        # Copies of what is kept: the graph reuses the memory of its tensors, and the weights' gradient comes later.
+        gradient = _GRADIENTS[int(number)]
+        of_y, kept_x, experts = of_y.to(x.dtype, copy=True), x.clone(), experts.clone()
+    else:
+        kept_x = x
+    of_x, of_gates = _backward(of_y, kept_x, gates, experts, order, place, projected, gate_up, down, gradient)
+    return of_x.to(x.dtype), of_gates, of_gates.new_zeros(())
+
+
+train_experts_backward = torch.library.custom_op(
+    "mythos::train_experts_backward", run_backward_in_graph, mutates_args=()
+)
+
+
+@train_experts_backward.register_fake
+def _(of_y: Tensor, x: Tensor, gates: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(gates), gates.new_empty(())
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, gates, _, gate_up, down, link, number = inputs
+    ctx.trained = link is not None
+    ctx.save_for_backward(x, gates, *output[1:], gate_up, down, number)
+
+
+def _operator_backward(ctx: Any, of_y: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
+    of_x, of_gates, of_link = train_experts_backward(of_y, *ctx.saved_tensors, ctx.trained)
+    return of_x, of_gates, None, None, None, of_link if ctx.trained else None, None
+
+
+train_experts.register_autograd(_operator_backward, setup_context=_keep_for_backward)
 
 
 def _run_without_gradient(x: Tensor, gates: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from math import erf, expm1, log, sqrt
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +28,9 @@ from mythos.model.layers import (
     zeros,
 )
 from mythos.model.moe import MixtureOfExperts, build_core_ffn
-from mythos.model.products import float32_linear, linear
+from mythos.model.products import float32_linear
 from mythos.model.recompute import Selective, recomputable
+from mythos.model.shared_weight import SharedWeight
 
 START_DECAY = sqrt(1 / 5)
 """Entries of A at the start."""
@@ -76,11 +77,32 @@ def dense_block(config: ModelConfig, part: Part, layer: int) -> Block:
     return Block(config, dense_ffn(config.dense_ffn, config.dim, config.ffn_dim), part, layer)
 
 
+class _Bounded(torch.autograd.Function):
+    """x clamped to low..high, with the gradient of a parameter that may lie outside.
+
+    Outside the bounds the gradient of `clamp` is zero, so a parameter that one bad step has taken there would never
+    move again. Here it passes where a descent along it leads back inside, and is zero where it would lead further out.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, low: float, high: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.bounds = low, high
+        return x.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (x,), (low, high) = ctx.saved_tensors, ctx.bounds
+        outward = ((x > high) & (gradient < 0)) | ((x < low) & (gradient > 0))
+        return gradient.masked_fill(outward, 0.0), None, None
+
+
 class LTIInjection(nn.Module):
     """u = A * h + Delta * (e B^T), linear, time-invariant and stable by construction (arXiv 2604.12946).
 
     Delta = softplus(dt) and A = exp(-Delta * exp(log_a)), per dimension. dt and log_a are bounded where they are used,
-    so every entry of A lies strictly between 0 and 1 in float32 whatever an optimizer does to them. All in float32.
+    so every entry of A lies strictly between 0 and 1 in float32 whatever an optimizer does to them; a value outside
+    counts as the bound and can still be trained back inside. All in float32.
     """
 
     float32 = ("dt", "log_a")
@@ -93,18 +115,25 @@ class LTIInjection(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim, dim))
         self.initializers = {"dt": constant(log(expm1(-log(START_DECAY)))), "log_a": zeros, "weight": identity()}
 
+    def rates(self) -> tuple[Tensor, Tensor]:
+        """Diagonal of A and step size Delta, (D,) float32 each."""
+        # dt is bounded once for both: whether its gradient leads outside is decided on the sum of what they contribute.
+        delta = F.softplus(_Bounded.apply(self.dt, *DT_BOUNDS))
+        return torch.exp(-delta * _Bounded.apply(self.log_a, *LOG_A_BOUNDS).exp()), delta
+
     def delta(self) -> Tensor:
         """Step size Delta, (D,) float32."""
-        return F.softplus(self.dt.clamp(*DT_BOUNDS))
+        return self.rates()[1]
 
     def decay(self) -> Tensor:
         """Diagonal of A, (D,) float32; its largest entry is rho(A)."""
-        return torch.exp(-self.delta() * self.log_a.clamp(*LOG_A_BOUNDS).exp())
+        return self.rates()[0]
 
     def forward(self, e: Tensor) -> tuple[Tensor, Tensor]:
         """What all loops share: A (D,) and Delta * (e B^T) (B, S, D), float32."""
         with without_autocast(e):
-            return self.decay(), self.delta() * float32_linear(e, self.weight)
+            decay, delta = self.rates()
+            return decay, delta * float32_linear(e, self.weight)
 
     def combine(self, state: Tensor, decay: Tensor, injected: Tensor, loop: Tensor) -> Tensor:
         """The core's input u, (n, S, D) float32."""
@@ -120,12 +149,12 @@ class LinearInjection(nn.Module):
         self.input = Linear(config.dim, config.dim, identity(-log(START_DECAY)))
 
     def forward(self, e: Tensor) -> tuple[Tensor, Tensor]:
-        """What all loops share: W_h (D, D) and W_e e (B, S, D)."""
-        return self.state.weight, self.input(e).float()
+        """What all loops share: W_e e (B, S, D)."""
+        return e.new_ones(()), self.input(e).float()
 
-    def combine(self, state: Tensor, weight: Tensor, injected: Tensor, loop: Tensor) -> Tensor:
+    def combine(self, state: Tensor, unused: Tensor, injected: Tensor, loop: Tensor) -> Tensor:
         """The core's input u, (n, S, D) float32."""
-        return injected + linear(state, weight)
+        return injected + self.state(state)
 
 
 class AddInjection(nn.Module):
@@ -180,9 +209,10 @@ class LoopAdapter(nn.Module):
         """(n, S, D) and each row's loop index, (n,) or for all (1,) int64 -> (n, S, D)."""
         slot = loop.clamp(max=self.scale.shape[0] - 1).unsqueeze(1)
         if torch.is_grad_enabled():
-            # Looked up as a product: its gradient touches every slot in one deterministic operation.
+            # Looked up as a sum over all slots, of which one is not masked: the gradient touches every slot in one
+            # deterministic operation, and the value is exact, where a product would be in the autocast type.
             slots = torch.arange(self.scale.shape[0], device=loop.device)
-            scale = ((slot == slots).to(self.scale.dtype) @ self.scale).unsqueeze(1)
+            scale = torch.where((slot == slots).unsqueeze(-1), self.scale, 0.0).sum(1, keepdim=True)
         else:
             scale = F.embedding(slot, self.scale)
         return self.up(self.down(self.norm(x)) * scale)
@@ -239,13 +269,27 @@ class Recurrence(nn.Module):
         self.checkpointing: Literal["none", "selective", "loop"] = "none"
         # Not where FSDP gathers every block for itself: it frees their weights after each loop.
         self.share_weights = True
+        self.compiled_step: Callable[..., tuple[Tensor, list[Tensor]]] | None = None
+        once = getattr(self.injection, "input", None)
+        self.looped = [module for module in self.modules() if isinstance(module, Linear) and module is not once]
+        """The linear maps that every loop uses."""
 
-    def step_weights(self, dtype: torch.dtype) -> list[ExpertWeights | None]:
-        """What the loops of a step share of each block's weights."""
+    def compile(self, **options: Any) -> None:
+        """Let a pass in training or validation run as one graph of torch.compile: injection, adapter and blocks."""
+        self.compiled_step = torch.compile(self.step, fullgraph=True, **options)
+
+    def expert_weights(self, dtype: torch.dtype) -> list[ExpertWeights | None]:
+        """What the loops of a step share of each block's routed experts."""
         return [
             block.ffn.weights(dtype) if isinstance(block.ffn, MixtureOfExperts) and self.share_weights else None
             for block in self.blocks
         ]
+
+    def linear_weights(self, dtype: torch.dtype) -> list[SharedWeight]:
+        """What they share of the weights of `looped`; empty where these are used as they are."""
+        if dtype == torch.float32 or not self.share_weights:
+            return []
+        return [SharedWeight(linear.weight, dtype) for linear in self.looped]
 
     def forward(
         self,
@@ -265,7 +309,8 @@ class Recurrence(nn.Module):
         deepest, gradient = loops[0], torch.is_grad_enabled()
         shallow_first = sorted(loops)
         row_loops = torch.tensor(loops, pin_memory=e.is_cuda).to(e.device, non_blocking=True)
-        weights = self.step_weights(autocast_dtype(e))
+        dtype = autocast_dtype(e)
+        weights, linear_weights = self.expert_weights(dtype), self.linear_weights(dtype)
         shared, injected = self.injection(e) if self.injection is not None else (e, e)
         current = state[:0]
         for remaining in range(deepest, 0, -1):
@@ -278,13 +323,18 @@ class Recurrence(nn.Module):
             joined = injected if active == len(loops) else injected[:active]
             inputs = (current, shared, joined, slots, visible, weights)
             with torch.set_grad_enabled(gradient and remaining <= backprop):
+                in_pass = [weight.in_pass() for weight in linear_weights]
                 if self.checkpointing == "loop" and torch.is_grad_enabled():
-                    after, experts = checkpoint(self.step, *inputs, use_reentrant=False)
+                    # A pass draws no random numbers, so no generator's state need be saved; on a GPU that is a copy
+                    # to the host, for which the host waits.
+                    after, experts = checkpoint(
+                        self.run, in_pass, *inputs, use_reentrant=False, preserve_rng_state=False
+                    )
                 elif self.checkpointing == "selective" and torch.is_grad_enabled():
                     with Selective(e.device):
-                        after, experts = self.step(*inputs)
+                        after, experts = self.run(in_pass, *inputs)
                 else:
-                    after, experts = self.step(*inputs)
+                    after, experts = self.run(in_pass, *inputs)
             last = LoopState(deepest - remaining + 1, after, current, slots, experts)
             observe(last)
             current = after
@@ -304,7 +354,7 @@ class Recurrence(nn.Module):
         batch: later passes compute nothing for it, and the others see its last keys and values. Returns h_T (N, 1, D)
         float32, and the passes done by each position, (N,) int64.
         """
-        weights = self.step_weights(autocast_dtype(e))
+        weights = self.expert_weights(autocast_dtype(e))
         shared, injected = self.injection(e) if self.injection is not None else (e, e)
         state = torch.zeros_like(e, dtype=torch.float32)
         if halting is None and isinstance(loops, int):
@@ -343,6 +393,19 @@ class Recurrence(nn.Module):
             running, state, injected, context = running[going], state[going], injected[going], context.keep(going)
             memory = None if memory is None else memory[going]
         return final, taken
+
+    def run(self, in_pass: Sequence[Tensor], *inputs: Any) -> tuple[Tensor, list[Tensor]]:
+        """`step` with the linear maps' weights of this pass, compiled if the core is."""
+        step = self.compiled_step or self.step
+        if not in_pass:
+            return step(*inputs)
+        for linear, weight in zip(self.looped, in_pass, strict=True):
+            linear.in_pass = weight
+        try:
+            return step(*inputs)
+        finally:  # nothing else may meet them: not what is called next, and not a checkpoint's second run
+            for linear in self.looped:
+                linear.in_pass = None
 
     def step(
         self,

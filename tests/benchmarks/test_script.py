@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+from dataclasses import asdict
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from mythos.benchmarks import checkpoint, decode, open_mythos, scaling, train
 from mythos.benchmarks import model as parts
 from mythos.benchmarks.steps import configuration
 from mythos.errors import MythosError
+from mythos.traffic import step_traffic
 from scripts.benchmark import main
 from tests.runs import write_settings
 
@@ -229,3 +231,11 @@ def test_sizes_that_open_mythos_has_not(override, message):
     open_mythos.check_sizes(configuration("reference").model)
     with pytest.raises(MythosError, match=message):
         open_mythos.check_sizes(configuration("reference", [override]).model)
+
+
+def test_traffic(tmp_path, capsys):
+    assert main(["traffic", "mythos_nano", "--rows", "2", "--length", "64"]) == 0
+    found = results(tmp_path, "traffic")
+    counted = step_traffic(configuration("mythos_nano").model, 64, 2)
+    assert found["loop"] == asdict(counted.loop) and found["once"] == asdict(counted.once)
+    assert f"{counted.loop.bytes_backward / 1000:,.0f}" in capsys.readouterr().out

@@ -16,7 +16,7 @@ from mythos.config import load_config, packaged_configs
 ROOT = Path(__file__).parents[2]
 SCRIPTS = {"train": "train.py", "sweep": "scripts/depth_sweep.py", "tokenize": "scripts/tokenize_corpus.py"}
 SCRIPTS |= {"tokenizer": "scripts/train_tokenizer.py"}
-WITHOUT_SCRIPT = {"presets", "configs", "completion"}
+WITHOUT_SCRIPT = {"presets", "configs", "completion", "gpu-check"}
 
 
 def run(*words: str, **options) -> subprocess.CompletedProcess[str]:

@@ -1,11 +1,15 @@
 """Training on several processes against training in one: same losses, gradients and weights under every layout."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.registry import lookup_backend
 from torch.distributed.tensor import DTensor
 
 from mythos.trainer import Trainer
@@ -127,6 +131,36 @@ def assert_same(trained: Trained, expected: Trained) -> None:
         torch.testing.assert_close(trained.weights[name], weight, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: n + m)
 
 
+def train_compiled(directory: Path, name: str, changes: dict[str, Any]) -> tuple[Trained, int]:
+    """Three steps by `train`, with graphs that torch traces, differentiates and runs as they are; how many of them."""
+    graphs = 0
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        nonlocal graphs
+        graphs += 1
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    compile_by = partial(torch.compile, backend=backend)
+    torch.compiler.reset()
+    with patch.object(torch, "compile", compile_by):
+        trained = train(directory, name, {"train__compile": True, **changes}, 3)
+    torch.compiler.reset()
+    return trained, graphs
+
+
+@pytest.mark.parametrize("layout", ["ddp on 2", "fsdp on 2, recomputed", "fsdp on 2, blocks"])
+def test_compiled_equals_one_process(pool: RankPool, single: tuple[Path, Trained], layout: str) -> None:
+    """Gradients, which are formed out of what graphs leave behind, are those of one process that runs none."""
+    directory, _ = single
+    ranks, changes = LAYOUTS[layout]
+    small = {"model__prelude_layers": 0, "model__coda_layers": 0, "model__core_layers": 1, "train__micro_batch": 8}
+    changes = small | changes
+    expected = train(directory, f"{layout}, not compiled", changes | {"parallel__mode": "single"}, 3)
+    for trained, graphs in pool.run(train_compiled, directory, f"{layout}, compiled", changes, ranks=ranks):
+        assert graphs
+        assert_same(trained, expected)
+
+
 GATE = {"model__halting": "gate"}
 
 
@@ -176,7 +210,10 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         **{"model__attention": "gqa", "model__value_embeddings": True, "model__dense_ffn": "relu2"},
         **{"model__qk_bias": True, "model__block_norm": "sandwich", "model__readout_norm": True},
     },
-    "ouro": {"model__injection": "initial", "model__block_norm": "peri", "model__prelude_norm": False},
+    "ouro": {
+        **{"model__injection": "initial", "model__block_norm": "peri", "model__prelude_norm": False},
+        "depth__backprop": None,
+    },
 }
 """What published looped models have, and ours by itself has not."""
 

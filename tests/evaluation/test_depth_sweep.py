@@ -38,9 +38,9 @@ from mythos.model import IGNORE_INDEX
 from mythos.model.cache import DecodeCache
 from mythos.model.config import ModelConfig
 from mythos.model.halting import halting_rule
-from mythos.model.layers import name_generator
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.ranks import Ranks, World
+from tests.noise import name_generator
 from tests.runs import SETTINGS, tiny
 from tests.trainers import run
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mythos.model.layers import name_generator
+from tests.noise import name_generator
 
 Shapes = dict[str, tuple[int, ...]]
 EPS32 = 2.0**-23

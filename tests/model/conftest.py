@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from mythos.model.config import ModelConfig
-from mythos.model.layers import name_generator
 from mythos.model.rdt import RecurrentDepthTransformer
+from tests.noise import name_generator
 
 SMALL: dict[str, Any] = {
     "vocab_size": 128,

@@ -14,6 +14,8 @@ from mythos.model.experts import (
     grouped_product,
     run_experts,
     run_experts_operator,
+    train_experts,
+    train_experts_backward,
 )
 
 EXPERTS, DIM, HIDDEN, CHOSEN = 5, 8, 6, 2
@@ -185,3 +187,54 @@ def test_frozen_experts_pass_gradients_on_and_form_none() -> None:
     alone = (one_by_one(x, *leaves[1:], gates[0], experts[0]) * direction).sum()
     torch.testing.assert_close(x.grad, torch.autograd.grad(alone, x)[0], rtol=1e-4, atol=1e-5)
     assert weights.link is None and not weights.gradient.take()
+
+
+@pytest.mark.parametrize("room", [0, 10**9], ids=["one loop at a time", "all loops"])
+def test_compiled_equals_autograd(room: int) -> None:
+    """Three loops, each a graph of its own as in training; weights share one gradient beside the graphs."""
+    leaves, gates, experts, direction = made(loops=3)
+    torch.compiler.reset()
+    shared: list[ExpertWeights] = []
+    compiled = torch.compile(run_experts, backend="aot_eager", fullgraph=True)
+
+    def ours(x, gate_up, down, gates, experts):
+        if not shared:
+            shared.append(ExpertWeights(gate_up, down, torch.float32))
+            shared[0].gradient.room = room
+        return compiled(x, gates, experts, shared[0])
+
+    actual = run(leaves, gates, experts, direction, 3, ours)
+    expected = run(leaves, gates, experts, direction, 3, one_by_one)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert not shared[0].gradient.take(), "handed over"
+    torch.compiler.reset()
+
+
+def test_operators_of_compiled_graphs() -> None:
+    """Shapes, types and strides as torch is told them, and no operator changes or returns what it is given."""
+    (x, gate_up, down), gates, experts, direction = made(loops=1)
+    weights = ExpertWeights(gate_up.requires_grad_(), down.requires_grad_(), torch.float32)
+    checks = ("test_schema", "test_faketensor")
+    inputs = (x, gates[0], experts[0], weights.gate_up, weights.down, weights.link, weights.number)
+    torch.library.opcheck(train_experts, inputs, test_utils=checks)
+    _, *kept = train_experts(*inputs)
+    backward = (direction, x, gates[0], *kept, weights.gate_up, weights.down, weights.number, True)
+    torch.library.opcheck(train_experts_backward, backward, test_utils=checks)
+
+
+def test_what_a_compiled_backward_pass_leaves_is_not_overwritten() -> None:
+    """A graph reuses the memory of its inputs once the operator is done; the weights' gradient is formed later."""
+    (x, gate_up, down), gates, experts, direction = made(loops=2)
+    weights = ExpertWeights(gate_up.requires_grad_(), down.requires_grad_(), torch.float32)
+    weights.gradient.room = 10**9
+    alone = 0.0
+    for loop in range(2):
+        given = (x, gates[loop], experts[loop])
+        _, *kept = train_experts(*given, weights.gate_up, weights.down, weights.link, weights.number)
+        reused = [direction.clone(), x.clone(), gates[loop].clone(), *kept]
+        train_experts_backward(*reused, weights.gate_up, weights.down, weights.number, True)
+        for tensor in reused:
+            tensor.zero_()
+        alone = alone + (one_by_one(x, gate_up, down, *given[1:]) * direction).sum()
+    expected = torch.autograd.grad(alone, [gate_up, down])
+    torch.testing.assert_close(weights.gradient.take(), list(expected), rtol=1e-5, atol=1e-5)

@@ -12,6 +12,7 @@ from mythos.benchmarks.products import executed_flops
 from mythos.model.attention import attention_context
 from mythos.model.cache import DecodeCache
 from mythos.model.halting import ActHalting, HaltingGate, halting_rule
+from mythos.model.layers import initialize
 from mythos.model.rdt import RecurrentDepthTransformer
 
 Build = Callable[..., RecurrentDepthTransformer]
@@ -101,9 +102,7 @@ def test_gate_finds_the_mean_of_noisy_divergences():
     """Two kinds of states whose divergences are 0.3 and 0.01 nats on average, each single one far from it."""
     generator = torch.Generator().manual_seed(0)
     gate = HaltingGate(8)
-    for parameter, fill in ((p, gate.initializers[name]) for name, p in gate.named_parameters()):
-        with torch.no_grad():
-            fill(parameter, generator)
+    initialize(gate, 0)
     kinds = torch.nn.functional.one_hot(torch.arange(2), 8).float()
     torch.testing.assert_close(gate(0 * kinds, kinds).exp(), torch.tensor([0.05, 0.05]))
     optimizer = torch.optim.Adam(gate.parameters(), lr=0.01)
@@ -208,8 +207,7 @@ def test_act_decodes_as_graves_says(model: Build):
 
 def test_act_starts_by_halting_after_the_trained_loops_on_average():
     halting = ActHalting(8, 5)
-    halting.initializers["weight"](halting.weight.data, torch.Generator())
-    halting.initializers["bias"](halting.bias.data, torch.Generator())
+    initialize(halting, 0)
     with torch.no_grad():
         assert halting(torch.randn(3, 8)).tolist() == pytest.approx([1 / 5] * 3)
 

@@ -111,6 +111,48 @@ def test_spectral_radius_below_one_after_a_huge_step(model, direction, fused):
             assert 0 < injection.decay().min() <= model.spectral_radius() < 1
 
 
+@pytest.mark.parametrize("dt", [-30.0, 30.0])
+@pytest.mark.parametrize("log_a", [-30.0, 30.0])
+def test_parameters_outside_their_bounds_can_be_trained_back(small, dt, log_a):
+    injection = LTIInjection(small(dim=4))
+    nn.init.constant_(injection.dt, dt)
+    nn.init.constant_(injection.log_a, log_a)
+    optimizer = torch.optim.Adam((injection.dt, injection.log_a), lr=0.3)
+    for _ in range(500):
+        optimizer.zero_grad()
+        decay, delta = injection.rates()
+        ((decay - 0.5).square() + (delta - 1).square()).sum().backward()
+        optimizer.step()
+    torch.testing.assert_close(injection.decay(), torch.full((4,), 0.5), atol=0.01, rtol=0)
+    torch.testing.assert_close(injection.delta(), torch.full((4,), 1.0), atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize(("dt", "log_a"), [(7.0, 3.0), (7.0, -7.0), (-7.0, 3.0), (-7.0, -7.0)])
+def test_parameters_outside_their_bounds_are_not_driven_further(small, dt, log_a):
+    injection = LTIInjection(small(dim=4))
+    nn.init.constant_(injection.dt, dt)
+    nn.init.constant_(injection.log_a, log_a)
+    decay, delta = injection.rates()  # Delta rises with dt, A falls with log_a
+    outward = math.copysign(1.0, log_a) * decay - 10 * math.copysign(1.0, dt) * delta
+    outward.sum().backward()
+    assert not injection.log_a.grad.any()
+    assert not injection.dt.grad.any()
+
+
+@pytest.mark.parametrize("weight", [-1000.0, -100.0])
+def test_gradient_of_dt_outside_its_bound_is_judged_as_a_whole(small, weight):
+    """Through A it leads inside, through Delta outside; which of both is stronger decides."""
+    injection = LTIInjection(small(dim=4))
+    nn.init.constant_(injection.dt, 7.0)
+    nn.init.zeros_(injection.log_a)
+    decay, delta = injection.rates()
+    (weight * decay - delta).sum().backward()
+    whole = (-weight * math.exp(-math.log1p(math.exp(6.0))) - 1) / (1 + math.exp(-6.0))
+    expected = torch.full((4,), max(whole, 0.0))
+    assert (whole > 0) == (weight == -1000)
+    torch.testing.assert_close(injection.dt.grad, expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -224,6 +266,21 @@ def test_checkpointing_changes_nothing_but_memory(model, changes, mode):
     assert again.loss.item() == plain.loss.item()
     assert_same_gradients(gradients(model), expected)
     assert torch.equal(again.expert_load, plain.expert_load), "recomputation must not be counted"
+
+
+def test_a_step_neither_draws_random_numbers_nor_saves_generators(model, monkeypatch):
+    model = model()
+    ids, targets, state = inputs(model)
+    before = torch.get_rng_state()
+
+    def saved():
+        raise AssertionError("the state of the global generator was saved")
+
+    model.recurrence.checkpointing = "loop"
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "get_rng_state", saved)
+        model(ids, targets, loops=DEPTHS, backprop=3, state=state).loss.backward()
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_read_depths_equals_separate_runs(model):

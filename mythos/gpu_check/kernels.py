@@ -1,0 +1,214 @@
+"""Every kernel that `mythos.model.kernels` chooses, against float64 on the CPU, forward and backward."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+from torch.nn.attention.flex_attention import BlockMask
+
+from mythos.gpu_check import references
+from mythos.gpu_check.catalog import TOLERANCES
+from mythos.gpu_check.result import Result, Setting, judged
+from mythos.model import attention as model_attention
+from mythos.model import experts as model_experts
+from mythos.model import kernels, layers
+from mythos.model import loss as model_loss
+from mythos.model.config import ModelConfig
+
+SIZES = {True: {"length": 1000, "rows": 2, "tokens": 1024}, False: {"length": 200, "rows": 2, "tokens": 48}}
+"""By whether there is a GPU. Lengths are no multiples of flex attention's blocks."""
+GROUPS = (0, 1, 0, 3, 0.6, 0, 17, 1.0)
+"""Rows of each expert, and shares of the rows that are left: empty, tiny and large ones."""
+MATH = SDPBackend.MATH
+
+
+def attention(
+    setting: Setting, *, kind: str, heads: int, kv_heads: int, dim: int, value_dim: int, dtype: str
+) -> Iterator[Result]:
+    """Causal attention, or within documents, with gradients of queries, keys and values."""
+    sizes = SIZES[setting.cuda]
+    rows, length = sizes["rows"], sizes["length"]
+    shapes = [(rows, length, heads, dim), (rows, length, kv_heads, dim), (rows, length, kv_heads, value_dim)]
+    inputs = [random_values(shape, dtype, seed) for seed, shape in enumerate(shapes)]
+    upstream = random_values((rows, length, heads, value_dim), dtype, 3)
+
+    position = torch.arange(length)
+    visible = (position[:, None] >= position).unsqueeze(0)
+    documents = None
+    if kind == "documents":
+        # Boundaries of one row differ from the other's, and lie within blocks and on their edges.
+        documents = torch.stack([(position * (row + 3) // length + position // 128) for row in range(rows)]).int()
+        visible = visible & (documents[:, :, None] == documents[:, None, :])
+    context = model_attention.attention_context(
+        ModelConfig(attention="gqa", head_dim=dim),
+        length,
+        setting.device,
+        None if documents is None else documents.to(setting.device),
+    )
+    there = on_device(setting, inputs)
+    expected = references.with_gradients(references.attention, doubles(inputs), upstream.double(), [visible])
+    measured = references.with_gradients(model_attention.attend, there, upstream.to(setting.device), [context])
+    if documents is not None:  # the active rows of a loop are a prefix
+        query, key, value = (tensor[:1] for tensor in there)
+        measured.append(model_attention.attend(query, key, value, context.first_rows(1)))
+        expected.append(expected[0][:1])
+
+    if isinstance(context.mask, BlockMask):
+        yield compared(measured, expected, dtype, "flex attention")
+        return
+    chosen = choice(setting, dim, value_dim, dtype, documents is None)
+    result = compared(measured, expected, dtype, chosen)
+    yield judged(result.verdict == "ok" and not (setting.cuda and MATH.name.lower() in chosen), result.measured)
+
+
+def choice(setting: Setting, dim: int, value_dim: int, dtype: str, causal: bool) -> str:
+    """The kernel that causal attention of these widths is given to, as `attend` chooses it."""
+    device, kind = setting.device, getattr(torch, dtype)
+    if not causal:
+        return "SDPA with a mask"
+    if kernels.causal_by_products(device, kind, SIZES[setting.cuda]["length"]):
+        return "batched products"
+    padded = not kernels.takes_widths(device, kind, dim, value_dim)
+    widths = (max(dim, value_dim),) * 2 if padded else (dim, value_dim)
+    with torch.enable_grad():
+        key, value = (torch.empty(1, 1, 128, w, device=device, dtype=kind, requires_grad=True) for w in widths)
+        backend = SDPBackend(torch._fused_sdp_choice(key, key, value, is_causal=True))
+    name = backend.name.lower().removesuffix("_attention")
+    major, minor = torch.cuda.get_device_capability(device) if setting.cuda else (0, 0)
+    where = f"SM{major}{minor}" if setting.cuda else "CPU"
+    return f"SDPA on {where}: {name}{', padded' if padded and dim != value_dim else ''}"
+
+
+def grouped(setting: Setting, *, dtype: str) -> Iterator[Result]:
+    """Products of the rows of each expert, and the outer products that their gradient is made of."""
+    counts = group_sizes(SIZES[setting.cuda]["tokens"])
+    width, hidden = 64, 96
+    ends = torch.tensor(counts).cumsum(0).int()
+    x, y = random_values((sum(counts), width), dtype, 0), random_values((sum(counts), hidden), dtype, 1)
+    weights = random_values((len(counts), width, hidden), dtype, 2)
+    x_there, y_there, weights_there = on_device(setting, [x, y, weights])
+    there = ends.to(setting.device)
+
+    pieces = [piece.double() for piece in x.split(counts)]
+    expected = torch.cat([piece @ weight for piece, weight in zip(pieces, weights.double(), strict=True)])
+    yield compared([model_experts.grouped_product(x_there, weights_there, there)], [expected], dtype)
+    outer = torch.stack([one.T @ other.double() for one, other in zip(pieces, y.split(counts), strict=True)])
+    measured = model_experts.grouped_outer(x_there, y_there, there)
+    empty = [number for number, count in enumerate(counts) if count == 0]
+    clean = not measured[empty].any()
+    result = compared([measured], [outer], dtype)
+    told = result.measured if clean else f"{result.measured}; empty experts are not zero"
+    yield judged(result.verdict == "ok" and clean, told)
+
+
+def experts(setting: Setting, *, dtype: str) -> Iterator[Result]:
+    """Routed experts: output, and gradients of the input, the gates and both weights."""
+    kind = getattr(torch, dtype)
+    tokens, width, hidden = SIZES[setting.cuda]["tokens"] // 2, 32, 48
+    counts = group_sizes(tokens)
+    # Two experts a token: the first by the sizes above, the second the one after it that is not empty.
+    first = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    used = [number for number, count in enumerate(counts) if count]
+    following = torch.tensor([used[(used.index(number) + 1) % len(used)] for number in first.tolist()])
+    chosen = torch.stack((first, following), dim=1)
+    x = random_values((tokens, width), dtype, 0)
+    gates = random_values((tokens, 2), dtype, 1).abs()
+    gate_up = random_values((len(counts), width, 2 * hidden), dtype, 2) / width**0.5
+    down = random_values((len(counts), hidden, width), dtype, 3) / hidden**0.5
+    upstream = random_values((tokens, width), "float32", 4)
+    inputs = [x.float(), gates.float(), gate_up.to(kind).float(), down.to(kind).float()]
+
+    def run(x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor) -> Tensor:
+        weights = model_experts.ExpertWeights(gate_up, down, kind)
+        return model_experts.run_experts(x, gates, chosen, weights)
+
+    expected = references.with_gradients(references.experts, doubles(inputs), upstream.double(), [chosen])
+    there = [tensor.to(setting.device) for tensor in inputs]
+    measured = references.with_gradients(run, there, upstream.to(setting.device), [chosen.to(setting.device)])
+    yield compared(measured, expected, dtype)
+
+
+def part(setting: Setting, *, what: str, dtype: str) -> Iterator[Result]:
+    """RMSNorm, the gated unit, rotary positions and the head's loss."""
+    autocast = layers.autocast_to(getattr(torch, dtype), setting.device)
+    yield {"RMSNorm": _norm, "gated": _gated, "rotary positions": _rope, "cross-entropy": _loss}[what](
+        setting, dtype, autocast
+    )
+
+
+def _norm(setting: Setting, dtype: str, autocast: AbstractContextManager[Any]) -> Result:
+    norm = layers.RMSNorm(256, 1e-6).to(setting.device)
+    x, weight = random_values((4, 64, 256), dtype, 0).float(), 1 + random_values((256,), dtype, 1).float() / 4
+    upstream = random_values((4, 64, 256), dtype, 2)
+    expected = references.with_gradients(references.rms_norm, doubles([x, weight]), upstream.double(), [1e-6])
+    leaf = x.to(setting.device).requires_grad_()
+    norm.weight = torch.nn.Parameter(weight.to(setting.device))
+    with autocast:
+        output = norm(leaf)
+    output.backward(upstream.to(setting.device, output.dtype))
+    return compared([output.detach(), *references.gradients([leaf, norm.weight])], expected, dtype)
+
+
+def _gated(setting: Setting, dtype: str, autocast: AbstractContextManager[Any]) -> Result:
+    x, upstream = random_values((256, 192), dtype, 0), random_values((256, 96), dtype, 1)
+    expected = references.with_gradients(references.gated, doubles([x]), upstream.double())
+    measured = references.with_gradients(layers.gated, on_device(setting, [x]), upstream.to(setting.device))
+    return compared(measured, expected, dtype)
+
+
+def _rope(setting: Setting, dtype: str, autocast: AbstractContextManager[Any]) -> Result:
+    x, upstream = (random_values((2, 100, 4, 64), dtype, seed) for seed in (0, 1))
+    table = layers.rope_table(100, 64, 10_000.0, setting.device)
+    expected = references.with_gradients(references.rotated, doubles([x]), upstream.double(), [10_000.0])
+    there = on_device(setting, [x])
+    measured = references.with_gradients(layers.apply_rope, there, upstream.to(setting.device), table)
+    return compared(measured, expected, dtype)
+
+
+def _loss(setting: Setting, dtype: str, autocast: AbstractContextManager[Any]) -> Result:
+    tokens, vocabulary = SIZES[setting.cuda]["tokens"], 640
+    hidden = random_values((tokens, 64), dtype, 0).float()
+    weight = random_values((vocabulary, 64), dtype, 1).float() / 8
+    targets = torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(2))
+    targets[::3] = -100
+    expected = references.with_gradients(references.cross_entropy, doubles([hidden, weight]), None, [targets])
+    there = [tensor.to(setting.device) for tensor in (hidden, weight)]
+    with autocast:
+        measured = references.with_gradients(model_loss.summed_cross_entropy, there, None, [targets.to(setting.device)])
+    return compared(measured, expected, dtype)
+
+
+def group_sizes(rows: int) -> list[int]:
+    """GROUPS for a number of rows."""
+    sizes, left = [], rows - sum(size for size in GROUPS if isinstance(size, int))
+    for size in GROUPS:
+        sizes.append(size if isinstance(size, int) else round(left * size))
+        left -= 0 if isinstance(size, int) else sizes[-1]
+    return sizes
+
+
+def random_values(shape: Sequence[int], dtype: str, seed: int) -> Tensor:
+    """Normal values on the CPU, in a type: what is compared starts from the same rounded numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(getattr(torch, dtype))
+
+
+def doubles(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same in float64."""
+    return [tensor.double() for tensor in tensors]
+
+
+def on_device(setting: Setting, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same on the device."""
+    return [tensor.to(setting.device) for tensor in tensors]
+
+
+def compared(measured: Sequence[Tensor], expected: Sequence[Tensor], dtype: str, how: str = "") -> Result:
+    """Output and gradients against the reference."""
+    found = references.errors(measured, expected)
+    gradients = f", gradients {', '.join(f'{error:.1e}' for error in found[1:])}" if len(found) > 1 else ""
+    told = f"output {found[0]:.1e}{gradients}{f'; {how}' if how else ''}"
+    return judged(max(found) <= TOLERANCES[dtype], told)

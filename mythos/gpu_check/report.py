@@ -1,0 +1,94 @@
+"""The report: a line for each check, written anew after each, so that a crash leaves what was found."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mythos.gpu_check.result import Verdict
+
+
+@dataclass(frozen=True)
+class Line:
+    """One check as it came out."""
+
+    stage: str
+    name: str
+    expected: str
+    measured: str
+    verdict: Verdict
+    device: str = ""
+    """cpu or cuda; empty where no process got so far."""
+    detail: str = ""
+    """Traceback, or the last lines of what the process printed."""
+
+
+class Report:
+    """Lines so far, in `report.md` and `report.json` of a folder; `show` is given each new line for the console.
+
+    Raises OSError where the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, show: Callable[[str], None] = print) -> None:
+        self.folder = folder
+        self.show = show
+        self.lines: list[Line] = []
+        folder.mkdir(parents=True, exist_ok=True)
+        self.write()
+
+    def add(self, line: Line) -> None:
+        """Append a line, show it, and write both files."""
+        self.lines.append(line)
+        self.show(f"{line.verdict:8} {line.stage:12} {line.name}: {first_line(line.measured)}")
+        self.write()
+
+    @property
+    def failed(self) -> bool:
+        """Whether a check failed."""
+        return any(line.verdict == "failed" for line in self.lines)
+
+    def summary(self) -> str:
+        """How many lines have which verdict."""
+        counts = Counter(line.verdict for line in self.lines)
+        return ", ".join(f"{counts[verdict]} {verdict}" for verdict in ("ok", "off", "failed", "not run"))
+
+    def write(self) -> None:
+        """Replace both files, each at once."""
+        lines = [asdict(line) for line in self.lines]
+        replace(self.folder / "report.json", json.dumps({"summary": self.summary(), "lines": lines}, indent=1) + "\n")
+        replace(self.folder / "report.md", self.page())
+
+    def page(self) -> str:
+        """The report as Markdown: the table, then what went wrong in full."""
+        rows = [
+            f"| {line.stage} | {cell(line.name)} | {cell(line.expected)} | {cell(first_line(line.measured))}"
+            f"{f' ({line.device})' if line.device else ''} | {line.verdict} |"
+            for line in self.lines
+        ]
+        details = [
+            f"## {line.stage}: {line.name}\n\n{line.verdict}: {line.measured}\n\n````\n{line.detail.strip()}\n````\n"
+            for line in self.lines
+            if line.detail
+        ]
+        head = ["# mythos gpu-check", "", self.summary(), ""]
+        table = ["| stage | check | expected | measured | verdict |", "|---|---|---|---|---|", *rows, ""]
+        return "\n".join([*head, *table, *details])
+
+
+def first_line(text: str) -> str:
+    """The first line, at most 300 characters: compilers' messages fill pages."""
+    line = text.strip().partition("\n")[0]
+    return line if len(line) <= 300 else line[:297] + "..."
+
+
+def cell(text: str) -> str:
+    """A cell of a Markdown table."""
+    return text.replace("|", "\\|")
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file so that there is the old one or the new one at any moment, never half of it."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)

@@ -1,0 +1,88 @@
+"""A training step as a whole: whether it waits for the device, and how often it is compiled."""
+
+import shutil
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch._dynamo.utils import counters
+
+import mythos
+from mythos.benchmarks.steps import Steps
+from mythos.gpu_check.catalog import LAST_NEW_GRAPH, MOST_GRAPHS, RECOMPILE_STEPS
+from mythos.gpu_check.result import Result, Setting, judged, not_run
+from mythos.gpu_check.runs import next_step, steps_of, task_run
+from mythos.trainer import Trainer
+
+WARM_UP = 3
+GROUPED_KERNEL = ((9, 0), (10, 0))
+"""SMs on which `F.grouped_mm` is one kernel (see `mythos.model.kernels`); elsewhere it waits for the host."""
+
+
+def waits(setting: Setting, *, preset: str) -> Iterator[Result]:
+    """Steps during which torch refuses every operation that waits for the device."""
+    with Steps(steps_of(setting, preset, 4)) as steps:
+        for _ in range(WARM_UP):
+            steps()
+        if not setting.cuda:
+            yield not_run("steps ran, and only a GPU can show what waits")
+            return
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(3):
+                steps()
+        except RuntimeError as error:
+            torch.cuda.set_sync_debug_mode("default")
+            if "synchroniz" not in str(error):
+                raise
+            place, by_experts = where(error)
+            grouped = by_experts and torch.cuda.get_device_capability(setting.device) not in GROUPED_KERNEL
+            yield judged(grouped, f"waits at {place}{', as grouped_mm does on this SM' * grouped}: {error}")
+            return
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    yield judged(True, "none in 3 steps")
+
+
+def where(error: BaseException) -> tuple[str, bool]:
+    """The innermost line of mythos that an error came from, and whether it came by way of the experts' products."""
+    folder = Path(mythos.__file__).parent
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(folder)
+    ]
+    if not frames:
+        return "an unknown place", False
+    last = frames[-1]
+    place = f"{Path(last.filename).relative_to(folder.parent)}:{last.lineno} ({last.line})"
+    return place, any(Path(frame.filename).name == "experts.py" for frame in frames)
+
+
+def recompiles(setting: Setting) -> Iterator[Result]:
+    """A compiled run whose sequences' depths change at every step, with validations half way and at the end."""
+    steps = RECOMPILE_STEPS if setting.cuda else 8
+    torch._dynamo.reset()
+    counters.clear()
+    folder = setting.scratch / "recompiles"
+    shutil.rmtree(folder, ignore_errors=True)
+    config = task_run(setting, folder, train__compile=True, train__steps=steps)
+    trainer = Trainer(config)
+    seen = last = 0
+    try:
+        for step in range(1, steps + 1):
+            next_step(trainer)
+            if step in (steps // 2, steps):
+                trainer.validate()
+            graphs = counters["stats"]["unique_graphs"]
+            if graphs > seen:
+                seen, last = graphs, step
+    finally:
+        trainer.resources.close()
+    if not seen:
+        raise RuntimeError("train.compile=true, but nothing was compiled")
+    yield judged(seen <= MOST_GRAPHS, f"{seen} in {steps} steps")
+    yield judged(last <= LAST_NEW_GRAPH, f"step {last} of {steps}")
+    breaks = counters["graph_break"]
+    told = "; ".join(f"{count} x {reason.strip().splitlines()[0]}" for reason, count in breaks.most_common(3))
+    yield judged(not breaks, f"{sum(breaks.values())}{f': {told}' if told else ''}")
