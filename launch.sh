@@ -21,8 +21,10 @@ task a node; see scripts/slurm.sbatch.
 Also read from the environment:
 
   MAX_RESTARTS      how often processes are started again after a failure (3); each time from the newest checkpoint
-  SHUTDOWN_TIMEOUT  seconds for the final save when torchrun itself is told to end (600)
+  SHUTDOWN_TIMEOUT  seconds for the final save when torchrun itself is told to end (600; always 30 with torch 2.11)
   PYTHON            the interpreter (python)
+  PYTORCH_ALLOC_CONF  settings of torch's allocator on GPUs (expandable_segments:True, against fragmentation); a value
+                    set by you, also in PYTORCH_CUDA_ALLOC_CONF, is left as it is
 
 SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR1 save and stop, with status 0; a second one stops at once.
 TEXT
@@ -130,19 +132,30 @@ fi
 
 check='
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 from mythos.config import load_config
 from mythos.errors import MythosError
 try:
     load_config(sys.argv[1], sys.argv[2:])
 except MythosError as error:
     sys.exit(f"error: {error}")
+# Read, not imported, which takes seconds.
+torchrun = Path(find_spec("torch").origin).parent / "distributed" / "run.py"
+if "--shutdown-timeout" not in torchrun.read_text():
+    print("fixed")
 '
 overrides=()
 for argument in "${@:2}"; do
   # The value of an option is told by train.py if it is wrong.
   if [[ $argument == *=* && $argument != -* ]]; then overrides+=("$argument"); fi
 done
-PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} "$python" -c "$check" "$1" ${overrides[@]+"${overrides[@]}"}
+torchrun_patience=$(PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} "$python" -c "$check" "$1" ${overrides[@]+"${overrides[@]}"})
+patience=(--shutdown-timeout "$shutdown_timeout")
+if [[ $torchrun_patience == fixed ]]; then # torch 2.11
+  [[ -z ${SHUTDOWN_TIMEOUT:-} ]] || echo "launch.sh: SHUTDOWN_TIMEOUT is ignored: the torchrun of this torch always waits 30 s; newer ones can be told" >&2
+  patience=()
+fi
 
 if ((nodes > 1 && host)); then
   ! reachable || fail "$master:$port is in use: set MASTER_PORT to a free port, the same on all machines, or end the job that holds it"
@@ -159,6 +172,11 @@ fi
 if [[ -z ${OMP_NUM_THREADS:-} ]]; then
   cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
   export OMP_NUM_THREADS=$((cores > processes ? cores / processes : 1))
+fi
+# Rows that leave and join the batch make tensors of many sizes. In segments that grow, freed memory of one size serves
+# the others. torch 2.11 to 2.14 read PYTORCH_ALLOC_CONF first and then the older name, so ours must not hide that one.
+if [[ -z ${PYTORCH_ALLOC_CONF+set}${PYTORCH_CUDA_ALLOC_CONF+set} ]]; then
+  export PYTORCH_ALLOC_CONF=expandable_segments:True
 fi
 # A store of its own for every restart. In the one that agents share, processes that are started again find the
 # addresses of those that have died, and fail or hang (https://github.com/pytorch/pytorch/issues/135712).
@@ -203,7 +221,7 @@ fi
 (
   trap '' INT HUP USR1
   exec "$python" -m torch.distributed.run "${meeting[@]}" --nproc-per-node "$processes" --max-restarts "$restarts" \
-    --signals-to-handle SIGTERM,SIGQUIT --shutdown-timeout "$shutdown_timeout" "$here/train.py" "$@"
+    --signals-to-handle SIGTERM,SIGQUIT ${patience[@]+"${patience[@]}"} "$here/train.py" "$@"
 ) &
 torchrun=$!
 

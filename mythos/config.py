@@ -57,7 +57,7 @@ class CurriculumConfig(Section):
     """Form of the ramp; none = the target from the first step. 1-sqrt rises as 1 - sqrt(1 - x); steps in 4 equal
     stairs."""
     over: Fraction = 0.25
-    """Share of the training steps that the ramp takes."""
+    """Share of the training steps (optim.schedule_steps) that the ramp takes."""
     start: Annotated[float, Field(ge=1)] = 1.0
     """Value at the first step."""
 
@@ -68,7 +68,8 @@ class DepthConfig(Section):
     mean: Annotated[float, Field(ge=1)] | None = None
     """Mean loops of a sequence at the end of the curriculum; null = model.loops."""
     backprop: PositiveInt | None = None
-    """Last loops that carry gradient; null = half the mean, rounded up."""
+    """Last loops that carry gradient; null = half the mean, rounded up, or all of them with model.injection initial,
+    which reads the input in the first loop only."""
     sampling: Literal["poisson", "fixed", "uniform", "lognormal"] = "poisson"
     """Distribution of a sequence's loops: clipped Poisson (arXiv 2604.12946), the mean itself, uniform on
     1..2 mean - 1, or log-normal Poisson (arXiv 2502.05171)."""
@@ -109,6 +110,10 @@ class OptimConfig(Section):
     """wsd: share of the steps over which the learning rate falls."""
     min_lr: Fraction = 0.1
     """Last learning rate as a share of lr."""
+    schedule_steps: PositiveInt | None = None
+    """Length of the schedule: the steps that the learning rate and all other ramps (depth.curriculum,
+    depth.backprop_curriculum, data.task.ramp) are shares of; null = all steps of the run. Steps beyond it keep the last
+    values; a run of fewer steps ends before its schedule does."""
 
 
 class ProfileConfig(Section):
@@ -273,9 +278,11 @@ class Config(Section):
     @property
     def depth_backprop(self) -> int:
         """Most last loops that carry gradient at the end of the curriculum."""
-        if self.depth.backprop is None and self.depth.follow == "difficulty":
-            return self.depth_maximum
-        return math.ceil(self.depth_mean / 2) if self.depth.backprop is None else self.depth.backprop
+        if self.depth.backprop is not None:
+            return self.depth.backprop
+        if self.depth.follow == "difficulty" or self.model.injection == "initial":
+            return self.depth_deepest
+        return math.ceil(self.depth_mean / 2)
 
     @property
     def depth_maximum(self) -> int:
@@ -285,6 +292,11 @@ class Config(Section):
         if self.depth.maximum is not None:
             return self.depth.maximum
         return 1 if self.model.injection == "none" else math.ceil(2 * self.depth_mean)
+
+    @property
+    def depth_deepest(self) -> int:
+        """Most loops a sequence runs: the maximum, or the mean, rounded up, where every sequence runs the mean."""
+        return math.ceil(self.depth_mean) if self.depth.sampling == "fixed" else self.depth_maximum
 
     @property
     def tokens_per_step(self) -> int:
@@ -299,6 +311,11 @@ class Config(Section):
         if self.train.tokens is None:
             raise MythosError("train.steps, train.tokens: got null and null; give one of them")
         return math.ceil(self.train.tokens / self.tokens_per_step)
+
+    @property
+    def schedule_steps(self) -> int:
+        """Optimizer steps that learning rate, depth and difficulty follow their ramps over; then they stay."""
+        return self.train_steps if self.optim.schedule_steps is None else self.optim.schedule_steps
 
 
 def packaged_configs() -> dict[str, Path]:
@@ -514,6 +531,31 @@ def _contradictions(config: Config, reported: set[str]) -> Iterator[tuple[tuple[
     elif config.depth_backprop > config.depth_maximum:
         given = f"got {config.depth_backprop}, and at most {config.depth_maximum} loops are run"
         yield (backprop_path, maximum_path), f"{given}; backpropagate through no more"
+    if config.model.injection == "initial":
+        deepest, deepest_path = config.depth_deepest, mean_path if depth.sampling == "fixed" else maximum_path
+        carrying = {"depth.backprop": float(config.depth_backprop)}
+        if depth.backprop_curriculum.shape != "none":
+            carrying["depth.backprop_curriculum.start"] = depth.backprop_curriculum.start
+        for path, least in carrying.items():
+            if least < deepest:
+                given = f"got initial, {least:g} and sequences of up to {deepest} loops"
+                rule = (
+                    "initial reads the input in the first loop only, so embedding and prelude learn nothing from a "
+                    "sequence whose first loop carries no gradient: set depth.backprop to null (all loops) and "
+                    "depth.backprop_curriculum.shape to none"
+                )
+                yield ("model.injection", path, deepest_path), f"{given}; {rule}"
+    if config.model.halting in ("gate", "act") and config.depth_mean == 1:
+        given = f"got {config.model.halting} and a mean of 1 loop"
+        rule = "it learns from loops before the last, and there are none: set the first to none or convergence"
+        yield ("model.halting", mean_path), f"{given}; {rule}"
+    elif config.model.halting == "act" and config.depth_backprop == 1:
+        given = "got act and gradient through 1 loop"
+        rule = "the last loop takes whatever probability is left, so act learns from the loops before it alone"
+        yield ("model.halting", backprop_path), f"{given}; {rule}: set depth.backprop to 2 or more"
+    if config.model.core_ffn == "moe" and config.model.experts_per_token == 1:
+        rule = "the weights of a token's experts add up to 1, so from a single one the router would learn nothing"
+        yield ("model.experts_per_token",), f"got 1; {rule}: give 2 or more, or set model.core_ffn to dense"
     for name, target, path in (
         ("curriculum", config.depth_mean, mean_path),
         ("backprop_curriculum", config.depth_backprop, backprop_path),
@@ -529,6 +571,12 @@ def _contradictions(config: Config, reported: set[str]) -> Iterator[tuple[tuple[
     if optim.schedule == "wsd" and optim.warmup + optim.decay > 1:
         given = f"got {optim.warmup:g} and {optim.decay:g}"
         yield ("optim.warmup", "optim.decay"), f"{given}; together they may take at most all (1) of the steps"
+    one_length = (train.steps is None) != (train.tokens is None)
+    if optim.min_lr == 0 and one_length and config.schedule_steps < config.train_steps:
+        given = f"got {config.schedule_steps} of {config.train_steps} steps and 0"
+        rule = "the learning rate of the steps after the schedule would be 0; raise the first or the last"
+        length = "train.steps" if train.tokens is None else "train.tokens"
+        yield ("optim.schedule_steps", length, "optim.min_lr"), f"{given}; {rule}"
     loops = config.eval.loops
     if not loops or any(left >= right for left, right in itertools.pairwise(loops)):
         yield ("eval.loops",), f"got {shown(loops)}; allowed: at least one loop count, each above the one before"

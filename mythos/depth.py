@@ -10,7 +10,7 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 from mythos.config import Config, CurriculumConfig
-from mythos.data.tasks import slot_difficulties
+from mythos.data.tasks import hardest, slot_difficulties
 
 LOGNORMAL_SIGMA = 0.5
 """Spread of the log-normal Poisson (Huginn, arXiv 2502.05171)."""
@@ -56,7 +56,7 @@ class DepthSchedule:
 
     def __init__(self, config: Config) -> None:
         self.seed = config.run.seed
-        self.steps = config.train_steps
+        self.steps = config.schedule_steps
         self.streams = config.data.streams
         self.slots = config.train.global_batch // config.data.streams
         self.depth = config.depth
@@ -67,14 +67,19 @@ class DepthSchedule:
 
     def mean(self, step: int) -> float:
         """Mean loops aimed at in this step."""
+        if self.task is not None:
+            return (self.task.difficulty[0] + hardest(self.task, step, self.steps)) / 2
         return ramp(self.depth.curriculum, step, self.steps, self.mean_target)
+
+    def backprop(self, step: int) -> int:
+        """Last passes that carry gradient in this step."""
+        return round(ramp(self.depth.backprop_curriculum, step, self.steps, self.backprop_target))
 
     def plan(self, step: int) -> DepthPlan:
         """Depths of every row of the step's global batch."""
         loops = self.slot_loops(step)
-        backprop = round(ramp(self.depth.backprop_curriculum, step, self.steps, self.backprop_target))
         rows = tuple(depth for depth in loops for _ in range(self.streams))
-        return DepthPlan(rows, backprop, self.early_readout(step, loops))
+        return DepthPlan(rows, self.backprop(step), self.early_readout(step, loops))
 
     def early_readout(self, step: int, loops: Sequence[int]) -> EarlyReadout | None:
         """One slot in turn, unless it runs one loop; with fewer than 8 slots not in every step.

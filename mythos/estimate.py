@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, get_args
 from unittest.mock import patch
 
@@ -146,6 +147,7 @@ class Activations:
     gradients that are not yet added to those of earlier micro-batches."""
 
 
+@lru_cache(64)  # of pure arguments; a plan asks more than once, and a trace takes seconds
 def step_activations(config: ModelConfig, step: Step) -> Activations:
     """Bytes at the peak of a step, read off the model's own forward and backward pass over fake tensors.
 
@@ -440,14 +442,15 @@ def optimal_split(config: ModelConfig, length: int, flops: float) -> Split:
     """Mean loops and tokens of the lowest loss that a budget of FLOPs buys this model, after arXiv 2604.12946.
 
     mu* = 2.12 (C / 10^18 (68.8M / N)^2)^0.40, and the tokens are what the budget then pays for, half of the loops
-    with gradient. The exponent is the paper's, the factor from its table 6. The paper fits every size for itself; that
-    the factor goes with C / N^2, the budget's tokens per parameter, is read off here: at its other size, 370M, that
-    gives 3.8, 5.0 and 6.6 loops where the table has 4, 6 and 6. N is the number of parameters that a token is
-    multiplied by at one loop. The tokens follow D* ~ C^0.78 nearly, as measured from 10^18 to 1.3 x 10^20 FLOPs;
-    beyond is extrapolation.
+    with gradient (all with injection initial). The exponent is the paper's, the factor from its table 6. The paper fits
+    every size for itself; that the factor goes with C / N^2, the budget's tokens per parameter, is read off here: at
+    its other size, 370M, that gives 3.8, 5.0 and 6.6 loops where the table has 4, 6 and 6. N is the number of
+    parameters that a token is multiplied by at one loop. The tokens follow D* ~ C^0.78 nearly, as measured from 10^18
+    to 1.3 x 10^20 FLOPs; beyond is extrapolation.
     """
     one = forward_flops(config, 1)
     budget = flops / ANCHOR_FLOPS * (2 * ANCHOR_PARAMETERS / (one.once + one.loop)) ** 2
     loops = 1.0 if config.injection == "none" else max(1.0, ANCHOR_LOOPS * budget**LOOPS_EXPONENT)
     cost = forward_flops(config, length)
-    return Split(flops, loops, flops / (3 * cost.once + cost.loop * (loops + 2 * max(1.0, loops / 2))))
+    backprop = loops if config.injection == "initial" else max(1.0, loops / 2)
+    return Split(flops, loops, flops / (3 * cost.once + cost.loop * (loops + 2 * backprop)))

@@ -1,7 +1,8 @@
 """Muon: momentum made orthogonal, for the matrices of hidden layers; AdamW for all else."""
 
+from collections import deque
 from math import prod, sqrt
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,8 @@ ITERATIONS = 5
 TOGETHER = 2**24
 """Elements of the matrices that are multiplied together: enough for a GPU, little beside a model."""
 SENT = 2**26
-"""Elements of a rank's shards that are sent together: buffers of them are all that an exchange takes."""
+"""Elements of a rank's shards that are sent together, or of whole matrices that are gathered together: buffers of them
+are all that an exchange takes."""
 SMALLEST_NORM = 1e-7
 """What a matrix is divided by at least."""
 UPDATE_RMS = 0.2
@@ -33,13 +35,23 @@ class Muon(torch.optim.AdamW):
 
     Products are in `dtype`, all else in the parameters' type. A step takes `found_inf` and `grad_scale` as a fused
     AdamW does, waits for nothing, needs a gradient of every matrix and uses it up. Matrices that FSDP2 has cut are put
-    together, each on one of the ranks that share it, about `elements` of a rank's shards at a time.
+    together, each on one of the ranks that share it, about `elements` of a rank's shards at a time. Matrices that are
+    not DTensors must have the same gradients on all the `ranks` processes of the run, as under DDP: each rank makes its
+    share of them orthogonal, and all gather the results, about `elements` at a time.
 
     torch.optim.Muon knows no stacks and no `found_inf` or `grad_scale`, takes one matrix after the other, always in
     bfloat16, and would do the same work on all ranks.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], dtype: torch.dtype, elements: int = SENT, **options: Any) -> None:
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        dtype: torch.dtype,
+        elements: int = SENT,
+        *,
+        ranks: int = 1,
+        **options: Any,
+    ) -> None:
         super().__init__(groups, **options)
         self.dtype = dtype
         matrices = [p for group in self._matrix_groups for p in group["params"]]
@@ -55,6 +67,9 @@ class Muon(torch.optim.AdamW):
             rounds[-1].append(parameter)
             room -= share
         self.exchanges = [Exchange(cut, dtype) for cut in rounds]
+        parts = {p: group["parts"] for group in self._matrix_groups for p in group["params"]}
+        alike = {p: parts[p] for p in matrices if not isinstance(p, DTensor)}
+        self.sharing = Sharing(alike, ranks, dtype, elements) if alike and ranks > 1 else None
 
     @property
     def _matrix_groups(self) -> list[dict[str, Any]]:
@@ -85,6 +100,11 @@ class Muon(torch.optim.AdamW):
     def _orthogonalize(self) -> None:
         parts = {p: group["parts"] for group in self._matrix_groups for p in group["params"]}
         cut = {p for exchange in self.exchanges for p in exchange.parameters}
+        if self.sharing is not None:
+            matrices = self.sharing.matrices()
+            orthogonalize_([matrices[index] for index in self.sharing.shares[dist.get_rank()]], self.dtype)
+            self.sharing.gather(matrices)
+            cut |= self.sharing.parts.keys()
         here = [(_local(p.grad), count) for p, count in parts.items() if p not in cut]
         orthogonalize_([matrix for update, count in here for matrix in _matrices(update, count)], self.dtype)
         for exchange in self.exchanges:
@@ -126,6 +146,99 @@ def newton_schulz(x: Tensor) -> Tensor:
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
     return x
+
+
+class Sharing:
+    """Shares out matrices that are the same on all ranks, and gathers what each rank has made of its share.
+
+    The costliest matrix goes first, each to the rank that has least to do. The all-gathers are in `dtype`, of about
+    `elements` of all ranks, and padded to the rank that sends most.
+    """
+
+    def __init__(self, parts: dict[Tensor, int], ranks: int, dtype: torch.dtype, elements: int) -> None:
+        self.parts, self.dtype = parts, dtype
+        shapes = [m.shape for parameter, count in parts.items() for m in _matrices(parameter.detach(), count)]
+        costs = [min(shape) ** 2 * (2 * max(shape) + min(shape)) for shape in shapes]  # halves of newton_schulz's FLOPs
+        self.shares: list[list[int]] = [[] for _ in range(ranks)]
+        """Of each rank, which matrices."""
+        loads = [0] * ranks
+        for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
+            rank = loads.index(min(loads))
+            loads[rank] += costs[index]
+            self.shares[rank].append(index)
+        self.rounds: list[list[list[Rows]]] = []
+        """Of each all-gather, what each rank sends."""
+        room = max(1, elements // ranks)
+        waiting = [
+            deque(rows for index in share for rows in _in_rows(index, shapes[index], room)) for share in self.shares
+        ]
+        while any(waiting):
+            self.rounds.append([_take(share, room) for share in waiting])
+
+    @property
+    def bytes(self) -> tuple[int, ...]:
+        """What each all-gather brings to a rank."""
+        return tuple(_longest(taken) * len(taken) * self.dtype.itemsize for taken in self.rounds)
+
+    def matrices(self) -> list[Tensor]:
+        """Views of the gradients' matrices."""
+        return [m for parameter, count in self.parts.items() for m in _matrices(parameter.grad, count)]
+
+    def gather(self, matrices: list[Tensor]) -> None:
+        """Bring every rank's share of the matrices into the gradients of all ranks."""
+        rank = dist.get_rank()
+        for taken in self.rounds:
+            mine = torch.empty(_longest(taken), dtype=self.dtype, device=matrices[0].device)
+            for rows, part in zip(taken[rank], _split(mine, taken[rank]), strict=True):
+                part.copy_(rows.of(matrices).flatten())
+            gathered = mine.new_empty(len(taken), len(mine))
+            dist.all_gather_into_tensor(gathered.flatten(), mine)
+            for some, sent in zip(taken, gathered, strict=True):
+                for rows, part in zip(some, _split(sent, some), strict=True):
+                    target = rows.of(matrices)
+                    target.copy_(part.view(target.shape))
+
+
+class Rows(NamedTuple):
+    """Some rows of a matrix."""
+
+    matrix: int
+    start: int
+    stop: int
+    size: int
+    """Elements."""
+
+    def of(self, matrices: list[Tensor]) -> Tensor:
+        """A view of them."""
+        return matrices[self.matrix][self.start : self.stop]
+
+
+def _in_rows(index: int, shape: torch.Size, room: int) -> list[Rows]:
+    """A matrix, cut into as many rows as there is room for, at least one."""
+    count = max(1, room // shape[1])
+    stops = [min(start + count, shape[0]) for start in range(0, shape[0], count)]
+    return [
+        Rows(index, start, stop, (stop - start) * shape[1]) for start, stop in zip([0, *stops], stops, strict=False)
+    ]
+
+
+def _take(waiting: deque[Rows], room: int) -> list[Rows]:
+    """The foremost that there is room for, at least one."""
+    taken: list[Rows] = []
+    while waiting and (not taken or waiting[0].size <= room):
+        taken.append(waiting.popleft())
+        room -= taken[-1].size
+    return taken
+
+
+def _longest(taken: list[list[Rows]]) -> int:
+    return max(sum(rows.size for rows in some) for some in taken)
+
+
+def _split(buffer: Tensor, some: list[Rows]) -> list[Tensor]:
+    """The part of a rank's buffer that each takes; the rest of it is padding."""
+    sizes = [rows.size for rows in some]
+    return list(buffer.split([*sizes, len(buffer) - sum(sizes)])[:-1])
 
 
 class Exchange:

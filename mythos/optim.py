@@ -33,9 +33,12 @@ def state_bytes(model: nn.Module, config: OptimConfig) -> int:
 
 
 def build_optimizer(
-    model: nn.Module, config: OptimConfig, dtype: torch.dtype = torch.float32
+    model: nn.Module, config: OptimConfig, dtype: torch.dtype = torch.float32, ranks: int = 1
 ) -> torch.optim.AdamW | Muon:
-    """Fused AdamW, or Muon with products in `dtype`; the state exists from the start: a checkpoint has all tensors."""
+    """Fused AdamW, or Muon with products in `dtype`, whose work on whole matrices `ranks` processes share.
+
+    The state exists from the start: a checkpoint has all tensors.
+    """
     named = dict(model.named_parameters())
     matrices = {p for name, p in named.items() if config.name == "muon" and is_hidden_matrix(name, p)}
     groups: dict[tuple[float, bool, int], list[nn.Parameter]] = {}
@@ -49,7 +52,11 @@ def build_optimizer(
         for (decay, _, parts), members in groups.items()
     ]
     options = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "fused": True}
-    optimizer = Muon(settings, dtype, **options) if config.name == "muon" else torch.optim.AdamW(settings, **options)
+    optimizer = (
+        Muon(settings, dtype, ranks=ranks, **options)
+        if config.name == "muon"
+        else torch.optim.AdamW(settings, **options)
+    )
     for parameter in (p for p in named.values() if p not in matrices):
         optimizer.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
@@ -60,7 +67,10 @@ def build_optimizer(
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """Learning rate of 0-based `step` of `steps`: linear warmup from 0, then cosine or warmup-stable-decay."""
+    """Learning rate of 0-based `step`: linear warmup from 0, then cosine or warmup-stable-decay over `steps` in all.
+
+    Later steps keep the last value.
+    """
     warmup = config.warmup * steps
     if step < warmup:
         return config.lr * (step + 1) / (warmup + 1)
@@ -68,5 +78,5 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
         progress = (step - warmup) / max(1.0, steps - 1 - warmup)
         share = (1 + cos(pi * min(1.0, progress))) / 2
     else:
-        share = min(1.0, (steps - 1 - step) / max(1.0, config.decay * steps))
+        share = min(1.0, max(0, steps - 1 - step) / max(1.0, config.decay * steps))
     return config.lr * (config.min_lr + (1 - config.min_lr) * share)

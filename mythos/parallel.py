@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from math import prod
 from typing import Any, Literal, NamedTuple
 
 import psutil
@@ -23,9 +24,6 @@ from mythos.model.rdt import RDTOutput, RecurrentDepthTransformer
 from mythos.ranks import World
 from mythos.torch_compat import no_buffer_sync, prepare_compiler
 
-STATE_SHARE = 0.4
-"""Share of a device's memory for weights, gradients and the optimizer's state; the rest is left to activations."""
-
 
 class Layout(NamedTuple):
     """How the processes share the model."""
@@ -37,6 +35,8 @@ class Layout(NamedTuple):
     """Processes that share a copy."""
     why: str
     """For people, in a few words."""
+    fits: bool = True
+    """Whether the plan of `parallel.mode: auto` fits in the device's memory; modes that are named are not planned."""
 
     @property
     def size(self) -> int:
@@ -49,14 +49,12 @@ class Layout(NamedTuple):
         return self.mode in ("fsdp", "hsdp")
 
 
-def choose_layout(settings: ParallelConfig, size: int, local_size: int, state: int, memory: int) -> Layout:
-    """What `parallel.mode` amounts to for `size` processes, `local_size` of them on each machine.
+def named_layout(settings: ParallelConfig, size: int, local_size: int) -> Layout:
+    """What `parallel.mode` means for `size` processes, `local_size` of them on each machine; not for auto and several.
 
-    `auto` takes the mode that communicates least among those whose share of `state`, the bytes of parameters, gradients
-    and moments, fits in 40% of `memory`, the bytes of a device: ddp, then hsdp within each machine, then fsdp. Raises
-    MythosError for a mode that does not fit the number of processes.
+    `mythos.plan.choose_layout` resolves auto. Raises MythosError for a mode that does not fit the number of processes.
     """
-    mode, room = settings.mode, STATE_SHARE * memory
+    mode = settings.mode
     if mode == "single" and size > 1:
         raise MythosError(
             f"parallel.mode: got single and {size} processes, each of which would train alone: start one process, or "
@@ -64,15 +62,6 @@ def choose_layout(settings: ParallelConfig, size: int, local_size: int, state: i
         )
     if size == 1:
         return Layout("single", 1, 1, "one process")
-    if mode == "auto":
-        gib = state / 2**30
-        told = f"{gib:{',.0f' if gib >= 10 else '.2g'}} GiB of training state"
-        if state <= room:
-            return Layout("ddp", size, 1, f"auto: {told} fits in each of {size} devices")
-        if local_size < size and size % local_size == 0 and state / local_size <= room:
-            why = f"auto: {told} fits in the {local_size} devices of a machine"
-            return Layout("hsdp", size // local_size, local_size, why)
-        return Layout("fsdp", 1, size, f"auto: {told} is shared by all {size} devices")
     if mode == "hsdp":
         shard = settings.shard or (size // settings.replicate if settings.replicate else local_size)
         replicate = settings.replicate or size // shard
@@ -85,7 +74,7 @@ def choose_layout(settings: ParallelConfig, size: int, local_size: int, state: i
     return Layout("ddp", size, 1, "a copy each") if mode == "ddp" else Layout("fsdp", 1, size, "one copy over all")
 
 
-def device_memory(world: World) -> int:
+def memory_of_device(world: World) -> int:
     """Bytes that a process can use: its GPU's, or its share of the machine's."""
     if world.device.type == "cuda":
         return torch.cuda.get_device_properties(world.device).total_memory
@@ -273,47 +262,64 @@ def build_mesh(layout: Layout, device_type: str) -> DeviceMesh:
     return init_device_mesh(device_type, (layout.size,), mesh_dim_names=("shard",))
 
 
-def shard_model(
-    settings: ParallelConfig, model: RecurrentDepthTransformer, mesh: DeviceMesh, dtype: torch.dtype
-) -> None:
-    """Apply `fully_shard` from the inside out: blocks, injection, the core as a whole, then what is left.
+class FsdpUnit(NamedTuple):
+    """A module whose parameters FSDP2 gathers and reduces together."""
+
+    module: nn.Module
+    parameters: list[nn.Parameter]
+    """Those that no unit inside of the module has, without what stays whole."""
+    policy: MixedPrecisionPolicy
+    reshard: bool
+    """Free the gathered weights after the forward pass."""
+
+
+def fsdp_units(settings: ParallelConfig, model: RecurrentDepthTransformer, dtype: torch.dtype) -> Iterator[FsdpUnit]:
+    """The units that the model is sharded in, from the inside out: blocks, injection, the core as a whole, the rest.
 
     The unit of the core is the module that owns the loop: it is gathered once before the first loop and reduced once
     after the last, however many there are. Parameters are gathered in `dtype` and gradients reduced in float32. What is
     never computed with in bfloat16 is small and stays whole on every rank (see `ParallelModel.finish_gradients`), but
     for the injection's matrix, which is a unit of its own.
     """
-    whole = set(float32_parameters(model))
-    common: dict[str, Any] = {
-        "mesh": mesh,
-        "ignored_params": whole,
-        "shard_placement_fn": partial(shard_placement, shards=mesh.size(mesh.ndim - 1)),
-    }
+    taken = set(float32_parameters(model))
     mixed = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-
-    def shard(module: nn.Module, policy: MixedPrecisionPolicy, reshard: bool | None) -> None:
-        if any(p not in whole for p in module.parameters()):
-            fully_shard(module, mp_policy=policy, reshard_after_forward=reshard, **common)
-
-    reshard = settings.reshard_after_forward
-    for block in model.prelude:
-        shard(block, mixed, reshard)
-    if model.recurrence.injection is not None:
-        # Its result may be the matrix itself, which the loops then use: it stays until the backward pass is over.
-        shard(model.recurrence.injection, MixedPrecisionPolicy(cast_forward_inputs=False), False)
-    if settings.wrap == "block":
-        model.recurrence.share_weights = False
-        for block in model.recurrence.blocks:
-            shard(block, mixed, reshard)
-    shard(model.recurrence, mixed, reshard)
+    recurrence, reshard = model.recurrence, settings.reshard_after_forward
     # A gate reads out twice in steps that vary; the backward pass begins with the coda anyway.
     twice = isinstance(model.halting, HaltingGate)
-    for block in model.coda:
-        shard(block, mixed, reshard and not twice)
+    modules: list[tuple[nn.Module, MixedPrecisionPolicy, bool]] = [(block, mixed, reshard) for block in model.prelude]
+    if recurrence.injection is not None:
+        # Its result may be the matrix itself, which the loops then use: it stays until the backward pass is over.
+        modules.append((recurrence.injection, MixedPrecisionPolicy(cast_forward_inputs=False), False))
+    if settings.wrap == "block":
+        modules += [(block, mixed, reshard) for block in recurrence.blocks]
+    modules.append((recurrence, mixed, reshard))
+    modules += [(block, mixed, reshard and not twice) for block in model.coda]
     # Its parameters (embedding, head) are used at both ends of the forward pass, and by what follows it at once.
-    fully_shard(model, mp_policy=mixed, reshard_after_forward=False, **common)
+    modules.append((model, mixed, False))
+    whole = frozenset(taken)  # taken grows
+    for module, policy, frees in modules:
+        if module is model or any(p not in whole for p in module.parameters()):
+            own = [p for p in module.parameters() if p not in taken]
+            taken.update(own)
+            yield FsdpUnit(module, own, policy, frees)
+
+
+def shard_model(
+    settings: ParallelConfig, model: RecurrentDepthTransformer, mesh: DeviceMesh, dtype: torch.dtype
+) -> None:
+    """Apply `fully_shard` to the units of :func:`fsdp_units`."""
+    common: dict[str, Any] = {
+        "mesh": mesh,
+        "ignored_params": set(float32_parameters(model)),
+        "shard_placement_fn": partial(shard_placement, shards=mesh.size(mesh.ndim - 1)),
+    }
+    if settings.wrap == "block":
+        model.recurrence.share_weights = False
+    # As a list: fully_shard replaces the parameters that the units are told apart by.
+    for unit in list(fsdp_units(settings, model, dtype)):
+        fully_shard(unit.module, mp_policy=unit.policy, reshard_after_forward=unit.reshard, **common)
     for module, method in ((model, "read_depths"), (model, "extend"), (model.recurrence, "extend")):
         register_fsdp_forward_method(module, method)
 
@@ -325,6 +331,15 @@ def shard_placement(parameter: nn.Parameter, shards: int) -> Shard | None:
     """
     dimension = next((d for d, size in enumerate(parameter.shape) if size % shards == 0), 0)
     return Shard(dimension) if dimension else None
+
+
+def shard_numel(parameter: nn.Parameter, shards: int) -> int:
+    """Elements of the largest of a parameter's shards, to which FSDP2 pads the others; rank 0 has it."""
+    placement = shard_placement(parameter, shards)
+    shape = list(parameter.shape)
+    dimension = 0 if placement is None else placement.dim
+    shape[dimension] = -(-shape[dimension] // shards)
+    return prod(shape)
 
 
 def float32_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

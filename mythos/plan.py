@@ -1,17 +1,16 @@
 """What a configuration amounts to before it runs: size, FLOPs, memory of a process, and what processes exchange."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from mythos.config import Config, ParallelConfig, dump_config
 from mythos.errors import MythosError
@@ -29,15 +28,33 @@ from mythos.init_from import told_before
 from mythos.model.cache import cache_bytes_per_token
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.muon import Muon
-from mythos.optim import build_optimizer, state_bytes
-from mythos.parallel import Layout, build_mesh, choose_layout, shard_model
-from mythos.ranks import check_fit
-from mythos.torch_compat import count_ddp_buckets, fsdp_param_groups, init_fake_processes
+from mythos.optim import build_optimizer
+from mythos.parallel import (
+    Layout,
+    build_mesh,
+    choose_dtype,
+    float32_parameters,
+    fsdp_units,
+    memory_of_device,
+    named_layout,
+    shard_model,
+    shard_numel,
+)
+from mythos.ranks import World, check_fit
+from mythos.torch_compat import count_ddp_buckets, init_fake_processes
+
+logger = logging.getLogger(__name__)
 
 DEVICE_MEMORY = 80 * 2**30
 """Bytes of the device that is planned for unless another is named."""
 BUCKET_BYTES = 25 * 2**20
 """What DDP packs into a bucket by default, after a smaller first one."""
+ROOM = 0.95
+"""Share of a device's memory that `parallel.mode: auto` plans to use. The plan counts tensors; the CUDA context, the
+buffers of NCCL and fragmentation come on top (an assumption, not measured)."""
+SMALL = 0.02
+"""Share of a device's memory up to which a model's state is not worth sharding: that could free no more than this, and
+the start saves the seconds that planning takes."""
 MOST_RANKS = 2**16
 """Where the search for a number of processes that fits ends."""
 
@@ -76,8 +93,6 @@ class Laid:
     """What ranks sum up in a step to know loss, norms and the experts' load."""
     buckets: int
     """Parts in which DDP reduces gradients."""
-    exchanged: tuple[int, ...]
-    """Of each all-to-all by which Muon makes matrices whole; there is another one to cut them again."""
     units: tuple[Unit, ...]
     """In the order of the forward pass, the root (embedding, head) first; none where nothing is sharded."""
 
@@ -137,8 +152,7 @@ def plan(config: Config, ranks: int | None = None, machine_ranks: int = 8, devic
     check_fit(config, ranks)
     parameters = count_parameters(config.model)
     local = min(machine_ranks, ranks)
-    state = state_bytes(build_on_meta(config.model), config.optim)
-    layout = choose_layout(config.parallel, ranks, local, state, device_memory)
+    layout = choose_layout(config, ranks, local, device_memory)
     laid = lay_out(config, layout)
     automatic = config.model.vocab_size == "auto"
     vocabulary = ", without the vocabulary, whose size the tokenizer decides" if automatic else ""
@@ -150,6 +164,7 @@ def plan(config: Config, ranks: int | None = None, machine_ranks: int = 8, devic
         f"parameters      {parameters.total:,} ({parameters.active:,} active per token and loop){vocabulary}",
         f"training        {config.train_steps:,} steps of {config.tokens_per_step:,} tokens, "
         f"{config.train_steps * config.tokens_per_step:,} in all",
+        *([f"schedule        over {config.schedule_steps:,} steps"] if config.optim.schedule_steps is not None else []),
         f"run directory   {config.run_dir}",
         f"FLOPs per token at {config.data.sequence_length} tokens, forward, by loops",
         *(f"{depth:16d}  {flops.once + depth * flops.loop:.3e}" for depth in depths),
@@ -216,14 +231,122 @@ def activations(config: Config, layout: Layout, checkpointing: str | None = None
     )
 
 
+def choose_layout(config: Config, size: int, local_size: int, memory: int) -> Layout:
+    """What `parallel.mode` means for `size` processes, `local_size` of them a machine, on devices of `memory` bytes.
+
+    auto takes the mode that communicates least among those whose plan fits in ROOM of the memory: state, what FSDP2
+    gathers and reduces, and activations of the deepest micro-batch. The order is ddp, hsdp within each machine, fsdp.
+    If none fits it takes the one that needs least, and the layout says that it does not fit. Tracing the activations
+    takes seconds, and is left out where it decides nothing. Raises MythosError for a mode that does not fit the number
+    of processes.
+    """
+    if size == 1 or config.parallel.mode != "auto":
+        return named_layout(config.parallel, size, local_size)
+    if config.train.micro_batch == "auto":  # found by trial later, from what memory is left: at least a row
+        config = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": 1})})
+    candidates = [Layout("ddp", size, 1, "")]
+    if 1 < local_size < size and size % local_size == 0:
+        candidates.append(Layout("hsdp", size // local_size, local_size, ""))
+    candidates.append(Layout("fsdp", 1, size, ""))
+
+    @cache
+    def traced(sharded: bool) -> int:
+        return activations(config, candidates[-1 if sharded else 0]).peak
+
+    usable = ROOM * memory
+    without: dict[Layout, int] = {}  # bytes without activations
+    for layout in candidates:
+        laid = lay_out(config, layout)
+        if layout.mode == "ddp" and laid.state <= SMALL * memory:
+            return layout._replace(why=f"auto: training state is {_gib(laid.state)} GiB of {_gib(memory)}")
+        without[layout] = laid.state + working_memory(config, laid).total
+        if without[layout] <= usable and without[layout] + traced(layout.sharded) <= usable:
+            return layout._replace(why=_reason(without, layout, traced(layout.sharded), memory))
+    least, needed = candidates[-1], without[candidates[-1]] + traced(True)
+    for layout in candidates[:-1]:
+        if without[layout] < needed and without[layout] + traced(layout.sharded) < needed:
+            least, needed = layout, without[layout] + traced(layout.sharded)
+    return least._replace(why=_reason(without, least, traced(least.sharded), memory), fits=needed <= memory)
+
+
+def agree_on_layout(config: Config, world: World) -> Layout:
+    """:func:`choose_layout` for the processes that are running, the same on all, for the smallest of their devices.
+
+    Rank 0 plans for all of them, because ranks that differed by a byte could choose differently, and warns if nothing
+    fits. Raises MythosError on all ranks as :func:`choose_layout` does.
+    """
+    memory = min(world.ranks.gather(memory_of_device(world)))
+
+    def choose() -> Layout | None:
+        if not world.ranks.main:
+            return None
+        dtype = choose_dtype(config.train.dtype, world.device)
+        settings = {"device": world.device.type, "dtype": str(dtype).removeprefix("torch.")}
+        planned = config.model_copy(update={"train": config.train.model_copy(update=settings)})
+        layout = choose_layout(planned, world.size, world.local_size, memory)
+        if not layout.fits:
+            told = shortage(planned, world.size, world.local_size, memory)
+            logger.warning("parallel.mode=%s: %s; %s", layout.mode, layout.why, told)
+        return layout
+
+    return world.ranks.broadcast(world.ranks.agreed(choose))
+
+
+def _reason(without: dict[Layout, int], chosen: Layout, traced: int, memory: int) -> str:
+    others = [f"{layout.mode} {_gib(size)}" for layout, size in without.items() if layout is not chosen]
+    more = f"; without activations {', '.join(others)}" if others else ""
+    return f"auto: needs {_gib(without[chosen] + traced)} GiB of {_gib(int(ROOM * memory))} usable{more}"
+
+
 def lay_out(config: Config, layout: Layout) -> Laid:
-    """Lay the model out as training does, on the meta device, as rank 0 of processes that need not exist."""
+    """The bytes of a model laid out as in training, on rank 0, from the shapes of its parameters on the meta device."""
     model = build_on_meta(config.model)
-    if not layout.sharded:
-        return _measure(config, model, layout)
-    with fake_processes(layout.size):
-        shard_model(config.parallel, model, build_mesh(layout, "cpu"), compute_dtype(config))
-        return _measure(config, model, layout)
+    parameters = list(model.parameters())
+    whole = set(float32_parameters(model) if layout.sharded else parameters)
+    numel: dict[torch.Tensor, int] = {p: p.numel() if p in whole else shard_numel(p, layout.shard) for p in parameters}
+    optimizer = build_optimizer(model, config.optim, compute_dtype(config))
+    # A moment has its parameter's shape and is cut like it; a counter of steps is a scalar.
+    states = [
+        value.itemsize * (numel[p] if value.shape == p.shape else value.numel())
+        for p, state in optimizer.state.items()
+        for value in state.values()
+    ]
+    load = model.empty_load(torch.device("meta"))
+    size = sum(p.itemsize * count for p, count in numel.items())
+    return Laid(
+        layout,
+        parameters=size,
+        gradients=size,  # a gradient has its parameter's type and shards
+        optimizer=sum(states),
+        replicated=sum(p.nbytes for p in whole) if layout.sharded else 0,
+        measured=torch.float64.itemsize * (4 + (0 if load is None else load.numel())),
+        # Gradients are packed in about the order in which the backward pass yields them.
+        buckets=count_ddp_buckets(parameters[::-1], BUCKET_BYTES) if layout.mode == "ddp" else 0,
+        units=tuple(_units(config, model, layout)) if layout.sharded else (),
+    )
+
+
+def _units(config: Config, model: RecurrentDepthTransformer, layout: Layout) -> Iterator[Unit]:
+    """What FSDP2 makes of :func:`fsdp_units`, in the order of the forward pass."""
+    order = {module: number for number, module in enumerate(model.modules())}
+    blocks, split = set(model.recurrence.blocks), config.parallel.wrap == "block"
+    units = fsdp_units(config.parallel, model, compute_dtype(config))
+    for unit in sorted(units, key=lambda unit: order[unit.module]):
+        if not unit.parameters:
+            continue
+        computed = unit.policy.param_dtype or unit.parameters[0].dtype
+        reduced = unit.policy.reduce_dtype or computed
+        padded = layout.shard * sum(shard_numel(p, layout.shard) for p in unit.parameters)
+        real = sum(p.numel() for p in unit.parameters)
+        yield Unit(
+            gathered=padded * computed.itemsize,
+            gradient=real * computed.itemsize,
+            accumulated=real * reduced.itemsize,
+            reduced=padded * reduced.itemsize,
+            kept=not unit.reshard,
+            looped=unit.module in blocks,
+            outer=unit.module is model.recurrence and split,
+        )
 
 
 def compute_dtype(config: Config) -> torch.dtype:
@@ -243,55 +366,21 @@ def fake_processes(size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _measure(config: Config, model: RecurrentDepthTransformer, layout: Layout) -> Laid:
-    parameters = list(model.parameters())
-    optimizer = build_optimizer(model, config.optim, compute_dtype(config))
-    states = [value for state in optimizer.state.values() for value in state.values()]
-    wholes = [p for p in parameters if not isinstance(p, DTensor)]
-    load = model.empty_load(torch.device("meta"))
-    # Gradients are packed in about the order in which the backward pass yields them.
-    buckets = count_ddp_buckets(parameters[::-1], BUCKET_BYTES) if layout.mode == "ddp" else 0
-    return Laid(
-        layout,
-        parameters=_local_bytes(parameters),
-        gradients=_local_bytes(parameters),  # a gradient has its parameter's type and shards
-        optimizer=_local_bytes(states),
-        replicated=_local_bytes(wholes) if layout.sharded else 0,
-        measured=torch.float64.itemsize * (4 + (0 if load is None else load.numel())),
-        buckets=buckets,
-        exchanged=tuple(exchange.bytes for exchange in optimizer.exchanges) if isinstance(optimizer, Muon) else (),
-        units=tuple(_units(model)),
-    )
+def muon_exchanges(config: Config, layout: Layout) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What Muon sends in a step: bytes of each all-gather, and of each all-to-all by which matrices become whole.
 
-
-def _local_bytes(tensors: list[Tensor]) -> int:
-    locals_ = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
-    return sum(t.numel() * t.itemsize for t in locals_)
-
-
-def _units(model: RecurrentDepthTransformer) -> Iterator[Unit]:
-    """Read off the model what FSDP2 was told, because only its own groups say what is padded to which length."""
-    blocks = set(model.recurrence.blocks)
-    split = any(isinstance(block, FSDPModule) for block in blocks)
-    for module in model.modules():
-        if not isinstance(module, FSDPModule):
-            continue
-        for group in fsdp_param_groups(module):
-            policy, shards = group.mp_policy, group.mesh_info.shard_mesh_size
-            stored = group.fsdp_params[0].sharded_param.dtype
-            computed = policy.param_dtype or stored
-            reduced = policy.reduce_dtype or computed
-            padded = shards * sum(p.padded_sharded_param_size.numel() for p in group.fsdp_params)
-            real = sum(p.sharded_param.numel() for p in group.fsdp_params)
-            yield Unit(
-                gathered=padded * computed.itemsize,
-                gradient=real * computed.itemsize,
-                accumulated=real * reduced.itemsize,
-                reduced=padded * reduced.itemsize,
-                kept=group.post_forward_mesh_info is None,
-                looped=module in blocks,
-                outer=module is model.recurrence and split,
-            )
+    Under DDP the all-gathers bring the matrices that ranks have made orthogonal for each other. Where FSDP2 has cut
+    matrices, all-to-alls make them whole, and as many more cut them again. Read off an optimizer over processes that
+    need not exist; raises RuntimeError beside real ones.
+    """
+    model, dtype = build_on_meta(config.model), compute_dtype(config)
+    with fake_processes(layout.size):
+        if layout.sharded:
+            shard_model(config.parallel, model, build_mesh(layout, "cpu"), dtype)
+        optimizer = build_optimizer(model, config.optim, dtype, layout.size)
+        assert isinstance(optimizer, Muon)
+        shared = optimizer.sharing.bytes if optimizer.sharing else ()
+        return shared, tuple(exchange.bytes for exchange in optimizer.exchanges)
 
 
 def micro_batches(config: Config, ranks: int) -> int:
@@ -346,7 +435,7 @@ def collectives(config: Config, laid: Laid, loops: int, backprop: int) -> dict[s
     adds up the gradients of all uses first. But where such a block has several backward passes, the sum over earlier
     micro-batches is reduced apart, at the first of them. HSDP all-reduces what is reduced in the last micro-batch.
     """
-    gathers, scatters, sums = Exchange(), Exchange(), Exchange()
+    gathers, scatters, sums, exchanges = Exchange(), Exchange(), Exchange(), Exchange()
     layout, micro = laid.layout, micro_batches(config, laid.layout.size)
     backprop = min(loops, backprop)
     if layout.mode == "ddp":
@@ -371,7 +460,11 @@ def collectives(config: Config, laid: Laid, loops: int, backprop: int) -> dict[s
         sums.add(1, laid.replicated)
     if layout.size > 1:
         sums.add(1, laid.measured)
-    exchanges = Exchange(2 * len(laid.exchanged), 2 * sum(laid.exchanged))
+    if config.optim.name == "muon" and layout.size > 1:
+        shared, exchanged = muon_exchanges(config, layout)
+        for size in shared:
+            gathers.add(1, size)
+        exchanges = Exchange(2 * len(exchanged), 2 * sum(exchanged))
     return {"all-gather": gathers, "reduce-scatter": scatters, "all-reduce": sums, "all-to-all": exchanges}
 
 
@@ -404,7 +497,7 @@ def find_fit(config: Config, ranks: int, machine_ranks: int, device_memory: int)
                 mode = {"mode": "fsdp", "shard": None} if shard == size else {"mode": "hsdp", "shard": shard}
                 changes = {**mode, "replicate": None, "wrap": wrap, "reduce": reduce, "reshard_after_forward": True}
                 changed = _with_parallel(config, **changes)
-                layout = choose_layout(changed.parallel, size, min(size, machine_ranks), 0, device_memory)
+                layout = named_layout(changed.parallel, size, min(size, machine_ranks))
                 laid = lay_out(changed, layout)
                 working = working_memory(changed, laid).total
                 if laid.state + working <= device_memory:
@@ -468,30 +561,31 @@ def _memory_lines(config: Config, laid: Laid, machine_ranks: int, device_memory:
     mode = config.parallel.activation_checkpointing
     lines = [f"memory of rank 0 at activation_checkpointing={mode}, GiB"]
     lines += [f"{_gib(size):>16}  {what}" for what, size in rows.items() if size or "in all" in what]
-    if total <= device_memory:
-        return lines
-    shared = activations(config, Layout("fsdp", 1, max(2, layout.size), ""))
+    return lines if total <= device_memory else [*lines, shortage(config, layout.size, machine_ranks, device_memory)]
+
+
+def shortage(config: Config, ranks: int, machine_ranks: int, device_memory: int) -> str:
+    """A line for a configuration that does not fit: what would fit on devices of `device_memory` bytes."""
+    shared = activations(config, Layout("fsdp", 1, max(2, ranks), ""))
     if shared.peak >= device_memory:
-        return [
-            *lines,
+        return (
             f"does not fit, for activations alone take {_gib(shared.peak)} GiB: lower train.micro_batch or "
-            "data.sequence_length, or set parallel.activation_checkpointing=loop",
-        ]
-    fit = find_fit(config, layout.size, machine_ranks, device_memory - shared.peak)
+            "data.sequence_length, or set parallel.activation_checkpointing=loop"
+        )
+    fit = find_fit(config, ranks, machine_ranks, device_memory - shared.peak)
     if isinstance(fit, int):
-        return [
-            *lines,
+        return (
             f"does not fit, nor would any mode on any number of processes: each needs at least {_gib(fit)} GiB for the "
             f"unit it gathers and reduces, and {_gib(shared.peak)} for activations. That takes expert parallelism, "
-            "which is planned, smaller micro-batches, or devices of more memory.",
-        ]
+            "which is planned, smaller micro-batches, or devices of more memory."
+        )
     overrides = [
         f"parallel.{name}={'null' if value is None else str(value).lower()}"
         for name, value in fit.parallel
         if value != getattr(config.parallel, name)
     ]
-    others = "" if fit.ranks == layout.size else f" on {fit.ranks:,} processes"
-    return [*lines, f"does not fit; {' '.join(overrides)}{others} would, with {_gib(fit.needed + shared.peak)} GiB"]
+    others = "" if fit.ranks == ranks else f" on {fit.ranks:,} processes"
+    return f"does not fit; {' '.join(overrides)}{others} would, with {_gib(fit.needed + shared.peak)} GiB"
 
 
 def _collective_lines(config: Config, laid: Laid) -> list[str]:

@@ -1,13 +1,17 @@
 """What must hold before a run may touch its directory or continue a checkpoint."""
 
+import math
 import os
 import platform
 from pathlib import Path
 from typing import Any
 
 from mythos.config import Config
+from mythos.data.tasks import hardest
+from mythos.depth import DepthSchedule
 from mythos.errors import MythosError
 from mythos.model.config import ModelConfig, padded_vocab_size
+from mythos.optim import learning_rate
 
 
 def prepare_directory(run_dir: Path) -> None:
@@ -66,3 +70,45 @@ def check_same_optimizer(config: Config, saved: dict[str, Any], path: Path | Non
             f"  optim.name: {saved['name']!r} in the checkpoint, {config.optim.name!r} here\n"
             "Restore this value to continue it, or give this run another run.name."
         )
+
+
+def schedule_change(config: Config, saved: dict[str, Any], step: int) -> str | None:
+    """What a warning says if a schedule of another length than the checkpoint's moves the values of the next step.
+
+    `saved` is the checkpoint's configuration as plain values. None where nothing moves, or nothing is left to train.
+    """
+    old, new = _schedule_steps(saved), config.schedule_steps
+    if old == new or step >= config.train_steps:
+        return None
+    before, after = (_scheduled(config, step, steps) for steps in (old, new))
+    moved = [f"{what} from {value} to {after[what]}" for what, value in before.items() if value != after[what]]
+    if not moved:
+        return None
+    changes = ", ".join(moved)
+    return (
+        f"the schedule took {old:,} steps in the checkpoint and takes {new:,} here (train.steps, train.tokens or "
+        f"optim.schedule_steps): at step {step:,} this moves {changes}. "
+        f"Set optim.schedule_steps={old} to keep the old schedule; steps beyond it keep its last values"
+    )
+
+
+def _schedule_steps(saved: dict[str, Any]) -> int:
+    """Length of the schedule of a saved configuration; those of earlier versions have no optim.schedule_steps."""
+    train = saved["train"]
+    tokens_per_step = train["global_batch"] * saved["data"]["sequence_length"]
+    steps = saved["optim"].get("schedule_steps") or train["steps"]
+    return steps or math.ceil(train["tokens"] / tokens_per_step)
+
+
+def _scheduled(config: Config, step: int, steps: int) -> dict[str, str]:
+    """What the schedules give in a step if they take `steps`, by name, as text for people."""
+    optim = config.optim.model_copy(update={"schedule_steps": steps})
+    depth = DepthSchedule(config.model_copy(update={"optim": optim}))
+    values = {
+        "the learning rate": f"{learning_rate(optim, step, steps):.3g}",
+        "the mean depth": f"{depth.mean(step):.3g}",
+        "the loops with gradient": f"{depth.backprop(step)}",
+    }
+    if config.data.kind == "reasoning":
+        values["the highest difficulty"] = f"{hardest(config.data.task, step, steps)}"
+    return values

@@ -4,11 +4,14 @@ Every entry gives the reason for it and what happens on a version without it. Al
 2.13.0 and 2.14.1 (docs/status.md). tests/test_torch_compat.py fails if another module uses a private name of torch.
 """
 
+import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from functools import partial
 from inspect import signature
-from typing import Any
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -110,20 +113,90 @@ def mark_static(tensor: Tensor, dimensions: int | Sequence[int]) -> None:
     torch._dynamo.mark_static(tensor, dimensions if isinstance(dimensions, int) else list(dimensions))
 
 
-def prepare_compiler() -> None:
-    """Set what the compiler does in this process with functions that meet many shapes. It can be called again.
+def allow_many_graphs() -> None:
+    """Let a compiled function have up to 128 graphs in this process, where torch allows 8.
 
-    torch has no public name for these settings. No fallback: AttributeError.
+    Growing prefixes of rows, passes without gradient and validation each take some, and all blocks of prelude and coda
+    share one limit. torch has no public name for the setting. No fallback: AttributeError.
     """
-    config = torch._dynamo.config
-    # A function may have this many graphs. Growing prefixes of rows, passes without gradient and validation each take
-    # some, and all blocks of prelude and coda share one limit.
-    config.recompile_limit = max(config.recompile_limit, 128)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
+
+
+def prepare_compiler() -> None:
+    """Set what the compiler does in a process that trains. No public names, no fallback: AttributeError."""
+    allow_many_graphs()
     # Past the limit torch would run the function operation by operation, and say so in a log line at most.
-    config.fail_on_recompile_limit_hit = True
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     # Under DDP torch would cut graphs where its buckets end, so that these are sent early. But a loop's gradients are
     # complete only after its first pass, and graphs that hold attention to documents cannot be cut.
-    config.optimize_ddp = False
+    torch._dynamo.config.optimize_ddp = False
+
+
+class PlannedKernel(NamedTuple):
+    """A kernel of a compiled graph."""
+
+    extern: bool
+    """A call of an operator: a matrix product, attention, or one of ours. Otherwise fused out of several operations."""
+    operator: str
+    """Name of the operator; of a fused kernel, the operations in it."""
+    size: int
+    """Bytes that it reads and writes."""
+
+
+def planning_backend(record: Callable[[bool, list[PlannedKernel]], None]) -> Callable[..., Any]:
+    """Backend of torch.compile that plans the kernels of a graph as Inductor does, and writes and builds none.
+
+    `record` is given each graph's kernels, and whether it is a backward pass. Calls run the graphs operation by
+    operation, so that fake tensors can pass through. It replaces the step of Inductor that follows the planning, which
+    has no hook. No fallback: it raises ImportError or AttributeError.
+    """
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.scheduler import ExternKernelSchedulerNode, NopKernelSchedulerNode
+
+    class Planned(Exception):
+        pass
+
+    def plan_kernels(lowering: Any) -> None:
+        lowering.init_wrapper_code()
+        lowering._update_scheduler()
+        kernels = []
+        for node in lowering.scheduler.nodes:
+            size = int(node.get_read_write_buffers_sizes())
+            if isinstance(node, ExternKernelSchedulerNode):
+                if size:  # 0: one of several results of an operator
+                    kernels.append(PlannedKernel(True, str(node.node.python_kernel_name), size))
+            elif not isinstance(node, NopKernelSchedulerNode):
+                origins = {str(origin.target) for part in node.get_nodes() for origin in part.node.get_origins()}
+                kernels.append(PlannedKernel(False, ", ".join(sorted(origins)), size))
+        record(bool(lowering.is_backward), kernels)
+        raise Planned
+
+    def plan_graph(graph: torch.fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
+        runs = copy.deepcopy(graph)  # planning changes it
+        with patch.object(GraphLowering, "compile_to_module", plan_kernels):
+            try:
+                compile_fx_inner(graph, inputs, **options)
+            except Exception as error:
+                # torch wraps what passes through it.
+                if not any(isinstance(cause, Planned) for cause in _causes(error)):
+                    raise
+
+        def run(arguments: list[Any]) -> Any:
+            results = runs(*arguments)
+            arguments.clear()  # as the compiler's own code does, so that memory is freed
+            return results
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+
+    return partial(compile_fx, inner_compile=plan_graph)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or getattr(error, "inner_exception", None)
 
 
 # Processes

@@ -1,4 +1,4 @@
-"""Memory traffic of a training step beside its matrix products, counted over fake tensors as a GPU runs it eagerly.
+"""Memory traffic of a training step beside its matrix products, counted over fake tensors as a GPU runs it.
 
 Every elementwise operation, reduction, copy and lookup reads its inputs from memory and writes its result. Matrix
 products, attention and grouped products are left out: they are limited by arithmetic, and `mythos.estimate` counts
@@ -13,13 +13,21 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from mythos.estimate import FLOP_FORMULAS, Step, fake_model, run_forward
+from mythos.model import kernels
 from mythos.model.config import ModelConfig
+from mythos.model.experts import ExpertWeights, run_backward_in_graph, run_in_graph
 from mythos.model.layers import RMSNorm, autocast_dtype
+from mythos.torch_compat import (
+    FakeTensorMode,
+    PlannedKernel,
+    TorchDispatchMode,
+    planning_backend,
+    storage_address,
+    tree_leaves,
+)
 
 DEPTHS = (2, 6)
 """Loops of the two traces whose difference is divided by 4. The experts' weight gradients are formed once for several
@@ -85,6 +93,54 @@ def pass_traffic(
     return step_traffic(config, length, rows, checkpointing, dtype).loop
 
 
+def compiled_pass_traffic(config: ModelConfig, length: int, rows: int = 1) -> Traffic:
+    """Traffic of one loop of the core under train.compile, without checkpointing and in bfloat16.
+
+    The graphs' kernels are those that torch's compiler plans for a CPU, whose vector code it does not write. (For an
+    SM90, its plan of a forward pass of mythos_1b has 2 kernels and 2% of the bytes less.) Beside them: what the
+    operators of the routed experts do, whose fused parts count as one kernel each, and what forms the weights' gradient
+    after the backward passes.
+    """
+    step = Step(rows, length, 1, 1, "none", torch.bfloat16)
+    planned: dict[bool, list[PlannedKernel]] = {}
+    with fake_model(config, step) as model:
+        model.recurrence.compile(backend=planning_backend(planned.__setitem__))
+        # Not to the experts' weights: the operators, which are not run here, would leave the gradient for them.
+        torch.autograd.grad(run_forward(model, step), [model.embedding.weight])
+    experts = _expert_traffic(config, rows * length) if config.core_ffn == "moe" else Traffic(0, 0, 0, 0, 0, 0)
+    figures = []
+    for backward in (False, True):
+        fused = [kernel.size for kernel in planned[backward] if not kernel.extern]
+        calls = [
+            kernel for kernel in planned[backward] if kernel.extern and "mythos.train_experts" not in kernel.operator
+        ]
+        figures += [len(fused), len(calls), sum(fused) / (rows * length)]
+    return _combined(lambda graph, each: graph + config.core_layers * each, Traffic(*figures), experts)
+
+
+def _expert_traffic(config: ModelConfig, tokens: int) -> Traffic:
+    """What the operators of a layer's routed experts do in one loop of a compiled pass, of 8 loops."""
+    loops, count, width, hidden = 8, config.n_experts, config.dim, config.expert_dim
+    forward, backward = TrafficCounter(), TrafficCounter()
+    with FakeTensorMode(), patch.object(kernels, "groups_on_device", lambda device: True):
+        gate_up, down = (torch.empty(count, *shape) for shape in ((width, 2 * hidden), (hidden, width)))
+        weights = ExpertWeights(gate_up, down, torch.bfloat16)
+        x = torch.empty(tokens, width, dtype=torch.bfloat16)
+        gates, of_y = torch.empty(tokens, config.experts_per_token), torch.empty(tokens, width)
+        experts = torch.zeros(tokens, config.experts_per_token, dtype=torch.int64)
+        for _ in range(loops):
+            with forward, forward.fused_functions():
+                _, *kept = run_in_graph(x, gates, experts, weights.gate_up, weights.down, None, weights.number)
+            with backward, backward.fused_functions():
+                run_backward_in_graph(of_y, x, gates, *kept, weights.gate_up, weights.down, weights.number, True)
+        with backward:
+            weights.gradient.take()
+    figures = [
+        f for c in (forward, backward) for f in (c.kernels / loops, c.products / loops, c.bytes / loops / tokens)
+    ]
+    return Traffic(*figures)
+
+
 def _combined(combine: Any, first: Traffic, second: Traffic) -> Traffic:
     return Traffic(*(combine(a, b) for a, b in zip(vars(first).values(), vars(second).values(), strict=True)))
 
@@ -130,8 +186,10 @@ class TrafficCounter(TorchDispatchMode):
         packet = operation.overloadpacket
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
-        held = {x.untyped_storage()._cdata for x in inputs}
-        is_view = not operation._schema.is_mutable and all(x.untyped_storage()._cdata in held for x in outputs)
+        held = {storage_address(x) for x in inputs}
+        # torch names operations that change an argument with a trailing underscore.
+        changes = packet.__name__.endswith("_") or "out" in kwargs
+        is_view = not changes and all(storage_address(x) in held for x in outputs)
         if packet in WITHOUT_KERNEL or is_view:
             return result
         if packet in flop_registry or packet in FLOP_FORMULAS or packet in PRODUCTS:
@@ -149,6 +207,24 @@ class TrafficCounter(TorchDispatchMode):
         """Add kernels and the bytes that they read and write."""
         self.kernels += kernels
         self.bytes += size
+
+    @contextmanager
+    def fused_functions(self) -> Iterator[None]:
+        """Count what `kernels.fused` compiles as one kernel, which reads its arguments and writes its results once."""
+
+        def fused(function: Any, device: torch.device) -> Any:
+            def call(*arguments: Any) -> Any:
+                before = self.kernels, self.products, self.bytes
+                results = function(*arguments)
+                self.kernels, self.products, self.bytes = before
+                moved = [x for x in tree_leaves((arguments, results)) if isinstance(x, Tensor)]
+                self.count(1, sum(map(_distinct_bytes, moved)))
+                return results
+
+            return call
+
+        with patch.object(kernels, "fused", fused):
+            yield
 
     @contextmanager
     def fused_norms(self) -> Iterator[None]:

@@ -4,11 +4,9 @@ import contextlib
 import logging
 import math
 import os
-import platform
 import time
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -47,15 +45,23 @@ from mythos.model.generate import generate
 from mythos.model.rdt import RDTOutput, RecurrentDepthTransformer
 from mythos.model.recurrence import initial_state
 from mythos.model.sampling import Sampling
-from mythos.optim import build_optimizer, learning_rate, state_bytes
-from mythos.parallel import choose_layout, choose_micro_batch, device_memory, parallelize
+from mythos.optim import build_optimizer, learning_rate
+from mythos.parallel import choose_micro_batch, parallelize
+from mythos.plan import agree_on_layout
 from mythos.plots import draw_plots
-from mythos.preflight import check_same_model, check_same_optimizer, prepare_directory, resolve_vocabulary
+from mythos.preflight import (
+    check_same_model,
+    check_same_optimizer,
+    prepare_directory,
+    resolve_vocabulary,
+    schedule_change,
+)
 from mythos.presets import model_name
 from mythos.profiling import OwnTime, Profiler, Stopwatch
 from mythos.ranks import join_world
 from mythos.rng import random_state, set_random_state
 from mythos.summary import summary
+from mythos.versions import installed_versions
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +127,8 @@ class Trainer:
         if meta:
             check_same_model(config, meta["config"]["model"], found)
             check_same_optimizer(config, meta["config"]["optim"], found)
+            if self.main and (change := schedule_change(config, meta["config"], self.step)):
+                logger.warning("%s", change)
         self.schedule = DepthSchedule(config)
         self.loader = Loader(
             data.streams(config.run.seed, world.rank, world.size),
@@ -139,13 +147,10 @@ class Trainer:
         set_seed(config.run.seed)  # nothing here draws from global generators, but what users add may
         with torch.device("meta"):
             model = RecurrentDepthTransformer(config.model)
-        state = state_bytes(model, config.optim)
-        self.layout = choose_layout(
-            config.parallel, world.size, world.local_size, state, min(world.ranks.gather(device_memory(world)))
-        )
+        self.layout = agree_on_layout(config, world)
         self.parallel = parallelize(config, model, self.layout, world)
         self.model = model
-        self.optimizer = build_optimizer(self.model, config.optim, self.parallel.dtype)
+        self.optimizer = build_optimizer(self.model, config.optim, self.parallel.dtype, self.layout.size)
         self.micro_batch = choose_micro_batch(config, self.parallel)
 
         # Updates that were skipped, in all and in a row; on the device, so that no step waits to know.
@@ -364,11 +369,11 @@ class Trainer:
 
         # All ranks skip an update together, on the device: they hold the same sums. The fused optimizer takes both
         # numbers as a gradient scaler gives them: it divides by the one, and changes nothing where the other is 1.
-        self.watchdog.beat(f"step {step + 1}: update (all-to-alls of Muon under FSDP)")
+        self.watchdog.beat(f"step {step + 1}: update (all-to-alls of Muon under FSDP, all-gathers under DDP)")
         skip = ~(loss.isfinite() & grad_norm.isfinite())
         self.optimizer.found_inf = skip.float()
         self.optimizer.grad_scale = (grad_norm / config.optim.clip).clamp(min=1).float() if config.optim.clip else None
-        lr = learning_rate(config.optim, step, config.train_steps)
+        lr = learning_rate(config.optim, step, config.schedule_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -553,8 +558,7 @@ class Trainer:
             "data": merge_states(self.world.ranks.gather(self.position)),
             "config": self.config.model_dump(mode="json"),
             "layout": {"mode": self.layout.mode, "replicate": self.layout.replicate, "shard": self.layout.shard},
-            "versions": {"python": platform.python_version()}
-            | {name: version(name) for name in ("torch", "transformers", "tokenizers", "datasets")},
+            "versions": installed_versions(("torch", "transformers", "tokenizers", "datasets")),
         }
         self.checkpoints.save(self.step, self.state(), meta, wait=wait)
 
@@ -577,6 +581,8 @@ class Trainer:
             "parallel": f"{self.layout.mode}, {self.layout.why}",
             "run": f"{self.run_dir}" + (f", continuing at step {self.step} from {found}" if found else ""),
         }
+        if config.optim.schedule_steps is not None:
+            lines["schedule"] = f"over {config.schedule_steps:,} steps"
         if restarts := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
             lines["restart"] = f"{restarts}, because a process was lost"
         print("\n".join(f"{name:9} {line}" for name, line in lines.items()))

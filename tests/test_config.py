@@ -121,6 +121,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"model": {"ffn_dim": 100}}, ("model.ffn_dim",)),
     ({"model": {"expert_dim": 100}}, ("model.expert_dim",)),
     ({"model": {"shared_expert_dim": 100}}, ("model.shared_expert_dim",)),
+    ({"model": {"experts_per_token": 1}}, ("model.experts_per_token",)),
     ({"model": {"experts_per_token": 9}}, ("model.experts_per_token", "model.n_experts")),
     ({"model": {"preset": "dense_140m", "loops": 2}}, ("model.injection", "model.loops")),
     ({"model": {"preset": "dense_140m", "lora_rank": 4}}, ("model.injection", "model.lora_rank")),
@@ -154,6 +155,34 @@ CONTRADICTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"model": {"preset": "dense_140m"}, "depth": {"backprop": 2}}, ("model.injection", "depth.backprop")),
     ({"depth": {"backprop": 17}}, ("depth.backprop", "model.loops")),
     ({"depth": {"backprop": 9, "maximum": 8}}, ("depth.backprop", "depth.maximum")),
+    (
+        {"model": {"injection": "initial"}, "depth": {"backprop": 8}},
+        ("model.injection", "depth.backprop", "model.loops"),
+    ),
+    (
+        {"model": {"injection": "initial"}, "depth": {"mean": 4, "maximum": 6, "backprop": 5}},
+        ("model.injection", "depth.backprop", "depth.maximum"),
+    ),
+    (
+        {"model": {"injection": "initial"}, "depth": {"sampling": "fixed", "mean": 4, "backprop": 3}},
+        ("model.injection", "depth.backprop", "depth.mean"),
+    ),
+    (
+        {"model": {"injection": "initial"}, "depth": {"backprop_curriculum": {"shape": "linear", "start": 2}}},
+        ("model.injection", "depth.backprop_curriculum.start", "model.loops"),
+    ),
+    (
+        {
+            "model": {"injection": "initial"},
+            "data": {"kind": "reasoning", "task": {"difficulty": [1, 5]}},
+            "depth": {"follow": "difficulty", "backprop": 4},
+        },
+        ("model.injection", "depth.backprop", "data.task.difficulty"),
+    ),
+    ({"model": {"halting": "act"}, "depth": {"backprop": 1}}, ("model.halting", "depth.backprop")),
+    ({"model": {"halting": "act", "loops": 2}}, ("model.halting", "model.loops")),
+    ({"model": {"halting": "gate"}, "depth": {"mean": 1}}, ("model.halting", "depth.mean")),
+    ({"model": {"preset": "dense_140m", "halting": "gate"}}, ("model.halting", "model.loops")),
     ({"depth": {"curriculum": {"shape": "linear", "start": 9}}}, ("depth.curriculum.start", "model.loops")),
     (
         {"depth": {"backprop": 2, "backprop_curriculum": {"shape": "steps", "start": 3}}},
@@ -161,6 +190,14 @@ CONTRADICTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ),
     ({"depth": {"backprop_curriculum": {"shape": "steps", "start": 1.5}}}, ("depth.backprop_curriculum.start",)),
     ({"optim": {"schedule": "wsd", "warmup": 0.5, "decay": 0.6}}, ("optim.warmup", "optim.decay")),
+    (
+        {"optim": {"schedule_steps": 9, "min_lr": 0.0}},
+        ("optim.schedule_steps", "train.steps", "optim.min_lr"),
+    ),
+    (
+        {"train": {"tokens": 64 * 1024 * 10}, "optim": {"schedule_steps": 9, "min_lr": 0.0}},
+        ("optim.schedule_steps", "train.tokens", "optim.min_lr"),
+    ),
     ({"tokenizer": {"vocab_size": 383}}, ("tokenizer.vocab_size",)),
     (
         {"tokenizer": {"vocab_size": 1025}, "model": {"vocab_size": 1000}},
@@ -186,12 +223,18 @@ def test_contradiction_names_all_its_fields(sections: dict[str, Any], paths: tup
     [
         {"model": {"n_heads": 5, "n_kv_heads": 2, "head_dim": 33}},  # of gqa, and attention is mla
         {"model": {"core_ffn": "dense", "experts_per_token": 99, "expert_dim": 3}},
+        {"model": {"core_ffn": "dense", "experts_per_token": 1}},
         {"model": {"n_shared_experts": 0, "shared_expert_dim": 3}},
         {"tokenizer": {"vocab_size": 1024}, "model": {"vocab_size": 1000}},  # padded to 1,024
         {"tokenizer": {"name": "some/tokenizer", "vocab_size": 1}},
         {"optim": {"schedule": "cosine", "warmup": 0.5, "decay": 0.6}},
+        {"optim": {"schedule_steps": 9}},
+        {"optim": {"schedule_steps": 11, "min_lr": 0.0}},
         {"depth": {"curriculum": {"shape": "none", "start": 99}}},
         {"depth": {"backprop": 12}},
+        {"model": {"injection": "initial"}, "depth": {"backprop": 16}},
+        {"model": {"injection": "initial"}, "depth": {"sampling": "fixed", "backprop": 8}},
+        {"model": {"injection": "initial"}, "depth": {"backprop_curriculum": {"shape": "linear", "start": 16}}},
         {"data": {"validation": {"fraction": 0, "path": "a.txt"}}},
         {"eval": {"samples": 0, "prompts": []}},
         {"model": {"preset": "dense_140m"}, "depth": {"mean": 1, "maximum": 1, "backprop": 1}},
@@ -403,8 +446,25 @@ def test_derived_values() -> None:
     assert default.train_steps == 10
     assert build(train={"tokens": 64 * 1024 * 3}).train_steps == 3
     assert build(train={"tokens": 64 * 1024 * 3 + 1}).train_steps == 4
+    assert default.schedule_steps == 10
+    assert build(optim={"schedule_steps": 7}).schedule_steps == 7
     with pytest.raises(MythosError, match=r"train\.steps, train\.tokens"):
         _ = Config().train_steps
+
+
+def test_initial_injection_backpropagates_through_all_loops_by_default(tmp_path: Path) -> None:
+    initial = {"injection": "initial", "loops": 4}
+    assert build(model=initial).depth_backprop == build(model=initial).depth_maximum == 8
+    assert build(model=initial, depth={"maximum": 6}).depth_backprop == 6
+    assert build(model=initial, depth={"sampling": "fixed"}).depth_backprop == 4
+    # The injection of a run that starts from a model on a disk is that model's.
+    save_config(build(model=initial), tmp_path / "config.yaml")
+    start = {"steps": 10, "init_from": str(tmp_path)}
+    assert build(train=start).depth_backprop == 8
+    line = problem(train=start, depth={"backprop": 4})
+    assert line.startswith(
+        "model.injection, depth.backprop, model.loops: got initial, 4 and sequences of up to 8 loops;"
+    )
 
 
 def test_fixed_depth_model_is_evaluated_and_drawn_at_one_loop() -> None:

@@ -94,6 +94,31 @@ def test_curriculum_shapes(shape, quarter, half):
     assert schedule.plan(400).backprop == 6
 
 
+def test_curricula_are_laid_over_the_schedule_and_then_stay():
+    curriculum = {"shape": "linear", "over": 0.4, "start": 2}
+    depth = {"mean": 10, "backprop": 6, "curriculum": curriculum, "backprop_curriculum": curriculum}
+    short = config_with(steps=1000, **depth)
+    long = config_with(steps=5000, **depth)
+    laid = long.model_copy(update={"optim": long.optim.model_copy(update={"schedule_steps": 1000})})
+    for step in (0, 100, 399, 400, 999):
+        assert DepthSchedule(laid).plan(step) == DepthSchedule(short).plan(step)
+    assert DepthSchedule(laid).mean(4999) == 10 and DepthSchedule(laid).plan(4999).backprop == 6
+    assert DepthSchedule(long).mean(400) == pytest.approx(2 + 8 * 0.2)
+
+
+def test_mean_of_loops_that_follow_a_task():
+    task = {"kind": "reasoning", "streams": 1, "sequence_length": 64}
+    task["task"] = {"difficulty": [1, 4], "ramp": 0.5}
+    config = config_from_dict(
+        {"data": task, "depth": {"follow": "difficulty"}, "train": {"steps": 1000, "global_batch": 8}}
+    )
+    schedule = DepthSchedule(config)
+    for step, mean in ((0, 1), (130, 1.5), (499, 2.5), (999, 2.5)):
+        assert schedule.mean(step) == mean
+        drawn = [depth for near in range(step, step + (99 if step < 130 else 1)) for depth in schedule.plan(near).loops]
+        assert statistics.mean(drawn) == pytest.approx(mean, abs=0.1)
+
+
 def test_curriculum_is_executed():
     schedule = DepthSchedule(config_with(mean=10, curriculum={"shape": "linear", "over": 1.0, "start": 1}))
     early = statistics.mean(d for step in range(0, 100) for d in schedule.plan(step).loops)

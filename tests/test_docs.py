@@ -210,6 +210,7 @@ CHECKS: dict[str, Callable[[list[str]], set[str]]] = {
     "python": python,
     "mythos": mythos,
     "./launch.sh": launcher,
+    "scripts/test_with_torch.sh": own_file("scripts/test_with_torch.sh"),
     "sbatch": sbatch,
     "torchrun": torchrun,
     "accelerate": accelerate,

@@ -23,7 +23,10 @@ STAND_IN = f"""#!{sys.executable}
 import json, os, sys
 if sys.argv[1] == "-c":  # the check of the configuration
     os.execv({sys.executable!r}, [{sys.executable!r}, *sys.argv[1:]]) if "CHECK" in os.environ else sys.exit()
-names = ("OMP_NUM_THREADS", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "MYTHOS_ENDED")
+names = (
+    "OMP_NUM_THREADS", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "MYTHOS_ENDED", "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+)
 with open(os.environ["RECORD"], "w") as file:
     json.dump({{"arguments": sys.argv[1:], "environment": {{name: os.environ.get(name) for name in names}}}}, file)
 if "ERROR" in os.environ:
@@ -129,6 +132,28 @@ def test_processes_on_the_cpu(launch):
     assert launch.started("--cpu", "1000", CONFIG)[2]["OMP_NUM_THREADS"] == "1"
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "PYTORCH_CUDA_ALLOC_CONF": None}),
+        (
+            {"PYTORCH_ALLOC_CONF": "max_split_size_mb:128"},
+            {"PYTORCH_ALLOC_CONF": "max_split_size_mb:128", "PYTORCH_CUDA_ALLOC_CONF": None},
+        ),
+        ({"PYTORCH_ALLOC_CONF": ""}, {"PYTORCH_ALLOC_CONF": "", "PYTORCH_CUDA_ALLOC_CONF": None}),
+        # torch ignores this name where the other one is set.
+        (
+            {"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"},
+            {"PYTORCH_ALLOC_CONF": None, "PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"},
+        ),
+    ],
+    ids=str,
+)
+def test_segments_of_gpu_memory_grow_unless_the_allocator_was_configured(launch, given, expected):
+    environment = launch.started("--processes", "2", CONFIG, **given)[2]
+    assert {name: environment[name] for name in expected} == expected
+
+
 def test_arguments_arrive_as_they_are(launch):
     given = ["run.name=two words", "run.dir=a'b\"c$(touch made)`touch made`*", "--dry-run"]
     _, arguments, _ = launch.started("--cpu", "1", CONFIG, *given)
@@ -144,6 +169,24 @@ def test_options_of_torchrun(launch):
     assert environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
     options, _, _ = launch.started("--cpu", "1", CONFIG, MAX_RESTARTS="0", SHUTDOWN_TIMEOUT="50")
     assert (options["--max-restarts"], options["--shutdown-timeout"]) == ("0", "50")
+
+
+def test_a_torchrun_that_cannot_be_told_how_long_to_wait(launch):
+    launch.program("python", STAND_IN.replace("else sys.exit()", "else sys.exit(print('fixed'))"))
+    options, _, _ = launch.started("--cpu", "1", CONFIG)
+    assert "--shutdown-timeout" not in options and options["--signals-to-handle"] == "SIGTERM,SIGQUIT"
+    result = launch("--cpu", "1", CONFIG, SHUTDOWN_TIMEOUT="50")
+    assert "SHUTDOWN_TIMEOUT is ignored" in result.stderr and "--shutdown-timeout" not in launch.record.read_text()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_options_of_the_installed_torchrun_are_read(launch, known):
+    package = launch.directory / "torch"
+    (package / "distributed").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "distributed" / "run.py").write_text('parser.add_argument("--shutdown-timeout")' if known else "")
+    options, _, _ = launch.started("--cpu", "1", CONFIG, CHECK="1", PYTHONPATH=str(launch.directory))
+    assert ("--shutdown-timeout" in options) == known
 
 
 def test_other_interpreter(launch):

@@ -27,7 +27,7 @@ def find_present(name, path=None, target=None):
 
 
 def present(name):
-    if name in MISSING - {"datasets"}:  # whose version a checkpoint names
+    if name in MISSING:
         raise metadata.PackageNotFoundError(name)
     return from_name(name)
 

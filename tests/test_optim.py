@@ -63,6 +63,13 @@ def test_wsd_schedule():
     assert rates[999] == 0.0
 
 
+@pytest.mark.parametrize(("schedule", "min_lr"), [("cosine", 0.1), ("wsd", 0.1), ("cosine", 0.0), ("wsd", 0.0)])
+def test_steps_after_the_schedule_keep_its_last_rate(schedule, min_lr):
+    config = OptimConfig(lr=2.0, schedule=schedule, min_lr=min_lr)
+    for step in (99, 100, 101, 150, 10_000):
+        assert learning_rate(config, step, 100) == pytest.approx(2.0 * min_lr, abs=1e-12)
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_short_runs_stay_in_range(schedule, steps):

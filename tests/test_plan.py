@@ -2,6 +2,7 @@
 
 import re
 import weakref
+from dataclasses import replace
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -11,27 +12,41 @@ import torch
 import torch.distributed as dist
 import yaml
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mythos import plan as planning
 from mythos.commands.train import main
-from mythos.config import Config, config_from_dict
+from mythos.config import Config, config_from_dict, load_config
 from mythos.errors import MythosError
-from mythos.estimate import Activations, build_on_meta, count_parameters
+from mythos.estimate import Activations, Step, build_on_meta, count_parameters
+from mythos.model.config import ModelConfig
 from mythos.optim import build_optimizer, state_bytes
-from mythos.parallel import choose_layout, parallelize
-from mythos.plan import Laid, Working, fake_processes, lay_out, plan, working_memory
+from mythos.parallel import Layout, build_mesh, named_layout, parallelize, shard_model
+from mythos.plan import (
+    Laid,
+    Unit,
+    Working,
+    activations,
+    choose_layout,
+    compute_dtype,
+    fake_processes,
+    lay_out,
+    plan,
+    working_memory,
+)
 from mythos.presets import PRESETS
 from mythos.ranks import Ranks, World
+from mythos.torch_compat import fsdp_param_groups
 from tests.runs import tiny
 
 GIB = 2**30
 
 
 def laid_out(config: Config, ranks: int) -> Laid:
-    return lay_out(config, choose_layout(config.parallel, ranks, min(ranks, 8), 0, 80 * GIB))
+    return lay_out(config, choose_layout(config, ranks, min(ranks, 8), 80 * GIB))
 
 
 def preset(name: str, **parallel: Any) -> Config:
@@ -110,6 +125,75 @@ def test_units_add_up_and_shards_are_padded_to_equal_length(tmp_path: Path) -> N
     assert sum(unit.reduced for unit in many.units) > 10 * 4 * sharded, "a tensor of 32 rows takes 1,024 of them"
 
 
+def read_off(config: Config, layout: Layout) -> tuple[int, int, int, list[Unit]]:
+    """Bytes of parameters, of those that are whole, and of the optimizer, and the units, of a model that FSDP2 cut."""
+
+    def local(tensors: list[Tensor]) -> int:
+        return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)
+
+    model = build_on_meta(config.model)
+    with fake_processes(layout.size):
+        shard_model(config.parallel, model, build_mesh(layout, "cpu"), compute_dtype(config))
+        parameters = list(model.parameters())
+        optimizer = build_optimizer(model, config.optim, compute_dtype(config))
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        blocks = set(model.recurrence.blocks)
+        split = any(isinstance(block, FSDPModule) for block in blocks)
+        units = []
+        for module in model.modules():
+            for group in fsdp_param_groups(module) if isinstance(module, FSDPModule) else ():
+                computed = group.mp_policy.param_dtype or torch.float32
+                reduced = group.mp_policy.reduce_dtype or computed
+                padded = group.mesh_info.shard_mesh_size * sum(
+                    p.padded_sharded_param_size.numel() for p in group.fsdp_params
+                )
+                real = sum(p.sharded_param.numel() for p in group.fsdp_params)
+                units.append(
+                    Unit(
+                        gathered=padded * computed.itemsize,
+                        gradient=real * computed.itemsize,
+                        accumulated=real * reduced.itemsize,
+                        reduced=padded * reduced.itemsize,
+                        kept=group.post_forward_mesh_info is None,
+                        looped=module in blocks,
+                        outer=module is model.recurrence and split,
+                    )
+                )
+        whole = [p for p in parameters if not isinstance(p, DTensor)]
+        return local(parameters), local(whole), local(states), units
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "changes"),
+    [
+        ("mythos_nano", 2, {"mode": "fsdp"}),
+        ("mythos_nano", 1024, {"mode": "fsdp", "wrap": "block"}),
+        ("mythos_small", 6, {"mode": "fsdp", "wrap": "block", "reshard_after_forward": False}),
+        ("mythos_1b", 64, {"mode": "hsdp", "shard": 8}),
+        ("mythos_3b", 96, {"mode": "hsdp", "shard": 6, "wrap": "block"}),
+        ("mythos_10b", 64, {"mode": "fsdp"}),
+        ("mythos_500b", 1000, {"mode": "fsdp", "wrap": "block"}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_bytes_are_those_of_fsdp_itself(name: str, ranks: int, changes: dict[str, Any], optimizer: str) -> None:
+    config = preset(name, **changes)
+    config = config.model_copy(update={"optim": config.optim.model_copy(update={"name": optimizer})})
+    layout = named_layout(config.parallel, ranks, 8)
+    laid = lay_out(config, layout)
+    parameters, whole, states, units = read_off(config, layout)
+    assert (laid.parameters, laid.replicated, laid.optimizer) == (parameters, whole, states)
+    assert list(laid.units) == units
+
+
+def test_units_of_a_gate_and_of_float32_are_those_of_fsdp_itself(tmp_path: Path) -> None:
+    for changes in ({"model__halting": "gate"}, {"train__dtype": "float32"}, {"model__injection": "linear"}):
+        config = tiny(tmp_path, parallel__mode="fsdp", model__vocab_size=384, model__coda_layers=1, **changes)
+        layout = named_layout(config.parallel, 4, 4)
+        assert list(lay_out(config, layout).units) == read_off(config, layout)[3]
+
+
 # --- what training really allocates
 
 
@@ -172,7 +256,7 @@ WIDE = {
 def test_memory_is_what_steps_allocate(tmp_path: Path, micro_batches: int, changes: dict[str, Any]) -> None:
     """Rank 0 of four, whose collectives do nothing but whose tensors are real, with hardly any activations."""
     config = tiny(tmp_path, **{**WIDE, "train__global_batch": 4 * micro_batches, **changes})
-    layout = choose_layout(config.parallel, 4, 4, 0, 80 * GIB)
+    layout = named_layout(config.parallel, 4, 4)
     laid = lay_out(config, layout)
     planned = laid.state + working_memory(config, laid).total
     ids = torch.zeros(1, 3, dtype=torch.int64)
@@ -190,7 +274,10 @@ def test_memory_is_what_steps_allocate(tmp_path: Path, micro_batches: int, chang
                     loss.backward()
             optimizer.step()
     print(f"planned {planned:,} bytes, allocated {peak.bytes:,}: {planned / peak.bytes:.3f}")
-    assert 0.85 < planned / peak.bytes < 1.2
+    # With blocks as units torch 2.11 allocates 5% more (ratio 0.828): it frees a unit's reduce-scatter input only when
+    # another unit is reduced, later versions already when a block's next loop has nothing to reduce.
+    keeps_input = torch.__version__.startswith("2.11.") and config.parallel.wrap == "block"
+    assert (0.82 if keeps_input else 0.85) < planned / peak.bytes < 1.2
 
 
 # --- what fits
@@ -226,20 +313,25 @@ def test_every_preset_is_planned_for_1024_processes(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "memory", "batch", "expected"),
+    ("ranks", "memory", "mode", "expected"),
     [
-        (1, 80, 64, "on 8 processes"),  # 149 GiB of state and 18 of weights
-        (8, 80, 64, "parallel.reduce=micro_batch"),  # shared by eight it fits, but not with 37 GiB of whole gradients
-        (64, 60, 64, "parallel.shard="),  # the eight of a machine do not suffice
+        (1, 80, "auto", "on 8 processes"),  # 149 GiB of state and 18 of weights
+        (
+            8,
+            80,
+            "auto",
+            "parallel.reduce=micro_batch",
+        ),  # shared by eight it fits, not with 37 GiB of whole gradients
+        (64, 60, "hsdp", "parallel.shard="),  # the eight of a machine do not suffice
     ],
 )
 @pytest.mark.usefixtures("no_activations")
-def test_what_would_fit_does(ranks: int, memory: int, batch: int, expected: str) -> None:
+def test_what_would_fit_does(ranks: int, memory: int, mode: str, expected: str) -> None:
     def config(*parallel: tuple[str, str]) -> Config:
-        values = {"reduce": "step"} | {name: yaml.safe_load(value) for name, value in parallel}
+        values = {"reduce": "step", "mode": mode} | {name: yaml.safe_load(value) for name, value in parallel}
         made = preset("mythos_10b", **values).model_dump(mode="json")
-        made["data"]["streams"] = batch
-        made["train"]["global_batch"] = batch * 8
+        made["data"]["streams"] = 64
+        made["train"]["global_batch"] = 64 * 8
         return config_from_dict(made)
 
     text = plan(config(), ranks, device_memory=memory * GIB)
@@ -296,6 +388,114 @@ def test_a_context_of_a_million_tokens_is_planned() -> None:
     made["train"]["micro_batch"] = 1
     table = told(plan(config_from_dict(made), 1024))
     assert 0 < table["activations of the rest, at their peak: head, casts, gradients on their way"] < 100
+
+
+# --- the mode that is chosen
+
+
+class Trace:
+    """Stands for the trace of activations: so many bytes for a model that is whole, so many for a sharded one."""
+
+    def __init__(self, whole: int, sharded: int) -> None:
+        self.whole, self.sharded = whole, sharded
+        self.asked: list[bool] = []
+
+    def __call__(self, model: ModelConfig, step: Step) -> Activations:
+        self.asked.append(step.gathered)
+        return Activations(0, self.sharded if step.gathered else self.whole)
+
+
+@pytest.fixture
+def trace(monkeypatch: pytest.MonkeyPatch) -> Trace:
+    stand_in = Trace(whole=30 * GIB, sharded=25 * GIB)
+    monkeypatch.setattr(planning, "step_activations", stand_in)
+    return stand_in
+
+
+def needed_by_hand(config: Config, mode: str, size: int, local: int, trace: Trace) -> int:
+    """Weights, gradients and two moments of four bytes each and a counter, or what is measured of FSDP2 itself."""
+    if mode == "ddp":
+        model = build_on_meta(config.model)
+        return 16 * count_parameters(config.model).total + 4 * len(list(model.parameters())) + trace.whole
+    shard = local if mode == "hsdp" else size
+    layout = Layout("hsdp" if mode == "hsdp" else "fsdp", size // shard, shard, "")
+    parameters, _, states, units = read_off(config, layout)
+    laid = replace(lay_out(config, layout), units=tuple(units))
+    return 2 * parameters + states + working_memory(config, laid).total + trace.sharded
+
+
+@pytest.mark.parametrize(("name", "size", "local"), [("mythos_1b", 16, 8), ("mythos_3b", 64, 8), ("mythos_10b", 64, 8)])
+def test_auto_takes_the_first_mode_that_fits(name: str, size: int, local: int, trace: Trace) -> None:
+    config = preset(name)
+    needs = {mode: needed_by_hand(config, mode, size, local, trace) for mode in ("ddp", "hsdp", "fsdp")}
+    assert needs["fsdp"] < needs["hsdp"] < needs["ddp"]
+    for mode, needed in needs.items():
+        enough, short = (int(needed / planning.ROOM) + change for change in (2, -2))
+        assert choose_layout(config, size, local, enough).mode == mode
+        below = choose_layout(config, size, local, short)
+        assert below.mode == {"ddp": "hsdp", "hsdp": "fsdp", "fsdp": "fsdp"}[mode]
+        assert below.fits  # 5% are kept free, but would hold it
+    least = choose_layout(config, size, local, needs["fsdp"] - 1)
+    assert least.mode == "fsdp" and not least.fits
+    assert f"needs {needs['fsdp'] / GIB:.3f} GiB" in least.why or f"needs {needs['fsdp'] / GIB:,.0f} GiB" in least.why
+
+
+def test_more_memory_never_means_more_shards(trace: Trace) -> None:
+    for name in ("mythos_1b", "mythos_10b", "mythos_50b"):
+        shards, fits = [], []
+        for gib in (8, 16, 24, 40, 80, 141, 180, 288, 600, 2000):
+            layout = choose_layout(preset(name), 64, 8, gib * GIB)
+            shards.append(layout.shard)
+            fits.append(layout.fits)
+        assert shards == sorted(shards, reverse=True) and fits == sorted(fits)
+        assert shards[-1] == 1 and fits[-1] and not fits[0]
+
+
+def test_one_machine_has_no_hsdp(trace: Trace) -> None:
+    config = preset("mythos_10b")
+    assert choose_layout(config, 8, 8, 141 * GIB).mode == "fsdp"
+    assert choose_layout(config, 8, 3, 141 * GIB).mode == "fsdp", "three do not divide eight"
+
+
+def test_nothing_is_traced_where_it_decides_nothing(tmp_path: Path, trace: Trace) -> None:
+    assert choose_layout(preset("mythos_10b"), 1, 1, 80 * GIB).mode == "single"
+    assert choose_layout(preset("mythos_10b", mode="ddp"), 8, 8, 80 * GIB).mode == "ddp"
+    small = choose_layout(tiny(tmp_path, model__vocab_size=384), 2, 2, GIB)
+    assert (small.mode, small.fits) == ("ddp", True), "sharding frees at most 2% of the memory"
+    assert trace.asked == []
+    assert choose_layout(preset("mythos_10b"), 64, 8, 141 * GIB).mode == "hsdp"
+    assert trace.asked == [True], "a copy of the state alone is larger than the device"
+
+
+def test_micro_batches_to_be_found_count_as_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    monkeypatch.setattr(planning, "step_activations", lambda model, step: rows.append(step.rows) or Activations(0, GIB))
+    made = preset("mythos_1b").model_dump(mode="json")
+    made["train"]["micro_batch"] = "auto"
+    assert choose_layout(config_from_dict(made), 8, 8, 80 * GIB).mode == "ddp"
+    assert rows == [1]
+
+
+def shipped(name: str) -> Config:
+    return load_config(str(Path(__file__).parents[1] / "configs" / f"{name}.yaml"), ["model.vocab_size=49152"])
+
+
+def test_shipped_1b_is_copied_to_every_gpu() -> None:
+    """16 bytes a parameter are 17 GiB; at least 10 GiB of activations are kept at 2,048 x 8 tokens."""
+    layout = choose_layout(shipped("fineweb-edu-1b"), 8, 8, 80 * GIB)
+    assert (layout.mode, layout.fits) == ("ddp", True)
+
+
+def test_shipped_10b_fits_no_mode_on_80_gib() -> None:
+    """150 GiB of state; and whole float32 gradients of the core's experts are 33 GiB, however many ranks share."""
+    config = shipped("fineweb-edu-10b")
+    layout = choose_layout(config, 64, 8, 80 * GIB)
+    assert (layout.mode, layout.fits) == ("fsdp", False)
+    experts = 4 * 3 * config.model.n_experts * config.model.expert_dim * config.model.dim
+    assert activations(config, layout).peak > experts == 33 * GIB
+    text = plan(config, 64)
+    assert "does not fit, nor would any mode" in text and f"({layout.why})" in text
+    assert choose_layout(config, 64, 8, 141 * GIB).fits
 
 
 # --- what decoding caches
@@ -359,7 +559,8 @@ def test_number_of_processes_that_does_not_fit(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_activations")
 def test_no_process_group_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tiny(tmp_path, parallel__mode="fsdp")
+    # Nothing but the exchanges of Muon is read off processes.
+    config = tiny(tmp_path, parallel__mode="fsdp", optim__name="muon")
 
     def fails(*arguments: Any) -> Working:
         assert dist.is_initialized()

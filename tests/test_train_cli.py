@@ -220,7 +220,7 @@ def test_tokenizer_does_not_fit(tmp_path, finished, refused):
 
 @pytest.mark.parametrize(
     ("override", "before", "here"),
-    [("model.dim=64", 32, 64), ("model.rope_theta=500.0", 10000.0, 500.0), ("model.experts_per_token=1", 2, 1)],
+    [("model.dim=64", 32, 64), ("model.rope_theta=500.0", 10000.0, 500.0), ("model.experts_per_token=3", 2, 3)],
 )
 def test_checkpoint_of_another_model(finished, refused, override, before, here):
     contents = (finished.dir / "metrics.jsonl").read_text(), (finished.dir / "config.yaml").read_text()

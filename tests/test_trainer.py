@@ -3,9 +3,11 @@
 import contextlib
 import json
 import math
+import platform
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib import metadata
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mythos.checkpoint import read_meta
 from mythos.config import Config
 from mythos.data.pipeline import open_data
 from mythos.depth import DepthSchedule
@@ -27,7 +30,7 @@ from mythos.optim import learning_rate
 from mythos.parallel import choose_dtype
 from mythos.trainer import Trainer
 from tests.runs import losses, measurements, tiny
-from tests.trainers import assert_identical, run, state_of, take_step
+from tests.trainers import assert_identical, run, saved, state_of, take_step
 
 pytestmark = pytest.mark.usefixtures("no_plots")
 
@@ -440,3 +443,38 @@ def test_gate_that_cannot_learn_is_left_as_it_is(tmp_path, monkeypatch):
     for name, parameter in made.model.halting.named_parameters():
         torch.testing.assert_close(parameter, before[name], rtol=0.01, atol=1e-6)  # but for weight decay
     made.resources.close()
+
+
+def test_checkpoint_names_the_versions_of_what_is_installed(tmp_path, monkeypatch):
+    """A run whose data needs no `datasets` saves without it."""
+    original = metadata.version
+
+    def version(name: str) -> str:
+        if name == "datasets":
+            raise metadata.PackageNotFoundError(name)
+        return original(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    made = Trainer(tiny(tmp_path))
+    made.save(wait=True)
+    made.resources.close()
+    versions = read_meta(saved(made, 0))["versions"]
+    assert versions["torch"] == original("torch") and versions["python"] == platform.python_version()
+    assert "datasets" not in versions
+
+
+def test_longer_run_warns_or_keeps_its_schedule(tmp_path, caplog):
+    run(tiny(tmp_path, train__steps=4))
+    for schedule_steps, warned in ((None, True), (4, False)):
+        caplog.clear()
+        longer = Trainer(tiny(tmp_path, train__steps=12, optim__schedule_steps=schedule_steps))
+        said = [record.getMessage() for record in caplog.records if "schedule" in record.getMessage()]
+        assert len(said) == warned
+        optim = longer.config.optim
+        share = 0.1 if schedule_steps else 0.1 + 0.9 * (1 + math.cos(math.pi * (4 - 0.24) / (11 - 0.24))) / 2
+        after = optim.lr * share
+        if warned:
+            moved = f"the learning rate from {optim.lr / 10:.3g} to {after:.3g}, the mean depth from 3 to 2.33"
+            assert f"at step 4 this moves {moved}" in said[0]
+        assert take_step(longer).lr == pytest.approx(after)
+        longer.resources.close()

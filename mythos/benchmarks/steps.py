@@ -123,7 +123,7 @@ class Steps:
             self.folder.cleanup()
             raise
         self.trainer.count_targets = lambda config, step: config.tokens_per_step
-        self.trainer.step = config.train_steps - 1  # curricula are over
+        self.trainer.step = max(config.train_steps, config.schedule_steps) - 1  # curricula are over
         self.config, self.device = self.trainer.config, self.trainer.device
         plan = self.trainer.schedule.plan(self.trainer.step)
         self.loops, self.backprop = plan.loops, plan.backprop

@@ -7,7 +7,7 @@ from typing import Any
 from mythos.benchmarks.steps import configuration
 from mythos.benchmarks.timing import print_table
 from mythos.command_line import check_least
-from mythos.traffic import Traffic, step_traffic
+from mythos.traffic import Traffic, compiled_pass_traffic, step_traffic
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,13 +24,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     config = configuration(options.config, options.overrides)
     checkpointing = config.parallel.activation_checkpointing
     counted = step_traffic(config.model, options.length, options.rows, checkpointing)
+    compiled = compiled_pass_traffic(config.model, options.length, options.rows)
     print(
-        f"{options.config}, eager, bfloat16, {options.rows} x {options.length:,} tokens, activation_checkpointing="
-        f"{checkpointing}"
+        f"{options.config}, bfloat16, {options.rows} x {options.length:,} tokens, activation_checkpointing="
+        f"{checkpointing} (compiled: none)"
     )
     rows = [
         *_rows("embedding, prelude, coda, head, casts", counted.once),
         *_rows("a loop of the core", counted.loop),
+        *_rows("a loop of the core, compiled", compiled),
     ]
     print_table(["part", "pass", "products", "other kernels", "KB per token"], rows, words=["part", "pass"])
     return {
@@ -38,6 +40,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "rows": options.rows,
         "length": options.length,
         **asdict(counted),
+        "compiled_loop": asdict(compiled),
     }
 
 

@@ -71,7 +71,6 @@ def estimate(options: argparse.Namespace) -> dict[str, Any]:
 
     from mythos.estimate import (
         CHECKPOINTING,
-        build_on_meta,
         count_parameters,
         forward_flops,
         mean_depths,
@@ -81,9 +80,7 @@ def estimate(options: argparse.Namespace) -> dict[str, Any]:
         training_run,
     )
     from mythos.model.cache import cache_bytes_per_token
-    from mythos.optim import state_bytes
-    from mythos.parallel import choose_layout
-    from mythos.plan import activations, lay_out, working_memory
+    from mythos.plan import activations, choose_layout, lay_out, working_memory
     from mythos.ranks import check_fit
 
     gpu = named_gpu(options.gpu)
@@ -103,9 +100,7 @@ def estimate(options: argparse.Namespace) -> dict[str, Any]:
     tokens = config.train_steps * config.tokens_per_step
 
     local = min(options.machine_gpus, options.gpus)
-    layout = choose_layout(
-        config.parallel, options.gpus, local, state_bytes(build_on_meta(model), config.optim), gpu.memory
-    )
+    layout = choose_layout(config, options.gpus, local, gpu.memory)
     laid = lay_out(config, layout)
     working = working_memory(config, laid).total
     memory = {}

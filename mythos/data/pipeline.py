@@ -65,7 +65,7 @@ class TaskData(NamedTuple):
     Attributes:
         config: the data section.
         slots: sequences of a stream in a step.
-        steps: steps of the training.
+        steps: steps of the schedule.
         tokenizer: there is none.
     """
 
@@ -114,7 +114,7 @@ def open_data(config: Config, run_dir: Path | None, saved: Mapping[str, Any], pr
         MythosError: data that cannot be found, read or tokenized as the configuration says.
     """
     if config.data.kind == "reasoning":
-        return TaskData(config.data, config.train.global_batch // config.data.streams, config.train_steps)
+        return TaskData(config.data, config.train.global_batch // config.data.streams, config.schedule_steps)
     data = pin_revisions(config.data, saved)
     corpora = open_corpora(data)
     tokenizer = load_tokenizer(

@@ -231,14 +231,20 @@ def _addition(task: TaskConfig, draws: Draws, difficulty: int, inputs: np.ndarra
 _MAKERS = {"hops": _hops, "mano": _mano, "permutations": _permutations, "addition": _addition}
 
 
-def slot_difficulties(task: TaskConfig, slots: int, seed: int, step: int, steps: int) -> list[int]:
-    """Difficulty of every slot of one of so many steps, shared by all streams: a function of the arguments alone.
-
-    The slots of a step are drawn by stratified sampling in random order, as depths are.
-    """
+def hardest(task: TaskConfig, step: int, steps: int) -> int:
+    """The highest difficulty that a step draws from; the ramp is a share of `steps`."""
     low, high = task.difficulty
     if step < task.ramp * steps:
-        high = low + int(step / (task.ramp * steps) * (high - low + 1))
+        return low + int(step / (task.ramp * steps) * (high - low + 1))
+    return high
+
+
+def slot_difficulties(task: TaskConfig, slots: int, seed: int, step: int, steps: int) -> list[int]:
+    """Difficulty of every slot of a step, shared by all streams: a function of the arguments alone.
+
+    The ramp is a share of `steps`. The slots of a step are drawn by stratified sampling in random order, as depths are.
+    """
+    low, high = task.difficulty[0], hardest(task, step, steps)
     random = Random(f"difficulty/{seed}/{step}")
     order = sorted(range(slots), key=lambda _: random.random())
     return [low + int((stratum + random.random()) / slots * (high - low + 1)) for stratum in order]
@@ -296,7 +302,7 @@ class TaskStreams:
         task: what is asked for.
         streams: number S of streams.
         slots: sequences of every stream in a step.
-        steps: steps of the training, which the ramp of the difficulty is a share of.
+        steps: steps of the schedule, which the ramp of the difficulty is a share of.
         sequence_length: tokens of a sequence.
         seed: seed of the sequences.
         rank: this process.

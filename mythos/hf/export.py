@@ -2,11 +2,9 @@
 
 import json
 import os
-import platform
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -23,6 +21,7 @@ from mythos.hf.model import MythosForCausalLM, float32_tensors
 from mythos.metrics import read_metrics
 from mythos.model_files import INDEX_FILE, PREFIX, StoredModel, run_directory, stored_model, tensors_of
 from mythos.storage import require_space
+from mythos.versions import installed_versions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHARD_SIZE = "5GB"
@@ -209,7 +208,7 @@ def _config(stored: StoredModel, dtype: torch.dtype) -> MythosConfig:
         **stored.model.config.model_dump(),
         mean_loops=stored.mean_loops,
         step=stored.step,
-        versions={"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        versions=installed_versions(PACKAGES),
         architectures=[MythosForCausalLM.__name__],
         dtype=dtype,
     )

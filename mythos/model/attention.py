@@ -233,7 +233,7 @@ class MultiHeadLatentAttention(nn.Module):
     def forward(self, x: Tensor, context: AttentionContext | CachedContext) -> Tensor:
         """(B, S, D) -> (B, S, D); with a cache, packed positions (N, 1, D) -> (N, 1, D)."""
         if self.query_down is not None and self.query_latent_norm is not None:
-            query = recomputable(self.query, self.query_latent_norm(self.query_down(x)))
+            query = self.query.recomputable(self.query_latent_norm(self.query_down(x)))
         else:
             query = self.query(x)
         query = query.unflatten(-1, (self.heads, self.nope + self.rope))
@@ -250,7 +250,7 @@ class MultiHeadLatentAttention(nn.Module):
             output = self.attend_latents(nope_query.squeeze(1), rope_query.squeeze(1), seen, context)
             return self.out(output.flatten(1).unsqueeze(1))
 
-        expanded = recomputable(self.key_value_up, latent).unflatten(-1, (self.heads, self.nope + self.value_dim))
+        expanded = self.key_value_up.recomputable(latent).unflatten(-1, (self.heads, self.nope + self.value_dim))
         nope_key, value = expanded.split_with_sizes((self.nope, self.value_dim), dim=-1)
         query = recomputable(joined, nope_query, rope_query, value.dtype)
         key = recomputable(joined, nope_key, rope_key.expand(-1, -1, self.heads, -1), value.dtype)

@@ -97,7 +97,7 @@ class ModelConfig(Section):
     n_experts: PositiveInt = 8
     """Routed experts of a core block."""
     experts_per_token: PositiveInt = 2
-    """Routed experts a token is sent to (top-k); at most n_experts."""
+    """Routed experts a token is sent to (top-k); at most n_experts, and at least 2 to train."""
     expert_dim: PositiveInt = 64
     """Hidden width of a routed expert; a multiple of 8."""
     n_shared_experts: NonNegativeInt = 1

@@ -71,8 +71,8 @@ class ExpertWeights:
         gate_up: (E, D, 2 H), without gradient, in the type of the products.
         down: (E, H, D), likewise.
         gradient: what the loops' backward passes add to.
-        number: int64 scalar on the host, the key of `gradient` in `_GRADIENTS`: how an operator in a compiled graph,
-            which takes tensors only, names it. Reading it does not wait for a GPU.
+        number: int64 scalar on the CPU: the key of `gradient` in `_GRADIENTS`, by which the operators of compiled
+            graphs find it. Reading it does not wait for a GPU.
         link: float32 scalar, through which a backward pass finds the parameters after the last loop; None where they
             get no gradient. A pass that runs through a loop but not to the parameters (torch.autograd.grad of
             something else) leaves its part to the next one: ask for the parameters' gradient in the same pass.
@@ -137,7 +137,7 @@ class WeightGradient:
 
 _NUMBERS = count()
 _GRADIENTS: WeakValueDictionary[int, WeightGradient] = WeakValueDictionary()
-"""Gradients that are being formed, by number; their graphs keep them alive."""
+"""Gradients of the steps under way, by number. The autograd graph keeps each alive."""
 
 
 class _Part(NamedTuple):
@@ -314,10 +314,9 @@ def run_experts(x: Tensor, gates: Tensor, experts: Tensor, weights: ExpertWeight
     return run(x, gates, experts, weights.gate_up, weights.down)
 
 
-# The operators of a compiled graph. They do what `_RunExperts` does, which no graph can hold: its backward pass leaves
-# something behind for later. Operators take tensors alone, so they find the gradient that they add to by its number.
-@torch.library.custom_op("mythos::train_experts", mutates_args=())
-def train_experts(
+# The operators of compiled graphs. They compute what `_RunExperts` does, whose backward pass cannot be traced: it hands
+# tensors to a Python object (`WeightGradient`). Operators take tensors only, so they look that object up by its number.
+def run_in_graph(
     x: Tensor,
     gates: Tensor,
     experts: Tensor,
@@ -326,8 +325,14 @@ def train_experts(
     link: Tensor | None,
     number: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`run_experts`, and what its backward pass needs; the arguments are those of `ExpertWeights`."""
+    """The result of `run_experts`, then the tensors that its backward pass needs (see `_sorted_products`).
+
+    The last four arguments are attributes of `ExpertWeights`.
+    """
     return _sorted_products(x, gates, experts, gate_up, down)
+
+
+train_experts = torch.library.custom_op("mythos::train_experts", run_in_graph, mutates_args=())
 
 
 @train_experts.register_fake
@@ -337,8 +342,7 @@ def _(x: Tensor, gates: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor, 
     return x.new_empty(x.shape, dtype=torch.float32), slots, torch.empty_like(slots), torch.empty_like(slots), projected
 
 
-@torch.library.custom_op("mythos::train_experts_backward", mutates_args=())
-def train_experts_backward(
+def run_backward_in_graph(
     of_y: Tensor,
     x: Tensor,
     gates: Tensor,
@@ -351,7 +355,7 @@ def train_experts_backward(
     number: Tensor,
     trained: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x and gates, and a zero for the link: by it the weights' gradient is taken after all loops'."""
+    """Gradients of x and gates, and zero for `link`, so that `_Parameters` waits for this call in every loop."""
     gradient = None
     if trained:
         # Copies of what is kept: the graph reuses the memory of its tensors, and the weights' gradient comes later.
@@ -361,6 +365,11 @@ def train_experts_backward(
         kept_x = x
     of_x, of_gates = _backward(of_y, kept_x, gates, experts, order, place, projected, gate_up, down, gradient)
     return of_x.to(x.dtype), of_gates, of_gates.new_zeros(())
+
+
+train_experts_backward = torch.library.custom_op(
+    "mythos::train_experts_backward", run_backward_in_graph, mutates_args=()
+)
 
 
 @train_experts_backward.register_fake

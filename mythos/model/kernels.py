@@ -52,7 +52,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import flex_attention
 
-from mythos.torch_compat import sdpa_backend
+from mythos.torch_compat import allow_many_graphs, sdpa_backend
 
 PRODUCTS_UP_TO = {torch.float32: 1024, torch.bfloat16: 4096}
 """Longest sequence whose causal attention batched products make faster than SDPA on a CPU, by type."""
@@ -66,13 +66,20 @@ def blocks_of_documents(device: torch.device) -> bool:
 
 
 def flex(device: torch.device) -> Callable[..., Tensor]:
-    """Flex attention as it is called on a device: compiled on GPUs."""
-    return _compiled_flex_attention() if device.type == "cuda" else flex_attention
+    """Flex attention as it is called on a device: compiled on GPUs, unless what calls it is being compiled itself.
+
+    Raises torch._dynamo.exc.FailOnRecompileLimitHit, once called, rather than run uncompiled and keep all S x S scores.
+    """
+    compiled = device.type == "cuda" and not torch.compiler.is_compiling()
+    return _compiled_flex_attention() if compiled else flex_attention
 
 
 @cache
 def _compiled_flex_attention() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention)
+    # With dynamic sizes a model takes 4 graphs: for one row or more, with gradients or without. Sequences of one block
+    # take 4 more, and a first number of rows that is also that of heads, which torch takes for the same size, 2 more.
+    allow_many_graphs()
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)  # a whole graph, so that the limit is an error
 
 
 def fused(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
@@ -82,7 +89,8 @@ def fused(function: Callable[..., Any], device: torch.device) -> Callable[..., A
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function)
+    allow_many_graphs()
+    return torch.compile(function, fullgraph=True)
 
 
 @torch.compiler.assume_constant_result  # asked when a block is compiled, not in it

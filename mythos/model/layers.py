@@ -1,7 +1,7 @@
 """The small parts every block is made of, and their deterministic initialisation."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from hashlib import blake2b
 from math import erf, sqrt
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from mythos.model.products import linear
+from mythos.model.products import linear, without_autocast
 from mythos.model.recompute import recomputable
 
 Initializer = Callable[[Tensor, np.random.Generator], None]
@@ -148,12 +148,6 @@ def autocast_to(dtype: torch.dtype, device: torch.device) -> AbstractContextMana
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def without_autocast(x: Tensor) -> AbstractContextManager[None]:
-    """Products on x's device in the type of what is multiplied."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
 class Linear(nn.Module):
     """y = x W^T without bias; W is (out_features, in_features)."""
 
@@ -167,6 +161,10 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features), in the autocast type."""
         return linear(x, self.weight if self.in_pass is None else self.in_pass)
+
+    def recomputable(self, x: Tensor) -> Tensor:
+        """`forward`, whose result selective checkpointing computes again, with this pass's weight."""
+        return recomputable(linear, x, self.weight if self.in_pass is None else self.in_pass)
 
 
 class RMSNorm(nn.Module):
@@ -219,8 +217,9 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         gradient, values, scales = gradient.float(), x.float(), scale.flatten()
         products = (gradient * values).flatten(0, -2)
-        of_weight = scales @ products
-        along = (products @ weight).mul_(scales**3).div_(-x.shape[-1]).view_as(scale)
+        with without_autocast(gradient):  # which a compiled backward pass takes over from the forward pass
+            of_weight = scales @ products
+            along = (products @ weight).mul_(scales**3).div_(-x.shape[-1]).view_as(scale)
         return (gradient * weight).mul_(scale).addcmul_(values, along).to(x.dtype), of_weight, None, None
 
 

@@ -1,5 +1,7 @@
 """Matrix products, with gradients where asked: torch's own, and oneDNN's in float32 where `kernels` chooses it."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,6 +13,14 @@ from mythos.torch_compat import onednn_matmul
 ROWS = 16
 """Numbers of rows that are no multiple of this are left to torch where any may come: oneDNN compiles a kernel for each
 number of rows that it meets (0.3 ms each, and hundreds of MiB for experts that get other numbers in every pass)."""
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """Products on x's device in the type of what is multiplied."""
+    device = x.device.type
+    # While a backward pass is traced, autocast may seem off and still be on in the graph.
+    entered = torch.is_autocast_enabled(device) or torch.compiler.is_compiling()
+    return torch.autocast(device, enabled=False) if entered else nullcontext()
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
@@ -54,10 +64,11 @@ class _Float32Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         gradient, rows = gradient.flatten(0, -2), x.flatten(0, -2).float()
         of_x = of_weight = None
-        if ctx.needs_input_grad[0]:
-            of_x = multiply(gradient, weight).to(x.dtype).view_as(x)
-        if ctx.needs_input_grad[1]:
-            # oneDNN copies a left factor that is transposed: better the narrower one.
-            narrow = rows.shape[1] < gradient.shape[1]
-            of_weight = multiply(rows.T, gradient).T if narrow else multiply(gradient.T, rows)
+        with without_autocast(gradient):  # which a compiled backward pass takes over from the forward pass
+            if ctx.needs_input_grad[0]:
+                of_x = multiply(gradient, weight).to(x.dtype).view_as(x)
+            if ctx.needs_input_grad[1]:
+                # oneDNN copies a left factor that is transposed: better the narrower one.
+                narrow = rows.shape[1] < gradient.shape[1]
+                of_weight = multiply(rows.T, gradient).T if narrow else multiply(gradient.T, rows)
         return of_x, of_weight

@@ -77,11 +77,32 @@ def dense_block(config: ModelConfig, part: Part, layer: int) -> Block:
     return Block(config, dense_ffn(config.dense_ffn, config.dim, config.ffn_dim), part, layer)
 
 
+class _Bounded(torch.autograd.Function):
+    """x clamped to low..high, with the gradient of a parameter that may lie outside.
+
+    Outside the bounds the gradient of `clamp` is zero, so a parameter that one bad step has taken there would never
+    move again. Here it passes where a descent along it leads back inside, and is zero where it would lead further out.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, low: float, high: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.bounds = low, high
+        return x.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (x,), (low, high) = ctx.saved_tensors, ctx.bounds
+        outward = ((x > high) & (gradient < 0)) | ((x < low) & (gradient > 0))
+        return gradient.masked_fill(outward, 0.0), None, None
+
+
 class LTIInjection(nn.Module):
     """u = A * h + Delta * (e B^T), linear, time-invariant and stable by construction (arXiv 2604.12946).
 
     Delta = softplus(dt) and A = exp(-Delta * exp(log_a)), per dimension. dt and log_a are bounded where they are used,
-    so every entry of A lies strictly between 0 and 1 in float32 whatever an optimizer does to them. All in float32.
+    so every entry of A lies strictly between 0 and 1 in float32 whatever an optimizer does to them; a value outside
+    counts as the bound and can still be trained back inside. All in float32.
     """
 
     float32 = ("dt", "log_a")
@@ -94,18 +115,25 @@ class LTIInjection(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim, dim))
         self.initializers = {"dt": constant(log(expm1(-log(START_DECAY)))), "log_a": zeros, "weight": identity()}
 
+    def rates(self) -> tuple[Tensor, Tensor]:
+        """Diagonal of A and step size Delta, (D,) float32 each."""
+        # dt is bounded once for both: whether its gradient leads outside is decided on the sum of what they contribute.
+        delta = F.softplus(_Bounded.apply(self.dt, *DT_BOUNDS))
+        return torch.exp(-delta * _Bounded.apply(self.log_a, *LOG_A_BOUNDS).exp()), delta
+
     def delta(self) -> Tensor:
         """Step size Delta, (D,) float32."""
-        return F.softplus(self.dt.clamp(*DT_BOUNDS))
+        return self.rates()[1]
 
     def decay(self) -> Tensor:
         """Diagonal of A, (D,) float32; its largest entry is rho(A)."""
-        return torch.exp(-self.delta() * self.log_a.clamp(*LOG_A_BOUNDS).exp())
+        return self.rates()[0]
 
     def forward(self, e: Tensor) -> tuple[Tensor, Tensor]:
         """What all loops share: A (D,) and Delta * (e B^T) (B, S, D), float32."""
         with without_autocast(e):
-            return self.decay(), self.delta() * float32_linear(e, self.weight)
+            decay, delta = self.rates()
+            return decay, delta * float32_linear(e, self.weight)
 
     def combine(self, state: Tensor, decay: Tensor, injected: Tensor, loop: Tensor) -> Tensor:
         """The core's input u, (n, S, D) float32."""
@@ -181,9 +209,10 @@ class LoopAdapter(nn.Module):
         """(n, S, D) and each row's loop index, (n,) or for all (1,) int64 -> (n, S, D)."""
         slot = loop.clamp(max=self.scale.shape[0] - 1).unsqueeze(1)
         if torch.is_grad_enabled():
-            # Looked up as a product: its gradient touches every slot in one deterministic operation.
+            # Looked up as a sum over all slots, of which one is not masked: the gradient touches every slot in one
+            # deterministic operation, and the value is exact, where a product would be in the autocast type.
             slots = torch.arange(self.scale.shape[0], device=loop.device)
-            scale = ((slot == slots).to(self.scale.dtype) @ self.scale).unsqueeze(1)
+            scale = torch.where((slot == slots).unsqueeze(-1), self.scale, 0.0).sum(1, keepdim=True)
         else:
             scale = F.embedding(slot, self.scale)
         return self.up(self.down(self.norm(x)) * scale)
@@ -296,7 +325,11 @@ class Recurrence(nn.Module):
             with torch.set_grad_enabled(gradient and remaining <= backprop):
                 in_pass = [weight.in_pass() for weight in linear_weights]
                 if self.checkpointing == "loop" and torch.is_grad_enabled():
-                    after, experts = checkpoint(self.run, in_pass, *inputs, use_reentrant=False)
+                    # A pass draws no random numbers, so no generator's state need be saved; on a GPU that is a copy
+                    # to the host, for which the host waits.
+                    after, experts = checkpoint(
+                        self.run, in_pass, *inputs, use_reentrant=False, preserve_rng_state=False
+                    )
                 elif self.checkpointing == "selective" and torch.is_grad_enabled():
                     with Selective(e.device):
                         after, experts = self.run(in_pass, *inputs)

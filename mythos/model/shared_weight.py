@@ -1,4 +1,4 @@
-"""A linear map's weight as all loops of a step use it: cast once, and one float32 gradient."""
+"""The weight of a linear map that every loop uses: cast once a step, its gradients summed in float32."""
 
 import torch
 from torch import Tensor
@@ -6,14 +6,14 @@ from torch.autograd.function import once_differentiable
 
 
 class SharedWeight:
-    """A weight in the type of the products, cast once for all loops, whose gradients are summed in float32.
+    """A weight cast once to the type of the products; the gradients of all loops are summed in float32.
 
-    Autocast would sum the loops' gradients in bfloat16: 0.2 to 0.5% off over 8 loops. (Routed experts have
-    `ExpertWeights`, which also forms the gradient from several loops at once.)
+    Autocast sums the loops' gradients in bfloat16, which is 0.2 to 0.5% off after 8 loops. (Routed experts use
+    `ExpertWeights` instead, which also forms the gradient of several loops by one product.)
 
     Args:
         weight: the parameter, of any shape and type.
-        dtype: type of the products.
+        dtype: type of the matrix products.
     """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
@@ -44,7 +44,7 @@ class GradientSum:
 
 
 class _Parameter(torch.autograd.Function):
-    """Stands between the parameter and all its uses in a step: its backward pass comes once, after theirs."""
+    """Node between the parameter and the passes; its backward runs once, after the backward of every pass."""
 
     @staticmethod
     def forward(ctx, weight: Tensor, total: GradientSum) -> Tensor:
@@ -60,7 +60,7 @@ class _Parameter(torch.autograd.Function):
 
 
 class _InPass(torch.autograd.Function):
-    """The weight in one pass; the link has `_Parameter` wait for this gradient."""
+    """The weight in one pass. Its input `link` makes autograd run this backward before that of `_Parameter`."""
 
     @staticmethod
     def forward(ctx, value: Tensor, link: Tensor, total: GradientSum) -> Tensor:

@@ -1,6 +1,7 @@
-"""Muon on matrices that four processes share in every way, against Muon on the whole ones."""
+"""Muon on matrices that processes share in every way, or share the work on, against Muon in one process."""
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
-from mythos.muon import Muon
+from mythos.muon import Muon, Sharing, newton_schulz
 from tests.distributed.pool import RankPool
 
 SHAPES: dict[str, tuple[tuple[int, ...], int, int]] = {
@@ -27,7 +28,7 @@ SHAPES: dict[str, tuple[tuple[int, ...], int, int]] = {
 
 
 def train(
-    mesh: DeviceMesh | None, placements: list[Placement], elements: int = 2**20
+    mesh: DeviceMesh | None, placements: list[Placement], elements: int = 2**20, ranks: int = 1
 ) -> tuple[dict[str, Tensor], list[int], list[int]]:
     """Three steps, the second skipped; weights and momenta, and of each exchange how many matrices this rank takes."""
 
@@ -40,7 +41,7 @@ def train(
     groups: list[dict[str, Any]] = [
         {"params": [weight], "momentum": 0.9, "parts": SHAPES[name][2]} for name, weight in weights.items()
     ]
-    optimizer = Muon(groups, torch.float32, elements, lr=0.1, weight_decay=0.2)
+    optimizer = Muon(groups, torch.float32, elements, ranks=ranks, lr=0.1, weight_decay=0.2)
     for step in range(3):
         for place, (name, weight) in enumerate(weights.items()):
             weight.grad = draw(name, 100 * step + place)
@@ -49,6 +50,9 @@ def train(
     momenta = {f"{n}, momentum": optimizer.state[weight]["momentum_buffer"] for n, weight in weights.items()}
     wholes = {n: (t.full_tensor() if isinstance(t, DTensor) else t).detach() for n, t in (weights | momenta).items()}
     exchanges = optimizer.exchanges
+    if optimizer.sharing is not None:
+        assert not exchanges
+        return wholes, [len(share) for share in optimizer.sharing.shares], [len(optimizer.sharing.rounds)]
     return wholes, [len(exchange.mine) for exchange in exchanges], [len(exchange.pieces) for exchange in exchanges]
 
 
@@ -68,3 +72,50 @@ def test_equals_whole_matrices(pool: RankPool, copies: int, elements: int, excha
         assert len(mine) == exchanges and sum(in_all) == (16 if exchanges else 0), "whole ones stay where they are"
     for taken, total in zip(zip(*(mine for _, mine, _ in everyone), strict=True), everyone[0][2], strict=True):
         assert sum(taken) == copies * total and max(taken) - min(taken) <= 1, "no two ranks do the same"
+
+
+def on_copies(ranks: int, elements: int) -> tuple[dict[str, Tensor], int, list[int], list[int]]:
+    """As under DDP: all ranks have all gradients. Also counts the matrices that this rank makes orthogonal."""
+    torch.distributed.init_process_group("gloo")
+    worked = 0
+
+    def counted(matrices: Tensor) -> Tensor:
+        nonlocal worked
+        worked += len(matrices)
+        return newton_schulz(matrices)
+
+    with patch("mythos.muon.newton_schulz", counted):
+        wholes, shares, rounds = train(None, [], elements, ranks)
+    return wholes, worked, shares, rounds
+
+
+@pytest.mark.parametrize(("ranks", "elements"), [(2, 2**20), (4, 2**20), (4, 1), (4, 100)])
+def test_copies_share_the_work(pool: RankPool, ranks: int, elements: int) -> None:
+    """Three steps equal one process's, the copies stay the same to the bit, and each does its part alone."""
+    expected, _, _ = train(None, [])
+    everyone = pool.run(on_copies, ranks, elements, ranks=ranks)
+    matrices = sum(shape[0] ** (len(shape) - 2) * parts for shape, _, parts in SHAPES.values())
+    for rank, (wholes, worked, shares, rounds) in enumerate(everyone):
+        for name, value in expected.items():
+            torch.testing.assert_close(wholes[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+            assert torch.equal(wholes[name], everyone[0][0][name])
+        assert sum(shares) == matrices and worked == 3 * shares[rank]
+        assert (rounds == [1]) == (elements == 2**20), "rows of matrices one after the other, where room is short"
+
+
+def test_shares_cost_alike() -> None:
+    """No rank has more than the mean and one matrix more: those of a large model's layer, over 8 ranks."""
+    shapes = [(2048, 2048)] * 5 + [(1024, 2048), (512, 2048), (96, 256), (16, 1024, 512)]
+    parts = {torch.empty(shape, device="meta"): 1 for shape in shapes}
+    sharing = Sharing(parts, 8, torch.bfloat16, 2**20)
+    matrices = [shape[-2:] for shape in shapes for _ in range(shape[0] if len(shape) == 3 else 1)]
+    costs = [4 * min(shape) ** 2 * max(shape) + 2 * min(shape) ** 3 for shape in matrices]
+    loads = [sum(costs[index] for index in share) for share in sharing.shares]
+    assert sorted(index for share in sharing.shares for index in share) == list(range(len(costs)))
+    assert max(loads) <= sum(costs) / 8 + max(costs)
+    for size, taken in zip(sharing.bytes, sharing.rounds, strict=True):
+        assert size == 8 * 2 * max(sum(rows.size for rows in some) for some in taken) <= 2 * 2**20
+    for rank, share in enumerate(sharing.shares):
+        sent = [rows for taken in sharing.rounds for rows in taken[rank]]
+        whole = [(index, row) for index in share for row in range(matrices[index][0])]
+        assert [(rows.matrix, row) for rows in sent for row in range(rows.start, rows.stop)] == whole

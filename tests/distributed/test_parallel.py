@@ -210,7 +210,10 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         **{"model__attention": "gqa", "model__value_embeddings": True, "model__dense_ffn": "relu2"},
         **{"model__qk_bias": True, "model__block_norm": "sandwich", "model__readout_norm": True},
     },
-    "ouro": {"model__injection": "initial", "model__block_norm": "peri", "model__prelude_norm": False},
+    "ouro": {
+        **{"model__injection": "initial", "model__block_norm": "peri", "model__prelude_norm": False},
+        "depth__backprop": None,
+    },
 }
 """What published looped models have, and ours by itself has not."""
 

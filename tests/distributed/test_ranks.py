@@ -1,17 +1,21 @@
 """Processes that find each other and agree, and what is said where they cannot."""
 
+import logging
 import os
 import socket
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 import pytest
 import torch
 
+from mythos import plan
 from mythos.errors import MythosError
-from mythos.parallel import Layout, choose_layout
+from mythos.estimate import Activations, count_parameters
+from mythos.parallel import Layout, named_layout
 from mythos.ranks import World, join_world
 from tests.distributed.pool import RankPool
 from tests.runs import tiny
@@ -116,20 +120,9 @@ def test_something_else_at_the_port(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 # --- the layout
 
 
-def layout(size: int, local_size: int, parameters: int = 10**9, memory: int = 80 * GIB, **changes: Any) -> Layout:
+def layout(size: int, local_size: int, **changes: Any) -> Layout:
     settings = {f"parallel__{name}": value for name, value in changes.items()}
-    parallel = tiny(Path(tempfile.gettempdir()), **settings).parallel
-    return choose_layout(parallel, size, local_size, 16 * parameters, memory)
-
-
-def test_auto_takes_the_mode_that_communicates_least_among_those_that_fit(tmp_path: Path) -> None:
-    # 16 bytes a parameter in 40% of 80 GiB: 2.1 billion parameters a device.
-    assert layout(1, 1).mode == "single"
-    assert layout(16, 8, 2 * 10**9)[:3] == ("ddp", 16, 1)
-    assert layout(16, 8, 17 * 10**9)[:3] == ("hsdp", 2, 8)
-    assert layout(8, 8, 17 * 10**9)[:3] == ("fsdp", 1, 8)
-    assert layout(16, 8, 18 * 10**9)[:3] == ("fsdp", 1, 16)
-    assert "fits" in layout(16, 8).why
+    return named_layout(tiny(Path(tempfile.gettempdir()), **settings).parallel, size, local_size)
 
 
 def test_layouts_by_name() -> None:
@@ -140,6 +133,35 @@ def test_layouts_by_name() -> None:
         layout(4, 4, mode="single")
     with pytest.raises(MythosError, match="3 x 2 is not the 8 processes"):
         layout(8, 8, mode="hsdp", replicate=3, shard=2)
+
+
+def agree(directory: Path, memory: list[int]) -> tuple[Layout, list[str]]:
+    """The layout that ranks of unequal memory agree on, and what this one logs; activations take nothing."""
+    config = tiny(directory, data__streams=2, model__vocab_size=384)
+    world = join_world(config)
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    with (
+        patch.object(plan, "memory_of_device", lambda world: memory[world.rank]),
+        patch.object(plan, "step_activations", lambda model, step: Activations(0, 0)),
+        patch.object(plan.logger, "handlers", [handler]),
+    ):
+        chosen = plan.agree_on_layout(config, world)
+    world.leave()
+    return chosen, [record.getMessage() for record in records]
+
+
+def test_ranks_agree_on_the_layout_for_the_smallest_device(pool: RankPool, tmp_path: Path) -> None:
+    state = 16 * count_parameters(tiny(tmp_path, model__vocab_size=384).model).total
+    for memory, mode in (([2 * state, 100 * state], "ddp"), ([100 * state, state - 1], "fsdp")):
+        layouts = pool.run(agree, tmp_path, memory, ranks=2)
+        assert [layout.mode for layout, _ in layouts] == [mode, mode]
+        assert all(not logged for _, logged in layouts)
+    layouts = pool.run(agree, tmp_path, [state // 100, 100 * state], ranks=2)
+    assert [(layout.mode, layout.fits) for layout, _ in layouts] == [("fsdp", False)] * 2
+    ((_, logged), (_, silent)) = layouts
+    assert len(logged) == 1 and "does not fit" in logged[0] and silent == []
 
 
 def test_alone_everything_is_at_once() -> None:

@@ -58,6 +58,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
     monkeypatch.setattr(kernels, "_compiled_flex_attention", lambda: flex)
+    monkeypatch.setattr(kernels, "_compiled", lambda function: function)
     monkeypatch.setattr(kernels, "takes_widths", lambda device, dtype, dim, value_dim: dim == value_dim)
     # As they are within an operator of our own, whose fake result would hide what torch's asks of types and strides.
     monkeypatch.setattr(experts, "grouped_product", lambda x, weights, ends: F.grouped_mm(x, weights, offs=ends))

@@ -1,13 +1,18 @@
 """Kernel choices: what torch is asked for on each device, and that it takes it."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
 from mythos.model import kernels
+from mythos.model.attention import document_block_mask, document_starts
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -92,6 +97,66 @@ def test_choices_by_device(monkeypatch):
     assert not kernels.blocks_of_documents(CPU) and kernels.blocks_of_documents(GPU)
     assert not kernels.groups_on_device(CPU) and kernels.groups_on_device(GPU)
     assert kernels.flex(CPU) is flex_attention
-    monkeypatch.setattr(torch, "compile", lambda function: ["compiled", function])
+    monkeypatch.setattr(torch, "compile", lambda function, **_: ["compiled", function])
     assert kernels.flex(GPU) == ["compiled", flex_attention]
     assert kernels.flex(GPU) is kernels.flex(GPU), "compiled once"
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert kernels.flex(GPU) is flex_attention, "part of the graph that is being compiled"
+
+
+@pytest.fixture
+def compiled_flex(monkeypatch):
+    """Flex attention as GPUs compile it, but by a backend that runs the graphs as they are, and a count of them.
+
+    On a CPU flex attention refuses tensors that want gradients, though it has a backward pass that is not compiled.
+    """
+    torch.compiler.reset()
+    counter, compile = CompileCounter(), torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **options: compile(function, **{"backend": counter, **options})
+    )
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
+    with torch._dynamo.config.patch(recompile_limit=8):
+        yield kernels.flex(GPU), counter
+    torch.compiler.reset()
+
+
+def documents(rows: int, length: int, gradients: bool) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Query, key and value of two documents a row, and where the document of each position begins."""
+    generator = torch.Generator().manual_seed(rows)
+    query, key, value = (torch.randn(rows, heads, length, 16, generator=generator) for heads in (4, 2, 2))
+    ids = (torch.arange(length) >= torch.randint(1, length, (rows, 1), generator=generator)).long()
+    return tuple(tensor.requires_grad_(gradients) for tensor in (query, key, value)), document_starts(ids)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "rows", "graphs"),
+    [((384, 300), (5, 3, 1, 7), 4), ((384,), (4, 2, 5, 1), 6), ((128,), (3, 5, 1), 4)],
+    ids=["rows", "as many rows as heads", "one block"],
+)
+def test_flex_attention_takes_few_graphs(compiled_flex, lengths, rows, graphs):
+    """However many rows a growing prefix, a smaller last micro-batch and validation have."""
+    flex, counter = compiled_flex
+    for length, count, gradients in itertools.product(lengths, rows, (False, True)):
+        (query, key, value), starts = documents(count, length, gradients)
+        position = torch.arange(length)
+        visible = (position[:, None] >= position) & (position >= starts[..., None])
+        with torch.set_grad_enabled(gradients):
+            found = flex(query, key, value, block_mask=document_block_mask(starts), enable_gqa=True)
+        expected = F.scaled_dot_product_attention(query, key, value, attn_mask=visible.unsqueeze(1), enable_gqa=True)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert counter.frame_count == graphs
+
+
+def test_flex_attention_never_runs_uncompiled(compiled_flex):
+    flex, counter = compiled_flex
+    with torch._dynamo.config.patch(recompile_limit=1), torch.no_grad():
+        (query, key, value), starts = documents(2, 256, False)
+        flex(query, key, value, block_mask=document_block_mask(starts), enable_gqa=True)
+        (query, key, value), starts = documents(1, 256, False)
+        with pytest.raises(FailOnRecompileLimitHit):
+            flex(query, key, value, block_mask=document_block_mask(starts), enable_gqa=True)
+    assert counter.frame_count == 1
+    other = torch.compile(lambda x: x + 1, dynamic=False)  # a user's: falls back, as torch has it
+    with torch._dynamo.config.patch(recompile_limit=1):
+        assert [len(other(torch.ones(length))) for length in (2, 3, 4)] == [2, 3, 4]

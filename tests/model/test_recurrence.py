@@ -44,12 +44,12 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
     assert actual.keys() == expected.keys()
     for name, reference in expected.items():
         scale = reference.abs().max().clamp_min(1.0)
         torch.testing.assert_close(
-            actual[name] / scale, reference / scale, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+            actual[name] / scale, reference / scale, rtol=1e-5, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 
@@ -111,6 +111,48 @@ def test_spectral_radius_below_one_after_a_huge_step(model, direction, fused):
             assert 0 < injection.decay().min() <= model.spectral_radius() < 1
 
 
+@pytest.mark.parametrize("dt", [-30.0, 30.0])
+@pytest.mark.parametrize("log_a", [-30.0, 30.0])
+def test_parameters_outside_their_bounds_can_be_trained_back(small, dt, log_a):
+    injection = LTIInjection(small(dim=4))
+    nn.init.constant_(injection.dt, dt)
+    nn.init.constant_(injection.log_a, log_a)
+    optimizer = torch.optim.Adam((injection.dt, injection.log_a), lr=0.3)
+    for _ in range(500):
+        optimizer.zero_grad()
+        decay, delta = injection.rates()
+        ((decay - 0.5).square() + (delta - 1).square()).sum().backward()
+        optimizer.step()
+    torch.testing.assert_close(injection.decay(), torch.full((4,), 0.5), atol=0.01, rtol=0)
+    torch.testing.assert_close(injection.delta(), torch.full((4,), 1.0), atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize(("dt", "log_a"), [(7.0, 3.0), (7.0, -7.0), (-7.0, 3.0), (-7.0, -7.0)])
+def test_parameters_outside_their_bounds_are_not_driven_further(small, dt, log_a):
+    injection = LTIInjection(small(dim=4))
+    nn.init.constant_(injection.dt, dt)
+    nn.init.constant_(injection.log_a, log_a)
+    decay, delta = injection.rates()  # Delta rises with dt, A falls with log_a
+    outward = math.copysign(1.0, log_a) * decay - 10 * math.copysign(1.0, dt) * delta
+    outward.sum().backward()
+    assert not injection.log_a.grad.any()
+    assert not injection.dt.grad.any()
+
+
+@pytest.mark.parametrize("weight", [-1000.0, -100.0])
+def test_gradient_of_dt_outside_its_bound_is_judged_as_a_whole(small, weight):
+    """Through A it leads inside, through Delta outside; which of both is stronger decides."""
+    injection = LTIInjection(small(dim=4))
+    nn.init.constant_(injection.dt, 7.0)
+    nn.init.zeros_(injection.log_a)
+    decay, delta = injection.rates()
+    (weight * decay - delta).sum().backward()
+    whole = (-weight * math.exp(-math.log1p(math.exp(6.0))) - 1) / (1 + math.exp(-6.0))
+    expected = torch.full((4,), max(whole, 0.0))
+    assert (whole > 0) == (weight == -1000)
+    torch.testing.assert_close(injection.dt.grad, expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -143,7 +185,10 @@ def test_rows_together_equal_rows_alone(model, changes):
     assert together.loss.item() == pytest.approx(loss, rel=1e-5)
     assert together.state_norm.item() == pytest.approx(norm, rel=1e-5)
     assert together.state_delta.item() == pytest.approx(delta, rel=1e-5)
-    assert_same_gradients(together_gradients, gradients(model))
+    # In torch 2.11's oneDNN (3.10) the order of a sum depends on the number of rows: up to 1.5e-5 in 12 seeds, where
+    # oneDNN 3.12 (torch 2.13) and MKL stay below 0.7e-5. Against float64 its products are as exact as theirs.
+    tolerance = 2e-5 if torch.__version__.startswith("2.11.") else 1e-5
+    assert_same_gradients(together_gradients, gradients(model), tolerance)
     if load is not None:
         assert torch.equal(together.expert_load, load)
         assert together.expert_load.sum() == sum(DEPTHS) * LENGTH * 2 * model.config.core_layers
@@ -221,6 +266,21 @@ def test_checkpointing_changes_nothing_but_memory(model, changes, mode):
     assert again.loss.item() == plain.loss.item()
     assert_same_gradients(gradients(model), expected)
     assert torch.equal(again.expert_load, plain.expert_load), "recomputation must not be counted"
+
+
+def test_a_step_neither_draws_random_numbers_nor_saves_generators(model, monkeypatch):
+    model = model()
+    ids, targets, state = inputs(model)
+    before = torch.get_rng_state()
+
+    def saved():
+        raise AssertionError("the state of the global generator was saved")
+
+    model.recurrence.checkpointing = "loop"
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "get_rng_state", saved)
+        model(ids, targets, loops=DEPTHS, backprop=3, state=state).loss.backward()
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_read_depths_equals_separate_runs(model):

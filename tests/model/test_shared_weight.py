@@ -2,15 +2,20 @@
 
 import gc
 import weakref
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from mythos.model.config import ModelConfig
 from mythos.model.layers import Linear
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.model.shared_weight import SharedWeight
 from mythos.presets import preset_config
+from mythos.torch_compat import TorchDispatchMode
 from tests.model.conftest import scrambled
 
 
@@ -99,3 +104,51 @@ def test_weights_are_given_back_after_a_pass_that_fails() -> None:
     with pytest.raises(MemoryError), torch.autocast("cpu", dtype=torch.bfloat16):
         model(torch.zeros(1, 4, dtype=torch.int64), loops=2)
     assert all(module.in_pass is None for module in model.modules() if isinstance(module, Linear))
+
+
+class Casts(TorchDispatchMode):
+    """Counts casts of matrices to bfloat16, by shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: Counter[torch.Size] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._to_copy.default and result.dtype == torch.bfloat16 and args[0].ndim == 2:
+            self.shapes[result.shape] += 1
+        return result
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "loop"])
+def test_weights_of_the_core_are_cast_once_a_step(checkpointing: str, small: Callable[..., ModelConfig]) -> None:
+    """However many loops there are, with gradient and without, and where loops are computed again."""
+    model = RecurrentDepthTransformer(small()).initialize(0)
+    model.recurrence.checkpointing = checkpointing
+    expected = Counter(linear.weight.shape for linear in model.recurrence.looped)
+    for part in (*model.prelude, *model.coda, model.readout):
+        expected.update(module.weight.shape for module in part.modules() if isinstance(module, Linear))
+    ids = torch.zeros(2, 9, dtype=torch.int64)
+    with Casts() as casts:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            objective = model(ids[:, :-1], ids[:, 1:], loops=5, backprop=3).objective
+        objective.backward()
+    assert {shape: casts.shapes[shape] for shape in expected} == expected
+
+
+def test_graphs_of_a_pass_are_given_cast_weights(small: Callable[..., ModelConfig]) -> None:
+    model = RecurrentDepthTransformer(small()).initialize(0)
+    shapes = {linear.weight.shape for linear in model.recurrence.looped}
+    given: list[torch.Tensor] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        given.extend(tensor for tensor in inputs if isinstance(tensor, torch.Tensor) and tensor.shape in shapes)
+        return graph.forward
+
+    torch.compiler.reset()
+    model.recurrence.compile(backend=keep)
+    ids = torch.zeros(2, 9, dtype=torch.int64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(ids[:, :-1], ids[:, 1:], loops=2, backprop=1).objective.backward()
+    torch.compiler.reset()
+    assert len(given) == 2 * len(model.recurrence.looped) and {tensor.dtype for tensor in given} == {torch.bfloat16}
