@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import BlockMask
 
 from mythos.gpu_check import references
@@ -17,6 +16,7 @@ from mythos.model import experts as model_experts
 from mythos.model import kernels, layers
 from mythos.model import loss as model_loss
 from mythos.model.config import ModelConfig
+from mythos.torch_compat import sdpa_backend
 
 SIZES = {True: {"length": 1000, "rows": 2, "tokens": 1024}, False: {"length": 200, "rows": 2, "tokens": 48}}
 """By whether there is a GPU. Lengths are no multiples of flex attention's blocks."""
@@ -79,9 +79,9 @@ def choice(setting: Setting, shapes: Sequence[tuple[int, ...]], dtype: str) -> s
             torch.empty(1, count, length, width, device=device, dtype=kind, requires_grad=True)
             for count, width in zip((heads, kv_heads, kv_heads), widths, strict=True)
         )
-        found = torch._fused_sdp_choice(query, key, value, is_causal=True, enable_gqa=heads != kv_heads)
+        found = sdpa_backend(query, key, value)
     where = "SM{}{}".format(*torch.cuda.get_device_capability(device)) if setting.cuda else "CPU"
-    return f"SDPA on {where}{', padded' * padded}: {SDPBackend(found).name.lower().removesuffix('_attention')}"
+    return f"SDPA on {where}{', padded' * padded}: {found.name.lower().removesuffix('_attention')}"
 
 
 def grouped(setting: Setting, *, dtype: str) -> Iterator[Result]:

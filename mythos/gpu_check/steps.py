@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch._dynamo.utils import counters
 
 import mythos
 from mythos.benchmarks.steps import Steps
 from mythos.gpu_check.catalog import LAST_NEW_GRAPH, MOST_GRAPHS, RECOMPILE_STEPS
 from mythos.gpu_check.result import Result, Setting, judged, not_run
 from mythos.gpu_check.runs import next_step, steps_of, task_run
+from mythos.torch_compat import compiler_counters
 from mythos.trainer import Trainer
 
 WARM_UP = 3
@@ -62,7 +62,8 @@ def where(error: BaseException) -> tuple[str, bool]:
 def recompiles(setting: Setting) -> Iterator[Result]:
     """A compiled run whose sequences' depths change at every step, with validations half way and at the end."""
     steps = RECOMPILE_STEPS if setting.cuda else 8
-    torch._dynamo.reset()
+    torch.compiler.reset()
+    counters = compiler_counters()
     counters.clear()
     folder = setting.scratch / "recompiles"
     shutil.rmtree(folder, ignore_errors=True)
