@@ -32,10 +32,11 @@ from torch.utils._pytree import tree_leaves as tree_leaves
 def sdpa_backend(query: Tensor, key: Tensor, value: Tensor) -> SDPBackend:
     """The backend that scaled_dot_product_attention will choose for causal attention of these (B, H, S, d).
 
-    No public function tells before the call. Fallback: MATH, so that callers pad as if no fused kernel took the widths.
+    Key and value may have fewer heads than the query. No public function tells before the call. Fallback: MATH, so that
+    callers pad as if no fused kernel took the widths.
     """
-    choose = getattr(torch, "_fused_sdp_choice", None)
-    return SDPBackend.MATH if choose is None else SDPBackend(choose(query, key, value, is_causal=True))
+    choose, fewer = getattr(torch, "_fused_sdp_choice", None), query.shape[1] != key.shape[1]
+    return SDPBackend(choose(query, key, value, is_causal=True, enable_gqa=fewer)) if choose else SDPBackend.MATH
 
 
 ONEDNN_LINEAR: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
@@ -106,6 +107,16 @@ def storage_address(tensor: Tensor) -> int:
 
 
 # Compilation
+
+
+def compiler_counters() -> dict[str, Any]:
+    """The compiler's counts in this process, by group and name, for instance `["stats"]["unique_graphs"]`; clearable.
+
+    torch documents no way to count graphs and graph breaks. No fallback: ImportError.
+    """
+    from torch._dynamo.utils import counters
+
+    return counters
 
 
 def mark_static(tensor: Tensor, dimensions: int | Sequence[int]) -> None:

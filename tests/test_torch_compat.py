@@ -137,6 +137,17 @@ def test_storage_address_tells_storages_apart_and_not_views() -> None:
         assert torch_compat.storage_address(one) != torch_compat.storage_address(other)
 
 
+def test_compiler_counters_count_graphs() -> None:
+    counters = torch_compat.compiler_counters()
+    torch.compiler.reset()
+    counters.clear()
+    double = torch.compile(lambda x: x * 2, backend="eager")
+    for size in (torch.zeros(2), torch.zeros(3), torch.zeros(2, dtype=torch.float64)):
+        double(size)
+    # Another length makes a graph of any length, another type a third one.
+    assert counters["stats"]["unique_graphs"] == 3
+
+
 def test_raw_flop_formula_gets_the_arguments_themselves() -> None:
     a, seen = torch.randn(2, 3), []
     count = torch_compat.raw_flop_formula(lambda x, y: seen.append(x is a) or 7)

@@ -110,7 +110,7 @@ def _kernels() -> Iterator[Task]:
             ],
             dtype=dtype,
         )
-        yield _task("kernels:experts", [(f"routed experts, empty and tiny ones, {dtype}", within)], dtype=dtype)
+        yield _task("kernels:experts", [(f"routed experts, empty and tiny ones, {dtype}", within)], 20, dtype=dtype)
         for what in ("RMSNorm", "gated", "rotary positions", "cross-entropy"):
             yield _task("kernels:part", [(f"{what}, {dtype}", within)], what=what, dtype=dtype)
     for dtype in DTYPES:  # last, because every variant of flex attention is compiled
@@ -119,13 +119,14 @@ def _kernels() -> Iterator[Task]:
 
 
 def _step() -> Iterator[Task]:
-    for preset in ("mythos_nano", "mythos_small"):
+    expected = "none under set_sync_debug_mode('error') (SM90, SM100; else grouped_mm)"
+    for preset, compiled in (("mythos_nano", False), ("mythos_small", False), ("mythos_nano", True)):
         yield _task(
             "steps:waits",
-            [(f"waits in a step, {preset}", "none under set_sync_debug_mode('error') (SM90, SM100; else grouped_mm)")],
-            20,
-            preset == "mythos_nano",
-            preset=preset,
+            [(f"waits in a step, {preset}, {'compiled' if compiled else 'eager'}", expected)],
+            60 if compiled else 20,
+            on_cpu=(preset, compiled) == ("mythos_nano", False),
+            **{"preset": preset, "compiled": compiled},
         )
 
 
@@ -167,7 +168,7 @@ def _speed() -> Iterator[Task]:
                     "speed:throughput",
                     [(name, "faster than eager" if compiled else "recorded")],
                     60 if compiled else 20,
-                    on_cpu=(preset, place) == ("mythos_small", 0),
+                    on_cpu=(preset, place, compiled) == ("mythos_small", 0, False),
                     **{"preset": preset, "rows": sizes[place], "compiled": compiled},
                 )
             if place == 0:

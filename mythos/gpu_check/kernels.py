@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import BlockMask
 
 from mythos.gpu_check import references
@@ -17,12 +16,14 @@ from mythos.model import experts as model_experts
 from mythos.model import kernels, layers
 from mythos.model import loss as model_loss
 from mythos.model.config import ModelConfig
+from mythos.torch_compat import sdpa_backend
 
 SIZES = {True: {"length": 1000, "rows": 2, "tokens": 1024}, False: {"length": 200, "rows": 2, "tokens": 48}}
 """By whether there is a GPU. Lengths are no multiples of flex attention's blocks."""
 GROUPS = (0, 1, 0, 3, 0.6, 0, 17, 1.0)
 """Rows of each expert, and shares of the rows that are left: empty, tiny and large ones."""
-MATH = SDPBackend.MATH
+KEEPS_SCORES = ("math", "error")
+"""Names of SDPA's backends that keep all S x S scores, or are none."""
 
 
 def attention(
@@ -59,27 +60,28 @@ def attention(
     if isinstance(context.mask, BlockMask):
         yield compared(measured, expected, dtype, "flex attention")
         return
-    chosen = choice(setting, dim, value_dim, dtype, documents is None)
+    chosen = "SDPA with a mask" if kind == "documents" else choice(setting, shapes, dtype)
     result = compared(measured, expected, dtype, chosen)
-    yield judged(result.verdict == "ok" and not (setting.cuda and MATH.name.lower() in chosen), result.measured)
+    slow = setting.cuda and chosen.endswith(KEEPS_SCORES)
+    yield judged(result.verdict == "ok" and not slow, result.measured)
 
 
-def choice(setting: Setting, dim: int, value_dim: int, dtype: str, causal: bool) -> str:
-    """The kernel that causal attention of these widths is given to, as `attend` chooses it."""
+def choice(setting: Setting, shapes: Sequence[tuple[int, ...]], dtype: str) -> str:
+    """The kernel that causal attention is given to, as `attend` chooses it; shapes (B, S, H, d) of q, k, v."""
     device, kind = setting.device, getattr(torch, dtype)
-    if not causal:
-        return "SDPA with a mask"
-    if kernels.causal_by_products(device, kind, SIZES[setting.cuda]["length"]):
+    (_, length, heads, dim), (*_, kv_heads, _), (*_, value_dim) = shapes
+    if kernels.causal_by_products(device, kind, length):
         return "batched products"
-    padded = not kernels.takes_widths(device, kind, dim, value_dim)
-    widths = (max(dim, value_dim),) * 2 if padded else (dim, value_dim)
+    padded = dim != value_dim and not kernels.takes_widths(device, kind, dim, value_dim)
+    widths = (max(dim, value_dim),) * 3 if padded else (dim, dim, value_dim)
     with torch.enable_grad():
-        key, value = (torch.empty(1, 1, 128, w, device=device, dtype=kind, requires_grad=True) for w in widths)
-        backend = SDPBackend(torch._fused_sdp_choice(key, key, value, is_causal=True))
-    name = backend.name.lower().removesuffix("_attention")
-    major, minor = torch.cuda.get_device_capability(device) if setting.cuda else (0, 0)
-    where = f"SM{major}{minor}" if setting.cuda else "CPU"
-    return f"SDPA on {where}: {name}{', padded' if padded and dim != value_dim else ''}"
+        query, key, value = (
+            torch.empty(1, count, length, width, device=device, dtype=kind, requires_grad=True)
+            for count, width in zip((heads, kv_heads, kv_heads), widths, strict=True)
+        )
+        found = sdpa_backend(query, key, value)
+    where = "SM{}{}".format(*torch.cuda.get_device_capability(device)) if setting.cuda else "CPU"
+    return f"SDPA on {where}{', padded' * padded}: {found.name.lower().removesuffix('_attention')}"
 
 
 def grouped(setting: Setting, *, dtype: str) -> Iterator[Result]:

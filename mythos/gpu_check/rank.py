@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mythos.config import Config, load_config
 from mythos.depth import DepthSchedule
 from mythos.gpu_check import traces
 from mythos.gpu_check.runs import next_step
+from mythos.torch_compat import TorchDispatchMode
 from mythos.trainer import Trainer
 
 STEPS = 3
@@ -45,7 +45,7 @@ class Gathers(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func.namespace == "c10d" and "allgather" in func._schema.name
+        self.count += func.namespace == "c10d" and "allgather" in func.name()
         return func(*args, **(kwargs or {}))
 
 

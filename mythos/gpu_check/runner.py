@@ -23,6 +23,8 @@ PATIENCE = 6.0
 """A task that takes so many times what it should, and at least GRACE, hangs."""
 START_SECONDS = 300.0
 """Longest that a process may import packages and start the GPU: disks of clusters may be cold."""
+KILL_SECONDS = 30.0
+"""Longest that a killed process is waited for."""
 PRINTED_LINES = 40
 """Lines of what a process printed that go into the report where it dies."""
 
@@ -72,6 +74,14 @@ class Runner:
         self.read = 0
 
     def run(self) -> None:
+        """Run the tasks; ends its process where this one is told to end (SIGTERM)."""
+        before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+        try:
+            self.run_tasks()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def run_tasks(self) -> None:
         """Run the tasks. A process that dies or hangs costs the task it was at; another one goes on with the next."""
         first = 0
         while first < len(self.tasks):
@@ -120,6 +130,8 @@ class Runner:
             finally:
                 end(child)
         self.take_events()
+        if child.returncode is None:
+            return "the process did not end when it was killed"
         if child.returncode == CONTEXT_LOST:
             return "the GPU's context was lost"
         if child.returncode < 0:
@@ -166,7 +178,8 @@ class Runner:
 
 def environment() -> dict[str, str]:
     """Of a stage's process: no network, and none of torchrun's variables, should this one run under it."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    of_torchrun = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(of_torchrun)}
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**kept, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "PYTHONFAULTHANDLER": "1"}
@@ -176,4 +189,5 @@ def end(child: subprocess.Popen[bytes]) -> None:
     """Kill a process and those that it started."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # one that is stuck in the driver does not end
+        child.wait(KILL_SECONDS)

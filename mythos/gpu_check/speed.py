@@ -3,6 +3,7 @@
 import json
 import statistics
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -24,7 +25,7 @@ ROWS_OF_TABLE = 40
 def throughput(setting: Setting, *, preset: str, rows: int, compiled: bool) -> Iterator[Result]:
     """Whole optimizer steps at the preset's own depth."""
     config = steps_of(setting, preset, rows, f"train.compile={str(compiled).lower()}")
-    if refused := too_large(setting, planned_bytes(config)[0]):
+    if refused := fits_not(setting, preset, rows):
         yield refused
         return
     with Steps(config) as steps:
@@ -44,6 +45,12 @@ def throughput(setting: Setting, *, preset: str, rows: int, compiled: bool) -> I
     yield judged(not (setting.cuda and compiled and eager) or rate > eager, told)
 
 
+@cache
+def fits_not(setting: Setting, preset: str, rows: int) -> Result | None:
+    """That a step does not fit on the GPU, where it does not; to plan it takes seconds."""
+    return too_large(setting, planned_bytes(steps_of(setting, preset, rows))[0]) if setting.cuda else None
+
+
 def remember(setting: Setting, name: str, rate: float) -> dict[str, float]:
     """Rates so far, this one included: in a file, because a process may have died since."""
     path = setting.scratch / RATES
@@ -56,8 +63,9 @@ def remember(setting: Setting, name: str, rate: float) -> dict[str, float]:
 
 def shares(setting: Setting, *, preset: str, compiled: bool) -> Iterator[Result]:
     """A profile of two steps."""
-    config = steps_of(setting, preset, MICRO_BATCHES[preset][0], f"train.compile={str(compiled).lower()}")
-    if refused := too_large(setting, planned_bytes(config)[0]):
+    rows = MICRO_BATCHES[preset][0]
+    config = steps_of(setting, preset, rows, f"train.compile={str(compiled).lower()}")
+    if refused := fits_not(setting, preset, rows):
         yield from [refused] * 4
         return
     # Of the CPU's calls too, the trace would slow the launches down, and make gaps of its own.

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch._dynamo.utils import counters
 
 import mythos
 from mythos.benchmarks.steps import Steps
 from mythos.gpu_check.catalog import LAST_NEW_GRAPH, MOST_GRAPHS, RECOMPILE_STEPS
 from mythos.gpu_check.result import Result, Setting, judged, not_run
 from mythos.gpu_check.runs import next_step, steps_of, task_run
+from mythos.torch_compat import compiler_counters
 from mythos.trainer import Trainer
 
 WARM_UP = 3
@@ -20,9 +20,9 @@ GROUPED_KERNEL = ((9, 0), (10, 0))
 """SMs on which `F.grouped_mm` is one kernel (see `mythos.model.kernels`); elsewhere it waits for the host."""
 
 
-def waits(setting: Setting, *, preset: str) -> Iterator[Result]:
+def waits(setting: Setting, *, preset: str, compiled: bool) -> Iterator[Result]:
     """Steps during which torch refuses every operation that waits for the device."""
-    with Steps(steps_of(setting, preset, 4)) as steps:
+    with Steps(steps_of(setting, preset, 4, f"train.compile={str(compiled).lower()}")) as steps:
         for _ in range(WARM_UP):
             steps()
         if not setting.cuda:
@@ -62,7 +62,8 @@ def where(error: BaseException) -> tuple[str, bool]:
 def recompiles(setting: Setting) -> Iterator[Result]:
     """A compiled run whose sequences' depths change at every step, with validations half way and at the end."""
     steps = RECOMPILE_STEPS if setting.cuda else 8
-    torch._dynamo.reset()
+    torch.compiler.reset()
+    counters = compiler_counters()
     counters.clear()
     folder = setting.scratch / "recompiles"
     shutil.rmtree(folder, ignore_errors=True)

@@ -15,7 +15,7 @@ GPU_ONLY = {
     "GPUs",
     "CUDA, cuDNN, NCCL, driver",
     "Triton and a C compiler",
-    "waits in a step, mythos_nano",
+    "waits in a step, mythos_nano, eager",
     "losses against the CPU's, float32",
     "share of gaps between kernels, mythos_1b, eager",
     "communication behind computation, fsdp",
