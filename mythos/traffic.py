@@ -168,8 +168,8 @@ PRODUCT_EFFICIENCY = 0.70
 """Share of the dense bfloat16 peak that matrix products and attention are assumed to reach. The best shapes reach 0.80
 on H100 and H200 and 0.78 on B200 (MAMF tables of github.com/stas00/ml-engineering); a model's are not the best."""
 COMPILED_BYTES = 0.47
-"""Bytes of a compiled step over those of an eager one, as `compiled_pass_traffic` counts the loops of mythos_1b, half of
-them with gradient (0.44 in mythos_small). Prelude, coda and head are assumed to gain as much."""
+"""Bytes of a compiled step over those of an eager one, as `compiled_pass_traffic` counts the loops of mythos_1b, half
+of them with gradient (0.44 in mythos_small). Prelude, coda and head are assumed to gain as much."""
 LAUNCH_SECONDS = 5e-6
 """Time in which the host starts one eager kernel: an assumption. It counts only where the GPU waits for the host."""
 OPTIMIZER_BYTES = 32
