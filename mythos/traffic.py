@@ -164,9 +164,10 @@ def _trace(config: ModelConfig, step: Step) -> Traffic:
 
 # --- from traffic to time
 
-PRODUCT_EFFICIENCY = 0.70
+PRODUCT_EFFICIENCY = 0.55
 """Share of the dense bfloat16 peak that matrix products and attention are assumed to reach. The best shapes reach 0.80
-on H100 and H200 and 0.78 on B200 (MAMF tables of github.com/stas00/ml-engineering); a model's are not the best."""
+on H100 and H200 and 0.78 on B200 (MAMF tables of github.com/stas00/ml-engineering). A model's shapes are not the best,
+and attention reaches less: an assumption until `mythos gpu-check` has measured them."""
 COMPILED_BYTES = 0.47
 """Bytes of a compiled step over those of an eager one, as `compiled_pass_traffic` counts the loops of mythos_1b, half
 of them with gradient (0.44 in mythos_small). Prelude, coda and head are assumed to gain as much."""
