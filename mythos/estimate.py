@@ -369,14 +369,21 @@ class Gpu:
     """Bytes."""
     price: float
     """US dollars for an hour."""
+    bandwidth: float
+    """Of its memory, bytes/s."""
 
 
 GPUS = {
-    name: Gpu(PEAK_BF16_FLOPS[name], memory * 2**30, price)
-    for name, memory, price in (("A100", 80, 1.5), ("H100", 80, 3.0), ("H200", 141, 4.0), ("B200", 180, 6.0))
+    name: Gpu(PEAK_BF16_FLOPS[name], memory * 2**30, price, bandwidth)
+    for name, memory, price, bandwidth in (
+        ("A100", 80, 1.5, 2.0e12),
+        ("H100", 80, 3.0, 3.35e12),
+        ("H200", 141, 4.0, 4.8e12),
+        ("B200", 180, 6.0, 8.0e12),
+    )
 }
-"""SXM modules of 80, 80, 141 and 180 GB. Prices are those of specialised clouds, on demand, in spring 2026: an order of
-magnitude, to be replaced by one's own."""
+"""SXM modules of 80, 80, 141 and 180 GB; bandwidths are those of NVIDIA's data sheets. Prices are those of specialised
+clouds, on demand, in spring 2026: an order of magnitude, to be replaced by one's own."""
 
 
 def named_gpu(name: str) -> Gpu:

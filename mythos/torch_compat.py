@@ -141,6 +141,9 @@ def prepare_compiler() -> None:
     # Under DDP torch would cut graphs where its buckets end, so that these are sent early. But a loop's gradients are
     # complete only after its first pass, and graphs that hold attention to documents cannot be cut.
     torch._dynamo.config.optimize_ddp = False
+    # Backward passes run without autocast. Traced under the forward pass's autocast, gradients that are formed in
+    # float32 (of routers, of the injection) would be rounded to bfloat16.
+    torch._functorch.config.backward_pass_autocast = "off"
 
 
 class PlannedKernel(NamedTuple):

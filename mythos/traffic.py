@@ -162,6 +162,73 @@ def _trace(config: ModelConfig, step: Step) -> Traffic:
     )
 
 
+# --- from traffic to time
+
+PRODUCT_EFFICIENCY = 0.55
+"""Share of the dense bfloat16 peak that matrix products and attention are assumed to reach. The best shapes reach 0.80
+on H100 and H200 and 0.78 on B200 (MAMF tables of github.com/stas00/ml-engineering). A model's shapes are not the best,
+and attention reaches less: an assumption until `mythos gpu-check` has measured them."""
+COMPILED_BYTES = 0.47
+"""Bytes of a compiled step over those of an eager one, as `compiled_pass_traffic` counts the loops of mythos_1b, half
+of them with gradient (0.44 in mythos_small). Prelude, coda and head are assumed to gain as much."""
+LAUNCH_SECONDS = 5e-6
+"""Time in which the host starts one eager kernel: an assumption. It counts only where the GPU waits for the host."""
+OPTIMIZER_BYTES = 32
+"""Per parameter and step: AdamW reads weight, gradient and two moments and writes three of them; clipping reads the
+gradient once more; all float32."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a GPU for a token in training, by what they are spent on; a model of the time, not a measurement."""
+
+    products: float
+    """Matrix products and attention, recomputation included."""
+    elementwise: float
+    """Memory traffic of everything else, the optimizer included."""
+    waiting: float
+    """For the host, where it starts eager kernels more slowly than the GPU runs them."""
+
+    @property
+    def total(self) -> float:
+        """All of them. Communication is left out, so this is the least that the other assumptions allow."""
+        return self.products + self.elementwise + self.waiting
+
+
+def step_time(
+    traffic: StepTraffic,
+    *,
+    executed: float,
+    loops: float,
+    backprop: float,
+    tokens: int,
+    optimizer: float,
+    peak: float,
+    bandwidth: float,
+    compiled: bool,
+) -> StepTime:
+    """Time of a token on one GPU of `peak` FLOP/s and `bandwidth` bytes/s.
+
+    `executed` are its FLOPs, `loops` and `backprop` the mean loops and loops with gradient, `tokens` those of a
+    micro-batch, and `optimizer` the bytes per token that the optimizer moves.
+    """
+    once, loop = traffic.once, traffic.loop
+    moved = once.bytes_forward + once.bytes_backward + loops * loop.bytes_forward + backprop * loop.bytes_backward
+    moved = moved * (COMPILED_BYTES if compiled else 1) + optimizer
+    products, elementwise = executed / (PRODUCT_EFFICIENCY * peak), moved / bandwidth
+    launches = sum(
+        share * (getattr(part, f"kernels_{name}") + getattr(part, f"products_{name}"))
+        for part, name, share in (
+            (once, "forward", 1.0),
+            (once, "backward", 1.0),
+            (loop, "forward", loops),
+            (loop, "backward", backprop),
+        )
+    )
+    host = 0.0 if compiled else launches * LAUNCH_SECONDS / tokens
+    return StepTime(products, elementwise, max(0.0, host - products - elementwise))
+
+
 LOOKUPS = (torch.ops.aten.index_select, torch.ops.aten.index, torch.ops.aten.gather, torch.ops.aten.embedding)
 """Operations that read at most as many elements of a table as they return."""
 WITHOUT_KERNEL = (torch.ops.prim.device, torch.ops.aten.empty_like, torch.ops.aten.new_empty, torch.ops.aten.empty)

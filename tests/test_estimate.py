@@ -279,8 +279,26 @@ def test_page_and_json_of_a_preset(tmp_path: Path, capsys: pytest.CaptureFixture
     assert executed == flops["training_needed"]
     assert run["tokens_per_second"] == pytest.approx(16 * 0.25 * GPUS["A100"].peak / executed)
     assert run["tokens"] == pytest.approx(1e9, rel=1e-4)
+    assert run["seconds_per_token"] is None and "by --mfu" in text
     assert "25% of 312 TFLOP/s" in text and "$2 an hour" in text and f"{run['tokens_per_second']:,.0f} tokens/s" in text
     assert set(figures["memory"]["activations"]) == set(CHECKPOINTING)
+
+
+def test_utilisation_comes_from_the_traffic_of_the_configuration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["mythos_nano", "model.loops=2", "data.sequence_length=64", "depth.backprop=1"]
+    small += ["--tokens", "1e9", "--json", str(tmp_path / "out.json")]
+    shares = {}
+    for compiled in ("true", "false"):
+        assert main([*small, f"train.compile={compiled}"]) == 0
+        text, run = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())["run"]
+        assert "from a model of a step's traffic" in text and "not measured" in text
+        time = run["seconds_per_token"]
+        assert run["tokens_per_second"] == pytest.approx(8 / sum(time.values()))
+        shares[compiled] = run["utilisation"]
+    assert shares["false"] < shares["true"] < 0.7
+    assert time["waiting"] > time["products"] + time["elementwise"], "64 tokens do not keep a GPU busy"
 
 
 @pytest.mark.parametrize(

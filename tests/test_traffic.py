@@ -10,7 +10,15 @@ from mythos.model.config import ModelConfig
 from mythos.model.experts import _gating, _gating_backward, _sum_of_slots
 from mythos.presets import preset_config
 from mythos.torch_compat import FakeTensorMode, PlannedKernel, planning_backend
-from mythos.traffic import TrafficCounter, compiled_pass_traffic, pass_traffic, step_traffic
+from mythos.traffic import (
+    StepTraffic,
+    Traffic,
+    TrafficCounter,
+    compiled_pass_traffic,
+    pass_traffic,
+    step_time,
+    step_traffic,
+)
 
 N, D = 6, 8
 FLOAT, HALF = 4 * N * D, 2 * N * D
@@ -179,3 +187,19 @@ def test_a_compiled_loop_moves_half_of_what_an_eager_one_does():
     assert compiled.kernels_backward < 0.5 * eager.kernels_backward
     products = (compiled.products_forward, eager.products_forward)
     assert abs(products[0] - products[1]) <= 2, "the same products"
+
+
+def test_time_of_a_token_by_hand():
+    once = Traffic(10, 5, 1000.0, 20, 10, 2000.0)
+    loop = Traffic(4, 1, 100.0, 8, 2, 300.0)
+    given = {"executed": 7e6, "loops": 6.0, "backprop": 2.0, "optimizer": 800.0, "peak": 1e12, "bandwidth": 1e9}
+    eager = step_time(StepTraffic(once, loop), tokens=10**6, compiled=False, **given)
+    assert eager.products == pytest.approx(7e6 / 0.7e12)
+    assert eager.elementwise == pytest.approx((3000 + 6 * 100 + 2 * 300 + 800) / 1e9)
+    assert eager.waiting == 0
+    compiled = step_time(StepTraffic(once, loop), tokens=10**6, compiled=True, **given)
+    assert compiled.elementwise == pytest.approx((0.5 * 4200 + 800) / 1e9)
+    # 45 launches, 6 loops of 5 forward and 2 of 10 backward take 475 us, longer than the work of a token.
+    few = step_time(StepTraffic(once, loop), tokens=1, compiled=False, **given)
+    assert few.total == pytest.approx(95 * 5e-6)
+    assert step_time(StepTraffic(once, loop), tokens=1, compiled=True, **given).waiting == 0

@@ -18,9 +18,6 @@ from mythos.presets import BPE_VOCAB_SIZE, PRESETS, preset_config
 from mythos.schema import Problems, apply_override
 
 GIB = 2**30
-UTILISATION = 0.4
-"""Share of the peak that is assumed for all FLOPs that are executed, recomputation included. Well-tuned dense models
-reach 0.4 to 0.5 on H100; small models, short sequences and many machines reach less."""
 TOKENS_PER_PARAMETER = 20
 """Of a run whose length nobody gave (arXiv 2203.15556)."""
 LONGEST = 8192
@@ -36,7 +33,12 @@ def parser(prog: str = "mythos estimate") -> argparse.ArgumentParser:
     made.add_argument("--gpus", type=int, default=8, metavar="N", help="how many (default 8)")
     made.add_argument("--machine-gpus", type=int, default=8, metavar="N", help="how many on a machine (default 8)")
     made.add_argument("--tokens", type=float, metavar="N", help="training tokens (default: the run's)")
-    made.add_argument("--mfu", type=float, default=UTILISATION, help=f"share of the peak (assumed: {UTILISATION})")
+    made.add_argument(
+        "--mfu",
+        type=float,
+        metavar="SHARE",
+        help="share of the peak (default: from a model of the traffic)",
+    )
     made.add_argument("--price", type=float, metavar="USD", help="of a GPU for an hour (default: a market figure)")
     made.add_argument("--flops", type=float, metavar="C", help="budget to split (default: that of the run)")
     made.add_argument("--json", type=Path, metavar="FILE", help="also write every figure there")
@@ -80,16 +82,18 @@ def estimate(options: argparse.Namespace) -> dict[str, Any]:
         training_run,
     )
     from mythos.model.cache import cache_bytes_per_token
+    from mythos.parallel import compiles
     from mythos.plan import activations, choose_layout, lay_out, working_memory
     from mythos.ranks import check_fit
+    from mythos.traffic import OPTIMIZER_BYTES, step_time, step_traffic
 
     gpu = named_gpu(options.gpu)
     for name in ("gpus", "machine_gpus", "tokens", "mfu", "price", "flops"):
         value = getattr(options, name)
         if value is not None and not 0 < value < float("inf") and (name != "price" or value != 0):
             raise MythosError(f"--{name.replace('_', '-')}: got {value}; give a number above 0")
-    if options.mfu > 1:
-        raise MythosError(f"--mfu: got {options.mfu}; it is a share of the peak, at most 1, e.g. {UTILISATION}")
+    if options.mfu is not None and options.mfu > 1:
+        raise MythosError(f"--mfu: got {options.mfu}; it is a share of the peak, at most 1, e.g. 0.4")
     config = read(options.config, options.overrides, options.gpus, options.tokens)
     check_fit(config, options.gpus)
     model, length, dtype = config.model, config.data.sequence_length, torch.bfloat16
@@ -109,7 +113,23 @@ def estimate(options: argparse.Namespace) -> dict[str, Any]:
         total = laid.state + working + passing.peak
         memory[mode] = {**asdict(passing), "total": total, "fits": total <= gpu.memory}
     price = gpu.price if options.price is None else options.price
-    run = training_run(tokens, executed, gpu.peak, options.gpus, options.mfu, price)
+    time, utilisation = None, options.mfu
+    if utilisation is None:
+        rows = max(1, config.train.global_batch // options.gpus)
+        rows = rows if config.train.micro_batch == "auto" else min(rows, config.train.micro_batch)
+        time = step_time(
+            step_traffic(model, length, rows, config.parallel.activation_checkpointing),
+            executed=executed,
+            loops=depths.loops,
+            backprop=depths.backprop,
+            tokens=rows * length,
+            optimizer=OPTIMIZER_BYTES * laid.parameters / 4 * options.gpus / config.tokens_per_step,
+            peak=gpu.peak,
+            bandwidth=gpu.bandwidth,
+            compiled=compiles(config, torch.device("cuda")),
+        )
+        utilisation = executed / (gpu.peak * time.total)
+    run = training_run(tokens, executed, gpu.peak, options.gpus, utilisation, price)
     loops = sorted({1, round(config.depth_mean), config.depth_maximum})
     return {
         "config": options.config,
@@ -139,7 +159,10 @@ def estimate(options: argparse.Namespace) -> dict[str, Any]:
             "gpu": options.gpu.upper(),
             "gpus": options.gpus,
             "peak_flops": gpu.peak,
-            "utilisation": options.mfu,
+            "utilisation": utilisation,
+            "model_utilisation": utilisation * needed / executed,
+            "compiled": compiles(config, torch.device("cuda")),
+            "seconds_per_token": None if time is None else asdict(time),
             "dollars_per_hour": price,
             "tokens": tokens,
             "flops": tokens * needed,
@@ -204,6 +227,18 @@ def duration(seconds: float) -> str:
     return f"{seconds / 86400:,.2f} days" if seconds >= 172_800 else f"{seconds / 3600:,.2f} hours"
 
 
+def utilisation_source(run: dict[str, Any]) -> str:
+    """Where the assumed utilisation is from."""
+    time = run["seconds_per_token"]
+    if time is None:
+        return "by --mfu"
+    total = sum(time.values())
+    parts = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in time.items() if seconds)
+    return (
+        f"from a model of a step's traffic, {'compiled' if run['compiled'] else 'eager'}, not measured ({parts}; --mfu)"
+    )
+
+
 def page(figures: dict[str, Any]) -> str:
     """The figures for people."""
     flops, memory, run, split = (figures[name] for name in ("flops_per_token", "memory", "run", "split"))
@@ -240,7 +275,8 @@ def page(figures: dict[str, Any]) -> str:
         f"  {run['tokens_per_second']:,.0f} tokens/s, {duration(run['seconds'])}, "
         f"{run['gpus'] * run['seconds'] / 3600:,.1f} GPU hours, ${run['dollars']:,.2f}",
         f"  assumed: {run['utilisation']:.0%} of {run['peak_flops'] / 1e12:,.0f} TFLOP/s, dense bfloat16, for all "
-        f"FLOPs executed (--mfu); ${run['dollars_per_hour']:g} an hour (--price)",
+        f"FLOPs executed ({run['model_utilisation']:.0%} for those needed), {utilisation_source(run)}; "
+        f"${run['dollars_per_hour']:g} an hour (--price)",
         "",
         f"a budget of {split['flops']:.2e} FLOPs is spent best at {split['loops']:.1f} mean loops and "
         f"{split['tokens']:.2e} tokens",

@@ -21,8 +21,6 @@ from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from packaging.requirements import Requirement
 from tqdm import tqdm
 
@@ -126,6 +124,9 @@ def gather(cache_dir: Path, progress: bool = True) -> list[Path]:
             f"data.kind: embedded found {len(documents)} documents in the {len(packages)} installed packages, "
             "too few to train on. Use data.kind: files."
         )
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     # In random order row groups, and with them the streams, hold alike text.
     random.Random(0).shuffle(documents)
     table = pa.table({"text": [text for text, _ in documents], "source": [source for _, source in documents]})

@@ -1,5 +1,7 @@
 """Files of documents: how each format is cut into shards, and read from any row of a shard on."""
 
+from __future__ import annotations
+
 import gzip
 import json
 import os
@@ -10,15 +12,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mythos.data.cache import digest, keep, kept
 from mythos.data.remote import is_remote, open_remote
 from mythos.errors import short_reason
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+try:
+    from pyarrow import ArrowException
+except ModuleNotFoundError:  # training on tasks, which are made on the way, and `mythos gpu-check` read no files
+
+    class ArrowException(Exception):  # type: ignore[no-redef]
+        """Of pyarrow, which is not installed."""
+
 
 EXTENSIONS = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".txt")
 
@@ -39,7 +50,7 @@ FOOTERS_KEPT = 16
 # Decoded row groups kept per process, where several streams share them.
 GROUPS_KEPT_BYTES = 32 * 2**20
 
-READ_ERRORS: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, pa.ArrowException)
+READ_ERRORS: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, ArrowException)
 
 
 class File(NamedTuple):
@@ -164,6 +175,8 @@ class Reader:
 
     @contextmanager
     def _parquet(self, file: File) -> Iterator[pq.ParquetFile]:
+        import pyarrow.parquet as pq
+
         with self.open(file) as handle:
             parquet = pq.ParquetFile(handle, metadata=self._footers.get(file))
             self._footers[file] = parquet.metadata
@@ -178,7 +191,7 @@ class Reader:
             with self._parquet(piece.file) as parquet:
                 missing = [name for name in columns if name not in parquet.schema_arrow.names]
                 if missing:
-                    raise pa.ArrowInvalid(f"it has no column {', '.join(missing)}")
+                    raise ArrowException(f"it has no column {', '.join(missing)}")
                 groups = range(parquet.num_row_groups) if piece.start is None else [piece.start]
                 first = 0
                 for group in groups:
@@ -208,6 +221,8 @@ class Reader:
                 row = max(0, row - len(batch))
             return
         # Other streams share this row group: those of this process find it decoded.
+        import pyarrow as pa
+
         key = (file, group)
         if key not in self._groups:
             self._groups[key] = parquet.read_row_group(group, columns=columns, use_threads=False)

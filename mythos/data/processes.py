@@ -7,10 +7,8 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
-
-import pyarrow as pa
 
 # Forked, a worker would hold locks of threads (of the tokenizer, of CUDA) that do not exist in it.
 START_METHOD = "spawn"
@@ -21,7 +19,10 @@ def begin_worker() -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # Work is divided among processes, which share the cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    pa.set_cpu_count(1)
+    with suppress(ModuleNotFoundError):  # which a run on tasks, that reads no files, does not need
+        import pyarrow as pa
+
+        pa.set_cpu_count(1)
     # What was imported stays: looking through it for garbage again and again takes 2% of the time.
     gc.collect()
     gc.freeze()

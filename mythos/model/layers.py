@@ -158,13 +158,17 @@ class Linear(nn.Module):
         """The weight as a pass of the loop uses it, while that runs (`Recurrence.run`)."""
         self.initializers = {"weight": init or truncated_normal(in_features)}
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features), in the autocast type."""
-        return linear(x, self.weight if self.in_pass is None else self.in_pass)
+    def forward(self, x: Tensor, in_pass: Tensor | None = None) -> Tensor:
+        """(..., in_features) -> (..., out_features), in the autocast type.
+
+        `in_pass` is the weight to use instead of the attribute of that name.
+        """
+        in_pass = self.in_pass if in_pass is None else in_pass
+        return linear(x, self.weight if in_pass is None else in_pass)
 
     def recomputable(self, x: Tensor) -> Tensor:
-        """`forward`, whose result selective checkpointing computes again, with this pass's weight."""
-        return recomputable(linear, x, self.weight if self.in_pass is None else self.in_pass)
+        """`forward`, which selective checkpointing computes again, with the weight that this pass has now."""
+        return recomputable(self, x, self.in_pass)
 
 
 class RMSNorm(nn.Module):

@@ -90,7 +90,7 @@ def test_gathered_once_and_never_half(tmp_path: Path, monkeypatch: pytest.Monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(embedded.pq, "write_table", fail)
+        patch.setattr(pq, "write_table", fail)
         with pytest.raises(KeyboardInterrupt):
             embedded.gather(tmp_path, progress=False)
     assert list(tmp_path.iterdir()) == []

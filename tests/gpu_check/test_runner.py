@@ -144,3 +144,35 @@ def test_list_needs_no_torch():
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ran.stdout == f"{catalog.table()}\nFalse\n"
+
+
+BARE = """
+from importlib.machinery import PathFinder
+
+MISSING = {"datasets", "pyarrow", "wandb", "shtab", "matplotlib", "tensorboard", "pandas"}
+find_spec = PathFinder.find_spec
+PathFinder.find_spec = staticmethod(
+    lambda name, path=None, target=None: None if name.partition(".")[0] in MISSING else find_spec(name, path, target)
+)
+"""
+"""A sitecustomize.py for a machine that has torch, transformers, accelerate, pydantic and what these need."""
+
+
+def test_few_packages_are_enough(tmp_path):
+    """A run, with its validation and its checkpoint, without those that gpu-check does not need."""
+    (tmp_path / "sitecustomize.py").write_text(BARE)
+    program = f"""
+import importlib, pathlib, pkgutil, time, torch
+import mythos.gpu_check
+from mythos.gpu_check.result import Setting
+for module in pkgutil.iter_modules(mythos.gpu_check.__path__):
+    importlib.import_module("mythos.gpu_check." + module.name)
+from mythos.gpu_check import training
+setting = Setting(torch.device("cpu"), pathlib.Path({str(tmp_path)!r}), time.time() + 600)
+print(len(training.losses(setting, "cpu", "float32")))
+"""
+    environment = runner.environment() | {"CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = f"{tmp_path}:{environment['PYTHONPATH']}"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert ran.stdout.splitlines()[-1] == "12"
