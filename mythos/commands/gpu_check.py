@@ -2,7 +2,8 @@
 
 Kernels against references, waits and recompiles, training against the CPU, memory against the plan, speed, decoding,
 several GPUs: each check as expected, measured, verdict (ok, off, failed, not run). Needs no network and no data, and
-goes on after each failure. Without a GPU the same checks run on the CPU at tiny size. Exit status 1 if a check failed.
+goes on after each failure. Without a GPU the same checks run on the CPU at tiny size. Exit status 1 if a check is off
+or failed.
 """
 
 import argparse
@@ -26,17 +27,17 @@ def parser(prog: str = "mythos gpu-check") -> argparse.ArgumentParser:
 def main(arguments: list[str], prog: str = "mythos gpu-check") -> int:
     """Run the command line; returns the exit status."""
     options = parser(prog).parse_args(arguments)
-    failed = False
+    unexpected = False
 
     def run() -> None:
-        nonlocal failed
-        failed = check(options)
+        nonlocal unexpected
+        unexpected = check(options)
 
-    return exit_status(run) or int(failed)
+    return exit_status(run) or int(unexpected)
 
 
 def check(options: argparse.Namespace) -> bool:
-    """Run or list the checks; returns whether one failed.
+    """Run or list the checks; returns whether one is off or failed.
 
     Raises MythosError for minutes that are not above 0, and for a folder that cannot be written.
     """
@@ -56,4 +57,4 @@ def check(options: argparse.Namespace) -> bool:
         raise MythosError(f"--out: {options.out} cannot be written: {error.strerror}. Give another folder.") from error
     runner.run()
     print(f"\n{report.summary()}\nreport      {options.out / 'report.md'}, {options.out / 'report.json'}")
-    return report.failed
+    return report.unexpected

@@ -44,9 +44,9 @@ class Report:
         self.write()
 
     @property
-    def failed(self) -> bool:
-        """Whether a check failed."""
-        return any(line.verdict == "failed" for line in self.lines)
+    def unexpected(self) -> bool:
+        """Whether a check failed, or was not as expected."""
+        return any(line.verdict in ("failed", "off") for line in self.lines)
 
     def summary(self) -> str:
         """How many lines have which verdict."""
