@@ -128,16 +128,20 @@ def allow_many_graphs() -> None:
     """Let a compiled function have up to 128 graphs in this process, where torch allows 8.
 
     Growing prefixes of rows, passes without gradient and validation each take some, and all blocks of prelude and coda
-    share one limit. torch has no public name for the setting. No fallback: AttributeError.
+    share one limit.
     """
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
+    config = torch.compiler.config
+    config.recompile_limit = max(config.recompile_limit, 128)
 
 
 def prepare_compiler() -> None:
-    """Set what the compiler does in a process that trains. No public names, no fallback: AttributeError."""
+    """Set what the compiler does in a process that trains.
+
+    Two of the settings have no public name. No fallback: AttributeError.
+    """
     allow_many_graphs()
     # Past the limit torch would run the function operation by operation, and say so in a log line at most.
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    torch.compiler.config.fail_on_recompile_limit_hit = True
     # Under DDP torch would cut graphs where its buckets end, so that these are sent early. But a loop's gradients are
     # complete only after its first pass, and graphs that hold attention to documents cannot be cut.
     torch._dynamo.config.optimize_ddp = False
