@@ -123,7 +123,8 @@ def _expert_traffic(config: ModelConfig, tokens: int) -> Traffic:
     loops, count, width, hidden = 8, config.n_experts, config.dim, config.expert_dim
     forward, backward = TrafficCounter(), TrafficCounter()
     with FakeTensorMode(), patch.object(kernels, "groups_on_device", lambda device: True):
-        gate_up, down = (torch.empty(count, *shape) for shape in ((width, 2 * hidden), (hidden, width)))
+        shapes = ((count, width, 2 * hidden), (count, hidden, width))
+        gate_up, down = (torch.empty(shape, requires_grad=True) for shape in shapes)
         weights = ExpertWeights(gate_up, down, torch.bfloat16)
         x = torch.empty(tokens, width, dtype=torch.bfloat16)
         gates, of_y = torch.empty(tokens, config.experts_per_token), torch.empty(tokens, width)
@@ -132,7 +133,7 @@ def _expert_traffic(config: ModelConfig, tokens: int) -> Traffic:
             with forward, forward.fused_functions():
                 _, *kept = run_in_graph(x, gates, experts, weights.gate_up, weights.down, None, weights.number)
             with backward, backward.fused_functions():
-                run_backward_in_graph(of_y, x, gates, *kept, weights.gate_up, weights.down, weights.number, True)
+                run_backward_in_graph(of_y, x, gates, *kept, weights.gate_up, weights.down, weights.number)
         with backward:
             weights.gradient.take()
     figures = [

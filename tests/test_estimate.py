@@ -139,7 +139,9 @@ def test_recomputed_flops_are_those_torch_counts(changes: dict[str, Any], monkey
     for checkpointing in CHECKPOINTING:
         model = RecurrentDepthTransformer(config).initialize(0)
         plain = counted(model, 4, 3)
-        prepare_model(Config(parallel=ParallelConfig(activation_checkpointing=checkpointing)), model)
+        prepare_model(
+            Config(parallel=ParallelConfig(activation_checkpointing=checkpointing)), model, torch.device("cpu")
+        )
         more = (counted(model, 4, 3) - plain) / LENGTH
         assert 3 * recomputed_flops(config, LENGTH, checkpointing) == pytest.approx(more, rel=0.01), checkpointing
 
@@ -173,7 +175,9 @@ def allocated(config: ModelConfig, step: Step) -> int:
     """Bytes that a real step asks of the allocator at its peak; gradients only if there were some before."""
     assert isinstance(config.vocab_size, int)
     model = RecurrentDepthTransformer(config).initialize(0)
-    prepare_model(Config(parallel=ParallelConfig(activation_checkpointing=step.checkpointing)), model)
+    prepare_model(
+        Config(parallel=ParallelConfig(activation_checkpointing=step.checkpointing)), model, torch.device("cpu")
+    )
     ids = torch.randint(config.vocab_size, (step.rows, step.length + 1))
 
     def run() -> None:

@@ -72,7 +72,7 @@ class ExpertWeights:
         down: (E, H, D), likewise.
         gradient: what the loops' backward passes add to.
         number: int64 scalar on the CPU: the key of `gradient` in `_GRADIENTS`, by which the operators of compiled
-            graphs find it. Reading it does not wait for a GPU.
+            graphs find it. Reading it does not wait for a GPU. None where the parameters get no gradient.
         link: float32 scalar, through which a backward pass finds the parameters after the last loop; None where they
             get no gradient. A pass that runs through a loop but not to the parameters (torch.autograd.grad of
             something else) leaves its part to the next one: ask for the parameters' gradient in the same pass.
@@ -81,10 +81,10 @@ class ExpertWeights:
     def __init__(self, gate_up: Tensor, down: Tensor, dtype: torch.dtype) -> None:
         self.gate_up, self.down = gate_up.detach().to(dtype), down.detach().to(dtype)
         self.gradient = WeightGradient(4 * (gate_up.numel() + down.numel()))
-        self.number = torch.tensor(self.gradient.number, device="cpu")
         # The graph may not hold this object, which holds the graph: memory would wait for the garbage collector.
         trained = torch.is_grad_enabled() and (gate_up.requires_grad or down.requires_grad)
         self.link = _Parameters.apply(gate_up, down, self.gradient) if trained else None
+        self.number = self.gradient.register() if trained else None
 
     def bytes_of_token(self, chosen: int) -> int:
         """Memory of the matrices of `chosen` experts."""
@@ -104,10 +104,14 @@ class WeightGradient:
 
     def __init__(self, room: int) -> None:
         self.room = room
-        self.number = next(_NUMBERS)
-        _GRADIENTS[self.number] = self
         self._parts: list[_Part] = []
         self._sums: list[Tensor] = []
+
+    def register(self) -> Tensor:
+        """Enter it in `_GRADIENTS`; returns its number, an int64 scalar on the CPU."""
+        number = next(_NUMBERS)
+        _GRADIENTS[number] = self
+        return torch.tensor(number, device="cpu")
 
     def add(self, part: "_Part") -> None:
         """Keep one loop's part, after adding up those kept before if there is no room beside them."""
@@ -323,7 +327,7 @@ def run_in_graph(
     gate_up: Tensor,
     down: Tensor,
     link: Tensor | None,
-    number: Tensor,
+    number: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The result of `run_experts`, then the tensors that its backward pass needs (see `_sorted_products`).
 
@@ -352,18 +356,15 @@ def run_backward_in_graph(
     projected: Tensor,
     gate_up: Tensor,
     down: Tensor,
-    number: Tensor,
-    trained: bool,
+    number: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x and gates, and zero for `link`, so that `_Parameters` waits for this call in every loop."""
     gradient = None
-    if trained:
+    if number is not None:
         # Copies of what is kept: the graph reuses the memory of its tensors, and the weights' gradient comes later.
         gradient = _GRADIENTS[int(number)]
-        of_y, kept_x, experts = of_y.to(x.dtype, copy=True), x.clone(), experts.clone()
-    else:
-        kept_x = x
-    of_x, of_gates = _backward(of_y, kept_x, gates, experts, order, place, projected, gate_up, down, gradient)
+        of_y, x, experts = of_y.to(x.dtype, copy=True), x.clone(), experts.clone()
+    of_x, of_gates = _backward(of_y, x, gates, experts, order, place, projected, gate_up, down, gradient)
     return of_x.to(x.dtype), of_gates, of_gates.new_zeros(())
 
 
@@ -378,14 +379,14 @@ def _(of_y: Tensor, x: Tensor, gates: Tensor, *others: Any) -> tuple[Tensor, Ten
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, gates, _, gate_up, down, link, number = inputs
-    ctx.trained = link is not None
+    x, gates, _, gate_up, down, _, number = inputs
     ctx.save_for_backward(x, gates, *output[1:], gate_up, down, number)
 
 
 def _operator_backward(ctx: Any, of_y: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
-    of_x, of_gates, of_link = train_experts_backward(of_y, *ctx.saved_tensors, ctx.trained)
-    return of_x, of_gates, None, None, None, of_link if ctx.trained else None, None
+    of_x, of_gates, of_link = train_experts_backward(of_y, *ctx.saved_tensors)
+    number = ctx.saved_tensors[-1]
+    return of_x, of_gates, None, None, None, None if number is None else of_link, None
 
 
 train_experts.register_autograd(_operator_backward, setup_context=_keep_for_backward)

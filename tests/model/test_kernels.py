@@ -47,8 +47,13 @@ def test_torch_is_asked_once(monkeypatch, backend, taken):
     """As training will ask it: gradients, also where they are off just now, causal, the very widths and type."""
     asked = []
 
-    def choice(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool) -> int:
-        assert is_causal and query.shape == key.shape and all(x.requires_grad for x in (query, key, value))
+    def choice(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, enable_gqa: bool) -> int:
+        assert (
+            is_causal
+            and not enable_gqa
+            and query.shape == key.shape
+            and all(x.requires_grad for x in (query, key, value))
+        )
         asked.append((query.dtype, query.shape[-1], value.shape[-1]))
         return getattr(SDPBackend, backend).value
 
