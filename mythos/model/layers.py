@@ -250,7 +250,12 @@ class SquaredReLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        return self.down(recomputable(_SquaredReLU.apply, self.up(x)))
+        return self.down(recomputable(squared_relu, self.up(x)))
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """relu(x)^2."""
+    return F.relu(x).square() if torch.compiler.is_compiling() else _SquaredReLU.apply(x)
 
 
 class _SquaredReLU(torch.autograd.Function):
@@ -274,7 +279,8 @@ def dense_ffn(name: str, dim: int, hidden: int) -> nn.Module:
 
 def gated(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of the halves of the last dimension."""
-    if torch.is_grad_enabled():
+    # The compiler decides by itself what it keeps.
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _Gated.apply(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)

@@ -3,14 +3,17 @@
 Marked are results of few operations per byte: norms, gates, rotations, copies, and what latent attention expands from
 its latents (as in arXiv 2412.19437, section 3.2.3). What they are made of stays: the residual stream, and what other
 products and attention return. torch's own selective checkpointing asks a Python function at every operation of both
-passes, which on a CPU takes as long as it saves; here Python sees the kept tensors alone.
+passes, which on a CPU takes as long as it saves; here Python sees the kept tensors alone. In compiled code the same
+results are marked by `torch.utils.checkpoint`, which costs nothing when the graph runs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from mythos.torch_compat import storage_address
 
@@ -20,9 +23,13 @@ def recomputable(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
 
     The function gives a new tensor, the same in every call: it draws nothing and changes nothing.
     """
+    if torch.compiler.is_compiling():
+        if Selective.in_graph and torch.is_grad_enabled():
+            # In a graph this is a note to the compiler, which by itself would keep the results of products.
+            return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return function(*inputs)
     output = function(*inputs)
-    # Compiled blocks are left to the compiler, which makes cheap results again by itself.
-    if not torch.compiler.is_compiling() and Selective.current is not None:
+    if Selective.current is not None:
         Selective.current.mark(output, function, inputs)
     return output
 
@@ -31,6 +38,8 @@ class Selective:
     """Context of a forward pass whose :func:`recomputable` results are not kept for the backward pass."""
 
     current: "Selective | None" = None
+    in_graph = False
+    """Whether a graph that is traced or called now computes marked results again."""
 
     def __init__(self, device: torch.device) -> None:
         kind = device.type
@@ -38,6 +47,16 @@ class Selective:
         # With the tensors, so that none dies and leaves its address to another while the context lasts.
         self.marked: dict[int, tuple[Tensor, Recipe]] = {}
         self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, unpack)
+
+    @classmethod
+    @contextmanager
+    def graph(cls, selective: bool) -> Iterator[None]:
+        """Context of a call of compiled code, which computes :func:`recomputable` results again if `selective`."""
+        cls.in_graph = selective
+        try:
+            yield
+        finally:
+            cls.in_graph = False
 
     def __enter__(self) -> None:
         Selective.current = self

@@ -330,7 +330,7 @@ class Recurrence(nn.Module):
                     after, experts = checkpoint(
                         self.run, in_pass, *inputs, use_reentrant=False, preserve_rng_state=False
                     )
-                elif self.checkpointing == "selective" and torch.is_grad_enabled():
+                elif self.checkpointing == "selective" and torch.is_grad_enabled() and not self.compiled_step:
                     with Selective(e.device):
                         after, experts = self.run(in_pass, *inputs)
                 else:
@@ -396,13 +396,13 @@ class Recurrence(nn.Module):
 
     def run(self, in_pass: Sequence[Tensor], *inputs: Any) -> tuple[Tensor, list[Tensor]]:
         """`step` with the linear maps' weights of this pass, compiled if the core is."""
-        step = self.compiled_step or self.step
-        if not in_pass:
-            return step(*inputs)
-        for linear, weight in zip(self.looped, in_pass, strict=True):
+        for linear, weight in zip(self.looped, in_pass, strict=bool(in_pass)):
             linear.in_pass = weight
         try:
-            return step(*inputs)
+            if self.compiled_step is None:
+                return self.step(*inputs)
+            with Selective.graph(self.checkpointing == "selective"):
+                return self.compiled_step(*inputs)
         finally:  # nothing else may meet them: not what is called next, and not a checkpoint's second run
             for linear in self.looped:
                 linear.in_pass = None
