@@ -194,11 +194,11 @@ def test_time_of_a_token_by_hand():
     loop = Traffic(4, 1, 100.0, 8, 2, 300.0)
     given = {"executed": 7e6, "loops": 6.0, "backprop": 2.0, "optimizer": 800.0, "peak": 1e12, "bandwidth": 1e9}
     eager = step_time(StepTraffic(once, loop), tokens=10**6, compiled=False, **given)
-    assert eager.products == pytest.approx(7e6 / 0.7e12)
+    assert eager.products == pytest.approx(7e6 / 0.55e12)
     assert eager.elementwise == pytest.approx((3000 + 6 * 100 + 2 * 300 + 800) / 1e9)
     assert eager.waiting == 0
     compiled = step_time(StepTraffic(once, loop), tokens=10**6, compiled=True, **given)
-    assert compiled.elementwise == pytest.approx((0.5 * 4200 + 800) / 1e9)
+    assert compiled.elementwise == pytest.approx((0.47 * 4200 + 800) / 1e9)
     # 45 launches, 6 loops of 5 forward and 2 of 10 backward take 475 us, longer than the work of a token.
     few = step_time(StepTraffic(once, loop), tokens=1, compiled=False, **given)
     assert few.total == pytest.approx(95 * 5e-6)

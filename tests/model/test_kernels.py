@@ -121,7 +121,7 @@ def compiled_flex(monkeypatch):
         torch, "compile", lambda function, **options: compile(function, **{"backend": counter, **options})
     )
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
-    with torch._dynamo.config.patch(recompile_limit=8):
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
         yield kernels.flex(GPU), counter
     torch.compiler.reset()
 
