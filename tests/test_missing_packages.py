@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import tiny
 
 from mythos.commands.completion import script
 from mythos.data.hub import resolve_hub
 from mythos.errors import MythosError
 from mythos.metrics import read_metrics, start_trackers
+from tests.runs import tiny
 
 ROOT = Path(__file__).parents[1]
 ABSENT = """
