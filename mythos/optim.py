@@ -26,12 +26,6 @@ def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
     return parameter.ndim > 1 and name.startswith(HIDDEN) and not name.endswith("router.weight")
 
 
-def state_bytes(model: nn.Module, config: OptimConfig) -> int:
-    """Bytes that training keeps of a model: float32 weights, gradients, and one moment for Muon or two for AdamW."""
-    muon = config.name == "muon"
-    return sum(p.numel() * (12 if muon and is_hidden_matrix(n, p) else 16) for n, p in model.named_parameters())
-
-
 def build_optimizer(
     model: nn.Module, config: OptimConfig, dtype: torch.dtype = torch.float32, ranks: int = 1
 ) -> torch.optim.AdamW | Muon:

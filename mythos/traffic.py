@@ -82,17 +82,6 @@ def step_traffic(
     return StepTraffic(_combined(lambda a, each: a - shallow * each, first, loop), loop)
 
 
-def pass_traffic(
-    config: ModelConfig,
-    length: int,
-    rows: int = 1,
-    checkpointing: str = "none",
-    dtype: torch.dtype = torch.bfloat16,
-) -> Traffic:
-    """Traffic of one loop of the core; arguments as for :func:`step_traffic`."""
-    return step_traffic(config, length, rows, checkpointing, dtype).loop
-
-
 def compiled_pass_traffic(config: ModelConfig, length: int, rows: int = 1) -> Traffic:
     """Traffic of one loop of the core under train.compile, without checkpointing and in bfloat16.
 

@@ -15,7 +15,6 @@ from mythos.traffic import (
     Traffic,
     TrafficCounter,
     compiled_pass_traffic,
-    pass_traffic,
     step_time,
     step_traffic,
 )
@@ -105,14 +104,14 @@ def test_loops_and_the_rest_add_up_to_steps_of_any_depth():
 
 
 def test_recomputation_adds_a_forward_pass_to_the_backward_pass():
-    plain, again = (pass_traffic(preset_config("mythos_nano"), 64, 2, mode) for mode in ("none", "loop"))
+    plain, again = (step_traffic(preset_config("mythos_nano"), 64, 2, mode).loop for mode in ("none", "loop"))
     assert again.bytes_forward == plain.bytes_forward
     # Recomputation ends with the last tensor that the backward pass needs.
     assert 0.8 * plain.bytes_forward < again.bytes_backward - plain.bytes_backward <= plain.bytes_forward
 
 
 def test_weight_gradients_are_summed_once_a_micro_batch_so_large_ones_move_less_per_token():
-    few, many = (pass_traffic(preset_config("mythos_small"), 256, rows) for rows in (1, 16))
+    few, many = (step_traffic(preset_config("mythos_small"), 256, rows).loop for rows in (1, 16))
     assert many.bytes_forward == pytest.approx(few.bytes_forward, rel=0.01)
     assert many.bytes_backward < few.bytes_backward
 
@@ -180,7 +179,7 @@ def test_fused_functions_are_one_kernel(function):
 
 def test_a_compiled_loop_moves_half_of_what_an_eager_one_does():
     config = preset_config("mythos_small").model_copy(update={"core_layers": 1})
-    eager, compiled = pass_traffic(config, 512, 8), compiled_pass_traffic(config, 512, 8)
+    eager, compiled = step_traffic(config, 512, 8).loop, compiled_pass_traffic(config, 512, 8)
     assert compiled.bytes_forward < 0.5 * eager.bytes_forward
     assert compiled.bytes_backward < 0.5 * eager.bytes_backward
     assert compiled.kernels_forward < 0.5 * eager.kernels_forward

@@ -221,7 +221,7 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         gradient, values, scales = gradient.float(), x.float(), scale.flatten()
         products = (gradient * values).flatten(0, -2)
-        with without_autocast(gradient):  # which a compiled backward pass takes over from the forward pass
+        with without_autocast(gradient):  # in which a caller may run the backward pass
             of_weight = scales @ products
             along = (products @ weight).mul_(scales**3).div_(-x.shape[-1]).view_as(scale)
         return (gradient * weight).mul_(scale).addcmul_(values, along).to(x.dtype), of_weight, None, None
