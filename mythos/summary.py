@@ -1,4 +1,4 @@
-"""What a run says at its end."""
+"""What a run says of a validation, and at its end."""
 
 import math
 from typing import Any
@@ -33,3 +33,16 @@ def summary(config: Config, metrics: dict[str, Any], mean_loops: int, tokens: in
         halted = f"{metrics['val/auto_loops']:.2f} loops where {config.model.halting} halts"
         lines.append(f"  {halted}: {metrics['val/auto_saved']:.0%} saved{beside}")
     return "\n".join(lines)
+
+
+def validation_line(config: Config, metrics: dict[str, Any], mean_loops: int) -> str:
+    """A validation in one line: the loss at each depth, and how many loops halting runs; `metrics` as for `summary`."""
+    losses = ", ".join(f"{loss:.3f} at {loops}" for loops, loss in losses_by_depth(metrics).items())
+    parts = [f"step {metrics['step']}/{config.train_steps}", f"validation loss {losses} loops"]
+    if "val/accuracy" in metrics:
+        parts.append(f"all answers right in {metrics['val/accuracy']:.1%}")
+    else:
+        parts.append(f"{metrics['val/bits_per_byte']:.3f} bits per byte at {mean_loops}")
+    if "val/auto_loss" in metrics:
+        parts.append(f"{config.model.halting}: {metrics['val/auto_loss']:.3f} at {metrics['val/auto_loops']:.1f} loops")
+    return " | ".join(parts)

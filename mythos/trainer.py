@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import torch
 from accelerate.utils import set_seed
 from torch import Tensor
-from tqdm import tqdm
 
 from mythos import checkpoint
 from mythos.checkpoint import Checkpoints
@@ -58,9 +58,10 @@ from mythos.preflight import (
 )
 from mythos.presets import model_name
 from mythos.profiling import OwnTime, Profiler, Stopwatch
+from mythos.progress import Console
 from mythos.ranks import join_world
 from mythos.rng import random_state, set_random_state
-from mythos.summary import summary
+from mythos.summary import summary, validation_line
 from mythos.versions import installed_versions
 
 logger = logging.getLogger(__name__)
@@ -87,6 +88,7 @@ class Trainer:
         self.stop = StopRequests(parse_duration(config.train.max_time) if config.train.max_time else None)
         self.world = world = join_world(config)
         self.device = world.device
+        self.console = Console(shown=self.main)
         self.run_dir = config.run_dir
         check_trackers(config.log.trackers)
         tasks = world.ranks.agreed(lambda: read_tasks(config.eval.tasks, what="eval.tasks"))
@@ -223,10 +225,10 @@ class Trainer:
         """The loop of :meth:`run`."""
         config, steps = self.config, self.config.train_steps
         metrics: dict[str, Any] = {}
-        bar = tqdm(
-            total=steps, initial=self.step, unit="step", desc="training", dynamic_ncols=True, disable=not self.main
-        )
-        with bar, Profiler(self.run_dir, config.train.profile, self.world.rank) as profiler:
+        with (
+            self.console.training(self.step, steps),
+            Profiler(self.run_dir, config.train.profile, self.world.rank) as profiler,
+        ):
             batch, problem = self.read_ahead() if self.step < steps else (None, None)
             self.agree_on_data(problem)
             if self.start is not None:  # what it starts from, as the same validation measures it
@@ -238,7 +240,7 @@ class Trainer:
                 self.step += 1
                 self.tokens += config.tokens_per_step
                 self.position = self.loader.state_dict()
-                bar.update()
+                self.console.step_done()
                 last = self.step == steps
                 # The device still computes: what comes next is read, and agreed on, meanwhile.
                 batch, problem = (None, None) if last else self.read_ahead()
@@ -257,12 +259,12 @@ class Trainer:
                 if logged:
                     metrics = self.measure(result)
                     metrics |= self.throughput(result.plan, watch.lap() / (self.step - steps_before))
+                    self.console.report(metrics, always=validating or steps_before == self.console.first)
                     steps_before = self.step
-                    loss = "skipped" if metrics["loss"] is None else f"{metrics['loss']:.3f}"
-                    bar.set_postfix(loss=loss, tok_s=f"{metrics['tokens_per_second']:,.0f}")
                     with watch.pause():
                         if validating:
                             metrics |= loop_loads(result.expert_load) | self.validate()
+                            self.console.write(validation_line(config, metrics, self.mean_loops))
                         self.log.write(metrics)
                         if validating and self.main:
                             self.plots = draw_plots(self.run_dir, config.depth_mean)
@@ -275,7 +277,9 @@ class Trainer:
                     return
         if not metrics:
             if self.main:
-                print(f"nothing to train: the run is at step {self.step}; raise train.steps, or change run.name")
+                self.console.write(
+                    f"nothing to train: the run is at step {self.step}; raise train.steps, or change run.name"
+                )
                 self.plots = draw_plots(self.run_dir, config.depth_mean)
             metrics = self.validate()
         self.sum_up(metrics)
@@ -319,9 +323,8 @@ class Trainer:
         self.agree_on_data(problem, f"\n{saved}")
         reasons = self.world.ranks.gather(self.stop.reason)
         rank = next(rank for rank, reason in enumerate(reasons) if reason)
-        if self.main:
-            where = f" (rank {rank})" if self.world.size > 1 else ""
-            tqdm.write(f"{reasons[rank]}{where}. {saved}\nThe same command continues.")
+        where = f" (rank {rank})" if self.world.size > 1 else ""
+        self.console.write(f"{reasons[rank]}{where}. {saved}\nThe same command continues.")
 
     def train_step(self, batch: Batch) -> StepResult:
         """One optimizer step over the global batch; nothing in it reads from the device."""
@@ -585,19 +588,19 @@ class Trainer:
             lines["schedule"] = f"over {config.schedule_steps:,} steps"
         if restarts := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
             lines["restart"] = f"{restarts}, because a process was lost"
-        print("\n".join(f"{name:9} {line}" for name, line in lines.items()))
+        self.console.write("\n".join(f"{name:9} {line}" for name, line in lines.items()))
         for number, line in enumerate(self.start.told if self.start else []):
-            print(f"{'' if number else 'start':9} {line}")
+            self.console.write(f"{'' if number else 'start':9} {line}")
 
     def sum_up(self, metrics: dict[str, Any]) -> None:
         """Print the depth table, a sample, and where everything is."""
         if not self.main:
             return
-        print(summary(self.config, metrics, self.mean_loops, self.tokens))
+        self.console.write(summary(self.config, metrics, self.mean_loops, self.tokens))
         if self.samples:
-            print(f"\nSample\n\n  {self.samples[0]!r}")
+            self.console.write(f"\nSample\n\n{indent(self.samples[0], '  ')}")
         plots = "\n            ".join(map(str, self.plots))
-        print(f"\nplots       {plots}\nmetrics     {self.log.path}\ncheckpoint  {self.checkpoints.newest}")
+        self.console.write(f"\nplots       {plots}\nmetrics     {self.log.path}\ncheckpoint  {self.checkpoints.newest}")
 
 
 def add(totals: dict[str, Tensor], key: str, value: Tensor) -> None:
