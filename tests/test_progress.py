@@ -99,7 +99,7 @@ def test_skipped_update_and_mfu() -> None:
 
 @pytest.mark.parametrize(
     ("number", "text"),
-    [(0, "0"), (999.4, "999"), (999.6, "1k"), (12_345, "12.3k"), (2.17e6, "2.17M"), (4e12, "4e+03G")],
+    [(0, "0"), (999.4, "999"), (999.6, "1k"), (12_345, "12.3k"), (2.17e6, "2.17M"), (4e9, "4G")],
 )
 def test_scaled(number: float, text: str) -> None:
     assert scaled(number) == text

@@ -11,7 +11,7 @@ from mythos.command_line import check_least
 from mythos.config import load_config
 from mythos.trainer import Trainer
 
-WARM_UP = 20
+WARM_UP = 50
 """Validations until caches are filled and blocks of memory have found their places."""
 
 
@@ -38,6 +38,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     check_least(options, count=1)
     with tempfile.TemporaryDirectory() as directory:
         each = [f"train.steps={WARM_UP + options.count}", "eval.every=1", "checkpoint.every=0", "data.workers=0"]
+        each += ["depth.sampling=fixed", "depth.curriculum=null"]  # deeper steps would need more memory
         config = load_config(options.config, [*options.overrides, *each, f"run.dir={Path(directory) / 'run'}"])
         MeasuredTrainer(config).run()
     resident = MeasuredTrainer.resident
