@@ -14,6 +14,18 @@ DEVICES = ("auto", "cpu", "cuda")
 """What --device allows; `mythos.ranks.choose_device` turns it into a device."""
 
 
+def share_cores() -> None:
+    """Let threads that wait for others sleep after some microseconds, unless the environment says how they wait.
+
+    OpenMP's threads spin for milliseconds by default. Beside another busy process the thread that all wait for then gets
+    no core: training with two threads on two busy cores was 20 times slower (docs/performance.md). OpenMP reads these
+    variables when torch is imported.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ["GOMP_SPINCOUNT"] = "1000"  # GNU's runtime alone; it counts for more than the policy
+
+
 def accept_any_character() -> None:
     """Let standard output take text in any script: what its encoding does not have (LANG=C) is escaped.
 
@@ -30,6 +42,7 @@ def exit_status(action: Callable[[], None]) -> int:
     0 = done, also where what read the output has read enough; 1 = MythosError; 130 = interrupted.
     """
     accept_any_character()
+    share_cores()
     try:
         action()
         sys.stdout.flush()

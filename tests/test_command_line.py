@@ -1,5 +1,6 @@
 """What the scripts' command lines have in common."""
 
+import os
 import subprocess
 import sys
 from argparse import Namespace
@@ -72,3 +73,28 @@ def test_what_cannot_be_written_is_told(tmp_path: Path) -> None:
         writing(Path("there")),
     ):
         raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("entry", ["mythos.commands.train", "mythos.commands.generate"])
+@pytest.mark.parametrize("chosen", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7"}, {"KMP_BLOCKTIME": "0"}])
+def test_waiting_threads_sleep_unless_the_user_chose(entry: str, chosen: dict[str, str]) -> None:
+    """Commands set it before they import torch, whose OpenMP reads it then."""
+    program = f"""
+import builtins, os, sys
+before, shown = builtins.__import__, {{}}
+def look(name, *rest):
+    if name == "torch" and not shown:
+        shown.update({{k: v for k, v in os.environ.items() if k.startswith(("OMP_WAIT", "GOMP_", "KMP_"))}})
+        print(sorted(shown.items()))
+        os._exit(0)
+    return before(name, *rest)
+builtins.__import__ = look
+from {entry} import main
+sys.exit(main(["{Path(__file__).parents[1] / "configs/debug.yaml"}"]))
+"""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_WAIT", "GOMP_", "KMP_"))}
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=clean | chosen, check=False
+    )
+    expected = chosen or {"GOMP_SPINCOUNT": "1000", "OMP_WAIT_POLICY": "PASSIVE"}
+    assert ended.stdout.splitlines()[-1:] == [str(sorted(expected.items()))], ended.stderr

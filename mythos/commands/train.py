@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 
-from mythos.command_line import accept_any_character
+from mythos.command_line import accept_any_character, share_cores
 from mythos.config import describe, load_config
 from mythos.errors import MythosError, TransientError
 
@@ -46,6 +46,7 @@ def main(arguments: list[str], prog: str = "mythos train") -> int:
     """Run the command line; returns the exit status."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
     accept_any_character()
+    share_cores()
     if ended := os.environ.get("MYTHOS_ENDED"):  # launch.sh's: see mythos/faults.py
         if os.path.exists(ended):
             return 0 if os.environ.get("GROUP_WORLD_SIZE") == "1" else 1
