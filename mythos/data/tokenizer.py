@@ -45,15 +45,18 @@ class Tokenizer:
 
     Attributes:
         eos_id: the end-of-document token: ``<|endoftext|>`` if the tokenizer has it, else its eos token. Text that
-            spells this token is encoded as ordinary text, so the id stands between documents only.
+            spells this token, or another added token, is encoded as ordinary text, whether the tokenizer marks it as
+            special or not: the ids of control tokens stand only where this project puts them. Added tokens that are
+            white space (runs of spaces, say) are ordinary text themselves and are encoded as the tokenizer does it.
         size: highest id + 1.
-        backend: the tokenizer of the library ``tokenizers``.
+        backend: the tokenizer of the library ``tokenizers``, as it encodes data.
         padded_size: ``size`` rounded up to a multiple of 128.
         fingerprint: identifies vocabulary, end-of-document token and segmentation.
         request: the configuration the tokenizer came from.
 
     Raises:
-        MythosError: no fast implementation, or no end-of-document token.
+        MythosError: no fast implementation, no end-of-document token, or a vocabulary by which text that spells an
+            added token becomes that token all the same.
     """
 
     def __init__(self, fast: "PreTrainedTokenizerFast", request: dict[str, Any]) -> None:
@@ -62,7 +65,7 @@ class Tokenizer:
             raise MythosError(f"tokenizer.name: {name} has no fast implementation. Take one that has a tokenizer.json.")
         self.request = request
         self._fast = fast
-        self.backend: Backend = fast.backend_tokenizer
+        self.backend: Backend = _with_added_tokens_special(fast.backend_tokenizer)
         self.backend.no_truncation()
         self.backend.no_padding()
         self.backend.encode_special_tokens = True
@@ -74,6 +77,7 @@ class Tokenizer:
                 "Take a tokenizer that has one, or tokenizer.name: bpe."
             )
         self.eos_id: int = eos_id
+        self._refuse_control_tokens_in_text(name)
         self.size: int = max(vocabulary.values()) + 1
         self.padded_size: int = padded_vocab_size(self.size)
         identity = [sorted(vocabulary.items(), key=lambda item: item[1]), eos_id, self.encode_batch([PROBE])]
@@ -86,6 +90,26 @@ class Tokenizer:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ = state
         self.backend.encode_special_tokens = True
+
+    def _refuse_control_tokens_in_text(self, name: str) -> None:
+        """Try what no setting of the library rules out: the vocabulary of the model itself holds such a token."""
+        model = json.loads(self.backend.to_str())["model"]
+        unknown = model.get("unk_token") or model.get("unk_id")  # what any unknown text becomes
+        control = {
+            token.content: number
+            for number, token in self.backend.get_added_tokens_decoder().items()
+            if not _is_ordinary(token.content) and unknown not in (token.content, number)
+        }
+        control[self.backend.id_to_token(self.eos_id)] = self.eos_id
+        for form in ("{}", " {} ", "a{}a", "{0}{0}"):
+            encoded = self.encode_batch([form.format(token) for token in control])
+            for (token, number), ids in zip(control.items(), encoded, strict=True):
+                if number in ids:
+                    raise MythosError(
+                        f"tokenizer.name: {name} has {token!r} in the vocabulary of its model, so text that spells it "
+                        f"would become the token {number}. Take a tokenizer that has its special tokens as added "
+                        "tokens only (as byte-level BPE does), or tokenizer.name: bpe."
+                    )
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of every text, no special tokens added."""
@@ -151,7 +175,7 @@ class Tokenizer:
         from transformers import AutoTokenizer
 
         saved = Path(name) / REQUEST_FILE
-        request = json.loads(saved.read_text()) if saved.is_file() else {"name": str(name)}
+        request = _read_request(saved) if saved.is_file() else {"name": str(name)}
         try:
             # Not given, the answer would be asked for on the terminal.
             fast = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
@@ -281,6 +305,37 @@ def train_bpe(documents: Iterator[str], vocab_size: int, *, progress: bool = Tru
 def _same(tokenizer: Tokenizer, name: str) -> bool:
     """Whether a name means what a run has already: the copy beside its pre-tokenized text, say."""
     return Tokenizer.load(name).fingerprint == tokenizer.fingerprint
+
+
+def _with_added_tokens_special(backend: Backend) -> Backend:
+    """The same tokenizer, or a copy in which every added token but white space is marked as special.
+
+    ``encode_special_tokens`` makes text of special tokens only. A copy, because the marks are saved with a tokenizer.
+    """
+    plain = [token.content for token in backend.get_added_tokens_decoder().values() if not token.special]
+    if all(map(_is_ordinary, plain)):
+        return backend
+    description = json.loads(backend.to_str())
+    for token in description["added_tokens"]:
+        token["special"] = token["special"] or not _is_ordinary(token["content"])
+    return Backend.from_str(json.dumps(description))
+
+
+def _is_ordinary(token: str) -> bool:
+    return not token.strip()
+
+
+def _read_request(path: Path) -> dict[str, Any]:
+    try:
+        request = json.loads(path.read_bytes())
+        if not isinstance(request, dict) or not isinstance(request.get("name"), str):
+            raise ValueError("it names no tokenizer")
+    except (OSError, ValueError, RecursionError) as error:
+        raise MythosError(
+            f"tokenizer: {path} cannot be read: {short_reason(error)}. Restore it, or delete it if the folder's other "
+            "files are a tokenizer that others made."
+        ) from error
+    return request
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
