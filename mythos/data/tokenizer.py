@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,8 +56,7 @@ class Tokenizer:
         request: the configuration the tokenizer came from.
 
     Raises:
-        MythosError: no fast implementation, no end-of-document token, or a vocabulary by which text that spells an
-            added token becomes that token all the same.
+        MythosError: no fast implementation, no end-of-document token, or one that is a character of ordinary text.
     """
 
     def __init__(self, fast: "PreTrainedTokenizerFast", request: dict[str, Any]) -> None:
@@ -77,7 +77,7 @@ class Tokenizer:
                 "Take a tokenizer that has one, or tokenizer.name: bpe."
             )
         self.eos_id: int = eos_id
-        self._refuse_control_tokens_in_text(name)
+        self._spelled = self._spelled_out(name)
         self.size: int = max(vocabulary.values()) + 1
         self.padded_size: int = padded_vocab_size(self.size)
         identity = [sorted(vocabulary.items(), key=lambda item: item[1]), eos_id, self.encode_batch([PROBE])]
@@ -91,29 +91,46 @@ class Tokenizer:
         self.__dict__ = state
         self.backend.encode_special_tokens = True
 
-    def _refuse_control_tokens_in_text(self, name: str) -> None:
-        """Try what no setting of the library rules out: the vocabulary of the model itself holds such a token."""
+    def _spelled_out(self, name: str) -> dict[int, list[int]]:
+        """Control tokens that the vocabulary of the model holds as well, each with the ids of its single characters.
+
+        No setting of the library keeps a Unigram or word-level model from finding such a token in text. Raises
+        MythosError where a single character is such a token.
+        """
+        # What becomes of any unknown text is no control token, although it may be marked as one.
         model = json.loads(self.backend.to_str())["model"]
-        unknown = model.get("unk_token") or model.get("unk_id")  # what any unknown text becomes
+        unknown = (model.get("unk_token"), model.get("unk_id"))
         control = {
-            token.content: number
+            number: token.content
             for number, token in self.backend.get_added_tokens_decoder().items()
-            if not _is_ordinary(token.content) and unknown not in (token.content, number)
+            if not _is_ordinary(token.content) and token.content not in unknown and number not in unknown
         }
-        control[self.backend.id_to_token(self.eos_id)] = self.eos_id
-        for form in ("{}", " {} ", "a{}a", "{0}{0}"):
-            encoded = self.encode_batch([form.format(token) for token in control])
-            for (token, number), ids in zip(control.items(), encoded, strict=True):
-                if number in ids:
+        control[self.eos_id] = self.backend.id_to_token(self.eos_id)
+        in_text = [
+            number
+            for form in ("{}", " {} ", "a{}a", "{0}{0}")
+            for number, ids in zip(control, self._encode([form.format(text) for text in control.values()]), strict=True)
+            if number in ids
+        ]
+        spelled = {number: list(chain.from_iterable(self._encode(list(control[number])))) for number in in_text}
+        for ids in spelled.values():
+            for number in ids:
+                if number in spelled:
                     raise MythosError(
-                        f"tokenizer.name: {name} has {token!r} in the vocabulary of its model, so text that spells it "
-                        f"would become the token {number}. Take a tokenizer that has its special tokens as added "
-                        "tokens only (as byte-level BPE does), or tokenizer.name: bpe."
+                        f"tokenizer.name: {name} has {control[number]!r} both as a control token and as a character of "
+                        "text, which could not be told apart. Take another tokenizer, or tokenizer.name: bpe."
                     )
+        return spelled
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of every text, no special tokens added."""
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        encoded = self._encode(list(texts))
+        if not self._spelled:
+            return encoded
+        return [[part for number in ids for part in self._spelled.get(number, [number])] for ids in encoded]
 
     def encode_with_bytes(self, text: str) -> tuple[list[int], list[int]]:
         """Token ids, and for each the UTF-8 bytes of ``text`` it accounts for; the bytes add up to the whole text.
@@ -130,9 +147,20 @@ class Tokenizer:
                 total += len(text[done:end].encode())
                 done = end
             ends.append(total)
+        total = len(text.encode())
         if ends:
-            ends[-1] = len(text.encode())
-        return encoding.ids, [end - start for start, end in zip([0, *ends], ends, strict=False)]
+            ends[-1] = total
+        ids: list[int] = []
+        sizes: list[int] = []
+        counted = 0
+        for number, end in zip(encoding.ids, ends, strict=True):
+            if parts := self._spelled.get(number, [number]):
+                ids += parts
+                sizes += [end - counted, *[0] * (len(parts) - 1)]
+                counted = end
+        if sizes:
+            sizes[-1] += total - counted
+        return ids, sizes
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, special tokens included."""

@@ -196,7 +196,7 @@ def with_added_tokens(tokenizer: Tokenizer, folder: Path, special: bool, lowerca
     return Tokenizer.load(folder)
 
 
-@pytest.mark.parametrize(("special", "lowercase"), product([True, False], repeat=2))
+@pytest.mark.parametrize(("special", "lowercase"), [*product([True, False], repeat=2)])
 def test_text_that_spells_an_added_token_is_text(
     special: bool, lowercase: bool, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
@@ -234,19 +234,30 @@ def test_documents_hold_the_end_of_document_token_at_their_end_only(tokenizer: T
 
 
 @pytest.mark.parametrize("special", [True, False])
-def test_a_model_that_has_the_token_in_its_own_vocabulary_is_refused(special: bool, tmp_path: Path) -> None:
-    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((letter, -2.0) for letter in "a</s>")]
-    for name, backend in (
-        ("unigram", Backend(models.Unigram(pieces, unk_id=0))),
-        ("words", Backend(models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2}, unk_token="<unk>"))),
-    ):
-        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        backend.add_tokens([AddedToken("</s>", special=special), AddedToken("<unk>", special=special)])
-        PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(tmp_path / name)
-        with pytest.raises(
-            MythosError, match=r"tokenizer\.name: .* has '</s>' in the vocabulary of its model.*or.*bpe"
-        ):
-            Tokenizer.load(tmp_path / name)
+@pytest.mark.parametrize("kind", ["unigram", "words"])
+def test_a_model_that_has_the_token_in_its_own_vocabulary(kind: str, special: bool, tmp_path: Path) -> None:
+    """There the library finds it whatever it is told; its characters stand for it."""
+    letters = ["a", "b", "<", "/", "s", ">"]
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((letter, -2.0) for letter in letters)]
+    words = {name: index for index, (name, _) in enumerate(pieces)}
+    model = models.Unigram(pieces, unk_id=0) if kind == "unigram" else models.WordLevel(words, unk_token="<unk>")
+    backend = Backend(model)
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_tokens([AddedToken("</s>", special=special), AddedToken("<unk>", special=special)])
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(tmp_path / "x")
+    tokenizer = Tokenizer.load(tmp_path / "x")
+    spelled = [words[letter] for letter in "</s>"]
+    for copy in (tokenizer, pickle.loads(pickle.dumps(tokenizer))):
+        assert copy.encode_batch(["a </s> b", "a b"]) == [[words["a"], *spelled, words["b"]], [words["a"], words["b"]]]
+        assert copy.encode_with_bytes("a </s> b") == ([words["a"], *spelled, words["b"]], [1, 5, 0, 0, 0, 2])
+    dropping = Backend(models.BPE({"</s>": 0, "a": 1}, [], ignore_merges=True))
+    dropping.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    dropped = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=dropping, eos_token="</s>"), {"name": "x"})
+    assert dropped.encode_with_bytes("a </s> a </s>") == ([1, 1], [1, 12]), "no character is in its vocabulary"
+    backend = Backend(models.WordLevel({"<unk>": 0, ".": 1, "a": 2}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(MythosError, match=r"has '\.' both as a control token and as a character of text"):
+        Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="."), {"name": "x"})
 
 
 @pytest.mark.parametrize(
