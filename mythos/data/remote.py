@@ -21,9 +21,10 @@ from functools import cache
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from huggingface_hub import constants, hf_hub_url, parse_hf_uri
+import huggingface_hub
+from huggingface_hub import constants, get_token, hf_hub_url, parse_hf_uri
 from huggingface_hub.errors import HfUriError
-from huggingface_hub.utils import build_hf_headers, httpx, parse_ratelimit_headers
+from huggingface_hub.utils import httpx, parse_ratelimit_headers
 
 from mythos.errors import MythosError, short_reason, without_credentials
 
@@ -36,7 +37,8 @@ LONGEST_DELAY = 30.0  # seconds
 WARN_EVERY = 30.0  # seconds
 BUFFER_BYTES = 2**20
 LEAST_RATE = 2**15  # bytes a second; a server that stays below it is as good as gone, and another attempt may do better
-LISTING_BYTES = 2**26  # a page of a listing holds 1,000 files, in less than a megabyte
+PAGE_BYTES = 2**17  # about what a page of a listing has, 1,000 files
+MOST_PAGE_BYTES = 2**26  # and what it never has
 MOST_REDIRECTS = 5  # the hub needs two: a renamed repository, then the store of its large files
 LONGEST_ASKED_WAIT = 10.0**6  # seconds; what is asked for beyond is no number to calculate with
 
@@ -180,16 +182,16 @@ def hub_json(route: str, patience: float) -> tuple[Any, str]:
     def ask() -> tuple[Any, str]:
         def read(response: httpx.Response) -> tuple[Any, str]:
             response.raise_for_status()
-            data = _body(response, response.iter_bytes(), LISTING_BYTES, patience)
-            if len(data) > LISTING_BYTES:
-                raise MythosError(f"{url}: the answer has more than {LISTING_BYTES} bytes; this is no hub")
+            data = _body(response, response.iter_bytes(), MOST_PAGE_BYTES, patience)
+            if len(data) > MOST_PAGE_BYTES:
+                raise MythosError(f"{url}: the answer has more than {MOST_PAGE_BYTES} bytes; this is no hub")
             following = response.links.get("next", {}).get("url", "")
             try:
                 return json.loads(data), str(response.url.join(following)) if following else ""
             except (ValueError, RecursionError) as error:  # half an answer, or the page of a proxy
                 raise OSError(f"the answer is not JSON: {short_reason(error)}") from error
 
-        return _get(url, _headers(is_hub), BUFFER_BYTES, patience, read)
+        return _get(url, _headers(is_hub), PAGE_BYTES, patience, read)
 
     return persist(ask, url, patience)
 
@@ -320,7 +322,6 @@ def _get(url: str, headers: dict[str, str], length: int, patience: float, read: 
     The library's timeouts start again with each byte that arrives, in the headers as in the body. So the exchange runs
     in a thread, which is waited for only so long; closing its connection ends it. Raises TimeoutError.
     """
-
     session = _session(os.getpid())
 
     def exchange() -> T:
@@ -480,8 +481,13 @@ def _headers(is_hub: bool = False) -> dict[str, str]:
         raise MythosError(
             "HF_HUB_OFFLINE is set, so the hub is not asked. Unset it, or use local files (data.kind: files)."
         )
-    # A compressed body would not have the length of the range.
-    return (build_hf_headers() if is_hub else {}) | {"Accept-Encoding": "identity"}
+    headers = {"Accept-Encoding": "identity"}  # a compressed body would not have the length of the range
+    if is_hub:
+        # Not the library's build_hf_headers, which asks the hub for a list of agents and may wait for it for ever.
+        headers["User-Agent"] = f"mythos; hf_hub/{huggingface_hub.__version__}"
+        if not constants.HF_HUB_DISABLE_IMPLICIT_TOKEN and (token := get_token()):
+            headers["Authorization"] = f"Bearer {token}"
+    return headers
 
 
 def _chain(error: BaseException) -> list[BaseException]:
