@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -131,15 +132,20 @@ class ChoiceScores(NamedTuple):
 
 
 def choice_scores(task: ChoiceTask, scores: Sequence[Score]) -> ChoiceScores:
-    """Accuracies from the scores of all choices. Of equal likelihoods the first counts, as in the harness."""
+    """Accuracies from the scores of all choices. Of equal likelihoods the first counts, as in the harness.
+
+    NaN where a likelihood is NaN, of which none is the largest.
+    """
     ends = list(accumulate(len(question.choices) for question in task.questions))
-    right = normalised = 0
+    right = normalised = 0.0
     for question, end in zip(task.questions, ends, strict=True):
         found = [score.log_likelihood for score in scores[end - len(question.choices) : end]]
         by_length = [likelihood / len(choice) for likelihood, choice in zip(found, question.choices, strict=True)]
         right += found.index(max(found)) == question.gold
         normalised += by_length.index(max(by_length)) == question.gold
     count = len(task.questions)
+    if any(math.isnan(score.log_likelihood) for score in scores):
+        right = normalised = math.nan
     return ChoiceScores(right / count, normalised / count, sum(score.loops for score in scores) / len(scores))
 
 
