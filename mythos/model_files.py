@@ -118,7 +118,7 @@ def stored_model(path: str | Path) -> Iterator[StoredModel]:
                 yield stored
             return
         if is_run:
-            run = load_config(folder / RUN_FILE)
+            run = load_config(folder / RUN_FILE, to_train=False)
             place = run.checkpoint.dir or folder / "checkpoints"
             with _told(place):
                 found = complete_checkpoints(place)
@@ -173,7 +173,7 @@ def _stored_checkpoint(path: Path | str, run_dir: Path | None) -> Iterator[Store
     meta = read_meta(path)
     if not isinstance(meta.get("config"), dict) or not isinstance(meta.get("step"), int):
         raise MythosError(f"checkpoint {path} is damaged: its meta.json lacks the configuration or the step")
-    run = config_from_dict(meta["config"])
+    run = config_from_dict(meta["config"], to_train=False)
     # A checkpoint holds no tokenizer: it lies beside the checkpoints, or with the run that wrote them elsewhere.
     places = [run_dir or run.run_dir]
     if isinstance(storage, LocalStorage):

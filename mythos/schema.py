@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -188,15 +189,19 @@ def allowed(schema: dict[str, Any], value: Any = None) -> str:
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     if schema.get("maximum", 0) >= 1000 and not _above(value, schema["maximum"]):
         del signs["maximum"]
-    bounds = " ".join(f"{sign} {schema[key]}" for key, sign in signs.items() if key in schema)
+    bounds = " ".join(
+        f"{sign} {schema[key] if abs(schema[key]) < 10**9 else format(schema[key], 'g')}"
+        for key, sign in signs.items()
+        if key in schema
+    )
     return f"{words} {bounds}".strip()
 
 
 def _above(value: Any, bound: float) -> bool:
     """Whether a value, or the text of one (1e30), is a number above a bound."""
     if isinstance(value, str) and _EXPONENT.fullmatch(value):
-        value = float(value)
-    return isinstance(value, int | float) and value > bound
+        return float(value) > bound
+    return isinstance(value, int | float) and bound < value < math.inf
 
 
 def shown(value: Any) -> str:

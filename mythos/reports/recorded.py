@@ -170,7 +170,7 @@ def open_run(path: str | Path) -> RecordedRun:
             )
     if not records:
         raise MythosError(f"{file} has no records yet; the run writes one every log.every steps")
-    return RecordedRun(directory, load_config(directory / RUN_FILE), records)
+    return RecordedRun(directory, load_config(directory / RUN_FILE, to_train=False), records)
 
 
 def _is_number(value: Any) -> bool:
