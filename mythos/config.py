@@ -158,7 +158,7 @@ class TrainConfig(Section):
     compile: bool | Literal["auto"] = "auto"
     """Compile the model with torch.compile: a pass of the loop as one graph, and the blocks of prelude and coda. auto =
     on GPUs, where it takes a minute or two at the start; on a CPU it brings little."""
-    max_time: Annotated[str, Field(pattern=DURATION)] | None = None
+    max_time: Annotated[str, Field(pattern=DURATION, examples=["90s", "3h30m"])] | None = None
     """Wall-clock limit of this process, e.g. 90s, 3h30m, 1d, after which the run saves at the end of a step and ends;
     the same command continues it. null = none."""
     skip_limit: PositiveInt = 5

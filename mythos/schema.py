@@ -181,11 +181,13 @@ def allowed(schema: dict[str, Any], value: Any = None) -> str:
                 allowed(item, given[n] if n < len(given) else None) for n, item in enumerate(schema["prefixItems"])
             ]
             return f"list of {len(items)}: {', '.join(items)}"
-        numbers = [number for number in given if isinstance(number, int | float)]
-        return f"list of ({allowed(schema['items'], max(numbers, default=None))})"
+        above = [item for item in given if _above(item, schema["items"].get("maximum", math.inf))]
+        return f"list of ({allowed(schema['items'], above[0] if above else None)})"
     if kind == "object":
         return "mapping of names to sections"
     words = {"string": "text", "boolean": "true or false"}.get(kind, kind)
+    if "examples" in schema:
+        words += f" such as {' or '.join(schema['examples'])}"
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     if schema.get("maximum", 0) >= 1000 and not _above(value, schema["maximum"]):
         del signs["maximum"]
