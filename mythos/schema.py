@@ -192,7 +192,7 @@ def allowed(schema: dict[str, Any], value: Any = None) -> str:
     if schema.get("maximum", 0) >= 1000 and not _above(value, schema["maximum"]):
         del signs["maximum"]
     bounds = " ".join(
-        f"{sign} {schema[key] if abs(schema[key]) < 10**9 else format(schema[key], 'g')}"
+        f"{sign} {schema[key] if abs(schema[key]) < 10**10 else format(schema[key], 'g')}"
         for key, sign in signs.items()
         if key in schema
     )

@@ -21,6 +21,7 @@ from mythos.data.cache import digest
 from mythos.data.corpus import Corpus, in_fixed_order, is_held_out
 from mythos.errors import MythosError, short_reason
 from mythos.model.config import padded_vocab_size
+from mythos.text_files import read_json, unusable_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -151,17 +152,23 @@ class Tokenizer:
         from transformers import AutoTokenizer
 
         saved = Path(name) / REQUEST_FILE
-        request = json.loads(saved.read_text()) if saved.is_file() else {"name": str(name)}
+        request = {"name": str(name)}
         try:
+            if saved.is_file():
+                request = read_json(saved)
+                if not isinstance(request, dict) or not isinstance(request.get("name"), str) or unusable_text(request):
+                    raise ValueError(f"{saved} does not say what it was made for")
             # Not given, the answer would be asked for on the terminal.
             fast = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
+            return cls(fast, request)
+        except MythosError:
+            raise
         except Exception as error:  # hub, network and format errors share no base class
             reason = short_reason(error)
             raise MythosError(
                 f"tokenizer.name: {name} cannot be loaded: {reason}. Give a Hugging Face id (needs the network or its "
                 "cache), the path of a saved tokenizer, or bpe to train one on the corpus."
             ) from error
-        return cls(fast, request)
 
 
 def load_tokenizer(

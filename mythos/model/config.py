@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 MOST = 10**15
 PositiveInt = Annotated[int, Field(ge=1, le=MOST)]
 NonNegativeInt = Annotated[int, Field(ge=0, le=MOST)]
-Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+"""Of NumPy's generator too."""
 Small = Annotated[float, Field(ge=1e-30, le=1)]
 """What is added to a divisor: of float32, and no more than what it is added to."""
 Weight = Annotated[float, Field(ge=0, le=1e6)]

@@ -92,7 +92,7 @@ class RecordedRun:
         """Text samples by step."""
         found = {}
         for path in (self.directory / "samples").glob("step-*.txt"):
-            if path.stem.removeprefix("step-").isdigit():
+            if path.stem.removeprefix("step-").isdecimal():
                 found[step_of(path.stem)] = path.read_text(encoding="utf-8", errors="replace").rstrip("\n")
         return dict(sorted(found.items()))
 
