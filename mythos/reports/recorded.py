@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 from mythos.checkpoint import complete_checkpoints, read_meta, step_of
 from mythos.config import Config, load_config
-from mythos.errors import MythosError, short_reason
+from mythos.errors import MythosError, short_reason, without_credentials
 from mythos.estimate import forward_flops
 from mythos.inherited import RUN_FILE, TOKENIZER_FILE
-from mythos.metrics import read_metrics, without_credentials
+from mythos.metrics import read_metrics
 from mythos.model_files import run_directory
 
 METRICS_FILE = "metrics.jsonl"
