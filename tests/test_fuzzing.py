@@ -41,8 +41,8 @@ def targets(tmp_path_factory: pytest.TempPathFactory, no_plots: None) -> Iterato
 def test_damaged_files_are_read_or_refused(
     choice: int, edits: list[Edit], targets: list[Target], tmp_path: Path
 ) -> None:
-    inputs = [(target, file) for target in targets for file in target.files]
-    target, file = inputs[choice % len(inputs)]
+    target = targets[choice % len(targets)]
+    file = target.files[choice // len(targets) % len(target.files)]
     outcome = try_input(target, file, edits, tmp_path / f"copy{next(NUMBERS)}")
     assert outcome.kind != "fault", f"{target.name}: {file}: {edits}\n{outcome.told}"
 
@@ -99,11 +99,11 @@ def test_outcomes_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("edit", "expected"),
     [
-        (Edit("flip", 0.5, 0), b'{"a": [1\x2d 2]}'),
+        (Edit("flip", 0.5, 0), b'{"a": Z1, 2]}'),
         (Edit("insert", 0, 0), b'\0{"a": [1, 2]}'),
-        (Edit("delete", 0.5, 1), b'{"a": [12]}'),
-        (Edit("double", 0.5, 1), b'{"a": [1, , 2]}'),
-        (Edit("cut", 0.5, 0), b'{"a": [1'),
+        (Edit("delete", 0.5, 1), b'{"a": , 2]}'),
+        (Edit("double", 0.5, 1), b'{"a": [1[1, 2]}'),
+        (Edit("cut", 0.5, 0), b'{"a": '),
         (Edit("word", 0.5, 6), b'{"a": null, 2]}'),
         (Edit("value", 0.5, 0), b'{"a": [null, 2]}'),
         (Edit("value", 0.9, 1), b'{"a": [1, true]}'),
