@@ -37,6 +37,7 @@ from mythos.faults import collective_failure
 from mythos.ranks import Ranks
 from mythos.storage import MARKER, META, LocalStorage, Storage, checksum, locate, open_storage
 from mythos.storage import step_of as step_of
+from mythos.text_files import parse_json
 from mythos.torch_compat import shard_file_name, shard_metadata
 
 logger = logging.getLogger(__name__)
@@ -452,13 +453,15 @@ def read_meta(path: Path | str) -> dict[str, Any]:
         content = storage.read(name, META)
         marker = storage.read(name, MARKER)
         # Earlier versions left the marker empty.
-        if marker and json.loads(marker)["meta_crc32"] != zlib.crc32(content):
+        if marker and parse_json(marker)["meta_crc32"] != zlib.crc32(content):
             raise ValueError(f"its checksum is not the one in the file '{MARKER}'")
-        meta = json.loads(content)
+        meta = parse_json(content)
         # Files of a remote checkpoint are copied to where their names say: those may not lead elsewhere.
         for file in meta.get("files", {}):
             if "/" in file or file in ("", ".", ".."):
                 raise ValueError(f"{file!r} is not the name of a file")
+        if not all(type(known["bytes"]) is type(known["crc32"]) is int for known in meta.get("files", {}).values()):
+            raise ValueError("its list of files has no sizes and checksums")
         return meta
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise MythosError(f"checkpoint {path} is damaged: {META}: {_reason(error)}") from error

@@ -84,7 +84,7 @@ class Storage(ABC):
 
     def complete(self) -> list[str]:
         """Names of the committed checkpoints, oldest first."""
-        steps = [name for name in self.names() if name.removeprefix("step-").isdigit()]
+        steps = [name for name in self.names() if name.removeprefix("step-").isdecimal()]
         return sorted((name for name in steps if self.exists(name, MARKER)), key=step_of)
 
     def read(self, name: str, file: str) -> bytes:

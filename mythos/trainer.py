@@ -50,6 +50,7 @@ from mythos.parallel import choose_micro_batch, parallelize
 from mythos.plan import agree_on_layout
 from mythos.plots import draw_plots
 from mythos.preflight import (
+    check_memory,
     check_same_model,
     check_same_optimizer,
     prepare_directory,
@@ -150,6 +151,8 @@ class Trainer:
         with torch.device("meta"):
             model = RecurrentDepthTransformer(config.model)
         self.layout = agree_on_layout(config, world)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        world.ranks.agreed(lambda: check_memory(parameters, self.layout.shard, self.device))
         self.parallel = parallelize(config, model, self.layout, world)
         self.model = model
         self.optimizer = build_optimizer(self.model, config.optim, self.parallel.dtype, self.layout.size)

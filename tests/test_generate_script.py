@@ -169,16 +169,18 @@ def test_no_memory_is_asked_for_before_shapes_are_known_to_fit(
     export_model(trained.run_dir, folder)
     config, meta = json.loads((folder / "config.json").read_text()), json.loads((checkpoint / "meta.json").read_text())
     for changes, message in [
-        ({"ffn_dim": 2**40}, "tensors differ"),
-        ({"ffn_dim": 2**62}, "Overflow"),
-        ({"dim": 2**40}, "Storage size calculation overflowed"),
-        ({"core_layers": 10**12}, "more layers than"),
+        ({"ffn_dim": 2**20}, "does not fit its own configuration: .*tensors differ"),
+        ({"core_layers": 2**10}, "does not fit its own configuration: .*more layers than"),
+        ({"ffn_dim": 2**40}, r"ffn_dim: .*1048576"),
+        ({"ffn_dim": 2**62}, r"ffn_dim: .*1048576"),
+        ({"dim": 2**40}, r"dim: .*1048576"),
+        ({"core_layers": 10**12}, r"core_layers: .*1024"),
     ]:
         (folder / "config.json").write_text(json.dumps(config | changes))
         values = meta["config"] | {"model": meta["config"]["model"] | changes}
         write_meta(checkpoint, meta | {"config": values})
         for path in (folder, checkpoint):
-            with pytest.raises(MythosError, match=f"{path.name} does not fit its own configuration: .*{message}"):
+            with pytest.raises(MythosError, match=message):
                 open_model(path)
 
 

@@ -22,6 +22,7 @@ from mythos.data.corpus import Corpus, in_fixed_order, is_held_out
 from mythos.errors import MythosError, short_reason
 from mythos.model.config import padded_vocab_size
 from mythos.progress import progress_bar
+from mythos.text_files import read_json, unusable_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -207,13 +208,15 @@ class Tokenizer:
         try:
             # Not given, the answer would be asked for on the terminal.
             fast = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
+            return cls(fast, request)
+        except MythosError:
+            raise
         except Exception as error:  # hub, network and format errors share no base class
             reason = short_reason(error)
             raise MythosError(
                 f"tokenizer.name: {name} cannot be loaded: {reason}. Give a Hugging Face id (needs the network or its "
                 "cache), the path of a saved tokenizer, or bpe to train one on the corpus."
             ) from error
-        return cls(fast, request)
 
 
 def load_tokenizer(
@@ -355,10 +358,10 @@ def _is_ordinary(token: str) -> bool:
 
 def _read_request(path: Path) -> dict[str, Any]:
     try:
-        request = json.loads(path.read_bytes())
-        if not isinstance(request, dict) or not isinstance(request.get("name"), str):
+        request = read_json(path)
+        if not isinstance(request, dict) or not isinstance(request.get("name"), str) or unusable_text(request):
             raise ValueError("it names no tokenizer")
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise MythosError(
             f"tokenizer: {path} cannot be read: {short_reason(error)}. Restore it, or delete it if the folder's other "
             "files are a tokenizer that others made."

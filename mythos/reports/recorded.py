@@ -92,7 +92,7 @@ class RecordedRun:
         """Text samples by step."""
         found = {}
         for path in (self.directory / "samples").glob("step-*.txt"):
-            if path.stem.removeprefix("step-").isdigit():
+            if path.stem.removeprefix("step-").isdecimal():
                 found[step_of(path.stem)] = path.read_text(encoding="utf-8", errors="replace").rstrip("\n")
         return dict(sorted(found.items()))
 
@@ -170,7 +170,7 @@ def open_run(path: str | Path) -> RecordedRun:
             )
     if not records:
         raise MythosError(f"{file} has no records yet; the run writes one every log.every steps")
-    return RecordedRun(directory, load_config(directory / RUN_FILE), records)
+    return RecordedRun(directory, load_config(directory / RUN_FILE, to_train=False), records)
 
 
 def _is_number(value: Any) -> bool:
