@@ -19,10 +19,10 @@ from mythos.hf.cache import MythosCache
 from mythos.hf.config import MythosConfig
 from mythos.hf.labels import predicted_labels, targets_of
 from mythos.model import IGNORE_INDEX
-from mythos.model.halting import ActHalting, HaltingRule, Pondering, halting_rule
+from mythos.model.halting import ActHalting, HaltingGate, HaltingRule, Pondering, halting_rule
 from mythos.model.layers import random_stream
 from mythos.model.loss import summed_cross_entropy
-from mythos.model.rdt import RecurrentDepthTransformer
+from mythos.model.rdt import RecurrentDepthTransformer, TokenEmbedding
 from mythos.model.recurrence import LoopState
 
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
@@ -70,11 +70,28 @@ class MythosForCausalLM(PreTrainedModel, GenerationMixin):
         self._keep_in_fp32_modules_strict = {f"model.{name}" for name in whole}  # where weights are loaded
         for tensor in whole.values():
             tensor.data = tensor.data.float()  # where they are made in another type
+        if isinstance(self.model.halting, HaltingGate):
+            # A gate is not trained here, and DDP would wait for its gradients.
+            gate = self.model.halting.named_parameters(prefix="model.halting")
+            self._ddp_params_and_buffers_to_ignore = [name for name, _ in gate]
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding; it is the head too where they are tied."""
         return self.model.embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the embedding by another of its kind and size.
+
+        Raises ValueError for any other module: ours scales its rows.
+        """
+        own = self.model.embedding
+        if not isinstance(value, TokenEmbedding) or value.weight.shape != own.weight.shape:
+            raise ValueError(
+                f"the embedding of a mythos model cannot become a {type(value).__name__}: it is a TokenEmbedding of "
+                f"shape {tuple(own.weight.shape)}; change its weight instead"
+            )
+        self.model.embedding = value
 
     def get_output_embeddings(self) -> nn.Module | None:
         """The head, None where it is the embedding."""
@@ -363,6 +380,11 @@ class MythosForCausalLM(PreTrainedModel, GenerationMixin):
             if getattr(prepared, name, None) is not None:
                 model_kwargs[name] = getattr(prepared, name)
         self._depth(*(model_kwargs.get(name) for name in DEPTH_ARGUMENTS))
+        if getattr(prepared, "assistant_early_exit", None) is not None:
+            raise ValueError(
+                "assistant_early_exit: a mythos model has no exit after a layer; give a deep copy of it as "
+                "assistant_model, with fewer loops in its config.mean_loops"
+            )
         return prepared, model_kwargs
 
     def _prepare_cache_for_generation(
