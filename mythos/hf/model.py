@@ -1,7 +1,7 @@
 """The model as transformers handles models: loading, saving, generating, fine-tuning."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields
 from operator import attrgetter
 from typing import Any, NoReturn
@@ -34,8 +34,6 @@ DEPTH_ARGUMENTS = ("num_loops", "exit_threshold")
 NOT_OFFERED = {
     "inputs_embeds": "the decode cache and value embeddings are of token ids; give input_ids",
     "output_attentions": "its attention kernels form no weights; leave it out",
-    "output_hidden_states": "a position runs its own number of loops, with a state after each; see "
-    "`RecurrentDepthTransformer.read_depths`",
     "output_router_logits": "its routers are balanced by a bias and have no loss of their own; leave it out",
     "cu_seq_lens_q": "documents of a packed row are told by position_ids that start again at 0",
     "seq_idx": "documents of a packed row are told by position_ids that start again at 0",
@@ -156,6 +154,7 @@ class MythosForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         num_loops: int | None = None,
         exit_threshold: float | None = None,
+        output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
         **kwargs: Any,
@@ -178,19 +177,22 @@ class MythosForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache: also return a cache (default: only where one is given). It carries no gradient.
             num_loops: passes of the core for every position (default `config.mean_loops`).
             exit_threshold: stop positions earlier, by the model's halting rule at this threshold (default: none does).
+            output_hidden_states: also return what passes through the model: the embedding, the output of each prelude
+                block, the state after each loop, the output of each coda block; in place of the last of them what the
+                head reads. Not with a cache or a threshold.
             logits_to_keep: logits of the last so many positions only, or of these positions; 0 = all. 1 means the last
                 token of each row.
             num_items_in_batch: what the summed loss is divided by (default: the labels that count).
             kwargs: `shift_labels` (B, S), labels that are shifted already; `ignore_index`, a label beside -100 that
                 does not count. Others are ignored with a warning, as transformers' models ignore them.
 
-        Returns loss (float32 scalar, nats, of the logits, by `loss_function` where one was set) and logits (B, S,
-        config.vocab_size) float32, 0 at padding.
+        Returns loss (float32 scalar, nats, of the logits, by `loss_function` where one was set), logits (B, S,
+        config.vocab_size) float32, 0 at padding, and hidden states (B, S, D) float32 where asked for.
 
         Raises ValueError for ids longer than the context, num_loops below 1, a threshold that the rule does not know or
         a model without a rule, a mask of another shape, positions that tokens do not have, a cache of another model or
-        another kind, a cache or threshold in training, what `NOT_OFFERED` names, and for weights that are on no device
-        or of a type that the model does not compute in.
+        another kind, a cache or threshold in training or with hidden states, what `NOT_OFFERED` names, and for weights
+        that are on no device or of a type that the model does not compute in.
         """
         self._check_arguments(kwargs)
         if input_ids is None or input_ids.ndim != 2 or input_ids.shape[1] == 0:
@@ -210,6 +212,14 @@ class MythosForCausalLM(PreTrainedModel, GenerationMixin):
                 "a cache and an exit_threshold carry no gradient: leave out use_cache, cache and exit_threshold in "
                 "training, or call model.eval() before"
             )
+        states: list[Tensor] | None = None
+        if self.config.output_hidden_states if output_hidden_states is None else output_hidden_states:
+            if decoding:
+                raise ValueError(
+                    "output_hidden_states: decoding packs positions, and they may stop at any loop; give "
+                    "use_cache=False and no exit_threshold"
+                )
+            states = []
         documents = self._documents(position_ids, input_ids, mask, cache, decoding=decoding)
         labels, targets = self._targets(labels, mask, kwargs)
         custom = None if self.loss_function is ForCausalLMLoss else self.loss_function
@@ -224,7 +234,7 @@ class MythosForCausalLM(PreTrainedModel, GenerationMixin):
                     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
                 logits = kept(logits, mask, logits_to_keep)
             else:
-                hidden = self._hidden(input_ids, mask, documents, loops)
+                hidden = self._hidden(input_ids, mask, documents, loops, states)
                 # Rows that only pad the embedding mean no token.
                 head = self.model.head_weight[: self.config.vocab_size]
                 if targets is not None and custom is None:
@@ -239,6 +249,7 @@ class MythosForCausalLM(PreTrainedModel, GenerationMixin):
             count = (targets != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
             loss = loss / (count.to(loss.device) if isinstance(count, Tensor) else count)
         returned = {CACHE_NAME: cache if use_cache else None}
+        returned["hidden_states"] = None if states is None else tuple(states)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **returned)
 
     def _check_arguments(self, kwargs: dict[str, Any]) -> None:
@@ -337,25 +348,48 @@ class MythosForCausalLM(PreTrainedModel, GenerationMixin):
             )
         return mask[:, past:].bool()
 
-    def _hidden(self, ids: Tensor, mask: Tensor | None, documents: Tensor | None, loops: int) -> Tensor:
-        """What the head reads, (B, S, D), 0 at padding, all positions run alike and with gradient."""
+    def _hidden(
+        self, ids: Tensor, mask: Tensor | None, documents: Tensor | None, loops: int, states: list[Tensor] | None
+    ) -> Tensor:
+        """What the head reads, (B, S, D), 0 at padding, all positions run alike and with gradient.
+
+        Appends to `states` what `output_hidden_states` asks for.
+        """
         model, order = self.model, None
+        if states is not None and mask is not None and bool(mask.all()):
+            mask = None  # nothing is moved, and the loss has a gradient of the very tensors that are returned
         if mask is not None:
             # Tokens first: what comes after them changes nothing, so that causal attention needs no mask.
             order = (~mask).byte().argsort(dim=1, stable=True)
             ids = ids.gather(1, order)
         context = model.context(ids, documents)
-        e = model.encode(ids, context)
+        with outputs_of([model.embedding, *model.prelude], states):
+            e = model.encode(ids, context)
         state = e.new_zeros(e.shape, dtype=torch.float32)
         pondering = Pondering(model.halting) if isinstance(model.halting, ActHalting) else None
-        observe: Callable[[LoopState], None] = ignore if pondering is None else pondering.observe
+
+        def observe(after: LoopState) -> None:
+            if pondering is not None:
+                pondering.observe(after)
+            if states is not None:
+                states.append(after.state)
+
         state = model.recurrence(e, state, model.check_loops(loops, len(ids)), loops, context, observe).state
-        hidden = model.decode(state if pondering is None else pondering.result(state), context)
-        if order is None:
+        with outputs_of(model.coda, states):
+            hidden = model.decode(state if pondering is None else pondering.result(state), context)
+        if states is not None:
+            states[-1] = hidden
+        if mask is None or order is None:
             return hidden
-        hidden = hidden.gather(1, order.argsort(dim=1).unsqueeze(-1).expand_as(hidden))
-        # Padding was moved behind the tokens and has seen them all: a prediction of it would know what comes.
-        return hidden.masked_fill(~mask.unsqueeze(-1), 0)
+        back = order.argsort(dim=1).unsqueeze(-1).expand_as(hidden)
+
+        def in_place(values: Tensor) -> Tensor:
+            # Padding was moved behind the tokens and has seen them all: a prediction of it would know what comes.
+            return values.gather(1, back).masked_fill(~mask.unsqueeze(-1), 0)
+
+        if states is not None:
+            states[:] = map(in_place, states)
+        return in_place(hidden)
 
     def _extend(
         self, ids: Tensor, mask: Tensor | None, cache: MythosCache, loops: int, rule: HaltingRule | None, *, last: bool
@@ -422,8 +456,19 @@ class MythosForCausalLM(PreTrainedModel, GenerationMixin):
         self.init_continuous_batching()
 
 
-def ignore(done: LoopState) -> None:
-    """Observe nothing."""
+@contextmanager
+def outputs_of(modules: Iterable[nn.Module], states: list[Tensor] | None) -> Iterator[None]:
+    """Append what modules return while the context lasts, (B, S, D) each, to `states`, if that is a list."""
+
+    def append(module: nn.Module, inputs: Any, output: Any) -> None:
+        states.append(output[0] if isinstance(output, tuple) else output)
+
+    hooks = [] if states is None else [module.register_forward_hook(append) for module in modules]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def kept(values: Tensor, mask: Tensor | None, which: int | Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from mythos.hf import MythosConfig, MythosForCausalLM
 from mythos.hf.model import CACHE_NAME
 from mythos.model.layers import Linear, applied_weight, initialize
 from mythos.model.rdt import RecurrentDepthTransformer
+from tests.hf.conftest import VOCABULARY
 from tests.hf.test_model import CLOSE, random_ids
 from tests.hf.test_trainer import ROWS, arguments, collator
 from tests.model.conftest import SMALL
@@ -160,7 +161,6 @@ def test_unknown_arguments_are_ignored_with_a_warning(made: Made, monkeypatch: p
     ("name", "value"),
     [
         ("output_attentions", True),
-        ("output_hidden_states", True),
         ("output_router_logits", True),
         ("inputs_embeds", torch.zeros(1, 4, 32)),
     ],
@@ -179,6 +179,37 @@ def test_what_is_not_offered_is_refused(made: Made, name: str, value: Any) -> No
             model(ids, **({} if getattr(model.config, name, False) else {name: value}))
     with pytest.raises(ValueError, match="is_causal: got False; a mythos model is causal"):
         made()(ids, is_causal=False)
+
+
+@pytest.mark.parametrize("fields", [{"coda_layers": 2}, {"attention": "gqa", "coda_layers": 0}, {"halting": "act"}])
+def test_hidden_states(made: Made, fields: dict[str, Any]) -> None:
+    """Against the model's parts called one after the other, and the head on the last."""
+    model, ids = made(**fields), random_ids(2, 6)
+    found = model(ids, output_hidden_states=True)
+    own, states = model.model, found.hidden_states
+    context = own.context(ids)
+    expected = [own.embedding(ids)]
+    for index, block in enumerate(own.prelude):
+        expected.append(block(expected[-1], context.layer("prelude", index))[0])
+    e = own.encode(ids, context)
+    own.recurrence(e, torch.zeros_like(e), [4, 4], 4, context, lambda after: expected.append(after.state))
+    assert len(states) == 1 + len(own.prelude) + 4 + len(own.coda)
+    torch.testing.assert_close(list(states[: len(expected) - 1]), expected[:-1], **CLOSE)
+    assert torch.equal(torch.nn.functional.linear(states[-1], own.head_weight[:VOCABULARY]), found.logits)
+    assert torch.equal(found.logits, model(ids).logits) and model(ids).hidden_states is None
+
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]])
+    padded = model(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+    for row, real in enumerate(mask.bool()):
+        alone = model(ids[row, real][None], output_hidden_states=True).hidden_states
+        torch.testing.assert_close([x[row, real] for x in padded], [x[0] for x in alone], **CLOSE)
+    for options in ({"use_cache": True}, {"use_cache": True, "num_loops": 2}):
+        with pytest.raises(ValueError, match="output_hidden_states: decoding packs positions"):
+            model(ids, output_hidden_states=True, **options)
+    told = {"output_hidden_states": True, "return_dict_in_generate": True, "max_new_tokens": 2}
+    with pytest.raises(ValueError, match="output_hidden_states: decoding packs positions"):
+        model.generate(ids, **told)
+    assert len(model.generate(ids, use_cache=False, **told).hidden_states) == 2
 
 
 def test_prompts_that_are_empty(made: Made) -> None:
