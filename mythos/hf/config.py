@@ -60,8 +60,19 @@ class MythosConfig(PreTrainedConfig):
 
     @property
     def num_hidden_layers(self) -> int:
-        """Blocks with weights of their own; those of the core run once a loop."""
+        """Blocks with weights of their own; those of the core run once a loop. Set by its three parts.
+
+        Raises ValueError where another number than their sum is set.
+        """
         return self.prelude_layers + self.core_layers + self.coda_layers
+
+    @num_hidden_layers.setter
+    def num_hidden_layers(self, layers: int) -> None:
+        if layers != self.num_hidden_layers:
+            raise ValueError(
+                f"num_hidden_layers: got {layers}, and prelude_layers, core_layers and coda_layers add up to "
+                f"{self.num_hidden_layers}; set those three instead"
+            )
 
     def section(self) -> ModelConfig:
         """The model section that these fields make.
