@@ -17,7 +17,7 @@ DEVICES = ("auto", "cpu", "cuda")
 def share_cores() -> None:
     """Let threads that wait for others sleep after some microseconds, unless the environment says how they wait.
 
-    OpenMP's threads spin for milliseconds by default. Beside another busy process the thread that all wait for then gets
+    OpenMP's threads spin for milliseconds by default. Beside another busy process the thread that all wait for gets
     no core: training with two threads on two busy cores was 20 times slower (docs/performance.md). OpenMP reads these
     variables when torch is imported.
     """
