@@ -254,7 +254,7 @@ def read_prompts(given: list[tuple[str, str]]) -> list[str | None]:
         if option == "--prompt-file":
             try:
                 data = sys.stdin.buffer.read() if value == "-" else Path(value).read_bytes()
-                text = data.decode("utf-8").removesuffix("\n").removesuffix("\r")
+                text = data.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
             except (OSError, UnicodeDecodeError) as error:
                 raise MythosError(f"--prompt-file: {value} cannot be read as UTF-8 text: {error}") from error
             source = f"{option} {value}"

@@ -62,7 +62,7 @@ def read_tasks(paths: Sequence[str], *, what: str, limit: int | None = None) -> 
 
 def _read(path: str, what: str, limit: int | None) -> list[Question]:
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise MythosError(f"{what}: {path} cannot be read: {error}. Give a .jsonl file of questions.") from error
     questions: list[Question] = []
@@ -70,7 +70,7 @@ def _read(path: str, what: str, limit: int | None) -> list[Question]:
         if line.strip() and (limit is None or len(questions) < limit):
             try:
                 questions.append(_question(json.loads(line)))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise MythosError(f"{what}: {path}, line {number}: {error}. Give lines such as {EXAMPLE}") from error
     if not questions:
         raise MythosError(f"{what}: {path} has no questions in it. Give lines such as {EXAMPLE}")
