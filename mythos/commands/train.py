@@ -2,13 +2,12 @@
 
 import argparse
 import errno
-import logging
 import os
 import signal
 import sys
 
 from mythos.config import describe, load_config
-from mythos.errors import MythosError, TransientError
+from mythos.errors import MythosError, TransientError, log_messages
 
 
 def parser(prog: str = "mythos train") -> argparse.ArgumentParser:
@@ -43,7 +42,7 @@ def parser(prog: str = "mythos train") -> argparse.ArgumentParser:
 
 def main(arguments: list[str], prog: str = "mythos train") -> int:
     """Run the command line; returns the exit status."""
-    logging.basicConfig(format="%(levelname)s: %(message)s")
+    log_messages()
     if ended := os.environ.get("MYTHOS_ENDED"):  # launch.sh's: see mythos/faults.py
         if os.path.exists(ended):
             return 0 if os.environ.get("GROUP_WORLD_SIZE") == "1" else 1
