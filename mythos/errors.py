@@ -1,5 +1,6 @@
 """The errors a person can act on."""
 
+import logging
 import re
 from importlib import import_module
 from types import ModuleType
@@ -23,6 +24,18 @@ class TransientError(MythosError):
 def short_reason(error: BaseException) -> str:
     """The first line of another library's error, or its type where it says nothing: what fits in a message of ours."""
     return without_credentials(str(error).splitlines()[0]) if str(error) else type(error).__name__
+
+
+class _WithoutCredentials(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return without_credentials(super().format(record))
+
+
+def log_messages() -> None:
+    """Write warnings and errors of all libraries to standard error, credentials in URLs replaced."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_WithoutCredentials("%(levelname)s: %(message)s"))
+    logging.basicConfig(handlers=[handler])
 
 
 def without_credentials(value: Any) -> Any:

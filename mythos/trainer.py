@@ -25,7 +25,7 @@ from mythos.data.stream import Batch, DifferentData, count_skipped, merge_states
 from mythos.data.tasks import TaskSet
 from mythos.data.tokenizer import check_vocabulary
 from mythos.depth import DepthPlan, DepthSchedule
-from mythos.errors import MythosError, TransientError
+from mythos.errors import MythosError, TransientError, without_credentials
 from mythos.estimate import count_parameters, forward_flops
 from mythos.evaluation.choices import choice_metrics, encode_task, read_tasks
 from mythos.evaluation.depth_sweep import adaptive_metrics, fit_metrics
@@ -603,7 +603,8 @@ class Trainer:
         if self.samples:
             self.console.write(f"\nSample\n\n{indent(self.samples[0], '  ')}")
         plots = "\n            ".join(map(str, self.plots))
-        self.console.write(f"\nplots       {plots}\nmetrics     {self.log.path}\ncheckpoint  {self.checkpoints.newest}")
+        newest = without_credentials(str(self.checkpoints.newest))
+        self.console.write(f"\nplots       {plots}\nmetrics     {self.log.path}\ncheckpoint  {newest}")
 
 
 def add(totals: dict[str, Tensor], key: str, value: Tensor) -> None:

@@ -433,8 +433,8 @@ def test_several_prompts_and_depths(generate: Callable[..., tuple[int, str, str]
 def test_a_prompt_from_standard_input_or_none(
     generate: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("naïve\n".encode())))
-    assert generate("--prompt-file", "-", "--tokens", "2")[1].startswith("naïve")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("naïve\n".encode("utf-8-sig"))))
+    assert generate("--prompt-file", "-", "--tokens", "2")[1].startswith("naïve"), "without the byte order mark"
     status, out, err = generate("--tokens", "3")
     assert status == 0 and out.strip() and "after 1 prompt tokens" in err
 

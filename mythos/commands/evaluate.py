@@ -7,7 +7,6 @@ the run directory, and prints a table. Under torchrun the processes share the wo
 from __future__ import annotations
 
 import argparse
-import logging
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from mythos.command_line import (
     whole_numbers,
     writing,
 )
-from mythos.errors import MythosError
+from mythos.errors import MythosError, log_messages
 
 if TYPE_CHECKING:
     from mythos.evaluation.continuations import DepthSetting
@@ -64,7 +63,7 @@ def parser(prog: str = "mythos evaluate") -> argparse.ArgumentParser:
 
 def main(arguments: list[str], prog: str = "mythos evaluate") -> int:
     """Run the command line; returns the exit status."""
-    logging.basicConfig(format="%(levelname)s: %(message)s")
+    log_messages()
     return exit_status(lambda: run(parser(prog).parse_args(arguments)))
 
 

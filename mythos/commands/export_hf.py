@@ -5,9 +5,9 @@ AutoModelForCausalLM loads it wherever mythos is installed and imported.
 """
 
 import argparse
-import logging
 
 from mythos.command_line import add_writing_options, exit_status
+from mythos.errors import log_messages
 
 
 def parser(prog: str = "mythos export") -> argparse.ArgumentParser:
@@ -26,7 +26,7 @@ def parser(prog: str = "mythos export") -> argparse.ArgumentParser:
 
 def main(arguments: list[str], prog: str = "mythos export") -> int:
     """Run the command line; returns the exit status."""
-    logging.basicConfig(format="%(levelname)s: %(message)s")
+    log_messages()
     options = parser(prog).parse_args(arguments)
     return exit_status(lambda: run(options))
 

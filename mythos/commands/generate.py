@@ -2,14 +2,13 @@
 
 import argparse
 import io
-import logging
 import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 from mythos.command_line import DEVICES, check_least, exit_status, whole_numbers
-from mythos.errors import MythosError
+from mythos.errors import MythosError, log_messages
 
 EXAMPLES = """
 examples:
@@ -110,7 +109,7 @@ def parser(prog: str = "mythos generate") -> argparse.ArgumentParser:
 
 def main(arguments: list[str], prog: str = "mythos generate") -> int:
     """Run the command line; returns the exit status."""
-    logging.basicConfig(format="%(levelname)s: %(message)s")
+    log_messages()
     options = parser(prog).parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model may say what the terminal's encoding lacks

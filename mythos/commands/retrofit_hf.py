@@ -7,10 +7,9 @@ Nothing of the source is run.
 """
 
 import argparse
-import logging
 
 from mythos.command_line import add_writing_options, exit_status
-from mythos.errors import MythosError
+from mythos.errors import MythosError, log_messages
 
 
 def parser(prog: str = "mythos retrofit") -> argparse.ArgumentParser:
@@ -35,7 +34,7 @@ def parser(prog: str = "mythos retrofit") -> argparse.ArgumentParser:
 
 def main(arguments: list[str], prog: str = "mythos retrofit") -> int:
     """Run the command line; returns the exit status."""
-    logging.basicConfig(format="%(levelname)s: %(message)s")
+    log_messages()
     options = parser(prog).parse_args(arguments)
     return exit_status(lambda: run(options))
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import logging
 import multiprocessing
 import os
 import signal
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from mythos.config import Config, load_config
-from mythos.errors import MythosError
+from mythos.errors import MythosError, log_messages
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -54,7 +53,7 @@ def parser(prog: str = "mythos tokenize") -> argparse.ArgumentParser:
 
 def main(arguments: list[str], prog: str = "mythos tokenize") -> int:
     """Run the command line; returns the exit status."""
-    logging.basicConfig(format="%(levelname)s: %(message)s")
+    log_messages()
     made = parser(prog)
     options = made.parse_intermixed_args(arguments)
     if options.workers < 1:

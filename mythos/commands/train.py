@@ -2,14 +2,13 @@
 
 import argparse
 import errno
-import logging
 import os
 import signal
 import sys
 
 from mythos.command_line import accept_any_character, share_cores
 from mythos.config import describe, load_config
-from mythos.errors import MythosError, TransientError
+from mythos.errors import MythosError, TransientError, log_messages
 
 
 def parser(prog: str = "mythos train") -> argparse.ArgumentParser:
@@ -44,7 +43,7 @@ def parser(prog: str = "mythos train") -> argparse.ArgumentParser:
 
 def main(arguments: list[str], prog: str = "mythos train") -> int:
     """Run the command line; returns the exit status."""
-    logging.basicConfig(format="%(levelname)s: %(message)s")
+    log_messages()
     accept_any_character()
     share_cores()
     if ended := os.environ.get("MYTHOS_ENDED"):  # launch.sh's: see mythos/faults.py

@@ -161,7 +161,7 @@ class DataConfig(SourceConfig):
     max_document_bytes: PositiveInt = 10_000_000
     """Longest document in bytes of UTF-8; longer ones cannot be used (see on_error)."""
     patience: Annotated[float, Field(gt=0, le=1e9)] = 600.0
-    """Seconds that a remote file may stay unreachable before the run saves and stops."""
+    """Seconds that a remote file may stay unreachable, or come too slowly, before the run saves and stops."""
     on_mismatch: Literal["fail", "restart"] = "fail"
     """When a checkpoint's position is in other data (another corpus, tokenizer, seed or number of streams): refuse,
     or start the data again."""

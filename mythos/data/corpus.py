@@ -205,10 +205,10 @@ class Corpus:
                 self._reject(f"data: {file.path}", short_reason(error))
         for name in missing if known else ():  # files without any record are told when they are read
             field = "data.text_column" if name == self._text_column else f"data.filters.{name}"
-            others = f" and none of the {len(files) - 1} other files has one" if len(files) > 1 else ""
+            where = files[0].path + (f" (like the {len(files) - 1} other files)" if len(files) > 1 else "")
             raise MythosError(
-                f"{field}: {files[0].path} has no column {name!r}{others}; it has {', '.join(sorted(known))}. Give the "
-                "name of a column that is there."
+                f"{field}: {where} has no column {name!r}; it has {', '.join(sorted(known))}. Give the name of "
+                "a column that is there."
             )
 
     def _reject_document(self, shard: int, row: int, reason: str) -> Skipped:

@@ -249,6 +249,7 @@ def test_likelihoods_that_are_not_numbers_score_nothing():
         (['{"query": "a", "choices": ["b", "c"], "gold": 2}'], "gold: got 2, not a number from 0 to 1"),
         (['{"query": "a", "choices": ["b", "c"], "gold": true}'], "gold: got True"),
         ([], "has no questions in it"),
+        (["[" * 100_000], "line 1: maximum recursion"),
     ],
 )
 def test_files_that_are_no_questions(tmp_path, lines, told):
@@ -263,6 +264,8 @@ def test_files(tmp_path):
     good = tmp_path / "good.jsonl"
     good.write_text(f'{choices.EXAMPLE}\n\n{{"query": "q", "choices": ["a", "b"], "gold": 1, "more": 2}}\nbad')
     [task] = read_tasks([str(good)], what="--tasks", limit=2)
+    good.write_bytes(b"\xef\xbb\xbf" + good.read_bytes())
+    assert read_tasks([str(good)], what="--tasks", limit=2) == [task], "a byte order mark"
     assert task == ChoiceTask("good", [Question("Two and two make", ["four", "five"], 0), Question("q", ["a", "b"], 1)])
     with pytest.raises(MythosError, match=r"--tasks: .*nothing.jsonl cannot be read"):
         read_tasks([str(tmp_path / "nothing.jsonl")], what="--tasks")
