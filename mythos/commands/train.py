@@ -7,13 +7,14 @@ import os
 import signal
 import sys
 
+from mythos.command_line import CommandParser, check_least
 from mythos.config import describe, load_config
 from mythos.errors import MythosError, TransientError
 
 
 def parser(prog: str = "mythos train") -> argparse.ArgumentParser:
     """The command line, to be parsed intermixed: options may stand between the overrides."""
-    made = argparse.ArgumentParser(
+    made = CommandParser(
         prog=prog,
         usage="%(prog)s CONFIG [key.path=value ...] [options]",
         description=__doc__,
@@ -71,6 +72,7 @@ def main(arguments: list[str], prog: str = "mythos train") -> int:
         given = [f"--{name.replace('_', '-')}" for name, value in imagined.items() if value is not None]
         if given and not options.dry_run:
             raise MythosError(f"{', '.join(given)}: only for --dry-run; ./launch.sh starts several processes")
+        check_least(options, ranks=1, machine_ranks=1, device_memory=0)
         config = load_config(options.config, options.overrides)
         # Only now: torch takes seconds to import, and a misspelt key should be told at once.
         if options.dry_run:
