@@ -17,7 +17,7 @@ from mythos.data.cache import digest
 from mythos.data.config import DataConfig, FilterConfig, SourceConfig
 from mythos.data.formats import EXTENSIONS, READ_ERRORS, Broken, File, Piece, Reader, Unreadable, local_file
 from mythos.data.hub import resolve_hub
-from mythos.data.remote import Unreachable, is_remote, remote_files
+from mythos.data.remote import Unreachable, is_remote, readings, remote_files
 from mythos.errors import MythosError, short_reason, without_credentials
 
 logger = logging.getLogger(__name__)
@@ -417,12 +417,4 @@ def _local_paths(pattern: str) -> list[str]:
     """What a glob matches. Names that exist stand for themselves, whatever characters of a glob they hold."""
     if os.path.lexists(pattern):
         return [pattern]
-    literal, rest = "", pattern
-    while rest:  # the folders of the pattern that exist as they are written
-        name, slash, after = rest.partition("/")
-        if not slash or not os.path.lexists(literal + name + slash):
-            break
-        literal, rest = literal + name + slash, after
-    # Behind the first wildcard a bracket may be either, so both are looked for.
-    readings = {rest, rest.replace("[", "[[]")}
-    return [path for reading in readings for path in glob.glob(glob.escape(literal) + reading, recursive=True)]
+    return [path for reading in readings(pattern, os.path.lexists) for path in glob.glob(reading, recursive=True)]

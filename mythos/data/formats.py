@@ -271,17 +271,23 @@ class Reader:
             row -= len(batch)
 
     def _batches(self, parquet: pq.ParquetFile, group: int, columns: list[str], rows: int) -> Iterator[pa.RecordBatch]:
-        """A row group in batches of at least so many rows; each has a copy of the dictionaries of its columns."""
-        meta = parquet.metadata.row_group(group)
-        for index in range(meta.num_columns):
-            column = meta.column(index)
-            if column.has_dictionary_page and column.path_in_schema in columns and column.dictionary_page_offset:
-                # Batches about as large as a dictionary, or copying it would take most of the time.
-                dictionary = COMPRESSION * max(column.data_page_offset - column.dictionary_page_offset, 0)
-                rows = max(rows, meta.num_rows * dictionary // max(column.total_uncompressed_size, 1))
-        return parquet.iter_batches(
-            min(rows, max(meta.num_rows, 1)), row_groups=[group], columns=columns, use_threads=False
-        )
+        """A row group in batches of about so many rows.
+
+        Each batch has a copy of the dictionaries of its columns: with a large one, batches are as large, or copying
+        would take most of the time. Its size is that in a first batch, because pyarrow ends the process at damage in
+        what the footer says of columns.
+        """
+
+        def batches(rows: int) -> Iterator[pa.RecordBatch]:
+            return parquet.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False)
+
+        if any(hasattr(parquet.schema_arrow.field(name).type, "value_type") for name in columns):
+            first = next(batches(rows), None)
+            arrays = [] if first is None else [first.column(name) for name in columns]
+            dictionary = sum(array.dictionary.nbytes for array in arrays if hasattr(array, "dictionary"))
+            meta = parquet.metadata.row_group(group)
+            rows = max(rows, min(meta.num_rows, meta.num_rows * dictionary // max(meta.total_byte_size, 1)))
+        return batches(rows)
 
     def _lines(self, file: File) -> IO[bytes]:
         handle = self.open(file)

@@ -30,7 +30,7 @@ from mythos.data.tokens import (
     read_json,
     write_json,
 )
-from mythos.errors import MythosError, short_reason
+from mythos.errors import MythosError, short_reason, without_credentials
 
 # A restart with other workers must find the same parts, so their size depends on the corpus alone: a few hundred parts
 # for most corpora, and little to do again after an interruption of large ones.
@@ -76,8 +76,10 @@ class TokenWriter:
         self._header = {
             "format": FORMAT,
             "corpus": corpus.fingerprint,
-            "source": source.model_dump(
-                mode="json", include={"kind", *(source.model_fields_set & SourceConfig.model_fields.keys())}
+            "source": without_credentials(
+                source.model_dump(
+                    mode="json", include={"kind", *(source.model_fields_set & SourceConfig.model_fields.keys())}
+                )
             ),
             "tokenizer": {
                 "fingerprint": tokenizer.fingerprint,

@@ -101,12 +101,12 @@ class Tokenizer:
         # What becomes of any unknown text is no control token, although it may be marked as one.
         model = json.loads(self.backend.to_str())["model"]
         unknown = (model.get("unk_token"), model.get("unk_id"))
-        control = {
+        control: dict[int, str] = {
             number: token.content
             for number, token in self.backend.get_added_tokens_decoder().items()
             if not _is_ordinary(token.content) and token.content not in unknown and number not in unknown
         }
-        control[self.eos_id] = self.backend.id_to_token(self.eos_id)
+        control[self.eos_id] = str(self.backend.id_to_token(self.eos_id))
         in_text = [
             number
             for form in ("{}", " {} ", "a{}a", "{0}{0}")
