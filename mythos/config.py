@@ -101,7 +101,7 @@ class OptimConfig(Section):
     name: Literal["adamw", "muon"] = "adamw"
     """muon = orthogonalised momentum for the matrices of attention, feed-forward and experts, and AdamW for embedding,
     head, norms, routers, injection, readout, adapter and gates; both share lr and weight_decay (arXiv 2502.16982)."""
-    lr: Annotated[float, Field(gt=0, le=1e4)] = 3e-3
+    lr: Annotated[float, Field(gt=0, le=1e30)] = 3e-3
     """Peak learning rate."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     """Decay of the first and second moment."""
