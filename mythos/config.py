@@ -13,6 +13,7 @@ from mythos.data.config import DataConfig, TaskConfig, source_contradictions, ta
 from mythos.errors import MythosError
 from mythos.inherited import inherited
 from mythos.model.config import (
+    MOST_LOOPS,
     Count,
     CountOrZero,
     Identifiers,
@@ -33,7 +34,7 @@ from mythos.schema import Problems, allowed, apply_override, read_yaml, sections
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 DURATION = "^" + "".join(f"([0-9]{{1,9}}{unit})?" for unit in "dhms") + "$"
-Mean = Annotated[float, Field(ge=1, le=2**16)]
+Mean = Annotated[float, Field(ge=1, le=MOST_LOOPS)]
 Seconds = Annotated[float, Field(gt=0, le=1e9)]
 
 
@@ -100,7 +101,7 @@ class OptimConfig(Section):
     name: Literal["adamw", "muon"] = "adamw"
     """muon = orthogonalised momentum for the matrices of attention, feed-forward and experts, and AdamW for embedding,
     head, norms, routers, injection, readout, adapter and gates; both share lr and weight_decay (arXiv 2502.16982)."""
-    lr: Annotated[float, Field(gt=0, le=1e4)] = 3e-3
+    lr: Annotated[float, Field(gt=0, le=1e30)] = 3e-3
     """Peak learning rate."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     """Decay of the first and second moment."""

@@ -16,7 +16,7 @@ from mythos.config import Config, config_from_dict, load_config
 from mythos.data.tokenizer import Tokenizer
 from mythos.errors import MythosError, short_reason
 from mythos.inherited import CONFIG_FILE, MODEL_TYPE, RUN_FILE, TOKENIZER_FILE
-from mythos.model.config import MOST, ModelConfig, model_contradictions
+from mythos.model.config import MOST, MOST_LOOPS, ModelConfig, model_contradictions
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.storage import MARKER, LocalStorage, locate
 from mythos.text_files import read_json, unusable_text
@@ -202,7 +202,7 @@ def _stored_export(folder: Path) -> Iterator[StoredModel]:
             )
         config = ModelConfig.model_validate({key: value for key, value in values.items() if key not in HEADER})
         mean_loops, step = (int(values[name]) for name in ("mean_loops", "step"))
-        if config.vocab_size == "auto" or not (1 <= mean_loops <= 2**16 and 0 <= step <= MOST):
+        if config.vocab_size == "auto" or not (1 <= mean_loops <= MOST_LOOPS and 0 <= step <= MOST):
             raise ValueError(f"vocab_size is {config.vocab_size}, mean_loops {mean_loops}, step {step}")
         problems = [f"{', '.join(names)}: {message}" for names, message in model_contradictions(config)]
         if problems or unusable_text(config.preset):

@@ -520,7 +520,7 @@ HUGE = [
     ("depth.mean=1e300", "number >= 1 <= 65536 or null"),
     ("depth.mean=1e400", "number >= 1 <= 65536 or null"),
     ("depth.curriculum.start=1e300", "number >= 1 <= 65536"),
-    ("optim.lr=1e308", "number > 0 <= 10000.0"),
+    ("optim.lr=1e308", "number > 0 <= 1e+30"),
     ("optim.weight_decay=1e308", "number >= 0 <= 1000000.0"),
     ("optim.clip=1e308", "number >= 0 <= 1e+30"),
     ("train.steps=1e30", "integer >= 1 <= 1e+15 or null"),

@@ -6,13 +6,13 @@ AutoModelForCausalLM loads it wherever mythos is installed and imported.
 
 import argparse
 
-from mythos.command_line import add_writing_options, exit_status
+from mythos.command_line import CommandParser, add_writing_options, exit_status
 from mythos.errors import log_messages
 
 
 def parser(prog: str = "mythos export") -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = CommandParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("path", metavar="RUN_OR_CHECKPOINT", help="run directory, checkpoint step-XXXXXXXX, or export")
     made.add_argument("folder", metavar="FOLDER", help="new or empty folder to write")
     add_writing_options(made)

@@ -7,7 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from mythos.command_line import DEVICES, check_least, exit_status, whole_numbers
+from mythos.command_line import DEVICES, CommandParser, check_least, exit_status, whole_numbers
 from mythos.errors import MythosError, log_messages
 
 EXAMPLES = """
@@ -25,7 +25,7 @@ Text goes to standard output, all else to standard error.
 
 def parser(prog: str = "mythos generate") -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
+    made = CommandParser(
         prog=prog,
         description=__doc__,
         epilog=EXAMPLES,

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from mythos.command_line import CommandParser
 from mythos.config import Config, load_config
 from mythos.errors import MythosError, log_messages
 
@@ -35,7 +36,7 @@ VALIDATION_SHARE = 0.05
 
 def parser(prog: str = "mythos tokenize") -> argparse.ArgumentParser:
     """The command line, to be parsed intermixed: options may stand between the overrides."""
-    made = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = CommandParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("config", metavar="CONFIG", help="a run's configuration: its data and tokenizer sections")
     made.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes of the configuration")
     made.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write or to continue")

@@ -20,6 +20,7 @@ from mythos.config import TokenizerConfig
 from mythos.data.cache import digest
 from mythos.data.corpus import Corpus, in_fixed_order, is_held_out
 from mythos.errors import MythosError, short_reason
+from mythos.inherited import TOKENIZER_FILE
 from mythos.model.config import padded_vocab_size
 from mythos.progress import progress_bar
 from mythos.text_files import read_json, unusable_text
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 END_OF_DOCUMENT = "<|endoftext|>"
 MINIMUM_BPE_SIZE = 384
+MOST_IDS = 2**22
+"""Token ids of a tokenizer; the largest that are published have about a million."""
 
 # More text than this changes the merges of a small vocabulary very little.
 BPE_TRAINING_BYTES = 20 * 10**6
@@ -206,6 +209,7 @@ class Tokenizer:
         saved = Path(name) / REQUEST_FILE
         request = _read_request(saved) if saved.is_file() else {"name": str(name)}
         try:
+            _check_ids(Path(name))
             # Not given, the answer would be asked for on the terminal.
             fast = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
             return cls(fast, request)
@@ -367,6 +371,20 @@ def _read_request(path: Path) -> dict[str, Any]:
             "files are a tokenizer that others made."
         ) from error
     return request
+
+
+def _check_ids(folder: Path) -> None:
+    """Raise ValueError for a token whose id is above any vocabulary: the library keeps a table up to the highest id."""
+    file = folder / TOKENIZER_FILE
+    if not file.is_file():
+        return
+    content = read_json(file)
+    vocabulary = content["model"].get("vocab")
+    ids = [*(vocabulary.values() if isinstance(vocabulary, dict) else ())]
+    ids += [token["id"] for token in content.get("added_tokens") or ()]
+    highest = max((number for number in ids if isinstance(number, int)), default=0)
+    if highest >= MOST_IDS:
+        raise ValueError(f"{file} has a token of id {highest}; allowed: below {MOST_IDS:,}")
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:

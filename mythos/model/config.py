@@ -17,7 +17,8 @@ Small = Annotated[float, Field(ge=1e-30, le=1)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 Width = Annotated[int, Field(ge=1, le=2**20)]
 WidthOrZero = Annotated[int, Field(ge=0, le=2**20)]
-Count = Annotated[int, Field(ge=1, le=2**16)]
+MOST_LOOPS = 2**16
+Count = Annotated[int, Field(ge=1, le=MOST_LOOPS)]
 """Of experts, heads or loops: what a list may have an entry for."""
 Rows = Annotated[int, Field(ge=1, le=2**24)]
 CountOrZero = Annotated[int, Field(ge=0, le=2**16)]

@@ -14,7 +14,7 @@ from mythos.config import TokenizerConfig
 from mythos.data import tokenizer as tokenizer_module
 from mythos.data.config import DataConfig
 from mythos.data.corpus import Corpus, is_held_out, open_corpus
-from mythos.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, training_documents
+from mythos.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, train_bpe, training_documents
 from mythos.errors import MythosError
 
 from .conftest import make_documents, text_source, write_parquet
@@ -268,3 +268,19 @@ def test_a_damaged_request(content: bytes, tokenizer: Tokenizer, tmp_path: Path)
     (tmp_path / "saved" / "request.json").write_bytes(content)
     with pytest.raises(MythosError, match=r"tokenizer: .*request\.json cannot be read"):
         Tokenizer.load(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("place", ["vocab", "added"])
+def test_an_id_that_no_vocabulary_has_is_refused(tmp_path: Path, place: str) -> None:
+    """The library's table up to it took 8 GB."""
+    train_bpe(iter(["some text and more"]), 384, progress=False).save(tmp_path / "sound")
+    Tokenizer.load(tmp_path / "sound")
+    file = tmp_path / "sound" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    if place == "vocab":
+        content["model"]["vocab"]["a"] = 2**31
+    else:
+        content["added_tokens"][0]["id"] = 2**31
+    file.write_text(json.dumps(content))
+    with pytest.raises(MythosError, match="has a token of id 2147483648; allowed: below 4,194,304"):
+        Tokenizer.load(tmp_path / "sound")
