@@ -216,7 +216,7 @@ def test_prompts_that_are_empty(made: Made) -> None:
     model, nothing = made(), torch.zeros(1, 0, dtype=torch.int64)
     for call in (model, lambda ids: model.generate(ids, max_new_tokens=2)):
         with pytest.raises(
-            ValueError, match=r"input_ids: got ids of shape \(1, 0\); allowed: \(rows, tokens\), at least"
+            ValueError, match=r"(input_ids: got ids of shape|attention_mask: row 0 holds no token).* at least"
         ):
             call(nothing)
     with pytest.raises(ValueError, match="input_ids: got none"):
