@@ -132,10 +132,10 @@ class MythosForCausalLM(PreTrainedModel, GenerationMixin):
         super()._apply(fn, recurse)
         for name, tensor in float32_tensors(self.model).items():
             if tensor.dtype in (torch.float16, torch.bfloat16):
-                tensor.data = before[name].to(tensor.device, torch.float32)
+                retype(tensor, before[name].to(tensor.device, torch.float32))
         double = [tensor for tensor in (*self.parameters(), *self.buffers()) if tensor.dtype == torch.float64]
         for tensor in double:
-            tensor.data = tensor.data.float()
+            retype(tensor, tensor.data.float())
         if double:
             logger.warning("float64: a mythos model computes in float32, bfloat16 or float16; its weights stay float32")
         return self
@@ -479,6 +479,14 @@ def kept(values: Tensor, mask: Tensor | None, which: int | Tensor) -> Tensor:
         column = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1)
         return values.gather(1, column.view(-1, 1, 1).expand(-1, 1, values.shape[2]))
     return values[:, -which:]  # of 0: all
+
+
+def retype(tensor: Tensor, value: Tensor) -> None:
+    """Give a parameter or buffer a value of another type, and its gradient that type."""
+    gradient = tensor.grad
+    tensor.grad = None
+    tensor.data = value
+    tensor.grad = None if gradient is None else gradient.to(value.dtype)
 
 
 def float32_tensors(model: RecurrentDepthTransformer) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from mythos.hf import MythosForCausalLM
 from tests.hf.test_generate import padded
 from tests.hf.test_model import CLOSE, random_ids
-from tests.hf.test_trainer import FIELDS, collator, trained
+from tests.hf.test_trainer import FIELDS, SPLITS, collator, trained
 from tests.noise import name_generator
 
 peft = pytest.importorskip("peft")
@@ -118,10 +118,10 @@ def test_an_adapter_in_bfloat16(made: Made) -> None:
 def test_trainer_trains_the_adapter_alone(made: Made, tmp_path: Path) -> None:
     """With the objective of the model itself, on either side."""
     found = []
-    for side, size, accumulated in (("left", 4, 1), ("left", 2, 2), ("right", 1, 4)):
+    for side, size, accumulated in SPLITS:
         model = adapted(made(**FIELDS), {"target_modules": "all-linear"})
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        found.append(trained(model, tmp_path, size, accumulated, collator(side), {"label_smoothing_factor": 0.1}))
+        found.append(trained(model, tmp_path, size, accumulated, collator(side)))
         changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
         assert changed and all("lora_" in name for name in changed)
     assert found[0] == pytest.approx(found[1], abs=2e-4) and found[0] == pytest.approx(found[2], abs=2e-4)
