@@ -62,3 +62,9 @@ def is_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
+
+
+def advise(error: OSError) -> str:
+    """What to tell of a file that a run cannot read or write: the cause, and what to do about it."""
+    todo = "Free some space" if is_full(error) else "Mend that"
+    return f"{error}. {todo} and run the same command again; checkpoints are intact"

@@ -268,8 +268,8 @@ class Trainer:
                     steps_before = self.step
                     loss = "skipped" if metrics["loss"] is None else f"{metrics['loss']:.3f}"
                     bar.set_postfix(loss=loss, tok_s=f"{metrics['tokens_per_second']:,.0f}")
-                # Saved before it is validated: a kill in those minutes then costs nothing. After a skipped update weights
-                # or data may be to blame, and older checkpoints are surely good.
+                # Before the validation, so that a kill in its minutes costs nothing. After a skipped update weights or
+                # data may be to blame, and older checkpoints are surely good.
                 saving = saving and (sound or last or stopping)
                 with watch.pause():
                     if saving:

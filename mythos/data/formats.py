@@ -19,6 +19,7 @@ import numpy as np
 from mythos.data.cache import digest, keep, kept
 from mythos.data.remote import is_remote, open_remote
 from mythos.errors import short_reason
+from mythos.files import open_regular
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -116,7 +117,7 @@ class Reader:
 
     def open(self, file: File) -> IO[bytes]:
         """Open for reading from any position."""
-        return open_remote(file.path, file.size, self.patience) if is_remote(file.path) else open(file.path, "rb")
+        return open_remote(file.path, file.size, self.patience) if is_remote(file.path) else open_regular(file.path)
 
     def columns(self, file: File) -> list[str]:
         """Names of the columns or keys: those of the first record of a jsonl file, ``text`` for plain text."""

@@ -25,6 +25,7 @@ import numpy as np
 from mythos.data.corpus import Skipped, holdout_limit, in_fixed_order, source_identity
 from mythos.data.tokenizer import Tokenizer
 from mythos.errors import MythosError, short_reason
+from mythos.files import open_regular, read_regular
 
 logger = logging.getLogger(__name__)
 
@@ -249,6 +250,7 @@ class TokenSource:
     def _map(self, part: int, kind: str) -> np.ndarray:
         path = array_path(self.directory, part, kind)
         try:
+            open_regular(path).close()  # NumPy would wait for a FIFO
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         except Exception as error:  # NumPy parses the header as Python, whose errors share no base class
             raise _Damaged(f"{path}: {short_reason(error)}") from error
@@ -306,7 +308,7 @@ def read_index(directory: Path) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """A mapping that :func:`write_json` wrote; raises MythosError if it is another, or of another format."""
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_regular(path))
         if isinstance(value, dict) and value.get("format", FORMAT) != FORMAT:
             raise MythosError(
                 f"{path} has format {value['format']}, this version reads {FORMAT}. Tokenize the corpus again with "
