@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -13,11 +14,22 @@ DEVICES = ("auto", "cpu", "cuda")
 """What --device allows; `mythos.ranks.choose_device` turns it into a device."""
 
 
+def accept_any_character() -> None:
+    """Let standard output take text in any script: what its encoding does not have (LANG=C) is escaped.
+
+    Otherwise a run of days would end with an error for a character of its last sample.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+
+
 def exit_status(action: Callable[[], None]) -> int:
     """Run what a command is for and return its exit status, with a line on standard error where it did not succeed.
 
     0 = done, also where what read the output has read enough; 1 = MythosError; 130 = interrupted.
     """
+    accept_any_character()
     try:
         action()
         sys.stdout.flush()

@@ -8,12 +8,12 @@ import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import torch
 from accelerate.utils import set_seed
 from torch import Tensor
-from tqdm import tqdm
 
 from mythos import checkpoint
 from mythos.checkpoint import Checkpoints
@@ -24,9 +24,9 @@ from mythos.data.stream import Batch, DifferentData, count_skipped, merge_states
 from mythos.data.tokenizer import check_vocabulary
 from mythos.depth import DepthPlan, DepthSchedule
 from mythos.errors import MythosError, TransientError
-from mythos.estimate import count_parameters, forward_flops
+from mythos.estimate import forward_flops
 from mythos.evaluation.choices import encode_task, read_tasks
-from mythos.evaluation.in_training import Interrupted, Measurement
+from mythos.evaluation.in_training import Interrupted, Measurement, write_samples
 from mythos.faults import (
     RunLock,
     StopRequests,
@@ -50,11 +50,11 @@ from mythos.preflight import (
     resolve_vocabulary,
     schedule_change,
 )
-from mythos.presets import model_name
 from mythos.profiling import OwnTime, Profiler, Stopwatch
+from mythos.progress import Console
 from mythos.ranks import join_world
 from mythos.rng import random_state, set_random_state
-from mythos.summary import summary
+from mythos.summary import config_lines, summary, validation_line
 from mythos.versions import installed_versions
 
 logger = logging.getLogger(__name__)
@@ -81,6 +81,7 @@ class Trainer:
         self.stop = StopRequests(parse_duration(config.train.max_time) if config.train.max_time else None)
         self.world = world = join_world(config)
         self.device = world.device
+        self.console = Console(shown=self.main)
         self.run_dir = config.run_dir
         check_trackers(config.log.trackers)
         tasks = world.ranks.agreed(lambda: read_tasks(config.eval.tasks, what="eval.tasks"))
@@ -225,10 +226,10 @@ class Trainer:
         """The loop of :meth:`run`."""
         config, steps = self.config, self.config.train_steps
         metrics: dict[str, Any] = {}
-        bar = tqdm(
-            total=steps, initial=self.step, unit="step", desc="training", dynamic_ncols=True, disable=not self.main
-        )
-        with bar, Profiler(self.run_dir, config.train.profile, self.world.rank) as profiler:
+        with (
+            self.console.training(self.step, steps),
+            Profiler(self.run_dir, config.train.profile, self.world.rank) as profiler,
+        ):
             batch, problem = self.read_ahead() if self.step < steps else (None, None)
             self.agree_on_data(problem)
             unfinished = self.world.ranks.broadcast(self.log.unfinished)
@@ -245,7 +246,7 @@ class Trainer:
                 self.step += 1
                 self.tokens += config.tokens_per_step
                 self.position = self.loader.state_dict()
-                bar.update()
+                self.console.step_done()
                 last = self.step == steps
                 # The device still computes: what comes next is read, and agreed on, meanwhile.
                 batch, problem = (None, None) if last else self.read_ahead()
@@ -265,9 +266,8 @@ class Trainer:
                     metrics = self.measure(result)
                     metrics |= self.throughput(result.plan, watch.lap() / (self.step - steps_before))
                     metrics |= loop_loads(result.expert_load) if validating else {}
+                    self.console.report(metrics, always=validating or steps_before == self.console.first)
                     steps_before = self.step
-                    loss = "skipped" if metrics["loss"] is None else f"{metrics['loss']:.3f}"
-                    bar.set_postfix(loss=loss, tok_s=f"{metrics['tokens_per_second']:,.0f}")
                 # Before the validation, so that a kill in its minutes costs nothing. After a skipped update weights or
                 # data may be to blame, and older checkpoints are surely good.
                 saving = saving and (sound or last or stopping)
@@ -284,7 +284,9 @@ class Trainer:
                     return
         if not metrics:
             if self.main:
-                print(f"nothing to train: the run is at step {self.step}; raise train.steps, or change run.name")
+                self.console.write(
+                    f"nothing to train: the run is at step {self.step}; raise train.steps, or change run.name"
+                )
                 self.plots = draw_plots(self.run_dir, config.depth_mean)
             try:
                 metrics = self.validate()
@@ -335,10 +337,9 @@ class Trainer:
         self.agree_on_data(problem, f"\n{saved}")
         reasons = self.world.ranks.gather(self.stop.reason)
         rank = next(rank for rank, reason in enumerate(reasons) if reason)
-        if self.main:
-            where = f" (rank {rank})" if self.world.size > 1 else ""
-            missing = "" if validated else "Its validation was interrupted, and is made when the run continues.\n"
-            tqdm.write(f"{reasons[rank]}{where}. {saved}\n{missing}The same command continues.")
+        where = f" (rank {rank})" if self.world.size > 1 else ""
+        missing = "" if validated else "Its validation was interrupted, and is made when the run continues.\n"
+        self.console.write(f"{reasons[rank]}{where}. {saved}\n{missing}The same command continues.")
 
     def train_step(self, batch: Batch) -> StepResult:
         """One optimizer step over the global batch; nothing in it reads from the device."""
@@ -507,18 +508,8 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """Validation loss and answers at several depths; text samples go to samples/step-N.txt. Raises Interrupted."""
         self.watchdog.beat(f"step {self.step}: validation")
-        measurement = Measurement(
-            self.config,
-            self.world,
-            self.model,
-            self.parallel,
-            self.layout.sharded,
-            self.micro_batch,
-            self.validation,
-            self.tasks,
-            self.tokenizer,
-            lambda: self.stop.reason is not None,
-        )
+        measured = self.validation, self.tasks, self.tokenizer
+        measurement = Measurement(self.config, self.parallel, *measured, self.micro_batch, self.stop)
         generators = random_state()  # a checkpoint has those from before
         self.model.eval()
         try:
@@ -528,9 +519,7 @@ class Trainer:
             self.model.train()
             set_random_state(generators)
         if self.samples and self.main:
-            path = self.run_dir / "samples" / f"step-{self.step:08d}.txt"
-            path.parent.mkdir(exist_ok=True)
-            path.write_text("\n\n".join(self.samples) + "\n", encoding="utf-8")
+            write_samples(self.samples, self.run_dir / "samples" / f"step-{self.step:08d}.txt")
         return metrics
 
     def conclude(self, record: dict[str, Any]) -> bool:
@@ -543,6 +532,7 @@ class Trainer:
         except Interrupted:
             self.log.write(record)
             return False
+        self.console.write(validation_line(self.config, record, self.mean_loops))
         self.log.write(record)
         if self.main:
             self.plots = draw_plots(self.run_dir, self.config.depth_mean)
@@ -577,19 +567,9 @@ class Trainer:
 
     def announce(self, found: Path | None) -> None:
         """Print what the configuration amounts to."""
-        config, length = self.config, self.config.data.sequence_length
-        parameters, dtype = count_parameters(config.model), str(self.parallel.dtype).removeprefix("torch.")
-        drawn = "those of the task" if config.depth.follow == "difficulty" else config.depth.sampling
+        config, dtype = self.config, str(self.parallel.dtype).removeprefix("torch.")
         lines = {
-            "model": f"{model_name(config.model)}: {parameters.total:,} parameters, "
-            f"{parameters.active:,} active per loop",
-            "depth": f"{config.depth_mean:g} loops on average ({drawn}, "
-            f"at most {config.depth_maximum}), gradient through the last {config.depth_backprop}",
-            "data": f"{config.data.kind}, {config.data.streams} streams, "
-            f"{len(self.validation.ids)} validation sequences",
-            "training": f"{config.train_steps:,} steps of {config.train.global_batch} x {length} = "
-            f"{config.tokens_per_step:,} tokens, {config.train_steps * config.tokens_per_step:,} in all; "
-            f"micro-batches of {self.micro_batch}",
+            **config_lines(config, self.micro_batch, len(self.validation.ids)),
             "device": f"{self.device}, {dtype}, {torch.get_num_threads()} threads",
             "parallel": f"{self.layout.mode}, {self.layout.why}",
             "run": f"{self.run_dir}" + (f", continuing at step {self.step} from {found}" if found else ""),
@@ -598,19 +578,19 @@ class Trainer:
             lines["schedule"] = f"over {config.schedule_steps:,} steps"
         if restarts := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
             lines["restart"] = f"{restarts}, because a process was lost"
-        print("\n".join(f"{name:9} {line}" for name, line in lines.items()))
+        self.console.write("\n".join(f"{name:9} {line}" for name, line in lines.items()))
         for number, line in enumerate(self.start.told if self.start else []):
-            print(f"{'' if number else 'start':9} {line}")
+            self.console.write(f"{'' if number else 'start':9} {line}")
 
     def sum_up(self, metrics: dict[str, Any]) -> None:
         """Print the depth table, a sample, and where everything is."""
         if not self.main:
             return
-        print(summary(self.config, metrics, self.mean_loops, self.tokens))
+        self.console.write(summary(self.config, metrics, self.mean_loops, self.tokens))
         if self.samples:
-            print(f"\nSample\n\n  {self.samples[0]!r}")
+            self.console.write(f"\nSample\n\n{indent(self.samples[0], '  ')}")
         plots = "\n            ".join(map(str, self.plots))
-        print(f"\nplots       {plots}\nmetrics     {self.log.path}\ncheckpoint  {self.checkpoints.newest}")
+        self.console.write(f"\nplots       {plots}\nmetrics     {self.log.path}\ncheckpoint  {self.checkpoints.newest}")
 
 
 def add(totals: dict[str, Tensor], key: str, value: Tensor) -> None:

@@ -7,6 +7,7 @@ python scripts/benchmark.py decode RUN|SIZE|CONFIG.yaml [--loops N,N] [--batch N
 python scripts/benchmark.py traffic SIZE|CONFIG.yaml [key.path=value ...] [--rows N] [--length N]
 python scripts/benchmark.py data CONFIG.yaml [key.path=value ...]
 python scripts/benchmark.py checkpoint [--preset NAME] [--vocabulary N] [--directory DIR]
+python scripts/benchmark.py validations [CONFIG.yaml] [key.path=value ...] [--count N]
 
 A SIZE is a preset, or one of those in docs/performance.md: reference, reference-64, wide. Every benchmark prints a
 table and writes its figures, with the machine they are from, to benchmarks/NAME.json.
@@ -16,11 +17,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from mythos.benchmarks import checkpoint, data, decode, model, scaling, timing, traffic, train
+from mythos.benchmarks import checkpoint, data, decode, model, scaling, timing, traffic, train, validations
 from mythos.command_line import exit_status
 
 BENCHMARKS = {
-    module.__name__.rpartition(".")[2]: module for module in (train, model, scaling, decode, data, checkpoint, traffic)
+    module.__name__.rpartition(".")[2]: module
+    for module in (train, model, scaling, decode, data, checkpoint, traffic, validations)
 }
 
 ALL_CORES = {"data", "checkpoint"}

@@ -1,5 +1,6 @@
 """Plots show the records they are drawn from."""
 
+import gc
 import json
 from pathlib import Path
 
@@ -74,3 +75,16 @@ def test_before_the_first_validation(tmp_path, drawn):
     write(tmp_path, set())
     assert draw_plots(tmp_path, 8) == [tmp_path / "plots" / "loss.png"]
     assert list(points(drawn["loss.png"])) == ["training"]
+
+
+def test_drawing_leaves_nothing_in_memory(tmp_path):
+    """No figure is left to Python's collector, which comes late: a run draws at every validation."""
+    write(tmp_path, {4, 8, 12})
+    gc.collect()
+    before = sum(isinstance(thing, Figure) for thing in gc.get_objects())
+    gc.disable()
+    try:
+        draw_plots(tmp_path, 8)
+        assert sum(isinstance(thing, Figure) for thing in gc.get_objects()) == before
+    finally:
+        gc.enable()

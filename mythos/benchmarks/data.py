@@ -10,7 +10,6 @@ from itertools import islice
 from typing import Any
 
 import psutil
-from tqdm import tqdm
 
 from mythos.benchmarks.timing import usable_cores
 from mythos.command_line import check_least
@@ -23,6 +22,7 @@ from mythos.data.source import Source, TextSource
 from mythos.data.stream import Part, Walk
 from mythos.data.tokenizer import Tokenizer, training_documents
 from mythos.errors import MythosError
+from mythos.progress import progress_bar
 
 REPEATS = 11
 
@@ -152,7 +152,7 @@ class DataBenchmark:
         start: list[int] = []
         seen = 0
         total = WARM_UP_DOCUMENTS + self.options.documents
-        with tqdm(total=total, unit="doc", desc="measuring memory") as bar:
+        with progress_bar(total=total, unit="doc", desc="measuring memory") as bar:
             while seen < total:
                 documents = int((loader.next_batch().ids[:, :-1] == self.data.tokenizer.eos_id).sum())
                 seen += documents

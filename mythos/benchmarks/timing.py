@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from tqdm import tqdm
 
 from mythos.errors import MythosError
+from mythos.progress import progress_bar
 
 T = TypeVar("T")
 Work = Callable[[], object]
@@ -150,7 +150,7 @@ def in_turns(
 ) -> dict[str, Timings]:
     """Run every work once a turn, A B A B, for `repeats` turns, and tell what each took."""
     timings = {name: Timings(device) for name in works}
-    with tqdm(total=len(works) * (repeats + warm_up), unit="run", desc="measuring", leave=False, disable=None) as bar:
+    with progress_bar(total=len(works) * (repeats + warm_up), unit="run", desc="measuring", leave=False) as bar:
         for turn in range(-warm_up, repeats):
             gc.collect()  # here, and not in the middle of a run
             for name, work in works.items():

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
     from mythos.data.token_writer import TokenWriter
+    from mythos.progress import Lines
 
 REFRESH = 0.5  # seconds
 VALIDATION_SHARE = 0.05
@@ -73,15 +74,14 @@ def main(arguments: list[str], prog: str = "mythos tokenize") -> int:
 
 def tokenize(config: Config, options: argparse.Namespace) -> None:
     """Write what is missing of the folder and print how to use it."""
-    from tqdm import tqdm
-
     from mythos.data.tokens import TOKENIZER
+    from mythos.progress import progress_bar
 
     writer = open_writer(config, options)
     parts = writer.begin()
     done = sum(map(len, writer.parts)) - sum(len(writer.parts[part]) for part in parts)
     if parts:
-        with tqdm(total=len(writer.corpus.shards), initial=done, unit="shard", desc="tokenizing") as bar:
+        with progress_bar(total=len(writer.corpus.shards), initial=done, unit="shard", desc="tokenizing") as bar:
             write_parts(writer, parts, min(options.workers, len(parts)), bar)
     totals = writer.finish()["totals"]
     left_out = ", ".join(f"{kind} {count:,}" for kind, count in totals["skipped"].items())
@@ -132,7 +132,7 @@ def open_writer(config: Config, options: argparse.Namespace) -> TokenWriter:
     return TokenWriter(corpora[name], tokenizer, options.out, data.named_sources[name], share)
 
 
-def write_parts(writer: TokenWriter, parts: list[int], workers: int, bar: tqdm) -> None:
+def write_parts(writer: TokenWriter, parts: list[int], workers: int, bar: tqdm[Any] | Lines[Any]) -> None:
     """Write parts in worker processes, none of which is left when this returns or raises.
 
     Raises:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 
+from mythos.command_line import accept_any_character
 from mythos.config import describe, load_config
 from mythos.errors import MythosError, TransientError
 from mythos.files import advise, is_full
@@ -44,6 +45,7 @@ def parser(prog: str = "mythos train") -> argparse.ArgumentParser:
 def main(arguments: list[str], prog: str = "mythos train") -> int:
     """Run the command line; returns the exit status."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
+    accept_any_character()
     if ended := os.environ.get("MYTHOS_ENDED"):  # launch.sh's: see mythos/faults.py
         if os.path.exists(ended):
             return 0 if os.environ.get("GROUP_WORLD_SIZE") == "1" else 1

@@ -10,8 +10,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from mythos.data import embedded
 from mythos.data.cache import digest
 from mythos.data.config import DataConfig, FilterConfig, SourceConfig
@@ -19,6 +17,7 @@ from mythos.data.formats import EXTENSIONS, READ_ERRORS, Broken, File, Piece, Re
 from mythos.data.hub import resolve_hub
 from mythos.data.remote import Unreachable, is_remote, remote_files
 from mythos.errors import MythosError, short_reason
+from mythos.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +98,7 @@ class Corpus:
         total = sum(file.size for file in files)
         checked = False
         # Quick on a disk; over a network a footer of megabytes is read of every file, the first time.
-        for file in tqdm(files, desc="looking into files", unit="file", delay=3, leave=False):
+        for file in progress_bar(files, desc="looking into files", unit="file", delay=3, leave=False):
             if not file.path.endswith(EXTENSIONS):
                 raise MythosError(f"{what}: {file.path} has an unknown extension; allowed are {', '.join(EXTENSIONS)}.")
             try:

@@ -22,9 +22,9 @@ from importlib import metadata
 from pathlib import Path
 
 from packaging.requirements import Requirement
-from tqdm import tqdm
 
 from mythos.errors import MythosError
+from mythos.progress import progress_bar
 
 VERSION = 1
 """Part of the cache key: raise it when the gathered text changes."""
@@ -172,7 +172,9 @@ def collect(packages: list[str], progress: bool = True) -> list[tuple[str, str]]
     # Spawned, not forked: the caller may have started threads.
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         found = pool.map(_docstrings, [path for _, _, path in files], chunksize=128)
-        bar = tqdm(found, total=len(files), desc="gathering documentation text", unit="file", disable=not progress)
+        bar = progress_bar(
+            found, total=len(files), desc="gathering documentation text", unit="file", disable=not progress
+        )
         for (package, module, _), docstrings in zip(files, bar, strict=True):
             new = (_unseen(paragraphs, seen) for paragraphs in docstrings)
             documents += [(text, f"{package} {module}") for text in _merge(new)]

@@ -14,7 +14,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
-from tqdm import tqdm
 
 from mythos.config import TokenizerConfig
 from mythos.data.cache import digest
@@ -22,6 +21,7 @@ from mythos.data.corpus import Corpus, in_fixed_order, is_held_out
 from mythos.errors import MythosError, short_reason
 from mythos.files import check_regular_files, is_full
 from mythos.model.config import padded_vocab_size
+from mythos.progress import progress_bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -269,7 +269,7 @@ def train_bpe(documents: Iterator[str], vocab_size: int, *, progress: bool = Tru
 
     texts: list[str] = []
     read = 0
-    with tqdm(
+    with progress_bar(
         total=BPE_TRAINING_BYTES, unit="B", unit_scale=True, desc="reading text for the tokenizer", disable=not progress
     ) as bar:
         for document in documents:

@@ -12,12 +12,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from mythos.data.cache import digest
 from mythos.data.source import Source
 from mythos.data.stream import number_documents
 from mythos.errors import MythosError
+from mythos.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,9 @@ def _pack_source(source: Source, sequences: int, length: int, eos_id: int) -> tu
     sizes: list[int] = []
     if sequences:
         # Quick on local files; a small share of a large hub dataset takes a while to find.
-        with tqdm(total=wanted, desc="collecting validation text", unit="token", unit_scale=True, delay=3) as bar:
+        with progress_bar(
+            total=wanted, desc="collecting validation text", unit="token", unit_scale=True, delay=3
+        ) as bar:
             for document, document_bytes in source.held_out():
                 ids += [*document, eos_id]
                 sizes += [*document_bytes, 0]

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from mythos.data.tokenizer import Tokenizer
 from mythos.errors import MythosError
@@ -17,6 +16,7 @@ from mythos.model.cache import DecodeCache
 from mythos.model.halting import THRESHOLDS, halting_rule
 from mythos.model.layers import autocast_dtype
 from mythos.model.rdt import RecurrentDepthTransformer
+from mythos.progress import progress_bar
 from mythos.ranks import World
 
 
@@ -142,7 +142,10 @@ def score_requests(
     batches = [order[start : start + micro_batch] for start in range(0, len(order), micro_batch)]
     mine = range(world.rank, len(batches), world.size)
     found: dict[int, list[Score]] = {}
-    with autocast, tqdm(total=len(batches), unit="batch", desc="scoring", disable=not progress, leave=False) as bar:
+    with (
+        autocast,
+        progress_bar(total=len(batches), unit="batch", desc="scoring", disable=not progress, leave=False) as bar,
+    ):
         for turn in range(-(-len(batches) // world.size)):
             check()
             # A rank without a batch left runs one that does not count: under FSDP the others need it.

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from mythos.data.tasks import TaskSet
 from mythos.data.validation import ValidationSet
@@ -26,6 +25,7 @@ from mythos.model.halting import HALTING_RULES, THRESHOLDS, HaltingRule, halting
 from mythos.model.layers import autocast_dtype
 from mythos.model.rdt import RecurrentDepthTransformer, add_load, chosen_overlap, state_measures
 from mythos.model.recurrence import LoopState
+from mythos.progress import progress_bar
 from mythos.ranks import World
 
 HARM = 0.01
@@ -222,7 +222,7 @@ def depth_sweep(
     batches = list(batches_of(data, micro_batch, model.head_weight.device))
     size = text_bytes(data)
     total = len(batches) * (max(depths) + most * len(rules))
-    with autocast, tqdm(total=total, unit="loop", desc="depth sweep", disable=not progress, dynamic_ncols=True) as bar:
+    with autocast, progress_bar(total=total, unit="loop", desc="depth sweep", disable=not progress) as bar:
         loops = measure_loops(model, batches, depths, size, bar.update)
         halting = []
         for (name, threshold), rule in zip(rules, chosen, strict=True):
