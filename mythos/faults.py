@@ -57,8 +57,9 @@ class StopRequests:
     """Requests that this process stop: SIGTERM, SIGINT, SIGUSR1, the end of its time, or of the launcher above it.
 
     A context manager. The first signal sets :attr:`reason` and says so on stderr; a second one, at least
-    ``SAME_REQUEST`` seconds later, exits at once with status 128 + its number. At the end of the context the previous
-    handlers are back; but under launch.sh, where all has gone well, signals are received until the process ends.
+    ``SAME_REQUEST`` seconds later, exits at once with status 128 + its number, or under launch.sh as
+    :func:`exit_for_good` does. At the end of the context the previous handlers are back; but under launch.sh, where all
+    has gone well, signals are received until the process ends, and a second one exits with 0: all is saved.
     """
 
     def __init__(self, max_time: float | None) -> None:
@@ -70,6 +71,7 @@ class StopRequests:
         self._above = int(os.environ.get("MYTHOS_LAUNCHER", "0"))
         self._signal: signal.Signals | None = None
         self._signalled = 0.0
+        self._saved = False
         self._before: dict[signal.Signals, Any] = {}
         self._wakeup = self._wakeup_before = -1
 
@@ -98,6 +100,7 @@ class StopRequests:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self._saved = error is None
         if error is None and self._above:
             # All may be saved before the signal that asked for it has reached every process: one that then died of it
             # would be a failure to torchrun, which would start all of them again.
@@ -129,6 +132,10 @@ class StopRequests:
                 if os.environ.get("RANK", "0") == "0":
                     tqdm.write(message, file=sys.stderr)  # above the progress bar, not into it
         elif now - self._signalled >= SAME_REQUEST:
+            if self._saved:
+                os._exit(0)
+            if "MYTHOS_ENDED" in os.environ:  # launch.sh is not to start this process again, and tells the loss
+                os._exit(exit_for_good(f"{received.name} again: stopped at once, without saving the last steps"))
             os._exit(128 + received)
 
 
