@@ -343,11 +343,11 @@ class Checkpoints:
     def close(self) -> None:
         """Finish the save under way and free what copies are kept in; logs the save's error."""
         try:
-            self.wait()
+            with self._resources:
+                self.wait()
         except Exception as error:
             logger.error("%s", error)
         self._buffers.clear()
-        self._resources.close()
 
     def _to_host(self, part: dict[str, Tensor], copied: bool) -> dict[str, Tensor]:
         """This rank's bytes on the host: in buffers that are kept, unless they are there and no copy is needed."""
