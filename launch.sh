@@ -26,7 +26,8 @@ Also read from the environment:
   PYTORCH_ALLOC_CONF  settings of torch's allocator on GPUs (expandable_segments:True, against fragmentation); a value
                     set by you, also in PYTORCH_CUDA_ALLOC_CONF, is left as it is
 
-SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR1 save and stop, with status 0; a second one stops at once.
+SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR1 save and stop, with status 0; a second one, seconds later, stops at once:
+with 1 if the last steps are not yet saved.
 TEXT
 }
 
@@ -190,23 +191,33 @@ export MYTHOS_ENDED=$scratch/ended
 export MYTHOS_LAUNCHER=$$ # the processes stop when it is gone
 
 # A signal goes to the processes, which save and exit with 0. torchrun would pass it on too, but then exits with 1 and
-# a traceback, and leaves the torchruns of other machines waiting for it; so it gets none but the second.
+# a traceback, and leaves the torchruns of other machines waiting for it; so it gets none but the second of several
+# machines, and the third of one.
 pass_on='
 import sys
 import psutil
-torchrun = psutil.Process(int(sys.argv[1]))
-for process in torchrun.children() or [torchrun]:
+torchrun, nodes = psutil.Process(int(sys.argv[1])), int(sys.argv[2])
+# With other machines it may wait for them without end before it starts any process.
+for process in torchrun.children() or [torchrun] * (nodes > 1):
     process.terminate()
 '
-torchrun='' first='' signalled=''
+torchrun='' first='' second='' signalled=''
 # shellcheck disable=SC2329 # called by the trap
+pass_signal_on() {
+  # Processes that are just ending are no reason to complain. Those that are yet to start will see the file.
+  (trap '' INT HUP USR1 && exec "$python" -c "$pass_on" "$torchrun" "$nodes" 2>/dev/null) || true
+}
+# shellcheck disable=SC2329
 stop() {
   signalled=yes
   if [[ -z $first ]]; then
     first=$SECONDS
     : >"$MYTHOS_ENDED"
-    # Processes that are just ending are no reason to complain. Those that are yet to start will see the file.
-    (trap '' INT HUP USR1 && exec "$python" -c "$pass_on" "$torchrun" 2>/dev/null) || true
+    pass_signal_on
+  elif ((SECONDS - first > 2)) && [[ $nodes == 1 && -z $second ]]; then
+    # The processes end at once, with 0 where all is saved.
+    second=yes
+    pass_signal_on
   elif ((SECONDS - first > 2)); then
     kill -TERM "$torchrun" 2>/dev/null || true
   fi

@@ -10,6 +10,7 @@ import copy
 import json
 import logging
 import math
+import os
 import shutil
 import socket
 import tempfile
@@ -18,6 +19,7 @@ import uuid
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,10 +34,23 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
-from mythos.errors import MythosError
-from mythos.faults import collective_failure
+from mythos.errors import DiskFullError, MythosError
+from mythos.faults import RunLock, collective_failure
+from mythos.files import check_regular_files, is_full
+from mythos.ownership import Run, claimed
 from mythos.ranks import Ranks
-from mythos.storage import MARKER, META, LocalStorage, Storage, checksum, locate, open_storage
+from mythos.storage import (
+    MARKER,
+    META,
+    LocalStorage,
+    Storage,
+    checksum,
+    is_step,
+    locate,
+    open_storage,
+    run_id,
+    step_name,
+)
 from mythos.storage import step_of as step_of
 from mythos.text_files import parse_json
 from mythos.torch_compat import shard_file_name, shard_metadata
@@ -78,6 +93,8 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._newest: Path | str | None = None
+        self._run: Run | None = None
+        self._resources = contextlib.ExitStack()
         # Once and here, because filters belong to the process: the writing thread must not change them meanwhile.
         warnings.filterwarnings("ignore", message=NOT_DISTRIBUTED)
 
@@ -95,6 +112,63 @@ class Checkpoints:
     def saving(self) -> bool:
         """Whether bytes are being written in the background; not collective."""
         return self._thread is not None and self._thread.is_alive()
+
+    # Beginning
+
+    def claim(self, lock: RunLock, name: str) -> None:
+        """Make the place ready for one run alone, until :meth:`close`; before anything is searched there or trained.
+
+        `lock` is that of the run's directory, held by rank 0; it keeps the run's id, by which its checkpoints are told
+        from others: see :func:`mythos.ownership.claimed`. `name` is the run's.
+
+        Raises MythosError for a place that a rank cannot write to or that ranks do not share, for one that another
+        job uses, and for one that holds another run's checkpoints.
+        """
+        key = self.ranks.broadcast(uuid.uuid4().hex[:8])
+
+        def probe() -> None:
+            try:
+                self.storage.probe(f"{key}-{self.ranks.rank}")
+            except Exception as error:  # libraries of remote file systems share no base class
+                advice = "Free some space" if is_full(error) else "Mend that"
+                kind = DiskFullError if is_full(error) else MythosError
+                raise kind(
+                    f"{self.directory}: checkpoints cannot be written there: {_reason(error)}. {advice}, or set "
+                    "checkpoint.dir to another directory."
+                ) from error
+
+        def look() -> None:
+            unseen = [rank for rank in range(self.ranks.size) if not self.storage.probed(f"{key}-{rank}")]
+            if unseen:
+                raise MythosError(
+                    f"{self.directory}: what rank {unseen[0]} writes there is not seen by rank 0. All ranks must share "
+                    "the directory of checkpoints: set checkpoint.dir to one on a shared file system or object store"
+                )
+
+        try:
+            self._agree(probe)
+            self._agree(lambda: look() if self.ranks.main else None)
+        finally:
+            with contextlib.suppress(Exception):  # a store may allow no deletion, and an empty object does no harm
+                self.storage.end_probe(f"{key}-{self.ranks.rank}")
+
+        def claim() -> Run:
+            run = Run(lock.run or uuid.uuid4().hex, name, os.path.realpath(lock.directory))
+            run = self._resources.enter_context(claimed(self.storage, run, begun=lock.run is not None))
+            lock.keep(run.id)
+            return run
+
+        self._run = self._agree(lambda: claim() if self.ranks.main else None)[0]
+
+    def wrote(self, meta: dict[str, Any]) -> bool:
+        """Whether a checkpoint with this meta.json is one of this run, not what it has begun from."""
+        return self._run is not None and run_id(meta) == self._run.id
+
+    def require_space(self, tensors: dict[str, Tensor]) -> None:
+        """Raise MythosError if it is known now that a checkpoint of these tensors will not fit."""
+        needed = _bytes_needed(tensors)
+        with self._explained("the next checkpoint"):
+            self._agree(lambda: self.storage.require_space(needed) if self.ranks.main else None)
 
     # Finding
 
@@ -132,7 +206,13 @@ class Checkpoints:
 
     def _candidates(self, resume: str) -> list[Path | str]:
         """What may be continued from, first choice first."""
-        own = [self.storage.address(name) for name in reversed(self.storage.complete())]
+        # Another run's copy, or link, does not count. What cannot be read at all may be this run's, and is verified.
+        origins = {name: self.storage.origin(name) or {} for name in reversed(self.storage.complete())}
+        own = [
+            self.storage.address(name) for name, origin in origins.items() if not origin or self.storage.owned(origin)
+        ]
+        if len(own) < len(origins):
+            logger.warning("%s: %d checkpoints of other runs do not count", self.directory, len(origins) - len(own))
         if resume == "auto":
             return own
         if resume == "never":
@@ -179,7 +259,8 @@ class Checkpoints:
 
     def _fall_back(self, path: Path | str, damaged: list[Path | str]) -> None:
         for bad in damaged:
-            self.storage.demote(locate(bad)[1])
+            if self.storage.is_own(name := locate(bad)[1]):
+                self.storage.demote(name)
         self.storage.point(locate(path)[1])
         logger.warning("continuing from %s; what was damaged is replaced by the next checkpoints", path)
 
@@ -232,10 +313,11 @@ class Checkpoints:
         part = _part(tensors, self.ranks)
         background = self.asynchronous and not wait
         host: dict[str, Tensor] = {}
-        with self._explained(step):
+        with self._explained(f"checkpoint of step {step}"):
             self._agree(lambda: host.update(self._to_host(part, background)))
-        meta = {"step": step, **copy.deepcopy(meta)}
-        needed = sum(tensor.nbytes for tensor in tensors.values()) + SPARE_BYTES
+        mark = {"run": asdict(self._run)} if self._run else {}
+        meta = {"step": step, **mark, **copy.deepcopy(meta)}
+        needed = _bytes_needed(tensors)
         if not background:
             self._write(step, part, host, meta, needed)
             return
@@ -262,7 +344,8 @@ class Checkpoints:
     def close(self) -> None:
         """Finish the save under way and free what copies are kept in; logs the save's error."""
         try:
-            self.wait()
+            with self._resources:
+                self.wait()
         except Exception as error:
             logger.error("%s", error)
         self._buffers.clear()
@@ -287,13 +370,13 @@ class Checkpoints:
     def _write(
         self, step: int, part: dict[str, Tensor], host: dict[str, Tensor], meta: dict[str, Any], needed: int
     ) -> None:
-        name, storage, ranks = f"step-{step:08d}", self.storage, self.ranks
+        name, storage, ranks, run = step_name(step), self.storage, self.ranks, self._run
         folder: Path | None = None
 
         def prepare() -> None:
             nonlocal folder
             if ranks.main:
-                storage.prepare(name, needed)
+                storage.prepare(name, needed, run.id if run else None)
             folder = storage.workspace(name, sum(tensor.nbytes for tensor in host.values()))
 
         def seal() -> dict[str, dict[str, int]]:
@@ -313,9 +396,10 @@ class Checkpoints:
                         )
             files = {file: expected for one in sums for file, expected in one.items()}
             text = json.dumps({**meta, "files": files}, indent=1).encode()
-            storage.commit(name, text, json.dumps({"meta_crc32": zlib.crc32(text)}).encode())
+            mark = {"run": run.id, "step": step} if run else {}
+            storage.commit(name, text, json.dumps({"meta_crc32": zlib.crc32(text), **mark}).encode())
 
-        with self._explained(step):
+        with self._explained(f"checkpoint of step {step}"):
             try:
                 self._agree(prepare)
                 writer = _ShardWriter(str(folder), save_distributed=True)
@@ -341,21 +425,26 @@ class Checkpoints:
         return {"process_group": self.ranks.group, "no_dist": self.ranks.group is None}
 
     def _agree(self, work: Callable[[], T]) -> list[T]:
-        """Do something on every rank and return all results, or raise the same MythosError on every rank."""
+        """Do something on every rank and return all results, or raise the same MythosError on every rank.
+
+        It is a DiskFullError where a rank's disk is full.
+        """
         result = problem = cause = None
         try:
             result = work()
         except Exception as error:
-            problem, cause = _reason(error), error
+            problem, cause = (_reason(error), is_full(error) or isinstance(error, DiskFullError)), error
         outcomes = self.ranks.gather((problem, result))
         for rank, (problem, _) in enumerate(outcomes):
             if problem is not None:
-                raise MythosError(f"rank {rank}: {problem}" if rank else problem) from cause
+                text, full = problem
+                kind = DiskFullError if full else MythosError
+                raise kind(f"rank {rank}: {text}" if rank else text) from cause
         return [result for _, result in outcomes]
 
     @contextlib.contextmanager
-    def _explained(self, step: int) -> Iterator[None]:
-        """Say of an error which checkpoint it lost, and which one is kept."""
+    def _explained(self, what: str) -> Iterator[None]:
+        """Say of an error which checkpoint it lost, which one is kept, and what to do."""
         try:
             yield
         except (MythosError, CheckpointException, RuntimeError) as error:
@@ -366,10 +455,18 @@ class Checkpoints:
                 if self._newest
                 else "there is no earlier checkpoint"
             )
-            reason = _first_cause(error) if isinstance(error, CheckpointException) else _reason(error)
-            raise MythosError(
-                f"checkpoint of step {step} could not be written to {self.directory}: {reason}; {kept}. "
-                "Free some space (or set checkpoint.dir to another disk, checkpoint.keep lower) and run the same "
+            cause: BaseException = error
+            reason = _reason(error)
+            if isinstance(error, CheckpointException):
+                reason, cause = _first_cause(error), min(error.failures.items())[1][0]
+            full = isinstance(error, DiskFullError) or is_full(cause)
+            advice = (
+                "Free some space (or set checkpoint.dir to another disk, checkpoint.keep lower)"
+                if full
+                else "Mend that (or set checkpoint.dir to another directory)"
+            )
+            raise (DiskFullError if full else MythosError)(
+                f"{what} could not be written to {self.directory}: {reason}; {kept}. {advice} and run the same "
                 "command again."
             ) from error
 
@@ -452,10 +549,13 @@ def read_meta(path: Path | str) -> dict[str, Any]:
     try:
         content = storage.read(name, META)
         marker = storage.read(name, MARKER)
-        # Earlier versions left the marker empty.
-        if marker and parse_json(marker)["meta_crc32"] != zlib.crc32(content):
-            raise ValueError(f"its checksum is not the one in the file '{MARKER}'")
         meta = parse_json(content)
+        # The versions that left the marker empty listed no files, so nothing of theirs has a checksum.
+        if (marker or "files" in meta) and parse_json(marker)["meta_crc32"] != zlib.crc32(content):
+            raise ValueError(f"its checksum is not the one in the file '{MARKER}'")
+        step = meta.get("step")
+        if is_step(name) and (type(step) is not int or step != step_of(name)):
+            raise ValueError(f"it is of step {step}, the directory's name of step {step_of(name)}")
         # Files of a remote checkpoint are copied to where their names say: those may not lead elsewhere.
         for file in meta.get("files", {}):
             if "/" in file or file in ("", ".", ".."):
@@ -463,7 +563,7 @@ def read_meta(path: Path | str) -> dict[str, Any]:
         if not all(type(known["bytes"]) is type(known["crc32"]) is int for known in meta.get("files", {}).values()):
             raise ValueError("its list of files has no sizes and checksums")
         return meta
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise MythosError(f"checkpoint {path} is damaged: {META}: {_reason(error)}") from error
 
 
@@ -497,6 +597,7 @@ def saved_shapes(path: Path | str, folder: Path) -> dict[str, tuple[int, ...]]:
     """
     try:
         with _quiet("torch.distributed.checkpoint"):
+            check_regular_files(folder)
             saved = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     except Exception as error:
         raise MythosError(f"checkpoint {path} is damaged: {type(error).__name__}: {error}") from error
@@ -563,8 +664,12 @@ def _check_fit(path: Path | str, folder: Path, tensors: dict[str, Tensor]) -> No
         )
 
 
+def _bytes_needed(tensors: dict[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values()) + SPARE_BYTES
+
+
 def _absolute(path: Path | str) -> str:
-    return str(path).rstrip("/") if "://" in str(path) else str(Path(path).resolve())
+    return str(path).rstrip("/") if "://" in str(path) else os.path.realpath(path)
 
 
 def _first_cause(error: CheckpointException) -> str:

@@ -21,6 +21,10 @@ class TransientError(MythosError):
     """What a restart may not meet again: another process was lost, a server did not answer."""
 
 
+class DiskFullError(MythosError):
+    """What free space would mend: a disk is full, or a quota is used up."""
+
+
 def short_reason(error: BaseException) -> str:
     """The first line of another library's error, or its type where it says nothing: what fits in a message of ours."""
     return without_credentials(str(error).splitlines()[0]) if str(error) else type(error).__name__

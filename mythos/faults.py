@@ -57,8 +57,9 @@ class StopRequests:
     """Requests that this process stop: SIGTERM, SIGINT, SIGUSR1, the end of its time, or of the launcher above it.
 
     A context manager. The first signal sets :attr:`reason` and says so on stderr; a second one, at least
-    ``SAME_REQUEST`` seconds later, exits at once with status 128 + its number. At the end of the context the previous
-    handlers are back; but under launch.sh, where all has gone well, signals are received until the process ends.
+    ``SAME_REQUEST`` seconds later, exits at once with status 128 + its number, or under launch.sh as
+    :func:`exit_for_good` does. At the end of the context the previous handlers are back; but under launch.sh, where all
+    has gone well, signals are received until the process ends, and a second one exits with 0: all is saved.
     """
 
     def __init__(self, max_time: float | None) -> None:
@@ -70,6 +71,7 @@ class StopRequests:
         self._above = int(os.environ.get("MYTHOS_LAUNCHER", "0"))
         self._signal: signal.Signals | None = None
         self._signalled = 0.0
+        self._saved = False
         self._before: dict[signal.Signals, Any] = {}
         self._wakeup = self._wakeup_before = -1
 
@@ -98,6 +100,7 @@ class StopRequests:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self._saved = error is None
         if error is None and self._above:
             # All may be saved before the signal that asked for it has reached every process: one that then died of it
             # would be a failure to torchrun, which would start all of them again.
@@ -129,6 +132,10 @@ class StopRequests:
                 if os.environ.get("RANK", "0") == "0":
                     tqdm.write(message, file=sys.stderr)  # above the progress bar, not into it
         elif now - self._signalled >= SAME_REQUEST:
+            if self._saved:
+                os._exit(0)
+            if "MYTHOS_ENDED" in os.environ:  # launch.sh is not to start this process again, and tells the loss
+                os._exit(exit_for_good(f"{received.name} again: stopped at once, without saving the last steps"))
             os._exit(128 + received)
 
 
@@ -187,36 +194,78 @@ class Watchdog:
 
 
 class RunLock:
-    """Keeps a run directory to one job. A context manager; the kernel releases it with the process, however it dies."""
+    """Keeps a directory to one job. A context manager; the kernel releases it with the process, however it dies."""
 
-    def __init__(self, directory: Path, patience: float = 5.0) -> None:
-        """Lock `directory`, which must exist, within `patience` seconds: a killed holder needs a moment to be gone."""
-        self._directory, self._patience = directory, patience
+    def __init__(
+        self,
+        directory: Path,
+        patience: float = 5.0,
+        *,
+        file: str = ".lock",
+        options: str = "run.name or run.dir",
+        temporary: bool = False,
+    ) -> None:
+        """Lock `directory`, which must exist, within `patience` seconds: a killed holder needs a moment to be gone.
+
+        `file` is what is locked in it, `options` the fields that name another directory. At the end a `temporary` file
+        is deleted; another one keeps :attr:`run`.
+        """
+        self.directory, self._patience, self._path = directory, patience, directory / file
+        self._options, self._temporary = options, temporary
         self._file: Any = None
+        self.run: str | None = None
+        """Id of the run that this directory is, from the last job that had one; None before there was one."""
 
     def __enter__(self) -> Self:
         """Take the lock. Raises MythosError if another process has it, naming that, or if it cannot be written."""
-        path = self._directory / ".lock"
-        try:
-            file = open(path, "a+", encoding="utf-8")
-        except OSError as error:
-            raise MythosError(f"{path}: cannot be written ({error.strerror}); check run.dir and its owner") from error
         deadline = time.monotonic() + self._patience
-        while not self._locked(file):
+        file = self._open()
+        while not (self._locked(file) and self._is_there(file)):
+            if not self._is_there(file):  # its holder has deleted it: there may be a new one
+                file.close()
+                file = self._open()
+                continue
             if time.monotonic() >= deadline:
                 with file:
                     raise MythosError(self._taken(file))
             time.sleep(0.1)
-        file.seek(0)
-        file.truncate()
-        holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": datetime.now().isoformat(" ", "seconds")}
-        file.write(json.dumps(holder))
-        file.flush()
         self._file = file
+        run = self._holder(file).get("run")
+        self.keep(run if isinstance(run, str) else None)
         return self
 
+    def keep(self, run: str | None) -> None:
+        """Write who holds the lock, and the id of the run that this directory is from now on."""
+        self.run = run
+        now = datetime.now().isoformat(" ", "seconds")
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": now, "run": run}
+        # Shortened last: on a full disk, what the file has already can be overwritten.
+        self._file.seek(0)
+        self._file.write(json.dumps(holder))
+        self._file.truncate()
+        self._file.flush()
+
     def __exit__(self, *_: object) -> None:
+        if self._temporary:
+            self._path.unlink(missing_ok=True)
         self._file.close()
+
+    def _open(self) -> Any:
+        try:
+            # Without following a link: what is locked is written to.
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+            return os.fdopen(descriptor, "r+", encoding="utf-8")
+        except OSError as error:
+            raise MythosError(
+                f"{self._path}: cannot be written ({error.strerror}); check {self._options.split()[-1]} and its owner"
+            ) from error
+
+    def _is_there(self, file: Any) -> bool:
+        """Whether the open file is still the one of that name."""
+        try:
+            return os.path.samestat(os.fstat(file.fileno()), os.stat(self._path))
+        except FileNotFoundError:
+            return False
 
     def _locked(self, file: Any) -> bool:
         try:
@@ -224,19 +273,27 @@ class RunLock:
         except BlockingIOError:
             return False
         except OSError as error:
-            logger.warning("%s: this file system has no locks (%s); start no second job here", self._directory, error)
+            logger.warning("%s: this file system has no locks (%s); start no second job here", self.directory, error)
         return True
 
-    def _taken(self, file: Any) -> str:
+    def _holder(self, file: Any) -> dict[str, Any]:
+        """What the last one to lock the file has written."""
         file.seek(0)
         try:
             holder = json.loads(file.read())
+        except (ValueError, RecursionError):
+            return {}
+        return holder if isinstance(holder, dict) else {}
+
+    def _taken(self, file: Any) -> str:
+        holder = self._holder(file)
+        try:
             who = f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
-        except (ValueError, KeyError, TypeError):
+        except KeyError:
             who = "another process"
         return (
-            f"{self._directory} is in use by {who}. Two jobs would overwrite each other: end that one, or give this "
-            "run another run.name or run.dir"
+            f"{self.directory} is in use by {who}. Two jobs would overwrite each other: end that one, or give this "
+            f"run another {self._options}"
         )
 
 

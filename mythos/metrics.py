@@ -1,5 +1,6 @@
 """Measurements of a run: metrics.jsonl first, then W&B and other trackers; utilisation, memory, stragglers."""
 
+import codecs
 import contextlib
 import json
 import logging
@@ -8,7 +9,8 @@ import resource
 import secrets
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ import torch
 from mythos.config import Config
 from mythos.errors import MythosError, import_optional, short_reason, without_credentials
 from mythos.evaluation.validation import losses_by_depth
+from mythos.files import read_regular
 from mythos.schema import suggestion
 
 if TYPE_CHECKING:
@@ -43,18 +46,34 @@ class MetricsLog:
     A tracker that fails later on is left out with a warning. With `main` false, on every rank but 0, nothing is
     checked, started or written.
 
+    A file with damaged lines is set aside as `metrics.jsonl.damaged-N`, and goes on with what is sound. `unfinished` is
+    the record of `start_step` without its validation, as a checkpoint has it; it becomes :attr:`unfinished` unless the
+    file has the validation.
+
     Raises MythosError for trackers that are unknown, not installed or cannot be started, before it changes any file.
     """
 
-    def __init__(self, run_dir: Path, config: Config, start_step: int, main: bool = True) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        config: Config,
+        start_step: int,
+        main: bool = True,
+        unfinished: dict[str, Any] | None = None,
+    ) -> None:
         self.path = run_dir / "metrics.jsonl"
         self.main = main
         self.first = {"resumed_from": start_step} if start_step else {}
         self.trackers: list[GeneralTracker] = []
+        self.unfinished: dict[str, Any] | None = None
+        """The record that is to be completed by a validation and written; not in the file."""
         if not main:
             return
         self.trackers = start_trackers(run_dir, config, start_step)
-        kept = [record for record in read_metrics(self.path) if record["step"] <= start_step] if start_step else []
+        kept = [record for record in sound_records(self.path) if record["step"] <= start_step] if start_step else []
+        if unfinished is not None and not any(r["step"] == start_step and "val/loss" in r for r in kept):
+            self.unfinished = unfinished
+            kept = [record for record in kept if record["step"] < start_step]
         aside = self.path.with_name(self.path.name + ".tmp")
         aside.write_text("".join(json.dumps(record) + "\n" for record in kept))
         aside.replace(self.path)
@@ -99,15 +118,79 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line that a kill cut short is left out."""
-    records: list[dict[str, Any]] = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+    """The sound records of a metrics.jsonl, none where there is no file. Warns of damaged lines, which are left out.
+
+    Raises OSError for what is no file or cannot be read.
+    """
+    records, damaged = scan_metrics(path)
+    if damaged:
+        logger.warning("%s: %s", path, damaged_lines(damaged))
     return records
+
+
+def scan_metrics(
+    path: Path, needed: Callable[[dict[str, Any]], Sequence[str]] = lambda _: ("step",)
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The sound records of a metrics.jsonl, and what is wrong with each damaged line, in words.
+
+    A sound record is a JSON object whose `step` is a whole number, whose other values are numbers or null, and that has
+    what is `needed` of it. A last line that a kill cut short is no damage. Raises OSError as :func:`read_metrics`.
+    """
+    try:
+        content = read_regular(path)
+    except FileNotFoundError:
+        return [], []
+    records, damaged = [], []
+    lines = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        # Where power was lost, a file system may leave zeros in the place of what was being written.
+        text = line.strip(b"\0 \t\r")
+        problem = "zeros" if text != line.strip() else None
+        if text:
+            try:
+                record = json.loads(text)  # raises UnicodeDecodeError, a ValueError, too
+            except (ValueError, RecursionError):
+                problem = None if number == len(lines) and not problem else "not JSON"
+            else:
+                wrong = _unsound(record, needed)
+                problem = f"no number for {', '.join(wrong)}" if wrong else problem
+                if not wrong:
+                    records.append(record)
+        if problem:
+            damaged.append(f"line {number} has {problem}")
+    return records, damaged
+
+
+def _unsound(record: Any, needed: Callable[[dict[str, Any]], Sequence[str]]) -> list[str]:
+    """What has no number in a record: `step`, what else is needed, and values that are neither numbers nor null."""
+    fields = record if isinstance(record, dict) else {}
+    wrong = [key for key in needed(fields) if fields.get(key) is None]
+    wrong += [key for key, value in fields.items() if type(value) not in (int, float, type(None))]
+    step = fields.get("step", 0)
+    return wrong if "step" in wrong or (type(step) is int and step >= 0) else ["step", *wrong]
+
+
+def sound_records(path: Path) -> list[dict[str, Any]]:
+    """The sound records of a metrics.jsonl that is about to be written anew; a damaged file is set aside before."""
+    try:
+        records, damaged = scan_metrics(path)
+    except OSError as error:
+        if isinstance(error, PermissionError):
+            raise MythosError(f"{path} cannot be read ({error.strerror}): check its owner") from error
+        records, damaged = [], [f"it cannot be read ({error.strerror})"]
+    if damaged:
+        aside = next(free for number in count(1) if not os.path.lexists(free := Path(f"{path}.damaged-{number}")))
+        path.rename(aside)
+        logger.warning(
+            "%s: %s. It is set aside as %s, and the sound records go on", path, damaged_lines(damaged), aside
+        )
+    return records
+
+
+def damaged_lines(damaged: list[str]) -> str:
+    """What :func:`scan_metrics` says of damaged lines, in short."""
+    others = f", and {len(damaged) - 1:,} others are damaged too" if len(damaged) > 1 else ""
+    return f"{damaged[0]}{others}"
 
 
 def check_trackers(names: list[str]) -> None:

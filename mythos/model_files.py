@@ -18,7 +18,7 @@ from mythos.errors import MythosError, short_reason
 from mythos.inherited import CONFIG_FILE, MODEL_TYPE, RUN_FILE, TOKENIZER_FILE
 from mythos.model.config import MOST, MOST_LOOPS, ModelConfig, model_contradictions
 from mythos.model.rdt import RecurrentDepthTransformer
-from mythos.storage import MARKER, LocalStorage, locate
+from mythos.storage import MARKER, LocalStorage, is_step, locate
 from mythos.text_files import read_json, unusable_text
 
 WEIGHTS_FILE = "model.safetensors"
@@ -165,7 +165,7 @@ def tensors_of(model: RecurrentDepthTransformer) -> dict[str, Tensor]:
 def _stored_checkpoint(path: Path | str, run_dir: Path | None) -> Iterator[StoredModel]:
     storage, name = locate(path)
     with _told(path):
-        complete = name.removeprefix("step-").isdecimal() and storage.exists(name, MARKER)
+        complete = is_step(name) and storage.exists(name, MARKER)
     if not complete:
         raise MythosError(
             f"{path} is no complete checkpoint: a folder step-XXXXXXXX with a file '{MARKER}', which is written last."

@@ -54,7 +54,7 @@ def draw_training(axes: Axes, records: Sequence[dict[str, Any]], label: str) -> 
 
 def draw_over_tokens(axes: Axes, records: Sequence[dict[str, Any]], key: str, **style: Any) -> None:
     """A measurement over tokens, of the records that have it: that of an update that was skipped may be null."""
-    measured = [record for record in records if record.get(key) is not None]
+    measured = [record for record in records if record.get(key) is not None and record.get("tokens") is not None]
     axes.plot([record["tokens"] for record in measured], [record[key] for record in measured], **style)
 
 

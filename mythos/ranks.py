@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from mythos.config import Config
 from mythos.errors import MythosError, short_reason
+from mythos.files import advise
 from mythos.host_memory import keep_freed_memory
 from mythos.torch_compat import set_timeout
 
@@ -66,8 +67,10 @@ class Ranks:
         result, problem = None, None
         try:
             result = action()
-        except (MythosError, OSError) as error:
+        except MythosError as error:
             problem = str(error)
+        except OSError as error:
+            problem = advise(error)
         self.raise_any(problem)
         return cast(T, result)
 

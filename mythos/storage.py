@@ -4,16 +4,21 @@ Both kinds keep one promise: a checkpoint `step-N` counts once the file `committ
 """
 
 import contextlib
+import errno
+import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import zlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from mythos.errors import MythosError, short_reason
+from mythos.files import open_regular
 
 logger = logging.getLogger(__name__)
 
@@ -22,13 +27,27 @@ META = "meta.json"
 LATEST = "latest"
 DAMAGED = "damaged"
 """What the marker is renamed to once the checkpoint was found damaged."""
+OWNER = "owner"
+"""File of a directory that is being written: the id of the run that does. Later meta.json and the marker name it."""
+
+WRITTEN = re.compile(r"shard-\d{5,}-.*\.safetensors|meta\.json|committed|damaged|owner|(meta\.json|committed)\.tmp")
+"""Names of the files that this project writes into the directory of a checkpoint; no others are ever deleted."""
 
 BLOCK_BYTES = 1 << 20
 """Read at once for a checksum; zlib lets other threads run meanwhile."""
 
 
 class Storage(ABC):
-    """A folder of checkpoints. Methods raise OSError, or what the library of a remote file system raises."""
+    """A folder of checkpoints. Methods raise OSError, or what the library of a remote file system raises.
+
+    What is deleted is this run's own: a directory (no link to one) whose name is exactly `step-NNNNNNNN`, whose files
+    are :attr:`owned` and, where it is complete, name that step; and in it, files of the names that checkpoints have.
+    """
+
+    def __init__(self) -> None:
+        self.owned: Callable[[dict[str, Any]], bool] = lambda origin: run_id(origin) is None
+        """Whether what :meth:`origin` tells is this run; at first, what tells of no run."""
+        self._known: set[str] = set()  # this run's, as pruning found: a remote one need not be read at every save
 
     @abstractmethod
     def address(self, name: str) -> Path | str:
@@ -36,7 +55,31 @@ class Storage(ABC):
 
     @abstractmethod
     def names(self) -> list[str]:
-        """Every directory step-*, complete or not."""
+        """Every name that is exactly step-NNNNNNNN, complete or not."""
+
+    @abstractmethod
+    def is_directory(self, name: str) -> bool:
+        """Whether a name is a directory of this storage itself, not a link or a file."""
+
+    @abstractmethod
+    def files(self, name: str) -> list[str]:
+        """Names of what is in a checkpoint's directory; empty where there is none."""
+
+    @abstractmethod
+    def probe(self, key: str) -> None:
+        """Write the file `.probe-<key>`, so that what forbids writing is known before it costs anything."""
+
+    @abstractmethod
+    def probed(self, key: str) -> bool:
+        """Whether this process sees the file that :meth:`probe` wrote, maybe on another machine."""
+
+    @abstractmethod
+    def end_probe(self, key: str) -> None:
+        """Delete the file that :meth:`probe` wrote."""
+
+    @abstractmethod
+    def require_space(self, needed: int) -> None:
+        """Raise OSError if it is known that so many bytes do not fit."""
 
     @abstractmethod
     def exists(self, name: str, file: str) -> bool:
@@ -47,8 +90,11 @@ class Storage(ABC):
         """A file of a checkpoint, to read."""
 
     @abstractmethod
-    def prepare(self, name: str, needed: int) -> None:
-        """Make room for a checkpoint of `needed` bytes in all; one process does, before any writes."""
+    def prepare(self, name: str, needed: int, run: str | None) -> None:
+        """Make room for a checkpoint of `needed` bytes in all; one process does, before any writes.
+
+        `run` is the id of the run that writes it.
+        """
 
     @abstractmethod
     def workspace(self, name: str, needed: int) -> Path:
@@ -72,7 +118,10 @@ class Storage(ABC):
 
     @abstractmethod
     def remove(self, name: str) -> None:
-        """Delete a checkpoint, if it exists; one that is interrupted here no longer counts as complete."""
+        """Delete a checkpoint of this run, if it exists; one that is interrupted here no longer counts as complete.
+
+        What is not this run's stays as it is.
+        """
 
     @abstractmethod
     def demote(self, name: str) -> None:
@@ -84,19 +133,54 @@ class Storage(ABC):
 
     def complete(self) -> list[str]:
         """Names of the committed checkpoints, oldest first."""
-        steps = [name for name in self.names() if name.removeprefix("step-").isdecimal()]
-        return sorted((name for name in steps if self.exists(name, MARKER)), key=step_of)
+        return sorted((name for name in self.names() if self.exists(name, MARKER)), key=step_of)
 
     def read(self, name: str, file: str) -> bytes:
         """A whole file of a checkpoint."""
         with self.open(name, file) as stream:
             return stream.read()
 
+    def origin(self, name: str) -> dict[str, Any] | None:
+        """What a checkpoint's files tell of it: meta.json and the marker in one; None where none of them is there.
+
+        Some may be damaged: the run is told by each of them.
+        """
+        origin: dict[str, Any] | None = None
+        for file in (OWNER, META, DAMAGED, MARKER):
+            try:
+                content = self.read(name, file)
+                values = {"run": content.decode()} if file == OWNER else json.loads(content)
+            except FileNotFoundError:
+                continue
+            except (OSError, ValueError, RecursionError):
+                values = {}
+            told = values if isinstance(values, dict) else {}
+            origin = {**told, **(origin or {})}  # meta.json tells more of the run than the marker
+        return origin
+
+    def is_own(self, name: str) -> bool:
+        """Whether a checkpoint may be deleted by this run; see the class."""
+        if not self.is_directory(name):
+            return False
+        origin = self.origin(name)
+        if origin is None:  # of a killed save by a version that knew no ids: shards alone
+            return self.owned({}) and all(map(WRITTEN.fullmatch, self.files(name)))
+        if not self.owned(origin):
+            return False
+        # A complete one under another step's name is somebody's copy.
+        copied = is_step(name) and self.exists(name, MARKER) and origin.get("step") not in (None, step_of(name))
+        return not copied
+
     def prune(self, keep: int, keep_every: int) -> None:
-        """Remove all but the newest `keep` checkpoints and multiples of `keep_every`, and all that is not complete."""
-        complete = self.complete()
+        """Remove all but the newest `keep` checkpoints and multiples of `keep_every`, and all that is not complete.
+
+        Of those that are this run's; others do not count.
+        """
+        names = self.names()
+        self._known = {name for name in names if name in self._known or self.is_own(name)}
+        complete = sorted((name for name in self._known if self.exists(name, MARKER)), key=step_of)
         kept = {*complete[-keep:], *(name for name in complete if keep_every and step_of(name) % keep_every == 0)}
-        for name in self.names():
+        for name in names:
             if name not in kept:
                 self.remove(name)
 
@@ -105,6 +189,7 @@ class LocalStorage(Storage):
     """A directory that all processes share: written aside, forced to disk, renamed, marked."""
 
     def __init__(self, root: Path) -> None:
+        super().__init__()
         self.root = root
 
     def address(self, name: str) -> Path:
@@ -112,24 +197,58 @@ class LocalStorage(Storage):
         return self.root / name
 
     def names(self) -> list[str]:
-        """Every directory step-*, complete or not."""
-        return [path.name for path in self.root.glob("step-*")]
+        """Every name that is exactly step-NNNNNNNN, complete or not."""
+        return [path.name for path in self.root.glob("step-*") if is_step(path.name)]
+
+    def is_directory(self, name: str) -> bool:
+        """Whether a name is a directory, not a link or a file."""
+        path = self.root / name
+        return path.is_dir() and not path.is_symlink()
+
+    def files(self, name: str) -> list[str]:
+        """Names of what is in a checkpoint's directory; empty where there is none."""
+        path = self.root / name
+        return [entry.name for entry in path.iterdir()] if path.is_dir() else []
 
     def exists(self, name: str, file: str) -> bool:
         """Whether the checkpoint has that file."""
         return (self.root / name / file).exists()
 
     def open(self, name: str, file: str) -> BinaryIO:
-        """A file of a checkpoint, to read."""
-        return open(self.root / name / file, "rb")
+        """A file of a checkpoint, to read; raises OSError for what is not a regular file."""
+        return open_regular(self.root / name / file)
 
-    def prepare(self, name: str, needed: int) -> None:
-        """Remove what killed saves left; raises OSError where the disk has too little room."""
+    def probe(self, key: str) -> None:
+        """Make the directory, and write a file into it as saves will."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        for path in (self.root / LATEST, self.root / f"{LATEST}.tmp"):
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, "Is a directory, where a file is to be written", str(path))
+        _replace(self.root / f".probe-{key}", b"")
+
+    def probed(self, key: str) -> bool:
+        """Whether this process sees the file that a probe wrote."""
+        return (self.root / f".probe-{key}").exists()
+
+    def end_probe(self, key: str) -> None:
+        """Delete the file that a probe wrote."""
+        (self.root / f".probe-{key}").unlink(missing_ok=True)
+
+    def require_space(self, needed: int) -> None:
+        """Raise OSError if the disk has too little room."""
+        require_space(self.root, needed)
+
+    def prepare(self, name: str, needed: int, run: str | None) -> None:
+        """Remove what killed saves of this run left; raises OSError where the disk has too little room."""
         self.root.mkdir(parents=True, exist_ok=True)
         for left in self.root.glob("step-*.tmp"):
-            shutil.rmtree(left, ignore_errors=True)
+            if is_step(left.name.removesuffix(".tmp")):
+                self.remove(left.name)
         require_space(self.root, needed)
-        self._aside(name).mkdir()
+        aside = self._aside(name)
+        aside.mkdir()
+        if run is not None:
+            (aside / OWNER).write_text(run)
 
     def workspace(self, name: str, needed: int) -> Path:
         """A directory beside the checkpoint's own, the same for all processes."""
@@ -150,7 +269,10 @@ class LocalStorage(Storage):
         """Write meta.json, rename, mark; each forced to disk before the next."""
         aside, final = self._aside(name), self.root / name
         _replace(aside / META, meta)
+        (aside / OWNER).unlink(missing_ok=True)  # meta.json tells it now
         self.remove(name)  # only now that its replacement is whole
+        if os.path.lexists(final):
+            raise FileExistsError(errno.EEXIST, "In the way, and not written by this run: move it away", str(final))
         aside.rename(final)
         _sync(self.root)
         _replace(final / MARKER, marker)
@@ -161,9 +283,13 @@ class LocalStorage(Storage):
         shutil.rmtree(workspace, ignore_errors=True)
 
     def remove(self, name: str) -> None:
-        """Delete a checkpoint, if it exists, its marker first."""
-        (self.root / name / MARKER).unlink(missing_ok=True)
-        shutil.rmtree(self.root / name, ignore_errors=True)
+        """Delete a checkpoint of this run, its marker first and what tells whose it is last."""
+        if not self.is_directory(name):
+            return
+        for file in deletion_order(self.files(name)) if self.is_own(name) else []:
+            (self.root / name / file).unlink()
+        with contextlib.suppress(OSError):  # it is not empty: what somebody else has put there stays
+            (self.root / name).rmdir()
 
     def demote(self, name: str) -> None:
         """Rename the marker."""
@@ -180,6 +306,7 @@ class RemoteStorage(Storage):
     def __init__(self, url: str) -> None:
         import fsspec
 
+        super().__init__()
         self.url = url
         try:
             self.fs, self.root = fsspec.core.url_to_fs(url, use_listings_cache=False)
@@ -197,9 +324,43 @@ class RemoteStorage(Storage):
         return f"{self.url.rstrip('/')}/{name}"
 
     def names(self) -> list[str]:
-        """Every folder step-*, complete or not."""
+        """Every name that is exactly step-NNNNNNNN, complete or not."""
         self.fs.invalidate_cache()
-        return sorted(path.rstrip("/").rpartition("/")[2] for path in self.fs.glob(self._path("step-*")))
+        found = (path.rstrip("/").rpartition("/")[2] for path in self.fs.glob(self._path("step-*")))
+        return sorted(name for name in found if is_step(name))
+
+    def is_directory(self, name: str) -> bool:
+        """Whether a name is a folder, not a link or an object; some file systems of fsspec have links."""
+        try:
+            about = self.fs.info(self._path(name))
+        except FileNotFoundError:
+            return False
+        return about["type"] == "directory" and not about.get("islink")
+
+    def files(self, name: str) -> list[str]:
+        """Names of what is in a checkpoint's folder; empty where there is none."""
+        self.fs.invalidate_cache()
+        try:
+            found = self.fs.ls(self._path(name), detail=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return [path.rstrip("/").rpartition("/")[2] for path in found]
+
+    def probe(self, key: str) -> None:
+        """Put an object, as saves will."""
+        self.write_root(f".probe-{key}", b"-")
+
+    def probed(self, key: str) -> bool:
+        """Whether this process sees the object that a probe put."""
+        self.fs.invalidate_cache()
+        return self.fs.exists(self._path(f".probe-{key}"))
+
+    def end_probe(self, key: str) -> None:
+        """Delete the object that a probe put."""
+        self.remove_root(f".probe-{key}")
+
+    def require_space(self, needed: int) -> None:
+        """Nothing is known of the room in an object store."""
 
     def exists(self, name: str, file: str) -> bool:
         """Whether the checkpoint has that file."""
@@ -209,9 +370,17 @@ class RemoteStorage(Storage):
         """A file of a checkpoint, to read."""
         return self.fs.open(self._path(name, file), "rb")
 
-    def prepare(self, name: str, needed: int) -> None:
-        """Remove what an earlier or interrupted checkpoint of this name left; its files would be read with the new."""
+    def prepare(self, name: str, needed: int, run: str | None) -> None:
+        """Remove what an earlier or interrupted checkpoint of this name left; its files would be read with the new.
+
+        Raises FileExistsError where another run's checkpoint has the name.
+        """
         self.remove(name)
+        if self.files(name):
+            raise FileExistsError(errno.EEXIST, "In the way, and not written by this run", self.address(name))
+        if run is not None:
+            self.fs.makedirs(self._path(name), exist_ok=True)
+            self.fs.pipe_file(self._path(name, OWNER), run.encode())
 
     def workspace(self, name: str, needed: int) -> Path:
         """A temporary directory of this process (in TMPDIR); raises OSError where there is too little room."""
@@ -232,6 +401,8 @@ class RemoteStorage(Storage):
     def commit(self, name: str, meta: bytes, marker: bytes) -> None:
         """Put meta.json, then the marker."""
         self.fs.pipe_file(self._path(name, META), meta)
+        if self.exists(name, OWNER):
+            self.fs.rm_file(self._path(name, OWNER))
         self.fs.pipe_file(self._path(name, MARKER), marker)
         self.point(name)
 
@@ -240,10 +411,14 @@ class RemoteStorage(Storage):
         shutil.rmtree(workspace, ignore_errors=True)
 
     def remove(self, name: str) -> None:
-        """Delete a checkpoint, if it exists, its marker first."""
-        for path in (self._path(name, MARKER), self._path(name)):
-            with contextlib.suppress(FileNotFoundError):
-                self.fs.rm(path, recursive=True)
+        """Delete a checkpoint of this run, its marker first and what tells whose it is last."""
+        if not self.is_own(name):
+            return
+        for file in deletion_order(self.files(name)):
+            self.fs.rm_file(self._path(name, file))
+        # Object stores have no folders, and others refuse to delete one that is not empty.
+        with contextlib.suppress(OSError, NotImplementedError):
+            self.fs.rmdir(self._path(name))
 
     def demote(self, name: str) -> None:
         """Rename the marker."""
@@ -251,7 +426,22 @@ class RemoteStorage(Storage):
 
     def point(self, name: str) -> None:
         """Replace the object `latest`."""
-        self.fs.pipe_file(self._path(LATEST), name.encode())
+        self.write_root(LATEST, name.encode())
+
+    def read_root(self, file: str) -> bytes:
+        """An object beside the checkpoints. Raises FileNotFoundError where there is none."""
+        self.fs.invalidate_cache()
+        return self.fs.cat_file(self._path(file))
+
+    def write_root(self, file: str, content: bytes) -> None:
+        """Put an object beside the checkpoints."""
+        self.fs.makedirs(self.root, exist_ok=True)
+        self.fs.pipe_file(self._path(file), content)
+
+    def remove_root(self, file: str) -> None:
+        """Delete an object beside the checkpoints, if it exists."""
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.rm_file(self._path(file))
 
 
 def open_storage(directory: str | Path) -> Storage:
@@ -274,9 +464,37 @@ def locate(path: str | Path) -> tuple[Storage, str]:
     return open_storage(root), name
 
 
+def is_step(name: str) -> bool:
+    """Whether a name is exactly that of a step's checkpoint, step-NNNNNNNN."""
+    number = re.fullmatch(r"step-([0-9]{8,18})", name)
+    return number is not None and name == step_name(int(number[1]))
+
+
+def step_name(step: int) -> str:
+    """The name of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
+def run_id(values: dict[str, Any]) -> str | None:
+    """The id of the run in meta.json, which tells more of it, or in the marker; None where there is none."""
+    run = values.get("run")
+    run = run.get("id") if isinstance(run, dict) else run
+    return run if isinstance(run, str) else None
+
+
+def deletion_order(files: Iterable[str]) -> list[str]:
+    """The files of a checkpoint that this project wrote, its marker first, what tells whose it is last.
+
+    A deletion that is interrupted then leaves what does not count and is still known to be this run's.
+    """
+    last = (MARKER, "", OWNER, META)
+    written = [file for file in files if WRITTEN.fullmatch(file)]
+    return sorted(written, key=lambda file: last.index(file if file in last else ""))
+
+
 def step_of(path: str | Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(str(path).rstrip("/").rpartition("/")[2].removeprefix("step-"))
+    """The step in the name of a checkpoint, or of the directory that it is written to."""
+    return int(str(path).rstrip("/").rpartition("/")[2].removeprefix("step-").removesuffix(".tmp"))
 
 
 def checksum(stream: BinaryIO) -> dict[str, int]:
@@ -291,7 +509,7 @@ def require_space(directory: Path, needed: int) -> None:
     """Raise OSError if a disk has fewer bytes free than needed."""
     free = shutil.disk_usage(directory).free
     if needed > free:
-        raise OSError(f"{needed:,} bytes are needed and {free:,} are free")
+        raise OSError(errno.ENOSPC, f"{needed:,} bytes are needed and {free:,} are free in {directory}")
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -1,11 +1,28 @@
-"""What a run says of a validation, and at its end."""
+"""What a run says at its beginning, of a validation, and at its end."""
 
 import math
 from typing import Any
 
 from mythos.config import Config
+from mythos.estimate import count_parameters
 from mythos.evaluation.depth_sweep import fit_losses
 from mythos.evaluation.validation import losses_by_depth
+from mythos.presets import model_name
+
+
+def config_lines(config: Config, micro_batch: int, validation_sequences: int) -> dict[str, str]:
+    """What a configuration amounts to: model, depth, data and training, a line each."""
+    parameters = count_parameters(config.model)
+    drawn = "those of the task" if config.depth.follow == "difficulty" else config.depth.sampling
+    return {
+        "model": f"{model_name(config.model)}: {parameters.total:,} parameters, {parameters.active:,} active per loop",
+        "depth": f"{config.depth_mean:g} loops on average ({drawn}, at most {config.depth_maximum}), gradient through "
+        f"the last {config.depth_backprop}",
+        "data": f"{config.data.kind}, {config.data.streams} streams, {validation_sequences} validation sequences",
+        "training": f"{config.train_steps:,} steps of {config.train.global_batch} x {config.data.sequence_length} = "
+        f"{config.tokens_per_step:,} tokens, {config.train_steps * config.tokens_per_step:,} in all; "
+        f"micro-batches of {micro_batch}",
+    }
 
 
 def summary(config: Config, metrics: dict[str, Any], mean_loops: int, tokens: int) -> str:

@@ -1,10 +1,10 @@
 """Small files of text and JSON that anybody may have written or damaged: read whole, within limits."""
 
 import json
-import os
-import stat
 from pathlib import Path
 from typing import Any
+
+from mythos.files import open_regular
 
 MOST_BYTES = 64 * 2**20
 """Of a file that is read whole. The largest that this project writes, an index of all tensors, takes some MB."""
@@ -13,13 +13,11 @@ MOST_NESTED = 64
 
 
 def read_bytes(path: Path | str, most: int = MOST_BYTES) -> bytes:
-    """A regular file whole: reading a FIFO would wait for a writer, a device never end.
+    """A regular file whole.
 
-    Raises OSError where it cannot be read, ValueError for what is no regular file, or has more than `most` bytes.
+    Raises OSError as `open_regular`, ValueError for a file of more than `most` bytes.
     """
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ValueError("it is no regular file")
+    with open_regular(path) as file:
         content = file.read(most + 1)
     if len(content) > most:
         raise ValueError(f"it has more than {most:,} bytes")

@@ -7,7 +7,6 @@ import os
 import time
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import takewhile
 from pathlib import Path
 from textwrap import indent
 from typing import Any
@@ -22,15 +21,12 @@ from mythos.config import Config, save_config
 from mythos.data.loader import Loader
 from mythos.data.pipeline import open_data
 from mythos.data.stream import Batch, DifferentData, count_skipped, merge_states
-from mythos.data.tasks import TaskSet
 from mythos.data.tokenizer import check_vocabulary
 from mythos.depth import DepthPlan, DepthSchedule
 from mythos.errors import MythosError, TransientError, without_credentials
-from mythos.estimate import count_parameters, forward_flops
-from mythos.evaluation.choices import choice_metrics, encode_task, read_tasks
-from mythos.evaluation.depth_sweep import adaptive_metrics, fit_metrics
-from mythos.evaluation.reasoning import task_metrics
-from mythos.evaluation.validation import losses_by_depth, validation_metrics
+from mythos.estimate import forward_flops
+from mythos.evaluation.choices import encode_task, read_tasks
+from mythos.evaluation.in_training import Interrupted, Measurement, write_samples
 from mythos.faults import (
     RunLock,
     StopRequests,
@@ -41,10 +37,8 @@ from mythos.faults import (
 )
 from mythos.init_from import agreed_start
 from mythos.metrics import MetricsLog, check_trackers, expert_balance, loop_loads, over_ranks, peak_flops, peak_memory
-from mythos.model.generate import generate
 from mythos.model.rdt import RDTOutput, RecurrentDepthTransformer
 from mythos.model.recurrence import initial_state
-from mythos.model.sampling import Sampling
 from mythos.optim import build_optimizer, learning_rate
 from mythos.parallel import choose_micro_batch, parallelize
 from mythos.plan import agree_on_layout
@@ -57,12 +51,11 @@ from mythos.preflight import (
     resolve_vocabulary,
     schedule_change,
 )
-from mythos.presets import model_name
 from mythos.profiling import OwnTime, Profiler, Stopwatch
 from mythos.progress import Console
 from mythos.ranks import join_world
 from mythos.rng import random_state, set_random_state
-from mythos.summary import summary, validation_line
+from mythos.summary import config_lines, summary, validation_line
 from mythos.versions import installed_versions
 
 logger = logging.getLogger(__name__)
@@ -95,7 +88,8 @@ class Trainer:
         tasks = world.ranks.agreed(lambda: read_tasks(config.eval.tasks, what="eval.tasks"))
         world.ranks.agreed(lambda: prepare_directory(self.run_dir))
         self.resources = contextlib.ExitStack()
-        world.ranks.agreed(lambda: self.resources.enter_context(RunLock(self.run_dir)) if self.main else None)
+        lock = RunLock(self.run_dir)
+        world.ranks.agreed(lambda: self.resources.enter_context(lock) if self.main else None)
         self.checkpoints = Checkpoints(
             config.checkpoint.dir or self.run_dir / "checkpoints",
             world.storage,
@@ -104,6 +98,7 @@ class Trainer:
             asynchronous=config.checkpoint.asynchronous,
         )
         self.resources.callback(self.checkpoints.close)
+        self.checkpoints.claim(lock, config.run.name)
         found = self.checkpoints.find(config.run.resume)
         meta = world.ranks.agreed(lambda: checkpoint.read_meta(found)) if found else None
         self.step, self.tokens = (meta["step"], meta["tokens"]) if meta else (0, 0)
@@ -170,7 +165,10 @@ class Trainer:
         if self.start is not None:
             world.ranks.agreed(lambda: self.start.fill(self.model, config.run.seed))
             self.start.close()
-        self.log = world.ranks.agreed(lambda: self.begin_files(found))
+        if self.step < config.train_steps:
+            self.checkpoints.require_space(self.state())
+        unfinished = meta.get("record") if meta and self.checkpoints.wrote(meta) else None
+        self.log = world.ranks.agreed(lambda: self.begin_files(found, unfinished))
         self.resources.callback(self.log.close)
         self.watchdog = Watchdog(self.run_dir / "stacks", world.rank, config.parallel.stall_after)
         self.position = self.loader.state_dict()
@@ -183,13 +181,16 @@ class Trainer:
         """Whether this process is the one that prints, logs and draws."""
         return self.world.ranks.main
 
-    def begin_files(self, found: Path | None) -> MetricsLog:
-        """Write what a run begins with: only now that everything fits, for a failed start must not bind the next."""
+    def begin_files(self, found: Path | None, unfinished: dict[str, Any] | None) -> MetricsLog:
+        """Write what a run begins with: only now that everything fits, for a failed start must not bind the next.
+
+        `unfinished` is the record of the checkpoint's step, if its validation was yet to come.
+        """
         if self.main:
             if found is None and self.tokenizer is not None:
                 self.tokenizer.save(self.run_dir / "tokenizer")
             save_config(self.config, self.run_dir / "config.yaml")
-        return MetricsLog(self.run_dir, self.config, self.step, main=self.main)
+        return MetricsLog(self.run_dir, self.config, self.step, main=self.main, unfinished=unfinished)
 
     def restore_data(self, state: dict[str, Any]) -> None:
         """Continue the data where the checkpoint left it; raises MythosError for other data, unless it restarts."""
@@ -234,9 +235,14 @@ class Trainer:
         ):
             batch, problem = self.read_ahead() if self.step < steps else (None, None)
             self.agree_on_data(problem)
+            unfinished = self.world.ranks.broadcast(self.log.unfinished)
             if self.start is not None:  # what it starts from, as the same validation measures it
-                metrics = self.validate()
-                self.log.write({"step": 0, "tokens": 0, "time": time.time()} | metrics)
+                unfinished = {"step": 0, "tokens": 0, "time": time.time()}
+            if unfinished is not None:
+                metrics = unfinished
+                if not self.conclude(metrics):
+                    self.end_early(None, validated=False)
+                    return
             watch, steps_before, first = Stopwatch(), self.step, True
             while batch is not None:
                 result = self.train_step(batch)
@@ -262,21 +268,22 @@ class Trainer:
                 if logged:
                     metrics = self.measure(result)
                     metrics |= self.throughput(result.plan, watch.lap() / (self.step - steps_before))
+                    metrics |= loop_loads(result.expert_load) if validating else {}
                     self.console.report(metrics, always=validating or steps_before == self.console.first)
                     steps_before = self.step
-                    with watch.pause():
-                        if validating:
-                            metrics |= loop_loads(result.expert_load) | self.validate()
-                            self.console.write(validation_line(config, metrics, self.mean_loops))
+                # Before the validation, so that a kill in its minutes costs nothing. After a skipped update weights or
+                # data may be to blame, and older checkpoints are surely good.
+                saving = saving and (sound or last or stopping)
+                with watch.pause():
+                    if saving:
+                        self.save(wait=last or stopping, record=metrics if validating else None)
+                    validated = not validating or (not stopping and self.conclude(metrics))
+                    if logged and (stopping or not validating):
                         self.log.write(metrics)
-                        if validating and self.main:
-                            self.plots = draw_plots(self.run_dir, config.depth_mean)
-                # After a skipped update weights or data may be to blame, and older checkpoints are surely good.
-                if saving and (sound or last or stopping):
-                    with watch.pause():
-                        self.save(wait=last or stopping)
-                if stopping:
-                    self.end_early(problem)
+                    if not (validated or saving):  # the stop came meanwhile
+                        self.save(wait=True, record=metrics)
+                if stopping or not validated:
+                    self.end_early(problem, validated)
                     return
         if not metrics:
             if self.main:
@@ -284,7 +291,11 @@ class Trainer:
                     f"nothing to train: the run is at step {self.step}; raise train.steps, or change run.name"
                 )
                 self.plots = draw_plots(self.run_dir, config.depth_mean)
-            metrics = self.validate()
+            try:
+                metrics = self.validate()
+            except Interrupted:
+                self.end_early(None, validated=False)
+                return
         self.sum_up(metrics)
 
     def due(self, every: int) -> bool:
@@ -320,14 +331,18 @@ class Trainer:
             where = f" (rank {lacking})" if self.world.size > 1 else ""
             raise TransientError(f"{told[lacking]}{where}{saved}")
 
-    def end_early(self, problem: str | None) -> None:
-        """Say why the run ends here, with everything saved."""
+    def end_early(self, problem: str | None, validated: bool) -> None:
+        """Say why the run ends here, with everything saved, and whether the validation of its last step is missing."""
+        self.checkpoints.wait()
         saved = f"Stopped after step {self.step}, which is saved: {self.checkpoints.newest}"
+        if not self.checkpoints.newest:
+            saved = "Stopped before the first step"
         self.agree_on_data(problem, f"\n{saved}")
         reasons = self.world.ranks.gather(self.stop.reason)
         rank = next(rank for rank, reason in enumerate(reasons) if reason)
         where = f" (rank {rank})" if self.world.size > 1 else ""
-        self.console.write(f"{reasons[rank]}{where}. {saved}\nThe same command continues.")
+        missing = "" if validated else "Its validation was interrupted, and is made when the run continues.\n"
+        self.console.write(f"{reasons[rank]}{where}. {saved}\n{missing}The same command continues.")
 
     def train_step(self, batch: Batch) -> StepResult:
         """One optimizer step over the global batch; nothing in it reads from the device."""
@@ -494,67 +509,52 @@ class Trainer:
         return metrics
 
     def validate(self) -> dict[str, float]:
-        """Validation loss and answers at several depths; text samples go to samples/step-N.txt."""
-        config = self.config
+        """Validation loss and answers at several depths; text samples go to samples/step-N.txt. Raises Interrupted."""
         self.watchdog.beat(f"step {self.step}: validation")
+        measured = self.validation, self.tasks, self.tokenizer
+        measurement = Measurement(self.config, self.parallel, *measured, self.micro_batch, self.stop)
+        generators = random_state()  # a checkpoint has those from before
         self.model.eval()
-        common: dict[str, Any] = {
-            "micro_batch": self.micro_batch,
-            "world": self.world,
-            "autocast": self.parallel.autocast,
-        }
-        follows = config.depth.follow == "difficulty"
-        measure = task_metrics if isinstance(self.validation, TaskSet) else validation_metrics
-        main_depth = None if follows else self.mean_loops
-        metrics = measure(self.model, self.validation, depths=config.eval.loops, main_depth=main_depth, **common)
-        if not follows:  # where each sequence has its own depth, one for all says nothing
-            metrics |= fit_metrics(losses_by_depth(metrics))
-        # Where positions halt, ranks run different numbers of passes, and those that share the model must not.
-        if not follows and not self.layout.sharded:
-            metrics |= adaptive_metrics(self.model, self.validation, most=self.mean_loops, **common)
-        metrics |= choice_metrics(self.model, self.tasks, depths=config.eval.loops, **common)
-        # Under FSDP a forward pass takes all ranks; they draw the same.
-        sampling = self.tokenizer is not None and (self.main or self.layout.sharded)
-        self.samples = [self.sample(n) for n in range(config.eval.samples)] if sampling else []
+        try:
+            metrics = measurement.measure()
+            self.samples = measurement.samples()
+        finally:
+            self.model.train()
+            set_random_state(generators)
         if self.samples and self.main:
-            path = self.run_dir / "samples" / f"step-{self.step:08d}.txt"
-            path.parent.mkdir(exist_ok=True)
-            path.write_text("\n\n".join(self.samples) + "\n", encoding="utf-8")
-        self.model.train()
+            write_samples(self.samples, self.run_dir / "samples" / f"step-{self.step:08d}.txt")
         return metrics
 
-    def sample(self, index: int) -> str:
-        """Text after one of eval.prompts, at the mean depth; the same draw at every step."""
-        assert self.tokenizer is not None
-        config = self.config
-        prompt = config.eval.prompts[index % len(config.eval.prompts)]
-        # Of a prompt that leaves no room in the context, the end is continued.
-        room = max(1, config.model.context_length - config.eval.sample_tokens)
-        ids = (self.tokenizer.encode_batch([prompt])[0] or [self.tokenizer.eos_id])[-room:]
-        with self.parallel.autocast:
-            [drawn], _ = generate(
-                self.model,
-                [ids],
-                config.eval.sample_tokens,
-                sampling=Sampling(temperature=0.8, top_k=min(40, self.tokenizer.size)),
-                seed=config.run.seed + index,
-                vocabulary=self.tokenizer.size,
-                loops=self.mean_loops,
-                # Under FSDP no rank may stop before the others, should their logits differ in the last bit.
-                stop_ids=() if self.layout.sharded else (self.tokenizer.eos_id,),
-            )
-        return self.tokenizer.decode(ids + list(takewhile(lambda token: token != self.tokenizer.eos_id, drawn.tokens)))
+    def conclude(self, record: dict[str, Any]) -> bool:
+        """Complete a step's record by a validation, log it and draw; False where a stop interrupted the validation.
+
+        The record is then logged without one. A checkpoint has it too, so that the next start makes up for it.
+        """
+        try:
+            record |= self.validate()
+        except Interrupted:
+            self.log.write(record)
+            return False
+        self.console.write(validation_line(self.config, record, self.mean_loops))
+        self.log.write(record)
+        if self.main:
+            self.plots = draw_plots(self.run_dir, self.config.depth_mean)
+        return True
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor that training continues from, the live ones."""
         self.parallel.reshard()  # after a validation, FSDP's root is still gathered
         return checkpoint.training_state(self.model, self.optimizer)
 
-    def save(self, wait: bool) -> None:
-        """Write a checkpoint of this step: in the background, unless the run is about to end."""
+    def save(self, wait: bool, record: dict[str, Any] | None = None) -> None:
+        """Write a checkpoint of this step: in the background, unless the run is about to end.
+
+        `record` is the step's, if its validation is yet to come.
+        """
         self.watchdog.beat(f"step {self.step}: saving")
         meta = {
             "tokens": self.tokens,
+            "record": record,
             "skips": {
                 "total": int(self.skipped),
                 "in_a_row": int(self.skipped_in_a_row),
@@ -570,19 +570,9 @@ class Trainer:
 
     def announce(self, found: Path | None) -> None:
         """Print what the configuration amounts to."""
-        config, length = self.config, self.config.data.sequence_length
-        parameters, dtype = count_parameters(config.model), str(self.parallel.dtype).removeprefix("torch.")
-        drawn = "those of the task" if config.depth.follow == "difficulty" else config.depth.sampling
+        config, dtype = self.config, str(self.parallel.dtype).removeprefix("torch.")
         lines = {
-            "model": f"{model_name(config.model)}: {parameters.total:,} parameters, "
-            f"{parameters.active:,} active per loop",
-            "depth": f"{config.depth_mean:g} loops on average ({drawn}, "
-            f"at most {config.depth_maximum}), gradient through the last {config.depth_backprop}",
-            "data": f"{config.data.kind}, {config.data.streams} streams, "
-            f"{len(self.validation.ids)} validation sequences",
-            "training": f"{config.train_steps:,} steps of {config.train.global_batch} x {length} = "
-            f"{config.tokens_per_step:,} tokens, {config.train_steps * config.tokens_per_step:,} in all; "
-            f"micro-batches of {self.micro_batch}",
+            **config_lines(config, self.micro_batch, len(self.validation.ids)),
             "device": f"{self.device}, {dtype}, {torch.get_num_threads()} threads",
             "parallel": f"{self.layout.mode}, {self.layout.why}",
             "run": f"{self.run_dir}" + (f", continuing at step {self.step} from {found}" if found else ""),

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import os
 import re
 import shutil
 import sys
@@ -290,6 +291,61 @@ def test_checkpoints_without_checksums_are_accepted(tmp_path):
     loaded = blank()
     load(path, loaded)
     assert torch.equal(loaded["model.a"], tensors()["model.a"])
+
+
+def empty_marker(path: Path) -> None:
+    (path / "committed").write_bytes(b"")
+
+
+def other_step(path: Path) -> None:
+    """Let meta.json and the marker agree on another step than the directory's name."""
+    text = (path / "meta.json").read_text().replace('"step": 2', '"step": 5').encode()
+    (path / "meta.json").write_bytes(text)
+    (path / "committed").write_text(json.dumps({"meta_crc32": zlib.crc32(text)}))
+
+
+def fifo(name: str) -> Any:
+    def spoil(path: Path) -> None:
+        [file] = path.glob(name)
+        file.unlink()
+        os.mkfifo(file)
+
+    return spoil
+
+
+def directory_as_shard(path: Path) -> None:
+    file = shard(path)
+    file.unlink()
+    file.mkdir()
+
+
+FALSIFIED = {
+    "empty marker": (empty_marker, "meta.json: "),
+    "other step": (other_step, "it is of step 5, the directory's name of step 2"),
+    "fifo as shard": (fifo("*.safetensors"), "Not a regular file"),
+    "fifo as meta.json": (fifo("meta.json"), "Not a regular file"),
+    "fifo as marker": (fifo("committed"), "Not a regular file"),
+    "directory as shard": (directory_as_shard, "Is a directory"),
+}
+
+
+@pytest.mark.parametrize("name", FALSIFIED)
+def test_what_no_save_can_have_written_is_refused_at_once(tmp_path, caplog, name):
+    spoil, problem = FALSIFIED[name]
+    first, second = save(tmp_path, 1), save(tmp_path, 2)
+    spoil(second)
+    assert open_checkpoints(tmp_path).find("auto") == first
+    assert problem in caplog.text
+    spoil(first) if name != "other step" else shutil.rmtree(first)
+    with pytest.raises(MythosError, match="no whole checkpoint"):
+        open_checkpoints(tmp_path).find("auto")
+
+
+def test_fifo_beside_the_listed_shards_is_not_opened(tmp_path):
+    path = save(tmp_path, 1)
+    os.mkfifo(path / "shard-00002-model.safetensors")
+    with pytest.raises(MythosError, match=r"step-00000001 is damaged: .*Not a regular file"):
+        load(path, blank())
 
 
 # Failing saves

@@ -16,6 +16,9 @@ from typing import Any
 import psutil
 import pytest
 
+from mythos.faults import RunLock
+from tests.runs import write_settings
+
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = str(ROOT / "configs" / "debug.yaml")
 
@@ -377,6 +380,68 @@ def test_restart_and_stop(tmp_path, monkeypatch):
         assert said.count(f"saved by rank {rank}\n") == 1
     assert last.count("SIGTERM: stopping after this step") == 1
     assert "Traceback" not in last
+
+
+SAVES = """
+import sys, time
+from mythos.faults import StopRequests
+from mythos.ranks import meet_world
+
+with StopRequests(None) as stop:
+    world = meet_world("cpu", start_timeout=30, timeout=30)
+    print("training\\n", end="", flush=True)
+    while not world.ranks.max(int(stop.reason is not None)):
+        time.sleep(0.05)
+    print("saving\\n", end="", flush=True)
+    time.sleep(0 if "saved" in sys.argv else 60)
+print("saved\\n", end="", flush=True)
+time.sleep(60)  # as an upload of what a tracker has left
+"""
+
+
+@pytest.mark.parametrize(("word", "status"), [("saved", 0), ("saving", 1)])
+def test_second_signal_ends_all_at_once(tmp_path, word, status):
+    """With 0 where everything is saved, else with 1 and one message; torchrun tells nothing of its own."""
+    shutil.copy(ROOT / "launch.sh", tmp_path)
+    (tmp_path / "train.py").write_text(SAVES)
+    environment = {name: value for name, value in os.environ.items() if not re.match("SLURM_|NNODES|MASTER_", name)}
+    environment |= {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    log = tmp_path / "log"
+    with open(log, "w") as file:
+        command = ["./launch.sh", "--cpu", "2", CONFIG, word]
+        run = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        wait_for(lambda: log.read_text().count("training\n") == 2, log)
+        run.send_signal(signal.SIGTERM)
+        wait_for(lambda: log.read_text().count(f"{word}\n") == 2, log)
+        time.sleep(3.5)  # several signals within three seconds are one request
+        run.send_signal(signal.SIGTERM)
+        wait_for(lambda: run.poll() is not None, log, limit=20)
+    finally:
+        for process in [*psutil.Process(run.pid).children(recursive=True), run] if run.poll() is None else []:
+            process.kill()
+    said = log.read_text()
+    assert run.returncode == status, said
+    assert "Traceback" not in said and "exitcode" not in said
+    told = ["error: SIGTERM again: stopped at once, without saving the last steps"] if status else []
+    assert [line for line in said.splitlines() if line.startswith("error: ")] == told
+
+
+def test_locked_run_directory_ends_with_one_message(tmp_path):
+    config = write_settings(tmp_path, data__streams=2)
+    environment = {name: value for name, value in os.environ.items() if not re.match("SLURM_|NNODES|MASTER_", name)}
+    environment |= {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    (tmp_path / "run").mkdir()
+    with RunLock(tmp_path / "run"):
+        command = [str(ROOT / "launch.sh"), "--cpu", "2", str(config)]
+        run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1, run.stderr
+    assert [line for line in run.stderr.splitlines() if "error" in line.lower()] == [
+        f"error: {tmp_path / 'run'} is in use by process {os.getpid()} on {socket.gethostname()}, since "
+        + re.search(r"since ([-\d]+ [:\d]+)\. ", run.stderr)[1]
+        + ". Two jobs would overwrite each other: end that one, or give this run another run.name or run.dir"
+    ]
+    assert "Traceback" not in run.stderr
 
 
 def wait_for(condition: Callable[[], Any], log: Path, limit: float = 60) -> None:

@@ -1,7 +1,6 @@
 """Train a recurrent-depth transformer, or continue a run."""
 
 import argparse
-import errno
 import os
 import signal
 import sys
@@ -9,6 +8,7 @@ import sys
 from mythos.command_line import CommandParser, accept_any_character, check_least, share_cores
 from mythos.config import describe, load_config
 from mythos.errors import MythosError, TransientError, log_messages
+from mythos.files import advise, is_full
 
 
 def parser(prog: str = "mythos train") -> argparse.ArgumentParser:
@@ -94,9 +94,9 @@ def main(arguments: list[str], prog: str = "mythos train") -> int:
     except MythosError as error:
         return end(str(error))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.filename is None and not is_full(error):
             raise
-        return end(f"{error}. Free some space and run the same command again; checkpoints are intact")
+        return end(advise(error))
     except KeyboardInterrupt:
         print(STOPPED, file=sys.stderr)
         return 130

@@ -19,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 from mythos.data.cache import digest, keep, kept
 from mythos.data.remote import is_remote, open_remote
 from mythos.errors import short_reason, without_credentials
+from mythos.files import open_regular
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -136,7 +137,7 @@ class Reader:
 
     def open(self, file: File) -> IO[bytes]:
         """Open for reading from any position."""
-        return open_remote(file.path, file.size, self.patience) if is_remote(file.path) else open(file.path, "rb")
+        return open_remote(file.path, file.size, self.patience) if is_remote(file.path) else open_regular(file.path)
 
     def columns(self, file: File) -> Iterator[tuple[list[str], int]]:
         """Yield names of columns, and about how many bytes were read to learn them.

@@ -1,6 +1,7 @@
 """Tokenizing a corpus into the folder that :mod:`mythos.data.tokens` describes."""
 
 import os
+import re
 import shutil
 import zlib
 from collections import Counter
@@ -31,6 +32,11 @@ from mythos.data.tokens import (
     write_json,
 )
 from mythos.errors import MythosError, short_reason, without_credentials
+from mythos.files import is_full
+
+LEFT_FILE = re.compile(r"((plan|index|\d{5,})\.json|\d{5,}\.(tokens|documents|bytes)\.npy)\.\d+\.tmp")
+LEFT_FOLDER = re.compile(rf"\.{TOKENIZER}\.\d+")
+"""What a killed run leaves, by name; the number is its process."""
 
 # A restart with other workers must find the same parts, so their size depends on the corpus alone: a few hundred parts
 # for most corpora, and little to do again after an interruption of large ones.
@@ -106,10 +112,11 @@ class TokenWriter:
             else:
                 self._require_same(before)
                 self._header |= {"source": before["source"]}
-            for path in self.directory.glob("*.tmp"):  # of a run that was killed, as are these folders
-                path.unlink()
-            for path in self.directory.glob(f".{TOKENIZER}.*"):
-                shutil.rmtree(path)
+            for path in self.directory.iterdir():  # what a killed run left, by the names that it gives
+                if LEFT_FILE.fullmatch(path.name) and path.is_file():
+                    path.unlink()
+                elif LEFT_FOLDER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
             if (self.directory / INDEX).exists():
                 self._reopen()
             if not (self.directory / TOKENIZER).is_dir():
@@ -271,8 +278,9 @@ class TokenWriter:
         try:
             yield
         except OSError as error:
+            todo = "Make room" if is_full(error) else "Mend that"
             raise MythosError(
-                f"--out: {self.directory} cannot be written: {short_reason(error)}. Make room or give another folder; "
+                f"--out: {self.directory} cannot be written: {short_reason(error)}. {todo} or give another folder; "
                 "the same command goes on after the parts that are finished."
             ) from error
 

@@ -20,6 +20,7 @@ from mythos.config import TokenizerConfig
 from mythos.data.cache import digest
 from mythos.data.corpus import Corpus, in_fixed_order, is_held_out
 from mythos.errors import MythosError, short_reason
+from mythos.files import check_regular_files, is_full
 from mythos.inherited import TOKENIZER_FILE
 from mythos.model.config import padded_vocab_size
 from mythos.progress import progress_bar
@@ -178,18 +179,27 @@ class Tokenizer:
         """
         directory = Path(directory)
         temporary = directory.with_name(f".{directory.name}.{os.getpid()}")
+        if os.path.lexists(directory) and not _replaceable(directory):
+            raise MythosError(
+                f"tokenizer: {directory} is in the way: it is no folder that mythos has written (with {REQUEST_FILE}). "
+                "Move it away, or give another folder (run.dir, data.cache_dir or $MYTHOS_CACHE)."
+            )
         # How this process encodes is no part of the tokenizer that others load.
         self.backend.encode_special_tokens = False
         try:
-            temporary.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed and had the same number
+            temporary.mkdir(parents=True)
+            # First from here: of a full disk, the library that writes it tells no more than an Exception.
+            (temporary / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
             self._fast.save_pretrained(str(temporary))
             (temporary / REQUEST_FILE).write_text(json.dumps(self.request))
             if directory.exists():
                 shutil.rmtree(directory)
             temporary.rename(directory)
         except OSError as error:
+            todo = "Make room" if is_full(error) else "Mend that"
             raise MythosError(
-                f"tokenizer: {directory} cannot be written: {error}. Make room or give another folder (run.dir, "
+                f"tokenizer: {directory} cannot be written: {error}. {todo} or give another folder (run.dir, "
                 "data.cache_dir or $MYTHOS_CACHE)."
             ) from error
         finally:
@@ -206,6 +216,11 @@ class Tokenizer:
         # Imported here because it costs a second or more.
         from transformers import AutoTokenizer
 
+        if Path(name).is_dir():
+            try:
+                check_regular_files(name)
+            except OSError as error:
+                raise MythosError(f"tokenizer: {name} cannot be read: {error}") from error
         saved = Path(name) / REQUEST_FILE
         request = _read_request(saved) if saved.is_file() else {"name": str(name)}
         try:
@@ -221,6 +236,13 @@ class Tokenizer:
                 f"tokenizer.name: {name} cannot be loaded: {reason}. Give a Hugging Face id (needs the network or its "
                 "cache), the path of a saved tokenizer, or bpe to train one on the corpus."
             ) from error
+
+
+def _replaceable(directory: Path) -> bool:
+    """Whether a folder is one of ours, or empty."""
+    if directory.is_symlink() or not directory.is_dir():
+        return False
+    return (directory / REQUEST_FILE).is_file() or not any(directory.iterdir())
 
 
 def load_tokenizer(

@@ -27,6 +27,7 @@ import numpy as np
 from mythos.data.corpus import Skipped, holdout_limit, in_fixed_order, source_identity
 from mythos.data.tokenizer import Tokenizer
 from mythos.errors import MythosError, short_reason
+from mythos.files import open_regular, read_regular
 
 logger = logging.getLogger(__name__)
 
@@ -267,8 +268,7 @@ class TokenSource:
     def _map(self, part: int, kind: str) -> np.ndarray:
         path = array_path(self.directory, part, kind)
         try:
-            if not path.is_file():  # opening a pipe would wait for its other end
-                raise FileNotFoundError(f"there is no file {path.name}")
+            open_regular(path).close()  # NumPy would wait for a FIFO
             # Not numpy.load, which also opens archives and pickles, by their first bytes.
             array = np.lib.format.open_memmap(path, mode="r")
         except HEADER_ERRORS as error:
@@ -327,9 +327,7 @@ def read_index(directory: Path) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """A mapping that :func:`write_json` wrote; raises MythosError if it is another, or of another format."""
     try:
-        if not path.is_file():  # opening a pipe would wait for its other end
-            raise ValueError("it is no file")
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_regular(path))
         if isinstance(value, dict) and value.get("format", FORMAT) != FORMAT:
             raise MythosError(
                 f"{path} has format {value['format']}, this version reads {FORMAT}. Tokenize the corpus again with "

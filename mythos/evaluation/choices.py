@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -161,16 +161,17 @@ def choice_metrics(
     micro_batch: int,
     world: World,
     autocast: AbstractContextManager[Any],
+    check: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """For metrics.jsonl: `val/<task>_acc@<loops>` and `val/<task>_acc_norm@<loops>` at each of `depths`.
 
-    The questions are divided over the ranks, which all get the result.
+    The questions are divided over the ranks, which all get the result. `check` is that of `score_requests`.
     """
     settings = [DepthSetting(loops) for loops in depths]
     metrics = {}
     for encoded in tasks:
         scored = score_requests(
-            model, encoded.requests, settings, micro_batch=micro_batch, world=world, autocast=autocast
+            model, encoded.requests, settings, micro_batch=micro_batch, world=world, autocast=autocast, check=check
         )
         for setting, scores in zip(settings, scored, strict=True):
             found = choice_scores(encoded.task, scores)

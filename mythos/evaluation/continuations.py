@@ -1,6 +1,6 @@
 """How likely a model finds continuations of prompts, at several depths at once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -155,12 +155,14 @@ def score_requests(
     world: World,
     autocast: AbstractContextManager[Any],
     progress: bool = False,
+    check: Callable[[], None] = lambda: None,
 ) -> list[list[Score]]:
     """The scores of all requests, in their order, for each setting.
 
     All settings of equal loops are read out of one run of the deepest; each rule is a run of its own. Batches are
     formed of requests of like length and dealt to the ranks, which all get the whole result: one process and many
-    compute the same batches. Rules need the whole model on every rank.
+    compute the same batches. Rules need the whole model on every rank. `check` is called before every batch, as often
+    on every rank; what it raises ends the scoring.
     """
     order = sorted(range(len(requests)), key=lambda index: -sum(map(len, requests[index])))
     batches = [order[start : start + micro_batch] for start in range(0, len(order), micro_batch)]
@@ -171,6 +173,7 @@ def score_requests(
         progress_bar(total=len(batches), unit="batch", desc="scoring", disable=not progress, leave=False) as bar,
     ):
         for turn in range(-(-len(batches) // world.size)):
+            check()
             # A rank without a batch left runs one that does not count: under FSDP the others need it.
             batch = batches[mine[turn] if turn < len(mine) else 0]
             scores = score_batch(model, [requests[index] for index in batch], settings)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -368,19 +369,27 @@ def adaptive_metrics(
     micro_batch: int,
     world: World,
     autocast: AbstractContextManager[Any],
+    check: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """The default rule of halting on validation data, for metrics.jsonl; empty where there is none, or a single loop.
 
     `val/auto_loss` in nats, `val/auto_loops`, the mean loops run by a position, and `val/auto_saved`, the share of
     `most` loops that was not run. The rows are divided over the ranks, which all get the result; each needs the whole
-    model.
+    model. `check` is called before every micro-batch, as often on every rank; what it raises ends the measurement.
     """
     rule = halting_rule(model)
     if rule is None or most == 1:
         return {}
-    mine = batches_of(data, micro_batch, world.device, range(world.rank, len(data.ids), world.size))
+    batches = batches_of(data, micro_batch, world.device, range(world.rank, len(data.ids), world.size))
+
+    def checked() -> Iterator[Rows]:
+        # The first rank has the most rows. One whose rows are done goes on checking, for the others wait for it there.
+        for _ in range(0, -(-len(data.ids) // world.size), micro_batch):
+            check()
+            yield from islice(batches, 1)
+
     with autocast:
-        sums = world.sum(adaptive_sums(model, mine, rule, most))
+        sums = world.sum(adaptive_sums(model, checked(), rule, most))
     loss, _, _, loops, saved, _ = halting_measures(sums, text_bytes(data))
     return {"val/auto_loss": loss, "val/auto_loops": loops, "val/auto_saved": saved}
 

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,12 +34,14 @@ def task_metrics(
     micro_batch: int,
     world: World,
     autocast: AbstractContextManager[Any],
+    check: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Mean loss of the answers in nats a token, and the share of sequences whose answer is right in all its tokens.
 
     As `val/loss@<loops>` and `val/accuracy@<loops>` after each of `depths` loops, and as `val/loss` and `val/accuracy`
     at `main_depth` loops, or, where it is None, at as many as each sequence's difficulty. The rows, hardest first and
     of each difficulty a multiple of the processes, are divided over the ranks, and every rank gets the whole result.
+    `check` is called before every pass, as often on every rank; what it raises ends the measurement.
     """
     depths = sorted({*depths, *([] if main_depth is None else [main_depth])})
     wanted: list[int | None] = [*depths, *([None] if main_depth is None else [])]
@@ -49,6 +51,7 @@ def task_metrics(
         chosen = list(mine[start : start + micro_batch])
         ids, targets = data.ids[chosen].to(world.device), data.targets[chosen].to(world.device)
         for number, depth in enumerate(wanted):
+            check()
             # Ranks run alike, as FSDP needs it: theirs are rows of the same difficulties.
             loops = data.difficulties[chosen].tolist() if depth is None else depth
             with torch.no_grad(), autocast:

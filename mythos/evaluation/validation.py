@@ -1,6 +1,6 @@
 """Validation loss by depth."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from math import log
 from typing import Any
@@ -21,12 +21,14 @@ def validation_metrics(
     micro_batch: int,
     world: World,
     autocast: AbstractContextManager[Any],
+    check: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Mean loss in nats per token after each of `depths` loops, every position of every row run alike.
 
     The rows are divided over the ranks, and every rank gets the whole result: `val/loss@<loops>` for each depth and, at
     `main_depth` (always measured), `val/loss`, `val/bits_per_byte`, `val/state_delta` and, for routed cores,
-    `moe/depth_overlap`.
+    `moe/depth_overlap`. `check` is called before every micro-batch, as often on every rank; what it raises ends the
+    measurement.
     """
     depths = sorted({*depths, main_depth})
     device = world.device
@@ -35,6 +37,7 @@ def validation_metrics(
     mine = range(world.rank, len(data.ids), world.size)
     routed = False
     for start in range(0, -(-len(data.ids) // world.size), micro_batch):
+        check()
         chosen = list(mine[start : start + micro_batch])
         # A rank without rows left runs one that does not count: under FSDP the others need it.
         counted, chosen = len(chosen), chosen or [0]

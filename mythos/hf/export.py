@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 
 from mythos.data.tokenizer import PROBE, REQUEST_FILE, Tokenizer
 from mythos.errors import MythosError, short_reason
+from mythos.files import is_full
 from mythos.hf.card import model_card
 from mythos.hf.config import MythosConfig
 from mythos.hf.model import MythosForCausalLM, float32_tensors
@@ -106,6 +107,7 @@ def write_export(
     aside = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed and had the same number
         aside.mkdir()
         tokenizer = None if stored.tokenizer is None else _write_tokenizer(stored, aside)
         _config(stored, DTYPES[dtype]).save_pretrained(aside)
@@ -115,7 +117,8 @@ def write_export(
         files = _write_weights(stored, aside, DTYPES[dtype], max_shard_size)
         aside.replace(folder)
     except (OSError, SafetensorError) as error:
-        raise MythosError(f"{folder} cannot be written: {error}. Make room or give another folder.") from error
+        todo = "Make room" if is_full(error) else "Mend that"
+        raise MythosError(f"{folder} cannot be written: {error}. {todo} or give another folder.") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return Exported(folder, stored.source, stored.step, files)

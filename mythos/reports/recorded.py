@@ -1,6 +1,7 @@
 """What a run directory tells without opening the model: configuration, records, samples, checkpoints, events."""
 
 import hashlib
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +16,10 @@ from mythos.config import Config, load_config
 from mythos.errors import MythosError, short_reason, without_credentials
 from mythos.estimate import forward_flops
 from mythos.inherited import RUN_FILE, TOKENIZER_FILE
-from mythos.metrics import read_metrics
+from mythos.metrics import damaged_lines, scan_metrics
 from mythos.model_files import run_directory
+
+logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 NEEDED = ("step", "tokens", "loops", "backprop_loops")
@@ -155,26 +158,22 @@ def open_run(path: str | Path) -> RecordedRun:
     if not file.is_file():
         raise MythosError(f"{file} is missing: the run has not begun to train, or the file was moved")
     try:
-        records = read_metrics(file)
-    except (OSError, ValueError) as error:
+        records, damaged = scan_metrics(file, needed_in)
+    except OSError as error:
         raise MythosError(f"{file} cannot be read: {short_reason(error)}") from error
-    for number, record in enumerate(records, start=1):
-        fields = record if isinstance(record, dict) else {}
-        # Before the first step there is only what the run starts from (train.init_from).
-        needed = ("step", "tokens") if fields.get("step") == 0 else NEEDED
-        wrong = [key for key in needed if fields.get(key) is None]
-        wrong += [key for key, value in fields.items() if not (value is None or _is_number(value))]
-        if wrong:
-            raise MythosError(
-                f"{file}: line {number} has no number for {', '.join(wrong)}; give a directory that training wrote"
-            )
+    if damaged and not records:
+        raise MythosError(f"{file}: {damaged_lines(damaged)}; give a directory that training wrote")
+    if damaged:
+        logger.warning("%s: %s. The report is of the sound records", file, damaged_lines(damaged))
     if not records:
         raise MythosError(f"{file} has no records yet; the run writes one every log.every steps")
     return RecordedRun(directory, load_config(directory / RUN_FILE, to_train=False), records)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def needed_in(record: dict[str, Any]) -> Sequence[str]:
+    """What a report needs of a record."""
+    # Before the first step there is only what the run starts from (train.init_from).
+    return ("step", "tokens") if record.get("step") == 0 else NEEDED
 
 
 def run_names(paths: Sequence[str]) -> list[str]:

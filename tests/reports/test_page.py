@@ -335,3 +335,16 @@ def test_runs_that_are_none(tmp_path, capsys):
     assert "cannot be written" in refused(whole, "--out", tmp_path / "no" / "folder.html")
     assert report.main([str(whole), "--out", str(tmp_path / "page.html")]) == 0
     assert not (whole / "report.html").exists() and (tmp_path / "page.html").exists()
+
+
+def test_damaged_records_are_left_out(tmp_path, capsys, caplog):
+    """As resuming leaves them out; with none that are sound the damage is told as the error."""
+    sound, damaged = write_run(tmp_path / "sound", records(3)), write_run(tmp_path / "damaged", records(3))
+    file = damaged / "metrics.jsonl"
+    lines = file.read_bytes().splitlines()
+    file.write_bytes(b"\n".join([lines[0], b"[1]", b"\xff", b'{"step": 2}', *lines[1:], bytes(50)]))
+    for directory in (sound, damaged):
+        assert report.main([str(directory)]) == 0
+    assert "line 2 has no number for step" in caplog.text and "3 others" in caplog.text
+    expected, found = (open_run(directory) for directory in (sound, damaged))
+    assert found.records == expected.records
