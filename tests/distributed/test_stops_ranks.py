@@ -1,4 +1,4 @@
-"""Two processes: stops while the model is measured, and places that no checkpoint can be saved to, told to all alike."""
+"""Two processes: stops while the model is measured, and unusable places of checkpoints, told to all alike."""
 
 import errno
 import json
@@ -117,7 +117,7 @@ def test_a_stop_on_one_rank_interrupts_all(pool: RankPool, directory: Path, mode
 
 def begin(directory: Path, name: str, spoil: str) -> str:
     """The MythosError of a start."""
-    place = directory / ("busy" if spoil == "in use" else "shared")
+    place = directory / {"owned": "shared"}.get(spoil, spoil)
     with pytest.MonkeyPatch.context() as patch:
         if spoil == "no permission" and rank() == 1:
 
@@ -158,14 +158,14 @@ def test_another_runs_place_is_refused_on_all_ranks(pool: RankPool, directory: P
 def test_unusable_places_are_told_on_all_ranks_before_training(
     pool: RankPool, directory: Path, spoil: str, message: str
 ) -> None:
-    texts = pool.run(begin, directory, "first", spoil, ranks=2)
+    texts = pool.run(begin, directory, f"start {spoil}", spoil, ranks=2)
     assert texts[0] == texts[1]
     assert re.search(message, texts[0])
 
 
 def test_a_place_in_use_is_refused_on_all_ranks(pool: RankPool, directory: Path) -> None:
-    (directory / "busy").mkdir()
-    with RunLock(directory / "busy", file=LOCK):
-        texts = pool.run(begin, directory, "first", "in use", ranks=2)
+    (directory / "in use").mkdir()
+    with RunLock(directory / "in use", file=LOCK):
+        texts = pool.run(begin, directory, "start in use", "in use", ranks=2)
     assert texts[0] == texts[1]
-    assert f"{directory / 'busy'} is in use by process {os.getpid()}" in texts[0] and "checkpoint.dir" in texts[0]
+    assert f"{directory / 'in use'} is in use by process {os.getpid()}" in texts[0] and "checkpoint.dir" in texts[0]
