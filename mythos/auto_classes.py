@@ -1,4 +1,4 @@
-"""Lets transformers' Auto classes know our model, without importing transformers before somebody else does.
+"""Lets transformers' Auto classes and Trainer know our model, without importing transformers before others do.
 
 transformers takes seconds to import, and most of this package does not need it. So our configuration is imported, and
 registers itself, right after the module that holds AutoConfig has been; the first configuration that is made registers
@@ -12,27 +12,30 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
-AUTO = "transformers.models.auto.configuration_auto"
-OURS = "mythos.hf.config"
+FOLLOWED_BY = {
+    "transformers.models.auto.configuration_auto": "mythos.hf.config",
+    "transformers.trainer": "mythos.hf.trainer",
+}
+"""What is imported right after each of these modules of transformers."""
 
 
 class _Finder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != AUTO:
+        if fullname not in FOLLOWED_BY:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
+            spec.loader = _Loader(spec.loader, FOLLOWED_BY[fullname])
         return spec
 
 
 class _Loader(Loader):
-    """Loads as the loader it wraps, and then imports our module."""
+    """Loads as the loader it wraps, and then imports a module of ours."""
 
-    def __init__(self, wrapped: Loader) -> None:
-        self.wrapped = wrapped
+    def __init__(self, wrapped: Loader, ours: str) -> None:
+        self.wrapped, self.ours = wrapped, ours
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.wrapped.create_module(spec)
@@ -41,12 +44,12 @@ class _Loader(Loader):
         self.wrapped.exec_module(module)
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self.wrapped
-        import_module(OURS)
+        import_module(self.ours)
 
 
 def register() -> None:
-    """Register with transformers: now, if its Auto classes have been imported, else as soon as they are."""
-    if AUTO in sys.modules:
-        import_module(OURS)
-    else:
-        sys.meta_path.insert(0, _Finder())
+    """Register with transformers: now, if its modules have been imported, else as soon as they are."""
+    sys.meta_path.insert(0, _Finder())
+    for theirs, ours in FOLLOWED_BY.items():
+        if theirs in sys.modules:
+            import_module(ours)

@@ -52,6 +52,7 @@ from mythos.storage import (
     step_name,
 )
 from mythos.storage import step_of as step_of
+from mythos.text_files import parse_json
 from mythos.torch_compat import shard_file_name, shard_metadata
 
 logger = logging.getLogger(__name__)
@@ -548,9 +549,9 @@ def read_meta(path: Path | str) -> dict[str, Any]:
     try:
         content = storage.read(name, META)
         marker = storage.read(name, MARKER)
-        meta = json.loads(content)
+        meta = parse_json(content)
         # The versions that left the marker empty listed no files, so nothing of theirs has a checksum.
-        if (marker or "files" in meta) and json.loads(marker)["meta_crc32"] != zlib.crc32(content):
+        if (marker or "files" in meta) and parse_json(marker)["meta_crc32"] != zlib.crc32(content):
             raise ValueError(f"its checksum is not the one in the file '{MARKER}'")
         step = meta.get("step")
         if is_step(name) and (type(step) is not int or step != step_of(name)):
@@ -559,6 +560,8 @@ def read_meta(path: Path | str) -> dict[str, Any]:
         for file in meta.get("files", {}):
             if "/" in file or file in ("", ".", ".."):
                 raise ValueError(f"{file!r} is not the name of a file")
+        if not all(type(known["bytes"]) is type(known["crc32"]) is int for known in meta.get("files", {}).values()):
+            raise ValueError("its list of files has no sizes and checksums")
         return meta
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise MythosError(f"checkpoint {path} is damaged: {META}: {_reason(error)}") from error

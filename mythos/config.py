@@ -7,16 +7,25 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from mythos.data.config import DataConfig, TaskConfig, source_contradictions, task_contradictions
 from mythos.errors import MythosError
 from mythos.inherited import inherited
 from mythos.model.config import (
+    MOST_LOOPS,
+    Count,
+    CountOrZero,
+    Identifiers,
     ModelConfig,
     NonNegativeInt,
+    Positions,
     PositiveInt,
+    Rows,
     Section,
+    Seed,
+    Small,
+    Weight,
     model_contradictions,
     padded_vocab_size,
 )
@@ -24,7 +33,9 @@ from mythos.presets import PRESETS
 from mythos.schema import Problems, allowed, apply_override, read_yaml, sections, shown, suggestion, valid_values
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-DURATION = r"^(\d+d)?(\d+h)?(\d+m)?(\d+s)?$"
+DURATION = "^" + "".join(f"([0-9]{{1,9}}{unit})?" for unit in "dhms") + "$"
+Mean = Annotated[float, Field(ge=1, le=MOST_LOOPS)]
+Seconds = Annotated[float, Field(gt=0, le=1e9)]
 
 
 class RunConfig(Section):
@@ -34,7 +45,7 @@ class RunConfig(Section):
     """Name of the run, also shown in W&B."""
     dir: str | None = None
     """Run directory; null = runs/<name>."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Seed of the weights, the data order, the depths and the initial states."""
     resume: str = "auto"
     """auto = continue from the run directory's newest complete checkpoint if there is one, never = start anew (refused
@@ -46,7 +57,7 @@ class TokenizerConfig(Section):
 
     name: str = "bpe"
     """bpe = a byte-level BPE trained on the run's own corpus, or a Hugging Face hub id or local path."""
-    vocab_size: PositiveInt = 4096
+    vocab_size: Identifiers = 4096
     """Size of the trained bpe (at least 384); other tokenizers bring their own."""
 
 
@@ -58,22 +69,22 @@ class CurriculumConfig(Section):
     stairs."""
     over: Fraction = 0.25
     """Share of the training steps (optim.schedule_steps) that the ramp takes."""
-    start: Annotated[float, Field(ge=1)] = 1.0
+    start: Mean = 1.0
     """Value at the first step."""
 
 
 class DepthConfig(Section):
     """How many loops every sequence runs in training, and how many of them carry gradient."""
 
-    mean: Annotated[float, Field(ge=1)] | None = None
+    mean: Mean | None = None
     """Mean loops of a sequence at the end of the curriculum; null = model.loops."""
-    backprop: PositiveInt | None = None
+    backprop: Count | None = None
     """Last loops that carry gradient; null = half the mean, rounded up, or all of them with model.injection initial,
     which reads the input in the first loop only."""
     sampling: Literal["poisson", "fixed", "uniform", "lognormal"] = "poisson"
     """Distribution of a sequence's loops: clipped Poisson (arXiv 2604.12946), the mean itself, uniform on
     1..2 mean - 1, or log-normal Poisson (arXiv 2502.05171)."""
-    maximum: PositiveInt | None = None
+    maximum: Count | None = None
     """Most loops a sequence may draw; null = twice the mean."""
     follow: Literal["none", "difficulty"] = "none"
     """difficulty = with data.kind reasoning, a loop for each step of the task: mean and maximum follow from
@@ -90,17 +101,17 @@ class OptimConfig(Section):
     name: Literal["adamw", "muon"] = "adamw"
     """muon = orthogonalised momentum for the matrices of attention, feed-forward and experts, and AdamW for embedding,
     head, norms, routers, injection, readout, adapter and gates; both share lr and weight_decay (arXiv 2502.16982)."""
-    lr: Annotated[float, Field(gt=0)] = 3e-3
+    lr: Annotated[float, Field(gt=0, le=1e30)] = 3e-3
     """Peak learning rate."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     """Decay of the first and second moment."""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
+    eps: Small = 1e-8
     """Added to the root of the second moment."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
     """muon: decay of the matrices' momentum, applied as Nesterov's."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    weight_decay: Weight = 0.1
     """Decoupled weight decay, on matrices only; never on norms, biases, embeddings or the injection."""
-    clip: Annotated[float, Field(ge=0)] = 1.0
+    clip: Annotated[float, Field(ge=0, le=1e30)] = 1.0
     """Largest norm of the gradient; 0 = no clipping."""
     schedule: Literal["cosine", "wsd"] = "cosine"
     """After the warmup: cosine to min_lr, or stay at lr and go down linearly over the last decay share (wsd)."""
@@ -135,9 +146,9 @@ class TrainConfig(Section):
     init_from: str | None = None
     """Run directory, checkpoint or exported folder whose weights a new run starts from, with a fresh optimizer, at step
     0 and the beginning of the data; model and tokenizer are its own where the configuration names none."""
-    global_batch: PositiveInt = 64
+    global_batch: Rows = 64
     """Sequences of an optimizer step over all ranks; a multiple of data.streams."""
-    micro_batch: PositiveInt | Literal["auto"] = 8
+    micro_batch: Rows | Literal["auto"] = 8
     """Sequences of one forward and backward pass on a rank; auto (single, ddp) = the most that fit, tried at the
     start."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -148,7 +159,7 @@ class TrainConfig(Section):
     compile: bool | Literal["auto"] = "auto"
     """Compile the model with torch.compile: a pass of the loop as one graph, and the blocks of prelude and coda. auto =
     on GPUs, where it takes a minute or two at the start; on a CPU it brings little."""
-    max_time: Annotated[str, Field(pattern=DURATION)] | None = None
+    max_time: Annotated[str, Field(pattern=DURATION, examples=["90s", "3h30m"])] | None = None
     """Wall-clock limit of this process, e.g. 90s, 3h30m, 1d, after which the run saves at the end of a step and ends;
     the same command continues it. null = none."""
     skip_limit: PositiveInt = 5
@@ -165,13 +176,13 @@ class EvalConfig(Section):
 
     every: NonNegativeInt = 500
     """Steps between validations; 0 = only at the end."""
-    batches: PositiveInt = 4
+    batches: Rows = 4
     """Validation batches, each of data.streams sequences; the same ones every time."""
-    loops: list[PositiveInt] = [1, 4, 8, 16]
+    loops: list[Count] = [1, 4, 8, 16]
     """Loop counts validation loss is measured at, increasing; [1] unless given where model.injection is none."""
-    samples: NonNegativeInt = 1
+    samples: CountOrZero = 1
     """Text samples written at each validation."""
-    sample_tokens: PositiveInt = 64
+    sample_tokens: Positions = 64
     """Tokens of a sample."""
     prompts: list[str] = ["The "]
     """Beginnings of the samples, used in turn."""
@@ -201,9 +212,9 @@ class ParallelConfig(Section):
     mode: Literal["auto", "single", "ddp", "fsdp", "hsdp"] = "auto"
     """single = one process; ddp = every process holds the model; fsdp = parameters, gradients and optimizer are sharded
     over all processes; hsdp = sharded over `shard` of them, replicated over the groups; auto chooses and says why."""
-    shard: PositiveInt | None = None
+    shard: Rows | None = None
     """hsdp: processes that share one copy of the model; null = those of a node."""
-    replicate: PositiveInt | None = None
+    replicate: Rows | None = None
     """hsdp: copies of the model; null = as many as there are processes for."""
     wrap: Literal["loop", "block"] = "loop"
     """fsdp, hsdp: what is gathered at once. loop = the whole core, once whatever the number of loops; block = one
@@ -216,11 +227,11 @@ class ParallelConfig(Section):
     activation_checkpointing: Literal["none", "selective", "loop"] = "none"
     """What of the loops is computed again in the backward pass, to take less memory. selective = what is cheap: norms,
     gates, rotations; loop = each loop as a whole: only the state between loops is kept."""
-    start_timeout: Annotated[float, Field(gt=0)] = 1800.0
+    start_timeout: Seconds = 1800.0
     """Seconds that processes wait for each other until the first step is done (it may gather data and compile)."""
-    timeout: Annotated[float, Field(gt=0)] = 300.0
+    timeout: Seconds = 300.0
     """Seconds that processes wait for each other after it; then the run ends, naming what it waited for."""
-    stall_after: Annotated[float, Field(gt=0)] = 120.0
+    stall_after: Seconds = 120.0
     """Seconds without a finished step after which every process writes its stacks to the run directory's stacks/."""
 
 
@@ -340,12 +351,14 @@ def config_file(name: str) -> Path:
     return packaged[name]
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, to_train: bool = True) -> Config:
     """Read a YAML file, apply ``key.path=value`` overrides, fill in the preset, and check everything.
 
     ``path`` may be the name of a packaged configuration instead (:func:`config_file`).
 
     Values of overrides are YAML (``eval.loops=[1,4]``, ``depth.mean=null``); ``3e-4`` and ``1e9`` are numbers.
+    With ``to_train`` false, for a run that has been trained and is to be used, rules that only training needs are not
+    applied: the run may be older than they are.
 
     Raises MythosError with one line for every problem found.
     """
@@ -353,15 +366,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     data = read_yaml(config_file(str(path)), problems)
     for override in overrides:
         data = apply_override(data, override, problems)
-    return _build(data, problems)
+    return _build(data, problems, to_train)
 
 
-def config_from_dict(data: Mapping[str, Any]) -> Config:
+def config_from_dict(data: Mapping[str, Any], *, to_train: bool = True) -> Config:
     """Build the configuration from plain values, as ``load_config`` does from a file.
 
     Raises MythosError with one line for every problem found.
     """
-    return _build(dict(data), Problems("configuration", Config))
+    return _build(dict(data), Problems("configuration", Config), to_train)
 
 
 def dump_config(config: Config) -> str:
@@ -408,7 +421,7 @@ def _summary(section: type[Section]) -> str:
     return (section.__doc__ or "").splitlines()[0]
 
 
-def _build(data: dict[str, Any], problems: Problems) -> Config:
+def _build(data: dict[str, Any], problems: Problems, to_train: bool) -> Config:
     """Check every field alone, complete the valid ones from preset and defaults, and check them together."""
     values = valid_values(Config, data, problems)
     model = values.setdefault("model", {})
@@ -429,24 +442,30 @@ def _build(data: dict[str, Any], problems: Problems) -> Config:
         problems.paths |= {f"model.{name}" for name in ModelConfig.model_fields if name not in model}
     if values["model"].get("injection") == "none":
         values.setdefault("eval", {}).setdefault("loops", [1])
-    config = Config.model_validate(values)
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:  # of what is inherited: all else has been validated
+        for one in error.errors():
+            problems.add(".".join(map(str, one["loc"])), f"of {start}: {one['msg']}")
+        problems.raise_any()
+        raise
     if config.data.kind == "reasoning" and config.model.vocab_size == "auto":
         model = config.model.model_copy(update={"vocab_size": config.data.task.vocabulary})
         config = config.model_copy(update={"model": model})
-    for paths, message in _contradictions(config, problems.paths):
+    for paths, message in _contradictions(config):
         problems.add_contradiction(paths, message)
+    if to_train:
+        for paths, message in _training_contradictions(config, problems.paths):
+            problems.add_contradiction(paths, message)
     problems.raise_any()
     return config
 
 
-def _contradictions(config: Config, reported: set[str]) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yield the paths and the explanation of all values that cannot hold together.
-
-    A path in ``reported`` had a bad value, for which its default stands in ``config``.
-    """
+def _contradictions(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield the paths and the explanation of all values that cannot hold together in a run, whatever it is used for."""
     for names, message in model_contradictions(config.model):
         yield tuple(f"model.{name}" for name in names), message
-    run, data, depth, train = config.run, config.data, config.depth, config.train
+    run, data, depth = config.run, config.data, config.depth
     if not run.name:
         yield ("run.name",), "got an empty name; give the run a name"
 
@@ -474,6 +493,18 @@ def _contradictions(config: Config, reported: set[str]) -> Iterator[tuple[tuple[
     if data.sequence_length > config.model.context_length:
         given = f"got {data.sequence_length} and {config.model.context_length}"
         yield ("data.sequence_length", "model.context_length"), f"{given}; the first must not exceed the second"
+    if depth.follow == "difficulty" and (data.kind != "reasoning" or config.model.injection == "none"):
+        given = f"got difficulty, {data.kind} and {config.model.injection}"
+        rule = "loops can follow the difficulty of a reasoning task only, and where there are loops"
+        yield ("depth.follow", "data.kind", "model.injection"), f"{given}; {rule}"
+
+
+def _training_contradictions(config: Config, reported: set[str]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield the paths and the explanation of all values that no run can be trained with.
+
+    A path in ``reported`` had a bad value, for which its default stands in ``config``.
+    """
+    run, data, depth, train = config.run, config.data, config.depth, config.train
     if train.global_batch % data.streams:
         given = f"got {train.global_batch} and {data.streams}"
         yield ("train.global_batch", "data.streams"), f"{given}; the first must be a multiple of the second"
@@ -497,10 +528,6 @@ def _contradictions(config: Config, reported: set[str]) -> Iterator[tuple[tuple[
             yield ("parallel.mode", f"parallel.{name}"), f"{given}; the second is for mode hsdp only"
 
     if depth.follow == "difficulty":
-        if data.kind != "reasoning" or config.model.injection == "none":
-            given = f"got difficulty, {data.kind} and {config.model.injection}"
-            rule = "loops can follow the difficulty of a reasoning task only, and where there are loops"
-            yield ("depth.follow", "data.kind", "model.injection"), f"{given}; {rule}"
         for name in ("mean", "maximum", "sampling", "curriculum"):
             if getattr(depth, name) != DepthConfig.model_fields[name].default:
                 default = "poisson" if name == "sampling" else "null"

@@ -1,11 +1,20 @@
 """The errors a person can act on."""
 
+import logging
+import re
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 
 class MythosError(Exception):
-    """Bad input. The message says what was given, what is allowed and what to do; entry points print it and exit 1."""
+    """Bad input. The message says what was given, what is allowed and what to do; entry points print it and exit 1.
+
+    Credentials in the URLs of a message are replaced: it is printed, logged and mailed around.
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*map(without_credentials, args))
 
 
 class TransientError(MythosError):
@@ -18,7 +27,34 @@ class DiskFullError(MythosError):
 
 def short_reason(error: BaseException) -> str:
     """The first line of another library's error, or its type where it says nothing: what fits in a message of ours."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return without_credentials(str(error).splitlines()[0]) if str(error) else type(error).__name__
+
+
+class _WithoutCredentials(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return without_credentials(super().format(record))
+
+
+def log_messages() -> None:
+    """Write warnings and errors of all libraries to standard error, credentials in URLs replaced."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_WithoutCredentials("%(levelname)s: %(message)s"))
+    logging.basicConfig(handlers=[handler])
+
+
+def without_credentials(value: Any) -> Any:
+    """Plain values with `***` for user names, passwords and whole queries in the URLs of their strings.
+
+    Whole queries, because nobody knows all the names under which servers take signatures and tokens.
+    """
+    if isinstance(value, dict):
+        return {key: without_credentials(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_credentials(item) for item in value]
+    if isinstance(value, str):
+        value = re.sub(r"://[^/\s]*@", "://***@", value)
+        return re.sub(r"(://[^?#\s]*[?#])[^\s]*=[^\s]*", r"\1***", value)
+    return value
 
 
 def import_optional(package: str, needed_by: str) -> ModuleType:

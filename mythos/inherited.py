@@ -1,17 +1,17 @@
 """What a run takes from the configuration of the model that it starts from (train.init_from), read without torch."""
 
 import contextlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from mythos.errors import MythosError, short_reason
 from mythos.model.config import ModelConfig
+from mythos.plain_yaml import load_yaml
 from mythos.storage import MARKER, META, locate, open_storage
+from mythos.text_files import parse_json, read_json, read_text
 
 MODEL_TYPE = "mythos"
 RUN_FILE = "config.yaml"
@@ -53,7 +53,7 @@ def _begun(run_dir: Path, checkpoints: str | Path, source: str) -> Sections | No
     """What the run in a directory began with, if it began from this source and has a checkpoint since."""
     with contextlib.suppress(Exception):  # of a file or a remote file system: then the source is read, or told of
         if open_storage(checkpoints).complete():
-            saved = yaml.safe_load((run_dir / RUN_FILE).read_text(encoding="utf-8"))
+            saved, _ = load_yaml(read_text(run_dir / RUN_FILE))
             began = saved["train"].get("init_from")
             if began is not None and Path(began) == Path(source):  # however its separators are written
                 return _model_fields(saved["model"]), saved["tokenizer"]
@@ -65,14 +65,14 @@ def _stored(source: str) -> Sections:
     folder = Path(source)
     try:
         if "://" not in source and (folder / CONFIG_FILE).is_file():
-            section, places = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")), [folder]
+            section, places = read_json(folder / CONFIG_FILE), [folder]
             if section.get("model_type") != MODEL_TYPE:
                 raise MythosError(
                     f"{source} is a model of type {section.get('model_type')!r}, not of mythos: "
                     "`mythos import` makes published looped models ours, `mythos retrofit` dense ones"
                 )
         elif "://" not in source and (folder / RUN_FILE).is_file():
-            section = yaml.safe_load((folder / RUN_FILE).read_text(encoding="utf-8"))["model"]
+            section = load_yaml(read_text(folder / RUN_FILE))[0]["model"]
             places = [folder / "tokenizer"]
         else:
             storage, name = locate(source)
@@ -82,7 +82,7 @@ def _stored(source: str) -> Sections:
                     f"checkpoint (checkpoints/step-XXXXXXXX, with a file '{MARKER}'), nor an exported folder (with "
                     f"{CONFIG_FILE})"
                 )
-            saved = json.loads(storage.read(name, META))["config"]
+            saved = parse_json(storage.read(name, META))["config"]
             section, run = saved["model"], saved["run"]
             places = [] if "://" in source else [folder.absolute().parent.parent / "tokenizer"]
             places.append(Path(run["dir"] or f"runs/{run['name']}") / "tokenizer")

@@ -5,7 +5,6 @@ import contextlib
 import json
 import logging
 import os
-import re
 import resource
 import secrets
 import statistics
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mythos.config import Config
-from mythos.errors import MythosError, import_optional, short_reason
+from mythos.errors import MythosError, import_optional, short_reason, without_credentials
 from mythos.evaluation.validation import losses_by_depth
 from mythos.files import read_regular
 from mythos.schema import suggestion
@@ -310,21 +309,9 @@ def start_tracker(name: str, run_dir: Path, config: Config, start_step: int) -> 
     return tracker
 
 
-def without_credentials(value: Any) -> Any:
-    """Plain values with `***` for user names, passwords and signed queries in the URLs of their strings."""
-    if isinstance(value, dict):
-        return {key: without_credentials(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [without_credentials(item) for item in value]
-    if isinstance(value, str):
-        value = re.sub(r"://[^/\s]*@", "://***@", value)
-        return re.sub(r"(://[^?\s]*\?)[^\s]*=[^\s]*", r"\1***", value)
-    return value
-
-
 def _reason(error: Exception) -> str:
     """What to tell of another library's error, which may name the address of a service with its password."""
-    return without_credentials(short_reason(error)).rstrip(".")
+    return short_reason(error).rstrip(".")
 
 
 @contextlib.contextmanager

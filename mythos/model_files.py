@@ -1,7 +1,6 @@
 """Trained models on disk: a run directory, a checkpoint or an exported folder."""
 
 import contextlib
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,9 +16,10 @@ from mythos.config import Config, config_from_dict, load_config
 from mythos.data.tokenizer import Tokenizer
 from mythos.errors import MythosError, short_reason
 from mythos.inherited import CONFIG_FILE, MODEL_TYPE, RUN_FILE, TOKENIZER_FILE
-from mythos.model.config import ModelConfig
+from mythos.model.config import MOST, MOST_LOOPS, ModelConfig, model_contradictions
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.storage import MARKER, LocalStorage, is_step, locate
+from mythos.text_files import read_json, unusable_text
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
@@ -118,7 +118,7 @@ def stored_model(path: str | Path) -> Iterator[StoredModel]:
                 yield stored
             return
         if is_run:
-            run = load_config(folder / RUN_FILE)
+            run = load_config(folder / RUN_FILE, to_train=False)
             place = run.checkpoint.dir or folder / "checkpoints"
             with _told(place):
                 found = complete_checkpoints(place)
@@ -171,9 +171,9 @@ def _stored_checkpoint(path: Path | str, run_dir: Path | None) -> Iterator[Store
             f"{path} is no complete checkpoint: a folder step-XXXXXXXX with a file '{MARKER}', which is written last."
         )
     meta = read_meta(path)
-    if not isinstance(meta.get("config"), dict) or not isinstance(meta.get("step"), int):
+    if not isinstance(meta.get("config"), dict) or type(meta.get("step")) is not int:
         raise MythosError(f"checkpoint {path} is damaged: its meta.json lacks the configuration or the step")
-    run = config_from_dict(meta["config"])
+    run = config_from_dict(meta["config"], to_train=False)
     # A checkpoint holds no tokenizer: it lies beside the checkpoints, or with the run that wrote them elsewhere.
     places = [run_dir or run.run_dir]
     if isinstance(storage, LocalStorage):
@@ -194,16 +194,19 @@ def _stored_checkpoint(path: Path | str, run_dir: Path | None) -> Iterator[Store
 def _stored_export(folder: Path) -> Iterator[StoredModel]:
     path = folder / CONFIG_FILE
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         if values.get("model_type") != MODEL_TYPE:
             raise MythosError(
                 f"{path}: model_type is {values.get('model_type')!r}; only models of type {MODEL_TYPE!r} are opened, "
                 "which `mythos export` writes"
             )
         config = ModelConfig.model_validate({key: value for key, value in values.items() if key not in HEADER})
-        mean_loops, step = int(values["mean_loops"]), int(values["step"])
-        if config.vocab_size == "auto" or mean_loops < 1:
-            raise ValueError(f"vocab_size is {config.vocab_size}, mean_loops {mean_loops}")
+        mean_loops, step = (int(values[name]) for name in ("mean_loops", "step"))
+        if config.vocab_size == "auto" or not (1 <= mean_loops <= MOST_LOOPS and 0 <= step <= MOST):
+            raise ValueError(f"vocab_size is {config.vocab_size}, mean_loops {mean_loops}, step {step}")
+        problems = [f"{', '.join(names)}: {message}" for names, message in model_contradictions(config)]
+        if problems or unusable_text(config.preset):
+            raise ValueError("; ".join(problems) or f"preset is {config.preset!a}")
     except (OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, ValidationError):
             reason = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
@@ -243,8 +246,8 @@ def _weights_files(folder: Path) -> list[Path]:
 def indexed_files(index: Path, advice: str) -> list[Path]:
     """The files, beside an index of tensors, that it names. Raises MythosError with the advice where it is damaged."""
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if any("/" in name for name in names):
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        if any(Path(name).name != name or name == ".." or unusable_text(name) for name in names):
             raise ValueError("it names files elsewhere")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise MythosError(f"{index} cannot be read: {error}. {advice}") from error
@@ -255,6 +258,8 @@ def indexed_files(index: Path, advice: str) -> list[Path]:
 def _reading(file: Path) -> Iterator[None]:
     """Tell of an export's weights that cannot be read as MythosError."""
     try:
+        if not file.is_file():  # a FIFO would be waited for
+            raise FileNotFoundError("there is no such file")
         yield
     except (OSError, SafetensorError) as error:
         raise MythosError(f"{file} cannot be read: {error}. Export the model again.") from error

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from mythos.config import Config, ParallelConfig, dump_config
-from mythos.errors import MythosError
+from mythos.errors import MythosError, without_credentials
 from mythos.estimate import (
     Activations,
     Step,
@@ -159,7 +159,7 @@ def plan(config: Config, ranks: int | None = None, machine_ranks: int = 8, devic
     flops = forward_flops(config.model, config.data.sequence_length)
     depths = sorted({*config.eval.loops, round(config.depth_mean)})
     lines = [
-        dump_config(config),
+        without_credentials(dump_config(config)),
         *(f"{'start' if number == 0 else '':15} {line}" for number, line in enumerate(told_before(config))),
         f"parameters      {parameters.total:,} ({parameters.active:,} active per token and loop){vocabulary}",
         f"training        {config.train_steps:,} steps of {config.tokens_per_step:,} tokens, "

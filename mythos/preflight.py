@@ -6,6 +6,9 @@ import platform
 from pathlib import Path
 from typing import Any
 
+import torch
+from psutil import virtual_memory
+
 from mythos.config import Config
 from mythos.data.tasks import hardest
 from mythos.depth import DepthSchedule
@@ -34,6 +37,22 @@ def resolve_vocabulary(config: Config, tokenizer_size: int) -> Config:
         tokenizer_size = max(tokenizer_size, padded_vocab_size(config.tokenizer.vocab_size))
     model = config.model.model_copy(update={"vocab_size": tokenizer_size})
     return config.model_copy(update={"model": model})
+
+
+def check_memory(parameters: int, shards: int, device: torch.device) -> None:
+    """Refuse a model whose weights and gradients alone, in float32, are more than the device's memory.
+
+    It would end by an error of the allocator, or by the system, which kills the process without a word. `shards` is the
+    number of processes that share one copy. Raises MythosError with both sizes.
+    """
+    needed = 8 * parameters // shards
+    there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else virtual_memory().total
+    if needed > there:
+        raise MythosError(
+            f"model: {parameters:,} parameters take {needed / 2**30:,.1f} GiB for weights and gradients a process, "
+            f"and the device has {there / 2**30:,.1f} GiB. Take a smaller model, or parallel.mode fsdp and more "
+            "processes; --dry-run prints what a run needs"
+        )
 
 
 FREE_MODEL_FIELDS = {"preset", "context_length", "loops", "router_bias_rate", "state_init", "ponder_weight"}

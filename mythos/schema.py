@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,12 @@ from pydantic import ValidationError
 
 from mythos.errors import MythosError
 from mythos.model.config import Section
+from mythos.plain_yaml import MOST_BYTES, OTHER_NUMBER, load_yaml
+from mythos.text_files import MOST_NESTED, read_text, unusable_text
 
+PLAIN_TEXT = "text without the character NUL and without halves of surrogate pairs"
+MOST_PROBLEMS = 50
+"""That one message tells."""
 _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
@@ -49,20 +55,27 @@ class Problems:
         """Raise MythosError with all lines if there are any."""
         if self.lines:
             count = "1 problem" if len(self.lines) == 1 else f"{len(self.lines)} problems"
-            raise MythosError("\n  ".join([f"{self.source}: {count} in the configuration", *self.lines]))
+            lines = self.lines[:MOST_PROBLEMS]
+            if len(lines) < len(self.lines):
+                lines.append("...")
+            raise MythosError("\n  ".join([f"{self.source}: {count} in the configuration", *lines]))
 
 
 def read_yaml(path: Path, problems: Problems) -> dict[str, Any]:
     """Read the mapping in a YAML file and report its duplicate keys, of which PyYAML silently keeps the last.
 
-    Raises MythosError if the file cannot be read, is empty, or is not a YAML mapping.
+    Numbers are decimal: 0100 and 0x10 are texts. Raises MythosError if the file cannot be read, is empty or too large,
+    or is not a YAML mapping of bounded depth.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        tree = yaml.compose(text, yaml.SafeLoader)
-        data = yaml.safe_load(text)
-    except OSError as error:
-        raise MythosError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
+        text = read_text(path, MOST_BYTES)
+    except (OSError, ValueError) as error:
+        if isinstance(error, UnicodeDecodeError):
+            raise MythosError(f"{path}: not valid YAML: {error}; save it as UTF-8") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise MythosError(f"{path}: cannot be read ({reason}); give the path of a YAML file") from error
+    try:
+        data, tree = load_yaml(text)
     except (yaml.YAMLError, ValueError) as error:
         raise MythosError(f"{path}: not valid YAML: {error}") from error
     if data is None:
@@ -71,6 +84,7 @@ def read_yaml(path: Path, problems: Problems) -> dict[str, Any]:
         raise MythosError(
             f"{path}: got {shown(data)}; allowed: a mapping of sections; `mythos configs quickstart` prints an example"
         )
+    assert tree is not None
     for key, line in _duplicates(tree, "", set()):
         problems.add(key, f"given again in line {line}; keep one of them")
     return data
@@ -79,11 +93,11 @@ def read_yaml(path: Path, problems: Problems) -> dict[str, Any]:
 def apply_override(data: dict[str, Any], override: str, problems: Problems) -> dict[str, Any]:
     """Return ``data`` with one ``key.path=value`` applied; a mapping as value sets each of its keys."""
     path, equals, text = override.partition("=")
-    if not equals or not all(path.split(".")):
-        problems.add(override, "not an override; give key.path=value, e.g. optim.lr=3e-4")
+    if not equals or not all(path.split(".")) or path.count(".") > MOST_NESTED:
+        problems.add(_shortened(override), "not an override; give key.path=value, e.g. optim.lr=3e-4")
         return data
     try:
-        value = yaml.safe_load(text)
+        value, _ = load_yaml(text)
     except (yaml.YAMLError, ValueError):
         value = text  # for instance *.txt, which YAML takes for an alias
     section, _, name = path.rpartition(".")
@@ -95,7 +109,7 @@ def apply_override(data: dict[str, Any], override: str, problems: Problems) -> d
         try:
             data = _replaced(data, keys, leaf)
         except KeyError as error:
-            problems.add(error.args[0], f"is not a section, so {override} cannot be set")
+            problems.add(error.args[0], f"is not a section, so {_shortened(override)} cannot be set")
     return data
 
 
@@ -109,8 +123,11 @@ def valid_values(section: type[Section], data: Any, problems: Problems, prefix: 
     schemas = section.model_json_schema()["properties"]
     values: dict[str, Any] = {}
     for name, value in data.items():
-        path = f"{prefix}{name}"
+        path = f"{prefix}{_shortened(str(name))}"
         if name not in section.model_fields:
+            if len(problems.lines) > MOST_PROBLEMS:  # suggestions take long
+                problems.add(path, "unknown")
+                continue
             elsewhere = [f"{other}.{name}" for other, kind in sections(problems.root) if name in kind.model_fields]
             problems.add(path, f"unknown; {suggestion(str(name), list(section.model_fields), elsewhere)}")
             continue
@@ -120,13 +137,21 @@ def valid_values(section: type[Section], data: Any, problems: Problems, prefix: 
             continue
         if (member := _named_sections(kind)) and isinstance(value, dict):
             values[name] = {str(key): valid_values(member, v, problems, f"{path}.{key}.") for key, v in value.items()}
+            if unusable_text(list(value)):
+                problems.add(path, f"got the names {shown(list(value))}; allowed: {PLAIN_TEXT}")
+            continue
+        if unusable_text(value):
+            problems.add(path, f"got {shown(value)}; allowed: {PLAIN_TEXT}")
             continue
         converted = _converted(schemas[name], value)
         try:
             section.model_validate({name: converted})
             values[name] = converted
         except ValidationError:
-            problems.add(path, f"got {shown(value)}; allowed: {allowed(schemas[name])}")
+            rule = allowed(schemas[name], value)
+            if isinstance(value, str) and OTHER_NUMBER.fullmatch(value):
+                rule += ", in decimal and without leading zeros"
+            problems.add(path, f"got {shown(value)}; allowed: {rule}")
     return values
 
 
@@ -138,35 +163,62 @@ def sections(root: type[Section], prefix: str = "") -> Iterator[tuple[str, type[
             yield from sections(field.annotation, f"{prefix}{name}.")
 
 
-def allowed(schema: dict[str, Any]) -> str:
-    """Say in words what a field's JSON schema accepts."""
+def allowed(schema: dict[str, Any], value: Any = None) -> str:
+    """Say in words what a field's JSON schema accepts.
+
+    Maxima from 1,000 on only keep what is computed from a number within machine arithmetic: they are told where
+    `value` is above them.
+    """
     if "anyOf" in schema:
-        return " or ".join(allowed(option) for option in schema["anyOf"])
+        return " or ".join(allowed(option, value) for option in schema["anyOf"])
     if "enum" in schema or "const" in schema:
         return " | ".join(schema.get("enum") or [schema["const"]])
     kind = schema.get("type", "")
     if kind == "array":
+        given = value if isinstance(value, list) else []
         if "prefixItems" in schema:
-            items = [allowed(item) for item in schema["prefixItems"]]
+            items = [
+                allowed(item, given[n] if n < len(given) else None) for n, item in enumerate(schema["prefixItems"])
+            ]
             return f"list of {len(items)}: {', '.join(items)}"
-        return f"list of ({allowed(schema['items'])})"
+        above = [item for item in given if _above(item, schema["items"].get("maximum", math.inf))]
+        return f"list of ({allowed(schema['items'], above[0] if above else None)})"
     if kind == "object":
         return "mapping of names to sections"
     words = {"string": "text", "boolean": "true or false"}.get(kind, kind)
+    if "examples" in schema:
+        words += f" such as {' or '.join(schema['examples'])}"
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-    bounds = " ".join(f"{sign} {schema[key]}" for key, sign in signs.items() if key in schema)
+    if schema.get("maximum", 0) >= 1000 and not _above(value, schema["maximum"]):
+        del signs["maximum"]
+    bounds = " ".join(
+        f"{sign} {schema[key] if abs(schema[key]) < 10**10 else format(schema[key], 'g')}"
+        for key, sign in signs.items()
+        if key in schema
+    )
     return f"{words} {bounds}".strip()
+
+
+def _above(value: Any, bound: float) -> bool:
+    """Whether a value, or the text of one (1e30), is a number above a bound."""
+    if isinstance(value, str) and _EXPONENT.fullmatch(value):
+        return float(value) > bound
+    return isinstance(value, int | float) and bound < value < math.inf
 
 
 def shown(value: Any) -> str:
     """Write a value as YAML would, shortened."""
     if isinstance(value, str | bool | None):
-        text = json.dumps(value, ensure_ascii=False)
-    elif isinstance(value, list | tuple | dict | Section):
+        text = json.dumps(value, ensure_ascii=unusable_text(value))
+    elif isinstance(value, list | tuple | dict | Section) and len(text := str(value)) <= 2000:  # else YAML takes long
         text = yaml.dump(value, Dumper=_Flow, default_flow_style=True, sort_keys=False, allow_unicode=True, width=1e9)
         text = text.removesuffix("\n")
     else:
         text = str(value)
+    return _shortened(text)
+
+
+def _shortened(text: str) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
@@ -191,6 +243,8 @@ def _duplicates(node: yaml.Node, prefix: str, visited: set[int]) -> Iterator[tup
     visited.add(id(node))
     seen: set[str] = set()
     for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            continue
         path = f"{prefix}{key.value}"
         if path in seen:
             yield path, key.start_mark.line + 1

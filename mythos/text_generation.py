@@ -1,5 +1,6 @@
 """Text continued by a model: prompts in, pieces of text out as they come, each with the loops that it took."""
 
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -8,7 +9,6 @@ from typing import Any, NamedTuple
 
 import psutil
 import torch
-from tokenizers.decoders import DecodeStream
 
 from mythos.data.tokenizer import Tokenizer
 from mythos.errors import MythosError
@@ -28,8 +28,14 @@ class Piece(NamedTuple):
     """Loops of the token, the most where there are several."""
 
 
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
+"""Name of a token that is one byte, in tokenizers with byte fallback (Llama 2, Mistral, Gemma)."""
+
+
 class PieceStream:
     """Makes complete pieces of text of one row's ids, held back while they may become a stop string.
+
+    The pieces together are the text that the prompt's and the row's ids make, without the prompt's.
 
     Attributes:
         pieces: what was handed out so far.
@@ -37,9 +43,10 @@ class PieceStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str]) -> None:
-        self.tokenizer, self.prompt, self.stops = tokenizer, list(prompt), stops
-        self.decoder = DecodeStream(ids=self.prompt, skip_special_tokens=False)
-        self.ids: list[int] = []
+        self.tokenizer, self.stops = tokenizer, stops
+        self.ids = list(prompt)
+        self._start, self._told = 0, len(self.ids)
+        """Ids from `_start` on are decoded together; the text of those before `_told` is known."""
         self.pieces: list[Piece] = []
         self.stopped = False
         self._held: list[Piece] = []
@@ -47,12 +54,17 @@ class PieceStream:
 
     def push(self, token: int, loops: int) -> list[Piece]:
         """Add an id; returns the pieces that are complete now and cannot belong to a stop string."""
+        if self._start == 0 and self._told == len(self.ids) and self._is_byte(token):
+            # Bytes side by side are decoded together, and those of the prompt are characters already.
+            while self.ids and self._is_byte(self.ids[-1]):
+                self.ids.pop()
+            self._told = len(self.ids)
         self.ids.append(token)
         self._loops = max(self._loops, loops)
-        text = self.decoder.step(self.tokenizer.backend, token)
-        if not text:
-            return []
-        self._hold(text)
+        text = "" if self._is_byte(token) else self._new_text()
+        if not text or text.endswith("\ufffd"):
+            return []  # what comes next may make another character of the bytes at the end
+        self._tell(text)
         held = "".join(piece.text for piece in self._held)
         found = [place for stop in self.stops if (place := held.find(stop)) >= 0]
         if found:
@@ -64,16 +76,24 @@ class PieceStream:
         """What is left at the end: text held back, and U+FFFD for bytes that no character came of."""
         if self.stopped:
             return []
-        done = sum(len(piece.text) for piece in [*self.pieces, *self._held])
-        given = len(self.tokenizer.decode(self.prompt))
-        rest = self.tokenizer.decode(self.prompt + self.ids)[given + done :]
+        rest = self._new_text()
         if rest:
-            self._hold(rest)
+            self._tell(rest)
         return self._release(sum(len(piece.text) for piece in self._held))
 
-    def _hold(self, text: str) -> None:
+    def _is_byte(self, token: int) -> bool:
+        name = self.tokenizer.backend.id_to_token(token)
+        return name is not None and BYTE_TOKEN.fullmatch(name) is not None
+
+    def _new_text(self) -> str:
+        """Text of the ids that are not told yet, decoded after some that are: a first token may lose its space."""
+        known = self.tokenizer.decode(self.ids[self._start : self._told])
+        return self.tokenizer.decode(self.ids[self._start :])[len(known) :]
+
+    def _tell(self, text: str) -> None:
         self._held.append(Piece(text, self._loops))
         self._loops = 0
+        self._start, self._told = self._told, len(self.ids)
 
     def _release(self, characters: int) -> list[Piece]:
         released: list[Piece] = []

@@ -23,7 +23,7 @@ from mythos.data.pipeline import open_data
 from mythos.data.stream import Batch, DifferentData, count_skipped, merge_states
 from mythos.data.tokenizer import check_vocabulary
 from mythos.depth import DepthPlan, DepthSchedule
-from mythos.errors import MythosError, TransientError
+from mythos.errors import MythosError, TransientError, without_credentials
 from mythos.estimate import forward_flops
 from mythos.evaluation.choices import encode_task, read_tasks
 from mythos.evaluation.in_training import Interrupted, Measurement, write_samples
@@ -44,6 +44,7 @@ from mythos.parallel import choose_micro_batch, parallelize
 from mythos.plan import agree_on_layout
 from mythos.plots import draw_plots
 from mythos.preflight import (
+    check_memory,
     check_same_model,
     check_same_optimizer,
     prepare_directory,
@@ -145,6 +146,8 @@ class Trainer:
         with torch.device("meta"):
             model = RecurrentDepthTransformer(config.model)
         self.layout = agree_on_layout(config, world)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        world.ranks.agreed(lambda: check_memory(parameters, self.layout.shard, self.device))
         self.parallel = parallelize(config, model, self.layout, world)
         self.model = model
         self.optimizer = build_optimizer(self.model, config.optim, self.parallel.dtype, self.layout.size)
@@ -590,7 +593,8 @@ class Trainer:
         if self.samples:
             self.console.write(f"\nSample\n\n{indent(self.samples[0], '  ')}")
         plots = "\n            ".join(map(str, self.plots))
-        self.console.write(f"\nplots       {plots}\nmetrics     {self.log.path}\ncheckpoint  {self.checkpoints.newest}")
+        newest = without_credentials(str(self.checkpoints.newest))
+        self.console.write(f"\nplots       {plots}\nmetrics     {self.log.path}\ncheckpoint  {newest}")
 
 
 def add(totals: dict[str, Tensor], key: str, value: Tensor) -> None:

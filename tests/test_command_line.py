@@ -1,5 +1,6 @@
 """What the scripts' command lines have in common."""
 
+import os
 import subprocess
 import sys
 from argparse import Namespace
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mythos.command_line import check_least, exit_status, positive_numbers, whole_numbers, writing
+from mythos.commands import COMMANDS, command
 from mythos.errors import MythosError
 
 
@@ -72,3 +74,78 @@ def test_what_cannot_be_written_is_told(tmp_path: Path) -> None:
         writing(Path("there")),
     ):
         raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("entry", ["mythos.commands.train", "mythos.commands.generate"])
+@pytest.mark.parametrize("chosen", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7"}, {"KMP_BLOCKTIME": "0"}])
+def test_waiting_threads_sleep_unless_the_user_chose(entry: str, chosen: dict[str, str]) -> None:
+    """Commands set it before they import torch, whose OpenMP reads it then."""
+    program = f"""
+import builtins, os, sys
+before, shown = builtins.__import__, {{}}
+def look(name, *rest):
+    if name == "torch" and not shown:
+        shown.update({{k: v for k, v in os.environ.items() if k.startswith(("OMP_WAIT", "GOMP_", "KMP_"))}})
+        print(sorted(shown.items()))
+        os._exit(0)
+    return before(name, *rest)
+builtins.__import__ = look
+from {entry} import main
+sys.exit(main(["{Path(__file__).parents[1] / "configs/debug.yaml"}"]))
+"""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_WAIT", "GOMP_", "KMP_"))}
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=clean | chosen, check=False
+    )
+    expected = chosen or {"GOMP_SPINCOUNT": "1000", "OMP_WAIT_POLICY": "PASSIVE"}
+    assert ended.stdout.splitlines()[-1:] == [str(sorted(expected.items()))], ended.stderr
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("completion", "gpu-check")])
+@pytest.mark.parametrize("argument", ["a\0b", "a\udcffb"])
+def test_arguments_that_are_no_text_are_refused(name: str, argument: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """By every command, as a path and as an option's value."""
+    with pytest.raises(SystemExit) as caught:
+        command(name).main([argument])
+    assert caught.value.code == 2
+    told = capsys.readouterr().err
+    assert f"argument {argument!a}: allowed: text in UTF-8" in told
+    told.encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "says"),
+    [
+        (
+            "generate",
+            ["--tokens", "9" * 30],
+            "--tokens: got 999999999999999999999999999999; give at most",
+        ),
+        ("generate", ["--seed", "9" * 30], "--seed: got"),
+        ("generate", ["--prefill-chunk", "9" * 30], "--prefill-chunk: got"),
+        ("generate", ["--cache-loops", "9" * 30], "--cache-loops: got"),
+        ("generate", ["--loops", "9" * 30], "at most 65536"),
+        ("generate", ["--temperature", "nan"], "temperature: got nan"),
+        ("generate", ["--temperature", "inf"], "temperature: got inf"),
+        ("generate", ["--repetition-penalty", "nan"], "repetition penalty: got nan"),
+        ("generate", ["--top-p", "nan"], "top-p: got nan"),
+        ("generate", ["--exit-threshold", "nan"], "--exit-threshold: got nan"),
+        ("sweep", ["--loops", "1,65537"], "at most 65536"),
+        ("sweep", ["--sequences", "9" * 30], "--sequences: got"),
+        ("sweep", ["--rules", "convergence", "--thresholds", "inf"], "numbers above 0"),
+        ("evaluate", ["--limit", "9" * 30], "--limit: got"),
+        ("evaluate", ["--exit-threshold", "0.1,nan"], "numbers above 0"),
+        ("train", ["--dry-run", "--device-memory", "nan"], "--device-memory: got nan"),
+        ("train", ["--dry-run", "--device-memory", "inf"], "--device-memory: got inf; give at most"),
+        ("train", ["--dry-run", "--device-memory", "1e308"], "--device-memory: got 1e+308; give at most"),
+        ("train", ["--dry-run", "--ranks", "9" * 30], "--ranks: got"),
+        ("train", ["--dry-run", "--ranks", "0"], "--ranks: got 0; give at least 1"),
+    ],
+)
+def test_numbers_that_nothing_can_be_done_with(
+    name: str, arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a line that names the option, before a model is looked for."""
+    assert command(name).main(["quickstart", *arguments]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and says in told and told.count("\n") == 1

@@ -1,6 +1,7 @@
 """The record of a run: metrics.jsonl over restarts, W&B, and what is computed from counts and times."""
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -18,7 +19,7 @@ from accelerate import tracking
 from mythos import trainer
 from mythos.config import load_config
 from mythos.depth import DepthPlan
-from mythos.errors import MythosError
+from mythos.errors import MythosError, log_messages
 from mythos.estimate import forward_flops
 from mythos.metrics import (
     MetricsLog,
@@ -584,3 +585,11 @@ def test_wandb_that_cannot_be_started(tmp_path, monkeypatch):
 )
 def test_without_credentials(text, expected):
     assert without_credentials({"a": [text], "b": 1, "c": None}) == {"a": [expected], "b": 1, "c": None}
+
+
+def test_log_messages_hide_credentials(capsys, monkeypatch):
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    log_messages()
+    logging.getLogger("somebody.else").warning("asked %s", "https://user:secret@host/x?token=secret")
+    assert capsys.readouterr().err == "WARNING: asked https://***@host/x?***\n"

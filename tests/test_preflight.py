@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from psutil import virtual_memory
 
 from mythos.config import Config
 from mythos.errors import MythosError
-from mythos.preflight import check_same_model, schedule_change
+from mythos.preflight import check_memory, check_same_model, schedule_change
 from tests.runs import tiny
 
 
@@ -79,3 +81,11 @@ def test_checkpoints_of_earlier_versions_have_no_length_of_the_schedule(tmp_path
     del saved["optim"]["schedule_steps"]
     assert schedule_change(tiny(tmp_path, train__steps=1000), saved, 10) is None
     assert "took 1,000 steps" in str(schedule_change(tiny(tmp_path, train__steps=3000), saved, 10))
+
+
+def test_a_model_that_no_memory_holds_is_refused_before_it_is_made() -> None:
+    there = virtual_memory().total
+    check_memory(there // 8, 1, torch.device("cpu"))
+    check_memory(there, 8, torch.device("cpu"))
+    with pytest.raises(MythosError, match=r"8,000,000,000,000 parameters take 59,604.6 GiB .* and the device has"):
+        check_memory(8 * 10**12, 1, torch.device("cpu"))

@@ -9,6 +9,7 @@ from importlib import import_module
 from types import ModuleType
 
 from mythos import __version__
+from mythos.command_line import CommandParser
 
 COMMANDS = {
     "train": "train",
@@ -44,7 +45,7 @@ def command(name: str) -> ModuleType:
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line, every command with its options; commands are run by their own parsers, see `main`."""
-    made = argparse.ArgumentParser(prog="mythos", usage=USAGE)
+    made = CommandParser(prog="mythos", usage=USAGE)
     made.add_argument("--version", action="version", version=f"mythos {__version__}", help="the version")
     commands = made.add_subparsers(metavar="COMMAND")
     for name in COMMANDS:

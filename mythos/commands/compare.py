@@ -7,12 +7,12 @@ prints the table. docs/report.md tells how to read them.
 import argparse
 from pathlib import Path
 
-from mythos.command_line import exit_status, writing
+from mythos.command_line import CommandParser, exit_status, writing
 
 
 def parser(prog: str = "mythos compare") -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = CommandParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("runs", nargs="*", metavar="RUN", help="run directories, or checkpoints step-* in them")
     made.add_argument("--out", type=Path, default=Path("compare"), metavar="DIR", help="folder to write to (compare/)")
     return made

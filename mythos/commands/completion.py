@@ -9,7 +9,7 @@ The script is fixed: it knows the commands and options of this version, and cost
 
 import argparse
 
-from mythos.command_line import exit_status
+from mythos.command_line import CommandParser, exit_status
 from mythos.errors import import_optional
 
 SHELLS = ("bash", "zsh", "fish")
@@ -21,7 +21,7 @@ FOLDERS = ("DIR", "FOLDER", "RUN")
 
 def parser(prog: str = "mythos completion") -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = CommandParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("shell", choices=SHELLS, help="the shell")
     return made
 

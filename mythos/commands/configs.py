@@ -7,7 +7,7 @@ import argparse
 import itertools
 import re
 
-from mythos.command_line import exit_status
+from mythos.command_line import CommandParser, exit_status
 from mythos.config import packaged_configs
 from mythos.errors import MythosError
 from mythos.schema import suggestion
@@ -15,7 +15,7 @@ from mythos.schema import suggestion
 
 def parser(prog: str = "mythos configs") -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = CommandParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("config", nargs="?", metavar="NAME", help="the configuration to print (without: list all)")
     return made
 

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mythos.command_line import exit_status
+from mythos.command_line import CommandParser, exit_status
 from mythos.config import Config, config_from_dict, load_config, packaged_configs
 from mythos.errors import MythosError
 from mythos.presets import BPE_VOCAB_SIZE, PRESETS, preset_config
@@ -26,7 +26,7 @@ LONGEST = 8192
 
 def parser(prog: str = "mythos estimate") -> argparse.ArgumentParser:
     """The command line, to be parsed intermixed: options may stand between the overrides."""
-    made = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = CommandParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("config", metavar="CONFIG_or_PRESET", help="configuration of a run, or the name of a preset")
     made.add_argument("overrides", nargs="*", metavar="key.path=value", help="fields to override")
     made.add_argument("--gpu", default="H100", help="A100, H100, H200 or B200 (default H100)")

@@ -7,13 +7,13 @@ the run directory, and prints a table. Under torchrun the processes share the wo
 from __future__ import annotations
 
 import argparse
-import logging
 import tempfile
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mythos.command_line import (
+    CommandParser,
     add_measuring_options,
     check_least,
     exit_status,
@@ -21,7 +21,7 @@ from mythos.command_line import (
     whole_numbers,
     writing,
 )
-from mythos.errors import MythosError
+from mythos.errors import MythosError, log_messages
 
 if TYPE_CHECKING:
     from mythos.evaluation.continuations import DepthSetting
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 def parser(prog: str = "mythos evaluate") -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = CommandParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("path", metavar="MODEL", help="run directory, checkpoint step-*, or exported folder")
     made.add_argument(
         "--tasks",
@@ -64,7 +64,7 @@ def parser(prog: str = "mythos evaluate") -> argparse.ArgumentParser:
 
 def main(arguments: list[str], prog: str = "mythos evaluate") -> int:
     """Run the command line; returns the exit status."""
-    logging.basicConfig(format="%(levelname)s: %(message)s")
+    log_messages()
     return exit_status(lambda: run(parser(prog).parse_args(arguments)))
 
 

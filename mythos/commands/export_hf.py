@@ -5,14 +5,14 @@ AutoModelForCausalLM loads it wherever mythos is installed and imported.
 """
 
 import argparse
-import logging
 
-from mythos.command_line import add_writing_options, exit_status
+from mythos.command_line import CommandParser, add_writing_options, exit_status
+from mythos.errors import log_messages
 
 
 def parser(prog: str = "mythos export") -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = CommandParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("path", metavar="RUN_OR_CHECKPOINT", help="run directory, checkpoint step-XXXXXXXX, or export")
     made.add_argument("folder", metavar="FOLDER", help="new or empty folder to write")
     add_writing_options(made)
@@ -26,7 +26,7 @@ def parser(prog: str = "mythos export") -> argparse.ArgumentParser:
 
 def main(arguments: list[str], prog: str = "mythos export") -> int:
     """Run the command line; returns the exit status."""
-    logging.basicConfig(format="%(levelname)s: %(message)s")
+    log_messages()
     options = parser(prog).parse_args(arguments)
     return exit_status(lambda: run(options))
 

@@ -2,14 +2,13 @@
 
 import argparse
 import io
-import logging
 import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-from mythos.command_line import DEVICES, check_least, exit_status, whole_numbers
-from mythos.errors import MythosError
+from mythos.command_line import DEVICES, CommandParser, check_least, exit_status, whole_numbers
+from mythos.errors import MythosError, log_messages
 
 EXAMPLES = """
 examples:
@@ -26,7 +25,7 @@ Text goes to standard output, all else to standard error.
 
 def parser(prog: str = "mythos generate") -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
+    made = CommandParser(
         prog=prog,
         description=__doc__,
         epilog=EXAMPLES,
@@ -110,7 +109,7 @@ def parser(prog: str = "mythos generate") -> argparse.ArgumentParser:
 
 def main(arguments: list[str], prog: str = "mythos generate") -> int:
     """Run the command line; returns the exit status."""
-    logging.basicConfig(format="%(levelname)s: %(message)s")
+    log_messages()
     options = parser(prog).parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model may say what the terminal's encoding lacks
@@ -254,7 +253,7 @@ def read_prompts(given: list[tuple[str, str]]) -> list[str | None]:
         if option == "--prompt-file":
             try:
                 data = sys.stdin.buffer.read() if value == "-" else Path(value).read_bytes()
-                text = data.decode("utf-8").removesuffix("\n").removesuffix("\r")
+                text = data.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
             except (OSError, UnicodeDecodeError) as error:
                 raise MythosError(f"--prompt-file: {value} cannot be read as UTF-8 text: {error}") from error
             source = f"{option} {value}"

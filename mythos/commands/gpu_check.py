@@ -9,7 +9,7 @@ or failed.
 import argparse
 from pathlib import Path
 
-from mythos.command_line import exit_status
+from mythos.command_line import CommandParser, exit_status
 from mythos.errors import MythosError
 
 MINUTES = 8.0
@@ -17,7 +17,7 @@ MINUTES = 8.0
 
 def parser(prog: str = "mythos gpu-check") -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = CommandParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--out", type=Path, metavar="DIR", default=Path("gpu-check"), help="for the report (%(default)s)")
     made.add_argument("--minutes", type=float, metavar="N", default=MINUTES, help="for all checks (%(default)g)")
     made.add_argument("--list", action="store_true", help="print the checks and what is expected, and run none")

@@ -7,12 +7,12 @@ source is run: weights are safetensors, or files of torch's from which tensors a
 
 import argparse
 
-from mythos.command_line import add_writing_options, exit_status
+from mythos.command_line import CommandParser, add_writing_options, exit_status
 
 
 def parser(prog: str = "mythos import") -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = CommandParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("source", metavar="SOURCE", help="folder, or OWNER/NAME on the hub (SandyResearch/parcae-140m)")
     made.add_argument("folder", metavar="FOLDER", help="new or empty folder to write")
     made.add_argument("--revision", metavar="NAME", help="commit, branch or tag of the repository")

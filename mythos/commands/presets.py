@@ -2,12 +2,12 @@
 
 import argparse
 
-from mythos.command_line import exit_status
+from mythos.command_line import CommandParser, exit_status
 
 
 def parser(prog: str = "mythos presets") -> argparse.ArgumentParser:
     """The command line."""
-    return argparse.ArgumentParser(
+    return CommandParser(
         prog=prog,
         description=f"{__doc__}\n\nmodel.preset takes one of them, and `mythos estimate` tells what it costs.",
         formatter_class=argparse.RawDescriptionHelpFormatter,

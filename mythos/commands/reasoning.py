@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mythos.command_line import DEVICES, check_least, exit_status, whole_numbers, writing
+from mythos.command_line import DEVICES, CommandParser, check_least, exit_status, whole_numbers, writing
 from mythos.errors import MythosError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def parser(prog: str = "mythos reasoning") -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = CommandParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("runs", nargs="+", metavar="RUN", help="run directory, or a checkpoint step-* in one")
     made.add_argument(
         "--loops",

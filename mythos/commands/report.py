@@ -7,12 +7,12 @@ training. docs/report.md tells what is on it.
 import argparse
 from pathlib import Path
 
-from mythos.command_line import exit_status
+from mythos.command_line import CommandParser, exit_status
 
 
 def parser(prog: str = "mythos report") -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = CommandParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("run", metavar="RUN", help="run directory, or a checkpoint step-* in one")
     made.add_argument("--out", type=Path, metavar="FILE", help="page to write (report.html in the run directory)")
     return made

@@ -7,15 +7,14 @@ Nothing of the source is run.
 """
 
 import argparse
-import logging
 
-from mythos.command_line import add_writing_options, exit_status
-from mythos.errors import MythosError
+from mythos.command_line import CommandParser, add_writing_options, exit_status
+from mythos.errors import MythosError, log_messages
 
 
 def parser(prog: str = "mythos retrofit") -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = CommandParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("source", metavar="SOURCE", help="folder, or OWNER/NAME on the hub")
     made.add_argument("folder", metavar="OUT", help="new or empty folder to write")
     made.add_argument("--prelude", required=True, metavar="LAYERS", help="run once before the loop: 0-3, 0,1,4 or none")
@@ -35,7 +34,7 @@ def parser(prog: str = "mythos retrofit") -> argparse.ArgumentParser:
 
 def main(arguments: list[str], prog: str = "mythos retrofit") -> int:
     """Run the command line; returns the exit status."""
-    logging.basicConfig(format="%(levelname)s: %(message)s")
+    log_messages()
     options = parser(prog).parse_args(arguments)
     return exit_status(lambda: run(options))
 

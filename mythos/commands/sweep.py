@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mythos.command_line import (
+    CommandParser,
     add_measuring_options,
     check_least,
     exit_status,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 def parser(prog: str = "mythos sweep") -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = CommandParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("path", metavar="RUN_OR_CHECKPOINT", help="run directory, checkpoint step-*, or exported model")
     made.add_argument(
         "--loops",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import logging
 import multiprocessing
 import os
 import signal
@@ -20,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from mythos.command_line import CommandParser
 from mythos.config import Config, load_config
-from mythos.errors import MythosError
+from mythos.errors import MythosError, log_messages
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -36,7 +36,7 @@ VALIDATION_SHARE = 0.05
 
 def parser(prog: str = "mythos tokenize") -> argparse.ArgumentParser:
     """The command line, to be parsed intermixed: options may stand between the overrides."""
-    made = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = CommandParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("config", metavar="CONFIG", help="a run's configuration: its data and tokenizer sections")
     made.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes of the configuration")
     made.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write or to continue")
@@ -54,7 +54,7 @@ def parser(prog: str = "mythos tokenize") -> argparse.ArgumentParser:
 
 def main(arguments: list[str], prog: str = "mythos tokenize") -> int:
     """Run the command line; returns the exit status."""
-    logging.basicConfig(format="%(levelname)s: %(message)s")
+    log_messages()
     made = parser(prog)
     options = made.parse_intermixed_args(arguments)
     if options.workers < 1:

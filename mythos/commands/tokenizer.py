@@ -5,6 +5,7 @@ import sys
 from itertools import islice
 from pathlib import Path
 
+from mythos.command_line import CommandParser
 from mythos.config import load_config
 from mythos.data.config import DataConfig
 from mythos.errors import MythosError
@@ -15,7 +16,7 @@ MEASURED_DOCUMENTS = 1000
 
 def parser(prog: str = "mythos tokenizer") -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(prog=prog, description=__doc__)
+    made = CommandParser(prog=prog, description=__doc__)
     made.add_argument("config", nargs="?", metavar="CONFIG", help="train on the corpus of this run")
     made.add_argument("--path", nargs="+", metavar="GLOB", help="train on these parquet, jsonl, jsonl.gz or txt files")
     made.add_argument("--embedded", action="store_true", help="train on the documentation text found on this machine")

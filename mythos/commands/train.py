@@ -1,20 +1,19 @@
 """Train a recurrent-depth transformer, or continue a run."""
 
 import argparse
-import logging
 import os
 import signal
 import sys
 
-from mythos.command_line import accept_any_character
+from mythos.command_line import CommandParser, accept_any_character, check_least, share_cores
 from mythos.config import describe, load_config
-from mythos.errors import MythosError, TransientError
+from mythos.errors import MythosError, TransientError, log_messages
 from mythos.files import advise, is_full
 
 
 def parser(prog: str = "mythos train") -> argparse.ArgumentParser:
     """The command line, to be parsed intermixed: options may stand between the overrides."""
-    made = argparse.ArgumentParser(
+    made = CommandParser(
         prog=prog,
         usage="%(prog)s CONFIG [key.path=value ...] [options]",
         description=__doc__,
@@ -44,8 +43,9 @@ def parser(prog: str = "mythos train") -> argparse.ArgumentParser:
 
 def main(arguments: list[str], prog: str = "mythos train") -> int:
     """Run the command line; returns the exit status."""
-    logging.basicConfig(format="%(levelname)s: %(message)s")
+    log_messages()
     accept_any_character()
+    share_cores()
     if ended := os.environ.get("MYTHOS_ENDED"):  # launch.sh's: see mythos/faults.py
         if os.path.exists(ended):
             return 0 if os.environ.get("GROUP_WORLD_SIZE") == "1" else 1
@@ -73,6 +73,7 @@ def main(arguments: list[str], prog: str = "mythos train") -> int:
         given = [f"--{name.replace('_', '-')}" for name, value in imagined.items() if value is not None]
         if given and not options.dry_run:
             raise MythosError(f"{', '.join(given)}: only for --dry-run; ./launch.sh starts several processes")
+        check_least(options, ranks=1, machine_ranks=1, device_memory=0)
         config = load_config(options.config, options.overrides)
         # Only now: torch takes seconds to import, and a misspelt key should be told at once.
         if options.dry_run:

@@ -16,19 +16,20 @@ def digest(value: Any) -> str:
 
 
 def kept(path: Path) -> Any | None:
-    """What was kept at a path; None where there is nothing, or half of it."""
+    """What was kept at a path; None where there is nothing, or something else than :func:`keep` wrote."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        entry = json.loads(path.read_bytes())
+        return entry["value"] if entry["digest"] == digest(entry["value"]) else None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
 
 
 def keep(path: Path, value: Any) -> None:
-    """Keep plain JSON data, under its name only when it is whole."""
+    """Keep plain JSON data with its digest, under its name only when it is whole."""
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(json.dumps(value))
+        aside.write_text(json.dumps({"digest": digest(value), "value": value}))
         aside.replace(path)
     except OSError as error:
         logger.warning("data.cache_dir: %s cannot be written and will be made again: %s", path, error)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mythos.model.config import NonNegativeInt, PositiveInt, Section, padded_vocab_size
+from mythos.model.config import Count, CountOrZero, Positions, PositiveInt, Section, padded_vocab_size
 from mythos.schema import shown
 
 MOST_TOLD = 64
@@ -42,7 +42,7 @@ class TaskConfig(Section):
     """hops = follow a random permutation, given as pairs in the text, so many times from a symbol on; mano = value of a
     prefix expression of so many operations; permutations = product of so many elements of a group; addition = sum of so
     many numbers."""
-    difficulty: tuple[PositiveInt, PositiveInt] = (1, 5)
+    difficulty: tuple[Count, Count] = (1, 5)
     """Fewest and most steps of a training sequence; all between are equally frequent."""
     ramp: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the training over which the most steps rise evenly from the fewest on; 0 = all from the first step."""
@@ -52,7 +52,7 @@ class TaskConfig(Section):
     asked for at the last one. In the other tasks the text shows it in any case."""
     symbols: Size = 12
     """hops: symbols that are permuted."""
-    queries: PositiveInt = 1
+    queries: Count = 1
     """Questions in a sequence, so that it teaches more: in hops different symbols to start from, in permutations and
     addition words and sums one after another; in mano one."""
     ask: Literal["end", "steps", "windows"] = "end"
@@ -129,7 +129,7 @@ class SourceConfig(Section):
 class MixtureSourceConfig(SourceConfig):
     """One source of a mixture."""
 
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: Annotated[float, Field(gt=0, le=1e15)] = 1.0
     """Share of the sequences that come from this source, relative to the other sources' weights."""
 
 
@@ -144,24 +144,24 @@ class DataConfig(SourceConfig):
     """reasoning: what is asked for."""
     sources: dict[str, MixtureSourceConfig] = {}
     """mixture: sources by a name of your choice, each with kind, path, dataset, ..., filters and weight."""
-    streams: PositiveInt = 64
+    streams: Count = 64
     """Logical streams the corpus is read by. Part of the run's identity: they fix the global batches at any world
     size."""
-    sequence_length: PositiveInt = 1024
+    sequence_length: Positions = 1024
     """Tokens of a training sequence, at most model.context_length."""
     mask_documents: bool = False
     """Keep attention inside each document of a packed sequence, and count positions from its beginning."""
-    workers: NonNegativeInt = 1
+    workers: CountOrZero = 1
     """Processes of each rank that read and tokenize ahead of training; 0 = none, in between the steps. They change
     nothing in what is read."""
-    prefetch: PositiveInt = 2
+    prefetch: Count = 2
     """Steps that the workers are ahead."""
     on_error: Literal["skip", "fail"] = "fail"
     """A document or shard that cannot be used is left out, counted and reported, or ends the run."""
     max_document_bytes: PositiveInt = 10_000_000
     """Longest document in bytes of UTF-8; longer ones cannot be used (see on_error)."""
-    patience: Annotated[float, Field(gt=0)] = 600.0
-    """Seconds that a remote file may stay unreachable before the run saves and stops."""
+    patience: Annotated[float, Field(gt=0, le=1e9)] = 600.0
+    """Seconds that a remote file may stay unreachable, or come too slowly, before the run saves and stops."""
     on_mismatch: Literal["fail", "restart"] = "fail"
     """When a checkpoint's position is in other data (another corpus, tokenizer, seed or number of streams): refuse,
     or start the data again."""

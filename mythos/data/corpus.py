@@ -15,8 +15,8 @@ from mythos.data.cache import digest
 from mythos.data.config import DataConfig, FilterConfig, SourceConfig
 from mythos.data.formats import EXTENSIONS, READ_ERRORS, Broken, File, Piece, Reader, Unreadable, local_file
 from mythos.data.hub import resolve_hub
-from mythos.data.remote import Unreachable, is_remote, remote_files
-from mythos.errors import MythosError, short_reason
+from mythos.data.remote import Unreachable, is_remote, readings, remote_files
+from mythos.errors import MythosError, short_reason, without_credentials
 from mythos.progress import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -26,6 +26,14 @@ SHARDS_PER_STREAM = 4
 
 # Shards whose bad documents are told by name, in each process; metrics.jsonl counts all.
 MOST_WARNINGS = 3
+
+# Read at most to learn which columns there are, where none of the first records has those asked for.
+COLUMNS_BYTES = 16 * 2**20
+
+# A line of jsonl may have so many times the bytes of the longest document, and so many more. As escapes in JSON the
+# text of any language takes at most three times as many bytes as in UTF-8; the rest is for other keys.
+LINE_FACTOR = 3
+LINE_BYTES = 16 * 2**20
 
 _COMMIT = re.compile("[0-9a-f]{40}")
 
@@ -49,7 +57,8 @@ class Corpus:
 
     jsonl and txt files are cut into pieces of 1 MiB (of more beyond 100 GB); jsonl.gz files are one shard each, and
     passed over up to the position where a run resumes. In a txt file documents are separated by blank lines. Text is
-    UTF-8.
+    UTF-8, with or without a byte order mark. A key that a record lacks is null, as are columns other than the text in a
+    txt file.
 
     Args:
         files: local paths or URLs, with their sizes.
@@ -68,8 +77,8 @@ class Corpus:
         fingerprint: identifies the corpus; a saved position is meaningful in a corpus of the same fingerprint only.
 
     Raises:
-        MythosError: an unknown extension, an empty corpus, a first file without the columns asked for, or (``on_error:
-            fail``) a file that cannot be read.
+        MythosError: an unknown extension, an empty corpus, files of which none has the columns asked for, or
+            (``on_error: fail``) a file that cannot be read.
     """
 
     def __init__(
@@ -87,7 +96,7 @@ class Corpus:
     ) -> None:
         self.on_error = on_error
         self.max_document_bytes = max_document_bytes
-        self._reader = Reader(patience, cache_dir)
+        self._reader = Reader(patience, cache_dir, LINE_FACTOR * max_document_bytes + LINE_BYTES)
         self._text_column = text_column
         self._filters = dict(filters or {})
         self._columns = [text_column, *(name for name in self._filters if name != LENGTH)]
@@ -96,18 +105,15 @@ class Corpus:
         self.shards: list[str] = []
         whole = len(files) >= minimum_shards
         total = sum(file.size for file in files)
-        checked = False
         # Quick on a disk; over a network a footer of megabytes is read of every file, the first time.
         for file in progress_bar(files, desc="looking into files", unit="file", delay=3, leave=False):
             if not file.path.endswith(EXTENSIONS):
                 raise MythosError(f"{what}: {file.path} has an unknown extension; allowed are {', '.join(EXTENSIONS)}.")
             try:
                 pieces = self._reader.pieces(file, whole, total)
-                if pieces and not checked:
-                    self._require_columns(file)
-                    checked = True
                 self._pieces += pieces
-                self.shards += [str(piece) if len(pieces) > 1 else file.path for piece in pieces]
+                name = without_credentials(file.path)
+                self.shards += [str(piece) if len(pieces) > 1 else name for piece in pieces]
             except READ_ERRORS as error:
                 self._reject(f"data: {file.path}", short_reason(error))
         self.sizes = [piece.size for piece in self._pieces]
@@ -116,6 +122,7 @@ class Corpus:
                 f"{what}: the corpus is empty: none of the {len(files)} files (first: {files[0].path}) holds a "
                 "readable document. Give files with text in them."
             )
+        self._require_columns(list(dict.fromkeys(piece.file for piece in self._pieces)))
         rules = {name: rule.model_dump() for name, rule in self._filters.items()}
         self.fingerprint = digest([_identity(files), text_column, rules, max_document_bytes, len(self._pieces)])
 
@@ -139,6 +146,11 @@ class Corpus:
         if isinstance(values, Unreadable):
             return self._reject_document(shard, row, values.reason)
         text, *others = values
+        if isinstance(text, bytes):  # a binary column of parquet: files of some writers do not say that it is text
+            try:
+                text = text.decode()
+            except UnicodeDecodeError as error:
+                return self._reject_document(shard, row, str(error))
         for name, value in zip(self._columns[1:], others, strict=True):
             if not self._passes(name, value):
                 return Skipped.FILTERED
@@ -168,17 +180,36 @@ class Corpus:
             )
         return (rule.min is None or value >= rule.min) and (rule.max is None or value <= rule.max)
 
-    def _require_columns(self, file: File) -> None:
-        names = self._reader.columns(file)
-        if not names:  # a first line that is no record is told when it is read
-            return
-        for name in self._columns:
-            if name not in names:
-                field = "data.text_column" if name == self._text_column else f"data.filters.{name}"
-                raise MythosError(
-                    f"{field}: {file.path} has no column {name!r}; it has {', '.join(sorted(names))}. Give the name of "
-                    "a column that is there."
-                )
+    def _require_columns(self, files: list[File]) -> None:
+        """Refuse columns that none of the files has, in whatever order their records come."""
+        missing, known = dict.fromkeys(self._columns), set[str]()
+        read = 0
+        for file in files:
+            try:
+                for names, size in self._reader.columns(file):
+                    known.update(names)
+                    for name in names:
+                        missing.pop(name, None)
+                    read += size
+                    if not missing:
+                        return
+                    if read > COLUMNS_BYTES:
+                        logger.warning(
+                            "data: none of the first records of %s and what follows it has %s; a record without it is "
+                            "left out. Check data.text_column and data.filters.",
+                            without_credentials(files[0].path),
+                            ", ".join(map(repr, missing)),
+                        )
+                        return
+            except READ_ERRORS as error:
+                self._reject(f"data: {file.path}", short_reason(error))
+        for name in missing if known else ():  # files without any record are told when they are read
+            field = "data.text_column" if name == self._text_column else f"data.filters.{name}"
+            where = files[0].path + (f" (like the {len(files) - 1} other files)" if len(files) > 1 else "")
+            raise MythosError(
+                f"{field}: {where} has no column {name!r}; it has {', '.join(sorted(known))}. Give the name of "
+                "a column that is there."
+            )
 
     def _reject_document(self, shard: int, row: int, reason: str) -> Skipped:
         where = f"data: {self.shards[shard]}, row {row} cannot be used"
@@ -199,7 +230,7 @@ class Corpus:
                 f"{where} cannot be read: {reason}. Repair or remove it, or set data.on_error: skip to leave "
                 "unreadable shards out and count them."
             )
-        logger.warning("%s cannot be read and is left out: %s", where, reason)
+        logger.warning("%s cannot be read and is left out: %s", without_credentials(where), reason)
 
 
 def open_corpora(config: DataConfig) -> dict[str, Corpus]:
@@ -366,8 +397,10 @@ def _matching_files(patterns: str | list[str] | None, key: str, patience: float)
         if is_remote(pattern):
             matches = [File(*file) for file in remote_files(pattern, patience)]
         else:
-            found = glob.glob(os.path.expanduser(pattern), recursive=True)
+            found = _local_paths(os.path.expanduser(pattern))
             matches = [local_file(file) for file in found if os.path.isfile(file)]
+            if not matches and any(map(os.path.isdir, found)):
+                raise MythosError(f"{key}: {pattern} is a folder. Give a glob of its files: {pattern}/*.parquet.")
         if not matches:
             raise MythosError(
                 f"{key}: {pattern} matches no file (looked from {os.getcwd()}). Give a glob such as data/*.parquet; "
@@ -377,3 +410,10 @@ def _matching_files(patterns: str | list[str] | None, key: str, patience: float)
     if not files:
         raise MythosError(f"{key}: no files are given. Give a glob such as data/*.parquet.")
     return [files[path] for path in sorted(files)]
+
+
+def _local_paths(pattern: str) -> list[str]:
+    """What a glob matches. Names that exist stand for themselves, whatever characters of a glob they hold."""
+    if os.path.lexists(pattern):
+        return [pattern]
+    return [path for reading in readings(pattern, os.path.lexists) for path in glob.glob(reading, recursive=True)]

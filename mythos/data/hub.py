@@ -1,9 +1,10 @@
 """Hub datasets: which files, at which commit, a subset and split are made of."""
 
+import glob
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,12 @@ def resolve_hub(
     """
     if os.path.isdir(os.path.expanduser(dataset)):
         folder = Path(dataset).expanduser().resolve()
-        paths = _select(folder, dataset, subset, split)
+        if glob.escape(str(folder)) == str(folder):
+            paths = _select(folder, dataset, subset, split)
+        else:  # `datasets` takes the folder's own name for a pattern, so it is shown a copy of another name
+            tree = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+            declarations = {name: (folder / name).read_bytes() for name in DECLARATIONS if name in tree}
+            paths = _select_of(tree, declarations, dataset, subset, split)
         return HubFiles(None, [(str(folder / path), (folder / path).stat().st_size) for path in paths])
     if revision is None or not re.fullmatch("[0-9a-f]{40}", revision):
         revision = _commit(dataset, revision, patience)
@@ -87,6 +93,10 @@ def _commit(dataset: str, revision: str | None, patience: float) -> str:
     revision = revision or constants.DEFAULT_REVISION
     with _naming_fields(dataset, revision):
         answer, _ = hub_json(f"/api/datasets/{dataset}/revision/{quote(revision, safe='')}", patience)
+    if not isinstance(answer, dict) or not isinstance(answer.get("sha"), str):
+        raise MythosError(
+            f"data.dataset: the answer of {constants.ENDPOINT} names no commit of {dataset}: {answer!r:.80}"
+        )
     return answer["sha"]
 
 
@@ -100,7 +110,14 @@ def _list(dataset: str, subset: str | None, split: str, revision: str, patience:
             if path in tree
         }
     # `datasets` asks the hub with retries and timeouts of its own, which know no patience. It treats a folder by the
-    # same rules, so it is shown one: the repository's tree, with empty files but for the declarations.
+    # same rules, so it is shown one.
+    return {path: tree[path] for path in _select_of(tree, declarations, dataset, subset, split)}
+
+
+def _select_of(
+    tree: Iterable[str], declarations: Mapping[str, bytes], dataset: str, subset: str | None, split: str
+) -> list[str]:
+    """What :func:`_select` takes of a folder with these paths, shown with empty files but for the declarations."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary).resolve()
         for path in tree:
@@ -111,7 +128,7 @@ def _list(dataset: str, subset: str | None, split: str, revision: str, patience:
                 continue
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(declarations.get(path, b""))
-        return {path: tree[path] for path in _select(folder, dataset, subset, split)}
+        return _select(folder, dataset, subset, split)
 
 
 def _select(folder: Path, dataset: str, subset: str | None, split: str) -> list[str]:

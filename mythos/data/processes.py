@@ -1,7 +1,6 @@
 """Worker processes that read and tokenize: one thread each, unmoved by signals, and gone when their parent is."""
 
 import gc
-import logging
 import multiprocessing
 import os
 import signal
@@ -9,6 +8,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
+
+from mythos.errors import log_messages
 
 # Forked, a worker would hold locks of threads (of the tokenizer, of CUDA) that do not exist in it.
 START_METHOD = "spawn"
@@ -27,7 +28,7 @@ def begin_worker() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000)
-    logging.basicConfig(format="%(levelname)s: %(message)s")
+    log_messages()
 
 
 def _end_with_parent() -> None:

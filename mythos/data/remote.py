@@ -5,23 +5,28 @@ list repositories without a timeout, and hand a body that is shorter than asked 
 """
 
 import errno
+import glob
 import io
+import json
 import logging
 import os
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
 from functools import cache
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from huggingface_hub import constants, hf_hub_url, parse_hf_uri
+import huggingface_hub
+from huggingface_hub import constants, get_token, hf_hub_url, parse_hf_uri
 from huggingface_hub.errors import HfUriError
-from huggingface_hub.utils import build_hf_headers, httpx, parse_ratelimit_headers
+from huggingface_hub.utils import httpx, parse_ratelimit_headers
 
-from mythos.errors import MythosError, short_reason
+from mythos.errors import MythosError, short_reason, without_credentials
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +36,11 @@ FIRST_DELAY = 0.5  # seconds
 LONGEST_DELAY = 30.0  # seconds
 WARN_EVERY = 30.0  # seconds
 BUFFER_BYTES = 2**20
+LEAST_RATE = 2**15  # bytes a second; a server that stays below it is as good as gone, and another attempt may do better
+PAGE_BYTES = 2**17  # about what a page of a listing has, 1,000 files
+MOST_PAGE_BYTES = 2**26  # and what it never has
+MOST_REDIRECTS = 5  # the hub needs two: a renamed repository, then the store of its large files
+LONGEST_ASKED_WAIT = 10.0**6  # seconds; what is asked for beyond is no number to calculate with
 
 _TRANSIENT_STATUS = (408, 425, 429)  # and 500 and above
 # What the network does under other libraries' file systems; their errors share no base class. (module, class)
@@ -66,15 +76,17 @@ def persist(action: Callable[[], T], what: str, patience: float) -> T:
     Args:
         action: what to do; run again from its start after each transient failure.
         what: names it in messages, with its URL.
-        patience: seconds from the first failure on; a last attempt is made when they are over.
+        patience: seconds from the beginning of the first failed attempt on; a last attempt is made when they are over.
 
     Raises:
         Unreachable: it still failed when the patience was over.
         MythosError: it can never succeed (not found, access refused).
     """
+    what = without_credentials(what)
     first_failure: float | None = None
     delay = FIRST_DELAY
     while True:
+        began = time.monotonic()
         try:
             return action()
         except Exception as error:
@@ -82,7 +94,7 @@ def persist(action: Callable[[], T], what: str, patience: float) -> T:
                 _raise_permanent(error, what)
                 raise
             now = time.monotonic()
-            first_failure = now if first_failure is None else first_failure
+            first_failure = began if first_failure is None else first_failure
             left = first_failure + patience - now
             if left <= 0:
                 raise Unreachable(
@@ -107,8 +119,11 @@ def remote_files(pattern: str, patience: float) -> list[tuple[str, int]]:
     scheme = pattern.partition("://")[0].lower()
     if scheme in ("http", "https"):
         if "*" in pattern:
-            raise MythosError(f"{pattern}: a web server does not list its files. Give the URL of every file instead.")
-        return [(pattern, persist(lambda: _http_size(pattern), pattern, patience))]
+            raise MythosError(
+                f"{pattern}: a web server does not list its files. Give the URL of every file instead (%2A for a * in "
+                "a name)."
+            )
+        return [(pattern, persist(lambda: _http_size(pattern, patience), pattern, patience))]
     files = _hub_glob(pattern, patience) if scheme == "hf" else _fsspec_glob(pattern, patience)
     if not files:
         raise MythosError(
@@ -138,9 +153,14 @@ def hub_tree(repo_type: str, repo: str, revision: str, folder: str, patience: fl
     inside = f"/{quote(folder)}" if folder else ""
     url = f"/api/{repo_type}s/{repo}/tree/{quote(revision, safe='')}{inside}?recursive=true"
     files: dict[str, int] = {}
-    while url:
+    asked: set[str] = set()
+    while url and url not in asked:
+        asked.add(url)
         entries, url = hub_json(url, patience)
-        files |= {entry["path"]: entry["size"] for entry in entries if entry["type"] == "file"}
+        try:
+            files |= {str(entry["path"]): int(entry["size"]) for entry in entries if entry["type"] == "file"}
+        except (TypeError, KeyError, ValueError) as error:
+            raise MythosError(f"{repo}: the answer of {constants.ENDPOINT} is no list of files: {error!r}") from error
     return files
 
 
@@ -156,14 +176,22 @@ def hub_json(route: str, patience: float) -> tuple[Any, str]:
         Unreachable: no answer within ``patience`` seconds.
     """
     url = constants.ENDPOINT + route if route.startswith("/") else route
+    # Another host may name the next page, but the token is the hub's.
+    is_hub = _origin(httpx.URL(url)) == _origin(httpx.URL(constants.ENDPOINT))
 
     def ask() -> tuple[Any, str]:
-        response = _session(os.getpid()).get(url, headers=_headers(is_hub=True))
-        response.raise_for_status()
-        try:
-            return response.json(), response.links.get("next", {}).get("url", "")
-        except ValueError as error:  # half an answer, or the page of a proxy
-            raise OSError(f"the answer is not JSON: {short_reason(error)}") from error
+        def read(response: httpx.Response) -> tuple[Any, str]:
+            response.raise_for_status()
+            data = _body(response, response.iter_bytes(), MOST_PAGE_BYTES, patience)
+            if len(data) > MOST_PAGE_BYTES:
+                raise MythosError(f"{url}: the answer has more than {MOST_PAGE_BYTES} bytes; this is no hub")
+            following = response.links.get("next", {}).get("url", "")
+            try:
+                return json.loads(data), str(response.url.join(following)) if following else ""
+            except (ValueError, RecursionError) as error:  # half an answer, or the page of a proxy
+                raise OSError(f"the answer is not JSON: {short_reason(error)}") from error
+
+        return _get(url, _headers(is_hub), PAGE_BYTES, patience, read)
 
     return persist(ask, url, patience)
 
@@ -176,7 +204,7 @@ class _RemoteFile(io.RawIOBase):
         self.size = size
         self._patience = patience
         self._position = 0
-        self._fetch = _range_reader(url, size)
+        self._fetch = _range_reader(url, size, patience)
 
     def fetch(self, start: int, length: int) -> bytes:
         """Exactly these bytes, however often they must be asked for."""
@@ -232,24 +260,35 @@ class _RemoteReader(io.BufferedReader):
         return data
 
 
-def _range_reader(url: str, size: int) -> Callable[[int, int], bytes]:
+def _range_reader(url: str, size: int, patience: float) -> Callable[[int, int], bytes]:
     """What reads ``length`` bytes from ``start`` on, in one attempt."""
     scheme = url.partition("://")[0].lower()
     if scheme in ("http", "https"):
-        return lambda start, length: _http_range(url, url, size, start, length, _headers())
+        return lambda start, length: _http_range(url, url, size, start, length, _headers(), patience)
     if scheme == "hf":
         place = parse_hf_uri(url)
         address = hf_hub_url(place.id, place.path_in_repo, repo_type=place.type, revision=place.revision)
-        return lambda start, length: _http_range(url, address, size, start, length, _headers(is_hub=True))
+        return lambda start, length: _http_range(url, address, size, start, length, _headers(is_hub=True), patience)
     filesystem, path = _fsspec(url)
-    return lambda start, length: filesystem.cat_file(path, start=start, end=start + length)
+
+    def read(start: int, length: int) -> bytes:
+        # Only file systems that run on an event loop take a limit, and only these talk to servers.
+        limit = {"timeout": _limit(length, patience)} if filesystem.async_impl else {}
+        return filesystem.cat_file(path, start=start, end=start + length, **limit)
+
+    return read
 
 
-def _http_range(url: str, address: str, size: int, start: int, length: int, headers: dict[str, str]) -> bytes:
+def _http_range(
+    url: str, address: str, size: int, start: int, length: int, headers: dict[str, str], patience: float
+) -> bytes:
     headers["Range"] = f"bytes={start}-{start + length - 1}"
-    with _session(os.getpid()).stream("GET", address, headers=headers) as response:
+
+    def read(response: httpx.Response) -> bytes:
         response.raise_for_status()
-        place = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
+        place = re.fullmatch(
+            r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18})", response.headers.get("Content-Range", "")
+        )
         if response.status_code != 206 or place is None:
             raise MythosError(
                 f"{url}: the server does not serve byte ranges. Download the file and give its path instead."
@@ -261,21 +300,106 @@ def _http_range(url: str, address: str, size: int, start: int, length: int, head
             )
         if int(place[1]) != start:
             raise OSError(f"the answer begins at byte {place[1]}")
-        data = bytearray()
-        for chunk in response.iter_raw():
-            data += chunk
-            if len(data) > length:
-                break
-        return bytes(data)
+        return _body(response, response.iter_raw(), length, patience)
+
+    return _get(address, headers, length, patience, read)
 
 
-def _http_size(url: str) -> int:
-    with _session(os.getpid()).stream("GET", url, headers={**_headers(), "Range": "bytes=0-0"}) as response:
-        total = response.headers.get("Content-Range", "").rpartition("/")[2]
-        if response.status_code in (206, 416) and total.isdigit():  # 416 is what an empty file answers
-            return int(total)
+def _http_size(url: str, patience: float) -> int:
+    def read(response: httpx.Response) -> int:
+        total = re.fullmatch(r"bytes (?:0-0|\*)/([0-9]{1,18})", response.headers.get("Content-Range", ""))
+        if response.status_code in (206, 416) and total:  # 416 is what an empty file answers
+            return int(total[1])
         response.raise_for_status()
         raise MythosError(f"{url}: the server does not serve byte ranges. Download the file and give its path instead.")
+
+    return _get(url, {**_headers(), "Range": "bytes=0-0"}, 1, patience, read)
+
+
+def _get(url: str, headers: dict[str, str], length: int, patience: float, read: Callable[[httpx.Response], T]) -> T:
+    """Ask once for about ``length`` bytes and return what ``read`` makes of the answer.
+
+    The library's timeouts start again with each byte that arrives, in the headers as in the body. So the exchange runs
+    in a thread, which is waited for only so long; closing its connection ends it. Raises TimeoutError.
+    """
+    session = _session(os.getpid())
+
+    def exchange() -> T:
+        with _answer(session, url, headers, patience) as response:
+            return read(response)
+
+    limit = _limit(length, patience)
+    executor = ThreadPoolExecutor(1)
+    future = executor.submit(exchange)
+    executor.shutdown(wait=False)
+    try:
+        if wait([future], limit).not_done:
+            raise TimeoutError(f"no whole answer in {limit:.0f} s")
+        return future.result()
+    finally:
+        if not future.done():
+            session.close()
+            _session.cache_clear()
+
+
+def _grace(patience: float) -> float:
+    """Seconds that a server may take for what is no data: to be connected, to begin to answer."""
+    return max(min(constants.HF_HUB_DOWNLOAD_TIMEOUT, patience), 0.5)
+
+
+def _limit(length: int, patience: float) -> float:
+    """Seconds that an exchange of so many bytes may take: three waits (connection, redirect, answer), and the data."""
+    return 3 * _grace(patience) + length / LEAST_RATE
+
+
+@contextmanager
+def _answer(session: httpx.Client, url: str, headers: dict[str, str], patience: float) -> Iterator[httpx.Response]:
+    """The answer at the end of all redirects, its body not yet read.
+
+    Raises MythosError for a redirect from https to anything else, and for too many.
+    """
+    request = session.build_request("GET", url, headers=headers)
+    history: list[httpx.Response] = []
+    while len(history) <= MOST_REDIRECTS:
+        response = session.send(request, stream=True)
+        try:
+            following = response.next_request
+            if following is None:
+                response.history = history
+                yield response
+                return
+            _body(response, response.iter_raw(), BUFFER_BYTES, patience)  # so that the connection can be used again
+        finally:
+            response.close()
+        history.append(response)
+        if request.url.scheme == "https" != following.url.scheme:
+            raise MythosError(
+                f"{url} redirects from https to {following.url}, which others on the way could read and change. Give "
+                "the address of the file itself."
+            )
+        if _origin(request.url) != _origin(following.url):
+            following.headers.pop("Authorization", None)
+        request = following
+    raise MythosError(f"{url} redirects more than {MOST_REDIRECTS} times, at last to {request.url}. Check the URL.")
+
+
+def _origin(url: httpx.URL) -> tuple[str, str, int | None]:
+    return url.scheme, url.host, url.port or {"http": 80, "https": 443}.get(url.scheme)
+
+
+def _body(response: httpx.Response, chunks: Iterable[bytes], most: int, patience: float) -> bytes:
+    """The body, or its first bytes where it has more than ``most``; raises OSError where it comes too slowly."""
+    began = time.monotonic()
+    grace = _grace(patience)
+    data = bytearray()
+    for chunk in chunks:
+        data += chunk
+        if len(data) > most:
+            break
+        seconds = time.monotonic() - began
+        if len(data) < LEAST_RATE * (seconds - grace):
+            raise OSError(f"{len(data)} bytes came in {seconds:.1f} s; at least {LEAST_RATE} a second are expected")
+    return bytes(data)
 
 
 def _hub_glob(pattern: str, patience: float) -> list[tuple[str, int]]:
@@ -292,8 +416,26 @@ def _hub_glob(pattern: str, patience: float) -> list[tuple[str, int]]:
     revision = place.revision or constants.DEFAULT_REVISION
     folder = re.split(r"[*?\[]", place.path_in_repo)[0].rpartition("/")[0]
     tree = hub_tree(place.type, place.id, revision, folder, patience)
-    matches = re.compile(glob_translate(place.path_in_repo)).match
-    return [(hub_url(place.type, place.id, revision, path), size) for path, size in tree.items() if matches(path)]
+    known = {place.path_in_repo} & tree.keys() or [
+        path
+        for reading in readings(place.path_in_repo, lambda start: any(path.startswith(start) for path in tree))
+        for path in filter(re.compile(glob_translate(reading)).match, tree)
+    ]
+    return [(hub_url(place.type, place.id, revision, path), tree[path]) for path in sorted(set(known))]
+
+
+def readings(pattern: str, exists: Callable[[str], bool]) -> list[str]:
+    """The globs that a pattern may mean: names that exist stand for themselves, whatever characters they hold.
+
+    Args:
+        pattern: a path with or without characters of a glob.
+        exists: whether there is a folder of that path, which ends with a slash.
+    """
+    literal, rest = "", pattern
+    while "/" in rest and exists(start := literal + rest[: rest.index("/") + 1]):
+        literal, rest = start, pattern[len(start) :]
+    # Behind the first folder that does not exist a bracket may be either.
+    return [glob.escape(literal) + reading for reading in {rest, rest.replace("[", "[[]")}]
 
 
 def hub_url(repo_type: str, repo: str, revision: str, path: str) -> str:
@@ -307,7 +449,9 @@ def _fsspec_glob(pattern: str, patience: float) -> list[tuple[str, int]]:
 
     def ask() -> list[tuple[str, int]]:
         filesystem.invalidate_cache()
-        found = filesystem.glob(path, detail=True)
+        found: dict[str, Any] = {}
+        for reading in readings(path, filesystem.exists) if "[" in path else [path]:
+            found |= filesystem.glob(reading, detail=True)
         return [
             (filesystem.unstrip_protocol(name), info["size"]) for name, info in found.items() if info["type"] == "file"
         ]
@@ -329,7 +473,7 @@ def _fsspec(url: str) -> tuple[Any, str]:
 @cache
 def _session(process: int) -> httpx.Client:
     """One pool of connections a process; a forked one must not talk on its parent's."""
-    return httpx.Client(follow_redirects=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+    return httpx.Client(timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
 
 
 def _headers(is_hub: bool = False) -> dict[str, str]:
@@ -337,8 +481,13 @@ def _headers(is_hub: bool = False) -> dict[str, str]:
         raise MythosError(
             "HF_HUB_OFFLINE is set, so the hub is not asked. Unset it, or use local files (data.kind: files)."
         )
-    # A compressed body would not have the length of the range.
-    return (build_hf_headers() if is_hub else {}) | {"Accept-Encoding": "identity"}
+    headers = {"Accept-Encoding": "identity"}  # a compressed body would not have the length of the range
+    if is_hub:
+        # Not the library's build_hf_headers, which asks the hub for a list of agents and may wait for it for ever.
+        headers["User-Agent"] = f"mythos; hf_hub/{huggingface_hub.__version__}"
+        if not constants.HF_HUB_DISABLE_IMPLICIT_TOKEN and (token := get_token()):
+            headers["Authorization"] = f"Bearer {token}"
+    return headers
 
 
 def _chain(error: BaseException) -> list[BaseException]:
@@ -412,17 +561,16 @@ def _asked_wait(error: BaseException) -> float:
         headers = getattr(getattr(link, "response", None), "headers", None) or getattr(link, "headers", None)
         if not headers:
             continue
-        limit = parse_ratelimit_headers(headers) if _status(link) == 429 else None
-        if limit is not None and limit.remaining == 0:
-            return float(limit.reset_in_seconds)
-        value = headers.get("Retry-After", "").strip()
-        if value.isdigit():
-            return float(value)
-        if value:
-            try:
-                return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-            except ValueError:
-                return 0.0
+        try:
+            limit = parse_ratelimit_headers(headers) if _status(link) == 429 else None
+            if limit is not None and limit.remaining == 0:
+                return float(min(limit.reset_in_seconds, LONGEST_ASKED_WAIT))
+            value = headers.get("Retry-After", "").strip()
+            if re.fullmatch("[0-9]+", value):
+                return min(float(value), LONGEST_ASKED_WAIT)
+            return max(0.0, parsedate_to_datetime(value).timestamp() - time.time()) if value else 0.0
+        except (ValueError, TypeError, OverflowError, OSError):  # neither a number nor a date, or one of no calendar
+            return 0.0
     return 0.0
 
 
@@ -430,4 +578,4 @@ def _warn(message: str) -> None:
     global _last_warning
     if time.monotonic() - _last_warning >= WARN_EVERY:
         _last_warning = time.monotonic()
-        logger.warning("%s", message)
+        logger.warning("%s", without_credentials(message))

@@ -31,7 +31,7 @@ from mythos.data.tokens import (
     read_json,
     write_json,
 )
-from mythos.errors import MythosError, short_reason
+from mythos.errors import MythosError, short_reason, without_credentials
 from mythos.files import is_full
 
 LEFT_FILE = re.compile(r"((plan|index|\d{5,})\.json|\d{5,}\.(tokens|documents|bytes)\.npy)\.\d+\.tmp")
@@ -82,8 +82,10 @@ class TokenWriter:
         self._header = {
             "format": FORMAT,
             "corpus": corpus.fingerprint,
-            "source": source.model_dump(
-                mode="json", include={"kind", *(source.model_fields_set & SourceConfig.model_fields.keys())}
+            "source": without_credentials(
+                source.model_dump(
+                    mode="json", include={"kind", *(source.model_fields_set & SourceConfig.model_fields.keys())}
+                )
             ),
             "tokenizer": {
                 "fingerprint": tokenizer.fingerprint,

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,10 @@ from mythos.data.cache import digest
 from mythos.data.corpus import Corpus, in_fixed_order, is_held_out
 from mythos.errors import MythosError, short_reason
 from mythos.files import check_regular_files, is_full
+from mythos.inherited import TOKENIZER_FILE
 from mythos.model.config import padded_vocab_size
 from mythos.progress import progress_bar
+from mythos.text_files import read_json, unusable_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -30,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 END_OF_DOCUMENT = "<|endoftext|>"
 MINIMUM_BPE_SIZE = 384
+MOST_IDS = 2**22
+"""Token ids of a tokenizer; the largest that are published have about a million."""
 
 # More text than this changes the merges of a small vocabulary very little.
 BPE_TRAINING_BYTES = 20 * 10**6
@@ -46,15 +51,17 @@ class Tokenizer:
 
     Attributes:
         eos_id: the end-of-document token: ``<|endoftext|>`` if the tokenizer has it, else its eos token. Text that
-            spells this token is encoded as ordinary text, so the id stands between documents only.
+            spells this token, or another added token, is encoded as ordinary text, whether the tokenizer marks it as
+            special or not: the ids of control tokens stand only where this project puts them. Added tokens that are
+            white space (runs of spaces, say) are ordinary text themselves and are encoded as the tokenizer does it.
         size: highest id + 1.
-        backend: the tokenizer of the library ``tokenizers``.
+        backend: the tokenizer of the library ``tokenizers``, as it encodes data.
         padded_size: ``size`` rounded up to a multiple of 128.
         fingerprint: identifies vocabulary, end-of-document token and segmentation.
         request: the configuration the tokenizer came from.
 
     Raises:
-        MythosError: no fast implementation, or no end-of-document token.
+        MythosError: no fast implementation, no end-of-document token, or one that is a character of ordinary text.
     """
 
     def __init__(self, fast: "PreTrainedTokenizerFast", request: dict[str, Any]) -> None:
@@ -63,7 +70,7 @@ class Tokenizer:
             raise MythosError(f"tokenizer.name: {name} has no fast implementation. Take one that has a tokenizer.json.")
         self.request = request
         self._fast = fast
-        self.backend: Backend = fast.backend_tokenizer
+        self.backend: Backend = _with_added_tokens_special(fast.backend_tokenizer)
         self.backend.no_truncation()
         self.backend.no_padding()
         self.backend.encode_special_tokens = True
@@ -75,6 +82,7 @@ class Tokenizer:
                 "Take a tokenizer that has one, or tokenizer.name: bpe."
             )
         self.eos_id: int = eos_id
+        self._spelled = self._spelled_out(name)
         self.size: int = max(vocabulary.values()) + 1
         self.padded_size: int = padded_vocab_size(self.size)
         identity = [sorted(vocabulary.items(), key=lambda item: item[1]), eos_id, self.encode_batch([PROBE])]
@@ -88,9 +96,46 @@ class Tokenizer:
         self.__dict__ = state
         self.backend.encode_special_tokens = True
 
+    def _spelled_out(self, name: str) -> dict[int, list[int]]:
+        """Control tokens that the vocabulary of the model holds as well, each with the ids of its single characters.
+
+        No setting of the library keeps a Unigram or word-level model from finding such a token in text. Raises
+        MythosError where a single character is such a token.
+        """
+        # What becomes of any unknown text is no control token, although it may be marked as one.
+        model = json.loads(self.backend.to_str())["model"]
+        unknown = (model.get("unk_token"), model.get("unk_id"))
+        control: dict[int, str] = {
+            number: token.content
+            for number, token in self.backend.get_added_tokens_decoder().items()
+            if not _is_ordinary(token.content) and token.content not in unknown and number not in unknown
+        }
+        control[self.eos_id] = str(self.backend.id_to_token(self.eos_id))
+        in_text = [
+            number
+            for form in ("{}", " {} ", "a{}a", "{0}{0}")
+            for number, ids in zip(control, self._encode([form.format(text) for text in control.values()]), strict=True)
+            if number in ids
+        ]
+        spelled = {number: list(chain.from_iterable(self._encode(list(control[number])))) for number in in_text}
+        for ids in spelled.values():
+            for number in ids:
+                if number in spelled:
+                    raise MythosError(
+                        f"tokenizer.name: {name} has {control[number]!r} both as a control token and as a character of "
+                        "text, which could not be told apart. Take another tokenizer, or tokenizer.name: bpe."
+                    )
+        return spelled
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of every text, no special tokens added."""
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        encoded = self._encode(list(texts))
+        if not self._spelled:
+            return encoded
+        return [[part for number in ids for part in self._spelled.get(number, [number])] for ids in encoded]
 
     def encode_with_bytes(self, text: str) -> tuple[list[int], list[int]]:
         """Token ids, and for each the UTF-8 bytes of ``text`` it accounts for; the bytes add up to the whole text.
@@ -107,9 +152,20 @@ class Tokenizer:
                 total += len(text[done:end].encode())
                 done = end
             ends.append(total)
+        total = len(text.encode())
         if ends:
-            ends[-1] = len(text.encode())
-        return encoding.ids, [end - start for start, end in zip([0, *ends], ends, strict=False)]
+            ends[-1] = total
+        ids: list[int] = []
+        sizes: list[int] = []
+        counted = 0
+        for number, end in zip(encoding.ids, ends, strict=True):
+            if parts := self._spelled.get(number, [number]):
+                ids += parts
+                sizes += [end - counted, *[0] * (len(parts) - 1)]
+                counted = end
+        if sizes:
+            sizes[-1] += total - counted
+        return ids, sizes
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, special tokens included."""
@@ -166,17 +222,20 @@ class Tokenizer:
             except OSError as error:
                 raise MythosError(f"tokenizer: {name} cannot be read: {error}") from error
         saved = Path(name) / REQUEST_FILE
-        request = json.loads(saved.read_text()) if saved.is_file() else {"name": str(name)}
+        request = _read_request(saved) if saved.is_file() else {"name": str(name)}
         try:
+            _check_ids(Path(name))
             # Not given, the answer would be asked for on the terminal.
             fast = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
+            return cls(fast, request)
+        except MythosError:
+            raise
         except Exception as error:  # hub, network and format errors share no base class
             reason = short_reason(error)
             raise MythosError(
                 f"tokenizer.name: {name} cannot be loaded: {reason}. Give a Hugging Face id (needs the network or its "
                 "cache), the path of a saved tokenizer, or bpe to train one on the corpus."
             ) from error
-        return cls(fast, request)
 
 
 def _replaceable(directory: Path) -> bool:
@@ -303,6 +362,51 @@ def train_bpe(documents: Iterator[str], vocab_size: int, *, progress: bool = Tru
 def _same(tokenizer: Tokenizer, name: str) -> bool:
     """Whether a name means what a run has already: the copy beside its pre-tokenized text, say."""
     return Tokenizer.load(name).fingerprint == tokenizer.fingerprint
+
+
+def _with_added_tokens_special(backend: Backend) -> Backend:
+    """The same tokenizer, or a copy in which every added token but white space is marked as special.
+
+    ``encode_special_tokens`` makes text of special tokens only. A copy, because the marks are saved with a tokenizer.
+    """
+    plain = [token.content for token in backend.get_added_tokens_decoder().values() if not token.special]
+    if all(map(_is_ordinary, plain)):
+        return backend
+    description = json.loads(backend.to_str())
+    for token in description["added_tokens"]:
+        token["special"] = token["special"] or not _is_ordinary(token["content"])
+    return Backend.from_str(json.dumps(description))
+
+
+def _is_ordinary(token: str) -> bool:
+    return not token.strip()
+
+
+def _read_request(path: Path) -> dict[str, Any]:
+    try:
+        request = read_json(path)
+        if not isinstance(request, dict) or not isinstance(request.get("name"), str) or unusable_text(request):
+            raise ValueError("it names no tokenizer")
+    except (OSError, ValueError) as error:
+        raise MythosError(
+            f"tokenizer: {path} cannot be read: {short_reason(error)}. Restore it, or delete it if the folder's other "
+            "files are a tokenizer that others made."
+        ) from error
+    return request
+
+
+def _check_ids(folder: Path) -> None:
+    """Raise ValueError for a token whose id is above any vocabulary: the library keeps a table up to the highest id."""
+    file = folder / TOKENIZER_FILE
+    if not file.is_file():
+        return
+    content = read_json(file)
+    vocabulary = content["model"].get("vocab")
+    ids = [*(vocabulary.values() if isinstance(vocabulary, dict) else ())]
+    ids += [token["id"] for token in content.get("added_tokens") or ()]
+    highest = max((number for number in ids if isinstance(number, int)), default=0)
+    if highest >= MOST_IDS:
+        raise ValueError(f"{file} has a token of id {highest}; allowed: below {MOST_IDS:,}")
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:

@@ -9,12 +9,14 @@ A folder holds ``index.json`` (see :class:`mythos.data.token_writer.TokenWriter`
 - ``00000.bytes.npy``: uint32, how many bytes of text each token stands for, end-of-document tokens left out; of the
   documents that may be held out for validation.
 
-Everything is little-endian and read by ``numpy.load(..., mmap_mode="r", allow_pickle=False)``.
+Everything is little-endian and can be read by ``numpy.load(..., mmap_mode="r", allow_pickle=False)``.
 """
 
 import json
 import logging
 import os
+import struct
+import tokenize
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,6 +54,22 @@ SKIPPED = {status: skipped for skipped, status in STATUS.items()}
 WINDOW_ROWS = 32
 WINDOW_TOKENS = 2**16
 CHECKED_ITEMS = 2**16
+
+
+# NumPy parses a header as Python, and tokenizes it where that fails.
+HEADER_ERRORS: tuple[type[Exception], ...] = (
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    KeyError,
+    OverflowError,
+    SyntaxError,
+    RecursionError,
+    MemoryError,
+    struct.error,
+    tokenize.TokenError,
+)
 
 
 class _Damaged(Exception):
@@ -251,8 +269,9 @@ class TokenSource:
         path = array_path(self.directory, part, kind)
         try:
             open_regular(path).close()  # NumPy would wait for a FIFO
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except Exception as error:  # NumPy parses the header as Python, whose errors share no base class
+            # Not numpy.load, which also opens archives and pickles, by their first bytes.
+            array = np.lib.format.open_memmap(path, mode="r")
+        except HEADER_ERRORS as error:
             raise _Damaged(f"{path}: {short_reason(error)}") from error
         if array.dtype != self._dtypes[kind] or array.ndim != 1:
             raise _Damaged(f"{path}: holds {array.ndim}-dimensional {array.dtype}")
@@ -316,7 +335,7 @@ def read_json(path: Path) -> dict[str, Any]:
             )
         if not isinstance(value, dict) or value.pop("crc32", None) != _checksum(value):
             raise ValueError("checksum differs")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise MythosError(
             f"{path} cannot be read: {short_reason(error)}. Restore it, or tokenize the corpus again with {TOKENIZE}."
         ) from error

@@ -1,7 +1,7 @@
 """Multiple choice from local files, as lm-evaluation-harness scores it."""
 
-import json
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -15,9 +15,12 @@ from mythos.errors import MythosError
 from mythos.evaluation.continuations import DepthSetting, Request, Score, encode_requests, score_requests
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.ranks import World
+from mythos.text_files import parse_json, read_text, unusable_text
 
 logger = logging.getLogger(__name__)
 
+MOST_BYTES = 2**30
+"""Of a file of questions."""
 EXAMPLE = '{"query": "Two and two make", "choices": ["four", "five"], "gold": 0}'
 
 
@@ -62,14 +65,14 @@ def read_tasks(paths: Sequence[str], *, what: str, limit: int | None = None) -> 
 
 def _read(path: str, what: str, limit: int | None) -> list[Question]:
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(path, MOST_BYTES).split("\n")
+    except (OSError, ValueError) as error:
         raise MythosError(f"{what}: {path} cannot be read: {error}. Give a .jsonl file of questions.") from error
     questions: list[Question] = []
     for number, line in enumerate(lines, start=1):
         if line.strip() and (limit is None or len(questions) < limit):
             try:
-                questions.append(_question(json.loads(line)))
+                questions.append(_question(parse_json(line)))
             except ValueError as error:
                 raise MythosError(f"{what}: {path}, line {number}: {error}. Give lines such as {EXAMPLE}") from error
     if not questions:
@@ -85,6 +88,8 @@ def _question(values: Any) -> Question:
     if missing:
         raise ValueError(f"{', '.join(missing)} is missing")
     query, choices, gold = (values[name] for name in Question._fields)
+    if unusable_text([query, choices]):
+        raise ValueError("query, choices: got text with the character NUL or half of a surrogate pair")
     if not isinstance(query, str):
         raise ValueError(f"query: got {query!r}, not text")
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c.strip() for c in choices):
@@ -131,15 +136,20 @@ class ChoiceScores(NamedTuple):
 
 
 def choice_scores(task: ChoiceTask, scores: Sequence[Score]) -> ChoiceScores:
-    """Accuracies from the scores of all choices. Of equal likelihoods the first counts, as in the harness."""
+    """Accuracies from the scores of all choices. Of equal likelihoods the first counts, as in the harness.
+
+    NaN where a likelihood is NaN, of which none is the largest.
+    """
     ends = list(accumulate(len(question.choices) for question in task.questions))
-    right = normalised = 0
+    right = normalised = 0.0
     for question, end in zip(task.questions, ends, strict=True):
         found = [score.log_likelihood for score in scores[end - len(question.choices) : end]]
         by_length = [likelihood / len(choice) for likelihood, choice in zip(found, question.choices, strict=True)]
         right += found.index(max(found)) == question.gold
         normalised += by_length.index(max(by_length)) == question.gold
     count = len(task.questions)
+    if any(math.isnan(score.log_likelihood) for score in scores):
+        right = normalised = math.nan
     return ChoiceScores(right / count, normalised / count, sum(score.loops for score in scores) / len(scores))
 
 

@@ -18,6 +18,7 @@ from mythos.model.layers import autocast_dtype
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.progress import progress_bar
 from mythos.ranks import World
+from mythos.schema import shown
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,11 @@ def encode_requests(
 
     As lm-evaluation-harness does it: both are tokenized together, spaces that end the context belong to the
     continuation, an empty context is the end of a document, and a context that does not fit loses its beginning.
+    Where a token of the whole text spans the boundary the continuation is tokenized alone: the harness would take what
+    stands after as many tokens as the context has, which is another text, or none.
 
-    Raises MythosError for a continuation that is empty or alone does not fit.
+    Raises MythosError for a continuation that is empty, that has no tokens of its own, or that leaves less than half of
+    the model's context to a context that does not fit.
     """
     pairs = []
     for context, continuation in texts:
@@ -97,10 +101,19 @@ def encode_requests(
     contexts = tokenizer.encode_batch([context for context, _ in pairs])
     wholes = tokenizer.encode_batch([context + continuation for context, continuation in pairs])
     requests, cut = [], 0
-    for (_, text), context, whole in zip(pairs, contexts, wholes, strict=True):
+    for (kept, text), context, whole in zip(pairs, contexts, wholes, strict=True):
         continuation = whole[len(context) :]
+        if whole[: len(context)] != context:
+            [continuation] = tokenizer.encode_batch([text])
+            # Some tokenizers begin every text with a space, or drop what does not begin a word.
+            if tokenizer.decode([*context, *continuation]) != tokenizer.decode(whole):
+                raise MythosError(
+                    f"the continuation {shown(text)} of {shown(kept)} shares a token with it, and this tokenizer has "
+                    "no tokens for it alone: end the context, or begin the continuation, at a word"
+                )
         if not continuation:
-            raise MythosError(f"the continuation {text!r} has no token of its own: give text that is not empty")
+            rule = "give text that the tokenizer does not drop" if text else "give text that is not empty"
+            raise MythosError(f"the continuation {shown(text)} has no token of its own: {rule}")
         request = fit(context or [tokenizer.eos_id], continuation, context_length)
         cut += len(request.context) < len(context)
         requests.append(request)
@@ -110,14 +123,27 @@ def encode_requests(
 def fit(context: list[int], continuation: list[int], context_length: int) -> Request:
     """A request whose context has lost as much of its beginning as does not fit.
 
-    Raises MythosError for a continuation that alone does not fit.
+    Raises MythosError for a continuation that alone does not fit, and for one that would leave less than half of the
+    model's context to a context that has to be cut: its score would be the answer to another question.
     """
     if len(continuation) > context_length:
         raise MythosError(
             f"a continuation of {len(continuation)} tokens: the model's context is {context_length} "
             "(model.context_length), and one token stands before it; give shorter ones"
         )
-    return Request(context[-(context_length + 1 - len(continuation)) :], continuation)
+    room = context_length + 1 - len(continuation)
+    if len(context) > room < least_prompt(context_length):
+        raise MythosError(
+            f"a continuation of {len(continuation)} tokens leaves {room} of its prompt's {len(context)}: the model's "
+            f"context is {context_length} (model.context_length), of which a prompt that is cut keeps at least half; "
+            "give shorter ones"
+        )
+    return Request(context[-room:], continuation)
+
+
+def least_prompt(context_length: int) -> int:
+    """Tokens that a prompt which has to be cut keeps at least: half of the model's context."""
+    return -(-context_length // 2)
 
 
 def score_requests(

@@ -27,6 +27,7 @@ from mythos.model.rdt import RecurrentDepthTransformer, add_load, chosen_overlap
 from mythos.model.recurrence import LoopState
 from mythos.progress import progress_bar
 from mythos.ranks import World
+from mythos.text_files import read_json
 
 HARM = 0.01
 """Nats (1% of perplexity) that the deepest loss may lie above the least one before more loops count as harmful."""
@@ -134,7 +135,7 @@ class DepthSweep:
     def load(cls, document: Path) -> tuple["DepthSweep", dict[str, Any]]:
         """The sweep of a STEM.json, and what the file says about it. Raises MythosError if it is not one of `save`."""
         try:
-            values = json.loads(document.read_text(encoding="utf-8"))
+            values = read_json(document)
             about = {key: values.pop(key) for key in values.keys() - {field.name for field in fields(cls)}}
             values["loops"] = [LoopMeasures(**measures) for measures in values["loops"]]
             values["fit"] = DepthFit(**values["fit"]) if values["fit"] else None

@@ -5,6 +5,7 @@ It is imported only where tasks of it are asked for.
 
 import json
 import logging
+import math
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -19,7 +20,14 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from mythos.errors import MythosError, short_reason
-from mythos.evaluation.continuations import DepthSetting, Request, Score, encode_requests, score_requests
+from mythos.evaluation.continuations import (
+    DepthSetting,
+    Request,
+    Score,
+    encode_requests,
+    least_prompt,
+    score_requests,
+)
 from mythos.evaluation.results import Result
 from mythos.evaluation.text import require_tokenizer
 from mythos.model.generate import generate
@@ -35,6 +43,11 @@ BOOTSTRAP = 1000
 """Resamples for standard errors that have no formula."""
 MOST_TOKENS = 256
 """Tokens that are generated where a task does not say how many; the harness' own default."""
+LENGTH_OPTIONS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""Names of how many tokens may be generated, the first that is given counts, as in the harness."""
+SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+NEUTRAL_OPTIONS = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True}
+"""Options of generation that we do not have, and the values which say as much."""
 
 
 def open_tasks(names: Sequence[str], include_path: Path | None = None) -> dict[str, Any]:
@@ -146,17 +159,32 @@ class HarnessModel(LM):
         return [score.log_likelihood for score in self._answers(asked)]
 
     def generate_until(self, requests: list[Instance], **_: Any) -> list[str]:
-        """Each context continued up to a stop string, greedily unless the task samples."""
+        """Each context continued up to a stop string, greedily unless the task samples.
+
+        A prompt that does not fit loses its beginning, down to half of the model's context; beyond that the answer has
+        less room than the task gives it. Both are counted in a warning. Raises ValueError for options of generation
+        that this model does not have.
+        """
         asked = [request.args for request in requests]
         alike: dict[str, list[int]] = {}
         for index, (_, options) in enumerate(asked):
             alike.setdefault(json.dumps(options, sort_keys=True), []).append(index)
-        prompts, cut = [], 0
+        context_length = self.model.config.context_length
+        prompts, cut, short = [], 0, 0
         for (_, options), ids in zip(asked, self.coder.encode_batch([context for context, _ in asked]), strict=True):
-            room = max(1, self.model.config.context_length - most_tokens(options))
-            prompts.append((ids or [self.coder.eos_id])[-room:])
-            cut += len(ids) > room
+            most, _, _ = most_tokens(options), stops_of(options), sampling_of(options, self.coder.size)
+            # The answer takes its room from the prompt until half of the context is left to it.
+            prompt = (ids or [self.coder.eos_id])[-max(context_length - most, least_prompt(context_length)) :]
+            prompts.append(prompt)
+            cut += len(prompt) < len(ids)
+            short += len(prompt) + most > context_length
         self._tell(cut, len(prompts))
+        if short and self.world.rank == 0 and self.setting == self.settings[0]:
+            logger.warning(
+                "%d of %d answers have less room than the %d tokens that the task lets be generated: the context of %d "
+                "tokens holds prompt and answer, and an answer ends where it is full",
+                *(short, len(prompts), max(most_tokens(options) for _, options in asked), context_length),
+            )
         batches = []
         for indices in alike.values():
             indices.sort(key=lambda index: -len(prompts[index]))
@@ -174,15 +202,7 @@ class HarnessModel(LM):
         self, prompts: Sequence[list[int]], options: dict[str, Any], seeds: list[int]
     ) -> list[tuple[str, float]]:
         """Continuations and the mean loops of their tokens."""
-        until = options.get("until") or []
-        stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
-        sampled = options.get("do_sample", float(options.get("temperature", 0)) > 0)
-        sampling = Sampling(
-            temperature=float(options.get("temperature", 1)) if sampled else 0.0,
-            top_k=options.get("top_k"),
-            top_p=options.get("top_p"),
-        )
-        streams = [PieceStream(self.coder, ids, stops) for ids in prompts]
+        streams = [PieceStream(self.coder, ids, stops_of(options)) for ids in prompts]
 
         def on_token(row: int, token: int, loops: int) -> bool:
             streams[row].push(token, loops)
@@ -193,7 +213,7 @@ class HarnessModel(LM):
                 self.model,
                 prompts,
                 most_tokens(options),
-                sampling=sampling,
+                sampling=sampling_of(options, self.coder.size),
                 seed=seeds,
                 loops=self.setting.loops,
                 halting=halting_rule(self.model, self.setting.rule or "none", self.setting.threshold),
@@ -219,6 +239,8 @@ class HarnessModel(LM):
             autocast=self.autocast,
             progress=self.progress,
         )
+        if any(math.isnan(score.log_likelihood) for scores in by_setting for score in scores):
+            raise ValueError("the model's likelihoods are not finite: it has diverged; take an earlier checkpoint")
         return [list(scores) for scores in zip(*by_setting, strict=True)]
 
     def _answers(self, asked: Sequence[tuple[str, ...]]) -> list[Score]:
@@ -236,9 +258,46 @@ class HarnessModel(LM):
 
 
 def most_tokens(options: dict[str, Any]) -> int:
-    """How many tokens a task's options let be generated."""
-    names = ("max_gen_toks", "max_new_tokens", "max_tokens")
-    return int(next((options[name] for name in names if options.get(name) is not None), MOST_TOKENS))
+    """How many tokens a task's options let be generated. Raises ValueError for anything but a number above 0."""
+    name = next((name for name in LENGTH_OPTIONS if options.get(name) is not None), None)
+    given = MOST_TOKENS if name is None else options[name]
+    try:
+        most = int(given)
+    except (TypeError, ValueError, OverflowError):
+        most = 0
+    if most < 1:
+        raise ValueError(f"{name}: got {given!r}; allowed: a whole number, at least 1")
+    return most
+
+
+def stops_of(options: dict[str, Any]) -> list[str]:
+    """The texts that a task's options let an answer end before. Raises ValueError for anything but texts."""
+    until = options.get("until") or []
+    stops = [until] if isinstance(until, str) else until
+    if not isinstance(stops, list | tuple) or not all(isinstance(stop, str) for stop in stops):
+        raise ValueError(f"generation_kwargs: until: got {until!r}; allowed: a text or a list of texts")
+    return [stop for stop in stops if stop]
+
+
+def sampling_of(options: dict[str, Any], vocabulary: int) -> Sampling:
+    """How a task's options let tokens be drawn; greedily unless they say otherwise.
+
+    Raises ValueError for options that ask for what this model does not do: it would be scored on something else.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    known = {"until", "do_sample", *LENGTH_OPTIONS, *SAMPLING_OPTIONS}
+    unknown = [f"{name} {given[name]!r}" for name in given.keys() - known if given[name] != NEUTRAL_OPTIONS.get(name)]
+    if unknown:
+        raise ValueError(f"generation_kwargs: got {', '.join(sorted(unknown))}; allowed: {', '.join(sorted(known))}")
+    try:
+        numbers = {name: float(given[name]) for name in SAMPLING_OPTIONS if name in given}
+        top_k = min(int(numbers.pop("top_k", 0)), vocabulary) or None
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"generation_kwargs: {error}; allowed: numbers for {', '.join(SAMPLING_OPTIONS)}") from error
+    temperature = numbers.pop("temperature", None)
+    if not given.get("do_sample", temperature is not None and temperature > 0):
+        temperature = 0.0
+    return Sampling(temperature=1.0 if temperature is None else temperature, top_k=top_k, **numbers)
 
 
 def run_tasks(

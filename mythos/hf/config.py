@@ -10,6 +10,21 @@ from mythos.model.config import ModelConfig, model_contradictions
 DEFAULT_VOCABULARY = 32_000
 """Token ids where none are told: `auto` is the size of a tokenizer, and a configuration alone has none."""
 
+WITHOUT_PLACE: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (None, False),
+    "mlp_bias": (None, False),
+    "attention_dropout": (None, 0),
+    "hidden_dropout": (None, 0),
+    "resid_pdrop": (None, 0),
+    "embd_pdrop": (None, 0),
+    "attn_pdrop": (None, 0),
+    "sliding_window": (None,),
+    "rope_parameters": (None,),
+    "rope_scaling": (None,),
+    "hidden_act": (None,),
+}
+"""What other models' configurations set and no field of ours is, and the values that ask for nothing."""
+
 
 class MythosConfig(PreTrainedConfig):
     """Configuration of a `MythosForCausalLM`.
@@ -60,8 +75,19 @@ class MythosConfig(PreTrainedConfig):
 
     @property
     def num_hidden_layers(self) -> int:
-        """Blocks with weights of their own; those of the core run once a loop."""
+        """Blocks with weights of their own; those of the core run once a loop. Set by its three parts.
+
+        Raises ValueError where another number than their sum is set.
+        """
         return self.prelude_layers + self.core_layers + self.coda_layers
+
+    @num_hidden_layers.setter
+    def num_hidden_layers(self, layers: int) -> None:
+        if layers != self.num_hidden_layers:
+            raise ValueError(
+                f"num_hidden_layers: got {layers}, and prelude_layers, core_layers and coda_layers add up to "
+                f"{self.num_hidden_layers}; set those three instead"
+            )
 
     def section(self) -> ModelConfig:
         """The model section that these fields make.
@@ -77,6 +103,12 @@ class MythosConfig(PreTrainedConfig):
             problems = [f"{', '.join(fields)}: {told}" for fields, told in model_contradictions(section)]
             if section.vocab_size == "auto":
                 problems.append("vocab_size: got auto; allowed: the number of token ids")
+        for name, nothing in WITHOUT_PLACE.items():
+            if getattr(self, name, None) not in nothing:
+                problems.append(
+                    f"{name}: got {getattr(self, name)!r}; a mythos model has no such choice: leave it out; its own "
+                    "fields are rope_theta, dense_ffn and the others of the model section"
+                )
         if not isinstance(self.mean_loops, int) or self.mean_loops < 1:
             problems.append(f"mean_loops: got {self.mean_loops!r}; allowed: a whole number, at least 1")
         if problems:

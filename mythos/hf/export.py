@@ -222,6 +222,6 @@ def _generation_config(stored: StoredModel, tokenizer: Tokenizer | None) -> Gene
         return GenerationConfig()
     # Ids that the model has and the tokenizer has not are no text.
     unused = list(range(tokenizer.size, int(stored.model.config.vocab_size)))
-    return GenerationConfig(
-        eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.eos_id, suppress_tokens=unused or None
-    )
+    # An empty prompt begins a document, as in training: after the end of another.
+    end = tokenizer.eos_id
+    return GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end, suppress_tokens=unused or None)

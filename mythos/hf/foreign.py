@@ -1,7 +1,6 @@
 """Models of other code bases on a disk or on the hub: a configuration, and tensors that are read one by one."""
 
 import contextlib
-import json
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ from torch import Tensor
 from mythos.errors import MythosError, short_reason
 from mythos.inherited import CONFIG_FILE, TOKENIZER_FILE
 from mythos.model_files import indexed_files
+from mythos.text_files import read_json
 
 TOKENIZER_FILES = (TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.pt")
@@ -76,7 +76,7 @@ def read_values(folder: Path) -> dict[str, Any]:
     """A folder's config.json. Raises MythosError where there is none, or it is none."""
     path = folder / CONFIG_FILE
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         if not isinstance(values, dict):
             raise ValueError("it is no object")
     except (OSError, ValueError) as error:

@@ -88,6 +88,8 @@ def _told(place: Path, values: Values) -> Architecture:
         return architecture_of(values)
     except MythosError as error:
         raise MythosError(f"{place} is of {error}") from error
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
+        raise MythosError(f"{place}: its config.json has values of other kinds: {error}") from error
 
 
 def map_foreign(foreign: ForeignModel, architecture: Architecture) -> Mapped:
@@ -103,7 +105,7 @@ def map_foreign(foreign: ForeignModel, architecture: Architecture) -> Mapped:
         mapped = architecture.map(foreign.values)
     except MythosError as error:
         raise MythosError(f"{foreign.folder}: {error}") from error
-    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
+    except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as error:
         raise MythosError(f"{foreign.folder}: its config.json has values of other kinds: {error}") from error
     with torch.device("meta"):
         ours = {name: tuple(t.shape) for name, t in tensors_of(RecurrentDepthTransformer(mapped.config)).items()}
@@ -126,7 +128,10 @@ def map_foreign(foreign: ForeignModel, architecture: Architecture) -> Mapped:
             problems.append(f"{told}, which does not make our {name}, {ours[name]}")
     if not problems:
         checks = [check for name, check in mapped.checks.items() if name in foreign.shapes]
-        problems = [told for check in checks if (told := check(_float32(foreign))) is not None]
+        try:
+            problems = [told for check in checks if (told := check(_float32(foreign))) is not None]
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            problems = [f"a tensor is of another shape: {short_reason(error)}"]
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise MythosError(

@@ -15,8 +15,10 @@ from mythos.model.layers import (
     Initializer,
     Linear,
     RMSNorm,
+    applied_weight,
     apply_rope,
     autocast_dtype,
+    recomputed,
     rope_table,
     truncated_normal,
     without_autocast,
@@ -233,7 +235,7 @@ class MultiHeadLatentAttention(nn.Module):
     def forward(self, x: Tensor, context: AttentionContext | CachedContext) -> Tensor:
         """(B, S, D) -> (B, S, D); with a cache, packed positions (N, 1, D) -> (N, 1, D)."""
         if self.query_down is not None and self.query_latent_norm is not None:
-            query = self.query.recomputable(self.query_latent_norm(self.query_down(x)))
+            query = recomputed(self.query, self.query_latent_norm(self.query_down(x)))
         else:
             query = self.query(x)
         query = query.unflatten(-1, (self.heads, self.nope + self.rope))
@@ -250,7 +252,7 @@ class MultiHeadLatentAttention(nn.Module):
             output = self.attend_latents(nope_query.squeeze(1), rope_query.squeeze(1), seen, context)
             return self.out(output.flatten(1).unsqueeze(1))
 
-        expanded = self.key_value_up.recomputable(latent).unflatten(-1, (self.heads, self.nope + self.value_dim))
+        expanded = recomputed(self.key_value_up, latent).unflatten(-1, (self.heads, self.nope + self.value_dim))
         nope_key, value = expanded.split_with_sizes((self.nope, self.value_dim), dim=-1)
         query = recomputable(joined, nope_query, rope_query, value.dtype)
         key = recomputable(joined, nope_key, rope_key.expand(-1, -1, self.heads, -1), value.dtype)
@@ -263,7 +265,8 @@ class MultiHeadLatentAttention(nn.Module):
         so that the cache is never expanded (arXiv 2405.04434). The queries are (N, H, nope) and (N, H, rope).
         """
         dtype = autocast_dtype(nope_query)
-        up = self.key_value_up.weight.to(dtype).view(self.heads, self.nope + self.value_dim, self.latent_dim)
+        up = applied_weight(self.key_value_up).to(dtype)
+        up = up.unflatten(0, (self.heads, self.nope + self.value_dim))
         key_up, value_up = up.split_with_sizes((self.nope, self.value_dim), dim=1)
         latent_query = torch.bmm(nope_query.to(dtype).transpose(0, 1), key_up).transpose(0, 1)
         query = torch.cat((latent_query, rope_query.to(dtype)), dim=-1)

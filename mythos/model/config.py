@@ -5,8 +5,27 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+# Maxima keep sizes and times that are computed from a number within 64-bit integers, floats and seconds of Python: no
+# model or run comes near them, and a slip such as 1e15 is told with its field instead of by an overflow somewhere.
+MOST = 10**15
+PositiveInt = Annotated[int, Field(ge=1, le=MOST)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=MOST)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+"""Of NumPy's generator too."""
+Small = Annotated[float, Field(ge=1e-30, le=1)]
+"""What is added to a divisor: of float32, and no more than what it is added to."""
+Weight = Annotated[float, Field(ge=0, le=1e6)]
+Width = Annotated[int, Field(ge=1, le=2**20)]
+WidthOrZero = Annotated[int, Field(ge=0, le=2**20)]
+MOST_LOOPS = 2**16
+Count = Annotated[int, Field(ge=1, le=MOST_LOOPS)]
+"""Of experts, heads or loops: what a list may have an entry for."""
+Rows = Annotated[int, Field(ge=1, le=2**24)]
+CountOrZero = Annotated[int, Field(ge=0, le=2**16)]
+Layers = Annotated[int, Field(ge=1, le=2**10)]
+LayersOrZero = Annotated[int, Field(ge=0, le=2**10)]
+Positions = Annotated[int, Field(ge=1, le=2 * 10**9)]
+Identifiers = Annotated[int, Field(ge=1, le=2 * 10**9)]
 
 # Rows of grouped and fused kernels must be 16-byte multiples, and vocabulary tiles are fastest at 128.
 VOCAB_MULTIPLE = 128
@@ -36,17 +55,17 @@ class ModelConfig(Section):
     """Named size whose values the other fields of this section override; `mythos presets` prints all."""
 
     # Size
-    vocab_size: PositiveInt | Literal["auto"] = "auto"
+    vocab_size: Identifiers | Literal["auto"] = "auto"
     """Token ids the embedding has rows for (padded up to a multiple of 128); auto = the tokenizer's size."""
-    dim: PositiveInt = 128
+    dim: Width = 128
     """Width D of the residual stream; a multiple of 8."""
-    prelude_layers: NonNegativeInt = 1
+    prelude_layers: LayersOrZero = 1
     """Dense blocks run once before the loop."""
-    core_layers: PositiveInt = 1
+    core_layers: Layers = 1
     """Blocks inside the loop, run at every pass."""
-    coda_layers: NonNegativeInt = 1
+    coda_layers: LayersOrZero = 1
     """Dense blocks run once after the loop."""
-    context_length: PositiveInt = 1024
+    context_length: Positions = 1024
     """Longest sequence in tokens the model is meant for; no parameter depends on it."""
     tie_embeddings: bool = True
     """Share one matrix between the token embedding and the output head."""
@@ -56,59 +75,59 @@ class ModelConfig(Section):
     # Attention
     attention: Literal["gqa", "mla"] = "mla"
     """Grouped-query attention (arXiv 2305.13245) or multi-head latent attention (arXiv 2405.04434)."""
-    n_heads: PositiveInt = 2
+    n_heads: Count = 2
     """Query heads."""
-    n_kv_heads: PositiveInt = 1
+    n_kv_heads: Count = 1
     """Key and value heads of gqa; must divide n_heads. Unused by mla."""
-    head_dim: PositiveInt = 64
+    head_dim: Width = 64
     """Dimension of a gqa head; even, because RoPE rotates pairs. Unused by mla."""
-    kv_lora_rank: PositiveInt = 48
+    kv_lora_rank: Width = 48
     """mla: width of the latent that keys and values are expanded from (what a cache stores per token)."""
-    q_lora_rank: NonNegativeInt = 0
+    q_lora_rank: WidthOrZero = 0
     """mla: width of the query latent; 0 projects queries directly from the residual stream."""
-    qk_rope_head_dim: PositiveInt = 32
+    qk_rope_head_dim: Width = 32
     """mla: dimensions of a query or key head that carry RoPE; the rotated key is shared by all heads. Even."""
-    qk_nope_head_dim: PositiveInt = 32
+    qk_nope_head_dim: Width = 32
     """mla: dimensions of a query or key head without positions."""
-    v_head_dim: PositiveInt = 64
+    v_head_dim: Width = 64
     """mla: dimension of a value head."""
     qk_norm: bool = True
     """RMSNorm on query and key heads (arXiv 2010.04245); in mla on the query heads and the shared rotated key."""
     qk_bias: bool = False
     """gqa: a bias added to queries and keys before all else, as in Huginn (arXiv 2502.05171)."""
-    rope_theta: Annotated[float, Field(gt=1)] = 10_000.0
+    rope_theta: Annotated[float, Field(gt=1, le=1e15)] = 10_000.0
     """Base of the RoPE frequencies (arXiv 2104.09864). Tables are computed, never stored."""
     value_embeddings: bool = False
     """gqa: every second layer, counted back from the last, adds a row of a table to the values of each token, weighted
     for each head by a gate on the layer's input (after arXiv 2410.17897, in the form of nanochat and Parcae)."""
-    norm_eps: Annotated[float, Field(gt=0)] = 1e-6
+    norm_eps: Small = 1e-6
     """Added to the mean square in every RMSNorm."""
     block_norm: Literal["pre", "peri", "sandwich"] = "pre"
     """Where a block has RMSNorms: pre = before attention and feed-forward; peri = also after each, before its result is
     added (Ouro, arXiv 2510.25741); sandwich = also on each sum (Huginn, arXiv 2502.05171)."""
 
     # Feed-forward
-    ffn_dim: PositiveInt = 256
+    ffn_dim: Width = 256
     """Hidden width of the dense feed-forward in prelude, coda and (core_ffn: dense) core; a multiple of 8."""
     dense_ffn: Literal["swiglu", "relu2"] = "swiglu"
     """Form of the dense feed-forward: swiglu is gated (arXiv 2002.05202), relu2 squares a ReLU (arXiv 2109.08668)."""
     core_ffn: Literal["moe", "dense"] = "moe"
     """Feed-forward of the core: mixture of experts or one dense feed-forward of width ffn_dim."""
-    n_experts: PositiveInt = 8
+    n_experts: Count = 8
     """Routed experts of a core block."""
-    experts_per_token: PositiveInt = 2
+    experts_per_token: Count = 2
     """Routed experts a token is sent to (top-k); at most n_experts, and at least 2 to train."""
-    expert_dim: PositiveInt = 64
+    expert_dim: Width = 64
     """Hidden width of a routed expert; a multiple of 8."""
-    n_shared_experts: NonNegativeInt = 1
+    n_shared_experts: CountOrZero = 1
     """Experts every token passes through."""
-    shared_expert_dim: PositiveInt = 64
+    shared_expert_dim: Width = 64
     """Hidden width of one shared expert; a multiple of 8."""
-    router_bias_rate: Annotated[float, Field(ge=0)] = 1e-3
+    router_bias_rate: Weight = 1e-3
     """Step gamma of the load-balancing bias, moved once per optimizer step (arXiv 2408.15664); 0 turns it off."""
 
     # Recurrence
-    loops: PositiveInt = 8
+    loops: Count = 8
     """Passes through the core the model is trained for on average: the default of depth.mean and of inference."""
     injection: Literal["lti", "linear", "add", "initial", "none"] = "lti"
     """How the encoded input enters every pass: lti = stable by construction (rho(A) < 1), linear = one unconstrained
@@ -120,7 +139,7 @@ class ModelConfig(Section):
     """RMSNorm on the last state before it is read out, as in Huginn (arXiv 2502.05171)."""
     state_init: Literal["normal", "zero"] = "normal"
     """Initial state in training: truncated-normal noise of std sqrt(2 / (5 D)), or zeros. Evaluation starts at zero."""
-    lora_rank: NonNegativeInt = 4
+    lora_rank: WidthOrZero = 4
     """Rank of the core's depth-wise low-rank adapter, one scale vector a trained loop (arXiv 2410.20672); 0 = none."""
     loop_embedding: bool = False
     """Add a sinusoidal embedding of the loop index to the core's input."""
@@ -129,7 +148,7 @@ class ModelConfig(Section):
     nearly stopped to change, second_difference = the change has (arXiv 2509.23314), gate = a small network, trained
     beside the model, expects no gain, act = adaptive computation time (arXiv 1603.08983), trained with the model, for
     comparison only, none = all loops for all."""
-    ponder_weight: Annotated[float, Field(ge=0)] = 0.01
+    ponder_weight: Weight = 0.01
     """act: weight of the ponder cost (passes plus remainder of a position) beside the loss in nats."""
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from hashlib import blake2b
 from math import erf, sqrt
 
@@ -29,36 +30,39 @@ def ones(weight: Tensor, generator: np.random.Generator) -> None:
     weight.fill_(1.0)
 
 
+# Initializers are functions of this module and partial calls of them, not closures: modules keep them, and a closure
+# cannot be pickled.
+
+
 def identity(scale: float = 1.0) -> Initializer:
     """(n, m) matrix with `scale` on the diagonal."""
-
-    def fill(weight: Tensor, generator: np.random.Generator) -> None:
-        nn.init.eye_(weight).mul_(scale)
-
-    return fill
+    return partial(_fill_identity, scale)
 
 
 def constant(value: float) -> Initializer:
     """Fill with `value`."""
-
-    def fill(weight: Tensor, generator: np.random.Generator) -> None:
-        weight.fill_(value)
-
-    return fill
+    return partial(_fill_constant, value)
 
 
 def truncated_normal(fan_in: int) -> Initializer:
     """Normal of std sqrt(2 / (5 fan_in)), cut at three standard deviations (Huginn, arXiv 2502.05171)."""
-    std = sqrt(2 / (5 * fan_in))
+    return partial(_fill_truncated_normal, sqrt(2 / (5 * fan_in)))
+
+
+def _fill_identity(scale: float, weight: Tensor, generator: np.random.Generator) -> None:
+    nn.init.eye_(weight).mul_(scale)
+
+
+def _fill_constant(value: float, weight: Tensor, generator: np.random.Generator) -> None:
+    weight.fill_(value)
+
+
+def _fill_truncated_normal(std: float, weight: Tensor, generator: np.random.Generator) -> None:
     within = erf(3 / sqrt(2))  # the share of a normal distribution within three standard deviations
-
-    def fill(weight: Tensor, generator: np.random.Generator) -> None:
-        # By the inverse distribution function: 5 times as fast as nn.init.trunc_normal_, which draws until all fit.
-        generator.random(out=weight.detach().numpy(), dtype=np.float32)
-        # Draws are multiples of 2^-24 from 0 to 1 - 2^-24; half a step more makes them symmetric.
-        weight.add_(2**-25 - 0.5).mul_(2 * within).erfinv_().mul_(sqrt(2) * std)
-
-    return fill
+    # By the inverse distribution function: 5 times as fast as nn.init.trunc_normal_, which draws until all fit.
+    generator.random(out=weight.detach().numpy(), dtype=np.float32)
+    # Draws are multiples of 2^-24 from 0 to 1 - 2^-24; half a step more makes them symmetric.
+    weight.add_(2**-25 - 0.5).mul_(2 * within).erfinv_().mul_(sqrt(2) * std)
 
 
 def random_stream(seed: int, name: str, expert: int | None = None) -> np.random.Generator:
@@ -148,15 +152,21 @@ def autocast_to(dtype: torch.dtype, device: torch.device) -> AbstractContextMana
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-class Linear(nn.Module):
-    """y = x W^T without bias; W is (out_features, in_features)."""
+class Linear(nn.Linear):
+    """y = x W^T without bias; W is (out_features, in_features).
+
+    An `nn.Linear`, so that adapter libraries such as PEFT know it. They replace it by a wrapper: who calls `recomputed`
+    and `applied_weight` instead of a method or `weight` gets what the wrapper computes.
+    """
 
     def __init__(self, in_features: int, out_features: int, init: Initializer | None = None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        super().__init__(in_features, out_features, bias=False)
         self.in_pass: Tensor | None = None
         """The weight as a pass of the loop uses it, while that runs (`Recurrence.run`)."""
         self.initializers = {"weight": init or truncated_normal(in_features)}
+
+    def reset_parameters(self) -> None:
+        """Draw nothing: `initialize` fills the weight."""
 
     def forward(self, x: Tensor, in_pass: Tensor | None = None) -> Tensor:
         """(..., in_features) -> (..., out_features), in the autocast type.
@@ -166,9 +176,24 @@ class Linear(nn.Module):
         in_pass = self.in_pass if in_pass is None else in_pass
         return linear(x, self.weight if in_pass is None else in_pass)
 
-    def recomputable(self, x: Tensor) -> Tensor:
-        """`forward`, which selective checkpointing computes again, with the weight that this pass has now."""
-        return recomputable(self, x, self.in_pass)
+
+def recomputed(module: nn.Module, x: Tensor) -> Tensor:
+    """`module(x)`, which selective checkpointing computes again, with the weight that this pass has now.
+
+    A module other than `Linear`, such as an adapter's wrapper of one, is simply called.
+    """
+    return recomputable(module, x, module.in_pass) if isinstance(module, Linear) else module(x)
+
+
+def applied_weight(module: nn.Module) -> Tensor:
+    """(out_features, in_features) matrix that a linear module applies.
+
+    That of an adapter's wrapper includes the adapter: it is read off the images of the unit vectors.
+    """
+    if isinstance(module, Linear):
+        return module.weight
+    weight = module.weight
+    return module(torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)).T
 
 
 class RMSNorm(nn.Module):

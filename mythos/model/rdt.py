@@ -24,7 +24,7 @@ from mythos.model.halting import (
     Pondering,
     build_halting,
 )
-from mythos.model.layers import Initializer, Linear, RMSNorm, identity, initialize, truncated_normal
+from mythos.model.layers import Initializer, Linear, RMSNorm, applied_weight, identity, initialize, truncated_normal
 from mythos.model.loss import cross_entropies, summed_cross_entropy
 from mythos.model.moe import MixtureOfExperts
 from mythos.model.recurrence import LoopState, LTIInjection, Recurrence, dense_block
@@ -121,7 +121,7 @@ class RecurrentDepthTransformer(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """(V, D) matrix from hidden states to logits: the embedding's where they are tied."""
-        return self.embedding.weight if self.head is None else self.head.weight
+        return self.embedding.weight if self.head is None else applied_weight(self.head)
 
     def initialize(self, seed: int) -> "RecurrentDepthTransformer":
         """Give every parameter its starting value, a function of (seed, parameter name); returns self."""

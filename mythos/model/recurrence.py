@@ -313,6 +313,9 @@ class Recurrence(nn.Module):
         weights, linear_weights = self.expert_weights(dtype), self.linear_weights(dtype)
         shared, injected = self.injection(e) if self.injection is not None else (e, e)
         current = state[:0]
+        # A pass draws random numbers only where an adapter has put a dropout in. Else no generator's state need be
+        # saved for a checkpoint's second run; on a GPU that is a copy to the host, for which the host waits.
+        random = self.checkpointing == "loop" and any(isinstance(module, nn.Dropout) for module in self.modules())
         for remaining in range(deepest, 0, -1):
             active = len(loops) - bisect_right(shallow_first, remaining - 1)
             if active > len(current):
@@ -325,10 +328,8 @@ class Recurrence(nn.Module):
             with torch.set_grad_enabled(gradient and remaining <= backprop):
                 in_pass = [weight.in_pass() for weight in linear_weights]
                 if self.checkpointing == "loop" and torch.is_grad_enabled():
-                    # A pass draws no random numbers, so no generator's state need be saved; on a GPU that is a copy
-                    # to the host, for which the host waits.
                     after, experts = checkpoint(
-                        self.run, in_pass, *inputs, use_reentrant=False, preserve_rng_state=False
+                        self.run, in_pass, *inputs, use_reentrant=False, preserve_rng_state=random
                     )
                 elif self.checkpointing == "selective" and torch.is_grad_enabled() and not self.compiled_step:
                     with Selective(e.device):

@@ -11,11 +11,10 @@ from matplotlib.figure import Figure
 
 from mythos.config import dump_config
 from mythos.depth_view import harmless
-from mythos.errors import MythosError
+from mythos.errors import MythosError, without_credentials
 from mythos.estimate import count_parameters
 from mythos.evaluation.depth_sweep import DepthSweep, fit_losses, prediction
 from mythos.evaluation.validation import losses_by_depth
-from mythos.metrics import without_credentials
 from mythos.plots import sweep_figure
 from mythos.reports.figures import (
     HALTING,

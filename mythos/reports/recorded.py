@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 from mythos.checkpoint import complete_checkpoints, read_meta, step_of
 from mythos.config import Config, load_config
-from mythos.errors import MythosError, short_reason
+from mythos.errors import MythosError, short_reason, without_credentials
 from mythos.estimate import forward_flops
 from mythos.inherited import RUN_FILE, TOKENIZER_FILE
-from mythos.metrics import damaged_lines, scan_metrics, without_credentials
+from mythos.metrics import damaged_lines, scan_metrics
 from mythos.model_files import run_directory
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ class RecordedRun:
         """Text samples by step."""
         found = {}
         for path in (self.directory / "samples").glob("step-*.txt"):
-            if path.stem.removeprefix("step-").isdigit():
+            if path.stem.removeprefix("step-").isdecimal():
                 found[step_of(path.stem)] = path.read_text(encoding="utf-8", errors="replace").rstrip("\n")
         return dict(sorted(found.items()))
 
@@ -167,7 +167,7 @@ def open_run(path: str | Path) -> RecordedRun:
         logger.warning("%s: %s. The report is of the sound records", file, damaged_lines(damaged))
     if not records:
         raise MythosError(f"{file} has no records yet; the run writes one every log.every steps")
-    return RecordedRun(directory, load_config(directory / RUN_FILE), records)
+    return RecordedRun(directory, load_config(directory / RUN_FILE, to_train=False), records)
 
 
 def needed_in(record: dict[str, Any]) -> Sequence[str]:

@@ -3,7 +3,11 @@
 import gzip
 import json
 import logging
+import os
 import re
+import tracemalloc
+from codecs import BOM_UTF8
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -308,3 +312,231 @@ def test_held_out_share() -> None:
     assert all(is_held_out(f"\n {document} ", 0.05) for document in held_out), "copies fall on the same side"
     assert all(is_held_out(document, 0.2) for document in held_out), "a larger share keeps what was held out"
     assert not any(is_held_out(document, 0.0) for document in documents)
+
+
+TEXT_TYPES = {
+    "string": pa.string(),
+    "large_string": pa.large_string(),
+    "string_view": pa.string_view(),
+    "dictionary": pa.dictionary(pa.int32(), pa.string()),
+    "binary": pa.binary(),
+    "large_binary": pa.large_binary(),
+    "binary_view": pa.binary_view(),
+}
+
+
+@pytest.mark.parametrize("kind", TEXT_TYPES)
+def test_every_text_type_of_parquet_is_read_alike(kind: str, tmp_path: Path) -> None:
+    documents = [*make_documents(30), "repeated", "repeated"]
+    column = pa.array(documents)
+    column = column.dictionary_encode() if kind == "dictionary" else column.cast(TEXT_TYPES[kind])
+    pq.write_table(pa.table({"text": column}), tmp_path / "x.parquet", row_group_size=20)
+    corpus = files(tmp_path / "x.parquet")
+    for row, step in ((0, 1), (3, 1), (0, 3), (2, 3), (19, 7)):
+        assert list(corpus.read(0, row, step)) == list(enumerate(documents[:20]))[row::step]
+        assert list(corpus.read(1, row, step)) == list(enumerate(documents[20:]))[row::step]
+
+
+def test_a_large_dictionary_is_not_copied_for_every_few_rows(tmp_path: Path) -> None:
+    documents = [f"{index} " + "word " * 200 for index in range(5000)]
+    pq.write_table(pa.table({"text": pa.array(documents).dictionary_encode()}), tmp_path / "x.parquet")
+    corpus = files(tmp_path / "x.parquet")
+    before = pa.total_allocated_bytes()
+    most = 0
+    for step in (1, 4):
+        for row, text in corpus.read(0, 0, step):
+            assert text == documents[row]
+            most = max(most, pa.total_allocated_bytes() - before)
+    assert most < 10 * sum(map(len, documents)), "313 batches of 16 rows would hold as many copies"
+
+
+@pytest.mark.skipif("MYTHOS_LARGE_TESTS" not in os.environ, reason="5 GB of memory and half a minute")
+def test_a_row_group_of_more_than_2_gib_of_text(tmp_path: Path) -> None:
+    """Offsets of Arrow's string type are 32 bits wide. Run it with MYTHOS_LARGE_TESTS=1."""
+    line = "the loop runs again " * 50_000
+    column = pa.chunked_array([pa.array([f"{chunk * 100 + row} {line}" for row in range(100)]) for chunk in range(23)])
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"text": column}), path, compression="zstd", use_dictionary=False)
+    del column
+    corpus = files(path)
+    for step in (1, 400):
+        rows = [(row, text.partition(" ")) for row, text in corpus.read(0, 1, step) if row % 200 == 1]
+        assert rows == [(row, (str(row), " ", line)) for row in range(1, 2300, max(step, 200))]
+
+
+@pytest.mark.parametrize("on_error", ["skip", "fail"])
+def test_a_key_that_a_record_lacks_is_null_wherever_it_stands(on_error: str, tmp_path: Path) -> None:
+    rows = [{"text": "a"}, {"text": "b", "score": 5}, {"text": "c", "score": 0}, {"other": 1, "text": "d"}]
+    passes = {"a": Skipped.FILTERED, "b": "b", "c": Skipped.FILTERED, "d": Skipped.FILTERED}
+    for turn in range(4):
+        order = rows[turn:] + rows[:turn]
+        (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in order))
+        corpus = files(tmp_path / "x.jsonl", on_error=on_error, filters={"score": FilterConfig(min=1)})
+        assert everything(corpus) == [passes[row["text"]] for row in order]
+        for index, row in enumerate(order):  # the same records as files of one line
+            (tmp_path / f"{index}.json").write_text(json.dumps(row))
+        corpus = files(tmp_path / "*.json", on_error=on_error, filters={"score": FilterConfig(min=1)})
+        assert everything(corpus) == [passes[row["text"]] for row in order]
+    with pytest.raises(MythosError, match=r"\(like the 3 other files\) has no column 'nothing'; it has other"):
+        files(tmp_path / "*.json", filters={"nothing": FilterConfig(min=1)})
+
+
+def test_a_record_without_the_text_follows_the_policy(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"license": "x"}\n{"text": "b"}\n')
+    assert everything(files(path, on_error="skip")) == [Skipped.DOCUMENT, "b"]
+    with pytest.raises(MythosError, match=r"row 0 cannot be used: its text is null"):
+        everything(files(path))
+
+
+def test_a_file_that_lacks_a_column_beside_one_that_has_it(tmp_path: Path) -> None:
+    """Parquet says which columns it has: such a file is a shard that cannot be read, first or last."""
+    for names in (("a", "b"), ("b", "a")):
+        for name, column in zip(names, ("text", "body"), strict=True):
+            write_parquet(tmp_path / f"{name}.parquet", ["one"], column=column)
+        documents = everything(files(tmp_path / "*.parquet", on_error="skip"))
+        assert sorted(map(str, documents)) == ["Skipped.SHARD", "one"]
+        with pytest.raises(MythosError, match="it has no column text"):
+            everything(files(tmp_path / "*.parquet"))
+
+
+def test_plain_text_has_no_other_columns(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n\ntwo")
+    (tmp_path / "b.jsonl").write_text('{"text": "three", "score": 3}')
+    corpus = files(f"{tmp_path}/[ab].*", filters={"score": FilterConfig(min=1)})
+    assert everything(corpus) == [Skipped.FILTERED, Skipped.FILTERED, "three"]
+    with pytest.raises(MythosError, match=r"data\.filters\.score: .*a\.txt has no column 'score'"):
+        files(tmp_path / "a.txt", filters={"score": FilterConfig(min=1)})
+
+
+def test_where_a_column_cannot_be_found_among_many_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("mythos.data.corpus.COLUMNS_BYTES", 100)
+    write_jsonl(tmp_path / "x.jsonl", make_documents(20))
+    with caplog.at_level(logging.WARNING):
+        corpus = files(tmp_path / "x.jsonl", filters={"score": FilterConfig(min=1)})
+    assert "none of the first records" in caplog.text and "'score'" in caplog.text
+    assert set(everything(corpus)) == {Skipped.FILTERED}
+
+
+def test_columns_of_the_same_name(tmp_path: Path) -> None:
+    schema = pa.schema([("text", pa.string()), ("text", pa.string()), ("id", pa.int64())])
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"]), pa.array([1])], schema=schema)
+    pq.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(MythosError, match=r"x\.parquet.* cannot be read: it has 2 columns text"):
+        everything(files(tmp_path / "x.parquet"))
+    assert everything(files(tmp_path / "x.parquet", on_error="skip")) == [Skipped.SHARD]
+    schema = pa.schema([("text", pa.string()), ("id", pa.int64()), ("id", pa.int64())])
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array([1]), pa.array([1])], schema=schema)
+    pq.write_table(table, tmp_path / "x.parquet")
+    assert everything(files(tmp_path / "x.parquet")) == ["a"], "nobody asks for the others"
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([3, 2**31 - 1, -(2**31)], pa.date32()),
+        pa.array([0, 2**62, -(2**62)], pa.timestamp("us")),
+        pa.array([0, 1, 2], pa.timestamp("s", "Nowhere/Nothing")),
+    ],
+    ids=["date", "timestamp", "zone"],
+)
+@pytest.mark.parametrize("step", [1, 2])
+def test_values_that_python_cannot_hold_follow_the_policy(column: pa.Array, step: int, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a", "b", "c"], "when": column}), tmp_path / "x.parquet")
+    assert everything(files(tmp_path / "x.parquet")) == ["a", "b", "c"], "nobody asks for the dates"
+    rule = {"when": FilterConfig(one_of=["x"])}
+    corpus = files(tmp_path / "x.parquet", on_error="skip", filters=rule)
+    unknown = column.type == pa.timestamp("s", "Nowhere/Nothing")
+    expected = [Skipped.DOCUMENT if unknown else Skipped.FILTERED, Skipped.DOCUMENT, Skipped.DOCUMENT]
+    assert [document for _, document in corpus.read(0, 0, step)] == expected[::step]
+    with pytest.raises(MythosError, match=r"x\.parquet, row \d cannot be used"):
+        everything(files(tmp_path / "x.parquet", filters=rule))
+
+
+@pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl", "txt"])
+@pytest.mark.parametrize("line", [b"x", b'{"text": "'], ids=repr)
+def test_a_line_without_an_end_takes_bounded_memory(kind: str, line: bytes, tmp_path: Path) -> None:
+    path = tmp_path / f"x.{kind}"
+    content = b'{"text": "a"}\n\n' + line * (150_000_000 // len(line)) + b'\n\n{"text": "b"}\n'
+    path.write_bytes(gzip.compress(content, 1) if kind == "jsonl.gz" else content)
+    del content
+    tracemalloc.start()
+    try:
+        documents = everything(files(path, on_error="skip"))
+        with pytest.raises(MythosError, match=r"row \d+ cannot be used: it has more than .* data\.max_document_bytes"):
+            everything(files(path))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 110 * 2**20
+    text = kind == "txt"
+    first, broken, last = documents
+    assert (first, last) == (('{"text": "a"}\n', '{"text": "b"}\n') if text else ("a", "b"))
+    assert broken is Skipped.DOCUMENT
+
+
+@pytest.mark.parametrize("size", [2**20 - 30, 2**20, 2**20 + 30, 3_000_000])
+def test_lines_longer_than_a_block_are_read_whole(size: int, tmp_path: Path) -> None:
+    documents = ["a" * size, "b", "c" * size]
+    for kind in ("jsonl", "txt"):
+        corpus = files(write(kind, tmp_path, documents))
+        assert [str(document).strip() for document in everything(corpus)] == documents
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "txt"])
+@pytest.mark.parametrize("blank", [b"", b"\n", b"\r\n"], ids=repr)
+def test_byte_order_marks(kind: str, blank: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = make_documents(5)
+    path = Path(write(kind, tmp_path, documents))
+    opened_as: Callable = gzip.open if kind == "jsonl.gz" else open
+    with opened_as(path, "rb") as file:
+        content = file.read()
+    with opened_as(path, "wb") as file:
+        file.write(BOM_UTF8 + blank + content)
+    for cut in (1, 3, 4, 5, 2**20):
+        monkeypatch.setattr(formats, "PIECE_BYTES", cut)
+        assert [str(document).strip() for document in everything(files(path))] == documents, cut
+    for encoding in ("utf-16", "utf-32"):
+        with opened_as(path, "wb") as file:
+            file.write(content.decode().encode(encoding))
+        with pytest.raises(MythosError, match="it begins with a byte order mark of UTF-16 or UTF-32; convert it"):
+            everything(files(path))
+        assert set(everything(files(path, on_error="skip"))) <= {Skipped.SHARD, Skipped.DOCUMENT}
+
+
+def test_nul_bytes_are_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "x.txt"
+    path.write_bytes(b"good\n\n" + "wide".encode("utf-16-le") + b"\n\nbetter")
+    assert everything(files(path, on_error="skip")) == ["good\n", Skipped.DOCUMENT, "better"]
+    with pytest.raises(MythosError, match=r"row 1 cannot be used: it holds NUL bytes"):
+        everything(files(path))
+    write_jsonl(tmp_path / "x.jsonl", ["escaped \0 in JSON"])
+    assert everything(files(tmp_path / "x.jsonl")) == ["escaped \0 in JSON"]
+
+
+@pytest.mark.parametrize("name", ["web[v2]", "a*b", "what?", "[", "]x[", "[!a]"])
+def test_names_that_exist_are_no_patterns(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / name / "deeper [1]"
+    folder.mkdir(parents=True)
+    (tmp_path / "webv").mkdir()
+    for place, text in ((folder / f"{name}.txt", "right"), (tmp_path / "webv" / "x.txt", "wrong")):
+        place.write_text(text)
+    for pattern in (folder / f"{name}.txt", folder / "*.txt", tmp_path / name / "*" / "*.txt", folder / "**" / "*.txt"):
+        assert everything(files(pattern)) == ["right"], pattern
+    assert everything(files(f"{tmp_path}/*/deeper [1]/*.txt")) == ["right"]
+    validation = ValidationConfig(path=str(folder / "*"))
+    held_out = DataConfig(kind="files", path=f"{tmp_path}/**/*.txt", validation=validation)
+    assert everything(opened(held_out)) == ["wrong"]
+    with pytest.raises(MythosError, match=r"data\.path: .* is a folder. Give a glob of its files"):
+        files(folder)
+
+
+def test_patterns_stay_patterns(tmp_path: Path) -> None:
+    for name in ("part1", "part2", "part3"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    assert everything(files(tmp_path / "part[12].txt")) == ["part1", "part2"]
+    assert everything(files(tmp_path / "part[!12].txt")) == ["part3"]
+    (tmp_path / "part[12].txt").write_text("itself")
+    assert everything(files(tmp_path / "part[12].txt")) == ["itself"]

@@ -204,3 +204,17 @@ def test_a_local_folder(folder: Path, cache: Path) -> None:
     assert resolved == HubFiles(None, [(str(path), path.stat().st_size) for path in expected])
     with pytest.raises(MythosError, match=r"data.split: .* it has train"):
         resolve(cache, dataset=str(folder), split="validation")
+
+
+def test_a_folder_whose_name_has_brackets(tmp_path: Path, cache: Path) -> None:
+    """`datasets` takes them for a pattern."""
+    folder = tmp_path / "web[v2]*?"
+    (folder / "data").mkdir(parents=True)
+    for name in ("train-0.jsonl", "train-[1].jsonl", "test-0.jsonl"):
+        (folder / "data" / name).write_text('{"text": "a"}\n')
+    found = resolve(cache, str(folder), subset=None)
+    assert [Path(path).name for path, _ in found.files] == ["train-0.jsonl", "train-[1].jsonl"]
+    assert all(size == 14 and Path(path).is_file() for path, size in found.files)
+    (folder / "README.md").write_text("---\nconfigs:\n- config_name: x\n  data_files: data/test-*\n---\n")
+    found = resolve(cache, str(folder), subset="x")
+    assert [Path(path).name for path, _ in found.files] == ["test-0.jsonl"]

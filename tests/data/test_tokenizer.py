@@ -1,22 +1,23 @@
 """Tokenizers: round trips, exact bytes, what a run keeps, and what is refused."""
 
+import json
 import pickle
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 
 import pytest
+from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
-from tokenizers import models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mythos.config import TokenizerConfig
 from mythos.data import tokenizer as tokenizer_module
 from mythos.data.config import DataConfig
 from mythos.data.corpus import Corpus, is_held_out, open_corpus
-from mythos.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, training_documents
+from mythos.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, train_bpe, training_documents
 from mythos.errors import MythosError
 
-from .conftest import make_documents, write_parquet
+from .conftest import make_documents, text_source, write_parquet
 
 TEXTS = [
     "plain",
@@ -166,3 +167,120 @@ def test_vocabulary_must_fit(tokenizer: Tokenizer) -> None:
         MythosError, match=r"model\.vocab_size: 384 is smaller .* 400 ids\. Set model\.vocab_size: auto"
     ):
         check_vocabulary(tokenizer, 384)
+
+
+CONTROL = ["<|endoftext|>", "<tool>", "<raw>", "[left]", "[right]", "word", "<MiXed>"]
+
+
+def with_added_tokens(tokenizer: Tokenizer, folder: Path, special: bool, lowercase: bool = False) -> Tokenizer:
+    """A copy with control tokens of every kind, and one that is white space, all marked alike."""
+    backend = Backend.from_str(tokenizer._fast.backend_tokenizer.to_str())
+    if lowercase:
+        backend.normalizer = normalizers.Lowercase()
+    add = backend.add_special_tokens if special else backend.add_tokens
+    add(
+        [
+            AddedToken("<tool>", normalized=True),
+            AddedToken("<raw>", normalized=False),
+            AddedToken("[left]", lstrip=True),
+            AddedToken("[right]", rstrip=True),
+            AddedToken("word", single_word=True),
+            AddedToken("<MiXed>", normalized=True),
+        ]
+    )
+    backend.add_tokens([AddedToken("    ")])
+    description = json.loads(backend.to_str())
+    for token in description["added_tokens"]:
+        token["special"] = special and bool(token["content"].strip())
+    PreTrainedTokenizerFast(tokenizer_object=Backend.from_str(json.dumps(description))).save_pretrained(folder)
+    return Tokenizer.load(folder)
+
+
+@pytest.mark.parametrize(("special", "lowercase"), [*product([True, False], repeat=2)])
+def test_text_that_spells_an_added_token_is_text(
+    special: bool, lowercase: bool, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    added = with_added_tokens(tokenizer, tmp_path / "a", special, lowercase)
+    numbers = {added.backend.token_to_id(token) for token in CONTROL}
+    assert len(numbers) == len(CONTROL) and added.eos_id in numbers
+    texts = [form.format(token) for token in CONTROL for form in ("{}", "a {} b", "a{}b", "{0}{0}", "\n{}\n")]
+    for copy in (added, pickle.loads(pickle.dumps(added))):
+        for text, ids in zip(texts, copy.encode_batch(texts), strict=True):
+            assert numbers.isdisjoint(ids), text
+            assert added.decode(ids) == (text.lower() if lowercase else text)
+            assert copy.encode_with_bytes(text)[0] == ids
+    spaces = added.backend.token_to_id("    ")
+    assert added.encode_batch(["a    b"])[0].count(spaces) == 1, "white space is no control token"
+    # What others load and what they encode is the tokenizer as it was.
+    added.save(tmp_path / "saved")
+    saved, before = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("saved", "a"))
+    assert saved("a <tool> [left] word b").input_ids == before("a <tool> [left] word b").input_ids
+    assert added.backend.token_to_id("<tool>") in before("a <tool> b").input_ids
+    assert [token.special for token in saved.added_tokens_decoder.values()] == [
+        token.special for token in before.added_tokens_decoder.values()
+    ]
+    assert Tokenizer.load(tmp_path / "saved").fingerprint == added.fingerprint
+
+
+def test_documents_hold_the_end_of_document_token_at_their_end_only(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    added = with_added_tokens(tokenizer, tmp_path / "a", special=False)
+    write_parquet(tmp_path / "x.parquet", ["one <|endoftext|> two", "<|endoftext|>", "<tool>"])
+    source = text_source(tmp_path / "x.parquet", added)
+    for _, ids in source.read(0, 0, 1):
+        assert list(ids).count(added.eos_id) == 1 and ids[-1] == added.eos_id
+        assert added.backend.token_to_id("<tool>") not in ids
+    held_out = text_source(tmp_path / "x.parquet", added, holdout_fraction=1.0)
+    assert all(added.eos_id not in ids for ids, _ in held_out.held_out())
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("kind", ["unigram", "words"])
+def test_a_model_that_has_the_token_in_its_own_vocabulary(kind: str, special: bool, tmp_path: Path) -> None:
+    """There the library finds it whatever it is told; its characters stand for it."""
+    letters = ["a", "b", "<", "/", "s", ">"]
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((letter, -2.0) for letter in letters)]
+    words = {name: index for index, (name, _) in enumerate(pieces)}
+    model = models.Unigram(pieces, unk_id=0) if kind == "unigram" else models.WordLevel(words, unk_token="<unk>")
+    backend = Backend(model)
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_tokens([AddedToken("</s>", special=special), AddedToken("<unk>", special=special)])
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(tmp_path / "x")
+    tokenizer = Tokenizer.load(tmp_path / "x")
+    spelled = [words[letter] for letter in "</s>"]
+    for copy in (tokenizer, pickle.loads(pickle.dumps(tokenizer))):
+        assert copy.encode_batch(["a </s> b", "a b"]) == [[words["a"], *spelled, words["b"]], [words["a"], words["b"]]]
+        assert copy.encode_with_bytes("a </s> b") == ([words["a"], *spelled, words["b"]], [1, 5, 0, 0, 0, 2])
+    dropping = Backend(models.BPE({"</s>": 0, "a": 1}, [], ignore_merges=True))
+    dropping.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    dropped = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=dropping, eos_token="</s>"), {"name": "x"})
+    assert dropped.encode_with_bytes("a </s> a </s>") == ([1, 1], [1, 12]), "no character is in its vocabulary"
+    backend = Backend(models.WordLevel({"<unk>": 0, ".": 1, "a": 2}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(MythosError, match=r"has '\.' both as a control token and as a character of text"):
+        Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="."), {"name": "x"})
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"{}", b'{"name": 1}', b"\xff", b"[" * 100_000, b"{" * 9, b"\0", b'"name"'], ids=repr
+)
+def test_a_damaged_request(content: bytes, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path / "saved")
+    (tmp_path / "saved" / "request.json").write_bytes(content)
+    with pytest.raises(MythosError, match=r"tokenizer: .*request\.json cannot be read"):
+        Tokenizer.load(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("place", ["vocab", "added"])
+def test_an_id_that_no_vocabulary_has_is_refused(tmp_path: Path, place: str) -> None:
+    """The library's table up to it took 8 GB."""
+    train_bpe(iter(["some text and more"]), 384, progress=False).save(tmp_path / "sound")
+    Tokenizer.load(tmp_path / "sound")
+    file = tmp_path / "sound" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    if place == "vocab":
+        content["model"]["vocab"]["a"] = 2**31
+    else:
+        content["added_tokens"][0]["id"] = 2**31
+    file.write_text(json.dumps(content))
+    with pytest.raises(MythosError, match="has a token of id 2147483648; allowed: below 4,194,304"):
+        Tokenizer.load(tmp_path / "sound")

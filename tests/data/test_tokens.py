@@ -460,3 +460,55 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
         for _ in documents_of_shard:
             peak = max(peak, process.memory_info().rss)
     assert peak - before < 4e6
+
+
+PICKLE_AND_ARCHIVE = [b"\x80\x04K\x01.", b"PK\x03\x04" + bytes(40)]
+HEADERS = [
+    b"",
+    b"\x93NUMPY",
+    b"\x93NUMPY\x01\x00\xff\xff{",
+    *(
+        b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+        for text in (
+            b"{'descr': '<u2', 'fortran_order': False, 'shape': (" + b"9" * 40 + b",)}\n",
+            b"{'descr': '<u2', 'fortran_order': False, 'shape': (-5,)}\n",
+            b"{'descr': '|O', 'fortran_order': False, 'shape': (5,)}\n",
+            b"{'descr': [('a', [])], 'fortran_order': 1, 'shape': ()}\n",
+            b"(" * 5000,
+            b"{'descr': 5L\n  '",
+            b"\xff" * 50,
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize("content", [*PICKLE_AND_ARCHIVE, *HEADERS], ids=range(12))
+@pytest.mark.parametrize("kind", ["tokens", "documents", "bytes"])
+def test_files_that_are_no_arrays_are_damage(kind: str, content: bytes, folder: Path, tokenizer: Tokenizer) -> None:
+    (folder / f"00000.{kind}.npy").write_bytes(content)
+
+    def read(on_error: str) -> None:
+        source = TokenSource(folder, tokenizer, SHARE, on_error)
+        for shard in range(len(source.shards)):
+            list(source.read(shard, 0, 1))
+        list(source.held_out())
+
+    read("skip")
+    with pytest.raises(MythosError, match=rf"00000\.{kind}\.npy.*on_error: skip"):
+        read("fail")
+
+
+def test_pipes_are_not_waited_for(folder: Path, tokenizer: Tokenizer) -> None:
+    for name in ("00000.tokens.npy", "index.json"):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        with pytest.raises(MythosError, match=name):
+            source = TokenSource(folder, tokenizer, 0.0, "fail")
+            for shard in range(len(source.shards)):
+                list(source.read(shard, 0, 1))
+
+
+@pytest.mark.parametrize("content", [b"[" * 10**5, b"\xff", b"[]", b'{"format": []}', b"\xef\xbb\xbf{}"], ids=repr)
+def test_an_index_that_is_none(content: bytes, folder: Path, tokenizer: Tokenizer) -> None:
+    (folder / "index.json").write_bytes(content)
+    refused(r"index\.json", folder, tokenizer, 0.0, "fail")

@@ -1,6 +1,7 @@
 """Likelihoods of continuations against the model run on one text at a time."""
 
 import contextlib
+import math
 from typing import Any
 
 import pytest
@@ -112,6 +113,65 @@ def test_continuations_that_cannot_be_scored(tokenizer, text):
         encode_requests(tokenizer, [("The river", text)], CONTEXT)
 
 
+def joining(tokenizer: Tokenizer) -> tuple[str, str]:
+    """A text cut inside of its last token, so that the parts have other tokens than the whole."""
+    for word in " ".join(documents()[:5]).split():
+        whole = tokenizer.encode_batch([f"The {word}"])[0]
+        part = tokenizer.encode_batch([f"The {word[:-1]}"])[0]
+        if whole[: len(part)] != part and len(whole) <= len(part):
+            return f"The {word[:-1]}", word[-1]
+    raise AssertionError("no word joins")
+
+
+def test_a_continuation_that_joins_the_last_token_is_scored_as_it_is_asked(model, tokenizer):
+    """The harness' own class takes whole[len(context):], which is empty here, or other text than was asked for."""
+    context, letter = joining(tokenizer)
+    texts = [(context, letter), (context, f"{letter} finds")]
+    requests, _ = encode_requests(tokenizer, texts, CONTEXT)
+    for (before, text), request in zip(texts, requests, strict=True):
+        assert tokenizer.decode([*request.context, *request.continuation]) == before + text
+        assert request.context == tokenizer.encode_batch([before])[0]
+    [scores] = score(model, requests, [DepthSetting(2)])
+    for request, one in zip(requests, scores, strict=True):
+        ids = [*request.context, *request.continuation]
+        with torch.no_grad():
+            logits = model(torch.tensor([ids[:-1]]), loops=2).logits[0].double().log_softmax(-1)
+        expected = sum(logits[place - 1, ids[place]].item() for place in range(len(request.context), len(ids)))
+        assert one.log_likelihood == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_tokenizer_that_cannot_join_says_so():
+    """SentencePiece's kind puts a space before each text: the letter alone would be a word."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<eos>": 0, "\u2581the": 1, "\u2581reader": 2, "\u2581reade": 3, "\u2581r": 4}
+    backend = Backend(models.WordLevel(vocabulary, unk_token="<eos>"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    words = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>"), {"name": "words"})
+    [request], _ = encode_requests(words, [("the", " reader")], CONTEXT)
+    assert request == ([1], [2])
+    with pytest.raises(MythosError, match='continuation "r" of "the reade" shares a token'):
+        encode_requests(words, [("the reade", "r")], CONTEXT)
+
+
+def test_a_context_is_not_cut_to_nothing(tokenizer):
+    """Half of the model's context is the least that a cut prompt keeps; one that fits may be any length."""
+    long, short = "The letter repeats the number. " * 9, "The"
+    for words in range(1, 30):
+        text = " a" * words
+        tokens = len(tokenizer.encode_batch([text])[0])
+        if CONTEXT + 1 - tokens >= CONTEXT / 2:
+            [request], cut = encode_requests(tokenizer, [(long, text)], CONTEXT)
+            assert cut == 1 and len(request.context) + len(request.continuation) == CONTEXT + 1
+        else:
+            with pytest.raises(MythosError, match=r"cut keeps at least half|context is 24"):
+                encode_requests(tokenizer, [(long, text)], CONTEXT)
+        if len(tokenizer.encode_batch([short + text])[0]) <= CONTEXT + 1:
+            assert encode_requests(tokenizer, [(short, text)], CONTEXT)[1] == 0
+
+
 def test_settings(model):
     default = THRESHOLDS["convergence"]
     rule = DepthSetting(4, "convergence", default)
@@ -171,6 +231,12 @@ def test_length_counts_characters_and_ties_go_to_the_first():
     assert choice_scores(task, scores) == (1.0, 0.5, 2.0)
 
 
+def test_likelihoods_that_are_not_numbers_score_nothing():
+    task = ChoiceTask("t", [Question("", ["a", "b"], 0)])
+    found = choice_scores(task, [Score(math.nan, False, 1.0), Score(-1.0, False, 1.0)])
+    assert math.isnan(found.acc) and math.isnan(found.acc_norm)
+
+
 @pytest.mark.parametrize(
     ("lines", "told"),
     [
@@ -183,6 +249,7 @@ def test_length_counts_characters_and_ties_go_to_the_first():
         (['{"query": "a", "choices": ["b", "c"], "gold": 2}'], "gold: got 2, not a number from 0 to 1"),
         (['{"query": "a", "choices": ["b", "c"], "gold": true}'], "gold: got True"),
         ([], "has no questions in it"),
+        (["[" * 100_000], "line 1: maximum recursion"),
     ],
 )
 def test_files_that_are_no_questions(tmp_path, lines, told):
@@ -197,6 +264,8 @@ def test_files(tmp_path):
     good = tmp_path / "good.jsonl"
     good.write_text(f'{choices.EXAMPLE}\n\n{{"query": "q", "choices": ["a", "b"], "gold": 1, "more": 2}}\nbad')
     [task] = read_tasks([str(good)], what="--tasks", limit=2)
+    good.write_bytes(b"\xef\xbb\xbf" + good.read_bytes())
+    assert read_tasks([str(good)], what="--tasks", limit=2) == [task], "a byte order mark"
     assert task == ChoiceTask("good", [Question("Two and two make", ["four", "five"], 0), Question("q", ["a", "b"], 1)])
     with pytest.raises(MythosError, match=r"--tasks: .*nothing.jsonl cannot be read"):
         read_tasks([str(tmp_path / "nothing.jsonl")], what="--tasks")

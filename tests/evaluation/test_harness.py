@@ -20,6 +20,7 @@ from mythos.evaluation import harness
 from mythos.evaluation.choices import choice_scores, encode_task, read_tasks
 from mythos.evaluation.continuations import DepthSetting, score_requests
 from mythos.evaluation.harness import HarnessModel
+from mythos.model.sampling import Sampling
 from mythos.model_files import OpenedModel, open_model
 from tests.evaluation.local_tasks import write_tasks
 from tests.evaluation.test_continuations import ALONE
@@ -152,6 +153,72 @@ def test_generation_is_greedy_and_stops(opened: OpenedModel) -> None:
     stop = longest[len(longest) // 2 :]
     again = [(context, {"until": stop, "max_gen_toks": 8}) for context in contexts]
     assert model.generate_until(instances("generate_until", again)) == [text.partition(stop)[0] for text in found]
+
+
+@pytest.mark.parametrize("most", [47, 48, 49, 10**6])
+def test_an_answer_longer_than_the_context_keeps_the_prompt(opened: OpenedModel, most: int, caplog: Any) -> None:
+    """The prompt is asked as a whole, and its answer ends where the context is full: that of fewer tokens."""
+    tokenizer, context = opened.tokenizer, opened.model.config.context_length
+    assert tokenizer is not None and context == 48
+    model, prompts = adapter(opened, [DepthSetting(1)]), ["The river crosses", "The stone"]
+    texts = model.generate_until(instances("generate_until", [(p, {"max_gen_toks": most}) for p in prompts]))
+    assert "2 of 2 answers have less room" in caplog.text and "lose their beginning" not in caplog.text
+    for prompt, text in zip(prompts, texts, strict=True):
+        room = context - len(tokenizer.encode_batch([prompt])[0])
+        [fitting] = model.generate_until(instances("generate_until", [(prompt, {"max_gen_toks": room})]))
+        assert text == fitting
+
+
+def test_a_prompt_that_is_cut_keeps_half_of_the_context(opened: OpenedModel, caplog: Any) -> None:
+    tokenizer, context = opened.tokenizer, opened.model.config.context_length
+    assert tokenizer is not None
+    model, prompt = adapter(opened, [DepthSetting(1)]), documents()[6] * 2
+    [text] = model.generate_until(instances("generate_until", [(prompt, {"max_gen_toks": 500})]))
+    ids = tokenizer.encode_batch([prompt])[0][-context // 2 :]
+    rows = harness.generate(
+        opened.model, [ids], context // 2, sampling=Sampling(temperature=0), loops=1, stop_ids=(tokenizer.eos_id,)
+    ).rows
+    assert text == tokenizer.decode([*ids, *rows[0].tokens])[len(tokenizer.decode(ids)) :]
+    assert "1 of 1 prompts do not fit" in caplog.text and "1 of 1 answers have less room" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"num_beams": 4}, "got num_beams 4"),
+        ({"max_length": 20}, "got max_length 20"),
+        ({"max_gen_toks": 0}, "max_gen_toks: got 0"),
+        ({"max_completion_tokens": float("inf")}, "max_completion_tokens: got inf"),
+        ({"max_new_tokens": "many"}, "max_new_tokens: got 'many'"),
+        ({"until": [3]}, r"until: got \[3\]"),
+        ({"temperature": "warm"}, "could not convert"),
+        ({"temperature": -1.0, "do_sample": True}, "temperature: got -1"),
+    ],
+)
+def test_options_of_generation_that_would_not_be_followed(opened: OpenedModel, options: Any, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        adapter(opened, [DepthSetting(1)]).generate_until(instances("generate_until", [("The", options)]))
+
+
+def test_options_of_generation_that_are_followed(opened: OpenedModel) -> None:
+    most = {"max_gen_toks": 8}
+    same = [most, most | {"num_beams": 1, "top_k": 0}, most | {"do_sample": None}, most | {"temperature": None}]
+    same += [most | {"do_sample": False, "temperature": 2.0}, {"max_completion_tokens": 8}]
+    texts = adapter(opened, [DepthSetting(3)]).generate_until(
+        instances("generate_until", [("The river", options) for options in same])
+    )
+    assert set(texts) == {texts[0]}
+    penalised = most | {"repetition_penalty": 1e9}
+    assert adapter(opened, [DepthSetting(3)]).generate_until(
+        instances("generate_until", [("The river", penalised)])
+    ) != [texts[0]]
+
+
+def test_a_diverged_model_has_no_score(opened: OpenedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    nan = [[harness.Score(float("nan"), False, 1.0)]]
+    monkeypatch.setattr(harness, "score_requests", lambda *_, **__: nan)
+    with pytest.raises(ValueError, match="not finite"):
+        adapter(opened, [DepthSetting(1)]).loglikelihood(instances("loglikelihood", [("The", " river")]))
 
 
 def test_answers_are_those_of_the_harness_own_class(exported: Path, opened: OpenedModel) -> None:

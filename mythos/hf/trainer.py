@@ -1,0 +1,47 @@
+"""Lets transformers' `Trainer` count those targets of a mythos model that its loss has.
+
+`Trainer` counts the labels of all micro-batches of a step from the labels alone, and divides the summed loss by that
+number (`num_items_in_batch`). Padding of a mythos model predicts nothing, so a label with padding before it has no
+loss, and would be counted all the same. Imported right after `transformers.trainer` (see `mythos.auto_classes`).
+"""
+
+from collections.abc import Callable, MutableMapping
+from functools import wraps
+from typing import Any
+
+from torch import Tensor
+from transformers.trainer import Trainer
+
+from mythos.hf.config import MythosConfig
+from mythos.hf.labels import predicted_labels
+
+
+def _count_predicted_labels(count: Callable[..., Tensor | int | None]) -> Callable[..., Tensor | int | None]:
+    """Wrap `Trainer._get_num_items_in_batch`, the one function that sees every batch before labels are used."""
+
+    @wraps(count)
+    def counted(trainer: Trainer, batches: list[Any], *args: Any, **kwargs: Any) -> Tensor | int | None:
+        if isinstance(getattr(trainer.model, "config", None), MythosConfig):
+            for batch in batches:
+                _mark(batch)
+        return count(trainer, batches, *args, **kwargs)
+
+    return counted
+
+
+def _mark(batch: Any) -> None:
+    """Replace the labels of a batch by those that are predicted.
+
+    In the batch itself: label smoothing and a `compute_loss_func` get its labels, not our loss.
+    """
+    if not isinstance(batch, MutableMapping):
+        return
+    mask, labels = batch.get("attention_mask"), batch.get("labels")
+    if isinstance(mask, Tensor) and isinstance(labels, Tensor) and mask.shape == labels.shape:
+        batch["labels"] = predicted_labels(labels, mask.bool())
+    shifted = batch.get("shift_labels")
+    if isinstance(mask, Tensor) and isinstance(shifted, Tensor) and mask.shape == shifted.shape:
+        batch["shift_labels"] = predicted_labels(shifted, mask.bool(), shifted=True)
+
+
+Trainer._get_num_items_in_batch = _count_predicted_labels(Trainer._get_num_items_in_batch)

@@ -1,0 +1,385 @@
+"""Damaged inputs for everything that reads a file, and what may come of them: a result or a MythosError, soon.
+
+A target is a folder of sound files and a function that reads it. An input is one of its files with some edits. The test
+suite draws edits by hypothesis, `scripts/fuzz.py` by a seed; both apply and judge them here.
+"""
+
+import contextlib
+import gzip
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import time
+import traceback
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, NamedTuple
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from mythos.commands import export_hf, tokenize
+from mythos.config import config_from_dict, load_config
+from mythos.data.config import DataConfig, FilterConfig
+from mythos.data.corpus import open_corpora
+from mythos.data.tokenizer import Tokenizer
+from mythos.data.tokens import TokenSource
+from mythos.errors import MythosError
+from mythos.evaluation.choices import read_tasks
+from mythos.hf.importing import import_model
+from mythos.inherited import inherited
+from mythos.model_files import open_model
+from mythos.storage import MARKER, META
+from mythos.trainer import Trainer
+from tests.hf.published import published
+from tests.runs import documents, settings, tiny, write_settings
+
+MOST_SECONDS = 10.0
+"""Of processor time: the machine may be busy."""
+HANG_SECONDS = 60
+"""After which reading is interrupted, be the machine as busy as it may."""
+MOST_BYTES = 200 * 2**20
+"""Of memory beyond what the process had before."""
+
+WORDS = [
+    *b"\0 \xff \xef\xbb\xbf \xed\xa0\x80 \\ud800 \\u0000 null ~ true [] {} *a .. / ../x step-1 auto ? ---".split(b" "),
+    *b"0 -1 0100 1:30 1e30 1e400 NaN .inf -0.0 18446744073709551616 9223372036854775807 1152921504606846976".split(),
+    *(b"\n", b"\r", b"\t", b'""', b" " * 300, b"9" * 400, b"9" * 5000, b"[" * 2000, b'{"a":' * 2000, b"- " * 2000),
+    *(b"&a [*a]", b"!!int ''", b"!!timestamp x", b"!!binary x", b"!!python/name:os.system", b"<<: *a"),
+]
+"""What has ended other readers."""
+VALUES: list[Any] = [
+    *(None, True, 0, -1, 1, 3, 2**20, 2**31, 2**40, 2**62, 2**63, 10**30, 0.5, 1e300, float("inf"), float("nan")),
+    *("", "x", "\0", "\ud800", "..", "../x", "/etc/hostname", "a" * 5000, [], {}, [[]], {"a": {}}, [None], ["x"] * 100),
+]
+"""What takes the place of a value of JSON or YAML."""
+
+
+VALUE = re.compile(rb"(?<=: )[^\n,}\]]+|(?<==)[^\n]+")
+"""What looks like the value of a key, in YAML, JSON or an override."""
+
+
+class Edit(NamedTuple):
+    """One change of a file."""
+
+    kind: Literal["flip", "insert", "delete", "double", "cut", "word", "value", "key"]
+    place: float
+    """In [0, 1): where in the file, or which of its values."""
+    what: int
+    """Which bit, word or value; how many bytes."""
+
+
+KINDS = Edit.__annotations__["kind"].__args__
+
+
+@dataclass(frozen=True)
+class Target:
+    """A kind of input, and what reads it."""
+
+    name: str
+    folder: Path
+    files: tuple[str, ...]
+    """Those that are edited."""
+    read: Callable[[Path], object]
+    """Reads a copy of the folder."""
+    seal: Callable[[Path], None] = lambda folder: None
+    """Brings checksums of a copy up to date, or none of its damage would be looked at."""
+
+
+def _interrupt(*_: object) -> None:
+    raise TimeoutError(f"it took more than {HANG_SECONDS} s")
+
+
+class Outcome(contextlib.AbstractContextManager["Outcome"]):
+    """What became of reading one input; an error of whatever class ends here (a panic of Rust is no Exception)."""
+
+    def __init__(self) -> None:
+        self.kind: Literal["result", "refusal", "fault"] = "result"
+        self.told = ""
+
+    def __enter__(self) -> "Outcome":
+        self._measured = os.access("/proc/self/clear_refs", os.W_OK)
+        if self._measured:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak of memory begins anew
+        signal.signal(signal.SIGALRM, _interrupt)
+        signal.alarm(HANG_SECONDS)
+        self._resident, self._began = psutil.Process().memory_info().rss, time.process_time()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        signal.alarm(0)
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            return False
+        seconds = time.process_time() - self._began
+        peak = 0
+        if self._measured:
+            peak = 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+        if error is not None:
+            self.kind, self.told = "refusal", str(error)
+            if not isinstance(error, MythosError) or not self.told:
+                self.kind, self.told = "fault", "".join(traceback.format_exception(kind, error, trace))
+        if seconds > MOST_SECONDS:
+            self.kind, self.told = "fault", f"took {seconds:.1f} s\n{self.told}"
+        if peak - self._resident > MOST_BYTES:
+            self.kind, self.told = "fault", f"took {(peak - self._resident) / 2**20:.0f} MB\n{self.told}"
+        return True
+
+
+def try_input(target: Target, file: str, edits: list[Edit], copy: Path) -> Outcome:
+    """Read a target with one of its files edited; `copy` is the folder it is made in, and deleted afterwards."""
+    shutil.copytree(target.folder, copy)
+    try:
+        (copy / file).write_bytes(edited((copy / file).read_bytes(), edits))
+        target.seal(copy)
+        with Outcome() as outcome:
+            target.read(copy)
+        return outcome
+    finally:
+        shutil.rmtree(copy)
+
+
+def draw(targets: list[Target], key: str) -> tuple[Target, str, list[Edit]]:
+    """An input: a function of the key."""
+    drawn = random.Random(key)
+    target = drawn.choice(targets)
+    # Most of JSON is refused by its syntax alone once bytes are changed: values are changed as often as bytes.
+    weights = [1, 1, 1, 1, 1, 3, 3, 1]
+    edits = [
+        Edit(drawn.choices(KINDS, weights)[0], drawn.random(), drawn.randrange(2**16))
+        for _ in range(drawn.choice((1, 1, 2, 5)))
+    ]
+    return target, drawn.choice(target.files), edits
+
+
+def edited(content: bytes, edits: list[Edit]) -> bytes:
+    """A file's bytes after the edits; those of values apply where it is JSON or YAML, elsewhere a word is put in."""
+    for kind, place, what in edits:
+        at = int(place * len(content))
+        if kind in ("value", "key"):
+            changed = _other_value(content, kind, place, what)
+            if changed is not None:
+                content = changed
+                continue
+        if kind == "word" and (spans := [found.span() for found in VALUE.finditer(content)]):
+            start, end = spans[int(place * len(spans))]
+            content = content[:start] + WORDS[what % len(WORDS)] + content[end:]
+        elif kind == "flip" and content:
+            content = content[:at] + bytes([content[at] ^ 1 << what % 8]) + content[at + 1 :]
+        elif kind == "delete":
+            content = content[:at] + content[at + 1 + what % 64 :]
+        elif kind == "double":
+            content = content[: at + 1 + what % 64] + content[at:]
+        elif kind == "cut":
+            content = content[:at]
+        else:
+            content = content[:at] + WORDS[what % len(WORDS)] + content[at:]
+    return content
+
+
+def _other_value(content: bytes, kind: str, place: float, what: int) -> bytes | None:
+    """The content with one of its values replaced, or its key left out; None where it is neither JSON nor YAML."""
+    header, rest = False, b""
+    size = int.from_bytes(content[:8], "little")
+    if size < len(content) and content[8:9] == b"{":  # safetensors
+        header, content, rest = True, content[8 : 8 + size], content[8 + size :]
+    try:
+        data, write = json.loads(content), lambda data: json.dumps(data).encode()
+    except (ValueError, RecursionError):
+        try:
+            if b"\0" in content or len(content) > 20_000:
+                return None
+            data, write = yaml.safe_load(content), lambda data: yaml.safe_dump(data, allow_unicode=False).encode()
+        except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
+            return None
+    places = _places(data)
+    if not places:
+        return None
+    parent, key = places[int(place * len(places))]
+    if kind == "key" and isinstance(parent, dict):
+        parent[f"{key}{what}" if what % 2 else "x"] = parent.pop(key)
+    else:
+        parent[key] = VALUES[what % len(VALUES)]
+    try:
+        content = write(data)
+    except (yaml.YAMLError, TypeError, ValueError):
+        return None
+    return len(content).to_bytes(8, "little") + content + rest if header else content
+
+
+def _places(data: Any) -> list[tuple[Any, Any]]:
+    """Every list or mapping in a value with each of its keys, of long lists the first 50."""
+    found: list[tuple[Any, Any]] = []
+    level, visited = [data], set()
+    while level:
+        outer = level.pop()
+        if isinstance(outer, dict | list) and id(outer) not in visited:  # an alias of YAML may be in itself
+            visited.add(id(outer))
+            keys = list(outer) if isinstance(outer, dict) else list(range(len(outer)))[:50]
+            found += [(outer, key) for key in keys]
+            level += [outer[key] for key in keys]
+    return found
+
+
+# Targets
+
+
+def build_targets(folder: Path) -> list[Target]:
+    """All kinds of inputs, their sound files made in a folder, which takes some seconds, and read without an error."""
+    run = _run(folder / "trained")
+    export = folder / "export"
+    assert export_hf.main([str(run), str(export)]) == 0
+    targets = [*_configurations(folder, export), *_models(folder, run, export), *_data(folder, run / "tokenizer")]
+    for target in targets:
+        target.read(shutil.copytree(target.folder, folder / "copy"))
+        shutil.rmtree(folder / "copy")
+    return targets
+
+
+def _run(folder: Path) -> Path:
+    folder.mkdir()
+    made = Trainer(tiny(folder, train__steps=1, depth__curriculum={}, eval__batches=1))
+    made.run()
+    return made.run_dir
+
+
+def _configurations(folder: Path, export: Path) -> list[Target]:
+    place = folder / "configuration"
+    place.mkdir()
+    text = yaml.safe_dump({"train": {"steps": 10, "max_time": "3h"}, **settings(folder)})
+    (place / "run.yaml").write_text(text)
+    (place / "overrides.txt").write_text(
+        "optim.lr=3e-4\neval.loops=[1, 4]\ndata.validation={fraction: 0.1}\nrun.name=x"
+    )
+    (place / "meta.json").write_text(json.dumps(config_from_dict(settings(folder)).model_dump(mode="json")))
+    start = folder / "start"
+    start.mkdir()
+    (start / "config.yaml").write_text(text)
+
+    def overridden(copy: Path) -> object:
+        given = (copy / "overrides.txt").read_bytes().decode("utf-8", "surrogateescape")
+        return load_config("quickstart", given.split("\n"))
+
+    def recorded(copy: Path) -> object:
+        with contextlib.suppress(ValueError, RecursionError):  # reading JSON is not what is tried here
+            values = json.loads((copy / "meta.json").read_bytes())
+            if isinstance(values, dict):
+                return config_from_dict(values, to_train=False)
+        return None
+
+    return [
+        Target("configuration", place, ("run.yaml",), lambda copy: load_config(copy / "run.yaml")),
+        Target("overrides", place, ("overrides.txt",), overridden),
+        Target("recorded configuration", place, ("meta.json",), recorded),
+        Target("init_from (export)", export, ("config.json",), lambda copy: inherited(str(copy), {})),
+        Target("init_from (run)", start, ("config.yaml",), lambda copy: inherited(str(copy), {})),
+    ]
+
+
+def _seal_checkpoint(copy: Path) -> None:
+    """Sums of what is there, as if the damage had been written so."""
+    with contextlib.suppress(ValueError, RecursionError, AttributeError, TypeError):
+        meta = json.loads((copy / META).read_bytes())
+        for file in copy.glob("*.safetensors"):
+            content = file.read_bytes()
+            if isinstance(meta["files"].get(file.name), dict):
+                meta["files"][file.name] = {"bytes": len(content), "crc32": zlib.crc32(content)}
+        (copy / META).write_text(json.dumps(meta))
+    if (copy / MARKER).stat().st_size > 40:  # the marker itself is what was edited, or not
+        return
+    (copy / MARKER).write_text(json.dumps({"meta_crc32": zlib.crc32((copy / META).read_bytes())}))
+
+
+def _models(folder: Path, run: Path, export: Path) -> list[Target]:
+    [checkpoint] = (run / "checkpoints").glob("step-*")
+    parts = folder / "parts"
+    assert export_hf.main([str(run), str(parts), "--max-shard-size", "60KB"]) == 0
+    foreign = folder / "foreign"
+    foreign.mkdir()
+    targets = []
+    for name in ("parcae", "ouro"):
+        pickled, place = published(name).save(foreign / f"{name}-bin"), foreign / name
+        place.mkdir()
+        shutil.copy(pickled / "config.json", place)
+        tensors = torch.load(pickled / "pytorch_model.bin")
+        save_file({key: tensor.clone().contiguous() for key, tensor in tensors.items()}, place / "model.safetensors")
+        targets += [
+            Target(f"foreign model ({name})", place, ("config.json", "model.safetensors"), _import),
+            Target(f"foreign model ({name}, pickled)", pickled, ("pytorch_model.bin",), _import),
+        ]
+
+    def opened(copy: Path) -> object:
+        named = copy.parent / "step-00000001"  # a checkpoint's name is part of it
+        copy.rename(named)
+        try:
+            return open_model(named)
+        finally:
+            named.rename(copy)
+
+    shard = "shard-00001-model-00001-of-00001.safetensors"
+    tokenizer = ("tokenizer.json", "tokenizer_config.json", "request.json")
+    return [
+        Target("exported model", export, ("config.json", "model.safetensors"), open_model),
+        Target("exported model in parts", parts, ("model.safetensors.index.json",), open_model),
+        Target("checkpoint", checkpoint, (META, MARKER, shard), opened, _seal_checkpoint),
+        Target("tokenizer", run / "tokenizer", tokenizer, Tokenizer.load),
+        *targets,
+    ]
+
+
+def _import(copy: Path) -> object:
+    written = copy.with_name("imported")
+    try:
+        return import_model(copy, written)
+    finally:
+        shutil.rmtree(written, ignore_errors=True)
+
+
+def _data(folder: Path, tokenizer: Path) -> list[Target]:
+    texts, place = documents(12), folder / "data"
+    place.mkdir()
+    lines = "".join(json.dumps({"text": text, "score": number}) + "\n" for number, text in enumerate(texts))
+    (place / "a.jsonl").write_text(lines)
+    (place / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (place / "a.txt").write_text("\n\n".join(texts))
+    pq.write_table(pa.table({"text": texts, "score": range(12)}), place / "a.parquet", row_group_size=5)
+    question = {"query": "The river", "choices": ["crosses", "finds"], "gold": 0}
+    (place / "q.jsonl").write_text("".join(json.dumps(question) + "\n" for _ in range(3)))
+
+    def corpus(name: str, on_error: Literal["skip", "fail"]) -> Callable[[Path], object]:
+        filters = {} if name == "a.txt" else {"score": FilterConfig(min=0)}
+
+        def read(copy: Path) -> object:
+            data = DataConfig(kind="files", path=str(copy / name), on_error=on_error, filters=filters)
+            opened = open_corpora(data)["corpus"]
+            return [list(opened.read(shard)) for shard in range(len(opened.shards))]
+
+        return read
+
+    shards = folder / "tokens"
+    config = write_settings(folder, data__path=str(place / "a.jsonl"), tokenizer__name=str(tokenizer))
+    assert tokenize.main([str(config), "--out", str(shards), "--workers", "1"]) == 0
+    loaded = Tokenizer.load(tokenizer)
+
+    def tokens(copy: Path) -> object:
+        source = TokenSource(copy, loaded, 0.0, "fail")
+        return [list(source.read(shard, 0, 1)) for shard in range(len(source.shards))]
+
+    kinds = ("jsonl", "jsonl.gz", "txt", "parquet")
+    return [
+        *(Target(f"data ({kind})", place, (f"a.{kind}",), corpus(f"a.{kind}", "fail")) for kind in kinds),
+        *(Target(f"data ({kind}, skip)", place, (f"a.{kind}",), corpus(f"a.{kind}", "skip")) for kind in kinds),
+        Target("questions", place, ("q.jsonl",), lambda copy: read_tasks([str(copy / "q.jsonl")], what="--tasks")),
+        Target("token shards", shards, tuple(sorted(p.name for p in shards.iterdir() if p.is_file())), tokens),
+    ]
