@@ -9,7 +9,6 @@ import contextlib
 import copy
 import json
 import logging
-import math
 import os
 import shutil
 import socket
@@ -18,7 +17,7 @@ import threading
 import uuid
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,30 +35,39 @@ from torch.futures import Future
 
 from mythos.errors import DiskFullError, MythosError
 from mythos.faults import RunLock, collective_failure
-from mythos.files import check_regular_files, is_full
+from mythos.files import is_full
 from mythos.ownership import Run, claimed
 from mythos.ranks import Ranks
 from mythos.storage import (
     MARKER,
-    META,
     LocalStorage,
-    Storage,
+    Origin,
     checksum,
-    is_step,
     locate,
     open_storage,
     run_id,
     step_name,
 )
 from mythos.storage import step_of as step_of
-from mythos.text_files import parse_json
+from mythos.stored_checkpoint import (
+    NOT_DISTRIBUTED,
+    check_fit,
+    difference,
+    fetch,
+    first_cause,
+    listed_files,
+    reason,
+)
+from mythos.stored_checkpoint import complete_checkpoints as complete_checkpoints
+from mythos.stored_checkpoint import read_meta as read_meta
+from mythos.stored_checkpoint import read_tensors as read_tensors
+from mythos.stored_checkpoint import saved_shapes as saved_shapes
+from mythos.stored_checkpoint import verified_copy as verified_copy
 from mythos.torch_compat import shard_file_name, shard_metadata
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-NOT_DISTRIBUTED = "torch.distributed is disabled, unavailable or uninitialized"
-"""What torch.distributed.checkpoint warns of where a process saves or loads alone."""
 SPARE_BYTES = 1 << 20
 """Room for meta.json and file system overhead asked for beside the tensors."""
 
@@ -204,10 +212,10 @@ class Checkpoints:
     def _candidates(self, resume: str) -> list[Path | str]:
         """What may be continued from, first choice first."""
         # Another run's copy, or link, does not count. What cannot be read at all may be this run's, and is verified.
-        origins = {name: self.storage.origin(name) or {} for name in reversed(self.storage.complete())}
-        own = [
-            self.storage.address(name) for name, origin in origins.items() if not origin or self.storage.owned(origin)
-        ]
+        origins = {name: self.storage.origin(name) for name in reversed(self.storage.complete())}
+        unknown = Origin(set(), set(), {})
+        mine = [name for name, origin in origins.items() if origin in (None, unknown) or self.storage.owned(origin)]
+        own = [self.storage.address(name) for name in mine]
         if len(own) < len(origins):
             logger.warning("%s: %d checkpoints of other runs do not count", self.directory, len(origins) - len(own))
         if resume == "auto":
@@ -242,7 +250,7 @@ class Checkpoints:
 
         def listed() -> dict[str, dict[str, int]] | str:
             try:
-                return _listed_files(path)
+                return listed_files(path)
             except MythosError as error:
                 return str(error).removeprefix(f"checkpoint {path} is damaged: ")
 
@@ -251,7 +259,7 @@ class Checkpoints:
             return [files]
         by_size = sorted(files, key=lambda file: files[file]["bytes"])
         mine = by_size[self.ranks.rank :: self.ranks.size]
-        found = self._agree(lambda: [_difference(storage, name, file, files[file]) for file in mine])
+        found = self._agree(lambda: [difference(storage, name, file, files[file]) for file in mine])
         return sorted(problem for problems in found for problem in problems if problem)
 
     def _fall_back(self, path: Path | str, damaged: list[Path | str]) -> None:
@@ -271,7 +279,7 @@ class Checkpoints:
         """
         self.wait()
         with self._at_hand(path) as folder:
-            self._agree(lambda: _check_fit(path, folder, tensors) if self.ranks.main else None)
+            self._agree(lambda: check_fit(path, folder, tensors) if self.ranks.main else None)
             read_tensors(path, folder, tensors, **self._group)
 
     @contextlib.contextmanager
@@ -286,12 +294,12 @@ class Checkpoints:
         position = peers.index(self.ranks.rank)
         folder = Path(tempfile.gettempdir()) / f"mythos-{name}-{key}"
 
-        def fetch() -> None:
+        def bring() -> None:
             folder.mkdir(mode=0o700, exist_ok=True)
-            _fetch(storage, name, sorted(_listed_files(path))[position :: len(peers)], folder)
+            fetch(storage, name, sorted(listed_files(path))[position :: len(peers)], folder)
 
         try:
-            self._agree(fetch)
+            self._agree(bring)
             yield folder
         finally:
             if position == 0:
@@ -412,7 +420,7 @@ class Checkpoints:
             try:
                 storage.prune(self.keep, self.keep_every)
             except Exception as error:  # what is saved is saved
-                logger.warning("old checkpoints in %s could not be removed: %s", self.directory, _reason(error))
+                logger.warning("old checkpoints in %s could not be removed: %s", self.directory, reason(error))
 
     # Agreement
 
@@ -430,7 +438,7 @@ class Checkpoints:
         try:
             result = work()
         except Exception as error:
-            problem, cause = (_reason(error), is_full(error) or isinstance(error, DiskFullError)), error
+            problem, cause = (reason(error), is_full(error) or isinstance(error, DiskFullError)), error
         outcomes = self.ranks.gather((problem, result))
         for rank, (problem, _) in enumerate(outcomes):
             if problem is not None:
@@ -453,9 +461,9 @@ class Checkpoints:
                 else "there is no earlier checkpoint"
             )
             cause: BaseException = error
-            reason = _reason(error)
+            why = reason(error)
             if isinstance(error, CheckpointException):
-                reason, cause = _first_cause(error), min(error.failures.items())[1][0]
+                why, cause = first_cause(error), min(error.failures.items())[1][0]
             full = isinstance(error, DiskFullError) or is_full(cause)
             advice = (
                 "Free some space (or set checkpoint.dir to another disk, checkpoint.keep lower)"
@@ -463,7 +471,7 @@ class Checkpoints:
                 else "Mend that (or set checkpoint.dir to another directory)"
             )
             raise (DiskFullError if full else MythosError)(
-                f"{what} could not be written to {self.directory}: {reason}; {kept}. {advice} and run the same "
+                f"{what} could not be written to {self.directory}: {why}; {kept}. {advice} and run the same "
                 "command again."
             ) from error
 
@@ -531,163 +539,9 @@ class _ShardWriter(dcp.HuggingFaceStorageWriter):
         return done
 
 
-# What lies there
-
-
-def complete_checkpoints(directory: str | Path) -> list[Path | str]:
-    """The committed checkpoints of a run, oldest first."""
-    storage = open_storage(directory)
-    return [storage.address(name) for name in storage.complete()]
-
-
-def read_meta(path: Path | str) -> dict[str, Any]:
-    """The JSON part of a checkpoint. Raises MythosError if it cannot be read or is not what was written."""
-    storage, name = locate(path)
-    try:
-        content = storage.read(name, META)
-        marker = storage.read(name, MARKER)
-        meta = parse_json(content)
-        # The versions that left the marker empty listed no files, so nothing of theirs has a checksum.
-        if (marker or "files" in meta) and parse_json(marker)["meta_crc32"] != zlib.crc32(content):
-            raise ValueError(f"its checksum is not the one in the file '{MARKER}'")
-        step = meta.get("step")
-        if is_step(name) and (type(step) is not int or step != step_of(name)):
-            raise ValueError(f"it is of step {step}, the directory's name of step {step_of(name)}")
-        # Files of a remote checkpoint are copied to where their names say: those may not lead elsewhere.
-        for file in meta.get("files", {}):
-            if "/" in file or file in ("", ".", ".."):
-                raise ValueError(f"{file!r} is not the name of a file")
-        if not all(type(known["bytes"]) is type(known["crc32"]) is int for known in meta.get("files", {}).values()):
-            raise ValueError("its list of files has no sizes and checksums")
-        return meta
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise MythosError(f"checkpoint {path} is damaged: {META}: {_reason(error)}") from error
-
-
-@contextlib.contextmanager
-def verified_copy(path: Path | str) -> Iterator[Path]:
-    """A complete checkpoint as a local directory, for one process; a remote one is fetched and deleted afterwards.
-
-    Raises MythosError for a file that cannot be read or is not as it was written.
-    """
-    storage, name = locate(path)
-    files = _listed_files(path)
-    with contextlib.ExitStack() as stack:
-        if not isinstance(storage, LocalStorage):
-            root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mythos-")))
-            (root / name).mkdir()
-            try:
-                _fetch(storage, name, files, root / name)
-            except Exception as error:  # libraries of remote file systems share no base class
-                raise MythosError(f"checkpoint {path} cannot be fetched: {_reason(error)}") from error
-            storage = LocalStorage(root)
-        problems = [problem for file in sorted(files) if (problem := _difference(storage, name, file, files[file]))]
-        if problems:
-            raise MythosError(f"checkpoint {path} is damaged: {'; '.join(problems)}")
-        yield storage.address(name)
-
-
-def saved_shapes(path: Path | str, folder: Path) -> dict[str, tuple[int, ...]]:
-    """Global shapes of a checkpoint's tensors by name, from its copy in a local folder.
-
-    Raises MythosError if the files cannot be read, or hold a tensor in part only.
-    """
-    try:
-        with _quiet("torch.distributed.checkpoint"):
-            check_regular_files(folder)
-            saved = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    except Exception as error:
-        raise MythosError(f"checkpoint {path} is damaged: {type(error).__name__}: {error}") from error
-    for name, entry in saved.items():
-        if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
-            raise MythosError(f"checkpoint {path} is damaged: {name} is there in part only; a file is missing")
-    return {name: tuple(entry.size) for name, entry in saved.items()}
-
-
-def read_tensors(path: Path | str, folder: Path, tensors: dict[str, Tensor], **group: Any) -> None:
-    """Fill tensors in place, by name, from a checkpoint's copy in a local folder; shapes must be those saved.
-
-    `group` tells torch.distributed.checkpoint who takes part. Raises MythosError if the files cannot be read.
-    """
-    try:
-        with _quiet("torch.distributed.checkpoint"), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=NOT_DISTRIBUTED)
-            dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), **group)
-    except CheckpointException as error:
-        raise MythosError(f"checkpoint {path} is damaged: {_first_cause(error)}") from error
-
-
-def _fetch(storage: Storage, name: str, files: Iterable[str], folder: Path) -> None:
-    """Copy files of a checkpoint into a folder."""
-    for file in files:
-        with storage.open(name, file) as source, open(folder / file, "wb") as target:
-            shutil.copyfileobj(source, target)
-
-
-def _listed_files(path: Path | str) -> dict[str, dict[str, int]]:
-    """Size and CRC-32 of every shard by name; empty for a checkpoint of an earlier version, which has no list."""
-    return read_meta(path).get("files", {})
-
-
-def _difference(storage: Storage, name: str, file: str, expected: dict[str, int]) -> str | None:
-    """What is wrong with a file of a checkpoint, in words."""
-    try:
-        with storage.open(name, file) as stream:
-            found = checksum(stream)
-    except OSError as error:
-        return f"{file}: {_reason(error)}"
-    if found["bytes"] != expected["bytes"]:
-        return f"{file}: has {found['bytes']:,} bytes, {expected['bytes']:,} were written"
-    if found["crc32"] != expected["crc32"]:
-        return (
-            f"{file}: its bytes are not those that were written (CRC-32 {found['crc32']:08x}, {expected['crc32']:08x})"
-        )
-    return None
-
-
-def _check_fit(path: Path | str, folder: Path, tensors: dict[str, Tensor]) -> None:
-    here = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    there = saved_shapes(path, folder)
-    if here != there:
-        differing = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
-        lines = [
-            f"  {name}: {there.get(name, 'absent')} in the checkpoint, {here.get(name, 'absent')} in the model"
-            for name in differing[:5]
-        ]
-        raise MythosError(
-            f"checkpoint {path} is of another model: {len(differing)} tensors differ, first\n"
-            + "\n".join(lines)
-            + "\nUse the config.yaml it was written with, or another run.name."
-        )
-
-
 def _bytes_needed(tensors: dict[str, Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors.values()) + SPARE_BYTES
 
 
 def _absolute(path: Path | str) -> str:
     return str(path).rstrip("/") if "://" in str(path) else os.path.realpath(path)
-
-
-def _first_cause(error: CheckpointException) -> str:
-    """The underlying message of a BaseException that otherwise prints every rank's whole traceback."""
-    rank, (cause, _) = min(error.failures.items())
-    return f"rank {rank}: {_reason(cause)}" if rank else _reason(cause)
-
-
-def _reason(error: BaseException) -> str:
-    return str(error) if isinstance(error, OSError | MythosError) else f"{type(error).__name__}: {error}"
-
-
-class _quiet:
-    """Silence a logger below ERROR for the duration of a with block."""
-
-    def __init__(self, name: str) -> None:
-        self.logger = logging.getLogger(name)
-
-    def __enter__(self) -> None:
-        self.level = self.logger.level
-        self.logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *exception: object) -> None:
-        self.logger.setLevel(self.level)

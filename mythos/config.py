@@ -202,8 +202,8 @@ class CheckpointConfig(Section):
     asynchronous: bool = True
     """Copy what is saved and write it while training goes on; false = training waits until it is written."""
     dir: str | None = None
-    """Where checkpoints are kept: a directory or a URL of fsspec (s3://...); null = checkpoints/ in the run
-    directory."""
+    """Where checkpoints of this run, and no other, are kept: a directory or a URL of fsspec (s3://...); null =
+    checkpoints/ in the run directory."""
 
 
 class ParallelConfig(Section):

@@ -49,7 +49,7 @@ def _require_regular(path: str | Path, status: os.stat_result) -> None:
     if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(status.st_mode):
-        raise OSError(errno.EINVAL, "Not a regular file (a FIFO, socket or device)", str(path))
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
 
 
 def is_full(error: BaseException | None) -> bool:

@@ -7,12 +7,11 @@ import socket
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from mythos.errors import MythosError
 from mythos.faults import RunLock
 from mythos.files import read_regular
-from mythos.storage import LocalStorage, RemoteStorage, Storage, run_id
+from mythos.storage import LocalStorage, Origin, RemoteStorage, Storage
 
 LOCK = ".checkpoints.lock"
 
@@ -52,50 +51,51 @@ def _owner(storage: Storage, run: Run, begun: bool) -> Run:
     """The run as its checkpoints name it. Raises MythosError where all that is there is another run's."""
     others = []
     for name in reversed(storage.complete()):
-        origin = storage.origin(name) or {}
-        known, directory = run_id(origin), _directory(origin)
-        mine = directory == run.directory or (not begun and _inside(storage, run))
-        if known is not None and known != run.id and mine:
-            return replace(run, id=known)
+        origin = storage.origin(name)
+        if origin is None:
+            continue
+        directory = _directory(origin)
         if _is_of(origin, run, storage) and not _is_copy(origin, run, storage):
             return run
+        mine = directory == run.directory or (not begun and _inside(storage, run))
+        if mine and len(origin.runs) == 1:
+            return replace(run, id=next(iter(origin.runs)))
         # A link is no place of this run's, and what cannot be read at all is told as damaged when it is verified.
-        if storage.is_directory(name) and (known or directory):
+        if storage.is_directory(name) and (origin.runs or directory):
             others.append((name, origin))
     if others:
         raise MythosError(_refusal(storage, *others[0]))
     return run
 
 
-def _is_of(origin: dict[str, Any], run: Run, storage: Storage) -> bool:
+def _is_of(origin: Origin, run: Run, storage: Storage) -> bool:
     """Whether a checkpoint is a run's. Versions that knew no ids are judged by the directory in their configuration."""
-    known = run_id(origin)
-    if known is not None:
-        return known == run.id
+    if origin.runs:
+        return run.id in origin.runs
     return _inside(storage, run) or _directory(origin) == run.directory
 
 
-def _is_copy(origin: dict[str, Any], run: Run, storage: Storage) -> bool:
+def _is_copy(origin: Origin, run: Run, storage: Storage) -> bool:
     """Whether the run's directory is a copy, with its id, of one that is still there and saves to the same place."""
     directory = _directory(origin)
     if directory is None or directory == run.directory or _inside(storage, run):
         return False
     try:
         return json.loads(read_regular(Path(directory) / ".lock")).get("run") == run.id
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return False
 
 
-def _directory(origin: dict[str, Any]) -> str | None:
+def _directory(origin: Origin) -> str | None:
     """The run directory that a checkpoint tells, absolute; None where it tells none."""
-    run = origin.get("run")
+    run = origin.meta.get("run")
     if isinstance(run, dict) and isinstance(run.get("directory"), str):
         return run["directory"]
-    config = origin.get("config")
+    config = origin.meta.get("config")
     section = config.get("run") if isinstance(config, dict) else None
     if not isinstance(section, dict):
         return None
-    return os.path.realpath(str(section.get("dir") or f"runs/{section.get('name')}"))
+    return os.path.realpath(str(section.get("dir") or f"runs/{section.get('name')}").replace("\0", ""))
 
 
 def _inside(storage: Storage, run: Run) -> bool:
@@ -105,8 +105,8 @@ def _inside(storage: Storage, run: Run) -> bool:
     return Path(os.path.realpath(storage.root)).is_relative_to(run.directory)
 
 
-def _refusal(storage: Storage, name: str, origin: dict[str, Any]) -> str:
-    run = origin.get("run")
+def _refusal(storage: Storage, name: str, origin: Origin) -> str:
+    run = origin.meta.get("run")
     directory = _directory(origin)
     owner = f"the run {run['name']} in {directory}" if isinstance(run, dict) and "name" in run else f"{directory}"
     place = str(storage.address(name)).rstrip("/").rpartition("/")[0]

@@ -15,7 +15,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from mythos.errors import MythosError, short_reason
 from mythos.files import open_regular
@@ -37,6 +37,19 @@ BLOCK_BYTES = 1 << 20
 """Read at once for a checksum; zlib lets other threads run meanwhile."""
 
 
+class Origin(NamedTuple):
+    """Who wrote a checkpoint, as its files tell: meta.json, the marker, and while it is written the file `owner`.
+
+    One of them may be damaged, so what each tells counts.
+    """
+
+    runs: set[str]
+    """Ids of runs; none in checkpoints of versions that knew no ids."""
+    steps: set[int]
+    meta: dict[str, Any]
+    """meta.json; empty where it cannot be read."""
+
+
 class Storage(ABC):
     """A folder of checkpoints. Methods raise OSError, or what the library of a remote file system raises.
 
@@ -45,7 +58,7 @@ class Storage(ABC):
     """
 
     def __init__(self) -> None:
-        self.owned: Callable[[dict[str, Any]], bool] = lambda origin: run_id(origin) is None
+        self.owned: Callable[[Origin], bool] = lambda origin: not origin.runs
         """Whether what :meth:`origin` tells is this run; at first, what tells of no run."""
         self._known: set[str] = set()  # this run's, as pruning found: a remote one need not be read at every save
 
@@ -140,23 +153,25 @@ class Storage(ABC):
         with self.open(name, file) as stream:
             return stream.read()
 
-    def origin(self, name: str) -> dict[str, Any] | None:
-        """What a checkpoint's files tell of it: meta.json and the marker in one; None where none of them is there.
-
-        Some may be damaged: the run is told by each of them.
-        """
-        origin: dict[str, Any] | None = None
-        for file in (OWNER, META, DAMAGED, MARKER):
+    def origin(self, name: str) -> Origin | None:
+        """Who wrote a checkpoint; None for a directory without any file that could tell."""
+        runs: set[str] = set()
+        steps: set[Any] = set()
+        meta, told = {}, False
+        for file in (META, OWNER, DAMAGED, MARKER):
             try:
                 content = self.read(name, file)
                 values = {"run": content.decode()} if file == OWNER else json.loads(content)
             except FileNotFoundError:
                 continue
             except (OSError, ValueError, RecursionError):
-                values = {}
-            told = values if isinstance(values, dict) else {}
-            origin = {**told, **(origin or {})}  # meta.json tells more of the run than the marker
-        return origin
+                values = None
+            told = True
+            if isinstance(values, dict):
+                meta = values if file == META else meta
+                runs |= {run} if (run := run_id(values)) else set()
+                steps |= {step} if isinstance(step := values.get("step"), int) else set()
+        return Origin(runs, steps, meta) if told else None
 
     def is_own(self, name: str) -> bool:
         """Whether a checkpoint may be deleted by this run; see the class."""
@@ -164,12 +179,10 @@ class Storage(ABC):
             return False
         origin = self.origin(name)
         if origin is None:  # of a killed save by a version that knew no ids: shards alone
-            return self.owned({}) and all(map(WRITTEN.fullmatch, self.files(name)))
-        if not self.owned(origin):
-            return False
+            return self.owned(Origin(set(), set(), {})) and all(map(WRITTEN.fullmatch, self.files(name)))
         # A complete one under another step's name is somebody's copy.
-        copied = is_step(name) and self.exists(name, MARKER) and origin.get("step") not in (None, step_of(name))
-        return not copied
+        copied = bool(origin.steps) and step_of(name) not in origin.steps
+        return self.owned(origin) and not (copied and is_step(name) and self.exists(name, MARKER))
 
     def prune(self, keep: int, keep_every: int) -> None:
         """Remove all but the newest `keep` checkpoints and multiples of `keep_every`, and all that is not complete.

@@ -312,7 +312,7 @@ def damage(checkpoint: Path) -> str | None:
 def difference(checkpoint: Path, reference: Path) -> str | None:
     """The first tensor or number in which two checkpoints of the same step and layout are not equal, bit by bit."""
     ours, theirs = (json.loads((path / "meta.json").read_text()) for path in (checkpoint, reference))
-    for key in sorted((ours.keys() | theirs.keys()) - {"config", "files"}):
+    for key in sorted((ours.keys() | theirs.keys()) - {"config", "files", "record", "run"}):
         here, there = ours.get(key), theirs.get(key)
         if here != there:
             return f"{key} differs from the undisturbed run's: {str(here)[:500]}, {str(there)[:500]}"

@@ -191,6 +191,25 @@ def test_a_damaged_checkpoint_of_another_run_is_not_marked(tmp_path, caplog):
     assert tree(place / "step-00000009") == before
 
 
+@pytest.mark.parametrize("file", ["meta.json", "committed"])
+@pytest.mark.parametrize("what", ["id", "step"])
+def test_a_checkpoint_stays_this_runs_when_a_file_that_tells_it_is_damaged(tmp_path, caplog, file, what):
+    place = tmp_path / "place"
+    mine = begin(tmp_path / "mine", place, keep=9)
+    save(mine, 1, 2)
+    path = place / "step-00000002" / file
+    run_id = json.loads((tmp_path / "mine" / ".lock").read_text())["run"]
+    old, new = (run_id, f"{int(run_id[0] == '0')}{run_id[1:]}") if what == "id" else ('"step": 2', '"step": 3')
+    path.write_text(path.read_text().replace(old, new))
+    again = begin(tmp_path / "mine", place, keep=9)
+    # The marker has no checksum of its own; what it tells of the run counts for no reading.
+    if file == "meta.json":
+        assert again.find("auto") == place / "step-00000001" and "step-00000002 is damaged" in caplog.text
+    save(again, 2)
+    assert begin(tmp_path / "mine", place).find("auto") == place / "step-00000002"
+    assert json.loads(path.read_text())["step"] == 2
+
+
 # --- sharing
 
 

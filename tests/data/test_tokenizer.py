@@ -1,7 +1,9 @@
 """Tokenizers: round trips, exact bytes, what a run keeps, and what is refused."""
 
 import json
+import os
 import pickle
+import signal
 from itertools import islice, product
 from pathlib import Path
 
@@ -81,6 +83,42 @@ def test_save_and_load(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(MythosError, match=r"tokenizer: .* cannot be written"):
         tokenizer.save(tmp_path / "file" / "saved")
+
+
+def test_a_full_disk_is_told_in_one_message(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """A limit on the size of files fails the write in the library that writes tokenizers as a full disk does."""
+    resource = pytest.importorskip("resource")
+    handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, limits[1]))
+    try:
+        with pytest.raises(MythosError, match=r"saved cannot be written: .*File too large.*Mend that"):
+            tokenizer.save(tmp_path / "saved")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_somebody_else_is_not_replaced(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("a")
+    tokenizer.save(tmp_path / "ours")
+    (tmp_path / "link").symlink_to(tmp_path / "ours")
+    for name in ("notes", "link"):
+        with pytest.raises(MythosError, match=f"{name} is in the way: it is no folder that mythos has written"):
+            tokenizer.save(tmp_path / name)
+    assert (tmp_path / "notes" / "a.txt").exists() and (tmp_path / "link").is_symlink()
+    (tmp_path / "empty").mkdir()
+    tokenizer.save(tmp_path / "empty")
+    assert Tokenizer.load(tmp_path / "empty").fingerprint == tokenizer.fingerprint
+
+
+def test_a_fifo_in_its_folder_is_never_waited_for(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    tokenizer.save(tmp_path / "saved")
+    (tmp_path / "saved" / "tokenizer.json").unlink()
+    os.mkfifo(tmp_path / "saved" / "tokenizer.json")
+    with pytest.raises(MythosError, match="it is no regular file"):
+        Tokenizer.load(tmp_path / "saved")
 
 
 def test_bpe_is_trained_on_training_documents_once(

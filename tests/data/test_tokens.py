@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import pickle
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -422,6 +423,32 @@ def test_what_a_killed_process_leaves_is_removed(folder: Path, tmp_path: Path, t
         writer.write_part(part)
     writer.finish()
     assert files(other).keys() == files(folder).keys()
+
+
+def test_what_others_have_put_into_the_folder_stays(tmp_path: Path, folder: Path, tokenizer: Tokenizer) -> None:
+    corpus, config = opened(tmp_path / "*.jsonl")
+    other = tmp_path / "other"
+    writer = TokenWriter(corpus, tokenizer, other, config, SHARE)
+    writer.begin()
+    for name in ("notes.tmp", "00001.tokens.npy.tmp", ".tokenizer.backup/a", "plan.json.123.tmp/a"):
+        (other / name).parent.mkdir(exist_ok=True)
+        (other / name).write_text("a")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a").write_text("a")
+    (other / ".tokenizer.124").symlink_to(tmp_path / "elsewhere")
+    before = {path: path.lstat().st_ino for path in other.rglob("*")}
+    writer.begin()
+    assert {path: path.lstat().st_ino for path in other.rglob("*")} == before
+    assert (tmp_path / "elsewhere" / "a").exists()
+
+
+@pytest.mark.parametrize("name", ["index.json", "00000.tokens.npy"])
+def test_fifos_are_never_waited_for(folder: Path, tmp_path: Path, tokenizer: Tokenizer, name: str) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy" / name).unlink()
+    os.mkfifo(tmp_path / "copy" / name)
+    with pytest.raises(MythosError, match="it is no regular file"):
+        list(TokenSource(tmp_path / "copy", tokenizer, SHARE, "fail").read(0, 0, 1))
 
 
 def test_a_folder_of_something_else(folder: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
