@@ -134,17 +134,6 @@ class Checkpoints:
         """
         key = self.ranks.broadcast(uuid.uuid4().hex[:8])
 
-        def probe() -> None:
-            try:
-                self.storage.probe(f"{key}-{self.ranks.rank}")
-            except Exception as error:  # libraries of remote file systems share no base class
-                advice = "Free some space" if is_full(error) else "Mend that"
-                kind = DiskFullError if is_full(error) else MythosError
-                raise kind(
-                    f"{self.directory}: checkpoints cannot be written there: {reason(error)}. {advice}, or set "
-                    "checkpoint.dir to another directory."
-                ) from error
-
         def look() -> None:
             unseen = [rank for rank in range(self.ranks.size) if not self.storage.probed(f"{key}-{rank}")]
             if unseen:
@@ -154,11 +143,19 @@ class Checkpoints:
                 )
 
         try:
-            self._agree(probe)
+            try:
+                self._agree(lambda: self.storage.probe(f"{key}-{self.ranks.rank}"))
+            except MythosError as error:
+                full = isinstance(error, DiskFullError)
+                advice = "Free some space" if full else "Mend that"
+                raise (DiskFullError if full else MythosError)(
+                    f"{self.directory}: checkpoints cannot be written there: {error}. {advice}, or set checkpoint.dir "
+                    "to another directory."
+                ) from error
             self._agree(lambda: look() if self.ranks.main else None)
         finally:
-            with contextlib.suppress(Exception):  # a store may allow no deletion, and an empty object does no harm
-                self.storage.end_probe(f"{key}-{self.ranks.rank}")
+            with contextlib.suppress(MythosError):  # a store may allow no deletion, and an empty object does no harm
+                self._agree(lambda: self.storage.end_probe(f"{key}-{self.ranks.rank}"))
 
         def claim() -> Run:
             run = Run(lock.run or uuid.uuid4().hex, name, os.path.realpath(lock.directory))

@@ -83,12 +83,12 @@ def test_waiting_threads_sleep_unless_the_user_chose(entry: str, chosen: dict[st
     program = f"""
 import builtins, os, sys
 before, shown = builtins.__import__, {{}}
-def look(name, *rest):
+def look(name, *rest, **more):
     if name == "torch" and not shown:
         shown.update({{k: v for k, v in os.environ.items() if k.startswith(("OMP_WAIT", "GOMP_", "KMP_"))}})
         print(sorted(shown.items()))
         os._exit(0)
-    return before(name, *rest)
+    return before(name, *rest, **more)
 builtins.__import__ = look
 from {entry} import main
 sys.exit(main(["{Path(__file__).parents[1] / "configs/debug.yaml"}"]))

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -90,7 +91,7 @@ def test_outcomes_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert (outcome.kind, told in outcome.told) == (kind, True), outcome.told
     monkeypatch.setattr("tests.fuzzing.MOST_SECONDS", 0.2)
     (tmp_path / "slow").mkdir()
-    assert judged(tmp_path / "slow", busy).told.startswith("took 0.3 s")
+    assert re.match(r"took 0\.[3-9] s", judged(tmp_path / "slow", busy).told)
     with pytest.raises(KeyboardInterrupt):
         (tmp_path / "stop").mkdir()
         judged(tmp_path / "stop", raising(KeyboardInterrupt()))

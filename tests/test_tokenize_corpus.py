@@ -184,7 +184,7 @@ def test_full_disk(tmp_path: Path, started: Callable[..., subprocess.Popen[str]]
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert len(re.findall(r"^error: ", errors, re.MULTILINE)) == 1 and "Traceback" not in errors
-    assert re.search(r"error: --out: .*tokens cannot be written: .*Make room", errors)
+    assert re.search(r"error: --out: .*tokens cannot be written: .*Mend that or give another folder", errors)
     assert not list((tmp_path / "tokens").glob("*.tmp")) and not (tmp_path / "tokens" / "index.json").exists()
     assert main(list(map(str, arguments))) == 0
 

@@ -29,6 +29,8 @@ OTHERS = {
     "_SubParsersAction": "argparse: shtab completes by it",
     "_is_hf_initialized": "transformers: how its models mark loaded weights",
     "_prepare_generation_config": "transformers: overridden",
+    "_get_num_items_in_batch": "transformers: wrapped, for it has no other place that knows all labels of a step",
+    "_testMethodName": "unittest: the name of a test, which TestCase has no public name for",
 }
 """Private names of other libraries that may be used anywhere."""
 

@@ -117,7 +117,7 @@ def test_printed_summary(finished):
     for path in ("plots/loss.png", "plots/depth.png", "metrics.jsonl", "checkpoints/step-00000006"):
         assert str(finished.dir / path) in finished.printed
     assert f"{last['val/bits_per_byte']:.3f} bits per byte" in finished.printed
-    assert "'The river" in finished.printed
+    assert "\nSample\n\n  The river" in finished.printed
     assert "6 steps of 8 x 32 = 256 tokens, 1,536 in all" in finished.printed
 
 

@@ -146,8 +146,8 @@ def test_a_tokenizer_that_cannot_join_says_so():
     from tokenizers import decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {"<eos>": 0, "\u2581the": 1, "\u2581reader": 2, "\u2581reade": 3, "\u2581r": 4}
-    backend = Backend(models.WordLevel(vocabulary, unk_token="<eos>"))
+    vocabulary = {"<eos>": 0, "\u2581the": 1, "\u2581reader": 2, "\u2581reade": 3, "\u2581r": 4, "<unk>": 5}
+    backend = Backend(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     words = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>"), {"name": "words"})
     [request], _ = encode_requests(words, [("the", " reader")], CONTEXT)
@@ -249,7 +249,7 @@ def test_likelihoods_that_are_not_numbers_score_nothing():
         (['{"query": "a", "choices": ["b", "c"], "gold": 2}'], "gold: got 2, not a number from 0 to 1"),
         (['{"query": "a", "choices": ["b", "c"], "gold": true}'], "gold: got True"),
         ([], "has no questions in it"),
-        (["[" * 100_000], "line 1: maximum recursion"),
+        (["[" * 100_000], "line 1: it is nested too deeply"),
     ],
 )
 def test_files_that_are_no_questions(tmp_path, lines, told):

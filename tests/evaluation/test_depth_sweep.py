@@ -427,7 +427,7 @@ def test_command_line_on_an_exported_model(trained, tmp_path, capsys):
         (["--sequences", "0"], "at least 1"),
         (["--rules", "never"], "never"),
         (["--rules", "act", "--thresholds", "0.5"], "act"),
-        (["--rules", "convergence", "--thresholds", "inf"], "--thresholds: exit threshold of convergence: got inf"),
+        (["--rules", "convergence", "--thresholds", "inf"], "--thresholds: got 'inf'; give numbers above 0"),
         (["--rules", "none", "--thresholds", "0.1"], "--thresholds: exit threshold 0.1: halting is none"),
         (["--most", "0"], "at least 1"),
         (["--data", ""], "--data: got no name"),
