@@ -143,15 +143,15 @@ class Checkpoints:
                 )
 
         try:
-            self._agree(lambda: self.storage.probe(f"{key}-{self.ranks.rank}"))
-        except MythosError as error:
-            full = isinstance(error, DiskFullError)
-            advice = "Free some space" if full else "Mend that"
-            raise (DiskFullError if full else MythosError)(
-                f"{self.directory}: checkpoints cannot be written there: {error}. {advice}, or set checkpoint.dir to "
-                "another directory."
-            ) from error
-        try:
+            try:
+                self._agree(lambda: self.storage.probe(f"{key}-{self.ranks.rank}"))
+            except MythosError as error:
+                full = isinstance(error, DiskFullError)
+                advice = "Free some space" if full else "Mend that"
+                raise (DiskFullError if full else MythosError)(
+                    f"{self.directory}: checkpoints cannot be written there: {error}. {advice}, or set checkpoint.dir "
+                    "to another directory."
+                ) from error
             self._agree(lambda: look() if self.ranks.main else None)
         finally:
             with contextlib.suppress(MythosError):  # a store may allow no deletion, and an empty object does no harm

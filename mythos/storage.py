@@ -157,7 +157,8 @@ class Storage(ABC):
         """Who wrote a checkpoint; None for a directory without any file that could tell."""
         runs: set[str] = set()
         steps: set[Any] = set()
-        meta, told = {}, False
+        meta: dict[str, Any] = {}
+        told = False
         for file in (META, OWNER, DAMAGED, MARKER):
             try:
                 content = self.read(name, file)

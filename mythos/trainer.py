@@ -182,10 +182,7 @@ class Trainer:
         return self.world.ranks.main
 
     def begin_files(self, found: Path | None, unfinished: dict[str, Any] | None) -> MetricsLog:
-        """Write what a run begins with: only now that everything fits, for a failed start must not bind the next.
-
-        `unfinished` is the record of the checkpoint's step, if its validation was yet to come.
-        """
+        """Write what a run begins with: only now that everything fits, for a failed start must not bind the next."""
         if self.main:
             if found is None and self.tokenizer is not None:
                 self.tokenizer.save(self.run_dir / "tokenizer")
@@ -526,9 +523,9 @@ class Trainer:
         return metrics
 
     def conclude(self, record: dict[str, Any]) -> bool:
-        """Complete a step's record by a validation, log it and draw; False where a stop interrupted the validation.
+        """Complete a step's record by a validation, log it and draw.
 
-        The record is then logged without one. A checkpoint has it too, so that the next start makes up for it.
+        False where a stop interrupted that: the record, which its checkpoint has too, is completed at the next start.
         """
         try:
             record |= self.validate()

@@ -96,7 +96,8 @@ def main(arguments: list[str], prog: str = "mythos train") -> int:
     except OSError as error:
         if error.filename is None and not is_full(error):
             raise
-        return end(advise(error))
+        # Writing to a file that is open tells no name; the files that a run keeps open are in its directory.
+        return end(advise(error) if error.filename else f"run directory {config.run_dir}: {advise(error)}")
     except KeyboardInterrupt:
         print(STOPPED, file=sys.stderr)
         return 130
