@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import struct
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -133,10 +134,18 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
     return loaded
 
 
+UNREADABLE = (
+    *(OSError, SafetensorError, RuntimeError, ValueError, EOFError, UnpicklingError),
+    # What torch's unpickler, written in Python, meets in a damaged pickle.
+    *(LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, struct.error),
+)
+"""What reading weights raises where they are damaged."""
+
+
 @contextlib.contextmanager
 def _reading(file: Path) -> Iterator[None]:
     """Tell of weights that cannot be read as MythosError."""
     try:
         yield
-    except (OSError, SafetensorError, UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+    except UNREADABLE as error:
         raise MythosError(f"{file} cannot be read: {short_reason(error)}. Download the model again.") from error
