@@ -656,7 +656,7 @@ def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
     """Opening a FIFO would wait for whoever writes to it."""
     os.mkfifo(tmp_path / "fifo.yaml")
     for path in (tmp_path / "fifo.yaml", Path("/dev/zero")):
-        with pytest.raises(MythosError, match="cannot be read \\(Not a regular file"):
+        with pytest.raises(MythosError, match="cannot be read \\(it is no regular file"):
             load_config(path)
 
 

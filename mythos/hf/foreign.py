@@ -128,18 +128,14 @@ def _weights_files(folder: Path) -> list[Path]:
 def _unpickled(file: Path) -> dict[str, Tensor]:
     """The tensors of a file of torch's own kind, by an unpickler that makes nothing else."""
     # Not mapped into memory, a file of the kind before zip archives is read as a whole.
-    loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    try:
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except (LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, struct.error) as error:
+        # torch's unpickler is written in Python, and takes the pickle for a sound one.
+        raise ValueError(f"its pickle is damaged: {type(error).__name__}: {error}") from error
     if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
         raise ValueError("it holds other things than tensors by name")
     return loaded
-
-
-UNREADABLE = (
-    *(OSError, SafetensorError, RuntimeError, ValueError, EOFError, UnpicklingError),
-    # What torch's unpickler, written in Python, meets in a damaged pickle.
-    *(LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, struct.error),
-)
-"""What reading weights raises where they are damaged."""
 
 
 @contextlib.contextmanager
@@ -147,5 +143,5 @@ def _reading(file: Path) -> Iterator[None]:
     """Tell of weights that cannot be read as MythosError."""
     try:
         yield
-    except UNREADABLE as error:
+    except (OSError, SafetensorError, UnpicklingError, RuntimeError, ValueError, EOFError) as error:
         raise MythosError(f"{file} cannot be read: {short_reason(error)}. Download the model again.") from error
