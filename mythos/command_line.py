@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mythos.errors import MythosError
 from mythos.model.config import MOST, MOST_LOOPS
-from mythos.schema import shown
+from mythos.schema import shortened, shown
 from mythos.text_files import unusable_text
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -112,9 +112,11 @@ def whole_numbers(option: str, text: str, besides: str = "") -> list[int]:
     except ValueError:
         values = []
     if not values or min(values) < 1:
-        raise MythosError(f"{option}: got {_quoted(text)}; give {besides}whole numbers of at least 1, e.g. 8 or 1,2,4")
+        raise MythosError(
+            f"{option}: got {shortened(text)!r}; give {besides}whole numbers of at least 1, e.g. 8 or 1,2,4"
+        )
     if max(values) > MOST_LOOPS:
-        raise MythosError(f"{option}: got {_quoted(text)}; give {besides}whole numbers of at most {MOST_LOOPS}")
+        raise MythosError(f"{option}: got {shortened(text)!r}; give {besides}whole numbers of at most {MOST_LOOPS}")
     return values
 
 
@@ -125,12 +127,8 @@ def positive_numbers(option: str, text: str) -> list[float]:
     except ValueError:
         values = []
     if not values or not all(0 < value < math.inf for value in values):
-        raise MythosError(f"{option}: got {_quoted(text)}; give numbers above 0, e.g. 0.2,0.1")
+        raise MythosError(f"{option}: got {shortened(text)!r}; give numbers above 0, e.g. 0.2,0.1")
     return values
-
-
-def _quoted(text: str) -> str:
-    return repr(text if len(text) <= 80 else f"{text[:77]}...")
 
 
 def check_least(options: argparse.Namespace, **least: int) -> None:

@@ -94,7 +94,7 @@ def apply_override(data: dict[str, Any], override: str, problems: Problems) -> d
     """Return ``data`` with one ``key.path=value`` applied; a mapping as value sets each of its keys."""
     path, equals, text = override.partition("=")
     if not equals or not all(path.split(".")) or path.count(".") > MOST_NESTED:
-        problems.add(_shortened(override), "not an override; give key.path=value, e.g. optim.lr=3e-4")
+        problems.add(shortened(override), "not an override; give key.path=value, e.g. optim.lr=3e-4")
         return data
     try:
         value, _ = load_yaml(text)
@@ -109,7 +109,7 @@ def apply_override(data: dict[str, Any], override: str, problems: Problems) -> d
         try:
             data = _replaced(data, keys, leaf)
         except KeyError as error:
-            problems.add(error.args[0], f"is not a section, so {_shortened(override)} cannot be set")
+            problems.add(error.args[0], f"is not a section, so {shortened(override)} cannot be set")
     return data
 
 
@@ -123,7 +123,7 @@ def valid_values(section: type[Section], data: Any, problems: Problems, prefix: 
     schemas = section.model_json_schema()["properties"]
     values: dict[str, Any] = {}
     for name, value in data.items():
-        path = f"{prefix}{_shortened(str(name))}"
+        path = f"{prefix}{shortened(str(name))}"
         if name not in section.model_fields:
             if len(problems.lines) > MOST_PROBLEMS:  # suggestions take long
                 problems.add(path, "unknown")
@@ -215,10 +215,11 @@ def shown(value: Any) -> str:
         text = text.removesuffix("\n")
     else:
         text = str(value)
-    return _shortened(text)
+    return shortened(text)
 
 
-def _shortened(text: str) -> str:
+def shortened(text: str) -> str:
+    """A text for a message, cut at 80 characters."""
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
