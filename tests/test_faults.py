@@ -254,7 +254,7 @@ def test_signal_is_seen_inside_a_collective(gloo):
 def test_failed_collectives_are_recognised(gloo):
     silent, closed, gone, exchange = gloo[1]
     assert "Timed out" in silent[2] and 0.9 < silent[3] < 3
-    assert "closure" in closed[2]
+    assert re.search("closure|Timed out", closed[2])  # gloo closes the pair a moment after the first timeout
     assert re.search("closed by peer|reset by peer", gone[2])
     assert all(failure[:2] == [True, "RuntimeError"] for failure in (silent, closed, gone, exchange)), gloo[1]
 

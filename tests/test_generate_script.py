@@ -521,8 +521,9 @@ def test_compiled_text_is_the_same(
     ],
 )
 def test_bad_input_is_told_in_a_line(
-    generate: Callable[..., tuple[int, str, str]], arguments: list[str], message: str
+    generate: Callable[..., tuple[int, str, str]], arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("mythos.text_generation.available_memory", lambda device: 2**30)
     status, out, err = generate("--prompt", "a", *arguments)
     assert status == 1 and message in err and out == ""
     told = [line for line in err.splitlines() if not line.startswith("warning: ")]
