@@ -135,7 +135,7 @@ check='
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from mythos.config import load_config
+from mythos.config.loading import load_config
 from mythos.errors import MythosError
 try:
     load_config(sys.argv[1], sys.argv[2:])
@@ -186,7 +186,7 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 scratch=$(mktemp -d)
 trap 'rm -rf -- "$scratch"' EXIT
 # Once this file exists, processes that are started again end at once; it holds the error that ended them, if one did
-# (mythos/faults.py).
+# (mythos/distributed/faults.py).
 export MYTHOS_ENDED=$scratch/ended
 export MYTHOS_LAUNCHER=$$ # the processes stop when it is gone
 

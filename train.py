@@ -2,7 +2,7 @@
 
 import sys
 
-from mythos.commands.train import main
+from mythos.cli.train import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:], "python train.py"))

@@ -9,10 +9,10 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from mythos.config import Config
+from mythos.config.checking import allowed, sections, shown
+from mythos.config.loading import Config
+from mythos.config.presets import preset_table
 from mythos.model.config import Section
-from mythos.presets import preset_table
-from mythos.schema import allowed, sections, shown
 
 ROOT = Path(__file__).parent.parent
 OUTSIDE = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}

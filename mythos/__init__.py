@@ -1,6 +1,6 @@
 """Pretraining of recurrent-depth (looped) transformers."""
 
-from mythos.auto_classes import register
+from mythos.hf.auto_classes import register
 
 __version__ = "0.1.0"
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from mythos.commands import main
+from mythos.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

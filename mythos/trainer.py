@@ -15,35 +15,10 @@ import torch
 from accelerate.utils import set_seed
 from torch import Tensor
 
-from mythos import checkpoint
-from mythos.checkpoint import Checkpoints
-from mythos.config import Config, save_config
-from mythos.data.loader import Loader
-from mythos.data.pipeline import open_data
-from mythos.data.stream import Batch, DifferentData, count_skipped, merge_states
-from mythos.data.tokenizer import check_vocabulary
-from mythos.depth import DepthPlan, DepthSchedule
-from mythos.errors import MythosError, TransientError, without_credentials
-from mythos.estimate import forward_flops
-from mythos.evaluation.choices import encode_task, read_tasks
-from mythos.evaluation.in_training import Interrupted, Measurement, write_samples
-from mythos.faults import (
-    RunLock,
-    StopRequests,
-    Watchdog,
-    collective_failure,
-    collective_reason,
-    parse_duration,
-)
-from mythos.init_from import agreed_start
-from mythos.metrics import MetricsLog, check_trackers, expert_balance, loop_loads, over_ranks, peak_flops, peak_memory
-from mythos.model.rdt import RDTOutput, RecurrentDepthTransformer
-from mythos.model.recurrence import initial_state
-from mythos.optim import build_optimizer, learning_rate
-from mythos.parallel import choose_micro_batch, parallelize
-from mythos.plan import agree_on_layout
-from mythos.plots import draw_plots
-from mythos.preflight import (
+from mythos.checkpoints import checkpoint
+from mythos.checkpoints.checkpoint import Checkpoints
+from mythos.checkpoints.init_from import agreed_start
+from mythos.checkpoints.preflight import (
     check_memory,
     check_same_model,
     check_same_optimizer,
@@ -51,11 +26,44 @@ from mythos.preflight import (
     resolve_vocabulary,
     schedule_change,
 )
-from mythos.profiling import OwnTime, Profiler, Stopwatch
+from mythos.config.loading import Config, save_config
+from mythos.data.loader import Loader
+from mythos.data.pipeline import open_data
+from mythos.data.stream import Batch, DifferentData, count_skipped, merge_states
+from mythos.data.tokenizer import check_vocabulary
+from mythos.distributed.faults import (
+    RunLock,
+    StopRequests,
+    Watchdog,
+    collective_failure,
+    collective_reason,
+    parse_duration,
+)
+from mythos.distributed.parallel import choose_micro_batch, parallelize
+from mythos.distributed.ranks import join_world
+from mythos.errors import MythosError, TransientError, without_credentials
+from mythos.evaluation.choices import encode_task, read_tasks
+from mythos.evaluation.in_training import Interrupted, Measurement, write_samples
+from mythos.model.rdt import RDTOutput, RecurrentDepthTransformer
+from mythos.model.recurrence import initial_state
+from mythos.planning.estimate import forward_flops
+from mythos.planning.plan import agree_on_layout
 from mythos.progress import Console
-from mythos.ranks import join_world
-from mythos.rng import random_state, set_random_state
-from mythos.summary import config_lines, summary, validation_line
+from mythos.reports.plots import draw_plots
+from mythos.reports.summary import config_lines, summary, validation_line
+from mythos.training.depth_schedule import DepthPlan, DepthSchedule
+from mythos.training.metrics import (
+    MetricsLog,
+    check_trackers,
+    expert_balance,
+    loop_loads,
+    over_ranks,
+    peak_flops,
+    peak_memory,
+)
+from mythos.training.optim import build_optimizer, learning_rate
+from mythos.training.profiling import OwnTime, Profiler, Stopwatch
+from mythos.training.rng import random_state, set_random_state
 from mythos.versions import installed_versions
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from mythos.benchmarks import checkpoint, data, decode, model, scaling, timing, traffic, train, validations
-from mythos.command_line import exit_status
+from mythos.cli.common import exit_status
 
 BENCHMARKS = {
     module.__name__.rpartition(".")[2]: module

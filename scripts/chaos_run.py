@@ -60,8 +60,9 @@ def train_with_faults(arguments: list[str]) -> int:
 
     import torch
 
-    from mythos import storage, trainer
-    from mythos.commands.train import main
+    from mythos import trainer
+    from mythos.cli.train import main
+    from mythos.files.local import storage
 
     trainer.draw_plots = lambda *_: []  # it takes a second to import what draws, which has no part in this
 

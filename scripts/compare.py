@@ -2,7 +2,7 @@
 
 import sys
 
-from mythos.commands.compare import main
+from mythos.cli.compare import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:], "python scripts/compare.py"))

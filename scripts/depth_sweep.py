@@ -2,7 +2,7 @@
 
 import sys
 
-from mythos.commands.sweep import main
+from mythos.cli.sweep import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:], "python scripts/depth_sweep.py"))

@@ -2,7 +2,7 @@
 
 import sys
 
-from mythos.commands.estimate import main
+from mythos.cli.estimate import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:], "python scripts/estimate.py"))

@@ -2,7 +2,7 @@
 
 import sys
 
-from mythos.commands.evaluate import main
+from mythos.cli.evaluate import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:], "python scripts/evaluate.py"))

@@ -2,7 +2,7 @@
 
 import sys
 
-from mythos.commands.export_hf import main
+from mythos.cli.export import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:], "python scripts/export_hf.py"))

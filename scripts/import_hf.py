@@ -2,7 +2,7 @@
 
 import sys
 
-from mythos.commands.import_hf import main
+from mythos.cli.import_model import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:], "python scripts/import_hf.py"))

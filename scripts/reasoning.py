@@ -2,7 +2,7 @@
 
 import sys
 
-from mythos.commands.reasoning import main
+from mythos.cli.reasoning import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:], "python scripts/reasoning.py"))

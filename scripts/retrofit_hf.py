@@ -2,7 +2,7 @@
 
 import sys
 
-from mythos.commands.retrofit_hf import main
+from mythos.cli.retrofit import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:], "python scripts/retrofit_hf.py"))

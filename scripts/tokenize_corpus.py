@@ -2,7 +2,7 @@
 
 import sys
 
-from mythos.commands.tokenize import main
+from mythos.cli.tokenize import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:], "python scripts/tokenize_corpus.py"))

@@ -2,7 +2,7 @@
 
 import sys
 
-from mythos.commands.tokenizer import main
+from mythos.cli.tokenizer import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:], "python scripts/train_tokenizer.py"))

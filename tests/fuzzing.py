@@ -29,18 +29,18 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from mythos.commands import export_hf, tokenize
-from mythos.config import config_from_dict, load_config
-from mythos.data.config import DataConfig, FilterConfig
+from mythos.checkpoints.stored_model import open_model
+from mythos.cli import tokenize
+from mythos.config.data import DataConfig, FilterConfig
+from mythos.config.inherited import inherited
+from mythos.config.loading import config_from_dict, load_config
 from mythos.data.corpus import open_corpora
 from mythos.data.tokenizer import Tokenizer
 from mythos.data.tokens import TokenSource
 from mythos.errors import MythosError
 from mythos.evaluation.choices import read_tasks
+from mythos.files.storage import MARKER, META
 from mythos.hf.importing import import_model
-from mythos.inherited import inherited
-from mythos.model_files import open_model
-from mythos.storage import MARKER, META
 from mythos.trainer import Trainer
 from tests.hf.published import published
 from tests.runs import documents, settings, tiny, write_settings
@@ -243,7 +243,7 @@ def build_targets(folder: Path) -> list[Target]:
     """All kinds of inputs, their sound files made in a folder, which takes some seconds, and read without an error."""
     run = _run(folder / "trained")
     export = folder / "export"
-    assert export_hf.main([str(run), str(export)]) == 0
+    assert export.main([str(run), str(export)]) == 0
     targets = [*_configurations(folder, export), *_models(folder, run, export), *_data(folder, run / "tokenizer")]
     for target in targets:
         target.read(shutil.copytree(target.folder, folder / "copy"))
@@ -308,7 +308,7 @@ def _seal_checkpoint(copy: Path) -> None:
 def _models(folder: Path, run: Path, export: Path) -> list[Target]:
     [checkpoint] = (run / "checkpoints").glob("step-*")
     parts = folder / "parts"
-    assert export_hf.main([str(run), str(parts), "--max-shard-size", "60KB"]) == 0
+    assert export.main([str(run), str(parts), "--max-shard-size", "60KB"]) == 0
     foreign = folder / "foreign"
     foreign.mkdir()
     targets = []

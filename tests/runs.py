@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-from mythos.config import Config, config_from_dict
-from mythos.metrics import read_metrics
+from mythos.config.loading import Config, config_from_dict
+from mythos.training.metrics import read_metrics
 
 SUBJECTS = ("river", "garden", "signal", "letter", "number", "morning", "stone", "engine")
 VERBS = ("crosses", "finds", "follows", "carries", "repeats")

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import pytest
 import yaml
 
-from mythos.commands import COMMANDS as COMMAND_NAMES
-from mythos.commands import command
-from mythos.config import Config, describe, load_config, packaged_configs
+from mythos.cli import COMMANDS as COMMAND_NAMES
+from mythos.cli import command
+from mythos.config.loading import Config, describe, load_config, packaged_configs
 from mythos.errors import MythosError
 
 ROOT = Path(__file__).parents[1]

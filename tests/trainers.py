@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mythos import checkpoint
-from mythos.config import Config
+from mythos.checkpoints import checkpoint
+from mythos.config.loading import Config
 from mythos.data.stream import Batch
 from mythos.errors import MythosError
 from mythos.trainer import StepResult, Trainer

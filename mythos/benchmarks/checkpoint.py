@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from mythos.benchmarks.timing import most_resident_bytes, timed
-from mythos.checkpoint import Checkpoints, training_state
-from mythos.command_line import check_least
-from mythos.config import OptimConfig
+from mythos.checkpoints.checkpoint import Checkpoints, training_state
+from mythos.cli.common import check_least
+from mythos.config.loading import OptimConfig
+from mythos.config.presets import preset_config
+from mythos.distributed.ranks import Ranks
 from mythos.errors import MythosError
 from mythos.model.rdt import RecurrentDepthTransformer
-from mythos.optim import build_optimizer
-from mythos.presets import preset_config
-from mythos.ranks import Ranks
+from mythos.training.optim import build_optimizer
 
 SAVES = 5
 

@@ -12,8 +12,8 @@ from typing import Any
 import psutil
 
 from mythos.benchmarks.timing import usable_cores
-from mythos.command_line import check_least
-from mythos.config import load_config
+from mythos.cli.common import check_least
+from mythos.config.loading import load_config
 from mythos.data.corpus import Skipped, holdout_fraction
 from mythos.data.loader import Loader
 from mythos.data.pipeline import open_data

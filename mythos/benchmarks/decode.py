@@ -21,14 +21,14 @@ from mythos.benchmarks.timing import (
     print_table,
     resident_bytes,
 )
-from mythos.command_line import check_least, whole_numbers
+from mythos.checkpoints.stored_model import open_model
+from mythos.cli.common import check_least, whole_numbers
 from mythos.errors import MythosError
+from mythos.generation.sampling import Sampling
+from mythos.generation.tokens import Generation, generate
 from mythos.model.config import ModelConfig
-from mythos.model.generate import Generation, generate
 from mythos.model.halting import THRESHOLDS, HaltingRule, halting_rule
 from mythos.model.rdt import RecurrentDepthTransformer
-from mythos.model.sampling import Sampling
-from mythos.model_files import open_model
 
 PROMPT = 64
 """Tokens of a prompt that decoding starts from."""

@@ -13,7 +13,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from mythos.benchmarks.steps import Steps, configuration
 from mythos.benchmarks.timing import in_turns, print_table
 from mythos.benchmarks.train import describe
-from mythos.command_line import check_least
+from mythos.cli.common import check_least
 from mythos.errors import MythosError
 
 MARK = "part: "

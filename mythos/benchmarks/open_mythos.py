@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mythos.benchmarks.timing import Memory, peak_memory, resident_bytes, tensor_bytes, tensor_peak
-from mythos.config import Config
+from mythos.config.loading import Config
+from mythos.distributed.parallel import choose_dtype
 from mythos.errors import MythosError
 from mythos.model.config import ModelConfig
-from mythos.parallel import choose_dtype
 
 LR = 3e-4
 CLIP = 1.0

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-import mythos.model.causal_attention
-import mythos.model.experts  # noqa: F401 (defines operators)
-from mythos.torch_compat import (
+import mythos.model.ops.causal_attention
+import mythos.model.ops.grouped_experts  # noqa: F401 (defines operators)
+from mythos.torch_internals import (
     FUSED_ATTENTION,
     GROUPED_MM,
     ONEDNN_LINEAR,

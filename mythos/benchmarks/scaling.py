@@ -11,7 +11,7 @@ import torch
 
 from mythos.benchmarks.steps import Steps, configuration
 from mythos.benchmarks.timing import Timings, Work, in_turns, mebibytes, print_table
-from mythos.command_line import check_least, whole_numbers
+from mythos.cli.common import check_least, whole_numbers
 from mythos.errors import MythosError
 
 AXES: dict[str, tuple[str, Callable[[int], list[str]]]] = {

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from mythos.benchmarks.timing import Memory, peak_memory, resident_bytes, tensor_bytes, tensor_peak
-from mythos.config import Config, LogConfig, WandbConfig, config_from_dict, load_config, packaged_configs
+from mythos.checkpoints.preflight import resolve_vocabulary
+from mythos.config.checking import Problems, apply_override, suggestion
+from mythos.config.loading import Config, LogConfig, WandbConfig, config_from_dict, load_config, packaged_configs
+from mythos.config.presets import PRESETS
 from mythos.data.stream import Batch
 from mythos.errors import MythosError
-from mythos.estimate import forward_flops
-from mythos.preflight import resolve_vocabulary
-from mythos.presets import PRESETS
-from mythos.schema import Problems, apply_override, suggestion
+from mythos.planning.estimate import forward_flops
 from mythos.trainer import Trainer
 
 DOCUMENTS = 4

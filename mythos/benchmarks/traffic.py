@@ -6,8 +6,8 @@ from typing import Any
 
 from mythos.benchmarks.steps import configuration
 from mythos.benchmarks.timing import print_table
-from mythos.command_line import check_least
-from mythos.traffic import Traffic, compiled_pass_traffic, step_traffic
+from mythos.cli.common import check_least
+from mythos.planning.traffic import Traffic, compiled_pass_traffic, step_traffic
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

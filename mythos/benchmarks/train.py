@@ -22,11 +22,11 @@ from mythos.benchmarks.timing import (
     print_table,
     timed,
 )
-from mythos.command_line import check_least
-from mythos.config import Config, ParallelConfig
+from mythos.cli.common import check_least
+from mythos.config.loading import Config, ParallelConfig
+from mythos.distributed.parallel import compiles
 from mythos.errors import MythosError
-from mythos.estimate import count_parameters
-from mythos.parallel import compiles
+from mythos.planning.estimate import count_parameters
 
 GPU_CALLS = 10
 """Calls of a product between two waits for the GPU."""

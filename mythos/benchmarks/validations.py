@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 import psutil
 
-from mythos.command_line import check_least
-from mythos.config import load_config
+from mythos.cli.common import check_least
+from mythos.config.loading import load_config
 from mythos.trainer import Trainer
 
 WARM_UP = 50

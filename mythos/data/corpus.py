@@ -10,9 +10,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from mythos.config.data import DataConfig, FilterConfig, SourceConfig
 from mythos.data import embedded
 from mythos.data.cache import digest
-from mythos.data.config import DataConfig, FilterConfig, SourceConfig
 from mythos.data.formats import EXTENSIONS, READ_ERRORS, Broken, File, Piece, Reader, Unreadable, local_file
 from mythos.data.hub import resolve_hub
 from mythos.data.remote import Unreachable, is_remote, readings, remote_files

@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 from mythos.data.cache import digest, keep, kept
 from mythos.data.remote import is_remote, open_remote
 from mythos.errors import short_reason, without_credentials
-from mythos.files import open_regular
+from mythos.files.local import open_regular
 
 if TYPE_CHECKING:
     import pyarrow as pa

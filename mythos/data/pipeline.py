@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mythos.config import Config
-from mythos.data.config import DataConfig
+from mythos.config.data import DataConfig
+from mythos.config.loading import Config
 from mythos.data.corpus import cache_directory, holdout_fraction, open_corpora, pin_revisions, weighted
 from mythos.data.source import Source, open_sources, open_validation_sources
 from mythos.data.stream import TokenStreams

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mythos.data.config import DataConfig
+from mythos.config.data import DataConfig
 from mythos.data.corpus import (
     Corpus,
     Skipped,

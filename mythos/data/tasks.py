@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mythos.data.config import TaskConfig
+from mythos.config.data import TaskConfig
 from mythos.data.stream import Batch
 from mythos.errors import MythosError
 from mythos.model import IGNORE_INDEX

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mythos.data.config import SourceConfig
+from mythos.config.data import SourceConfig
 from mythos.data.corpus import Corpus, Skipped, content_hash, holdout_limit
 from mythos.data.tokenizer import Tokenizer
 from mythos.data.tokens import (
@@ -32,7 +32,7 @@ from mythos.data.tokens import (
     write_json,
 )
 from mythos.errors import MythosError, short_reason, without_credentials
-from mythos.files import is_full
+from mythos.files.local import is_full
 
 LEFT_FILE = re.compile(r"((plan|index|\d{5,})\.json|\d{5,}\.(tokens|documents|bytes)\.npy)\.\d+\.tmp")
 LEFT_FOLDER = re.compile(rf"\.{TOKENIZER}\.\d+")

@@ -16,15 +16,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from mythos.config import TokenizerConfig
+from mythos.config.inherited import TOKENIZER_FILE
+from mythos.config.loading import TokenizerConfig
 from mythos.data.cache import digest
 from mythos.data.corpus import Corpus, in_fixed_order, is_held_out
 from mythos.errors import MythosError, short_reason
-from mythos.files import check_regular_files, is_full
-from mythos.inherited import TOKENIZER_FILE
+from mythos.files.local import check_regular_files, is_full
+from mythos.files.text import read_json, unusable_text
 from mythos.model.config import padded_vocab_size
 from mythos.progress import progress_bar
-from mythos.text_files import read_json, unusable_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -27,7 +27,7 @@ import numpy as np
 from mythos.data.corpus import Skipped, holdout_limit, in_fixed_order, source_identity
 from mythos.data.tokenizer import Tokenizer
 from mythos.errors import MythosError, short_reason
-from mythos.files import open_regular, read_regular
+from mythos.files.local import open_regular, read_regular
 
 logger = logging.getLogger(__name__)
 

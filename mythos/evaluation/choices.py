@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mythos.data.tokenizer import Tokenizer
+from mythos.distributed.ranks import World
 from mythos.errors import MythosError
 from mythos.evaluation.continuations import DepthSetting, Request, Score, encode_requests, score_requests
+from mythos.files.text import parse_json, read_text, unusable_text
 from mythos.model.rdt import RecurrentDepthTransformer
-from mythos.ranks import World
-from mythos.text_files import parse_json, read_text, unusable_text
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mythos.config.checking import shown
 from mythos.data.tokenizer import Tokenizer
+from mythos.distributed.ranks import World
 from mythos.errors import MythosError
 from mythos.model import IGNORE_INDEX
 from mythos.model.cache import DecodeCache
@@ -17,8 +19,6 @@ from mythos.model.halting import THRESHOLDS, halting_rule
 from mythos.model.layers import autocast_dtype
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.progress import progress_bar
-from mythos.ranks import World
-from mythos.schema import shown
 
 
 @dataclass(frozen=True)

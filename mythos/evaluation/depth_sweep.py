@@ -17,7 +17,9 @@ from torch import Tensor
 
 from mythos.data.tasks import TaskSet
 from mythos.data.validation import ValidationSet
+from mythos.distributed.ranks import World
 from mythos.errors import MythosError, short_reason
+from mythos.files.text import read_json
 from mythos.model import IGNORE_INDEX
 from mythos.model.attention import document_starts
 from mythos.model.cache import DecodeCache
@@ -26,8 +28,6 @@ from mythos.model.layers import autocast_dtype
 from mythos.model.rdt import RecurrentDepthTransformer, add_load, chosen_overlap, state_measures
 from mythos.model.recurrence import LoopState
 from mythos.progress import progress_bar
-from mythos.ranks import World
-from mythos.text_files import read_json
 
 HARM = 0.01
 """Nats (1% of perplexity) that the deepest loss may lie above the least one before more loops count as harmful."""

@@ -19,6 +19,8 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from mythos.checkpoints.stored_model import OpenedModel
+from mythos.distributed.ranks import World
 from mythos.errors import MythosError, short_reason
 from mythos.evaluation.continuations import (
     DepthSetting,
@@ -30,12 +32,10 @@ from mythos.evaluation.continuations import (
 )
 from mythos.evaluation.results import Result
 from mythos.evaluation.text import require_tokenizer
-from mythos.model.generate import generate
+from mythos.generation.sampling import Sampling
+from mythos.generation.text import PieceStream
+from mythos.generation.tokens import generate
 from mythos.model.halting import halting_rule
-from mythos.model.sampling import Sampling
-from mythos.model_files import OpenedModel
-from mythos.ranks import World
-from mythos.text_generation import PieceStream
 
 logger = logging.getLogger(__name__)
 

@@ -6,18 +6,18 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from mythos.config import Config
+from mythos.config.loading import Config
 from mythos.data.tasks import TaskSet
 from mythos.data.tokenizer import Tokenizer
 from mythos.data.validation import ValidationSet
+from mythos.distributed.faults import StopRequests
+from mythos.distributed.parallel import ParallelModel
 from mythos.evaluation.choices import EncodedTask, choice_metrics
 from mythos.evaluation.depth_sweep import adaptive_metrics, fit_metrics
 from mythos.evaluation.reasoning import task_metrics
 from mythos.evaluation.validation import losses_by_depth, validation_metrics
-from mythos.faults import StopRequests
-from mythos.model.generate import generate
-from mythos.model.sampling import Sampling
-from mythos.parallel import ParallelModel
+from mythos.generation.sampling import Sampling
+from mythos.generation.tokens import generate
 
 
 class Interrupted(Exception):

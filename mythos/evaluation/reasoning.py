@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mythos.data.config import TaskConfig
+from mythos.config.data import TaskConfig
 from mythos.data.tasks import TaskSet, task_set
+from mythos.distributed.ranks import World
 from mythos.model import IGNORE_INDEX
 from mythos.model.rdt import RecurrentDepthTransformer
-from mythos.plots import finish
-from mythos.ranks import World
+from mythos.reports.plots import finish
 
 BEYOND = (1.2, 1.6, 2, 3, 4, 6)
 """Difficulties that are asked for beyond the hardest of training, as multiples of it."""

@@ -11,7 +11,7 @@ from typing import Any
 from mythos.evaluation.choices import ChoiceScores, ChoiceTask
 from mythos.evaluation.continuations import DepthSetting
 from mythos.evaluation.text import TextScores
-from mythos.plots import finish, loop_axis
+from mythos.reports.plots import finish, loop_axis
 
 MOST_PANELS = 12
 """Panels of a picture; files and table hold all scores."""

@@ -6,22 +6,22 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mythos.data.config import DataConfig, ValidationConfig
+from mythos.checkpoints.stored_model import OpenedModel
+from mythos.config.data import DataConfig, ValidationConfig
 from mythos.data.corpus import open_corpora
 from mythos.data.pipeline import Data, open_data
 from mythos.data.source import open_sources
 from mythos.data.tasks import TaskSet
 from mythos.data.tokenizer import Tokenizer
 from mythos.data.validation import ValidationSet
+from mythos.distributed.parallel import choose_dtype
+from mythos.distributed.ranks import World
 from mythos.errors import MythosError
 from mythos.evaluation.continuations import DepthSetting
 from mythos.evaluation.depth_sweep import adaptive_sums, batches_of, halting_measures, prediction, text_bytes
 from mythos.evaluation.validation import validation_metrics
 from mythos.model.halting import halting_rule
 from mythos.model.rdt import RecurrentDepthTransformer
-from mythos.model_files import OpenedModel
-from mythos.parallel import choose_dtype
-from mythos.ranks import World
 
 SEQUENCES, LENGTH = 64, 1024
 """Sequences that are measured and tokens of each, at most, where no run says how many."""

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from mythos.data.validation import ValidationSet
+from mythos.distributed.ranks import World
 from mythos.model.rdt import RecurrentDepthTransformer
-from mythos.ranks import World
 
 
 def validation_metrics(

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from mythos.config.presets import PRESETS, preset_config
 from mythos.gpu_check.result import PROFILE
-from mythos.presets import PRESETS, preset_config
 
 DTYPES = ("bfloat16", "float32")
 TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2}

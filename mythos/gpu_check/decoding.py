@@ -6,14 +6,14 @@ from functools import cache, partial
 import torch
 
 from mythos.benchmarks.timing import timed
+from mythos.config.presets import preset_config
+from mythos.generation.sampling import Sampling
+from mythos.generation.tokens import Generation, generate
 from mythos.gpu_check.result import Result, Setting, judged
 from mythos.gpu_check.runs import TINY
-from mythos.model.generate import Generation, generate
 from mythos.model.halting import HaltingRule, halting_rule
 from mythos.model.layers import autocast_to
 from mythos.model.rdt import RecurrentDepthTransformer
-from mythos.model.sampling import Sampling
-from mythos.presets import preset_config
 
 PRESET = "mythos_small"
 NOISE = 0.02

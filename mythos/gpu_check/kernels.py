@@ -1,4 +1,4 @@
-"""Every kernel that `mythos.model.kernels` chooses, against float64 on the CPU, forward and backward."""
+"""Every kernel that `mythos.model.ops.device_choice` chooses, against float64 on the CPU, forward and backward."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -12,11 +12,12 @@ from mythos.gpu_check import references
 from mythos.gpu_check.catalog import TOLERANCES
 from mythos.gpu_check.result import Result, Setting, judged
 from mythos.model import attention as model_attention
-from mythos.model import experts as model_experts
-from mythos.model import kernels, layers
+from mythos.model import layers
 from mythos.model import loss as model_loss
 from mythos.model.config import ModelConfig
-from mythos.torch_compat import sdpa_backend
+from mythos.model.ops import device_choice
+from mythos.model.ops import grouped_experts as model_experts
+from mythos.torch_internals import sdpa_backend
 
 SIZES = {True: {"length": 1000, "rows": 2, "tokens": 1024}, False: {"length": 200, "rows": 2, "tokens": 48}}
 """By whether there is a GPU. Lengths are no multiples of flex attention's blocks."""
@@ -70,9 +71,9 @@ def choice(setting: Setting, shapes: Sequence[tuple[int, ...]], dtype: str) -> s
     """The kernel that causal attention is given to, as `attend` chooses it; shapes (B, S, H, d) of q, k, v."""
     device, kind = setting.device, getattr(torch, dtype)
     (_, length, heads, dim), (*_, kv_heads, _), (*_, value_dim) = shapes
-    if kernels.causal_by_products(device, kind, length):
+    if device_choice.causal_by_products(device, kind, length):
         return "batched products"
-    padded = dim != value_dim and not kernels.takes_widths(device, kind, dim, value_dim)
+    padded = dim != value_dim and not device_choice.takes_widths(device, kind, dim, value_dim)
     widths = (max(dim, value_dim),) * 3 if padded else (dim, dim, value_dim)
     with torch.enable_grad():
         query, key, value = (

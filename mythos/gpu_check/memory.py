@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import torch
 
 from mythos.benchmarks.steps import Steps
+from mythos.config.presets import preset_config
 from mythos.gpu_check.catalog import MEMORY_RATIO
 from mythos.gpu_check.result import Result, Setting, judged
 from mythos.gpu_check.runs import planned_bytes, steps_of, too_large
-from mythos.presets import preset_config
 
 ROWS = {"mythos_small": 8, "mythos_1b": 1, "looped_370m": 4}
 

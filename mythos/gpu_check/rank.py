@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from mythos.config import Config, load_config
-from mythos.depth import DepthSchedule
+from mythos.config.loading import Config, load_config
 from mythos.gpu_check import traces
 from mythos.gpu_check.runs import next_step
-from mythos.torch_compat import TorchDispatchMode
+from mythos.torch_internals import TorchDispatchMode
 from mythos.trainer import Trainer
+from mythos.training.depth_schedule import DepthSchedule
 
 STEPS = 3
 

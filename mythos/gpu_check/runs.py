@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from mythos.benchmarks.steps import configuration
-from mythos.config import Config, config_from_dict
+from mythos.config.loading import Config, config_from_dict
+from mythos.config.presets import preset_config
 from mythos.data.stream import Batch
+from mythos.distributed.parallel import Layout
 from mythos.errors import MythosError
 from mythos.gpu_check.result import Result, Setting, not_run
-from mythos.parallel import Layout
-from mythos.plan import activations, lay_out
-from mythos.presets import preset_config
+from mythos.planning.plan import activations, lay_out
 from mythos.trainer import StepResult, Trainer
 
 logger = logging.getLogger(__name__)

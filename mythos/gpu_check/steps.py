@@ -12,12 +12,12 @@ from mythos.benchmarks.steps import Steps
 from mythos.gpu_check.catalog import LAST_NEW_GRAPH, MOST_GRAPHS, RECOMPILE_STEPS
 from mythos.gpu_check.result import Result, Setting, judged, not_run
 from mythos.gpu_check.runs import next_step, steps_of, task_run
-from mythos.torch_compat import compiler_counters
+from mythos.torch_internals import compiler_counters
 from mythos.trainer import Trainer
 
 WARM_UP = 3
 GROUPED_KERNEL = ((9, 0), (10, 0))
-"""SMs on which `F.grouped_mm` is one kernel (see `mythos.model.kernels`); elsewhere it waits for the host."""
+"""SMs on which `F.grouped_mm` is one kernel (see `mythos.model.ops.device_choice`); elsewhere it waits for the host."""
 
 
 def waits(setting: Setting, *, preset: str, compiled: bool) -> Iterator[Result]:

@@ -19,12 +19,12 @@ import torch
 from mythos import trainer as training
 from mythos.benchmarks.steps import Steps
 from mythos.benchmarks.timing import timed
-from mythos.config import Config, load_config, save_config
+from mythos.config.loading import Config, load_config, save_config
 from mythos.gpu_check.catalog import TRAINING_STEPS
 from mythos.gpu_check.result import Result, Setting, judged, not_run
 from mythos.gpu_check.runs import steps_of, task_run
-from mythos.metrics import read_metrics
 from mythos.trainer import Trainer
+from mythos.training.metrics import read_metrics
 
 FIRST, LAST = 10, 20
 """Steps that are compared one by one, and those whose mean is: rounding errors grow, and routing turns them into

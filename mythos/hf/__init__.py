@@ -1,6 +1,6 @@
 """transformers integration: configuration, model and cache, and export in its format.
 
-Importing `mythos` is enough for transformers' Auto classes to know them (see `mythos.auto_classes`). What is named here
+Importing `mythos` is enough for transformers' Auto classes to know them (see `mythos.hf.auto_classes`). What is named here
 is imported when it is first asked for, because transformers' models take seconds to import.
 """
 

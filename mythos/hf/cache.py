@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache
 
+from mythos.generation.tokens import CACHE_BLOCK
 from mythos.model.cache import DecodeCache
-from mythos.model.generate import CACHE_BLOCK
 from mythos.model.layers import autocast_dtype
 from mythos.model.rdt import RecurrentDepthTransformer
 

@@ -4,13 +4,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mythos.config import Config
-from mythos.data.config import DataConfig, MixtureSourceConfig
-from mythos.estimate import count_parameters
+from mythos.checkpoints.stored_model import StoredModel
+from mythos.config.data import DataConfig, MixtureSourceConfig
+from mythos.config.loading import Config
 from mythos.evaluation.validation import losses_by_depth
 from mythos.model.config import ModelConfig
 from mythos.model.halting import THRESHOLDS
-from mythos.model_files import StoredModel
+from mythos.planning.estimate import count_parameters
 
 HEADER = """---
 library_name: transformers

@@ -13,15 +13,15 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
+from mythos.checkpoints.stored_model import INDEX_FILE, PREFIX, StoredModel, run_directory, stored_model, tensors_of
 from mythos.data.tokenizer import PROBE, REQUEST_FILE, Tokenizer
 from mythos.errors import MythosError, short_reason
-from mythos.files import is_full
+from mythos.files.local import is_full
+from mythos.files.storage import require_space
 from mythos.hf.card import model_card
 from mythos.hf.config import MythosConfig
 from mythos.hf.model import MythosForCausalLM, float32_tensors
-from mythos.metrics import read_metrics
-from mythos.model_files import INDEX_FILE, PREFIX, StoredModel, run_directory, stored_model, tensors_of
-from mythos.storage import require_space
+from mythos.training.metrics import read_metrics
 from mythos.versions import installed_versions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -59,7 +59,7 @@ def export_model(
     Of the weights no more than one file's is in memory at a time.
 
     Args:
-        path: what `mythos.model_files.open_model` opens.
+        path: what `mythos.checkpoints.stored_model.open_model` opens.
         folder: new or empty.
         dtype: type that weights are stored in, `float32` or `bfloat16`; see `mythos.hf.model.float32_tensors` for
             those that stay float32.

@@ -15,10 +15,10 @@ from huggingface_hub import HfApi, snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mythos.checkpoints.stored_model import indexed_files
+from mythos.config.inherited import CONFIG_FILE, TOKENIZER_FILE
 from mythos.errors import MythosError, short_reason
-from mythos.inherited import CONFIG_FILE, TOKENIZER_FILE
-from mythos.model_files import indexed_files
-from mythos.text_files import read_json
+from mythos.files.text import read_json
 
 TOKENIZER_FILES = (TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.pt")

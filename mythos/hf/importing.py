@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from mythos.checkpoints.stored_model import StoredModel, tensors_of
+from mythos.config.inherited import MODEL_TYPE, TOKENIZER_FILE
 from mythos.data.tokenizer import END_OF_DOCUMENT, Tokenizer
 from mythos.errors import MythosError, short_reason
 from mythos.hf.card import model_card
@@ -17,9 +19,7 @@ from mythos.hf.export import SHARD_SIZE, Exported, check_destination, write_expo
 from mythos.hf.foreign import ForeignModel, foreign_model, located, read_values
 from mythos.hf.importers import architecture_of
 from mythos.hf.importers.architecture import Architecture, Mapped, Read, Values
-from mythos.inherited import MODEL_TYPE, TOKENIZER_FILE
 from mythos.model.rdt import RecurrentDepthTransformer
-from mythos.model_files import StoredModel, tensors_of
 
 SMALLEST_SHARE = 0.9
 """Of a model's token ids, those that its tokenizer has at least: tables are padded, but not by more."""

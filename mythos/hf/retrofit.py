@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from mythos.config.inherited import TOKENIZER_FILE
 from mythos.errors import MythosError
 from mythos.hf.card import model_card
 from mythos.hf.export import SHARD_SIZE, Exported, check_destination, write_export
@@ -33,7 +34,6 @@ from mythos.hf.importers.architecture import (
     unlike_llama,
 )
 from mythos.hf.importing import map_foreign, prepare_tokenizer, stored_foreign
-from mythos.inherited import TOKENIZER_FILE
 
 DECAY = 0.1
 """Entries of A at the start: so small that more loops change little, which trained on better than 0.447."""

@@ -2,7 +2,7 @@
 
 `Trainer` counts the labels of all micro-batches of a step from the labels alone, and divides the summed loss by that
 number (`num_items_in_batch`). Padding of a mythos model predicts nothing, so a label with padding before it has no
-loss, and would be counted all the same. Imported right after `transformers.trainer` (see `mythos.auto_classes`).
+loss, and would be counted all the same. Imported right after `transformers.trainer` (see `mythos.hf.auto_classes`).
 """
 
 from collections.abc import Callable, MutableMapping

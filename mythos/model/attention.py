@@ -7,9 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from mythos.model import kernels
 from mythos.model.cache import CachedContext, Part, ValueRows
-from mythos.model.causal_attention import causal_attention
 from mythos.model.config import ModelConfig
 from mythos.model.layers import (
     Initializer,
@@ -24,7 +22,9 @@ from mythos.model.layers import (
     without_autocast,
     zeros,
 )
-from mythos.model.recompute import recomputable
+from mythos.model.ops import device_choice
+from mythos.model.ops.causal_attention import causal_attention
+from mythos.model.ops.recompute import recomputable
 
 BLOCK = 128
 """Positions in a side of flex attention's blocks."""
@@ -86,7 +86,7 @@ def attention_context(
     starts = document_starts(document_ids)
     position = torch.arange(length, device=device)
     cos, sin = cos[position - starts], sin[position - starts]
-    if kernels.blocks_of_documents(device):
+    if device_choice.blocks_of_documents(device):
         return AttentionContext(cos, sin, document_block_mask(starts))
     visible = (position[:, None] >= position) & (position >= starts[..., None])
     return AttentionContext(cos, sin, visible.unsqueeze(1))
@@ -135,13 +135,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext)
     heads, value_dim, dim = query.shape[2], value.shape[-1], query.shape[-1]
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if isinstance(context.mask, BlockMask):
-        flex = kernels.flex(query.device)
+        flex = device_choice.flex(query.device)
         output = flex(query, key, value, block_mask=context.mask, enable_gqa=heads != key.shape[1])
         return output.transpose(1, 2)
-    if context.mask is None and kernels.causal_by_products(query.device, query.dtype, query.shape[2]):
+    if context.mask is None and device_choice.causal_by_products(query.device, query.dtype, query.shape[2]):
         with without_autocast(query):
             return causal_attention(query, key, value, dim**-0.5).transpose(1, 2)
-    if not kernels.takes_widths(query.device, query.dtype, dim, value_dim):
+    if not device_choice.takes_widths(query.device, query.dtype, dim, value_dim):
         # Else the kernel that keeps all S x S scores would run; zeros change neither scores nor outputs.
         if value_dim < dim:
             value = F.pad(value, (0, dim - value_dim))

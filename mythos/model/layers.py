@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from mythos.model.products import linear, without_autocast
-from mythos.model.recompute import recomputable
+from mythos.model.ops.matmul import linear, without_autocast
+from mythos.model.ops.recompute import recomputable
 
 Initializer = Callable[[Tensor, np.random.Generator], None]
 """Fills a tensor that is whole, contiguous, float32 and on the CPU."""

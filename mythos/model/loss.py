@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from mythos.model import IGNORE_INDEX
 from mythos.model.layers import autocast_dtype, without_autocast
-from mythos.model.products import multiply
+from mythos.model.ops.matmul import multiply
 
 LOGIT_BYTES = {"cpu": 8 * 2**20, "cuda": 2 * 2**30}
 """Most memory of a piece's float32 logits: on a CPU what a core's caches hold; on a GPU enough rows for its products to

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, nn
 
 from mythos.model.config import ModelConfig
-from mythos.model.experts import ExpertWeights, run_experts
 from mythos.model.layers import (
     Initializer,
     SwiGLU,
@@ -14,7 +13,8 @@ from mythos.model.layers import (
     without_autocast,
     zeros,
 )
-from mythos.model.products import float32_linear
+from mythos.model.ops.grouped_experts import ExpertWeights, run_experts
+from mythos.model.ops.matmul import float32_linear
 
 
 class Router(nn.Module):

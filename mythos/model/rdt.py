@@ -28,7 +28,7 @@ from mythos.model.layers import Initializer, Linear, RMSNorm, applied_weight, id
 from mythos.model.loss import cross_entropies, summed_cross_entropy
 from mythos.model.moe import MixtureOfExperts
 from mythos.model.recurrence import LoopState, LTIInjection, Recurrence, dense_block
-from mythos.torch_compat import mark_static
+from mythos.torch_internals import mark_static
 
 
 class TokenEmbedding(nn.Module):

@@ -14,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 from mythos.model.attention import AttentionContext, build_attention, value_embedding_layers
 from mythos.model.cache import CachedContext, Part
 from mythos.model.config import ModelConfig
-from mythos.model.experts import ExpertWeights
 from mythos.model.halting import HaltingRule
 from mythos.model.layers import (
     Linear,
@@ -28,9 +27,10 @@ from mythos.model.layers import (
     zeros,
 )
 from mythos.model.moe import MixtureOfExperts, build_core_ffn
-from mythos.model.products import float32_linear
-from mythos.model.recompute import Selective, recomputable
-from mythos.model.shared_weight import SharedWeight
+from mythos.model.ops.grouped_experts import ExpertWeights
+from mythos.model.ops.matmul import float32_linear
+from mythos.model.ops.recompute import Selective, recomputable
+from mythos.model.ops.shared_weight import SharedWeight
 
 START_DECAY = sqrt(1 / 5)
 """Entries of A at the start."""

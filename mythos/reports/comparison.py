@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mythos.errors import MythosError
-from mythos.estimate import count_parameters
 from mythos.evaluation.validation import losses_by_depth
-from mythos.plots import finish, loop_axis
+from mythos.planning.estimate import count_parameters
+from mythos.reports.plots import finish, loop_axis
 from mythos.reports.recorded import RecordedRun, open_run, run_names
 
 DATA = ("kind", "path", "dataset", "subset", "split", "text_column", "filters", "task", "sources", "streams")

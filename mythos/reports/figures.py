@@ -11,7 +11,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from mythos.evaluation.validation import losses_by_depth
-from mythos.plots import draw_depths, draw_over_tokens, draw_training, loop_axis, new_axes
+from mythos.reports.plots import draw_depths, draw_over_tokens, draw_training, loop_axis, new_axes
 from mythos.reports.recorded import RecordedRun
 
 # Black becomes the page's colour of text in `inline_svg`, so the rest must be readable on white and on black.

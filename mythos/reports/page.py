@@ -9,13 +9,13 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from mythos.config import dump_config
-from mythos.depth_view import harmless
+from mythos.config.loading import dump_config
 from mythos.errors import MythosError, without_credentials
-from mythos.estimate import count_parameters
 from mythos.evaluation.depth_sweep import DepthSweep, fit_losses, prediction
 from mythos.evaluation.validation import losses_by_depth
-from mythos.plots import sweep_figure
+from mythos.files.storage import step_of
+from mythos.generation.depth_view import harmless
+from mythos.planning.estimate import count_parameters
 from mythos.reports.figures import (
     HALTING,
     TRAINING,
@@ -27,8 +27,8 @@ from mythos.reports.figures import (
     panels,
     rate_figures,
 )
+from mythos.reports.plots import sweep_figure
 from mythos.reports.recorded import RecordedRun
-from mythos.storage import step_of
 
 SHOWN_SAMPLES = 8
 """Steps whose samples are shown, spread over training."""

@@ -11,13 +11,13 @@ from itertools import accumulate, chain, count, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mythos.checkpoint import complete_checkpoints, read_meta, step_of
-from mythos.config import Config, load_config
+from mythos.checkpoints.checkpoint import complete_checkpoints, read_meta, step_of
+from mythos.checkpoints.stored_model import run_directory
+from mythos.config.inherited import RUN_FILE, TOKENIZER_FILE
+from mythos.config.loading import Config, load_config
 from mythos.errors import MythosError, short_reason, without_credentials
-from mythos.estimate import forward_flops
-from mythos.inherited import RUN_FILE, TOKENIZER_FILE
-from mythos.metrics import damaged_lines, scan_metrics
-from mythos.model_files import run_directory
+from mythos.planning.estimate import forward_flops
+from mythos.training.metrics import damaged_lines, scan_metrics
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from mythos.benchmarks import checkpoint, decode, open_mythos, scaling, train
 from mythos.benchmarks import model as parts
 from mythos.benchmarks.steps import configuration
 from mythos.errors import MythosError
-from mythos.traffic import step_traffic
+from mythos.planning.traffic import step_traffic
 from scripts.benchmark import main
 from tests.runs import write_settings
 

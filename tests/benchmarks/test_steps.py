@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mythos.benchmarks.steps import SHAPES, Steps, configuration, made_up_batch
+from mythos.config.presets import preset_config
 from mythos.errors import MythosError
-from mythos.presets import preset_config
 from tests.runs import tiny, write_settings
 
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mythos.data.config import DataConfig
+from mythos.config.data import DataConfig
 from mythos.data.corpus import open_corpus
 from mythos.data.source import Source, TextSource
 from mythos.data.stream import TokenStreams

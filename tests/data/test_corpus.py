@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mythos.config import config_from_dict
+from mythos.config.data import DataConfig, FilterConfig, ValidationConfig
+from mythos.config.loading import config_from_dict
 from mythos.data import formats
-from mythos.data.config import DataConfig, FilterConfig, ValidationConfig
 from mythos.data.corpus import Corpus, Skipped, is_held_out, open_corpus, open_validation
 from mythos.data.formats import local_file
 from mythos.errors import MythosError

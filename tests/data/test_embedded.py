@@ -6,8 +6,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from mythos.config.data import DataConfig
 from mythos.data import embedded
-from mythos.data.config import DataConfig
 from mythos.data.corpus import cache_directory, open_corpora
 
 DOCSTRING = """

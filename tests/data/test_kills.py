@@ -10,7 +10,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
-from mythos.config import config_from_dict, save_config
+from mythos.config.loading import config_from_dict, save_config
 from mythos.data.loader import Loader
 from scripts.kill_test import (
     Failed,

@@ -17,8 +17,8 @@ from fsspec.asyn import AsyncFileSystem
 from huggingface_hub import constants
 from huggingface_hub.utils import httpx
 
+from mythos.config.data import DataConfig
 from mythos.data import remote
-from mythos.data.config import DataConfig
 from mythos.data.corpus import Corpus, open_corpus
 from mythos.data.formats import File
 from mythos.data.remote import Unreachable, hub_json, hub_tree, open_remote, remote_files

@@ -14,7 +14,7 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from mythos.data.config import FilterConfig
+from mythos.config.data import FilterConfig
 from mythos.data.corpus import Skipped, is_held_out
 from mythos.data.source import Source
 from mythos.data.stream import (

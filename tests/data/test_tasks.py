@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mythos.data.config import TaskConfig
+from mythos.config.data import TaskConfig
 from mythos.data.loader import Loader
 from mythos.data.stream import count_skipped, merge_states
 from mythos.data.tasks import TaskStreams, make_sequences, multiplication_table, slot_difficulties, task_set

@@ -12,9 +12,9 @@ from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from mythos.config import TokenizerConfig
+from mythos.config.data import DataConfig
+from mythos.config.loading import TokenizerConfig
 from mythos.data import tokenizer as tokenizer_module
-from mythos.data.config import DataConfig
 from mythos.data.corpus import Corpus, is_held_out, open_corpus
 from mythos.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, train_bpe, training_documents
 from mythos.errors import MythosError

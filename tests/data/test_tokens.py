@@ -19,7 +19,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mythos.data.config import DataConfig
+from mythos.config.data import DataConfig
 from mythos.data.corpus import Corpus, Skipped, open_corpus
 from mythos.data.source import TextSource
 from mythos.data.token_writer import TokenWriter

@@ -18,10 +18,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from mythos import checkpoint
-from mythos.checkpoint import Checkpoints
+from mythos.checkpoints import checkpoint
+from mythos.checkpoints.checkpoint import Checkpoints
+from mythos.distributed.ranks import Ranks
 from mythos.errors import MythosError
-from mythos.ranks import Ranks
 from tests.distributed.pool import RankPool
 
 WORLD = 4

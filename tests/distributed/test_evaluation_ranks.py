@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from mythos.commands import evaluate
+from mythos.cli import evaluate
 from mythos.trainer import Trainer
+from tests.cli.test_evaluate import questions
 from tests.distributed.pool import RankPool
 from tests.evaluation.local_tasks import write_tasks
 from tests.runs import tiny
-from tests.test_evaluate_script import questions
 from tests.trainers import take_step
 
 OPTIONS = ["--loops", "1,4,auto", "--exit-threshold", "0.3", "--micro-batch", "2"]

@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
+from mythos.checkpoints.stored_model import open_model
+from mythos.generation.sampling import Sampling
+from mythos.generation.tokens import generate
 from mythos.hf.export import export_model
-from mythos.model.generate import generate
-from mythos.model.sampling import Sampling
-from mythos.model_files import open_model
 from mythos.trainer import Trainer
 from tests.distributed.pool import RankPool
 from tests.runs import tiny

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from mythos.config import config_from_dict
+from mythos.checkpoints.stored_model import tensors_of
+from mythos.config.loading import config_from_dict
 from mythos.errors import MythosError
-from mythos.model_files import tensors_of
 from mythos.trainer import Trainer
 from tests.distributed.pool import RankPool
 from tests.runs import settings, tiny

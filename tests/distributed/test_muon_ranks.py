@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
-from mythos.muon import Muon, Sharing, newton_schulz
+from mythos.training.muon import Muon, Sharing, newton_schulz
 from tests.distributed.pool import RankPool
 
 SHAPES: dict[str, tuple[tuple[int, ...], int, int]] = {
@@ -84,7 +84,7 @@ def on_copies(ranks: int, elements: int) -> tuple[dict[str, Tensor], int, list[i
         worked += len(matrices)
         return newton_schulz(matrices)
 
-    with patch("mythos.muon.newton_schulz", counted):
+    with patch("mythos.training.muon.newton_schulz", counted):
         wholes, shares, rounds = train(None, [], elements, ranks)
     return wholes, worked, shares, rounds
 

@@ -153,7 +153,7 @@ def test_compiled_equals_one_process(pool: RankPool, single: tuple[Path, Trained
     """Gradients, which are formed out of what graphs leave behind, are those of one process that runs none."""
     directory, _ = single
     ranks, changes = LAYOUTS[layout]
-    # Few graphs, for time's sake: tests/test_trainer.py compiles for rows that join.
+    # Few graphs, for time's sake: tests/trainer/test_trainer.py compiles for rows that join.
     small = {"model__prelude_layers": 0, "model__coda_layers": 0, "model__core_layers": 1, "train__micro_batch": 8}
     changes = small | {"depth": {"sampling": "fixed", "mean": 3, "backprop": 2}} | changes
     expected = train(directory, f"{layout}, not compiled", changes | {"parallel__mode": "single"}, 3)

@@ -12,11 +12,11 @@ import psutil
 import pytest
 import torch
 
-from mythos import plan
+from mythos.distributed.parallel import Layout, named_layout
+from mythos.distributed.ranks import World, join_world
 from mythos.errors import MythosError
-from mythos.estimate import Activations, count_parameters
-from mythos.parallel import Layout, named_layout
-from mythos.ranks import World, join_world
+from mythos.planning import plan
+from mythos.planning.estimate import Activations, count_parameters
 from tests.distributed.pool import RankPool
 from tests.runs import tiny
 

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from mythos import checkpoint
-from mythos.config import load_config
+from mythos.checkpoints import checkpoint
+from mythos.config.loading import load_config
 from mythos.data.stream import Batch
+from mythos.distributed.parallel import choose_micro_batch
 from mythos.errors import MythosError, TransientError
-from mythos.metrics import read_metrics
 from mythos.model.rdt import RDTOutput
-from mythos.parallel import choose_micro_batch
 from mythos.trainer import StepResult, Trainer
+from mythos.training.metrics import read_metrics
 from tests.distributed.pool import RankPool
 from tests.runs import measurements, tiny
 from tests.trainers import fail_at

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from mythos import storage
-from mythos.checkpoint import complete_checkpoints, step_of
+from mythos.checkpoints.checkpoint import complete_checkpoints, step_of
+from mythos.checkpoints.ownership import LOCK
+from mythos.distributed.faults import RunLock
 from mythos.errors import MythosError
 from mythos.evaluation import in_training
-from mythos.faults import RunLock
-from mythos.metrics import read_metrics
-from mythos.ownership import LOCK
+from mythos.files.local import storage
 from mythos.trainer import Trainer
+from mythos.training.metrics import read_metrics
 from tests.distributed.pool import RankPool
 from tests.runs import measurements, tiny
 

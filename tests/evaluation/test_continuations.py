@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from mythos.data.tokenizer import Tokenizer, train_bpe
+from mythos.distributed.ranks import Ranks, World
 from mythos.errors import MythosError
 from mythos.evaluation import choices
 from mythos.evaluation.choices import ChoiceTask, Question, choice_metrics, choice_scores, encode_task, read_tasks
 from mythos.evaluation.continuations import DepthSetting, Score, choose_settings, encode_requests, score_requests
 from mythos.model.halting import THRESHOLDS
 from mythos.model.rdt import RecurrentDepthTransformer
-from mythos.ranks import Ranks, World
 from tests.evaluation.test_depth_sweep import build
 from tests.model.slow_decode import converged, slow_decode
 from tests.runs import documents

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from mythos import plots
-from mythos.commands import sweep as script
+from mythos.cli import sweep as script
 from mythos.data.tasks import TaskSet
 from mythos.data.validation import ValidationSet
+from mythos.distributed.ranks import Ranks, World
 from mythos.evaluation.depth_sweep import (
     DepthSweep,
     adaptive_losses,
@@ -33,13 +33,13 @@ from mythos.evaluation.depth_sweep import (
     sweep_rules,
 )
 from mythos.hf.export import export_model
-from mythos.metrics import read_metrics
 from mythos.model import IGNORE_INDEX
 from mythos.model.cache import DecodeCache
 from mythos.model.config import ModelConfig
 from mythos.model.halting import halting_rule
 from mythos.model.rdt import RecurrentDepthTransformer
-from mythos.ranks import Ranks, World
+from mythos.reports import plots
+from mythos.training.metrics import read_metrics
 from tests.noise import name_generator
 from tests.runs import SETTINGS, tiny
 from tests.trainers import run

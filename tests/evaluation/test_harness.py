@@ -15,13 +15,13 @@ lm_eval = pytest.importorskip("lm_eval", reason="needs the extra eval")
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
-from mythos.commands import evaluate, export_hf
+from mythos.checkpoints.stored_model import OpenedModel, open_model
+from mythos.cli import evaluate, export
 from mythos.evaluation import harness
 from mythos.evaluation.choices import choice_scores, encode_task, read_tasks
 from mythos.evaluation.continuations import DepthSetting, score_requests
 from mythos.evaluation.harness import HarnessModel
-from mythos.model.sampling import Sampling
-from mythos.model_files import OpenedModel, open_model
+from mythos.generation.sampling import Sampling
 from tests.evaluation.local_tasks import write_tasks
 from tests.evaluation.test_continuations import ALONE
 from tests.runs import documents, tiny
@@ -36,7 +36,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, no_plots: None) -> Path:
     folder = tmp_path_factory.mktemp("harness")
     nano = {"preset": "mythos_nano", "loops": 2, "context_length": 48}
     made = run(tiny(folder, model=nano, train__steps=2, optim__lr=0.01, depth__backprop=1, depth__curriculum={}))
-    assert export_hf.main([str(made.run_dir), str(folder / "model")]) == 0
+    assert export.main([str(made.run_dir), str(folder / "model")]) == 0
     words = documents()[7].split()
     lines = [
         {"query": f"{' '.join(words[n : n + 3 + 40 * (n == 5)])}{' ' * (n == 4)}", "gold": n % 3}

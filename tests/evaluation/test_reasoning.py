@@ -12,22 +12,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mythos.commands.reasoning import main as report
-from mythos.commands.sweep import main as depth_sweep
-from mythos.config import Config, config_from_dict
-from mythos.data.config import TaskConfig
+from mythos.cli.reasoning import main as report
+from mythos.cli.sweep import main as depth_sweep
+from mythos.config.data import TaskConfig
+from mythos.config.loading import Config, config_from_dict
 from mythos.data.tasks import TaskSet, task_set
-from mythos.depth import DepthSchedule
+from mythos.distributed.ranks import Ranks, World
 from mythos.errors import MythosError
 from mythos.evaluation.reasoning import AccuracyMap, accuracy_map, draw_maps, task_metrics, usual_difficulties
-from mythos.metrics import read_metrics
 from mythos.model.config import ModelConfig
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.model.recurrence import initial_state
-from mythos.plan import plan
-from mythos.ranks import Ranks, World
+from mythos.planning.plan import plan
 from mythos.reports.recorded import run_names
 from mythos.trainer import Trainer
+from mythos.training.depth_schedule import DepthSchedule
+from mythos.training.metrics import read_metrics
 from tests.noise import name_generator
 from tests.trainers import assert_identical, run, take_step
 

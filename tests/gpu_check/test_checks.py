@@ -14,7 +14,8 @@ from mythos.gpu_check import kernels, ranks, stage, steps, traces, training
 from mythos.gpu_check.catalog import STAGES, Task
 from mythos.gpu_check.result import Result, Setting
 from mythos.gpu_check.traces import Span
-from mythos.model import attention, experts, layers, loss
+from mythos.model import attention, layers, loss
+from mythos.model.ops import grouped_experts
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ WRONG = {
     [
         ("causal, gqa", attention, "attend"),
         ("documents, mla", attention, "attend"),
-        ("routed experts", experts, "run_experts"),
+        ("routed experts", grouped_experts, "run_experts"),
         ("gated", layers, "gated"),
         ("rotary", layers, "apply_rope"),
         ("cross-entropy", loss, "summed_cross_entropy"),
@@ -113,7 +114,7 @@ def test_where_a_step_waits_is_named():
     assert place.startswith("mythos/model/layers.py:") and not by_experts
     x = torch.ones(2, 4)
     try:
-        experts.grouped_product(x, torch.ones(2, 3, 4), torch.tensor([1, 2]).int())
+        grouped_experts.grouped_product(x, torch.ones(2, 3, 4), torch.tensor([1, 2]).int())
     except RuntimeError as error:
         place, by_experts = steps.where(error)
     assert "mythos/model/" in place and by_experts

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mythos.commands import main
+from mythos.cli import main
 from mythos.gpu_check import catalog, report, runner
 from mythos.gpu_check.report import Report
 from mythos.gpu_check.runner import Runner
@@ -141,9 +141,7 @@ def test_out_must_be_a_folder(tmp_path, capsys):
 
 
 def test_list_needs_no_torch():
-    program = (
-        "import sys; from mythos.commands import main; main(['gpu-check', '--list']); print('torch' in sys.modules)"
-    )
+    program = "import sys; from mythos.cli import main; main(['gpu-check', '--list']); print('torch' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ran.stdout == f"{catalog.table()}\nFalse\n"
 

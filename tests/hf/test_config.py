@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
+from mythos.checkpoints.stored_model import HEADER
 from mythos.hf import MythosConfig
 from mythos.model.config import ModelConfig
-from mythos.model_files import HEADER
 from tests.model.conftest import SMALL
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, set_seed
 
+from mythos.generation.sampling import Sampling
+from mythos.generation.tokens import generate
 from mythos.hf import MythosCache, MythosForCausalLM
 from mythos.hf.model import CACHE_NAME
-from mythos.model.generate import generate
 from mythos.model.halting import halting_rule
-from mythos.model.sampling import Sampling
 from tests.hf.conftest import CONTEXT, VOCABULARY
 from tests.hf.test_model import random_ids
 

@@ -16,9 +16,12 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mythos.commands import import_hf
+from mythos.checkpoints.stored_model import open_model
+from mythos.cli import import_model
+from mythos.config.presets import preset_config
 from mythos.errors import MythosError
-from mythos.estimate import count_parameters
+from mythos.generation.sampling import Sampling
+from mythos.generation.tokens import generate
 from mythos.hf import foreign, importing
 from mythos.hf.importers import KNOWN, architecture_of
 from mythos.hf.importers.ouro import map_ouro
@@ -26,12 +29,9 @@ from mythos.hf.importers.parcae import map_parcae, within_bounds
 from mythos.hf.importing import import_model
 from mythos.model.cache import DecodeCache
 from mythos.model.config import ModelConfig
-from mythos.model.generate import generate
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.model.recurrence import DT_BOUNDS, LOG_A_BOUNDS
-from mythos.model.sampling import Sampling
-from mythos.model_files import open_model
-from mythos.presets import preset_config
+from mythos.planning.estimate import count_parameters
 from tests.hf.published import OURO, PARCAE, PUBLISHED, Published, published
 
 LENGTH = 9
@@ -356,7 +356,7 @@ def test_what_is_refused_leaves_nothing(
     spoil, told = REFUSED[case]
     spoil(parcae)
     before = sorted(path.name for path in parcae.iterdir())
-    assert import_hf.main([str(parcae), str(tmp_path / "out")]) == 1
+    assert import_model.main([str(parcae), str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
     assert re.match("error: .*\n$", error) and told in error
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
@@ -399,7 +399,7 @@ def test_failing_half_way_leaves_nothing(parcae: Path, tmp_path: Path, monkeypat
 
 
 def test_command_tells_what_it_did(parcae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert import_hf.main([str(parcae), str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
+    assert import_model.main([str(parcae), str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
     told = capsys.readouterr().out
     assert "parcae, 1 file of weights" in told and "without a tokenizer" in told
     opened = open_model(tmp_path / "out").model

@@ -22,11 +22,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from mythos.config import load_config
+from mythos.checkpoints.stored_model import open_model
+from mythos.config.loading import load_config
 from mythos.hf.retrofit import DECAY
-from mythos.metrics import read_metrics
-from mythos.model_files import open_model
 from mythos.trainer import Trainer
+from mythos.training.metrics import read_metrics
 from scripts import retrofit_hf
 from tests.runs import settings, tiny
 from tests.trainers import run

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from mythos.config.presets import PRESETS
 from mythos.model.cache import DecodeCache, cache_bytes_per_token
 from mythos.model.config import ModelConfig
 from mythos.model.halting import Convergence
 from mythos.model.rdt import RecurrentDepthTransformer
-from mythos.presets import PRESETS
 from tests.model.slow_decode import slow_decode
 
 Build = Callable[..., RecurrentDepthTransformer]

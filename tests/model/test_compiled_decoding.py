@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from mythos.benchmarks.timing import tensor_peak
-from mythos.model import kernels, rdt
+from mythos.generation.sampling import Sampling
+from mythos.generation.tokens import Continuation, generate
+from mythos.model import rdt
 from mythos.model.cache import DecodeCache
-from mythos.model.generate import Continuation, generate
 from mythos.model.halting import Convergence
+from mythos.model.ops import device_choice
 from mythos.model.rdt import RecurrentDepthTransformer
-from mythos.model.sampling import Sampling
 
 Build = Callable[..., RecurrentDepthTransformer]
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -148,7 +149,7 @@ def test_experts_of_one_token(model: Build, graphs: Graphs, monkeypatch: pytest.
     built = model(core_layers=1, loops=2)
     config = built.config
     size = 4 * config.experts_per_token * 3 * config.dim * config.expert_dim
-    monkeypatch.setattr(kernels, "TOKEN_BYTES", size - large)
+    monkeypatch.setattr(device_choice, "TOKEN_BYTES", size - large)
     pair = Pair(built, 1)
     pair.extend(random_ids(1, 3))
     for token in random_ids(4, 1, 1, seed=1):

@@ -36,13 +36,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mythos import trainer
-from mythos.model import experts, kernels
+from mythos.config.presets import preset_config
+from mythos.distributed.parallel import ParallelModel
 from mythos.model.halting import GATE_WIDTH
+from mythos.model.ops import device_choice, grouped_experts
 from mythos.model.rdt import RecurrentDepthTransformer
-from mythos.optim import build_optimizer
-from mythos.parallel import ParallelModel
-from mythos.presets import preset_config
 from mythos.trainer import StepResult, Trainer
+from mythos.training.optim import build_optimizer
 from tests.model.conftest import scrambled
 from tests.runs import tiny
 
@@ -57,12 +57,14 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What torch finds where it finds no CUDA: a device guard, autocast, and a stand-in for flex attention."""
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
-    monkeypatch.setattr(kernels, "_compiled_flex_attention", lambda: flex)
-    monkeypatch.setattr(kernels, "_compiled", lambda function: function)
-    monkeypatch.setattr(kernels, "takes_widths", lambda device, dtype, dim, value_dim: dim == value_dim)
+    monkeypatch.setattr(device_choice, "_compiled_flex_attention", lambda: flex)
+    monkeypatch.setattr(device_choice, "_compiled", lambda function: function)
+    monkeypatch.setattr(device_choice, "takes_widths", lambda device, dtype, dim, value_dim: dim == value_dim)
     # As they are within an operator of our own, whose fake result would hide what torch's asks of types and strides.
-    monkeypatch.setattr(experts, "grouped_product", lambda x, weights, ends: F.grouped_mm(x, weights, offs=ends))
-    monkeypatch.setattr(experts, "grouped_outer", lambda x, y, ends: F.grouped_mm(x.T, y, offs=ends))
+    monkeypatch.setattr(
+        grouped_experts, "grouped_product", lambda x, weights, ends: F.grouped_mm(x, weights, offs=ends)
+    )
+    monkeypatch.setattr(grouped_experts, "grouped_outer", lambda x, y, ends: F.grouped_mm(x.T, y, offs=ends))
     if torch.backends.cuda.is_built():
         yield
         return

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from mythos.benchmarks.products import executed_flops
-from mythos.depth import DepthSchedule
 from mythos.model.attention import attention_context
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.model.recurrence import InitialInjection, LinearInjection, LTIInjection, initial_state
+from mythos.training.depth_schedule import DepthSchedule
 from tests.model.conftest import scrambled
-from tests.test_depth import config_with
+from tests.training.test_depth_schedule import config_with
 
 DEPTHS = [5, 3, 3, 1]
 PUBLISHED: dict[str, Any] = {

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from mythos.commands.compare import main
-from mythos.config import load_config
-from mythos.estimate import count_parameters, forward_flops
+from mythos.cli.compare import main
+from mythos.config.loading import load_config
+from mythos.planning.estimate import count_parameters, forward_flops
 from mythos.reports.comparison import compare
 from tests.reports.handmade import records, write_run
 

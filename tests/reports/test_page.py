@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mythos.commands import report, sweep
-from mythos.config import load_config
+from mythos.checkpoints.stored_model import open_model
+from mythos.cli import report, sweep
+from mythos.config.loading import load_config
 from mythos.errors import MythosError
-from mythos.estimate import forward_flops
 from mythos.evaluation.depth_sweep import DepthSweep, fit_metrics
-from mythos.model_files import open_model
+from mythos.planning.estimate import forward_flops
 from mythos.reports import figures
 from mythos.reports.page import run_page
 from mythos.reports.recorded import open_run

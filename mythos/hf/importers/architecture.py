@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mythos.config.presets import PRESETS, preset_config
 from mythos.errors import MythosError
 from mythos.model.config import ModelConfig, model_contradictions, padded_vocab_size
-from mythos.presets import PRESETS, preset_config
 
 Values = Mapping[str, Any]
 """What a config.json says."""

@@ -1,0 +1,138 @@
+"""Whose checkpoints a directory holds: one run saves there, continues from them and deletes them."""
+
+import contextlib
+import json
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from mythos.distributed.faults import RunLock
+from mythos.errors import MythosError
+from mythos.files.local import read_regular
+from mythos.files.storage import LocalStorage, Origin, RemoteStorage, Storage
+
+LOCK = ".checkpoints.lock"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What marks the checkpoints of a run."""
+
+    id: str
+    """Drawn when the run begins, and kept in the lock file of its directory."""
+    name: str
+    directory: str
+    """Of the run, absolute and without links."""
+
+
+@contextlib.contextmanager
+def claimed(storage: Storage, run: Run, begun: bool) -> Iterator[Run]:
+    """Keep the place of checkpoints to one run, for the length of a with block; one process does.
+
+    Gives the run with the id that its checkpoints there have. `begun` says whether the id is from an earlier start: a
+    run whose directory was lost, or is older than ids, takes that of its checkpoints. Afterwards `storage` deletes
+    checkpoints of this run and no others.
+
+    Raises MythosError while another job saves there, and for checkpoints that are another run's.
+    """
+    with contextlib.ExitStack() as stack:
+        if isinstance(storage, LocalStorage):
+            stack.enter_context(RunLock(storage.root, file=LOCK, options="checkpoint.dir", temporary=True))
+        run = _owner(storage, run, begun)
+        if isinstance(storage, RemoteStorage):
+            stack.enter_context(_remote_lock(storage, run))
+        storage.owned = lambda origin: _is_of(origin, run, storage)
+        yield run
+
+
+def _owner(storage: Storage, run: Run, begun: bool) -> Run:
+    """The run as its checkpoints name it. Raises MythosError where all that is there is another run's."""
+    others = []
+    for name in reversed(storage.complete()):
+        origin = storage.origin(name)
+        if origin is None:
+            continue
+        directory = _directory(origin)
+        if _is_of(origin, run, storage) and not _is_copy(origin, run, storage):
+            return run
+        mine = directory == run.directory or (not begun and _inside(storage, run))
+        if mine and len(origin.runs) == 1:
+            return replace(run, id=next(iter(origin.runs)))
+        # A link is no place of this run's, and what cannot be read at all is told as damaged when it is verified.
+        if storage.is_directory(name) and (origin.runs or directory):
+            others.append((name, origin))
+    if others:
+        raise MythosError(_refusal(storage, *others[0]))
+    return run
+
+
+def _is_of(origin: Origin, run: Run, storage: Storage) -> bool:
+    """Whether a checkpoint is a run's. Versions that knew no ids are judged by the directory in their configuration."""
+    if origin.runs:
+        return run.id in origin.runs
+    return _inside(storage, run) or _directory(origin) == run.directory
+
+
+def _is_copy(origin: Origin, run: Run, storage: Storage) -> bool:
+    """Whether the run's directory is a copy, with its id, of one that is still there and saves to the same place."""
+    directory = _directory(origin)
+    if directory is None or directory == run.directory or _inside(storage, run):
+        return False
+    try:
+        return json.loads(read_regular(Path(directory) / ".lock")).get("run") == run.id
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
+
+
+def _directory(origin: Origin) -> str | None:
+    """The run directory that a checkpoint tells, absolute; None where it tells none."""
+    run = origin.meta.get("run")
+    if isinstance(run, dict) and isinstance(run.get("directory"), str):
+        return run["directory"]
+    config = origin.meta.get("config")
+    section = config.get("run") if isinstance(config, dict) else None
+    if not isinstance(section, dict):
+        return None
+    return os.path.realpath(str(section.get("dir") or f"runs/{section.get('name')}").replace("\0", ""))
+
+
+def _inside(storage: Storage, run: Run) -> bool:
+    """Whether checkpoints are in the run's own directory, as they are by default."""
+    if not isinstance(storage, LocalStorage):
+        return False
+    return Path(os.path.realpath(storage.root)).is_relative_to(run.directory)
+
+
+def _refusal(storage: Storage, name: str, origin: Origin) -> str:
+    run = origin.meta.get("run")
+    directory = _directory(origin)
+    owner = f"the run {run['name']} in {directory}" if isinstance(run, dict) and "name" in run else f"{directory}"
+    place = str(storage.address(name)).rstrip("/").rpartition("/")[0]
+    return (
+        f"checkpoint.dir: {place} holds the checkpoints of another run, {owner}. Set checkpoint.dir to a directory of "
+        f"its own; to begin there from the other run's, set run.resume={storage.address(name)} as well (its optimizer, "
+        f"step and data too) or train.init_from={storage.address(name)} (its weights). To continue that run, set "
+        f"run.dir={directory}"
+    )
+
+
+@contextlib.contextmanager
+def _remote_lock(storage: RemoteStorage, run: Run) -> Iterator[None]:
+    """Object stores lock nothing: an object tells who saves there. It outlives a killed job, whose run may go on."""
+    try:
+        holder = json.loads(storage.read_root(LOCK))
+    except (FileNotFoundError, ValueError):
+        holder = {}
+    if isinstance(holder, dict) and holder.get("id") not in (None, run.id):
+        raise MythosError(
+            f"{storage.url} is in use by the run {holder.get('name')} in {holder.get('directory')}, started by process "
+            f"{holder.get('pid')} on {holder.get('host')}. Two runs would overwrite each other: give this run another "
+            f"checkpoint.dir, or, if that job has been killed and is not to go on, delete {storage.address(LOCK)}"
+        )
+    storage.write_root(LOCK, json.dumps({**asdict(run), "host": socket.gethostname(), "pid": os.getpid()}).encode())
+    try:
+        yield
+    finally:
+        storage.remove_root(LOCK)

@@ -1,0 +1,133 @@
+"""What must hold before a run may touch its directory or continue a checkpoint."""
+
+import math
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from psutil import virtual_memory
+
+from mythos.config.loading import Config
+from mythos.data.tasks import hardest
+from mythos.errors import MythosError
+from mythos.model.config import ModelConfig, padded_vocab_size
+from mythos.training.depth_schedule import DepthSchedule
+from mythos.training.optim import learning_rate
+
+
+def prepare_directory(run_dir: Path) -> None:
+    """Make the run directory. Raises MythosError if it cannot be written."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / f".writable-{platform.node()}-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise MythosError(f"run directory {run_dir} cannot be written ({error}): choose another run.dir") from error
+
+
+def resolve_vocabulary(config: Config, tokenizer_size: int) -> Config:
+    """The configuration with `model.vocab_size: auto` replaced by the tokenizer's padded size."""
+    if config.model.vocab_size != "auto":
+        return config
+    if config.tokenizer.name == "bpe":
+        # A small corpus may give fewer tokens than asked for; the written configuration asks for them again.
+        tokenizer_size = max(tokenizer_size, padded_vocab_size(config.tokenizer.vocab_size))
+    model = config.model.model_copy(update={"vocab_size": tokenizer_size})
+    return config.model_copy(update={"model": model})
+
+
+def check_memory(parameters: int, shards: int, device: torch.device) -> None:
+    """Refuse a model whose weights and gradients alone, in float32, are more than the device's memory.
+
+    It would end by an error of the allocator, or by the system, which kills the process without a word. `shards` is the
+    number of processes that share one copy. Raises MythosError with both sizes.
+    """
+    needed = 8 * parameters // shards
+    there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else virtual_memory().total
+    if needed > there:
+        raise MythosError(
+            f"model: {parameters:,} parameters take {needed / 2**30:,.1f} GiB for weights and gradients a process, "
+            f"and the device has {there / 2**30:,.1f} GiB. Take a smaller model, or parallel.mode fsdp and more "
+            "processes; --dry-run prints what a run needs"
+        )
+
+
+FREE_MODEL_FIELDS = {"preset", "context_length", "loops", "router_bias_rate", "state_init", "ponder_weight"}
+"""Fields of the model that may change between a checkpoint and the run that continues it.
+
+None changes the function that the weights compute at a given number of loops. (The adapter has a slot per loop; its
+shape is checked with all others.)"""
+
+
+def check_same_model(config: Config, saved: dict[str, Any], path: Path | None) -> None:
+    """Refuse to continue with another model than the checkpoint's. Raises MythosError naming every differing field."""
+    here = config.model.model_dump(mode="json")
+    # What the version that wrote the checkpoint did not know had the default.
+    saved = {name: field.default for name, field in ModelConfig.model_fields.items()} | saved
+    # Rules that need no training may be changed as well.
+    trained = [section.get("halting") in ("gate", "act") and section["halting"] for section in (here, saved)]
+    free = FREE_MODEL_FIELDS | ({"halting"} if trained[0] == trained[1] else set())
+    differing = [name for name in here if name not in free and here[name] != saved[name]]
+    if differing:
+        lines = [f"  model.{name}: {saved[name]!r} in the checkpoint, {here[name]!r} here" for name in differing]
+        raise MythosError(
+            f"checkpoint {path} is of another model:\n"
+            + "\n".join(lines)
+            + "\nRestore these values to continue it, or "
+            "give this run another run.name."
+        )
+
+
+def check_same_optimizer(config: Config, saved: dict[str, Any], path: Path | None) -> None:
+    """Refuse to continue with another optimizer than the checkpoint's. Raises MythosError naming both."""
+    if config.optim.name != saved["name"]:
+        raise MythosError(
+            f"checkpoint {path} is of another optimizer, whose state is of no use to this one:\n"
+            f"  optim.name: {saved['name']!r} in the checkpoint, {config.optim.name!r} here\n"
+            "Restore this value to continue it, or give this run another run.name."
+        )
+
+
+def schedule_change(config: Config, saved: dict[str, Any], step: int) -> str | None:
+    """What a warning says if a schedule of another length than the checkpoint's moves the values of the next step.
+
+    `saved` is the checkpoint's configuration as plain values. None where nothing moves, or nothing is left to train.
+    """
+    old, new = _schedule_steps(saved), config.schedule_steps
+    if old == new or step >= config.train_steps:
+        return None
+    before, after = (_scheduled(config, step, steps) for steps in (old, new))
+    moved = [f"{what} from {value} to {after[what]}" for what, value in before.items() if value != after[what]]
+    if not moved:
+        return None
+    changes = ", ".join(moved)
+    return (
+        f"the schedule took {old:,} steps in the checkpoint and takes {new:,} here (train.steps, train.tokens or "
+        f"optim.schedule_steps): at step {step:,} this moves {changes}. "
+        f"Set optim.schedule_steps={old} to keep the old schedule; steps beyond it keep its last values"
+    )
+
+
+def _schedule_steps(saved: dict[str, Any]) -> int:
+    """Length of the schedule of a saved configuration; those of earlier versions have no optim.schedule_steps."""
+    train = saved["train"]
+    tokens_per_step = train["global_batch"] * saved["data"]["sequence_length"]
+    steps = saved["optim"].get("schedule_steps") or train["steps"]
+    return steps or math.ceil(train["tokens"] / tokens_per_step)
+
+
+def _scheduled(config: Config, step: int, steps: int) -> dict[str, str]:
+    """What the schedules give in a step if they take `steps`, by name, as text for people."""
+    optim = config.optim.model_copy(update={"schedule_steps": steps})
+    depth = DepthSchedule(config.model_copy(update={"optim": optim}))
+    values = {
+        "the learning rate": f"{learning_rate(optim, step, steps):.3g}",
+        "the mean depth": f"{depth.mean(step):.3g}",
+        "the loops with gradient": f"{depth.backprop(step)}",
+    }
+    if config.data.kind == "reasoning":
+        values["the highest difficulty"] = f"{hardest(config.data.task, step, steps)}"
+    return values

@@ -1,0 +1,293 @@
+"""Trained models on disk: a run directory, a checkpoint or an exported folder."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mythos.checkpoints.checkpoint import complete_checkpoints, read_meta, read_tensors, saved_shapes, verified_copy
+from mythos.config.inherited import CONFIG_FILE, MODEL_TYPE, RUN_FILE, TOKENIZER_FILE
+from mythos.config.loading import Config, config_from_dict, load_config
+from mythos.data.tokenizer import Tokenizer
+from mythos.errors import MythosError, short_reason
+from mythos.files.storage import MARKER, LocalStorage, is_step, locate
+from mythos.files.text import read_json, unusable_text
+from mythos.model.config import MOST, MOST_LOOPS, ModelConfig, model_contradictions
+from mythos.model.rdt import RecurrentDepthTransformer
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
+
+PREFIX = "model."
+"""What the names of a model's tensors begin with in checkpoints, which hold the optimizer's too, and in exports."""
+
+TRANSFORMERS_KEYS = {
+    "architectures",
+    "bos_token_id",
+    "chunk_size_feed_forward",
+    "dtype",
+    "eos_token_id",
+    "id2label",
+    "is_encoder_decoder",
+    "label2id",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token_id",
+    "problem_type",
+    "return_dict",
+    "transformers_version",
+    "use_cache",
+}
+"""What transformers adds to a config.json of its own accord."""
+
+HEADER = {"model_type", "mean_loops", "step", "versions"} | TRANSFORMERS_KEYS
+"""What an exported config.json says beside the fields of the model."""
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A trained model in eval mode, with what it takes to use it."""
+
+    model: RecurrentDepthTransformer
+    tokenizer: Tokenizer | None
+    """None for a run without text."""
+    mean_loops: int
+    """Mean loops of training, rounded: what 'full depth' means."""
+    step: int
+    """Optimizer steps it was trained for."""
+    run: Config | None
+    """The run's configuration; None for an exported model."""
+    source: str
+    """Where the weights came from."""
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A trained model that lies on a disk: what it is, and how to read its tensors."""
+
+    model: RecurrentDepthTransformer
+    """In eval mode, on the meta device: names and shapes."""
+    read: Callable[[dict[str, Tensor]], None]
+    """Fills some of its tensors in place, by name."""
+    tokenizer: Path | None
+    """Folder of its tokenizer; None for a run without text."""
+    mean_loops: int
+    step: int
+    run: Config | None
+    source: str
+
+
+def open_model(path: str | Path, device: torch.device | str = "cpu") -> OpenedModel:
+    """Open a run directory (its newest complete checkpoint), a checkpoint step-XXXXXXXX, or an exported folder.
+
+    A checkpoint may be of any number of processes and in any storage that runs write to; every file is compared with
+    its checksum. Only safetensors and JSON are read. Parameters are float32.
+
+    Raises:
+        MythosError: the path is none of these, a run has no complete checkpoint, or what is there is damaged.
+    """
+    with stored_model(path) as stored:
+        model = stored.model.to_empty(device=device)
+        stored.read(tensors_of(model))
+        tokenizer = None if stored.tokenizer is None else Tokenizer.load(stored.tokenizer)
+        return OpenedModel(model, tokenizer, stored.mean_loops, stored.step, stored.run, stored.source)
+
+
+@contextlib.contextmanager
+def stored_model(path: str | Path) -> Iterator[StoredModel]:
+    """What `open_model` opens, without its tensors; they can be read until the block ends.
+
+    Raises:
+        MythosError: as `open_model`.
+    """
+    text = str(path).rstrip("/") or "/"
+    folder = Path(text)
+    run_dir = None
+    if "://" not in text:
+        with _told(path):
+            exported, is_run = ((folder / file).is_file() for file in (CONFIG_FILE, RUN_FILE))
+            what = "it is no model" if folder.exists() else "there is nothing"
+        if exported:
+            with _stored_export(folder) as stored:
+                yield stored
+            return
+        if is_run:
+            run = load_config(folder / RUN_FILE, to_train=False)
+            place = run.checkpoint.dir or folder / "checkpoints"
+            with _told(place):
+                found = complete_checkpoints(place)
+            if not found:
+                raise MythosError(
+                    f"{path}: the run has no complete checkpoint yet. Runs save every checkpoint.every steps and at "
+                    "their end; continue it with the command that started it."
+                )
+            text, run_dir = found[-1], folder
+        elif not folder.name.startswith("step-"):
+            raise MythosError(
+                f"{path}: {what}. Give a run directory (with {RUN_FILE}), a checkpoint (checkpoints/step-XXXXXXXX in "
+                f"it), or a folder written by `mythos export` (with {CONFIG_FILE})."
+            )
+    with _stored_checkpoint(text, run_dir) as stored:
+        yield stored
+
+
+@contextlib.contextmanager
+def _told(path: str | Path) -> Iterator[None]:
+    """Tell of a place that cannot be looked at as MythosError."""
+    try:
+        yield
+    except MythosError:
+        raise
+    except Exception as error:  # libraries of remote file systems share no base class
+        raise MythosError(f"{path} cannot be read: {short_reason(error)}") from error
+
+
+def run_directory(path: str | Path) -> Path | None:
+    """The run directory that a path is, or that lies two folders above it, as above a checkpoint; None without one."""
+    folder = Path(os.path.abspath(path))
+    places = [] if "://" in str(path) else [folder, folder.parent.parent]
+    return next((place for place in places if (place / RUN_FILE).is_file()), None)
+
+
+def tensors_of(model: RecurrentDepthTransformer) -> dict[str, Tensor]:
+    """Every tensor of a model by name, the live ones."""
+    named = dict(model.named_parameters()) | dict(model.named_buffers())
+    return {name: tensor.detach() for name, tensor in named.items()}
+
+
+@contextlib.contextmanager
+def _stored_checkpoint(path: Path | str, run_dir: Path | None) -> Iterator[StoredModel]:
+    storage, name = locate(path)
+    with _told(path):
+        complete = is_step(name) and storage.exists(name, MARKER)
+    if not complete:
+        raise MythosError(
+            f"{path} is no complete checkpoint: a folder step-XXXXXXXX with a file '{MARKER}', which is written last."
+        )
+    meta = read_meta(path)
+    if not isinstance(meta.get("config"), dict) or type(meta.get("step")) is not int:
+        raise MythosError(f"checkpoint {path} is damaged: its meta.json lacks the configuration or the step")
+    run = config_from_dict(meta["config"], to_train=False)
+    # A checkpoint holds no tokenizer: it lies beside the checkpoints, or with the run that wrote them elsewhere.
+    places = [run_dir or run.run_dir]
+    if isinstance(storage, LocalStorage):
+        places.insert(0, Path(path).parent.parent)
+    tokenizer = next((place / "tokenizer" for place in places if (place / "tokenizer").is_dir()), None)
+    with verified_copy(path) as copy:
+        shapes = saved_shapes(path, copy)
+        there = {key.removeprefix(PREFIX): shapes[key] for key in shapes if key.startswith(PREFIX)}
+
+        def read(tensors: dict[str, Tensor]) -> None:
+            read_tensors(path, copy, {PREFIX + name: tensor for name, tensor in tensors.items()}, no_dist=True)
+
+        model = _fitting_model(str(path), run.model, there)
+        yield StoredModel(model, read, tokenizer, round(run.depth_mean), meta["step"], run, str(path))
+
+
+@contextlib.contextmanager
+def _stored_export(folder: Path) -> Iterator[StoredModel]:
+    path = folder / CONFIG_FILE
+    try:
+        values = read_json(path)
+        if values.get("model_type") != MODEL_TYPE:
+            raise MythosError(
+                f"{path}: model_type is {values.get('model_type')!r}; only models of type {MODEL_TYPE!r} are opened, "
+                "which `mythos export` writes"
+            )
+        config = ModelConfig.model_validate({key: value for key, value in values.items() if key not in HEADER})
+        mean_loops, step = (int(values[name]) for name in ("mean_loops", "step"))
+        if config.vocab_size == "auto" or not (1 <= mean_loops <= MOST_LOOPS and 0 <= step <= MOST):
+            raise ValueError(f"vocab_size is {config.vocab_size}, mean_loops {mean_loops}, step {step}")
+        problems = [f"{', '.join(names)}: {message}" for names, message in model_contradictions(config)]
+        if problems or unusable_text(config.preset):
+            raise ValueError("; ".join(problems) or f"preset is {config.preset!a}")
+    except (OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, ValidationError):
+            reason = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        else:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise MythosError(f"{path} cannot be read as the configuration of a model: {reason}") from error
+    files = _weights_files(folder)
+    with contextlib.ExitStack() as stack:
+        places: dict[str, tuple[Path, str]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        opened = {}
+        for file in files:
+            with _reading(file):
+                opened[file] = stack.enter_context(safe_open(file, framework="pt"))
+                for key in opened[file].keys():  # noqa: SIM118
+                    name = key.removeprefix(PREFIX)  # earlier versions wrote none
+                    places[name] = file, key
+                    shapes[name] = tuple(opened[file].get_slice(key).get_shape())
+
+        def read(tensors: dict[str, Tensor]) -> None:
+            for name, tensor in tensors.items():
+                file, key = places[name]
+                with _reading(file):
+                    tensor.copy_(opened[file].get_tensor(key))
+
+        tokenizer = folder if (folder / TOKENIZER_FILE).is_file() else None
+        model = _fitting_model(str(folder), config, shapes)
+        yield StoredModel(model, read, tokenizer, mean_loops, step, None, str(folder))
+
+
+def _weights_files(folder: Path) -> list[Path]:
+    """The files that hold an export's tensors: one, or those that an index names."""
+    index = folder / INDEX_FILE
+    return indexed_files(index, "Export the model again.") if index.is_file() else [folder / WEIGHTS_FILE]
+
+
+def indexed_files(index: Path, advice: str) -> list[Path]:
+    """The files, beside an index of tensors, that it names. Raises MythosError with the advice where it is damaged."""
+    try:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        if any(Path(name).name != name or name == ".." or unusable_text(name) for name in names):
+            raise ValueError("it names files elsewhere")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise MythosError(f"{index} cannot be read: {error}. {advice}") from error
+    return [index.parent / name for name in names]
+
+
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Tell of an export's weights that cannot be read as MythosError."""
+    try:
+        if not file.is_file():  # a FIFO would be waited for
+            raise FileNotFoundError("there is no such file")
+        yield
+    except (OSError, SafetensorError) as error:
+        raise MythosError(f"{file} cannot be read: {error}. Export the model again.") from error
+
+
+def _fitting_model(path: str, config: ModelConfig, there: dict[str, tuple[int, ...]]) -> RecurrentDepthTransformer:
+    """A model in eval mode on the meta device whose tensors have the names and shapes of those in a file.
+
+    No memory is asked for before that is known: sizes in a damaged configuration may be of any order.
+
+    Raises MythosError for differing tensors, and for sizes that no model can have.
+    """
+    try:
+        if config.prelude_layers + config.core_layers + config.coda_layers > len(there):
+            raise ValueError(f"more layers than the {len(there)} tensors in the file")
+        with torch.device("meta"):
+            model = RecurrentDepthTransformer(config).eval()
+    except (RuntimeError, TypeError, ValueError) as error:  # of torch, where a size overflows
+        raise MythosError(
+            f"{path} does not fit its own configuration: {short_reason(error)}. It is damaged."
+        ) from error
+    here = {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
+    differing = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+    if differing:
+        first = differing[0]
+        raise MythosError(
+            f"{path} does not fit its own configuration: {len(differing)} tensors differ, first {first}: "
+            f"{there.get(first, 'absent')} in the file, {here.get(first, 'absent')} in the model. It is damaged, or of "
+            "another version of mythos."
+        )
+    return model

@@ -1,0 +1,175 @@
+"""Measure what every loop of a trained model is worth, and what halting saves of them.
+
+Writes step-XXXXXXXX.png, .csv and .json to sweep/ in the run directory, and prints them as tables. docs/depth.md tells
+how to read them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mythos.cli.common import (
+    CommandParser,
+    add_measuring_options,
+    check_least,
+    exit_status,
+    positive_numbers,
+    whole_numbers,
+    writing,
+)
+from mythos.errors import MythosError
+
+if TYPE_CHECKING:
+    from mythos.checkpoints.stored_model import OpenedModel
+    from mythos.evaluation.depth_sweep import DepthSweep, HaltingPoint
+
+
+def parser(prog: str = "mythos sweep") -> argparse.ArgumentParser:
+    """The command line."""
+    made = CommandParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("path", metavar="RUN_OR_CHECKPOINT", help="run directory, checkpoint step-*, or exported model")
+    made.add_argument(
+        "--loops",
+        type=partial(whole_numbers, "--loops"),
+        metavar="N,N,...",
+        help="loops to measure the loss at (1, 2, 4, ... and the training mean, up to 8 times the mean)",
+    )
+    made.add_argument("--sequences", type=int, metavar="N", help="validation sequences (as many as in training)")
+    made.add_argument("--rules", type=names, metavar="RULE,...", help="halting rules (all that the model can follow)")
+    made.add_argument(
+        "--thresholds",
+        type=partial(positive_numbers, "--thresholds"),
+        metavar="X,X,...",
+        help="exit thresholds of the one rule that is given",
+    )
+    made.add_argument(
+        "--most", type=int, metavar="N", help="loops after which a rule stops in any case (the training mean)"
+    )
+    made.add_argument("--data", metavar="GLOB", help="text files to measure on (the run's validation set)")
+    add_measuring_options(made, "sweep")
+    return made
+
+
+def main(arguments: list[str], prog: str = "mythos sweep") -> int:
+    """Run the command line; returns the exit status."""
+    return exit_status(lambda: sweep(parser(prog).parse_args(arguments)))
+
+
+def sweep(options: argparse.Namespace) -> None:
+    """Open, measure, write and print. Raises MythosError for what cannot be opened, measured or written."""
+    check_least(options, sequences=1, most=1, micro_batch=1)
+    if options.thresholds and (options.rules is None or len(options.rules) != 1):
+        raise MythosError("--thresholds: name the one rule they are for, e.g. --rules convergence --thresholds 0.2,0.1")
+    from mythos.checkpoints.stored_model import open_model, run_directory
+    from mythos.distributed.ranks import choose_device
+    from mythos.evaluation.depth_sweep import depth_sweep, sweep_depths
+    from mythos.evaluation.text import as_in_training, validation_data
+    from mythos.model.layers import autocast_to
+    from mythos.reports.plots import draw_sweep
+
+    device = choose_device(options.device, option="--device")
+    opened = open_model(options.path, device)
+    if opened.run and opened.run.depth.follow == "difficulty":
+        raise MythosError(
+            f"{options.path}: got a run on depth.follow difficulty, which has no one depth to compare the others with; "
+            "`mythos reasoning` measures it, by difficulty and loops"
+        )
+    fixed = opened.model.config.injection == "none"
+    mean = 1 if fixed else opened.mean_loops
+    loops = sorted(set(options.loops or ([1] if fixed else sweep_depths(mean))))
+    for option, most in (("--loops", loops[-1]), ("--most", options.most or 1)):
+        if fixed and most > 1:
+            raise MythosError(f"{option}: got {most}; a fixed-depth model (model.injection: none) runs its core once")
+    rules = chosen_rules(opened, options.rules, options.thresholds)
+    out = options.out or (run_directory(options.path) or Path()) / "sweep"
+    data = validation_data(opened, options.data, options.sequences)
+    dtype, micro_batch = as_in_training(opened, device, options.dtype, options.micro_batch)
+    result = depth_sweep(
+        opened.model,
+        data,
+        depths=loops,
+        mean_loops=mean,
+        rules=rules,
+        most=options.most,
+        micro_batch=micro_batch,
+        autocast=autocast_to(dtype, device),
+    )
+    about: dict[str, Any] = {"source": opened.source, "step": opened.step}
+    about |= {"data": options.data or "the run's validation set", "dtype": str(dtype).removeprefix("torch.")}
+    stem = out / f"step-{opened.step:08d}"
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        written = [*result.save(stem, about), draw_sweep(result, out / f"{stem.name}.png")]
+    print(report(result))
+    print("\nwritten  " + "\n         ".join(map(str, written)))
+
+
+def chosen_rules(
+    opened: OpenedModel, names: list[str] | None, thresholds: list[float] | None
+) -> list[tuple[str, float]]:
+    """Rules and thresholds as the options say. Raises MythosError for what the model cannot follow."""
+    from mythos.evaluation.depth_sweep import sweep_rules
+    from mythos.model.halting import halting_rule
+
+    try:
+        rules = sweep_rules(opened.model, names)
+    except ValueError as error:
+        raise MythosError(f"--rules: {error}") from error
+    if names is None or thresholds is None:
+        return rules
+    try:
+        for threshold in thresholds:
+            halting_rule(opened.model, names[0], threshold)
+    except ValueError as error:
+        raise MythosError(f"--thresholds: {error}") from error
+    return [(names[0], threshold) for threshold in thresholds]
+
+
+def report(sweep: DepthSweep) -> str:
+    """The sweep as tables for a terminal."""
+    lines = [f"\n{sweep.sequences} sequences of {sweep.sequence_length} tokens", ""]
+    lines += ["  loops      loss  perplexity  bits/byte  log |h|   change"]
+    for depth in sweep.read_out:
+        mark = "  <- training mean" if depth.loops == sweep.mean_loops else ""
+        lines.append(
+            f"  {depth.loops:5d}  {depth.loss:8.4f}  {depth.perplexity:10.2f}  {cell(depth.bits_per_byte, '9.4f')}  "
+            f"{depth.state_norm:7.3f}  {depth.state_delta:7.1e}{mark}"
+        )
+    lines += ["", f"  {told_fit(sweep)}"]
+    if sweep.halting:
+        full = next((depth.loss for depth in sweep.read_out if depth.loops == sweep.mean_loops), None)
+        lines += ["", f"  rule               threshold  loops  saved  perplexity  to {sweep.mean_loops} loops"]
+        lines += [halting_line(point, full) for point in sweep.halting]
+    return "\n".join(lines)
+
+
+def halting_line(point: HaltingPoint, full: float | None) -> str:
+    """A line of the table of rules; `full` is the loss at the training mean."""
+    change = "" if full is None else f"{math.expm1(point.loss - full):+.2%}"
+    return (
+        f"  {point.rule:17}  {point.threshold:9.4g}  {point.loops:5.2f}  {point.saved:5.0%}  {point.perplexity:10.2f}  "
+        f"{change:>10}{'  <- default' if point.default else ''}"
+    )
+
+
+def told_fit(sweep: DepthSweep) -> str:
+    """The fit in words."""
+    fit = sweep.fit
+    if fit is None:
+        return "no fit of L(T): it takes four depths with finite losses up to the least one"
+    rising = sweep.read_out[-1].loops > fit.loops[-1]
+    return f"{fit}" + (f"; fitted up to {fit.loops[-1]} loops, after which the loss rises" if rising else "")
+
+
+def cell(value: float | None, form: str) -> str:
+    """A number, or as much space as it takes."""
+    return " " * int(form.partition(".")[0]) if value is None else f"{value:{form}}"
+
+
+def names(text: str) -> list[str]:
+    """Parse convergence,gate."""
+    return [part.strip() for part in text.split(",")]

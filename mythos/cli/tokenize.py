@@ -1,0 +1,188 @@
+"""Tokenize the corpus of a run ahead of training: token shards that data.kind: tokens reads.
+
+Interrupted in whatever way, the same command goes on after the parts that are finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from mythos.cli.common import CommandParser
+from mythos.config.loading import Config, load_config
+from mythos.errors import MythosError, log_messages
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from mythos.data.token_writer import TokenWriter
+    from mythos.progress import Lines
+
+REFRESH = 0.5  # seconds
+VALIDATION_SHARE = 0.05
+"""Share of the documents, by content hash, whose tokens keep their bytes: the most that can be held out."""
+
+
+def parser(prog: str = "mythos tokenize") -> argparse.ArgumentParser:
+    """The command line, to be parsed intermixed: options may stand between the overrides."""
+    made = CommandParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("config", metavar="CONFIG", help="a run's configuration: its data and tokenizer sections")
+    made.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes of the configuration")
+    made.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write or to continue")
+    made.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (%(default)s)")
+    made.add_argument("--source", metavar="NAME", help="of a mixture: the source to tokenize")
+    made.add_argument(
+        "--validation-share",
+        type=float,
+        metavar="SHARE",
+        help="the most that data.validation.fraction can be set to in runs on these tokens (data.validation.fraction, "
+        f"and at least {VALIDATION_SHARE})",
+    )
+    return made
+
+
+def main(arguments: list[str], prog: str = "mythos tokenize") -> int:
+    """Run the command line; returns the exit status."""
+    log_messages()
+    made = parser(prog)
+    options = made.parse_intermixed_args(arguments)
+    if options.workers < 1:
+        made.error(f"--workers: got {options.workers}; give at least 1")
+    if options.validation_share is not None and not 0 <= options.validation_share <= 1:
+        made.error(f"--validation-share: got {options.validation_share:g}; give 0 to 1")
+    try:
+        tokenize(load_config(options.config, options.overrides), options)
+    except MythosError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on after the parts that are finished", file=sys.stderr)
+        return 130
+    return 0
+
+
+def tokenize(config: Config, options: argparse.Namespace) -> None:
+    """Write what is missing of the folder and print how to use it."""
+    from mythos.data.tokens import TOKENIZER
+    from mythos.progress import progress_bar
+
+    writer = open_writer(config, options)
+    parts = writer.begin()
+    done = sum(map(len, writer.parts)) - sum(len(writer.parts[part]) for part in parts)
+    if parts:
+        with progress_bar(total=len(writer.corpus.shards), initial=done, unit="shard", desc="tokenizing") as bar:
+            write_parts(writer, parts, min(options.workers, len(parts)), bar)
+    totals = writer.finish()["totals"]
+    left_out = ", ".join(f"{kind} {count:,}" for kind, count in totals["skipped"].items())
+    print(f"{options.out}: {totals['documents']:,} documents, {totals['tokens']:,} tokens; left out: {left_out or 0}")
+    print("In place of the text, a configuration (for a mixture, a source) gives:\n")
+    sections = {
+        "data": {"kind": "tokens", "path": str(options.out.resolve())},
+        "tokenizer": {"name": str(options.out.resolve() / TOKENIZER)},
+    }
+    print(yaml.safe_dump(sections, sort_keys=False), end="")
+
+
+def open_writer(config: Config, options: argparse.Namespace) -> TokenWriter:
+    """Open the source and its tokenizer.
+
+    Raises:
+        MythosError: no such source, or as :func:`mythos.data.corpus.open_corpora` and
+            :func:`mythos.data.tokenizer.load_tokenizer`.
+    """
+    from mythos.data.corpus import cache_directory, holdout_fraction, open_corpora, pin_revisions, weighted
+    from mythos.data.token_writer import TokenWriter
+    from mythos.data.tokenizer import load_tokenizer
+    from mythos.data.tokens import TOKENIZER, read_header
+
+    data = config.data
+    names = list(data.named_sources)
+    name = options.source or names[0]
+    if name not in names or (len(names) > 1 and not options.source):
+        raise MythosError(f"--source: got {options.source or 'none'}; give one of {', '.join(names)}")
+    if data.named_sources[name].kind == "tokens":
+        raise MythosError("data.kind: tokens are tokenized already. Give a configuration that reads text.")
+    if data.sources and config.tokenizer.name != "bpe":  # which is trained on the text of all sources
+        data = data.model_copy(update={"sources": {name: data.sources[name]}})
+    before = (read_header(options.out) or {}).get("source", {})
+    data = pin_revisions(data, {**before, "sources": {name: before}})
+    corpora = open_corpora(data)
+    run_has_one = (config.run_dir / TOKENIZER).is_dir()
+    tokenizer = load_tokenizer(
+        config.tokenizer,
+        weighted(data, corpora),
+        run_dir=config.run_dir if run_has_one else None,
+        cache_dir=cache_directory(data),
+        holdout_fraction=holdout_fraction(data),
+    )
+    share = options.validation_share
+    if share is None:
+        share = max(VALIDATION_SHARE, holdout_fraction(data))
+    return TokenWriter(corpora[name], tokenizer, options.out, data.named_sources[name], share)
+
+
+def write_parts(writer: TokenWriter, parts: list[int], workers: int, bar: tqdm[Any] | Lines[Any]) -> None:
+    """Write parts in worker processes, none of which is left when this returns or raises.
+
+    Raises:
+        MythosError: a part cannot be read or written, or a worker died.
+    """
+    from mythos.data.processes import START_METHOD, signals_held
+
+    context = multiprocessing.get_context(START_METHOD)
+    counts = context.Array(ctypes.c_uint64, 3)
+    pool = ProcessPoolExecutor(workers, context, _begin_worker, (writer, counts))
+    begin, shards = time.monotonic(), bar.n
+    try:
+        with signals_held(signal.SIGINT):
+            pending = {pool.submit(_write, part) for part in parts}
+        while pending:
+            done, pending = wait(pending, REFRESH, FIRST_EXCEPTION)
+            # Read without the lock, which a worker that is killed may have taken with it.
+            finished, documents, tokens = counts.get_obj()
+            rate = tokens / (time.monotonic() - begin)
+            bar.set_postfix_str(f"{documents:,} documents, {tokens:,} tokens, {rate:,.0f} tokens/s", refresh=False)
+            bar.update(shards + finished - bar.n)
+            bar.refresh()
+            for part in done:
+                part.result()
+    except BaseException as error:
+        for child in multiprocessing.active_children():
+            child.terminate()
+        if isinstance(error, BrokenProcessPool):
+            raise MythosError(
+                "a worker process died; out of memory? Give fewer --workers; the same command goes on after the parts "
+                "that are finished."
+            ) from error
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin_worker(writer: TokenWriter, counts: Any) -> None:
+    global _writer, _counts
+    _writer, _counts = writer, counts
+    from mythos.data.processes import begin_worker
+
+    begin_worker()
+
+
+def _write(part: int) -> None:
+    _writer.write_part(part, _report)
+
+
+def _report(shards: int, documents: int, tokens: int) -> None:
+    with _counts.get_lock():
+        for index, count in enumerate((shards, documents, tokens)):
+            _counts[index] += count

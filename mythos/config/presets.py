@@ -1,0 +1,235 @@
+"""Named model sizes: what ``model.preset`` stands for, before other model fields override it."""
+
+from typing import Any
+
+from mythos.errors import MythosError
+from mythos.model.config import ModelConfig
+
+_UNITS = (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3))
+
+BPE_VOCAB_SIZE = 4096
+"""Token ids that presets with ``vocab_size: auto`` are counted with: the default size of the trained tokenizer."""
+
+
+def _mythos(dim: int, kv_heads: int, experts: int, shared: int, top_k: int, expert_dim: int) -> dict[str, Any]:
+    """Fields that the published sizes have in common or that follow from their dimensions."""
+    return {
+        "dim": dim,
+        "attention": "mla",
+        "n_heads": dim // 128,
+        "n_kv_heads": kv_heads,
+        "head_dim": 128,
+        "ffn_dim": _multiple_of_128(dim * 4 / 3),
+        "core_layers": 1,
+        "core_ffn": "moe",
+        "n_experts": experts,
+        "experts_per_token": top_k,
+        "expert_dim": expert_dim,
+        "n_shared_experts": shared,
+        "shared_expert_dim": expert_dim * top_k,
+        "tie_embeddings": True,
+    }
+
+
+def _dense_core(layers: int, dim: int) -> dict[str, Any]:
+    """Fields of a looped dense-core size (arXiv 2604.12946); prelude, core and coda have ``layers`` each."""
+    return {
+        "vocab_size": 50_304,
+        "dim": dim,
+        "prelude_layers": layers,
+        "core_layers": layers,
+        "coda_layers": layers,
+        "context_length": 2048,
+        "tie_embeddings": False,
+        "attention": "gqa",
+        "n_heads": dim // 128,
+        "n_kv_heads": dim // 128,
+        "head_dim": 128,
+        "ffn_dim": _multiple_of_128(dim * 16 / 3),
+        "core_ffn": "dense",
+        "loops": 8,
+        "lora_rank": 0,
+    }
+
+
+def _parcae(layers: int, dim: int) -> dict[str, Any]:
+    """Fields of a published Parcae (arXiv 2604.12946); see `mythos.hf.importers.parcae`."""
+    return _dense_core(layers, dim) | {
+        "vocab_size": 32_768,
+        "tie_embeddings": True,
+        "value_embeddings": True,
+        "rope_theta": 5e4,
+        "norm_eps": 1e-5,
+        "ffn_dim": 4 * dim,
+        "dense_ffn": "relu2",
+        "halting": "none",
+    }
+
+
+def _multiple_of_128(width: float) -> int:
+    return round(width / 128) * 128
+
+
+def _layers(prelude_and_coda: int) -> dict[str, int]:
+    return {"prelude_layers": prelude_and_coda, "coda_layers": prelude_and_coda}
+
+
+def _latents(kv: int, q: int, rope: int, nope: int, v: int) -> dict[str, int]:
+    """Ranks and head dimensions of multi-head latent attention."""
+    names = ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+    return dict(zip(names, (kv, q, rope, nope, v), strict=True))
+
+
+def _run(loops: int, context: int, lora: int, theta: float, vocab: int) -> dict[str, Any]:
+    names = ("loops", "context_length", "lora_rank", "rope_theta", "vocab_size")
+    return dict(zip(names, (loops, context, lora, theta, vocab), strict=True))
+
+
+_NO_LOOP: dict[str, Any] = {"injection": "none", "loops": 1}
+_LOOPED = {"140m": _dense_core(2, 768), "370m": _dense_core(4, 1024), "770m": _dense_core(6, 1280)}
+_LOOPED["1b3"] = _dense_core(8, 1536)
+_PARCAE = {"140m": _parcae(2, 768), "370m": _parcae(4, 1024), "770m": _parcae(6, 1280), "1b3": _parcae(8, 1536)}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Run anywhere. Query and key heads are as wide as value heads, which fused attention on CPU needs.
+    "mythos_nano": {},
+    "mythos_tiny": {
+        "dim": 256,
+        "attention": "mla",
+        **_latents(kv=96, q=0, rope=32, nope=32, v=64),
+        "n_heads": 4,
+        "n_kv_heads": 2,
+        "head_dim": 64,
+        "ffn_dim": 1024,
+        "n_experts": 16,
+        "experts_per_token": 2,
+        "expert_dim": 320,
+        "n_shared_experts": 1,
+        "shared_expert_dim": 640,
+        "loops": 8,
+        "lora_rank": 8,
+    },
+    "mythos_small": {
+        **_layers(2),
+        "core_layers": 2,
+        "dim": 768,
+        "context_length": 2048,
+        "attention": "mla",
+        **_latents(kv=256, q=0, rope=32, nope=32, v=64),
+        "n_heads": 12,
+        "n_kv_heads": 4,
+        "head_dim": 64,
+        "ffn_dim": 2048,
+        "n_experts": 32,
+        "experts_per_token": 4,
+        "expert_dim": 512,
+        "n_shared_experts": 1,
+        "shared_expert_dim": 2048,
+        "loops": 8,
+        "lora_rank": 16,
+    },
+    # The published seven.
+    "mythos_1b": {
+        **_mythos(2048, kv_heads=4, experts=64, shared=2, top_k=4, expert_dim=2048),
+        **_layers(2),
+        **_latents(kv=256, q=512, rope=32, nope=64, v=64),
+        **_run(loops=16, context=4096, lora=8, theta=5e5, vocab=32_000),
+    },
+    "mythos_3b": {
+        **_mythos(3072, kv_heads=6, experts=64, shared=2, top_k=4, expert_dim=4096),
+        **_layers(2),
+        **_latents(kv=384, q=768, rope=32, nope=96, v=96),
+        **_run(loops=16, context=4096, lora=8, theta=5e5, vocab=32_000),
+    },
+    "mythos_10b": {
+        **_mythos(4096, kv_heads=8, experts=128, shared=2, top_k=4, expert_dim=5632),
+        **_layers(2),
+        **_latents(kv=512, q=1024, rope=64, nope=128, v=128),
+        **_run(loops=24, context=8192, lora=16, theta=5e5, vocab=32_000),
+    },
+    "mythos_50b": {
+        **_mythos(6144, kv_heads=8, experts=256, shared=4, top_k=4, expert_dim=9728),
+        **_layers(3),
+        **_latents(kv=512, q=1536, rope=64, nope=128, v=128),
+        **_run(loops=32, context=8192, lora=32, theta=5e5, vocab=32_000),
+    },
+    "mythos_100b": {
+        **_mythos(8192, kv_heads=8, experts=256, shared=4, top_k=8, expert_dim=13_568),
+        **_layers(4),
+        **_latents(kv=512, q=2048, rope=64, nope=128, v=128),
+        **_run(loops=32, context=1_000_000, lora=64, theta=1e6, vocab=32_000),
+    },
+    "mythos_500b": {
+        **_mythos(12_288, kv_heads=16, experts=512, shared=8, top_k=8, expert_dim=23_040),
+        **_layers(4),
+        **_latents(kv=1024, q=3072, rope=64, nope=128, v=128),
+        **_run(loops=48, context=1_000_000, lora=128, theta=1e6, vocab=100_000),
+    },
+    "mythos_1t": {
+        **_mythos(16_384, kv_heads=16, experts=512, shared=8, top_k=8, expert_dim=34_560),
+        **_layers(6),
+        **_latents(kv=1024, q=4096, rope=64, nope=128, v=128),
+        **_run(loops=64, context=1_000_000, lora=256, theta=2e6, vocab=100_000),
+    },
+    # Looped dense cores, and fixed-depth baselines of as many parameters whose core runs once.
+    **{f"looped_{size}": fields for size, fields in _LOOPED.items()},
+    **{f"dense_{size}": {**fields, **_NO_LOOP} for size, fields in _LOOPED.items()},
+    # What `mythos import` imports.
+    **{f"parcae_{size}": fields for size, fields in _PARCAE.items()},
+}
+
+
+def preset_config(name: str, **overrides: Any) -> ModelConfig:
+    """Build the model configuration of a preset, with fields replaced by name.
+
+    Raises MythosError for a preset that does not exist.
+    """
+    if name not in PRESETS:
+        raise MythosError(f"preset {name!r} does not exist; allowed: {', '.join(PRESETS)}")
+    return ModelConfig(**{"preset": name, **PRESETS[name], **overrides})
+
+
+def model_name(config: ModelConfig) -> str:
+    """The preset of a model, and how many fields differ from it beside the vocabulary, which a tokenizer may settle."""
+    if config.preset not in PRESETS:  # of the model that a run starts from
+        return config.preset
+    preset = preset_config(config.preset, vocab_size=config.vocab_size)
+    changed = sum(getattr(config, name) != value for name, value in preset)
+    return config.preset + (f" with {changed} field{'s' * (changed > 1)} changed" if changed else "")
+
+
+def preset_table() -> str:
+    """Describe every preset in a line: dimensions, and parameters in all and active for a token at one loop."""
+    # Imported here because torch takes seconds and checking a configuration does not need it.
+    from mythos.planning.estimate import count_parameters
+
+    rows = [("preset", "total", "active", "dim", "layers", "attention", "core", "loops", "context", "vocab")]
+    for name in PRESETS:
+        config = preset_config(name)
+        automatic = config.vocab_size == "auto"
+        count = count_parameters(config.model_copy(update={"vocab_size": BPE_VOCAB_SIZE}) if automatic else config)
+        core = f"{config.n_experts} experts, top {config.experts_per_token}" if config.core_ffn == "moe" else "dense"
+        rows.append(
+            (
+                name,
+                _short(count.total),
+                _short(count.active),
+                str(config.dim),
+                f"{config.prelude_layers}+{config.core_layers}+{config.coda_layers}",
+                config.attention,
+                core,
+                str(config.loops),
+                str(config.context_length),
+                str(config.vocab_size),
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    note = f"active: used by a token at one loop; layers: prelude+core+coda; vocab auto is counted as {BPE_VOCAB_SIZE}."
+    return "\n".join([*lines, "", note])
+
+
+def _short(count: int) -> str:
+    """Three significant digits and a unit: 1.06B."""
+    unit, size = next((unit, size) for unit, size in _UNITS if count >= 0.9995 * size)
+    return f"{count / size:#.3g}".rstrip(".") + unit

@@ -1,0 +1,86 @@
+"""YAML as configurations use it: plain values of bounded size, numbers in decimal, no tag that makes anything else."""
+
+import re
+from typing import Any
+
+import yaml
+
+from mythos.files.text import MOST_NESTED
+
+MOST_BYTES = 2**19
+"""Of a configuration. One of ours has 6 KB, and PyYAML reads 250 KB a second."""
+MOST_NODES = 100_000
+"""Values in a document, each alias counted as often as it is used: a few lines of aliases can stand for billions."""
+
+INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*(_[0-9]+)*)$")
+FLOAT = re.compile(
+    r"[-+]?(([0-9]+(_[0-9]+)*)\.[0-9]*([eE][-+]?[0-9]+)?|\.[0-9]+([eE][-+]?[0-9]+)?|\.(inf|Inf|INF))$|\.(nan|NaN|NAN)$"
+)
+OTHER_NUMBER = re.compile(r"[-+]?(0[0-9_]+|0[xXbBoO][0-9a-fA-F_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
+"""What YAML 1.1, but no person, reads as a number in another base: 0100 as 64, 0x10 as 16, 1:30 as 90."""
+
+_INTEGER_TAG, _FLOAT_TAG = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+
+
+class PlainLoader(yaml.SafeLoader):
+    """SafeLoader whose numbers are decimal (1000, 1_000, 1.5) and whose every failure is a YAMLError."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Raise ConstructorError for a text that its tag cannot be made of, for which PyYAML has a dozen errors."""
+        try:
+            if node.tag in (_INTEGER_TAG, _FLOAT_TAG) and self.resolve(
+                yaml.ScalarNode, node.value, (True, False)
+            ) not in (
+                _INTEGER_TAG,
+                _FLOAT_TAG,
+            ):
+                raise ValueError("it is no decimal number")
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
+            kind = node.tag.removeprefix("tag:yaml.org,2002:")
+            raise yaml.constructor.ConstructorError(
+                None, None, f"cannot be read as {kind}: {error}", node.start_mark
+            ) from error
+
+
+PlainLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INTEGER_TAG, _FLOAT_TAG)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+PlainLoader.add_implicit_resolver(_FLOAT_TAG, FLOAT, list("-+0123456789."))
+PlainLoader.add_implicit_resolver(_INTEGER_TAG, INTEGER, list("-+0123456789"))
+
+
+def load_yaml(text: str) -> tuple[Any, yaml.Node | None]:
+    """The value of a YAML document, and the tree that it was made of; None for both where it is empty.
+
+    Raises yaml.YAMLError for anything that is not plain YAML of bounded depth and size, and ValueError for escapes that
+    are no character.
+    """
+    loader = PlainLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None, None
+        if _nodes(node, {}, 0) > MOST_NODES:
+            raise yaml.YAMLError(f"it stands for more than {MOST_NODES:,} values, aliases counted as often as used")
+        return loader.construct_document(node), node
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+    finally:
+        loader.dispose()
+
+
+def _nodes(node: yaml.Node, known: dict[int, int], depth: int) -> int:
+    """Values below a node, aliases counted as often as they are used."""
+    if id(node) in known:
+        if known[id(node)] == 0:
+            raise yaml.YAMLError(f"an alias refers to what it is in:\n{node.start_mark}")
+        return known[id(node)]
+    if depth > MOST_NESTED:
+        raise yaml.YAMLError(f"it is nested more than {MOST_NESTED} deep")
+    known[id(node)] = 0  # under way: met again, it contains itself
+    parts = [part for item in node.value for part in item] if isinstance(node, yaml.MappingNode) else node.value
+    inner = [_nodes(part, known, depth + 1) for part in parts] if isinstance(node, yaml.CollectionNode) else []
+    known[id(node)] = min(1 + sum(inner), MOST_NODES + 1)
+    return known[id(node)]

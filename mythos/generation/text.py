@@ -1,0 +1,343 @@
+"""Text continued by a model: prompts in, pieces of text out as they come, each with the loops that it took."""
+
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+
+from mythos.checkpoints.stored_model import OpenedModel
+from mythos.data.tokenizer import Tokenizer
+from mythos.errors import MythosError
+from mythos.generation.sampling import Sampling
+from mythos.generation.tokens import End, cache_bytes_needed, generate
+from mythos.model.halting import HaltingRule, halting_rule
+from mythos.model.layers import autocast_to
+from mythos.model.rdt import RecurrentDepthTransformer
+
+
+class Piece(NamedTuple):
+    """Text of one token, or of several that only together make characters."""
+
+    text: str
+    loops: int
+    """Loops of the token, the most where there are several."""
+
+
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
+"""Name of a token that is one byte, in tokenizers with byte fallback (Llama 2, Mistral, Gemma)."""
+
+
+class PieceStream:
+    """Makes complete pieces of text of one row's ids, held back while they may become a stop string.
+
+    The pieces together are the text that the prompt's and the row's ids make, without the prompt's.
+
+    Attributes:
+        pieces: what was handed out so far.
+        stopped: whether a stop string was met; the text ends before it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str]) -> None:
+        self.tokenizer, self.stops = tokenizer, stops
+        self.ids = list(prompt)
+        self._start, self._told = 0, len(self.ids)
+        """Ids from `_start` on are decoded together; the text of those before `_told` is known."""
+        self.pieces: list[Piece] = []
+        self.stopped = False
+        self._held: list[Piece] = []
+        self._loops = 0
+
+    def push(self, token: int, loops: int) -> list[Piece]:
+        """Add an id; returns the pieces that are complete now and cannot belong to a stop string."""
+        if self._start == 0 and self._told == len(self.ids) and self._is_byte(token):
+            # Bytes side by side are decoded together, and those of the prompt are characters already.
+            while self.ids and self._is_byte(self.ids[-1]):
+                self.ids.pop()
+            self._told = len(self.ids)
+        self.ids.append(token)
+        self._loops = max(self._loops, loops)
+        text = "" if self._is_byte(token) else self._new_text()
+        if not text or text.endswith("\ufffd"):
+            return []  # what comes next may make another character of the bytes at the end
+        self._tell(text)
+        held = "".join(piece.text for piece in self._held)
+        found = [place for stop in self.stops if (place := held.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            return self._release(min(found))
+        return self._release(len(held) - beginning_of_any(held, self.stops))
+
+    def finish(self) -> list[Piece]:
+        """What is left at the end: text held back, and U+FFFD for bytes that no character came of."""
+        if self.stopped:
+            return []
+        rest = self._new_text()
+        if rest:
+            self._tell(rest)
+        return self._release(sum(len(piece.text) for piece in self._held))
+
+    def _is_byte(self, token: int) -> bool:
+        name = self.tokenizer.backend.id_to_token(token)
+        return name is not None and BYTE_TOKEN.fullmatch(name) is not None
+
+    def _new_text(self) -> str:
+        """Text of the ids that are not told yet, decoded after some that are: a first token may lose its space."""
+        known = self.tokenizer.decode(self.ids[self._start : self._told])
+        return self.tokenizer.decode(self.ids[self._start :])[len(known) :]
+
+    def _tell(self, text: str) -> None:
+        self._held.append(Piece(text, self._loops))
+        self._loops = 0
+        self._start, self._told = self._told, len(self.ids)
+
+    def _release(self, characters: int) -> list[Piece]:
+        released: list[Piece] = []
+        while characters > 0:
+            text, loops = self._held.pop(0)
+            if len(text) > characters:
+                self._held.insert(0, Piece(text[characters:], loops))
+            released.append(Piece(text[:characters], loops))
+            characters -= len(text)
+        self.pieces += released
+        return released
+
+
+def beginning_of_any(text: str, stops: Sequence[str]) -> int:
+    """Length of the longest end of `text` that one of `stops` begins with, short of the whole stop."""
+    lengths = (n for stop in stops for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n]))
+    return max(lengths, default=0)
+
+
+@dataclass
+class TextRow:
+    """One prompt and its continuation."""
+
+    prompt: str
+    limit: int
+    """Most loops that its tokens could take."""
+    pieces: list[Piece] = field(default_factory=list)
+    loops: list[int] = field(default_factory=list)
+    """Of every token, stop strings included."""
+    end: End = "length"
+
+    @property
+    def text(self) -> str:
+        """The continuation."""
+        return "".join(piece.text for piece in self.pieces)
+
+
+@dataclass
+class TextGeneration:
+    """What was generated, and what it took."""
+
+    rows: list[TextRow]
+    prompt_tokens: int
+    first_seconds: float
+    """From the start to the first token: the prompts' share."""
+    seconds: float
+    cache_bytes: int
+    halting: bool = False
+    """Whether a token could stop before its last loop."""
+
+    @property
+    def tokens(self) -> int:
+        """Generated, over all rows."""
+        return sum(len(row.loops) for row in self.rows)
+
+    @property
+    def loops(self) -> Counter[int]:
+        """How many tokens took how many loops."""
+        return Counter(loops for row in self.rows for loops in row.loops)
+
+    @property
+    def mean_loops(self) -> float:
+        """Loops of a token on average; 0 if there is none."""
+        return sum(depth * count for depth, count in self.loops.items()) / max(1, self.tokens)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens a second over all rows, prompts apart where there is more than their first token."""
+        later = self.tokens - sum(bool(row.loops) for row in self.rows)
+        count, seconds = (later, self.seconds - self.first_seconds) if later else (self.tokens, self.seconds)
+        return count / max(seconds, 1e-9)
+
+    def summary(self) -> str:
+        """Two lines: speed, and depth and memory."""
+        most = sum(row.limit * len(row.loops) for row in self.rows) / max(1, self.tokens)
+        saved = f" of {most:.3g} ({1 - self.mean_loops / most:.0%} saved)" if self.halting and most else ""
+        ends = Counter(ENDS[row.end] for row in self.rows)
+        ended = ", ".join(f"{count} x {end}" if len(self.rows) > 1 else end for end, count in ends.items())
+        return (
+            f"{self.tokens} tokens at {self.tokens_per_second:.1f} tokens/s, after {self.prompt_tokens} prompt tokens "
+            f"in {self.first_seconds:.2f} s; ended: {ended}\n"
+            f"{self.mean_loops:.2f} loops per token on average{saved}; cache {in_mib(self.cache_bytes)}"
+        )
+
+
+ENDS: dict[End, str] = {
+    "length": "as many tokens as asked for",
+    "context": "the model's context is full",
+    "stop": "end of document",
+    "callback": "stop string",
+}
+
+
+def in_mib(size: int) -> str:
+    """Bytes in words."""
+    if size >= 2**30:
+        return f"{size / 2**30:.1f} GiB"
+    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"
+
+
+class Depth(NamedTuple):
+    """How deep each row may go, and what may stop it before."""
+
+    limits: list[int]
+    rule: HaltingRule | None
+
+
+def choose_depth(
+    opened: OpenedModel, loops: Sequence[int] | None, rule: str | None = None, threshold: float | None = None
+) -> Depth:
+    """The most loops of each row, and the halting rule.
+
+    `loops` None (auto) is the training mean, and a rule decides what of it is run: `rule`, or the model's default.
+    Given loops are run in full, unless a rule or a threshold asks for halting, or the model was trained with act.
+
+    Raises MythosError for a rule that is unknown or that the model cannot follow, or a threshold out of range.
+    """
+    try:
+        # What act reads out is the average that its probabilities make: a part of the model, not a choice.
+        averaged = opened.model.config.halting == "act"
+        halts = loops is None or rule is not None or threshold is not None or averaged
+        chosen = halting_rule(opened.model, rule, threshold) if halts else None
+    except ValueError as error:
+        raise MythosError(str(error)) from error
+    return Depth([opened.mean_loops] if loops is None else list(loops), chosen)
+
+
+def generate_text(
+    opened: OpenedModel,
+    prompts: Sequence[str | None],
+    max_tokens: int,
+    depth: Depth,
+    *,
+    sampling: Sampling,
+    seed: int = 0,
+    stops: Sequence[str] = (),
+    dtype: torch.dtype = torch.float32,
+    on_piece: Callable[[int, Piece], None] = lambda row, piece: None,
+    **options: Any,
+) -> TextGeneration:
+    """Continue every prompt in one batch, calling `on_piece(row, piece)` as text is complete.
+
+    A prompt of None begins a new document. `depth.limits` has a number for all rows, or one for each; where there is
+    one prompt and several limits, it is continued at each of them, by the same draws. Otherwise row n has the seed
+    `seed + n`. A row ends at the end of the document, at any of `stops` (left out), after `max_tokens`, or where the
+    context is full. Matrix products are in `dtype`; `options` go to `mythos.generation.tokens.generate`.
+
+    Raises:
+        MythosError: a model without tokenizer, an empty prompt or stop string, a prompt longer than the context,
+            numbers out of range, or a cache that memory has no room for.
+    """
+    tokenizer, model = opened.tokenizer, opened.model
+    if tokenizer is None:
+        if opened.run is not None and opened.run.data.kind == "reasoning":
+            raise MythosError(
+                f"{opened.source} is of a reasoning run, which has no text to continue: use `mythos reasoning`"
+            )
+        raise MythosError(f"{opened.source} has no tokenizer: it was not trained on text, or its folder was not copied")
+    if "" in stops:
+        raise MythosError("a stop string is empty: give at least one character")
+    seeds = [seed + row for row in range(len(prompts))]
+    if len(prompts) == 1:
+        prompts, seeds = list(prompts) * len(depth.limits), seeds * len(depth.limits)
+    check_counts(len(depth.limits), len(prompts))
+    limits = depth.limits * len(prompts) if len(depth.limits) == 1 else depth.limits
+    ids = [_encode(tokenizer, prompt, model.config.context_length) for prompt in prompts]
+    _check_room(model, len(ids), max(map(len, ids)) + max_tokens, max(limits), dtype, options.get("cache_loops"))
+    streams = [PieceStream(tokenizer, row, stops) for row in ids]
+    rows = [
+        TextRow(prompt or "", limit, stream.pieces)
+        for prompt, limit, stream in zip(prompts, limits, streams, strict=True)
+    ]
+    start = time.perf_counter()
+    first: list[float] = []
+
+    def on_token(row: int, token: int, loops: int) -> bool:
+        if not first:
+            first.append(time.perf_counter() - start)
+        rows[row].loops.append(loops)
+        for piece in streams[row].push(token, loops):
+            on_piece(row, piece)
+        return streams[row].stopped
+
+    try:
+        with autocast_to(dtype, model.embedding.weight.device):
+            made, cache_bytes = generate(
+                model,
+                ids,
+                max_tokens,
+                sampling=sampling,
+                seed=seeds,
+                loops=limits,
+                halting=depth.rule,
+                stop_ids=(tokenizer.eos_id,),
+                on_token=on_token,
+                vocabulary=tokenizer.size,
+                **options,
+            )
+    except ValueError as error:
+        raise MythosError(str(error)) from error
+    seconds = time.perf_counter() - start
+    for index, (row, stream) in enumerate(zip(rows, streams, strict=True)):
+        row.end = made[index].end
+        for piece in stream.finish():
+            on_piece(index, piece)
+    halting = depth.rule is not None or model.config.halting == "act"
+    return TextGeneration(rows, sum(map(len, ids)), first[0] if first else seconds, seconds, cache_bytes, halting)
+
+
+def check_counts(limits: int, prompts: int) -> None:
+    """Raise MythosError where so many loop counts are neither for one prompt, nor one, nor as many as the prompts."""
+    if limits != 1 and prompts not in (1, limits):
+        raise MythosError(f"{limits} loop counts for {prompts} prompts: give one, or one per prompt")
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that are free on the device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def _check_room(
+    model: RecurrentDepthTransformer, rows: int, length: int, loops: int, dtype: torch.dtype, cache_loops: int | None
+) -> None:
+    if min(rows, length, loops, 1 if cache_loops is None else cache_loops) < 1:
+        return  # which generate tells
+    length = min(length, model.config.context_length)
+    needed = cache_bytes_needed(model.config, rows, length, loops, dtype, cache_loops)
+    free = available_memory(model.embedding.weight.device)
+    if needed > free:
+        kept = "" if cache_loops is None else f", of which the last {cache_loops} are kept"
+        raise MythosError(
+            f"the cache would take up to {in_mib(needed)} for {rows} x {length} tokens at {loops} loops{kept}, and "
+            f"{in_mib(free)} of memory are free: give fewer --loops, or keep fewer of them (--cache-loops)"
+        )
+
+
+def _encode(tokenizer: Tokenizer, prompt: str | None, context: int) -> list[int]:
+    if prompt is None:
+        return [tokenizer.eos_id]
+    ids = tokenizer.encode_batch([prompt])[0]
+    if not ids:
+        raise MythosError("a prompt is empty: give some text, or no prompt at all to begin a new document")
+    if len(ids) > context:
+        raise MythosError(
+            f"the prompt {prompt[:30]!r}... has {len(ids)} tokens, and the model's context is {context}: shorten it"
+        )
+    return ids

@@ -1,0 +1,65 @@
+"""What a run says at its beginning, of a validation, and at its end."""
+
+import math
+from typing import Any
+
+from mythos.config.loading import Config
+from mythos.config.presets import model_name
+from mythos.evaluation.depth_sweep import fit_losses
+from mythos.evaluation.validation import losses_by_depth
+from mythos.planning.estimate import count_parameters
+
+
+def config_lines(config: Config, micro_batch: int, validation_sequences: int) -> dict[str, str]:
+    """What a configuration amounts to: model, depth, data and training, a line each."""
+    parameters = count_parameters(config.model)
+    drawn = "those of the task" if config.depth.follow == "difficulty" else config.depth.sampling
+    return {
+        "model": f"{model_name(config.model)}: {parameters.total:,} parameters, {parameters.active:,} active per loop",
+        "depth": f"{config.depth_mean:g} loops on average ({drawn}, at most {config.depth_maximum}), gradient through "
+        f"the last {config.depth_backprop}",
+        "data": f"{config.data.kind}, {config.data.streams} streams, {validation_sequences} validation sequences",
+        "training": f"{config.train_steps:,} steps of {config.train.global_batch} x {config.data.sequence_length} = "
+        f"{config.tokens_per_step:,} tokens, {config.train_steps * config.tokens_per_step:,} in all; "
+        f"micro-batches of {micro_batch}",
+    }
+
+
+def summary(config: Config, metrics: dict[str, Any], mean_loops: int, tokens: int) -> str:
+    """The depth table of a validation after so many tokens of training, its fit, and where positions halt.
+
+    `metrics` are those of the validation, `mean_loops` is the depth that `val/loss` was measured at.
+    """
+    curve = losses_by_depth(metrics)
+    answered = "val/accuracy" in metrics
+    column = "accuracy" if answered else "perplexity"
+    lines = [f"\nValidation after {tokens:,} tokens\n\n  loops      loss  {column:>10}"]
+    for loops, loss in curve.items():
+        mark = "  <- training mean" if loops == mean_loops else ""
+        beside = f"{metrics[f'val/accuracy@{loops}']:10.2%}" if answered else f"{math.exp(loss):10.2f}"
+        lines.append(f"  {loops:5d}  {loss:8.4f}  {beside}{mark}")
+    if answered:
+        at = "as many loops as steps" if config.depth.follow == "difficulty" else f"{mean_loops} loops"
+        lines.append(f"\n  {metrics['val/accuracy']:.2%} of the sequences have every answer right at {at}")
+    else:
+        lines.append(f"\n  {metrics['val/bits_per_byte']:.3f} bits per byte at {mean_loops} loops")
+    if "val/fit_limit" in metrics:
+        lines.append(f"  {fit_losses(curve)}")
+    if "val/auto_loss" in metrics:
+        beside = "" if answered else f", perplexity {math.exp(metrics['val/auto_loss']):.2f}"
+        halted = f"{metrics['val/auto_loops']:.2f} loops where {config.model.halting} halts"
+        lines.append(f"  {halted}: {metrics['val/auto_saved']:.0%} saved{beside}")
+    return "\n".join(lines)
+
+
+def validation_line(config: Config, metrics: dict[str, Any], mean_loops: int) -> str:
+    """A validation in one line: the loss at each depth, and how many loops halting runs; `metrics` as for `summary`."""
+    losses = ", ".join(f"{loss:.3f} at {loops}" for loops, loss in losses_by_depth(metrics).items())
+    parts = [f"step {metrics['step']}/{config.train_steps}", f"validation loss {losses} loops"]
+    if "val/accuracy" in metrics:
+        parts.append(f"all answers right in {metrics['val/accuracy']:.1%}")
+    else:
+        parts.append(f"{metrics['val/bits_per_byte']:.3f} bits per byte at {mean_loops}")
+    if "val/auto_loss" in metrics:
+        parts.append(f"{config.model.halting}: {metrics['val/auto_loss']:.3f} at {metrics['val/auto_loops']:.1f} loops")
+    return " | ".join(parts)

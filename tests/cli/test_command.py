@@ -1,0 +1,155 @@
+"""The command `mythos`, and that the scripts are it."""
+
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+import mythos
+from mythos.cli import COMMANDS, command, main
+from mythos.config.loading import load_config, packaged_configs
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = {"train": "train.py", "sweep": "scripts/depth_sweep.py", "tokenize": "scripts/tokenize_corpus.py"}
+SCRIPTS |= {"tokenizer": "scripts/train_tokenizer.py"}
+WITHOUT_SCRIPT = {"presets", "configs", "completion", "gpu-check"}
+
+
+def run(*words: str, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, **options)
+
+
+def test_help_lists_every_command(capsys):
+    assert main([]) == 0
+    shown = capsys.readouterr().out
+    assert main(["--help"]) == 0
+    assert capsys.readouterr().out == shown
+    assert [line.split()[0] for line in shown.splitlines() if line.startswith("  ")] == list(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself_by_the_name_it_was_called_by(name, capsys):
+    shown = []
+    for prog in (f"mythos {name}", "python scripts/some.py"):
+        try:
+            status = command(name).main(["--help"], prog)
+        except SystemExit as ended:
+            status = ended.code
+        assert status == 0
+        shown.append(capsys.readouterr().out)
+        assert shown[-1].startswith(f"usage: {prog} ")
+    assert command(name).parser().description.splitlines()[0].endswith(".")
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in WITHOUT_SCRIPT])
+def test_a_script_is_its_command(name):
+    path = ROOT / SCRIPTS.get(name, f"scripts/{COMMANDS[name]}.py")
+    assert f"from mythos.cli.{COMMANDS[name]} import main\n" in path.read_text()
+    assert len(path.read_text().splitlines()) < 12
+
+
+def test_script_command_and_module_answer_alike():
+    answers = [
+        run(*words, "no/such.yaml", cwd=ROOT)
+        for words in (["-m", "mythos", "train"], ["train.py"], ["-m", "mythos.__main__", "train"])
+    ]
+    assert len({(answer.returncode, answer.stdout, answer.stderr) for answer in answers}) == 1
+    assert answers[0].returncode == 1 and answers[0].stderr.startswith("error: no/such.yaml")
+
+
+def test_help_and_errors_come_without_torch():
+    program = "import sys; from mythos.cli import main; code = main(sys.argv[1:]); print('torch' in sys.modules, code)"
+    assert run("-c", program).stdout.endswith("False 0\n")
+    misspelt = run("-c", program, "train", "quickstart", "train.stepss=1")
+    assert misspelt.stdout == "False 1\n" and "did you mean" in misspelt.stderr
+
+
+def test_unknown_command(capsys):
+    assert main(["trian"]) == 2
+    assert capsys.readouterr().err == "error: mythos trian: there is no such command; did you mean train?\n"
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"mythos {mythos.__version__}\n"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "mythos.__version__"}
+
+
+def test_configurations_come_with_the_package(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert set(packaged_configs()) == {path.stem for path in (ROOT / "configs").glob("*.yaml")}
+    assert load_config("quickstart") == load_config(ROOT / "configs" / "quickstart.yaml")
+    assert main(["configs", "debug"]) == 0
+    assert capsys.readouterr().out == (ROOT / "configs" / "debug.yaml").read_text()
+    assert main(["configs"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(packaged_configs())
+    assert main(["configs", "quickstrat"]) == 1
+    assert "did you mean quickstart" in capsys.readouterr().err
+    assert main(["train", "quickstrat"]) == 1
+    assert "quickstrat: neither a file nor a configuration that comes with mythos" in capsys.readouterr().err
+
+
+def test_a_file_comes_before_a_packaged_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("quickstart").write_text("train: {steps: 7}\n")
+    assert load_config("quickstart").train_steps == 7
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell, capsys, tmp_path):
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert all(word in script for word in (*COMMANDS, "quickstart", "dry-run", "exit-threshold"))
+    if shutil.which(shell):
+        file = tmp_path / "completion"
+        file.write_text(script)
+        subprocess.run([shell, "-n", file], check=True)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [(["tr"], "train"), (["train", "quick"], "quickstart"), (["generate", "--exit"], "--exit-threshold")],
+)
+def test_completion_of_bash(words, found, capsys):
+    main(["completion", "bash"])
+    program = f"""{capsys.readouterr().out}
+COMP_WORDS=(mythos {" ".join(words)}); COMP_CWORD={len(words)}
+_shtab_mythos; echo "${{COMPREPLY[@]}}\""""
+    assert found in subprocess.run(["bash", "-c", program], capture_output=True, text=True).stdout.split()
+
+
+def test_citation_follows_its_format():
+    # https://github.com/citation-file-format/citation-file-format/blob/1.2.0/schema-guide.md
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"authors", "cff-version", "message", "title"} <= cited.keys()
+    assert cited["cff-version"] == "1.2.0" and cited["type"] == "software"
+    assert all("name" in author or {"family-names", "given-names"} <= author.keys() for author in cited["authors"])
+    assert cited["version"] == mythos.__version__ and cited["license"] == "MIT"
+
+
+def test_dockerfile():
+    """The rules of hadolint that matter here, where neither it nor an engine may be at hand."""
+    text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
+    lines = [line.split(maxsplit=1) for line in text.splitlines() if line and not line.startswith("#")]
+    given = {word: [rest for first, rest in lines if first == word] for word, _ in lines}
+    (base,) = given["FROM"]
+    assert ":" in base and not base.endswith(":latest")
+    assert given["USER"][-1] not in ("root", "0")
+    places = [word for word, _ in lines]
+    assert places.index("USER") > max(place for place, word in enumerate(places) if word == "RUN")
+    assert "ADD" not in given and "sudo" not in text
+    (apt,) = [line for line in given["RUN"] if "apt-get install" in line]
+    assert "--no-install-recommends" in apt and "--yes" in apt and "rm -rf /var/lib/apt/lists/*" in apt
+    assert all("--no-cache-dir" in line for line in given["RUN"] if "pip install" in line)
+    assert all(path.startswith("[") for path in (*given["ENTRYPOINT"], *given["CMD"]))
+    for copied in given["COPY"]:
+        *sources, _ = copied.split()
+        assert all((ROOT / source).exists() for source in sources)
+        assert all(f"!{source.split('/')[0]}" in (ROOT / ".dockerignore").read_text().split() for source in sources)

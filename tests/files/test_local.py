@@ -1,0 +1,70 @@
+"""Local files: what is opened, and when a disk is called full."""
+
+import errno
+import os
+import socket
+from pathlib import Path
+
+import pytest
+from safetensors import SafetensorError
+
+from mythos.files.local import advise, check_regular_files, is_full, open_regular, read_regular
+
+
+def test_regular_files_and_links_to_them_are_read(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"text")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    (tmp_path / "lost").symlink_to(tmp_path / "none")
+    (tmp_path / "folder").mkdir()
+    check_regular_files(tmp_path)
+    assert read_regular(tmp_path / "file") == read_regular(str(tmp_path / "link")) == b"text"
+    with pytest.raises(FileNotFoundError):
+        open_regular(tmp_path / "lost")
+
+
+@pytest.mark.parametrize("make", ["fifo", "link to a fifo", "folder", "socket", "device"])
+def test_others_are_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: str) -> None:
+    monkeypatch.chdir(tmp_path)  # the address of a socket is short
+    path = Path("it")
+    if make == "folder":
+        path.mkdir()
+    elif make == "socket":
+        socket.socket(socket.AF_UNIX).bind("it")
+    elif make == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        os.mkfifo("fifo")
+        path.symlink_to("fifo") if "link" in make else os.rename("fifo", path)
+    with pytest.raises(OSError, match=r"it is no regular file|Is a directory"):
+        open_regular(path)
+    if make != "folder":
+        with pytest.raises(OSError, match="it is no regular file"):
+            check_regular_files(tmp_path)
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+FULL = [
+    OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+    OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), "file"),
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    caused(RuntimeError("x"), OSError(errno.ENOSPC, "x")),
+]
+OTHERS = [
+    OSError(errno.EACCES, os.strerror(errno.EACCES)),
+    FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), "latest"),
+    IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), "latest"),
+    OSError(errno.EROFS, os.strerror(errno.EROFS)),
+    OSError(errno.EFBIG, os.strerror(errno.EFBIG)),
+    RuntimeError("out of memory"),
+]
+
+
+@pytest.mark.parametrize("error", FULL + OTHERS, ids=str)
+def test_only_a_full_disk_is_called_full(error: Exception) -> None:
+    assert is_full(error) == (error in FULL)
+    if isinstance(error, OSError):
+        assert ("Free some space" in advise(error)) == (error in FULL)
