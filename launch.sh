@@ -186,7 +186,7 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 scratch=$(mktemp -d)
 trap 'rm -rf -- "$scratch"' EXIT
 # Once this file exists, processes that are started again end at once; it holds the error that ended them, if one did
-# (mythos/distributed/faults.py).
+# (mythos/distributed/restarts.py).
 export MYTHOS_ENDED=$scratch/ended
 export MYTHOS_LAUNCHER=$$ # the processes stop when it is gone
 

@@ -10,9 +10,9 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 from mythos.config.checking import allowed, sections, shown
-from mythos.config.loading import Config
 from mythos.config.presets import preset_table
-from mythos.model.config import Section
+from mythos.config.sections import Config
+from mythos.section import Section
 
 ROOT = Path(__file__).parent.parent
 OUTSIDE = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}

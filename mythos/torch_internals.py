@@ -283,8 +283,8 @@ def shard_file_name(shard_index: int) -> str:
 def shard_metadata(offsets: dict[str, Sequence[int]]) -> dict[str, str]:
     """Header of such a file: where in the whole tensors its shards begin, by tensor name, one offset a dimension.
 
-    torch's own writer builds files in memory, twice; ours (`mythos.checkpoints.checkpoint`) needs the format, which has no public
-    name. No fallback: ImportError.
+    torch's own writer builds files in memory, twice; ours (`mythos.checkpoints.checkpoint`) needs the format, which
+    has no public name. No fallback: ImportError.
     """
     from torch.distributed.checkpoint import _hf_utils as layout
 

@@ -26,21 +26,18 @@ from mythos.checkpoints.preflight import (
     resolve_vocabulary,
     schedule_change,
 )
-from mythos.config.loading import Config, save_config
+from mythos.config.loading import save_config
+from mythos.config.sections import Config
 from mythos.data.loader import Loader
 from mythos.data.pipeline import open_data
 from mythos.data.stream import Batch, DifferentData, count_skipped, merge_states
 from mythos.data.tokenizer import check_vocabulary
-from mythos.distributed.faults import (
-    RunLock,
-    StopRequests,
-    Watchdog,
-    collective_failure,
-    collective_reason,
-    parse_duration,
-)
 from mythos.distributed.parallel import choose_micro_batch, parallelize
 from mythos.distributed.ranks import join_world
+from mythos.distributed.restarts import collective_failure, collective_reason
+from mythos.distributed.run_lock import RunLock
+from mythos.distributed.stop import StopRequests, parse_duration
+from mythos.distributed.watchdog import Watchdog
 from mythos.errors import MythosError, TransientError, without_credentials
 from mythos.evaluation.choices import encode_task, read_tasks
 from mythos.evaluation.in_training import Interrupted, Measurement, write_samples

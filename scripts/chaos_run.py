@@ -62,7 +62,7 @@ def train_with_faults(arguments: list[str]) -> int:
 
     from mythos import trainer
     from mythos.cli.train import main
-    from mythos.files.local import storage
+    from mythos.files import storage
 
     trainer.draw_plots = lambda *_: []  # it takes a second to import what draws, which has no part in this
 

@@ -36,7 +36,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch.distributed as dist
 
-from mythos.config.loading import Config, config_from_dict, load_config, save_config
+from mythos.config.loading import config_from_dict, load_config, save_config
+from mythos.config.sections import Config
 from mythos.data.corpus import pin_revisions
 from mythos.data.loader import Loader
 from mythos.data.pipeline import open_data

@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from mythos.config.loading import Config, config_from_dict
+from mythos.config.loading import config_from_dict
+from mythos.config.sections import Config
 from mythos.training.metrics import read_metrics
 
 SUBJECTS = ("river", "garden", "signal", "letter", "number", "morning", "stone", "engine")

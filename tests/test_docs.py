@@ -18,7 +18,8 @@ import yaml
 
 from mythos.cli import COMMANDS as COMMAND_NAMES
 from mythos.cli import command
-from mythos.config.loading import Config, describe, load_config, packaged_configs
+from mythos.config.loading import describe, load_config, packaged_configs
+from mythos.config.sections import Config
 from mythos.errors import MythosError
 
 ROOT = Path(__file__).parents[1]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mythos.checkpoints import checkpoint
-from mythos.config.loading import Config
+from mythos.config.sections import Config
 from mythos.data.stream import Batch
 from mythos.errors import MythosError
 from mythos.trainer import StepResult, Trainer

@@ -13,8 +13,8 @@ import torch
 from mythos.benchmarks.timing import most_resident_bytes, timed
 from mythos.checkpoints.checkpoint import Checkpoints, training_state
 from mythos.cli.common import check_least
-from mythos.config.loading import OptimConfig
 from mythos.config.presets import preset_config
+from mythos.config.sections import OptimConfig
 from mythos.distributed.ranks import Ranks
 from mythos.errors import MythosError
 from mythos.model.rdt import RecurrentDepthTransformer

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mythos.benchmarks.timing import Memory, peak_memory, resident_bytes, tensor_bytes, tensor_peak
-from mythos.config.loading import Config
+from mythos.config.sections import Config
 from mythos.distributed.parallel import choose_dtype
 from mythos.errors import MythosError
 from mythos.model.config import ModelConfig

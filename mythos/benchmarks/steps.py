@@ -12,8 +12,9 @@ import torch
 from mythos.benchmarks.timing import Memory, peak_memory, resident_bytes, tensor_bytes, tensor_peak
 from mythos.checkpoints.preflight import resolve_vocabulary
 from mythos.config.checking import Problems, apply_override, suggestion
-from mythos.config.loading import Config, LogConfig, WandbConfig, config_from_dict, load_config, packaged_configs
+from mythos.config.loading import config_from_dict, load_config, packaged_configs
 from mythos.config.presets import PRESETS
+from mythos.config.sections import Config, LogConfig, WandbConfig
 from mythos.data.stream import Batch
 from mythos.errors import MythosError
 from mythos.planning.estimate import forward_flops

@@ -23,7 +23,7 @@ from mythos.benchmarks.timing import (
     timed,
 )
 from mythos.cli.common import check_least
-from mythos.config.loading import Config, ParallelConfig
+from mythos.config.sections import Config, ParallelConfig
 from mythos.distributed.parallel import compiles
 from mythos.errors import MythosError
 from mythos.planning.estimate import count_parameters

@@ -48,8 +48,9 @@ from mythos.checkpoints.stored_checkpoint import read_meta as read_meta
 from mythos.checkpoints.stored_checkpoint import read_tensors as read_tensors
 from mythos.checkpoints.stored_checkpoint import saved_shapes as saved_shapes
 from mythos.checkpoints.stored_checkpoint import verified_copy as verified_copy
-from mythos.distributed.faults import RunLock, collective_failure
 from mythos.distributed.ranks import Ranks
+from mythos.distributed.restarts import collective_failure
+from mythos.distributed.run_lock import RunLock
 from mythos.errors import DiskFullError, MythosError
 from mythos.files.local import is_full
 from mythos.files.storage import (

@@ -11,7 +11,7 @@ from torch import Tensor
 from mythos.checkpoints.checkpoint import complete_checkpoints
 from mythos.checkpoints.preflight import FREE_MODEL_FIELDS
 from mythos.checkpoints.stored_model import StoredModel, stored_model, tensors_of
-from mythos.config.loading import Config
+from mythos.config.sections import Config
 from mythos.data.tokenizer import Tokenizer, check_vocabulary
 from mythos.distributed.ranks import Ranks
 from mythos.errors import MythosError

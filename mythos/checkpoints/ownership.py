@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from mythos.distributed.faults import RunLock
+from mythos.distributed.run_lock import RunLock
 from mythos.errors import MythosError
 from mythos.files.local import read_regular
 from mythos.files.storage import LocalStorage, Origin, RemoteStorage, Storage

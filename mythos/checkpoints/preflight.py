@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from psutil import virtual_memory
 
-from mythos.config.loading import Config
+from mythos.config.sections import Config
 from mythos.data.tasks import hardest
 from mythos.errors import MythosError
 from mythos.model.config import ModelConfig, padded_vocab_size

@@ -13,13 +13,15 @@ from torch import Tensor
 
 from mythos.checkpoints.checkpoint import complete_checkpoints, read_meta, read_tensors, saved_shapes, verified_copy
 from mythos.config.inherited import CONFIG_FILE, MODEL_TYPE, RUN_FILE, TOKENIZER_FILE
-from mythos.config.loading import Config, config_from_dict, load_config
+from mythos.config.loading import config_from_dict, load_config
+from mythos.config.sections import Config
 from mythos.data.tokenizer import Tokenizer
 from mythos.errors import MythosError, short_reason
 from mythos.files.storage import MARKER, LocalStorage, is_step, locate
 from mythos.files.text import read_json, unusable_text
-from mythos.model.config import MOST, MOST_LOOPS, ModelConfig, model_contradictions
+from mythos.model.config import ModelConfig, model_contradictions
 from mythos.model.rdt import RecurrentDepthTransformer
+from mythos.section import MOST, MOST_LOOPS
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"

@@ -12,7 +12,7 @@ from pathlib import Path
 from mythos.config.checking import shortened, shown
 from mythos.errors import MythosError
 from mythos.files.text import unusable_text
-from mythos.model.config import MOST, MOST_LOOPS
+from mythos.section import MOST, MOST_LOOPS
 
 DEVICES = ("auto", "cpu", "cuda")
 """What --device allows; `mythos.distributed.ranks.choose_device` turns it into a device."""

@@ -13,8 +13,9 @@ from typing import Any
 
 from mythos.cli.common import CommandParser, exit_status
 from mythos.config.checking import Problems, apply_override
-from mythos.config.loading import Config, config_from_dict, load_config, packaged_configs
+from mythos.config.loading import config_from_dict, load_config, packaged_configs
 from mythos.config.presets import BPE_VOCAB_SIZE, PRESETS, preset_config
+from mythos.config.sections import Config
 from mythos.errors import MythosError
 
 GIB = 2**30

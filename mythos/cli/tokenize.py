@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from mythos.cli.common import CommandParser
-from mythos.config.loading import Config, load_config
+from mythos.config.loading import load_config
+from mythos.config.sections import Config
 from mythos.errors import MythosError, log_messages
 
 if TYPE_CHECKING:

@@ -46,12 +46,12 @@ def main(arguments: list[str], prog: str = "mythos train") -> int:
     log_messages()
     accept_any_character()
     share_cores()
-    if ended := os.environ.get("MYTHOS_ENDED"):  # launch.sh's: see mythos/distributed/faults.py
+    if ended := os.environ.get("MYTHOS_ENDED"):  # launch.sh's: see mythos/distributed/restarts.py
         if os.path.exists(ended):
             return 0 if os.environ.get("GROUP_WORLD_SIZE") == "1" else 1
         signal.signal(signal.SIGTERM, stop_before_training)
     elif "TORCHELASTIC_RUN_ID" in os.environ:
-        from mythos.distributed.faults import refuse_restart
+        from mythos.distributed.restarts import refuse_restart
 
         if refuse_restart():
             return 1
@@ -120,7 +120,7 @@ def stop_before_training(number: int, _: object) -> None:
 def end(message: str) -> int:
     """Print an error that would be met again; under torchrun once for all processes, which are not restarted."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        from mythos.distributed.faults import exit_for_good
+        from mythos.distributed.restarts import exit_for_good
 
         return exit_for_good(message)
     print(f"error: {message}", file=sys.stderr)

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from mythos.errors import MythosError
 from mythos.files.plain_yaml import MOST_BYTES, OTHER_NUMBER, load_yaml
 from mythos.files.text import MOST_NESTED, read_text, unusable_text
-from mythos.model.config import Section
+from mythos.section import Section
 
 PLAIN_TEXT = "text without the character NUL and without halves of surrogate pairs"
 MOST_PROBLEMS = 50

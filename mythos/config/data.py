@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from mythos.config.checking import shown
-from mythos.model.config import Count, CountOrZero, Positions, PositiveInt, Section, padded_vocab_size
+from mythos.model.config import padded_vocab_size
+from mythos.section import Count, CountOrZero, Positions, PositiveInt, Section
 
 MOST_TOLD = 64
 """Numbers of hops that have a token of their own where the text tells the number."""

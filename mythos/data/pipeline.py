@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mythos.config.data import DataConfig
-from mythos.config.loading import Config
+from mythos.config.sections import Config
 from mythos.data.corpus import cache_directory, holdout_fraction, open_corpora, pin_revisions, weighted
 from mythos.data.source import Source, open_sources, open_validation_sources
 from mythos.data.stream import TokenStreams

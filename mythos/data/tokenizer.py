@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mythos.config.inherited import TOKENIZER_FILE
-from mythos.config.loading import TokenizerConfig
+from mythos.config.sections import TokenizerConfig
 from mythos.data.cache import digest
 from mythos.data.corpus import Corpus, in_fixed_order, is_held_out
 from mythos.errors import MythosError, short_reason

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
-from mythos.config.loading import Config, ParallelConfig
+from mythos.config.sections import Config, ParallelConfig
 from mythos.distributed.ranks import World
 from mythos.errors import MythosError
 from mythos.model.halting import HaltingGate
@@ -52,7 +52,8 @@ class Layout(NamedTuple):
 def named_layout(settings: ParallelConfig, size: int, local_size: int) -> Layout:
     """What `parallel.mode` means for `size` processes, `local_size` of them on each machine; not for auto and several.
 
-    `mythos.planning.plan.choose_layout` resolves auto. Raises MythosError for a mode that does not fit the number of processes.
+    `mythos.planning.plan.choose_layout` resolves auto. Raises MythosError for a mode that does not fit the number of
+    processes.
     """
     mode = settings.mode
     if mode == "single" and size > 1:

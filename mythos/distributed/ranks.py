@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from mythos.config.loading import Config
+from mythos.config.sections import Config
 from mythos.distributed.host_memory import keep_freed_memory
 from mythos.errors import MythosError, short_reason
 from mythos.files.local import advise

@@ -6,12 +6,12 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from mythos.config.loading import Config
+from mythos.config.sections import Config
 from mythos.data.tasks import TaskSet
 from mythos.data.tokenizer import Tokenizer
 from mythos.data.validation import ValidationSet
-from mythos.distributed.faults import StopRequests
 from mythos.distributed.parallel import ParallelModel
+from mythos.distributed.stop import StopRequests
 from mythos.evaluation.choices import EncodedTask, choice_metrics
 from mythos.evaluation.depth_sweep import adaptive_metrics, fit_metrics
 from mythos.evaluation.reasoning import task_metrics

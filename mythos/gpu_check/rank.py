@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from mythos.config.loading import Config, load_config
+from mythos.config.loading import load_config
+from mythos.config.sections import Config
 from mythos.gpu_check import traces
 from mythos.gpu_check.runs import next_step
 from mythos.torch_internals import TorchDispatchMode

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from mythos.config.loading import Config, save_config
+from mythos.config.loading import save_config
+from mythos.config.sections import Config
 from mythos.gpu_check.rank import STEPS, Taken, take_steps
 from mythos.gpu_check.result import Result, Setting, judged, not_run
 from mythos.gpu_check.runs import task_run

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from mythos.benchmarks.steps import configuration
-from mythos.config.loading import Config, config_from_dict
+from mythos.config.loading import config_from_dict
 from mythos.config.presets import preset_config
+from mythos.config.sections import Config
 from mythos.data.stream import Batch
 from mythos.distributed.parallel import Layout
 from mythos.errors import MythosError

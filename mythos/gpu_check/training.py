@@ -19,7 +19,8 @@ import torch
 from mythos import trainer as training
 from mythos.benchmarks.steps import Steps
 from mythos.benchmarks.timing import timed
-from mythos.config.loading import Config, load_config, save_config
+from mythos.config.loading import load_config, save_config
+from mythos.config.sections import Config
 from mythos.gpu_check.catalog import TRAINING_STEPS
 from mythos.gpu_check.result import Result, Setting, judged, not_run
 from mythos.gpu_check.runs import steps_of, task_run

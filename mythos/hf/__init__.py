@@ -1,7 +1,7 @@
 """transformers integration: configuration, model and cache, and export in its format.
 
-Importing `mythos` is enough for transformers' Auto classes to know them (see `mythos.hf.auto_classes`). What is named here
-is imported when it is first asked for, because transformers' models take seconds to import.
+Importing `mythos` is enough for transformers' Auto classes to know them (see `mythos.hf.auto_classes`). The names
+below are imported on first use, because transformers' models take seconds to import.
 """
 
 from typing import TYPE_CHECKING, Any

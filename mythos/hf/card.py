@@ -6,7 +6,7 @@ from typing import Any
 
 from mythos.checkpoints.stored_model import StoredModel
 from mythos.config.data import DataConfig, MixtureSourceConfig
-from mythos.config.loading import Config
+from mythos.config.sections import Config
 from mythos.evaluation.validation import losses_by_depth
 from mythos.model.config import ModelConfig
 from mythos.model.halting import THRESHOLDS

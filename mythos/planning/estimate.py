@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from mythos.config.loading import Config, ParallelConfig
+from mythos.config.sections import Config, ParallelConfig
 from mythos.errors import MythosError
 from mythos.model import loss
 from mythos.model.attention import GATE_INPUTS, value_embedding_layers
 from mythos.model.config import ModelConfig, padded_vocab_size
 from mythos.model.moe import MixtureOfExperts
+from mythos.model.ops import device_choice
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.torch_internals import (
     CPU_FLASH,
@@ -228,7 +229,7 @@ def fake_model(config: ModelConfig, step: Step) -> Iterator[RecurrentDepthTransf
             stack.enter_context(patch.dict(loss.LOGIT_BYTES, cpu=loss.LOGIT_BYTES[step.device]))
             if step.device != "cpu":
                 for choice in ("causal_by_products", "float32_by_onednn"):
-                    stack.enter_context(patch.object(kernels, choice, lambda *_: False))
+                    stack.enter_context(patch.object(device_choice, choice, lambda *_: False))
             stack.enter_context(FakeTensorMode())
             model = RecurrentDepthTransformer(config)
             parallel = ParallelConfig(activation_checkpointing=step.checkpointing)

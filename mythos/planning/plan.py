@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from mythos.checkpoints.init_from import told_before
-from mythos.config.loading import Config, ParallelConfig, dump_config
+from mythos.config.loading import dump_config
+from mythos.config.sections import Config, ParallelConfig
 from mythos.distributed.parallel import (
     Layout,
     build_mesh,

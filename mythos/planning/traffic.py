@@ -1,8 +1,8 @@
 """Memory traffic of a training step beside its matrix products, counted over fake tensors as a GPU runs it.
 
 Every elementwise operation, reduction, copy and lookup reads its inputs from memory and writes its result. Matrix
-products, attention and grouped products are left out: they are limited by arithmetic, and `mythos.planning.estimate` counts
-their FLOPs.
+products, attention and grouped products are left out: they are limited by arithmetic, and `mythos.planning.estimate`
+counts their FLOPs.
 """
 
 from collections.abc import Iterator
@@ -267,7 +267,7 @@ class TrafficCounter(TorchDispatchMode):
 
     @contextmanager
     def fused_functions(self) -> Iterator[None]:
-        """Count what `device_choice.fused` compiles as one kernel, which reads its arguments and writes its results once."""
+        """Count what `device_choice.fused` compiles as one kernel, which reads its arguments once."""
 
         def fused(function: Any, device: torch.device) -> Any:
             def call(*arguments: Any) -> Any:

@@ -3,8 +3,8 @@
 import math
 from typing import Any
 
-from mythos.config.loading import Config
 from mythos.config.presets import model_name
+from mythos.config.sections import Config
 from mythos.evaluation.depth_sweep import fit_losses
 from mythos.evaluation.validation import losses_by_depth
 from mythos.planning.estimate import count_parameters

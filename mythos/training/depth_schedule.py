@@ -9,7 +9,7 @@ from random import Random
 from statistics import NormalDist
 from typing import NamedTuple
 
-from mythos.config.loading import Config, CurriculumConfig
+from mythos.config.sections import Config, CurriculumConfig
 from mythos.data.tasks import hardest, slot_difficulties
 
 LOGNORMAL_SIGMA = 0.5

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mythos.config.checking import suggestion
-from mythos.config.loading import Config
+from mythos.config.sections import Config
 from mythos.errors import MythosError, import_optional, short_reason, without_credentials
 from mythos.evaluation.validation import losses_by_depth
 from mythos.files.local import read_regular

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mythos.config.loading import OptimConfig
+from mythos.config.sections import OptimConfig
 from mythos.training.muon import Muon
 
 UNDECAYED = (

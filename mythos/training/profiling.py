@@ -10,7 +10,7 @@ from typing import Self
 
 import torch
 
-from mythos.config.loading import ProfileConfig
+from mythos.config.sections import ProfileConfig
 
 logger = logging.getLogger(__name__)
 

@@ -20,11 +20,11 @@ from safetensors.torch import load_file
 
 from mythos.checkpoints import checkpoint
 from mythos.checkpoints.checkpoint import Checkpoints
-from mythos.config.loading import OptimConfig
 from mythos.config.presets import preset_config
+from mythos.config.sections import OptimConfig
 from mythos.distributed.ranks import Ranks
 from mythos.errors import MythosError
-from mythos.files.local import storage
+from mythos.files import storage
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.training.optim import build_optimizer
 

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from mythos.checkpoints.init_from import open_start
 from mythos.checkpoints.stored_model import open_model, tensors_of
-from mythos.config.loading import Config, config_from_dict, load_config
+from mythos.config.loading import config_from_dict, load_config
+from mythos.config.sections import Config
 from mythos.data.tokenizer import Tokenizer
 from mythos.errors import MythosError
 from mythos.hf.export import export_model

@@ -16,10 +16,10 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 
 from mythos.checkpoints.checkpoint import Checkpoints, complete_checkpoints, read_meta
-from mythos.distributed.faults import RunLock
 from mythos.distributed.ranks import Ranks
+from mythos.distributed.run_lock import RunLock
 from mythos.errors import DiskFullError, MythosError
-from mythos.files.local import storage
+from mythos.files import storage
 from mythos.trainer import Trainer
 from tests.runs import measurements, tiny
 from tests.trainers import run

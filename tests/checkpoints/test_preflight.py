@@ -9,7 +9,7 @@ import torch
 from psutil import virtual_memory
 
 from mythos.checkpoints.preflight import check_memory, check_same_model, schedule_change
-from mythos.config.loading import Config
+from mythos.config.sections import Config
 from mythos.errors import MythosError
 from tests.runs import tiny
 

@@ -6,9 +6,11 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from mythos.config.loading import Config, config_from_dict, describe, load_config, save_config
+from mythos.config.loading import config_from_dict, describe, load_config, save_config
+from mythos.config.sections import Config
 from mythos.errors import MythosError
-from mythos.model.config import ModelConfig, Section
+from mythos.model.config import ModelConfig
+from mythos.section import Section
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 

@@ -1,7 +1,8 @@
 import pytest
 
-from mythos.config.loading import TokenizerConfig, config_from_dict
+from mythos.config.loading import config_from_dict
 from mythos.config.presets import BPE_VOCAB_SIZE, PRESETS, model_name, preset_config, preset_table
+from mythos.config.sections import TokenizerConfig
 from mythos.errors import MythosError
 from mythos.model.config import ModelConfig
 from mythos.planning.estimate import count_parameters

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mythos.config.data import DataConfig
-from mythos.config.loading import TokenizerConfig
+from mythos.config.sections import TokenizerConfig
 from mythos.data import tokenizer as tokenizer_module
 from mythos.data.corpus import Corpus, is_held_out, open_corpus
 from mythos.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, train_bpe, training_documents

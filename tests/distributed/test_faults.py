@@ -17,17 +17,11 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from mythos.distributed import faults
-from mythos.distributed.faults import (
-    SIGNALS,
-    RunLock,
-    StopRequests,
-    Watchdog,
-    collective_failure,
-    exit_for_good,
-    parse_duration,
-    refuse_restart,
-)
+from mythos.distributed import stop
+from mythos.distributed.restarts import collective_failure, exit_for_good, refuse_restart
+from mythos.distributed.run_lock import RunLock
+from mythos.distributed.stop import SIGNALS, StopRequests, parse_duration
+from mythos.distributed.watchdog import Watchdog
 from mythos.errors import MythosError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,7 +100,7 @@ def test_first_signal_is_a_request(number, capfd, monkeypatch):
 def test_second_signal_exits_at_once(start):
     process = start(
         "import time\n"
-        "from mythos.distributed.faults import StopRequests\n"
+        "from mythos.distributed.stop import StopRequests\n"
         "with StopRequests(None) as stop:\n"
         "    print('ready')\n"
         "    while stop.reason is None: time.sleep(0.01)\n"
@@ -119,7 +113,7 @@ def test_second_signal_exits_at_once(start):
     assert process.stdout.readline() == "SIGUSR1\n"
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)  # so soon it is the same request
-    time.sleep(faults.SAME_REQUEST)
+    time.sleep(stop.SAME_REQUEST)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     rest, _ = process.communicate(timeout=2)
@@ -183,7 +177,8 @@ GLOO = """
 import json, os, signal, sys, threading, time
 from datetime import timedelta
 import torch, torch.distributed as dist
-from mythos.distributed.faults import StopRequests, collective_failure
+from mythos.distributed.stop import StopRequests
+from mythos.distributed.restarts import collective_failure
 from mythos.distributed.ranks import Ranks
 
 rank, path = int(sys.argv[1]), sys.argv[2]

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from mythos.distributed.faults import RunLock
+from mythos.distributed.run_lock import RunLock
 from tests.runs import write_settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -335,7 +335,7 @@ def test_shellcheck(script):
 
 TRAIN = """
 import os, sys, time
-from mythos.distributed.faults import StopRequests
+from mythos.distributed.stop import StopRequests
 from mythos.distributed.ranks import meet_world
 
 attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
@@ -384,7 +384,7 @@ def test_restart_and_stop(tmp_path, monkeypatch):
 
 SAVES = """
 import sys, time
-from mythos.distributed.faults import StopRequests
+from mythos.distributed.stop import StopRequests
 from mythos.distributed.ranks import meet_world
 
 with StopRequests(None) as stop:

@@ -13,10 +13,10 @@ import pytest
 
 from mythos.checkpoints.checkpoint import complete_checkpoints, step_of
 from mythos.checkpoints.ownership import LOCK
-from mythos.distributed.faults import RunLock
+from mythos.distributed.run_lock import RunLock
 from mythos.errors import MythosError
 from mythos.evaluation import in_training
-from mythos.files.local import storage
+from mythos.files import storage
 from mythos.trainer import Trainer
 from mythos.training.metrics import read_metrics
 from tests.distributed.pool import RankPool

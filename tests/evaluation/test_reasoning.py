@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from mythos.cli.reasoning import main as report
 from mythos.cli.sweep import main as depth_sweep
 from mythos.config.data import TaskConfig
-from mythos.config.loading import Config, config_from_dict
+from mythos.config.loading import config_from_dict
+from mythos.config.sections import Config
 from mythos.data.tasks import TaskSet, task_set
 from mythos.distributed.ranks import Ranks, World
 from mythos.errors import MythosError

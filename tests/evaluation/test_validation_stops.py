@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mythos.checkpoints.checkpoint import complete_checkpoints
-from mythos.config.loading import Config
+from mythos.config.sections import Config
 from mythos.evaluation import in_training
 from mythos.trainer import Trainer
 from mythos.training.metrics import read_metrics

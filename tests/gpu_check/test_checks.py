@@ -79,12 +79,12 @@ def test_a_wrong_kernel_is_off(setting, monkeypatch, part, module, name, dtype):
 def test_a_wrong_grouped_product_is_off(setting, monkeypatch, name):
     task = kernel_task("grouped_product", "float32")
     assert [result.verdict for result in results(setting, task)] == ["ok", "ok"]
-    right = getattr(experts, name)
-    monkeypatch.setattr(experts, name, lambda *args: right(*args) * 1.01)
+    right = getattr(grouped_experts, name)
+    monkeypatch.setattr(grouped_experts, name, lambda *args: right(*args) * 1.01)
     assert [result.verdict for result in results(setting, task)].count("off") == 1
     # What no expert wrote to must be zero, and not what was in memory.
     if name == "grouped_outer":
-        monkeypatch.setattr(experts, name, lambda *args: right(*args) + 1e-6)
+        monkeypatch.setattr(grouped_experts, name, lambda *args: right(*args) + 1e-6)
         assert "empty experts are not zero" in results(setting, task)[1].measured
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mythos.checkpoints.stored_model import open_model
-from mythos.cli import import_model
+from mythos.cli import import_model as import_command
 from mythos.config.presets import preset_config
 from mythos.errors import MythosError
 from mythos.generation.sampling import Sampling
@@ -356,7 +356,7 @@ def test_what_is_refused_leaves_nothing(
     spoil, told = REFUSED[case]
     spoil(parcae)
     before = sorted(path.name for path in parcae.iterdir())
-    assert import_model.main([str(parcae), str(tmp_path / "out")]) == 1
+    assert import_command.main([str(parcae), str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
     assert re.match("error: .*\n$", error) and told in error
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
@@ -399,7 +399,7 @@ def test_failing_half_way_leaves_nothing(parcae: Path, tmp_path: Path, monkeypat
 
 
 def test_command_tells_what_it_did(parcae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert import_model.main([str(parcae), str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
+    assert import_command.main([str(parcae), str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
     told = capsys.readouterr().out
     assert "parcae, 1 file of weights" in told and "without a tokenizer" in told
     opened = open_model(tmp_path / "out").model

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.nn.utils import get_total_norm
 
-from mythos.config.loading import Config, config_from_dict
+from mythos.config.loading import config_from_dict
+from mythos.config.sections import Config
 from mythos.errors import MythosError
 from mythos.model.config import ModelConfig
 from mythos.model.halting import build_halting

@@ -13,8 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from mythos.cli.estimate import main
-from mythos.config.loading import Config, ParallelConfig
 from mythos.config.presets import preset_config
+from mythos.config.sections import Config, ParallelConfig
 from mythos.distributed.parallel import prepare_model
 from mythos.model.config import ModelConfig
 from mythos.model.moe import MixtureOfExperts

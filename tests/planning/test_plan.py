@@ -18,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mythos.cli.train import main
-from mythos.config.loading import Config, config_from_dict, load_config
+from mythos.config.loading import config_from_dict, load_config
 from mythos.config.presets import PRESETS
+from mythos.config.sections import Config
 from mythos.distributed.parallel import Layout, build_mesh, named_layout, parallelize, shard_model
 from mythos.distributed.ranks import Ranks, World
 from mythos.errors import MythosError

@@ -7,7 +7,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from mythos.config.loading import Config, save_config
+from mythos.config.loading import save_config
+from mythos.config.sections import Config
 from tests.runs import tiny
 
 VOID = {"meta", "br"}

@@ -16,7 +16,7 @@ import torch
 
 from mythos import trainer
 from mythos.checkpoints import checkpoint
-from mythos.config.loading import Config
+from mythos.config.sections import Config
 from mythos.data.pipeline import open_data
 from mythos.data.stream import Batch
 from mythos.errors import MythosError

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mythos.checkpoints.checkpoint import read_meta
-from mythos.config.loading import Config
+from mythos.config.sections import Config
 from mythos.data.pipeline import open_data
 from mythos.distributed.parallel import choose_dtype
 from mythos.model import moe

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from mythos.config.loading import Config, config_from_dict
+from mythos.config.loading import config_from_dict
+from mythos.config.sections import Config
 from mythos.training.depth_schedule import DepthSchedule, cumulative_probabilities
 
 

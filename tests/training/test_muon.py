@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mythos.config.loading import OptimConfig
 from mythos.config.presets import preset_config
+from mythos.config.sections import OptimConfig
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.training.muon import Muon
 from mythos.training.optim import build_optimizer

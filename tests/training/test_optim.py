@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from mythos.config.loading import OptimConfig
 from mythos.config.presets import preset_config
+from mythos.config.sections import OptimConfig
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.training.optim import build_optimizer, learning_rate
 

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from mythos.config.loading import ProfileConfig
+from mythos.config.sections import ProfileConfig
 from mythos.training import profiling
 from mythos.training.profiling import Profiler
 
