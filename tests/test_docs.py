@@ -124,7 +124,7 @@ def python(words: list[str]) -> set[str]:
         return mythos(words[2:])
     if words[0] == "-m":
         return set()
-    return accepted(module(words[0]).main, words[1:], trains=words[0] == "train.py", tokenizes="tokenize_" in words[0])
+    return accepted(module(words[0]).main, words[1:], "train" if words[0] == "train.py" else words[0])
 
 
 def mythos(words: list[str]) -> set[str]:
@@ -136,19 +136,19 @@ def mythos(words: list[str]) -> set[str]:
     assert words[0] in COMMAND_NAMES, words[0]
     if words[0] == "configs":
         assert not words[1:] or words[1] in packaged_configs()
-    return accepted(command(words[0]).main, words[1:], trains=words[0] == "train", tokenizes=words[0] == "tokenize")
+    return accepted(command(words[0]).main, words[1:], words[0])
 
 
-def accepted(main: Callable[[list[str]], int], words: list[str], trains: bool, tokenizes: bool) -> set[str]:
+def accepted(main: Callable[[list[str]], int], words: list[str], name: str) -> set[str]:
     options = parsed(main, words)
-    if trains and options.help:
+    if name == "train" and options.help:
         describe(options.help)
     needs = {"network"} if getattr(options, "against", None) else set()  # a package to compare with
     if path := getattr(options, "config", None):
         overrides = getattr(options, "overrides", [])
         if path.endswith(".yaml") or path in packaged_configs():
             config = load_config(ROOT / path if path.endswith(".yaml") else path, overrides)
-            reads = (trains or tokenizes) and not getattr(options, "dry_run", False)
+            reads = name in ("train", "tokenize") and not getattr(options, "dry_run", False)
             needs |= {"network"} if reads and online(config) else set()
         elif path != STAND_INS["RUN"]:
             from mythos.benchmarks.steps import configuration
@@ -254,7 +254,7 @@ def test_commands_are_accepted_and_say_what_they_need(page: str) -> None:
         ("python train.py configs/quickstart.yaml optim.learning_rate=1", MythosError),
         ("python train.py configs/nothing.yaml", MythosError),
         ("python train.py --help depths", MythosError),
-        ("python scripts/generate.py runs/quickstart --prompts x", SystemExit),
+        ("mythos generate runs/quickstart --prompts x", SystemExit),
         ("python scripts/nothing.py", FileNotFoundError),
         ("mythos generates runs/quickstart", AssertionError),
         ("mythos train quickstar", MythosError),

@@ -66,10 +66,10 @@ def test_a_run(trained: Trainer, capsys: pytest.CaptureFixture[str], caplog: pyt
     assert all(str(stem.with_suffix(f".{kind}")) in printed for kind in ("json", "csv", "png"))
     assert "3 of 7 prompts do not fit in the context of 64 tokens" in caplog.text
     record = read_metrics(trained.run_dir / "metrics.jsonl")[-1]
-    found = scores(stem.with_suffix(".json"))
+    scored = scores(stem.with_suffix(".json"))
     for metric in ("acc", "acc_norm"):
         for loops in (1, 3):
-            assert found["local", metric, loops, None]["value"] == record[f"val/local_{metric}@{loops}"]
+            assert scored["local", metric, loops, None]["value"] == record[f"val/local_{metric}@{loops}"]
     with stem.with_suffix(".csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert [line["threshold"] for line in lines[4:]] == ["1.5", "1.5", "0.001", "0.001"]
@@ -98,20 +98,20 @@ def test_an_export_gives_the_scores_of_its_checkpoint(trained: Trainer, tmp_path
     assert export.main([str(trained.run_dir), str(tmp_path / "export")]) == 0
     arguments = ["--tasks", str(questions(tmp_path)), "--data", str(trained.run_dir.parent / "corpus.jsonl")]
     arguments += ["--limit", "2"]
-    found = []
+    values = []
     for path in (tmp_path / "export", saved(trained, 4)):
         out = tmp_path / f"{path.name}-scores"
         assert evaluate.main([str(path), *arguments, "--out", str(out)]) == 0
         content = json.loads((out / "step-00000004.json").read_text())
-        found.append([r["value"] for r in content["results"] if r["task"] == "local"])
-    assert found[0] == found[1] and len(found[0]) == 6, "by default 1, the mean and auto"
+        values.append([r["value"] for r in content["results"] if r["task"] == "local"])
+    assert values[0] == values[1] and len(values[0]) == 6, "by default 1, the mean and auto"
     capsys.readouterr()
     assert evaluate.main([str(tmp_path / "export")]) == 1
     assert "an exported model knows no data" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (["--loops", "0,1"], "--loops: got '0'; give auto, or whole numbers of at least 1"),
         (["--loops", "deep"], "--loops: got 'deep'"),
@@ -126,18 +126,20 @@ def test_an_export_gives_the_scores_of_its_checkpoint(trained: Trainer, tmp_path
         (["--out", "file"], "file cannot be written: "),
     ],
 )
-def test_bad_options(trained: Trainer, tmp_path: Path, capsys: Any, monkeypatch: Any, options: Any, told: str) -> None:
+def test_bad_options(
+    trained: Trainer, tmp_path: Path, capsys: Any, monkeypatch: Any, options: Any, message: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
     assert evaluate.main([str(trained.run_dir), *options]) == 1
-    assert told in capsys.readouterr().err.splitlines()[-1]
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_harness_that_is_not_installed(trained: Trainer, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mythos.evaluation.harness", None)  # as where its first import fails
     assert evaluate.main([str(trained.run_dir), "--tasks", "hellaswag"]) == 1
-    told = capsys.readouterr().err
-    assert "'hellaswag' is no .jsonl file" in told and "pip install 'mythos-rdt[eval]'" in told
+    message = capsys.readouterr().err
+    assert "'hellaswag' is no .jsonl file" in message and "pip install 'mythos-rdt[eval]'" in message
 
 
 def test_a_checkpoint_without_its_tokenizer(trained: Trainer, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:

@@ -1,4 +1,4 @@
-"""The script: the same folder however it is made, what is finished stays, and no process is left."""
+"""The command: the same folder however it is made, what is finished stays, and no process is left."""
 
 import json
 import os
@@ -69,7 +69,7 @@ def finished(folder: Path) -> dict[str, tuple[int, int]]:
 
 @pytest.fixture
 def started() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start the script in a process group of its own, as a terminal does."""
+    """Start the command in a process group of its own, as a terminal does."""
     processes = []
 
     def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
@@ -137,7 +137,7 @@ def test_goes_on_where_it_stopped(
     wait_until(lambda: all(map(is_gone, family)), 10)
     if how == "interrupted":
         assert process.returncode == 130
-        assert "Traceback" not in errors and "the same command goes on" in errors
+        assert "Traceback" not in errors and "the same command continues" in errors
     before = finished(out)
     assert 15 <= len(before) < 3 * PARTS and not (out / "index.json").exists()
     assert main([str(config), "--out", str(out), "--workers", "1"]) == 0
