@@ -141,7 +141,7 @@ def write_parts(writer: TokenWriter, parts: list[int], workers: int, bar: tqdm[A
     from mythos.data.processes import START_METHOD, signals_held
 
     context = multiprocessing.get_context(START_METHOD)
-    counts = context.Array(ctypes.c_uint64, 3)
+    counts: SynchronizedArray[Any] = context.Array(ctypes.c_uint64, 3)
     pool = ProcessPoolExecutor(workers, context, _begin_worker, (writer, counts))
     start, first_shards = time.monotonic(), bar.n
     try:
@@ -150,8 +150,7 @@ def write_parts(writer: TokenWriter, parts: list[int], workers: int, bar: tqdm[A
         while pending:
             done, pending = wait(pending, REFRESH, FIRST_EXCEPTION)
             # Read without the lock: a killed worker may never have released it.
-            values: list[int] = counts.get_obj()[:]
-            shards, documents, tokens = values
+            shards, documents, tokens = counts.get_obj()
             rate = tokens / (time.monotonic() - start)
             bar.set_postfix_str(f"{documents:,} documents, {tokens:,} tokens, {rate:,.0f} tokens/s", refresh=False)
             bar.update(first_shards + shards - bar.n)

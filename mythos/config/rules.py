@@ -64,8 +64,8 @@ def _only_reasoning_has_a_task(config: Config) -> Iterator[Contradiction]:
 def _sequence_fits_the_context(config: Config) -> Iterator[Contradiction]:
     length, context = config.data.sequence_length, config.model.context_length
     if length > context:
-        rule = "the first must not exceed the second"
-        yield ("data.sequence_length", "model.context_length"), f"got {length} and {context}; {rule}"
+        values = f"got {length} and {context}"
+        yield ("data.sequence_length", "model.context_length"), f"{values}; the first must not exceed the second"
 
 
 def _only_loops_follow_a_difficulty(config: Config) -> Iterator[Contradiction]:
@@ -92,15 +92,15 @@ RULES = (
 def _streams_share_the_batch(config: Config) -> Iterator[Contradiction]:
     batch, streams = config.train.global_batch, config.data.streams
     if batch % streams:
-        rule = "the first must be a multiple of the second"
-        yield ("train.global_batch", "data.streams"), f"got {batch} and {streams}; {rule}"
+        values = f"got {batch} and {streams}"
+        yield ("train.global_batch", "data.streams"), f"{values}; the first must be a multiple of the second"
 
 
 def _run_has_one_length(config: Config) -> Iterator[Contradiction]:
     steps, tokens = config.train.steps, config.train.tokens
     if (steps is None) == (tokens is None):
-        rule = "give exactly one of them, null for the other"
-        yield ("train.steps", "train.tokens"), f"got {shown(steps)} and {shown(tokens)}; {rule}"
+        values = f"got {shown(steps)} and {shown(tokens)}"
+        yield ("train.steps", "train.tokens"), f"{values}; give exactly one of them, null for the other"
 
 
 def _run_has_one_start(config: Config) -> Iterator[Contradiction]:
