@@ -24,8 +24,6 @@ from mythos.config.sections import Config
 from mythos.errors import MythosError
 
 if TYPE_CHECKING:
-    from multiprocessing.sharedctypes import SynchronizedArray
-
     from tqdm import tqdm
 
     from mythos.data.token_writer import TokenWriter
@@ -141,7 +139,7 @@ def write_parts(writer: TokenWriter, parts: list[int], workers: int, bar: tqdm[A
     from mythos.data.processes import START_METHOD, signals_held
 
     context = multiprocessing.get_context(START_METHOD)
-    counts: SynchronizedArray[Any] = context.Array(ctypes.c_uint64, 3)
+    counts: Any = context.Array(ctypes.c_uint64, 3)  # typeshed has c_uint64 as elements; ctypes returns int
     pool = ProcessPoolExecutor(workers, context, _begin_worker, (writer, counts))
     start, first_shards = time.monotonic(), bar.n
     try:
@@ -172,11 +170,11 @@ def write_parts(writer: TokenWriter, parts: list[int], workers: int, bar: tqdm[A
 
 # State of a worker process, set by `_begin_worker`: the pool passes arguments to workers only through its initializer.
 _writer: TokenWriter
-_counts: SynchronizedArray[Any]
+_counts: Any
 """Shards, documents and tokens that all workers have written."""
 
 
-def _begin_worker(writer: TokenWriter, counts: SynchronizedArray[Any]) -> None:
+def _begin_worker(writer: TokenWriter, counts: Any) -> None:
     global _writer, _counts
     _writer, _counts = writer, counts
     from mythos.data.processes import begin_worker
