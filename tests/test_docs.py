@@ -83,7 +83,7 @@ def commands(block: Block) -> Iterator[list[str]]:
 
 
 @cache
-def script_module(path: str) -> ModuleType:
+def module(path: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"documented_{Path(path).stem}", ROOT / path)
     assert spec is not None and spec.loader is not None, path
     script = importlib.util.module_from_spec(spec)
@@ -126,7 +126,7 @@ def python(words: list[str]) -> set[str]:
         return mythos(words[2:])
     if words[0] == "-m":
         return set()
-    return accepted(script_module(words[0]).main, words[1:], trains=words[0] == "train.py", tokenizes=False)
+    return accepted(module(words[0]).main, words[1:], "train" if words[0] == "train.py" else words[0])
 
 
 def mythos(words: list[str]) -> set[str]:
@@ -138,19 +138,19 @@ def mythos(words: list[str]) -> set[str]:
     assert words[0] in COMMAND_NAMES, words[0]
     if words[0] == "configs":
         assert not words[1:] or words[1] in packaged_configs()
-    return accepted(command(words[0]).main, words[1:], trains=words[0] == "train", tokenizes=words[0] == "tokenize")
+    return accepted(command(words[0]).main, words[1:], words[0])
 
 
-def accepted(main: Callable[[list[str]], int], words: list[str], trains: bool, tokenizes: bool) -> set[str]:
+def accepted(main: Callable[[list[str]], int], words: list[str], name: str) -> set[str]:
     options = parsed(main, words)
-    if trains and options.help:
+    if name == "train" and options.help:
         describe(options.help)
     needs = {"network"} if getattr(options, "against", None) else set()  # installs the package to compare with
     if path := getattr(options, "config", None):
         overrides = getattr(options, "overrides", [])
         if path.endswith(".yaml") or path in packaged_configs():
             config = load_config(ROOT / path if path.endswith(".yaml") else path, overrides)
-            reads = (trains or tokenizes) and not getattr(options, "dry_run", False)
+            reads = name in ("train", "tokenize") and not getattr(options, "dry_run", False)
             needs |= {"network"} if reads and online(config) else set()
         elif path != STAND_INS["RUN"]:
             from mythos.benchmarks.steps import configuration
