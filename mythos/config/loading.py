@@ -22,6 +22,7 @@ from mythos.config.inherited import inherited
 from mythos.config.presets import PRESETS
 from mythos.config.sections import Config
 from mythos.errors import MythosError
+from mythos.files.local import write_whole
 from mythos.model.config import ModelConfig
 from mythos.section import Section
 
@@ -81,9 +82,7 @@ def dump_config(config: Config) -> str:
 
 def save_config(config: Config, path: str | Path) -> None:
     """Write :func:`dump_config` to a file."""
-    aside = Path(path).with_suffix(".yaml.tmp")
-    aside.write_text(dump_config(config), encoding="utf-8")
-    aside.replace(path)
+    write_whole(Path(path), dump_config(config))
 
 
 def describe(section: str | None = None) -> str:

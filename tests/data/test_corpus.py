@@ -510,7 +510,7 @@ def test_nul_bytes_are_no_text(tmp_path: Path) -> None:
     path = tmp_path / "x.txt"
     path.write_bytes(b"good\n\n" + "wide".encode("utf-16-le") + b"\n\nbetter")
     assert everything(files(path, on_error="skip")) == ["good\n", Skipped.DOCUMENT, "better"]
-    with pytest.raises(MythosError, match=r"row 1 cannot be used: it holds NUL bytes"):
+    with pytest.raises(MythosError, match=r"row 1 cannot be used: it contains NUL bytes"):
         everything(files(path))
     write_jsonl(tmp_path / "x.jsonl", ["escaped \0 in JSON"])
     assert everything(files(tmp_path / "x.jsonl")) == ["escaped \0 in JSON"]

@@ -91,7 +91,7 @@ def test_a_full_disk_is_told_in_one_message(tmp_path: Path, tokenizer: Tokenizer
     handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, limits[1]))
     try:
-        with pytest.raises(MythosError, match=r"saved cannot be written: .*File too large.*Mend that"):
+        with pytest.raises(MythosError, match=r"saved cannot be written: .*File too large.*Fix that"):
             tokenizer.save(tmp_path / "saved")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -117,7 +117,7 @@ def test_a_fifo_in_its_folder_is_never_waited_for(tmp_path: Path, tokenizer: Tok
     tokenizer.save(tmp_path / "saved")
     (tmp_path / "saved" / "tokenizer.json").unlink()
     os.mkfifo(tmp_path / "saved" / "tokenizer.json")
-    with pytest.raises(MythosError, match="it is no regular file"):
+    with pytest.raises(MythosError, match="it is not a regular file"):
         Tokenizer.load(tmp_path / "saved")
 
 

@@ -447,7 +447,7 @@ def test_fifos_are_never_waited_for(folder: Path, tmp_path: Path, tokenizer: Tok
     shutil.copytree(folder, tmp_path / "copy")
     (tmp_path / "copy" / name).unlink()
     os.mkfifo(tmp_path / "copy" / name)
-    with pytest.raises(MythosError, match="it is no regular file"):
+    with pytest.raises(MythosError, match="it is not a regular file"):
         list(TokenSource(tmp_path / "copy", tokenizer, SHARE, "fail").read(0, 0, 1))
 
 
@@ -457,7 +457,7 @@ def test_a_folder_of_something_else(folder: Path, tmp_path: Path, tokenizer: Tok
     def begin(corpus: Corpus, tokenizer: Tokenizer, directory: Path, share: float = SHARE) -> None:
         TokenWriter(corpus, tokenizer, directory, config, share).begin()
 
-    with pytest.raises(MythosError, match="holds something else"):
+    with pytest.raises(MythosError, match="contains something else"):
         begin(corpus, tokenizer, tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(MythosError, match=r"cannot be written: .*directory"):

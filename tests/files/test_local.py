@@ -35,10 +35,10 @@ def test_others_are_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     else:
         os.mkfifo("fifo")
         path.symlink_to("fifo") if "link" in make else os.rename("fifo", path)
-    with pytest.raises(OSError, match=r"it is no regular file|Is a directory"):
+    with pytest.raises(OSError, match=r"it is not a regular file|Is a directory"):
         open_regular(path)
     if make != "folder":
-        with pytest.raises(OSError, match="it is no regular file"):
+        with pytest.raises(OSError, match="it is not a regular file"):
             check_regular_files(tmp_path)
 
 
