@@ -3,9 +3,9 @@
 python scripts/fuzz.py --inputs 20000 --seed 0
 
 Configurations, overrides, models, checkpoints, tokenizers and data are edited at random places: bits, byte strings that
-have crashed other readers, whole values of JSON and YAML. Each input must give a result or a MythosError, within 10 s of
-processor time and 200 MB of additional memory. Input N of a seed is always the same: continue an interrupted run with
---first N, and repeat a fault with --first N --inputs 1. At the end a table is printed: reader, inputs, results,
+have crashed other readers, whole values of JSON and YAML. Each input must give a result or a MythosError, within 10 s
+of processor time and 200 MB of additional memory. Input N of a seed is always the same: continue an interrupted run
+with --first N, and repeat a fault with --first N --inputs 1. At the end a table is printed: reader, inputs, results,
 refusals, faults. The exit status is 1 if there was a fault.
 """
 

@@ -30,7 +30,7 @@ import yaml
 from safetensors.torch import save_file
 
 from mythos.checkpoints.stored_model import open_model
-from mythos.cli import tokenize
+from mythos.cli import export, tokenize
 from mythos.config.data import DataConfig, FilterConfig
 from mythos.config.inherited import inherited
 from mythos.config.loading import config_from_dict, load_config
@@ -241,9 +241,9 @@ def _places(data: Any) -> list[tuple[Any, Any]]:
 def build_targets(folder: Path) -> list[Target]:
     """All targets; writes their valid files into a folder, which takes some seconds, and checks that they are read."""
     run = _run(folder / "trained")
-    export = folder / "export"
-    assert export.main([str(run), str(export)]) == 0
-    targets = [*_configurations(folder, export), *_models(folder, run, export), *_data(folder, run / "tokenizer")]
+    exported = folder / "export"
+    assert export.main([str(run), str(exported)]) == 0
+    targets = [*_configurations(folder, exported), *_models(folder, run, exported), *_data(folder, run / "tokenizer")]
     for target in targets:
         target.read(shutil.copytree(target.folder, folder / "copy"))
         shutil.rmtree(folder / "copy")
@@ -257,7 +257,7 @@ def _run(folder: Path) -> Path:
     return trainer.run_dir
 
 
-def _configurations(folder: Path, export: Path) -> list[Target]:
+def _configurations(folder: Path, exported: Path) -> list[Target]:
     place = folder / "configuration"
     place.mkdir()
     text = yaml.safe_dump({"train": {"steps": 10, "max_time": "3h"}, **settings(folder)})
@@ -285,7 +285,7 @@ def _configurations(folder: Path, export: Path) -> list[Target]:
         Target("configuration", place, ("run.yaml",), lambda copy: load_config(copy / "run.yaml")),
         Target("overrides", place, ("overrides.txt",), overridden),
         Target("recorded configuration", place, ("meta.json",), recorded),
-        Target("init_from (export)", export, ("config.json",), lambda copy: inherited(str(copy), {})),
+        Target("init_from (export)", exported, ("config.json",), lambda copy: inherited(str(copy), {})),
         Target("init_from (run)", start, ("config.yaml",), lambda copy: inherited(str(copy), {})),
     ]
 
@@ -304,7 +304,7 @@ def _seal_checkpoint(copy: Path) -> None:
     (copy / MARKER).write_text(json.dumps({"meta_crc32": zlib.crc32((copy / META).read_bytes())}))
 
 
-def _models(folder: Path, run: Path, export: Path) -> list[Target]:
+def _models(folder: Path, run: Path, exported: Path) -> list[Target]:
     [checkpoint] = (run / "checkpoints").glob("step-*")
     parts = folder / "parts"
     assert export.main([str(run), str(parts), "--max-shard-size", "60KB"]) == 0
@@ -333,7 +333,7 @@ def _models(folder: Path, run: Path, export: Path) -> list[Target]:
     shard = "shard-00001-model-00001-of-00001.safetensors"
     tokenizer = ("tokenizer.json", "tokenizer_config.json", "request.json")
     return [
-        Target("exported model", export, ("config.json", "model.safetensors"), open_model),
+        Target("exported model", exported, ("config.json", "model.safetensors"), open_model),
         Target("exported model in parts", parts, ("model.safetensors.index.json",), open_model),
         Target("checkpoint", checkpoint, (META, MARKER, shard), opened, _seal_checkpoint),
         Target("tokenizer", run / "tokenizer", tokenizer, Tokenizer.load),
