@@ -91,7 +91,7 @@ def test_outcomes_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert (outcome.kind, part in outcome.message) == (kind, True), outcome.message
     monkeypatch.setattr("tests.fuzzing.MOST_SECONDS", 0.2)
     (tmp_path / "slow").mkdir()
-    assert re.match(r"took 0\.[3-9] s", judged(tmp_path / "slow", busy).told)
+    assert re.match(r"took 0\.[3-9] s", judged(tmp_path / "slow", busy).message)
     with pytest.raises(KeyboardInterrupt):
         (tmp_path / "stop").mkdir()
         judged(tmp_path / "stop", raising(KeyboardInterrupt()))
