@@ -163,10 +163,13 @@ def dependencies() -> list[str]:
 
 def collect(packages: list[str], progress: bool = True) -> list[tuple[str, str]]:
     """Documents with their sources ("package module"), without repeated paragraphs, in a fixed order."""
+    from pydoc_data.topics import topics
+
     seen: set[bytes] = set()
     files = [*_standard_library(), *(file for package in packages for file in _package_files(package))]
-    topics = (_unseen(list(prose(topic)), seen) for topic in _topics())
-    documents = [(text, "python topics") for text in _merge(topics)]
+    documents = [
+        (text, "python topics") for text in _merge(_unseen(list(prose(topic)), seen) for topic in topics.values())
+    ]
     # Spawned, not forked: the caller may have started threads.
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         by_file = pool.map(_docstrings, [path for _, _, path in files], chunksize=128)
@@ -230,12 +233,6 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:  # in a package's list of files but missing
         return ""
-
-
-def _topics() -> list[str]:
-    from pydoc_data.topics import topics
-
-    return list(topics.values())
 
 
 def _unseen(paragraphs: list[str], seen: set[bytes]) -> list[str]:

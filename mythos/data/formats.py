@@ -48,7 +48,7 @@ PARQUET_BATCH = 16
 # Typical ratio of text to compressed text.
 COMPRESSION = 3
 
-# Footers kept per process. One of 700 row groups takes megabytes, and reading it again from a hub a request of as many.
+# Footers kept per process. One of 700 row groups has megabytes, which would be downloaded again.
 FOOTERS_KEPT = 16
 
 # Bytes of decoded row groups kept per process for the streams that share them, in batches of about 2 MiB.

@@ -118,7 +118,8 @@ class TokenWriter:
                 self._reopen()
             if not (self.directory / TOKENIZER).is_dir():
                 self.tokenizer.save(self.directory / TOKENIZER)
-            return [part for part in range(len(self.parts)) if not self._is_finished(part)]
+            parts = range(len(self.parts))
+            return [part for part in parts if not (self._part_path(part).exists() and self._has_arrays(part))]
 
     def write_part(self, part: int, report: Callable[[int, int, int], None] = lambda *_: None) -> None:
         """Tokenize the shards of a part; ``report`` gets the shards, documents and tokens done since its last call.
@@ -142,7 +143,8 @@ class TokenWriter:
         """Write the index of the finished parts and return it."""
         with self._writing():
             if not (self.directory / INDEX).exists():
-                shards = [shard for part in range(len(self.parts)) for shard in self._finished(part)]
+                paths = map(self._part_path, range(len(self.parts)))
+                shards = [shard for path in paths for shard in read_checked(path)["shards"]]
                 skipped: Counter[str] = Counter()
                 for shard in shards:
                     skipped.update(shard["skipped"])
@@ -177,14 +179,8 @@ class TokenWriter:
             write_checked(self.directory / PLAN, self._header)
             (self.directory / INDEX).unlink()
 
-    def _is_finished(self, part: int) -> bool:
-        return self._part_path(part).exists() and self._has_arrays(part)
-
     def _has_arrays(self, part: int) -> bool:
         return all(array_path(self.directory, part, kind).exists() for kind in ("tokens", "documents", "bytes"))
-
-    def _finished(self, part: int) -> list[dict[str, Any]]:
-        return read_checked(self._part_path(part))["shards"]
 
     def _part_path(self, part: int) -> Path:
         return self.directory / f"{part:05}.json"

@@ -263,11 +263,16 @@ def load_tokenizer(
     Raises:
         MythosError: the run directory's tokenizer is not the configured one, or none can be trained or loaded.
     """
-    request = _request(config)
+    request: dict[str, Any] = {"name": config.name}
+    if config.name == "bpe":
+        request["vocab_size"] = config.vocab_size
     saved = run_dir / "tokenizer" if run_dir else None
     if saved and saved.is_dir():
         tokenizer = Tokenizer.load(saved)
-        if tokenizer.request != request and (config.name == "bpe" or not _same(tokenizer, config.name)):
+        # Another name may stand for the same tokenizer: the copy beside pre-tokenized text, for example.
+        if tokenizer.request != request and (
+            config.name == "bpe" or Tokenizer.load(config.name).fingerprint != tokenizer.fingerprint
+        ):
             raise MythosError(
                 f"tokenizer: {saved} was made for {tokenizer.request}, the configuration asks for {request}. Give the "
                 "run another run.dir, or the former tokenizer settings."
@@ -359,11 +364,6 @@ def train_bpe(documents: Iterator[str], vocab_size: int, *, progress: bool = Tru
     return tokenizer
 
 
-def _same(tokenizer: Tokenizer, name: str) -> bool:
-    """Whether a name stands for the same tokenizer: the copy beside pre-tokenized text, for example."""
-    return Tokenizer.load(name).fingerprint == tokenizer.fingerprint
-
-
 def _with_added_tokens_special(backend: Backend) -> Backend:
     """The tokenizer, or a copy in which every added token but white space is marked as special.
 
@@ -420,7 +420,3 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
             f"model.vocab_size: {vocab_size} is smaller than the tokenizer ({tokenizer.request['name']}), which has "
             f"{tokenizer.size} ids. Set model.vocab_size: auto, or use another tokenizer."
         )
-
-
-def _request(config: TokenizerConfig) -> dict[str, Any]:
-    return {"name": "bpe", "vocab_size": config.vocab_size} if config.name == "bpe" else {"name": config.name}
