@@ -79,12 +79,12 @@ def train_with_faults(arguments: list[str]) -> int:
         stage(TMP, name)
         return workspace_before(self, name, needed)
 
-    def replace(path: Path, content: bytes) -> None:
+    def write_whole(path: Path, content: bytes, *, durable: bool) -> None:
         if path.name == storage.META:
             stage(SHARDS, path.parent.name)
         elif path.name == storage.MARKER:
             stage(RENAMED, path.parent.name)
-        replace_before(path, content)
+        write_whole_before(path, content, durable=durable)
         if path.name == storage.MARKER:
             report(f"committed {int(path.parent.name.removeprefix('step-'))}")
 
@@ -114,8 +114,8 @@ def train_with_faults(arguments: list[str]) -> int:
             report(f"poisoned {self.step} {'skipped' if same else 'not skipped'}")
         return result
 
-    workspace_before, replace_before = storage.LocalStorage.workspace, storage._replace
-    storage.LocalStorage.workspace, storage._replace = workspace, replace
+    workspace_before, write_whole_before = storage.LocalStorage.workspace, storage.write_whole
+    storage.LocalStorage.workspace, storage.write_whole = workspace, write_whole
     run_before, forward_before, train_step_before = (
         trainer.Trainer.run,
         trainer.Trainer.forward,

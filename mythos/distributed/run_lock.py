@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from mythos.errors import MythosError
+from mythos.files.text import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -102,8 +103,8 @@ class RunLock:
         """What the last one to lock the file has written."""
         file.seek(0)
         try:
-            holder = json.loads(file.read())
-        except (ValueError, RecursionError):
+            holder = parse_json(file.read())
+        except ValueError:
             return {}
         return holder if isinstance(holder, dict) else {}
 

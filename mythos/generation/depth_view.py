@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mythos.errors import MythosError
+from mythos.files.local import write_whole
 from mythos.generation.text import Piece, TextGeneration
 
 PALETTE = ((39, "#9ecbff"), (44, "#8ee3e0"), (78, "#9be8b0"), (154, "#d3ee8a"), (220, "#ffe08a"), (208, "#ffbe85"))
@@ -104,10 +105,7 @@ def spans(pieces: Sequence[Piece], most: int) -> str:
 
 def write_page(path: Path, page: str) -> None:
     """Write the page as a whole. Raises MythosError if it cannot be written."""
-    aside = path.with_name(f".{path.name}.tmp")
     try:
-        aside.write_text(page, encoding="utf-8", errors="replace")
-        aside.replace(path)
+        write_whole(path, page.encode("utf-8", errors="replace"))
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise MythosError(f"{path} cannot be written: {error}; give another file") from error

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from mythos.files.local import write_whole
 from mythos.gpu_check.result import Verdict
 
 
@@ -56,8 +57,9 @@ class Report:
     def write(self) -> None:
         """Replace both files, each at once."""
         lines = [asdict(line) for line in self.lines]
-        replace(self.folder / "report.json", json.dumps({"summary": self.summary(), "lines": lines}, indent=1) + "\n")
-        replace(self.folder / "report.md", self.page())
+        content = json.dumps({"summary": self.summary(), "lines": lines}, indent=1)
+        write_whole(self.folder / "report.json", content + "\n")
+        write_whole(self.folder / "report.md", self.page())
 
     def page(self) -> str:
         """The report as Markdown: the table, then what went wrong in full."""
@@ -85,10 +87,3 @@ def first_line(text: str) -> str:
 def cell(text: str) -> str:
     """A cell of a Markdown table."""
     return text.replace("|", "\\|")
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a file so that there is the old one or the new one at any moment, never half of it."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)

@@ -1,7 +1,6 @@
 """A trained model as a folder that transformers loads, and on the Hugging Face hub."""
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 from mythos.checkpoints.stored_model import INDEX_FILE, PREFIX, StoredModel, run_directory, stored_model, tensors_of
 from mythos.data.tokenizer import PROBE, REQUEST_FILE, Tokenizer
 from mythos.errors import MythosError, short_reason
-from mythos.files.local import is_full
+from mythos.files.local import remedy, replacing_folder
 from mythos.files.storage import require_space
 from mythos.hf.card import model_card
 from mythos.hf.config import MythosConfig
@@ -104,23 +103,16 @@ def write_export(
     Raises:
         MythosError: the folder cannot be written, or the size is not known.
     """
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed and had the same number
-        aside.mkdir()
-        tokenizer = None if stored.tokenizer is None else _write_tokenizer(stored, aside)
-        _config(stored, DTYPES[dtype]).save_pretrained(aside)
-        _generation_config(stored, tokenizer).save_pretrained(aside)
-        for file, text in {CARD_FILE: card, **(texts or {})}.items():
-            (aside / file).write_text(text, encoding="utf-8")
-        files = _write_weights(stored, aside, DTYPES[dtype], max_shard_size)
-        aside.replace(folder)
+        with replacing_folder(folder) as temporary:
+            tokenizer = None if stored.tokenizer is None else _write_tokenizer(stored, temporary)
+            _config(stored, DTYPES[dtype]).save_pretrained(temporary)
+            _generation_config(stored, tokenizer).save_pretrained(temporary)
+            for file, text in {CARD_FILE: card, **(texts or {})}.items():
+                (temporary / file).write_text(text, encoding="utf-8")
+            files = _write_weights(stored, temporary, DTYPES[dtype], max_shard_size)
     except (OSError, SafetensorError) as error:
-        todo = "Make room" if is_full(error) else "Mend that"
-        raise MythosError(f"{folder} cannot be written: {error}. {todo} or give another folder.") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        raise MythosError(f"{folder} cannot be written: {error}. {remedy(error)} or give another folder.") from error
     return Exported(folder, stored.source, stored.step, files)
 
 

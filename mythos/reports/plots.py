@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mythos.evaluation.depth_sweep import DepthFit, fit_losses
 from mythos.evaluation.validation import losses_by_depth
+from mythos.files.local import replacing
 from mythos.training.metrics import read_metrics
 
 if TYPE_CHECKING:
@@ -112,9 +113,9 @@ def new_axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
 
 def finish(figure: Figure, path: Path) -> Path:
     """Save a figure whole or not at all."""
-    aside = path.with_name("tmp." + path.name)
-    figure.savefig(aside, dpi=120)
-    return aside.replace(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=path.suffix.removeprefix("."), dpi=120)
+    return path
 
 
 def draw_sweep(sweep: DepthSweep, path: Path) -> Path:

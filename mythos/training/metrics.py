@@ -20,7 +20,7 @@ from mythos.config.checking import suggestion
 from mythos.config.sections import Config
 from mythos.errors import MythosError, import_optional, short_reason, without_credentials
 from mythos.evaluation.validation import losses_by_depth
-from mythos.files.local import read_regular
+from mythos.files.local import read_regular, write_whole
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
@@ -74,9 +74,7 @@ class MetricsLog:
         if unfinished is not None and not any(r["step"] == start_step and "val/loss" in r for r in kept):
             self.unfinished = unfinished
             kept = [record for record in kept if record["step"] < start_step]
-        aside = self.path.with_name(self.path.name + ".tmp")
-        aside.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        aside.replace(self.path)
+        write_whole(self.path, "".join(json.dumps(record) + "\n" for record in kept))
         self.file = self.path.open("a")
 
     def write(self, record: dict[str, Any]) -> None:
