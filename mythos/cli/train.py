@@ -7,6 +7,13 @@ import sys
 
 from mythos.cli.common import CommandParser, accept_any_character, check_least, share_cores
 from mythos.config.loading import describe, load_config
+from mythos.distributed.launch_status import (
+    STATUS_FILE,
+    LaunchStatus,
+    end_launch,
+    exit_status_of_ended_launch,
+    launch_status,
+)
 from mythos.errors import MythosError, TransientError, log_messages
 from mythos.files.local import advise, is_full
 
@@ -46,15 +53,10 @@ def main(arguments: list[str], prog: str = "mythos train") -> int:
     log_messages()
     accept_any_character()
     share_cores()
-    if ended := os.environ.get("MYTHOS_ENDED"):  # launch.sh's: see mythos/distributed/restarts.py
-        if os.path.exists(ended):
-            return 0 if os.environ.get("GROUP_WORLD_SIZE") == "1" else 1
+    if launch_status() is not LaunchStatus.RUNNING:  # torchrun has started this process once more
+        return exit_status_of_ended_launch()
+    if STATUS_FILE in os.environ:
         signal.signal(signal.SIGTERM, stop_before_training)
-    elif "TORCHELASTIC_RUN_ID" in os.environ:
-        from mythos.distributed.restarts import refuse_restart
-
-        if refuse_restart():
-            return 1
     options = parser(prog).parse_intermixed_args(arguments)
     try:
         if options.help is not None:
@@ -109,7 +111,7 @@ STOPPED = "stopped; the same command continues from the newest checkpoint, if th
 
 def stop_before_training(number: int, _: object) -> None:
     """Handle SIGTERM outside of training, where nothing needs saving: with status 0 if launch.sh was asked to stop."""
-    if os.path.exists(os.environ["MYTHOS_ENDED"]) and os.environ.get("GROUP_WORLD_SIZE") == "1":
+    if launch_status() is not LaunchStatus.RUNNING and exit_status_of_ended_launch() == 0:
         if os.environ.get("RANK") == "0":
             print(STOPPED, file=sys.stderr, flush=True)
         os._exit(0)
@@ -120,8 +122,6 @@ def stop_before_training(number: int, _: object) -> None:
 def end(message: str) -> int:
     """Print an error that would be met again; under torchrun once for all processes, which are not restarted."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        from mythos.distributed.restarts import exit_for_good
-
-        return exit_for_good(message)
+        return end_launch(message)
     print(f"error: {message}", file=sys.stderr)
     return 1

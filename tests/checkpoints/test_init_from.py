@@ -101,7 +101,7 @@ def test_depth_context_halting_and_adapter_may_change(trained: Trainer, tmp_path
     for name, tensor in tensors(made).items():
         expected = fresh if name.startswith("halting.") else tensors(trained)
         assert name.endswith("adapter.scale") or torch.equal(tensor, expected[name]), name
-    told = "\n".join(made.start.told)
+    told = "\n".join(made.start.changes)
     for line in ("context_length: 64 -> 128", "adapter: 3 -> 5 loops", "halting: convergence -> gate", "new: halting."):
         assert line in told
     made.resources.close()
@@ -110,7 +110,7 @@ def test_depth_context_halting_and_adapter_may_change(trained: Trainer, tmp_path
     assert torch.equal(tensors(made)["recurrence.adapter.scale"], old[:2])
     made.resources.close()
     made = Trainer(config_from_dict(started(trained, tmp_path, model__lora_rank=0)))
-    assert "not taken: recurrence.adapter.down.weight" in "\n".join(made.start.told)
+    assert "not taken: recurrence.adapter.down.weight" in "\n".join(made.start.changes)
     made.resources.close()
 
 
@@ -141,7 +141,7 @@ def test_rows_of_shared_tokens_are_kept_by_another_tokenizer(
         for token in ("river", "stone"):
             torch.testing.assert_close(new[wanted[token]], old[: len(known)].mean(0))
         assert torch.equal(new[len(wanted) :], fresh[name][len(wanted) :])
-    assert "300 of the tokenizer's 302 tokens" in "\n".join(made.start.told)
+    assert "300 of the tokenizer's 302 tokens" in "\n".join(made.start.changes)
     made.resources.close()
 
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 from fsspec.implementations.local import LocalFileSystem
 
-from mythos.checkpoints.checkpoint import Checkpoints, complete_checkpoints, read_meta
+from mythos.checkpoints.checkpoint import Checkpoints
+from mythos.checkpoints.stored_checkpoint import complete_checkpoints, read_meta
 from mythos.distributed.ranks import Ranks
 from mythos.distributed.run_lock import RunLock
 from mythos.errors import DiskFullError, MythosError

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mythos.config.sections import Config
-from mythos.distributed.parallel import named_layout
+from mythos.distributed.layout import named_layout
 from mythos.planning.plan import Exchange, collectives, lay_out
 from mythos.trainer import Trainer
 from tests.distributed.pool import RankPool

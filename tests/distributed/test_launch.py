@@ -27,13 +27,13 @@ import json, os, sys
 if sys.argv[1] == "-c":  # the check of the configuration
     os.execv({sys.executable!r}, [{sys.executable!r}, *sys.argv[1:]]) if "CHECK" in os.environ else sys.exit()
 names = (
-    "OMP_NUM_THREADS", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "MYTHOS_ENDED", "PYTORCH_ALLOC_CONF",
+    "OMP_NUM_THREADS", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "MYTHOS_STATUS_FILE", "PYTORCH_ALLOC_CONF",
     "PYTORCH_CUDA_ALLOC_CONF",
 )
 with open(os.environ["RECORD"], "w") as file:
     json.dump({{"arguments": sys.argv[1:], "environment": {{name: os.environ.get(name) for name in names}}}}, file)
 if "ERROR" in os.environ:
-    with open(os.environ["MYTHOS_ENDED"], "w") as file:
+    with open(os.environ["MYTHOS_STATUS_FILE"], "w") as file:
         file.write(os.environ["ERROR"])
 sys.exit(int(os.environ.get("STATUS", "0")))
 """
@@ -231,8 +231,8 @@ def test_error_is_told_below_the_rest(launch):
     result = launch("--cpu", "2", CONFIG, ERROR="error: no such corpus\n", STATUS="7")
     assert (result.returncode, result.stderr) == (7, "starting; processes: 2\nerror: no such corpus\n")
     assert launch("--cpu", "2", CONFIG, ERROR="error: no such corpus\n", STATUS="0").returncode == 1
-    ended = json.loads(launch.record.read_text())["environment"]["MYTHOS_ENDED"]
-    assert not Path(ended).parent.exists()
+    status_file = json.loads(launch.record.read_text())["environment"]["MYTHOS_STATUS_FILE"]
+    assert not Path(status_file).parent.exists()
 
 
 # --- several machines
@@ -343,7 +343,7 @@ with StopRequests(None) as stop:
     world = meet_world("cpu", start_timeout=30, timeout=30)
     ranks, rank = world.ranks, world.rank
     print(f"attempt {attempt} rank {rank} of {ranks.size}: {sys.argv[1:]}\\n", end="", flush=True)
-    while not ranks.max(int(stop.reason is not None)):
+    while not ranks.any(stop.reason is not None)[0]:
         time.sleep(0.05)
         ranks.barrier()
         if attempt == 0 and rank == 1:
@@ -390,7 +390,7 @@ from mythos.distributed.ranks import meet_world
 with StopRequests(None) as stop:
     world = meet_world("cpu", start_timeout=30, timeout=30)
     print("training\\n", end="", flush=True)
-    while not world.ranks.max(int(stop.reason is not None)):
+    while not world.ranks.any(stop.reason is not None)[0]:
         time.sleep(0.05)
     print("saving\\n", end="", flush=True)
     time.sleep(0 if "saved" in sys.argv else 60)

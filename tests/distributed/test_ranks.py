@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from mythos.distributed.parallel import Layout, named_layout
+from mythos.distributed.layout import Layout, named_layout
 from mythos.distributed.ranks import World, join_world
 from mythos.errors import MythosError
 from mythos.planning import plan
@@ -29,7 +29,7 @@ def talk(directory: Path) -> tuple[Any, ...]:
     found = (
         ranks.gather({"rank": ranks.rank}),
         ranks.broadcast(10 + ranks.rank),
-        ranks.max(ranks.rank * 2),
+        ranks.any(False, ranks.rank == 2),
         world.sum(torch.tensor([1.5, ranks.rank])).tolist(),
     )
     world.in_turn(lambda: (directory / "order").open("a").write(f"{ranks.rank}\n"))
@@ -46,9 +46,9 @@ def fail_on(rank: int, failing: int) -> None:
 
 
 def test_agreement(pool: RankPool, tmp_path: Path) -> None:
-    for gathered, broadcast, largest, total, order, problem in pool.run(talk, tmp_path, ranks=4):
+    for gathered, broadcast, flags, total, order, problem in pool.run(talk, tmp_path, ranks=4):
         assert gathered == [{"rank": n} for n in range(4)]
-        assert (broadcast, largest, total) == (10, 6, [6.0, 6.0])
+        assert (broadcast, flags, total) == (10, [False, True], [6.0, 6.0])
         assert order[0] == 0 and sorted(order) == [0, 1, 2, 3]
         assert problem == "rank 1: no such file"
 
@@ -56,7 +56,7 @@ def test_agreement(pool: RankPool, tmp_path: Path) -> None:
 def part(directory: Path) -> tuple[int, int]:
     before = threads()
     world = join_world(tiny(directory, data__streams=2))
-    world.ranks.max(1)
+    world.ranks.any(True)
     while_together = threads()
     world.leave()
     return len(while_together - before), len(threads() - before)
@@ -166,6 +166,10 @@ def test_ranks_agree_on_the_layout_for_the_smallest_device(pool: RankPool, tmp_p
 
 def test_alone_everything_is_at_once() -> None:
     world = World(torch.device("cpu"), *[join_world(tiny(Path(tempfile.gettempdir()))).ranks] * 2)
-    assert world.ranks.gather(1) == [1] and world.ranks.broadcast("a") == "a" and world.ranks.max(3) == 3
+    assert (
+        world.ranks.gather(1) == [1]
+        and world.ranks.broadcast("a") == "a"
+        and world.ranks.any(False, True) == [False, True]
+    )
     assert world.in_turn(lambda: 5) == 5
     world.leave()

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from mythos.checkpoints import checkpoint
+from mythos.checkpoints.stored_checkpoint import complete_checkpoints
 from mythos.config.loading import load_config
 from mythos.data.stream import Batch
 from mythos.distributed.parallel import choose_micro_batch
 from mythos.errors import MythosError, TransientError
+from mythos.files.storage import step_of
 from mythos.model.rdt import RDTOutput
 from mythos.trainer import StepResult, Trainer
 from mythos.training.metrics import read_metrics
@@ -126,9 +127,7 @@ def run_signalled(directory: Path, number: int) -> tuple[int, list[int]]:
     if rank() == 1:
         at_step(made, 2, lambda: (os.kill(os.getpid(), number), time.sleep(0.2)))
     made.run()
-    return made.step, [
-        checkpoint.step_of(path) for path in checkpoint.complete_checkpoints(made.run_dir / "checkpoints")
-    ]
+    return made.step, [step_of(path) for path in complete_checkpoints(made.run_dir / "checkpoints")]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
@@ -144,7 +143,7 @@ def run_out_of_time(directory: Path) -> tuple[int, list[int]]:
     made = made_on(directory, "time", train__max_time="3s", checkpoint__every=0)
     at_step(made, 2, lambda: time.sleep(3))
     made.run()
-    return made.step, [checkpoint.step_of(p) for p in checkpoint.complete_checkpoints(made.run_dir / "checkpoints")]
+    return made.step, [step_of(p) for p in complete_checkpoints(made.run_dir / "checkpoints")]
 
 
 def test_time_limit_stops_and_saves_all(pool: RankPool, single: Path) -> None:
@@ -277,4 +276,4 @@ def test_lost_rank_ends_the_others_within_the_timeout(pool: RankPool, single: Pa
     assert message.endswith("step-00000002")
     if how == "hanging":
         stacks = (single / how / "stacks" / "rank-00000.txt").read_text()
-        assert "rank 0 stands still" in stacks and "train_step" in stacks
+        assert "rank 0 has made no progress" in stacks and "train_step" in stacks

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from mythos.checkpoints.checkpoint import complete_checkpoints, step_of
 from mythos.checkpoints.ownership import LOCK
+from mythos.checkpoints.stored_checkpoint import complete_checkpoints
 from mythos.distributed.run_lock import RunLock
 from mythos.errors import MythosError
 from mythos.evaluation import in_training
 from mythos.files import storage
+from mythos.files.storage import step_of
 from mythos.trainer import Trainer
 from mythos.training.metrics import read_metrics
 from tests.distributed.pool import RankPool

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from mythos import trainer
-from mythos.checkpoints import checkpoint
+from mythos.checkpoints.stored_checkpoint import complete_checkpoints
 from mythos.config.sections import Config
 from mythos.data.pipeline import open_data
 from mythos.data.stream import Batch
@@ -47,7 +47,7 @@ def test_diverged_run_stops_and_saves_nothing_spoilt(tmp_path):
     spoil(made, {3, 4, 5, 6, 7})
     with pytest.raises(MythosError, match=r"the loss is nan.*at step 8.*diverged.*5 updates in a row.*step-00000002"):
         made.run()
-    assert checkpoint.complete_checkpoints(made.run_dir / "checkpoints") == [saved(made, 2)]
+    assert complete_checkpoints(made.run_dir / "checkpoints") == [saved(made, 2)]
 
 
 def test_skipped_update_leaves_everything_as_it_was(tmp_path):

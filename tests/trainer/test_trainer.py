@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mythos.checkpoints.checkpoint import read_meta
+from mythos.checkpoints.stored_checkpoint import read_meta
 from mythos.config.sections import Config
 from mythos.data.pipeline import open_data
 from mythos.distributed.parallel import choose_dtype
@@ -28,7 +28,7 @@ from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.model.recurrence import LTIInjection, initial_state
 from mythos.trainer import Trainer
 from mythos.training.depth_schedule import DepthSchedule
-from mythos.training.optim import learning_rate
+from mythos.training.lr import learning_rate
 from tests.runs import losses, measurements, tiny
 from tests.trainers import assert_identical, run, saved, state_of, take_step
 

@@ -18,21 +18,13 @@ from accelerate import tracking
 
 from mythos import trainer
 from mythos.config.loading import load_config
-from mythos.errors import MythosError, log_messages
+from mythos.errors import MythosError, log_messages, without_credentials
 from mythos.planning.estimate import forward_flops
 from mythos.trainer import Trainer
 from mythos.training.depth_schedule import DepthPlan
-from mythos.training.metrics import (
-    MetricsLog,
-    check_trackers,
-    expert_balance,
-    loop_loads,
-    over_ranks,
-    peak_flops,
-    peak_memory,
-    read_metrics,
-    without_credentials,
-)
+from mythos.training.measurements import expert_balance, loop_loads, over_ranks, peak_flops, peak_memory
+from mythos.training.metrics import MetricsLog, read_metrics
+from mythos.training.trackers import check_trackers
 from tests.runs import tiny
 
 SOUND = [{"step": step, "loss": step / 10, "val/loss": None} for step in (1, 2, 3)]
