@@ -298,8 +298,7 @@ class Trainer:
                 if stopping:
                     self.end_early(problem, validated=not validating)
                     return
-        if not record:
-            record = self.validate_finished()
+        record = record or self.validate_finished()
         if record:
             self.sum_up(record)
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mythos.checkpoints import checkpoint
+from mythos.checkpoints import checkpoint, shards
 from mythos.checkpoints.checkpoint import Checkpoints
 from mythos.checkpoints.stored_checkpoint import complete_checkpoints, read_meta
 from mythos.config.presets import preset_config

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from mythos.checkpoints import checkpoint
+from mythos.checkpoints import checkpoint, shards
 from mythos.checkpoints.checkpoint import Checkpoints
 from mythos.checkpoints.stored_checkpoint import complete_checkpoints, read_meta
 from mythos.distributed.ranks import Ranks
