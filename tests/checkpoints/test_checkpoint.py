@@ -124,10 +124,10 @@ def test_incomplete_directories_do_not_count(tmp_path):
     (second / "committed").unlink()
     (tmp_path / "step-00000003.tmp").mkdir()
     assert complete_checkpoints(tmp_path) == [first]
-    found = open_checkpoints(tmp_path)
-    assert found.find("auto") == first == found.newest
+    reopened = open_checkpoints(tmp_path)
+    assert reopened.find("auto") == first == reopened.newest
     with pytest.raises(MythosError, match=r"no complete checkpoint.*step-00000001"):
-        found.find(str(second))
+        reopened.find(str(second))
 
 
 def test_find(tmp_path):

@@ -301,9 +301,9 @@ def test_older_runs_go_on_in_their_own_directory(tmp_path):
     with pytest.raises(MythosError, match=f"shared holds the checkpoints of another run, {tmp_path / 'run'}"):
         Trainer(tiny(tmp_path, train__steps=6, run__dir=str(tmp_path / "b"), **shared))
     for directory, changes in (("run", {**shared, "checkpoint__keep": 1}), ("moved", {})):
-        made = Trainer(tiny(tmp_path, train__steps=6, run__dir=str(tmp_path / directory), **changes))
-        assert made.step == 4
-        made.run()
+        trainer = Trainer(tiny(tmp_path, train__steps=6, run__dir=str(tmp_path / directory), **changes))
+        assert trainer.step == 4
+        trainer.run()
     assert complete_checkpoints(tmp_path / "shared") == [tmp_path / "shared" / "step-00000006"]
 
 
@@ -315,9 +315,9 @@ def test_two_runs_with_one_checkpoint_directory(tmp_path):
     with pytest.raises(MythosError, match="another run, the run tiny in"):
         Trainer(tiny(tmp_path, **second))
     resume = f"{tmp_path}/shared/step-00000002"
-    made = Trainer(tiny(tmp_path, **{**second, "checkpoint__dir": None, "run__resume": resume}))
-    assert made.step == 2
-    made.run()
+    trainer = Trainer(tiny(tmp_path, **{**second, "checkpoint__dir": None, "run__resume": resume}))
+    assert trainer.step == 2
+    trainer.run()
     assert [record["step"] for record in measurements(tmp_path / "second")] == [3, 4]
     assert read_meta(first.checkpoints.newest)["step"] == 2
 

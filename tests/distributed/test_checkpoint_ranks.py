@@ -82,8 +82,8 @@ def whole(tensor: Tensor) -> Tensor:
 
 def assert_equal(tensors: dict[str, Tensor], expected: dict[str, Tensor], where: str) -> None:
     for name, value in expected.items():
-        found = whole(tensors[name])
-        assert found.dtype == value.dtype and torch.equal(found, value), f"{where}: {name}"
+        actual = whole(tensors[name])
+        assert actual.dtype == value.dtype and torch.equal(actual, value), f"{where}: {name}"
 
 
 def said_alike(ranks: Ranks, work: Callable[[], Any]) -> str:

@@ -136,7 +136,7 @@ def test_processes_on_the_cpu(launch):
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("settings", "expected"),
     [
         ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "PYTORCH_CUDA_ALLOC_CONF": None}),
         (
@@ -152,15 +152,15 @@ def test_processes_on_the_cpu(launch):
     ],
     ids=str,
 )
-def test_segments_of_gpu_memory_grow_unless_the_allocator_was_configured(launch, given, expected):
-    environment = launch.started("--processes", "2", CONFIG, **given)[2]
+def test_segments_of_gpu_memory_grow_unless_the_allocator_was_configured(launch, settings, expected):
+    environment = launch.started("--processes", "2", CONFIG, **settings)[2]
     assert {name: environment[name] for name in expected} == expected
 
 
 def test_arguments_arrive_as_they_are(launch):
-    given = ["run.name=two words", "run.dir=a'b\"c$(touch made)`touch made`*", "--dry-run"]
-    _, arguments, _ = launch.started("--cpu", "1", CONFIG, *given)
-    assert arguments == [CONFIG, *given, "train.device=cpu"]
+    words = ["run.name=two words", "run.dir=a'b\"c$(touch made)`touch made`*", "--dry-run"]
+    _, arguments, _ = launch.started("--cpu", "1", CONFIG, *words)
+    assert arguments == [CONFIG, *words, "train.device=cpu"]
     assert not (launch.directory / "made").exists()
 
 
@@ -423,8 +423,8 @@ def test_second_signal_ends_all_at_once(tmp_path, word, status):
     said = log.read_text()
     assert run.returncode == status, said
     assert "Traceback" not in said and "exitcode" not in said
-    told = ["error: SIGTERM again: stopped at once, without saving the last steps"] if status else []
-    assert [line for line in said.splitlines() if line.startswith("error: ")] == told
+    errors = ["error: SIGTERM again: stopped at once, without saving the last steps"] if status else []
+    assert [line for line in said.splitlines() if line.startswith("error: ")] == errors
 
 
 def test_locked_run_directory_ends_with_one_message(tmp_path):

@@ -26,7 +26,7 @@ GIB = 2**30
 def talk(directory: Path) -> tuple[Any, ...]:
     world = join_world(tiny(directory, data__streams=4))
     ranks = world.ranks
-    found = (
+    results = (
         ranks.gather({"rank": ranks.rank}),
         ranks.broadcast(10 + ranks.rank),
         ranks.any(False, ranks.rank == 2),
@@ -37,7 +37,7 @@ def talk(directory: Path) -> tuple[Any, ...]:
     with pytest.raises(MythosError) as caught:
         ranks.agreed(lambda: fail_on(ranks.rank, 1))
     world.leave()
-    return *found, order, str(caught.value)
+    return *results, order, str(caught.value)
 
 
 def fail_on(rank: int, failing: int) -> None:
