@@ -47,7 +47,7 @@ class Failed(Exception):
 
 
 def train_with_faults(arguments: list[str]) -> int:
-    """The command `train` with additions: it reports events, pauses a save for a fault, and injects faults by itself."""
+    """The command `train`, which also reports events, pauses saves for faults, and injects faults by itself."""
     folder, rank = Path(os.environ[FOLDER]), int(os.environ["RANK"])
 
     def report(event: str) -> None:
@@ -55,38 +55,55 @@ def train_with_faults(arguments: list[str]) -> int:
         with open(folder / f"events-{rank}", "a", encoding="utf-8") as file:
             file.write(line)
 
-    report("begun")
-    threading.Thread(target=_end_with_harness, args=(int(os.environ[HARNESS]),), daemon=True).start()
-
-    import torch
-
-    from mythos import trainer
-    from mythos.cli.train import main
-    from mythos.files import storage
-
-    trainer.draw_plots = lambda *_: []  # importing matplotlib takes a second
-
     def plan() -> dict[str, Any]:
         return json.loads((folder / "plan.json").read_text())
 
-    def stage(name: str, checkpoint: str) -> None:
+    report("begun")
+    threading.Thread(target=_end_with_harness, args=(int(os.environ[HARNESS]),), daemon=True).start()
+    _instrument_saves(report, plan)
+    _instrument_training(report, plan, rank)
+    from mythos.cli.train import main
+
+    return main(arguments)
+
+
+def _instrument_saves(report: Callable[[str], None], plan: Callable[[], dict[str, Any]]) -> None:
+    """Report the moments of every save, and pause at the one in the plan."""
+    from mythos.files import storage
+
+    workspace_before, replace_before = storage.LocalStorage.workspace, storage._replace
+
+    def reach(moment: str, checkpoint: str) -> None:
         step = int(checkpoint.removeprefix("step-").removesuffix(".tmp"))
-        report(f"{name}: {step}")
-        if (pause := plan()["pause"]) and pause[0] == name and step >= pause[1]:
+        report(f"{moment}: {step}")
+        if (pause := plan()["pause"]) and pause[0] == moment and step >= pause[1]:
             time.sleep(PAUSE_SECONDS)
 
     def workspace(self: storage.LocalStorage, name: str, needed: int) -> Path:
-        stage(TMP, name)
+        reach(TMP, name)
         return workspace_before(self, name, needed)
 
     def replace(path: Path, content: bytes) -> None:
         if path.name == storage.META:
-            stage(SHARDS, path.parent.name)
+            reach(SHARDS, path.parent.name)
         elif path.name == storage.MARKER:
-            stage(RENAMED, path.parent.name)
+            reach(RENAMED, path.parent.name)
         replace_before(path, content)
         if path.name == storage.MARKER:
             report(f"committed {int(path.parent.name.removeprefix('step-'))}")
+
+    storage.LocalStorage.workspace, storage._replace = workspace, replace
+
+
+def _instrument_training(report: Callable[[str], None], plan: Callable[[], dict[str, Any]], rank: int) -> None:
+    """Report every step; make gradients NaN and limit the size of files as planned."""
+    import torch
+
+    from mythos import trainer
+
+    trainer.draw_plots = lambda *_: []  # importing matplotlib takes a second
+    cls = trainer.Trainer
+    run_before, forward_before, train_step_before = cls.run, cls.forward, cls.train_step
 
     def run(self: trainer.Trainer) -> None:
         report(f"continued {self.step}")
@@ -114,15 +131,7 @@ def train_with_faults(arguments: list[str]) -> int:
             report(f"poisoned {self.step} {'skipped' if same else 'not skipped'}")
         return result
 
-    workspace_before, replace_before = storage.LocalStorage.workspace, storage._replace
-    storage.LocalStorage.workspace, storage._replace = workspace, replace
-    run_before, forward_before, train_step_before = (
-        trainer.Trainer.run,
-        trainer.Trainer.forward,
-        trainer.Trainer.train_step,
-    )
-    trainer.Trainer.run, trainer.Trainer.forward, trainer.Trainer.train_step = run, forward, train_step
-    return main(arguments)
+    cls.run, cls.forward, cls.train_step = run, forward, train_step
 
 
 def _end_with_harness(pid: int) -> None:
@@ -237,7 +246,7 @@ class Run:
         return [begun[-1][1] for rank in range(self.processes) if (begun := self.events(rank, "begun"))]
 
     def wait(self, until: Callable[[], Any], what: str, *, ended: bool = False) -> None:
-        """Wait for a condition; raises Failed if it takes too long, or if the launch ends unless `ended` allows that."""
+        """Wait for a condition; raises Failed after PATIENCE, or if the launch ends, unless `ended` allows that."""
         deadline = time.monotonic() + PATIENCE
         while not until():
             if time.monotonic() > deadline:

@@ -280,7 +280,7 @@ class Chaos:
         self.newest = max(self.known)
 
     def check_end(self, fault: Fault, printed: int) -> None:
-        """Raise Failed if the launch does not end as promised; `printed` is the length of its output before the fault."""
+        """Raise Failed if the launch does not end as promised; `printed`: length of its output before the fault."""
         status = self.run.status()
         promised = {"SIGTERM": 0, "disk full": 1}.get(fault.kind, -signal.SIGKILL)
         if status != promised:

@@ -33,8 +33,8 @@ def resolve_vocabulary(config: Config, tokenizer_size: int) -> Config:
     if config.model.vocab_size != "auto":
         return config
     if config.tokenizer.name == "bpe":
-        # BPE on a small corpus may produce fewer tokens than tokenizer.vocab_size. The run's config.yaml has both sizes;
-        # when it is reloaded, the model's must be large enough for the tokenizer's.
+        # BPE on a small corpus may produce fewer tokens than tokenizer.vocab_size. config.yaml of the run has both
+        # sizes; when it is reloaded, the model's must be large enough for the tokenizer's.
         tokenizer_size = max(tokenizer_size, padded_vocab_size(config.tokenizer.vocab_size))
     model = config.model.model_copy(update={"vocab_size": tokenizer_size})
     return config.model_copy(update={"model": model})
