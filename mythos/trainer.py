@@ -60,6 +60,7 @@ class Trainer:
     """Opens everything a run needs, cheapest failures first, and trains. Raises MythosError for what cannot work."""
 
     def __init__(self, config: Config) -> None:
+        # Started first: train.max_time includes the time to build everything.
         self.stop = StopRequests(parse_duration(config.train.max_time) if config.train.max_time else None)
         self.world = join_world(config)
         self.ranks, self.device = self.world.ranks, self.world.device
@@ -334,27 +335,26 @@ class Trainer:
 
     def accumulate(self, batch: Batch, plan: DepthPlan) -> dict[str, Tensor]:
         """Accumulate gradients over this rank's micro-batches; return this rank's share of the step's measurements."""
-        step, size = self.step, self.world.size
         # Deepest rows first: the rows that still run are then a prefix, and a micro-batch has rows of similar depth.
         # Ranks have rows of the same depths, so all do the same work.
         rows = batch.rows.tolist()
         order = sorted(range(len(rows)), key=lambda i: -plan.loops[rows[i]])
-        counted = self.count_targets(self.config, step)
+        counted = self.count_targets(self.config, self.step)
         # The ranks' gradients must add up, but DDP and FSDP average them: multiply by the number of ranks.
-        targets = counted / size
+        targets = counted / self.world.size
         sums: dict[str, Tensor] = {}
         for start in range(0, len(order), self.micro_batch):
             micro = order[start : start + self.micro_batch]
             last = start + self.micro_batch >= len(order)
             with self.parallel.accumulating(last):
-                self.watchdog.beat(f"step {step + 1}: forward pass of rows {start} on (all-gathers under FSDP)")
+                self.watchdog.beat(f"step {self.step + 1}: forward pass of rows {start} on (all-gathers under FSDP)")
                 # Under FSDP a forward pass includes waiting for other ranks, so it is not this rank's own time.
                 with contextlib.nullcontext() if self.layout.sharded else self.own_time:
                     output = self.forward(batch, micro, plan)
-                self.watchdog.beat(f"step {step + 1}: backward pass of rows {start} on (reducing gradients)")
+                self.watchdog.beat(f"step {self.step + 1}: backward pass of rows {start} on (reducing gradients)")
                 (output.objective / targets).backward()
             assert output.loss is not None, "a forward pass with targets has a loss"
-            share = len(micro) / len(order) / size
+            share = len(micro) / len(order) / self.world.size
             add(sums, "loss", output.loss.detach() / counted)
             add(sums, "state_norm", output.state_norm * share)
             add(sums, "state_delta", output.state_delta * share)

@@ -19,6 +19,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -124,37 +125,41 @@ class Checkpoints:
         uses, or that has another run's checkpoints.
         """
         key = self.ranks.broadcast(uuid.uuid4().hex[:8])
-
-        def check_shared() -> None:
-            unseen = [rank for rank in range(self.ranks.size) if not self.storage.probed(f"{key}-{rank}")]
-            if unseen:
-                raise MythosError(
-                    f"{self.directory}: what rank {unseen[0]} writes there is not seen by rank 0. All ranks must share "
-                    "the directory of checkpoints: set checkpoint.dir to one on a shared file system or object store"
-                )
-
         try:
-            try:
-                self._agree(lambda: self.storage.probe(f"{key}-{self.ranks.rank}"))
-            except MythosError as error:
-                full = isinstance(error, DiskFullError)
-                advice = "Free some space" if full else "Mend that"
-                raise (DiskFullError if full else MythosError)(
-                    f"{self.directory}: checkpoints cannot be written there: {error}. {advice}, or set checkpoint.dir "
-                    "to another directory."
-                ) from error
-            self._agree(lambda: check_shared() if self.ranks.main else None)
+            self._check_writable(key)
+            self._agree(lambda: self._check_shared(key) if self.ranks.main else None)
         finally:
             with contextlib.suppress(MythosError):  # a store may forbid deletion, and an empty object does no harm
                 self._agree(lambda: self.storage.end_probe(f"{key}-{self.ranks.rank}"))
 
-        def claim() -> Run:
+        def take() -> Run:
             run = Run(lock.run or uuid.uuid4().hex, name, os.path.realpath(lock.directory))
             run = self._resources.enter_context(claimed(self.storage, run, begun=lock.run is not None))
             lock.keep(run.id)
             return run
 
-        self._run = self._agree(lambda: claim() if self.ranks.main else None)[0]
+        self._run = self._agree(lambda: take() if self.ranks.main else None)[0]
+
+    def _check_writable(self, key: str) -> None:
+        """Write a probe file from every rank. Raises MythosError with advice if one cannot."""
+        try:
+            self._agree(lambda: self.storage.probe(f"{key}-{self.ranks.rank}"))
+        except MythosError as error:
+            full = isinstance(error, DiskFullError)
+            advice = "Free some space" if full else "Mend that"
+            raise (DiskFullError if full else MythosError)(
+                f"{self.directory}: checkpoints cannot be written there: {error}. {advice}, or set checkpoint.dir "
+                "to another directory."
+            ) from error
+
+    def _check_shared(self, key: str) -> None:
+        """Raise MythosError unless this rank sees the probe files of all ranks."""
+        unseen = [rank for rank in range(self.ranks.size) if not self.storage.probed(f"{key}-{rank}")]
+        if unseen:
+            raise MythosError(
+                f"{self.directory}: what rank {unseen[0]} writes there is not seen by rank 0. All ranks must share "
+                "the directory of checkpoints: set checkpoint.dir to one on a shared file system or object store"
+            )
 
     def wrote(self, meta: dict[str, Any]) -> bool:
         """Whether this run wrote the checkpoint with this meta.json, as opposed to one that it started from."""
@@ -180,27 +185,25 @@ class Checkpoints:
         """
         self.wait()
         candidates = self._agree(lambda: self._candidates(resume) if self.ranks.main else [])[0]
-        damaged = []
+        damaged: dict[Path | str, str] = {}  # and the messages about them
         for path in candidates:
             problems = self._verify(path)
             if not problems:
-                break
-            damaged.append((path, f"checkpoint {path} is damaged: {'; '.join(problems)}"))
+                if damaged:
+                    self._agree(partial(self._fall_back, path, list(damaged)))
+                self._newest = path
+                return path
+            damaged[path] = f"checkpoint {path} is damaged: {'; '.join(problems)}"
             if self.ranks.main:
-                logger.warning("%s", damaged[-1][1])
-        else:
-            if damaged:
-                raise MythosError(
-                    "there is no undamaged checkpoint to continue from:\n"
-                    + "\n".join(f"  {text}" for _, text in damaged)
-                    + "\nRestore one from a copy, name another one with run.resume, or begin anew with another "
-                    "run.name; nothing was changed."
-                )
-            return None
+                logger.warning("%s", damaged[path])
         if damaged:
-            self._agree(lambda: self._fall_back(path, [bad for bad, _ in damaged]) if self.ranks.main else None)
-        self._newest = path
-        return path
+            raise MythosError(
+                "there is no undamaged checkpoint to continue from:\n"
+                + "\n".join(f"  {message}" for message in damaged.values())
+                + "\nRestore one from a copy, name another one with run.resume, or begin anew with another "
+                "run.name; nothing was changed."
+            )
+        return None
 
     def _candidates(self, resume: str) -> list[Path | str]:
         """Checkpoints to resume from, first choice first."""
@@ -256,7 +259,9 @@ class Checkpoints:
         return sorted(problem for problems in by_rank for problem in problems if problem)
 
     def _fall_back(self, path: Path | str, damaged: list[Path | str]) -> None:
-        """Mark damaged checkpoints of this run, so that they do not count, and make `path` the newest."""
+        """On rank 0, mark damaged checkpoints of this run, so that they do not count, and make `path` the newest."""
+        if not self.ranks.main:
+            return
         for bad in damaged:
             if self.storage.is_own(name := locate(bad)[1]):
                 self.storage.demote(name)
