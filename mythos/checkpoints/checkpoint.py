@@ -157,7 +157,7 @@ class Checkpoints:
         unseen = [rank for rank in range(self.ranks.size) if not self.storage.probed(f"{key}-{rank}")]
         if unseen:
             raise MythosError(
-                f"{self.directory}: what rank {unseen[0]} writes there is not seen by rank 0. All ranks must share "
+                f"{self.directory}: rank 0 does not see files that rank {unseen[0]} writes there. All ranks must share "
                 "the directory of checkpoints: set checkpoint.dir to one on a shared file system or object store"
             )
 
@@ -233,8 +233,8 @@ class Checkpoints:
         path = _absolute(resume)
         if path in [_absolute(older) for older in own[1:]]:
             raise MythosError(
-                f"run.resume={resume} has successors up to {own[0]}: to go back, move those away, or set run.dir to "
-                "a new directory"
+                f"run.resume={resume} is followed by newer checkpoints up to {own[0]}: to go back, move those away, or "
+                "set run.dir to a new directory"
             )
         if not own:
             return [storage.address(name)]
@@ -397,9 +397,7 @@ class Checkpoints:
             for rank, files in enumerate(sums):
                 for file, expected in files.items():
                     if storage.size(name, file) != expected["bytes"]:
-                        raise OSError(
-                            f"{file} of rank {rank} is not seen by rank 0: all ranks must share the directory"
-                        )
+                        raise OSError(f"rank 0 does not see {file} of rank {rank}: all ranks must share the directory")
             files = {file: expected for one in sums for file, expected in one.items()}
             text = json.dumps({**meta, "files": files}, indent=1).encode()
             owner = {"run": run.id, "step": step} if run else {}

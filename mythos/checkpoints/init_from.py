@@ -69,7 +69,7 @@ class Start:
         if differing:
             first = differing[0]
             raise MythosError(
-                f"train.init_from: {self.stored.source} is of another shape: {first} is {tuple(there[first].shape)} "
+                f"train.init_from: {self.stored.source} has other shapes: {first} is {tuple(there[first].shape)} "
                 f"there, {tuple(here[first].shape)} here"
             )
         count = sum(there[name].numel() for name in taken)

@@ -111,8 +111,8 @@ def _refusal(storage: Storage, name: str, origin: Origin) -> str:
     owner = f"the run {run['name']} in {directory}" if isinstance(run, dict) and "name" in run else f"{directory}"
     place = str(storage.address(name)).rstrip("/").rpartition("/")[0]
     return (
-        f"checkpoint.dir: {place} holds the checkpoints of another run, {owner}. Set checkpoint.dir to a directory of "
-        f"its own; to begin there from the other run's, set run.resume={storage.address(name)} as well (its optimizer, "
+        f"checkpoint.dir: {place} contains the checkpoints of another run, {owner}. Set checkpoint.dir to a directory "
+        f"of its own; to begin there from the other run's, set run.resume={storage.address(name)} as well (its optimizer, "
         f"step and data too) or train.init_from={storage.address(name)} (its weights). To continue that run, set "
         f"run.dir={directory}"
     )

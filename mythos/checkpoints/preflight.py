@@ -103,7 +103,7 @@ def check_same_optimizer(config: Config, saved: dict[str, Any], path: Path | str
     """Refuse to continue with another optimizer than the checkpoint's. Raises MythosError naming both."""
     if config.optim.name != saved["name"]:
         raise MythosError(
-            f"checkpoint {path} is of another optimizer, whose state is of no use to this one:\n"
+            f"checkpoint {path} is of another optimizer, whose state this one cannot use:\n"
             f"  optim.name: {saved['name']!r} in the checkpoint, {config.optim.name!r} here\n"
             "Restore this value to continue it, or give this run another run.name."
         )

@@ -92,7 +92,7 @@ def saved_shapes(path: Path | str, folder: Path) -> dict[str, tuple[int, ...]]:
     for name, entry in saved.items():
         assert isinstance(entry, TensorStorageMetadata), "safetensors files have tensors only"
         if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
-            raise MythosError(f"checkpoint {path} is damaged: {name} is there in part only; a file is missing")
+            raise MythosError(f"checkpoint {path} is damaged: only a part of {name} is stored; a file is missing")
         shapes[name] = tuple(entry.size)
     return shapes
 

@@ -245,7 +245,7 @@ def _meeting_failed(rank: int, size: int, error: Exception) -> str:
             "nodes, or end the job that holds it"
         )
     return (
-        f"rank {rank} of {size} cannot meet the others at {address}: {short_reason(error).rstrip('.')}. Check "
+        f"rank {rank} of {size} cannot connect to the other ranks at {address}: {short_reason(error).rstrip('.')}. Check "
         "MASTER_ADDR and MASTER_PORT (the first node's, open to the others), and that all nodes were started"
     )
 

@@ -145,7 +145,7 @@ def test_a_path_counts_until_the_run_has_checkpoints_of_its_own(tmp_path):
     assert open_checkpoints(run).find(str(other)) == other
     first, second = save(run, 1), save(run, 2)
     assert open_checkpoints(run).find(str(other)) == second
-    with pytest.raises(MythosError, match=r"has successors up to .*step-00000002"):
+    with pytest.raises(MythosError, match=r"is followed by newer checkpoints up to .*step-00000002"):
         open_checkpoints(run).find(str(first))
 
 

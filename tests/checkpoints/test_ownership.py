@@ -235,7 +235,7 @@ def test_another_runs_directory_is_refused(tmp_path):
     first.close()
     for _ in range(2):  # the refusal leaves nothing behind that changes the answer
         message = refuse(tmp_path / "b", place)
-    assert f"{place} holds the checkpoints of another run, the run a in {tmp_path / 'a'}" in message
+    assert f"{place} contains the checkpoints of another run, the run a in {tmp_path / 'a'}" in message
     for way in (
         "checkpoint.dir to a directory of its own",
         "run.resume=",
@@ -254,7 +254,7 @@ def test_another_runs_object_store_is_refused(tmp_path, url):
     save(first, 4)
     begin(tmp_path / "a", url)  # of a job that was killed, the object is left, and its run may go on
     first.close()
-    assert "holds the checkpoints of another run, the run a" in refuse(tmp_path / "b", url)
+    assert "contains the checkpoints of another run, the run a" in refuse(tmp_path / "b", url)
 
 
 def test_a_run_moves_with_its_directory(tmp_path):
@@ -298,7 +298,7 @@ def test_older_runs_go_on_in_their_own_directory(tmp_path):
     for path in [*(tmp_path / "shared").glob("step-*"), *(tmp_path / "usual" / "checkpoints").glob("step-*")]:
         age(path)
     (tmp_path / "usual").rename(tmp_path / "moved")
-    with pytest.raises(MythosError, match=f"shared holds the checkpoints of another run, {tmp_path / 'run'}"):
+    with pytest.raises(MythosError, match=f"shared contains the checkpoints of another run, {tmp_path / 'run'}"):
         Trainer(tiny(tmp_path, train__steps=6, run__dir=str(tmp_path / "b"), **shared))
     for directory, changes in (("run", {**shared, "checkpoint__keep": 1}), ("moved", {})):
         trainer = Trainer(tiny(tmp_path, train__steps=6, run__dir=str(tmp_path / directory), **changes))

@@ -153,7 +153,7 @@ def test_another_runs_place_is_refused_on_all_ranks(pool: RankPool, directory: P
     ("spoil", "message"),
     [
         ("no permission", r"cannot be written there: rank 1: .*Permission denied"),
-        ("not shared", r"what rank 1 writes there is not seen by rank 0.*must share"),
+        ("not shared", r"rank 0 does not see files that rank 1 writes there.*must share"),
     ],
 )
 def test_unusable_places_are_told_on_all_ranks_before_training(
