@@ -112,9 +112,9 @@ def _refusal(storage: Storage, name: str, origin: Origin) -> str:
     place = str(storage.address(name)).rstrip("/").rpartition("/")[0]
     return (
         f"checkpoint.dir: {place} contains the checkpoints of another run, {owner}. Set checkpoint.dir to a directory "
-        f"of its own; to begin there from the other run's, set run.resume={storage.address(name)} as well (its optimizer, "
-        f"step and data too) or train.init_from={storage.address(name)} (its weights). To continue that run, set "
-        f"run.dir={directory}"
+        f"of its own; to begin there from the other run's, set run.resume={storage.address(name)} as well (its "
+        f"optimizer, step and data too) or train.init_from={storage.address(name)} (its weights). To continue that run, "
+        f"set run.dir={directory}"
     )
 
 

@@ -71,7 +71,12 @@ def check_continued(config: Config, saved: dict[str, Any], step: int, path: Path
     `saved` is the checkpoint's configuration as plain values. Raises MythosError for another model or optimizer.
     """
     check_same_model(config, saved["model"], path)
-    check_same_optimizer(config, saved["optim"], path)
+    if config.optim.name != saved["optim"]["name"]:
+        raise MythosError(
+            f"checkpoint {path} is of another optimizer, whose state this one cannot use:\n"
+            f"  optim.name: {saved['optim']['name']!r} in the checkpoint, {config.optim.name!r} here\n"
+            "Restore this value to continue it, or give this run another run.name."
+        )
     return schedule_change(config, saved, step)
 
 
@@ -96,16 +101,6 @@ def check_same_model(config: Config, saved: dict[str, Any], path: Path | str | N
         raise MythosError(
             f"checkpoint {path} is of another model:\n{differences}\n"
             "Restore these values to continue it, or give this run another run.name."
-        )
-
-
-def check_same_optimizer(config: Config, saved: dict[str, Any], path: Path | str | None) -> None:
-    """Refuse to continue with another optimizer than the checkpoint's. Raises MythosError naming both."""
-    if config.optim.name != saved["name"]:
-        raise MythosError(
-            f"checkpoint {path} is of another optimizer, whose state this one cannot use:\n"
-            f"  optim.name: {saved['name']!r} in the checkpoint, {config.optim.name!r} here\n"
-            "Restore this value to continue it, or give this run another run.name."
         )
 
 

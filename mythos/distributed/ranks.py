@@ -245,8 +245,8 @@ def _meeting_failed(rank: int, size: int, error: Exception) -> str:
             "nodes, or end the job that holds it"
         )
     return (
-        f"rank {rank} of {size} cannot connect to the other ranks at {address}: {short_reason(error).rstrip('.')}. Check "
-        "MASTER_ADDR and MASTER_PORT (the first node's, open to the others), and that all nodes were started"
+        f"rank {rank} of {size} cannot connect to the other ranks at {address}: {short_reason(error).rstrip('.')}. "
+        "Check MASTER_ADDR and MASTER_PORT (the first node's, open to the others), and that all nodes were started"
     )
 
 
