@@ -106,15 +106,16 @@ def _inside(storage: Storage, run: Run) -> bool:
 
 
 def _refusal(storage: Storage, name: str, origin: Origin) -> str:
+    """The error about another run's checkpoint `name`, the newest there."""
     run = origin.meta.get("run")
     directory = _directory(origin)
     owner = f"the run {run['name']} in {directory}" if isinstance(run, dict) and "name" in run else f"{directory}"
     place = str(storage.address(name)).rstrip("/").rpartition("/")[0]
+    newest = storage.address(name)
     return (
         f"checkpoint.dir: {place} contains the checkpoints of another run, {owner}. Set checkpoint.dir to a directory "
-        f"of its own; to begin there from the other run's, set run.resume={storage.address(name)} as well (its "
-        f"optimizer, step and data too) or train.init_from={storage.address(name)} (its weights). To continue that run, "
-        f"set run.dir={directory}"
+        f"of its own; to begin there from the other run's, set run.resume={newest} as well (its optimizer, step and "
+        f"data too) or train.init_from={newest} (its weights). To continue that run, set run.dir={directory}"
     )
 
 
