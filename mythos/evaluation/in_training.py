@@ -74,7 +74,8 @@ class Measurement:
             raise Interrupted
 
     def _agreed_to_stop(self) -> bool:
-        return self.parallel.world.ranks.max(int(self._asked_to_stop())) > 0
+        (stopping,) = self.parallel.world.ranks.any(self._asked_to_stop())
+        return stopping
 
     def _asked_to_stop(self) -> bool:
         return self.stop.reason is not None

@@ -10,6 +10,7 @@ import torch
 from mythos.data.validation import ValidationSet
 from mythos.distributed.ranks import World
 from mythos.model.rdt import RecurrentDepthTransformer
+from mythos.training.metrics import losses_by_depth as losses_by_depth
 
 
 def validation_metrics(
@@ -60,9 +61,3 @@ def validation_metrics(
     if routed:
         metrics["moe/depth_overlap"] = overlap / len(data.ids)
     return metrics
-
-
-def losses_by_depth(metrics: dict[str, float]) -> dict[int, float]:
-    """The `val/loss@<loops>` of a record, by number of loops, shallowest first."""
-    prefix = "val/loss@"
-    return dict(sorted((int(key.removeprefix(prefix)), v) for key, v in metrics.items() if key.startswith(prefix)))

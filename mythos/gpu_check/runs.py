@@ -12,7 +12,7 @@ from mythos.config.loading import config_from_dict
 from mythos.config.presets import preset_config
 from mythos.config.sections import Config
 from mythos.data.stream import Batch
-from mythos.distributed.parallel import Layout
+from mythos.distributed.layout import Layout
 from mythos.errors import MythosError
 from mythos.gpu_check.result import Result, Setting, not_run
 from mythos.planning.plan import activations, lay_out

@@ -14,7 +14,7 @@ from mythos.gpu_check import traces
 from mythos.gpu_check.catalog import MICRO_BATCHES
 from mythos.gpu_check.result import PROFILE, RATES, Result, Setting, judged, not_run
 from mythos.gpu_check.runs import planned_bytes, seconds_left, steps_of, too_large
-from mythos.training.metrics import peak_flops
+from mythos.training.measurements import peak_flops
 
 WARM_UP = 3
 STEPS = 8

@@ -31,7 +31,7 @@ from mythos.torch_internals import (
     tree_leaves,
 )
 from mythos.training.depth_schedule import DepthSchedule
-from mythos.training.metrics import PEAK_BF16_FLOPS
+from mythos.training.measurements import PEAK_BF16_FLOPS
 
 
 @dataclass(frozen=True)
@@ -213,10 +213,8 @@ def _trace_flops(config: ModelConfig, step: Step) -> int:
 @contextmanager
 def fake_model(config: ModelConfig, step: Step) -> Iterator[RecurrentDepthTransformer]:
     """The model made of fake tensors, as a rank holds it, and the choices of its code that depend on the device."""
-    from mythos.distributed.parallel import (  # which take seconds that counting does not need
-        float32_parameters,
-        prepare_model,
-    )
+    from mythos.distributed.layout import float32_parameters
+    from mythos.distributed.parallel import prepare_model
 
     if config.vocab_size == "auto":
         config = config.model_copy(update={"vocab_size": 1})

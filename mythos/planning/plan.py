@@ -12,20 +12,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mythos.checkpoints.init_from import told_before
+from mythos.checkpoints.init_from import planned_start
 from mythos.config.loading import dump_config
 from mythos.config.sections import Config, ParallelConfig
-from mythos.distributed.parallel import (
+from mythos.distributed.layout import (
     Layout,
     build_mesh,
-    choose_dtype,
     float32_parameters,
     fsdp_units,
     memory_of_device,
     named_layout,
-    shard_model,
     shard_numel,
 )
+from mythos.distributed.parallel import choose_dtype, shard_model
 from mythos.distributed.ranks import World, check_fit
 from mythos.errors import MythosError, without_credentials
 from mythos.model.cache import cache_bytes_per_token
@@ -161,7 +160,7 @@ def plan(config: Config, ranks: int | None = None, machine_ranks: int = 8, devic
     depths = sorted({*config.eval.loops, round(config.depth_mean)})
     lines = [
         without_credentials(dump_config(config)),
-        *(f"{'start' if number == 0 else '':15} {line}" for number, line in enumerate(told_before(config))),
+        *(f"{'start' if number == 0 else '':15} {line}" for number, line in enumerate(planned_start(config))),
         f"parameters      {parameters.total:,} ({parameters.active:,} active per token and loop){vocabulary}",
         f"training        {config.train_steps:,} steps of {config.tokens_per_step:,} tokens, "
         f"{config.train_steps * config.tokens_per_step:,} in all",

@@ -11,12 +11,13 @@ from itertools import accumulate, chain, count, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mythos.checkpoints.checkpoint import complete_checkpoints, read_meta, step_of
+from mythos.checkpoints.stored_checkpoint import complete_checkpoints, read_meta
 from mythos.checkpoints.stored_model import run_directory
 from mythos.config.inherited import RUN_FILE, TOKENIZER_FILE
 from mythos.config.loading import load_config
 from mythos.config.sections import Config
 from mythos.errors import MythosError, short_reason, without_credentials
+from mythos.files.storage import step_of
 from mythos.planning.estimate import forward_flops
 from mythos.training.metrics import damaged_lines, scan_metrics
 

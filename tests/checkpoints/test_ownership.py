@@ -15,7 +15,8 @@ import pytest
 import torch
 from fsspec.implementations.local import LocalFileSystem
 
-from mythos.checkpoints.checkpoint import Checkpoints, complete_checkpoints, read_meta
+from mythos.checkpoints.checkpoint import Checkpoints
+from mythos.checkpoints.stored_checkpoint import complete_checkpoints, read_meta
 from mythos.distributed.ranks import Ranks
 from mythos.distributed.run_lock import RunLock
 from mythos.errors import DiskFullError, MythosError
@@ -234,7 +235,7 @@ def test_another_runs_directory_is_refused(tmp_path):
     first.close()
     for _ in range(2):  # the refusal leaves nothing behind that changes the answer
         message = refuse(tmp_path / "b", place)
-    assert f"{place} holds the checkpoints of another run, the run a in {tmp_path / 'a'}" in message
+    assert f"{place} contains the checkpoints of another run, the run a in {tmp_path / 'a'}" in message
     for way in (
         "checkpoint.dir to a directory of its own",
         "run.resume=",
@@ -253,7 +254,7 @@ def test_another_runs_object_store_is_refused(tmp_path, url):
     save(first, 4)
     begin(tmp_path / "a", url)  # of a job that was killed, the object is left, and its run may go on
     first.close()
-    assert "holds the checkpoints of another run, the run a" in refuse(tmp_path / "b", url)
+    assert "contains the checkpoints of another run, the run a" in refuse(tmp_path / "b", url)
 
 
 def test_a_run_moves_with_its_directory(tmp_path):
@@ -297,12 +298,12 @@ def test_older_runs_go_on_in_their_own_directory(tmp_path):
     for path in [*(tmp_path / "shared").glob("step-*"), *(tmp_path / "usual" / "checkpoints").glob("step-*")]:
         age(path)
     (tmp_path / "usual").rename(tmp_path / "moved")
-    with pytest.raises(MythosError, match=f"shared holds the checkpoints of another run, {tmp_path / 'run'}"):
+    with pytest.raises(MythosError, match=f"shared contains the checkpoints of another run, {tmp_path / 'run'}"):
         Trainer(tiny(tmp_path, train__steps=6, run__dir=str(tmp_path / "b"), **shared))
     for directory, changes in (("run", {**shared, "checkpoint__keep": 1}), ("moved", {})):
-        made = Trainer(tiny(tmp_path, train__steps=6, run__dir=str(tmp_path / directory), **changes))
-        assert made.step == 4
-        made.run()
+        trainer = Trainer(tiny(tmp_path, train__steps=6, run__dir=str(tmp_path / directory), **changes))
+        assert trainer.step == 4
+        trainer.run()
     assert complete_checkpoints(tmp_path / "shared") == [tmp_path / "shared" / "step-00000006"]
 
 
@@ -314,9 +315,9 @@ def test_two_runs_with_one_checkpoint_directory(tmp_path):
     with pytest.raises(MythosError, match="another run, the run tiny in"):
         Trainer(tiny(tmp_path, **second))
     resume = f"{tmp_path}/shared/step-00000002"
-    made = Trainer(tiny(tmp_path, **{**second, "checkpoint__dir": None, "run__resume": resume}))
-    assert made.step == 2
-    made.run()
+    trainer = Trainer(tiny(tmp_path, **{**second, "checkpoint__dir": None, "run__resume": resume}))
+    assert trainer.step == 2
+    trainer.run()
     assert [record["step"] for record in measurements(tmp_path / "second")] == [3, 4]
     assert read_meta(first.checkpoints.newest)["step"] == 2
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from mythos.checkpoints.checkpoint import complete_checkpoints
+from mythos.checkpoints.stored_checkpoint import complete_checkpoints
 from mythos.config.sections import Config
 from mythos.evaluation import in_training
 from mythos.trainer import Trainer

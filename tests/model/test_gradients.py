@@ -16,7 +16,8 @@ from mythos.model.config import ModelConfig
 from mythos.model.halting import build_halting
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.model.recurrence import INJECTIONS
-from mythos.training.optim import build_optimizer, learning_rate
+from mythos.training.lr import learning_rate
+from mythos.training.optim import build_optimizer
 
 ROWS, LENGTH, STEPS = (4, 4, 3, 2), 6, 3
 """Loops of each row; tokens of each; output projections start at zero, so the first step gives others no gradient."""

@@ -21,7 +21,8 @@ from mythos.cli.train import main
 from mythos.config.loading import config_from_dict, load_config
 from mythos.config.presets import PRESETS
 from mythos.config.sections import Config
-from mythos.distributed.parallel import Layout, build_mesh, named_layout, parallelize, shard_model
+from mythos.distributed.layout import Layout, build_mesh, named_layout
+from mythos.distributed.parallel import parallelize, shard_model
 from mythos.distributed.ranks import Ranks, World
 from mythos.errors import MythosError
 from mythos.model.config import ModelConfig
