@@ -131,7 +131,7 @@ def run(options: argparse.Namespace) -> None:
     from mythos.generation.depth_view import coloured, harmless, in_loops, numbered
     from mythos.generation.sampling import Sampling
     from mythos.generation.text import Piece, check_counts, choose_depth, generate_text
-    from mythos.model.halting import HALTING_RULES
+    from mythos.model.config import HALTING_RULES
 
     try:
         sampling = Sampling(
@@ -143,8 +143,8 @@ def run(options: argparse.Namespace) -> None:
         )
     except ValueError as error:
         raise MythosError(str(error)) from error
-    if options.halting is not None and options.halting not in HALTING_RULES:
-        raise MythosError(f"--halting: got {options.halting!r}; allowed: {', '.join(HALTING_RULES)}")
+    if options.halting is not None and options.halting not in HALTING_RULES.names:
+        raise MythosError(f"--halting: got {options.halting!r}; allowed: {', '.join(HALTING_RULES.names)}")
     if loops is not None:
         check_counts(len(loops), len(prompts))
     device = choose_device(options.device, option="--device")

@@ -208,7 +208,11 @@ def preset_table() -> str:
         config = preset_config(name)
         automatic = config.vocab_size == "auto"
         count = count_parameters(config.model_copy(update={"vocab_size": BPE_VOCAB_SIZE}) if automatic else config)
-        core = f"{config.n_experts} experts, top {config.experts_per_token}" if config.core_ffn == "moe" else "dense"
+        core = (
+            f"{config.n_experts} experts, top {config.experts_per_token}"
+            if config.core_ffn == "moe"
+            else config.core_ffn
+        )
         rows.append(
             (
                 name,

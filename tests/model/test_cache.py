@@ -152,7 +152,7 @@ def test_size_of_blocks_changes_nothing(model: Build) -> None:
         cache = new(built, block=block)
         pieces = [built.extend(part, cache, logits="all").logits for part in ids.split([4, 1, 6, 2], dim=1)]
         torch.testing.assert_close(torch.cat(pieces, dim=1), expected, **CLOSE)
-        assert cache.held.shape[2] == -(-13 // block) * block
+        assert cache.entries.shape[2] == -(-13 // block) * block
 
 
 def test_room_is_made_once(model: Build) -> None:
@@ -160,10 +160,10 @@ def test_room_is_made_once(model: Build) -> None:
     built, ids = model(), random_ids(2, 10)
     cache = new(built)
     cache.reserve(10, 6)
-    place = cache.held.data_ptr()
+    place = cache.entries.data_ptr()
     for part in ids.split([3, 1, 6], dim=1):
         built.extend(part, cache, loops=6)
-    assert cache.held.data_ptr() == place and cache.loops == 6 and cache.held.shape[2] == 12
+    assert cache.entries.data_ptr() == place and cache.loops == 6 and cache.entries.shape[2] == 12
 
 
 # --- fewer loops than are run

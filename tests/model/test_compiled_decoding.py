@@ -168,5 +168,5 @@ def test_compiled_code_equals_none_and_changes_the_cache_in_place(model: Build, 
         pair.extend(token, loops=loops)
     cache = pair.caches[0]
     peak = tensor_peak(lambda: pair.model.extend(random_ids(rows, 1), cache, loops=loops, compiled=True))
-    assert peak < cache.held[0].nbytes / 2
+    assert peak < cache.entries[0].nbytes / 2
     torch.compiler.reset()

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from mythos.model.cache import DecodeCache
+from mythos.model.decoding import Extension
 from mythos.model.halting import Convergence, SecondDifference, halting_rule
-from mythos.model.rdt import Extension, RecurrentDepthTransformer
+from mythos.model.rdt import RecurrentDepthTransformer
 from tests.model.slow_decode import States, converged, slow_decode, straightened
 
 Build = Callable[..., RecurrentDepthTransformer]

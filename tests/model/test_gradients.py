@@ -12,10 +12,9 @@ from torch.nn.utils import get_total_norm
 from mythos.config.loading import config_from_dict
 from mythos.config.sections import Config
 from mythos.errors import MythosError
-from mythos.model.config import ModelConfig
+from mythos.model.config import INJECTIONS, ModelConfig
 from mythos.model.halting import build_halting
 from mythos.model.rdt import RecurrentDepthTransformer
-from mythos.model.recurrence import INJECTIONS
 from mythos.training.optim import build_optimizer, learning_rate
 
 ROWS, LENGTH, STEPS = (4, 4, 3, 2), 6, 3
@@ -104,7 +103,7 @@ def models(config: Config) -> Iterator[ModelConfig]:
 
 @pytest.mark.parametrize("backprop", [None, 1])
 @pytest.mark.parametrize("halting", HALTINGS)
-@pytest.mark.parametrize("injection", [*INJECTIONS, "none"])
+@pytest.mark.parametrize("injection", INJECTIONS.names)
 def test_every_parameter_learns_or_the_configuration_is_refused(injection, halting, backprop):
     if (refused := refusal(injection, halting, backprop)) is not None:
         with pytest.raises(MythosError, match=re.escape(refused)):
@@ -126,7 +125,7 @@ def test_router_of_a_single_expert_learns_nothing():
 
 @pytest.mark.parametrize("halting", ["convergence", "second_difference"])
 def test_rules_without_training_add_no_parameters(halting):
-    assert build_halting(halting, 8, 8) is None
+    assert build_halting(ModelConfig(halting=halting)) is None
 
 
 @pytest.mark.parametrize(("backprop", "learns"), [(4, False), (8, True)])

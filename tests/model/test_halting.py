@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mythos.benchmarks.products import executed_flops
-from mythos.model.attention import attention_context
+from mythos.model.attention.context import attention_context
 from mythos.model.cache import DecodeCache
 from mythos.model.halting import ActHalting, HaltingGate, halting_rule
 from mythos.model.layers import initialize

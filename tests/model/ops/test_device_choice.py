@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
-from mythos.model.attention import document_block_mask, document_starts
+from mythos.model.attention.context import document_block_mask, document_starts
 from mythos.model.ops import device_choice
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -99,7 +99,7 @@ def test_choices_by_processor(monkeypatch, cpu, by_onednn, by_products):
 
 
 def test_choices_by_device(monkeypatch):
-    assert not device_choice.blocks_of_documents(CPU) and device_choice.blocks_of_documents(GPU)
+    assert not device_choice.masks_documents_by_blocks(CPU) and device_choice.masks_documents_by_blocks(GPU)
     assert not device_choice.groups_on_device(CPU) and device_choice.groups_on_device(GPU)
     assert device_choice.flex(CPU) is flex_attention
     monkeypatch.setattr(torch, "compile", lambda function, **_: ["compiled", function])
