@@ -82,7 +82,7 @@ def test_packed_documents_equal_documents_alone(model, changes, backprop):
     assert torch.equal(output.expert_load, load)
     with torch.no_grad():
         joined = model(ids, loops=DEPTHS, state=state).logits
-    assert (joined - logits).abs().max() > 0.1  # documents that see each other are told apart
+    assert (joined - logits).abs().max() > 0.1  # without the mask, documents see each other
 
 
 @pytest.mark.parametrize("changes", ATTENTIONS, ids=str)

@@ -42,7 +42,7 @@ HALTINGS = ("none", "gate", "act")
 
 
 def refusal(injection: str, halting: str, backprop: int | None) -> str | None:
-    """What a combination in which something could not learn is told; None for all others."""
+    """The error for a combination in which some parameter cannot learn; None for all others."""
     if injection == "initial" and backprop == 1:  # the input is read in the first loop, which carries no gradient
         return "model.injection, depth.backprop, model.loops: got initial, 1 and sequences of up to 8 loops"
     if injection == "none" and halting != "none":  # nothing can stop before the only loop

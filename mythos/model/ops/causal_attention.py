@@ -22,7 +22,7 @@ PIECE_BYTES = 2**20
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """softmax(scale query key^T) value, where no query sees a later key.
 
-    query (B, H, S, K), key (B, KV, S, K), value (B, KV, S, v) with KV dividing H -> (B, H, S, v), in the memory layout of
+    query (B, H, S, K), key (B, KV, S, K), value (B, KV, S, v) with KV dividing H -> (B, H, S, v), laid out in memory as
     (B, S, H, v). For bfloat16 inputs scores and probabilities are rounded to bfloat16, and all sums are float32.
     """
     queries, keys, values = _by_key_head(query, key), _by_key_head(key, key), _by_key_head(value, key)

@@ -147,9 +147,9 @@ def test_flex_attention_takes_few_graphs(compiled_flex, lengths, rows, graphs):
         position = torch.arange(length)
         visible = (position[:, None] >= position) & (position >= starts[..., None])
         with torch.set_grad_enabled(gradients):
-            found = flex(query, key, value, block_mask=document_block_mask(starts), enable_gqa=True)
+            actual = flex(query, key, value, block_mask=document_block_mask(starts), enable_gqa=True)
         expected = F.scaled_dot_product_attention(query, key, value, attn_mask=visible.unsqueeze(1), enable_gqa=True)
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     assert counter.frame_count == graphs
 
 
