@@ -25,6 +25,7 @@ from mythos.model.attention.context import document_starts
 from mythos.model.cache import DecodeCache
 from mythos.model.halting import HaltingRule, default_threshold, halting_rule, usable_rules
 from mythos.model.layers import autocast_dtype
+from mythos.model.moe import core_class
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.model.state import LoopState, add_load, chosen_overlap, state_measures
 from mythos.progress import progress_bar
@@ -250,7 +251,7 @@ def measure_loops(
     """
     depths = sorted(set(depths))
     deepest, config, device = depths[-1], model.config, model.head_weight.device
-    routed = config.core_ffn == "moe"
+    routed = core_class(config).routes
     # By pass, summed over rows: norm and change of the state, and overlap of the experts.
     states = torch.zeros(deepest, 3, dtype=torch.float64, device=device)
     load = torch.zeros(deepest, config.core_layers, 1, config.n_experts, dtype=torch.int64, device=device)

@@ -35,6 +35,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mythos import trainer as trainer_module
 from mythos.config.presets import preset_config
 from mythos.distributed.parallel import ParallelModel
 from mythos.model.halting import GATE_WIDTH
@@ -219,7 +220,7 @@ def walk(directory: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> tu
     trainer.step = next(step for step in range(99) if trainer.schedule.plan(step).early)
     monkeypatch.setattr(Tensor, "backward", backward)
     monkeypatch.setattr(
-        trainer,
+        trainer_module,
         "initial_state",
         lambda config, rows, length, *, device, **_: torch.zeros(len(rows), length, config.dim, device=device),
     )
