@@ -98,6 +98,14 @@ foreach_lerp_: Callable[..., None] = torch._foreach_lerp_
 foreach_mul_: Callable[..., None] = torch._foreach_mul_
 
 
+def backward_pass_number() -> int:
+    """A number for the backward pass that is running, different for every call of the engine; -1 outside of one.
+
+    Public functions tell neither. No fallback: AttributeError.
+    """
+    return torch._C._current_graph_task_id()
+
+
 def storage_address(tensor: Tensor) -> int:
     """A number for a tensor's storage, unique while it lives.
 

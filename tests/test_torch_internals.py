@@ -100,6 +100,19 @@ def test_every_way_to_a_private_name_is_seen() -> None:
     assert defined(ast.parse(code)) == {"_inherited"}
 
 
+def test_backward_passes_are_told_apart() -> None:
+    numbers: list[int] = []
+    x = torch.ones(2, requires_grad=True)
+    y = x * 2
+    for tensor in (x, y):
+        tensor.register_hook(lambda gradient: numbers.append(torch_internals.backward_pass_number()))
+    for _ in range(2):
+        y.sum().backward(retain_graph=True)
+    first, second = numbers[:2], numbers[2:]
+    assert len(set(first)) == len(set(second)) == 1 and first[0] != second[0] and -1 not in numbers
+    assert torch_internals.backward_pass_number() == -1
+
+
 @pytest.mark.parametrize(("value_dim", "flash"), [(64, True), (32, False)])
 def test_sdpa_backend_is_the_one_that_runs(value_dim: int, flash: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     query, value = (torch.randn(1, 1, 128, width, requires_grad=True) for width in (64, value_dim))

@@ -26,8 +26,8 @@ from mythos.cli.common import check_least, whole_numbers
 from mythos.errors import MythosError
 from mythos.generation.sampling import Sampling
 from mythos.generation.tokens import Generation, generate
-from mythos.model.config import ModelConfig
-from mythos.model.halting import THRESHOLDS, HaltingRule, halting_rule
+from mythos.model.config import HALTING_RULES, ModelConfig
+from mythos.model.halting import HaltingRule, default_threshold, halting_rule
 from mythos.model.rdt import RecurrentDepthTransformer
 
 PROMPT = 64
@@ -93,10 +93,10 @@ def halting_rules(model: RecurrentDepthTransformer, name: str | None, trained: b
     rule = name or (model.config.halting if trained else "none")
     if rule == "none":
         return rules
-    if rule not in THRESHOLDS:
-        raise MythosError(f"--halting: got {rule}; allowed: {', '.join(['none', *THRESHOLDS])}")
+    if rule not in HALTING_RULES.names:
+        raise MythosError(f"--halting: got {rule}; allowed: {', '.join(HALTING_RULES.names)}")
     for factor in (0.5, 1, 2) if rule != "act" else (1,):
-        threshold = factor * THRESHOLDS[rule]
+        threshold = factor * default_threshold(rule)
         try:
             rules[f"{rule} at {threshold:g}"] = halting_rule(model, rule, threshold)
         except ValueError as error:

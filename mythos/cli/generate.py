@@ -146,11 +146,11 @@ def run(options: argparse.Namespace) -> None:
     from mythos.distributed.ranks import choose_device
     from mythos.generation.depth_view import histogram, html_page, write_page
     from mythos.generation.text import check_counts, choose_depth, generate_text
-    from mythos.model.halting import HALTING_RULES
+    from mythos.model.config import HALTING_RULES
 
     sampling = chosen_sampling(options)
-    if options.halting is not None and options.halting not in HALTING_RULES:
-        raise MythosError(f"--halting: got {options.halting!r}; allowed: {', '.join(HALTING_RULES)}")
+    if options.halting is not None and options.halting not in HALTING_RULES.names:
+        raise MythosError(f"--halting: got {options.halting!r}; allowed: {', '.join(HALTING_RULES.names)}")
     if loops is not None:
         check_counts(len(loops), len(prompts))
     device = choose_device(options.device, option="--device")

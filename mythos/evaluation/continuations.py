@@ -15,7 +15,7 @@ from mythos.distributed.ranks import World
 from mythos.errors import MythosError
 from mythos.model import IGNORE_INDEX
 from mythos.model.cache import DecodeCache
-from mythos.model.halting import THRESHOLDS, halting_rule
+from mythos.model.halting import default_threshold, halting_rule
 from mythos.model.layers import autocast_dtype
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.progress import progress_bar
@@ -58,7 +58,9 @@ def choose_settings(
             if halting_rule(model, name, threshold) is None:
                 settings.append(DepthSetting(mean_loops))
             else:
-                settings.append(DepthSetting(mean_loops, name, THRESHOLDS[name] if threshold is None else threshold))
+                settings.append(
+                    DepthSetting(mean_loops, name, default_threshold(name) if threshold is None else threshold)
+                )
     return list(dict.fromkeys(settings))
 
 

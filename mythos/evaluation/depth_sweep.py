@@ -21,12 +21,13 @@ from mythos.distributed.ranks import World
 from mythos.errors import MythosError, short_reason
 from mythos.files.text import read_json
 from mythos.model import IGNORE_INDEX
-from mythos.model.attention import document_starts
+from mythos.model.attention.context import document_starts
 from mythos.model.cache import DecodeCache
-from mythos.model.halting import HALTING_RULES, THRESHOLDS, HaltingRule, halting_rule
+from mythos.model.halting import HaltingRule, default_threshold, halting_rule, usable_rules
 from mythos.model.layers import autocast_dtype
-from mythos.model.rdt import RecurrentDepthTransformer, add_load, chosen_overlap, state_measures
-from mythos.model.recurrence import LoopState
+from mythos.model.moe import core_class
+from mythos.model.rdt import RecurrentDepthTransformer
+from mythos.model.state import LoopState, add_load, chosen_overlap, state_measures
 from mythos.progress import progress_bar
 
 HARM = 0.01
@@ -165,7 +166,7 @@ def sweep_depths(mean_loops: int, times: int = 8) -> list[int]:
 def default_rule(model: RecurrentDepthTransformer) -> tuple[str, float] | None:
     """Name and threshold of the rule that inference takes unless told otherwise."""
     name = model.config.halting
-    return None if name == "none" else (name, THRESHOLDS[name])
+    return None if name == "none" else (name, default_threshold(name))
 
 
 def sweep_rules(model: RecurrentDepthTransformer, names: Sequence[str] | None = None) -> list[tuple[str, float]]:
@@ -177,8 +178,8 @@ def sweep_rules(model: RecurrentDepthTransformer, names: Sequence[str] | None = 
         return []
     for name in names or []:
         halting_rule(model, name)
-    names = [name for name in HALTING_RULES if _follows(model, name)] if names is None else names
-    points = [(name, multiple * THRESHOLDS[name]) for name in names if name != "none" for multiple in MULTIPLES]
+    names = usable_rules(model) if names is None else names
+    points = [(name, multiple * default_threshold(name)) for name in names if name != "none" for multiple in MULTIPLES]
     return [(name, threshold) for name, threshold in points if _follows(model, name, threshold)]
 
 
@@ -250,7 +251,7 @@ def measure_loops(
     """
     depths = sorted(set(depths))
     deepest, config, device = depths[-1], model.config, model.head_weight.device
-    routed = config.core_ffn == "moe"
+    routed = core_class(config).routes
     # By pass, summed over rows: norm and change of the state, and overlap of the experts.
     states = torch.zeros(deepest, 3, dtype=torch.float64, device=device)
     load = torch.zeros(deepest, config.core_layers, 1, config.n_experts, dtype=torch.int64, device=device)

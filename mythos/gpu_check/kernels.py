@@ -11,9 +11,9 @@ from torch.nn.attention.flex_attention import BlockMask
 from mythos.gpu_check import references
 from mythos.gpu_check.catalog import TOLERANCES
 from mythos.gpu_check.result import Result, Setting, judged
-from mythos.model import attention as model_attention
 from mythos.model import layers
 from mythos.model import loss as model_loss
+from mythos.model.attention import context as model_attention
 from mythos.model.config import ModelConfig
 from mythos.model.ops import device_choice
 from mythos.model.ops import grouped_experts as model_experts

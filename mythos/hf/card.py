@@ -9,7 +9,7 @@ from mythos.config.data import DataConfig, MixtureSourceConfig
 from mythos.config.sections import Config
 from mythos.evaluation.validation import losses_by_depth
 from mythos.model.config import ModelConfig
-from mythos.model.halting import THRESHOLDS
+from mythos.model.halting import default_threshold
 from mythos.planning.estimate import count_parameters
 
 HEADER = """---
@@ -71,9 +71,8 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40, num_loops={st
 ```"""
     if stored.model.config.halting != "none":
         rule = stored.model.config.halting
-        text += (
-            f"\n\n`generate(..., exit_threshold={THRESHOLDS[rule]:g})` lets tokens stop earlier, by the rule `{rule}`."
-        )
+        threshold = f"{default_threshold(rule):g}"
+        text += f"\n\n`generate(..., exit_threshold={threshold})` lets tokens stop earlier, by the rule `{rule}`."
     return "## Use\n\n" + text
 
 

@@ -23,7 +23,7 @@ from mythos.model.halting import ActHalting, HaltingGate, HaltingRule, Pondering
 from mythos.model.layers import random_stream
 from mythos.model.loss import summed_cross_entropy
 from mythos.model.rdt import RecurrentDepthTransformer, TokenEmbedding
-from mythos.model.recurrence import LoopState
+from mythos.model.state import LoopState
 
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 """What transformers calls a cache: from 5.24 on the former."""

@@ -17,9 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from mythos.config.sections import Config, ParallelConfig
 from mythos.errors import MythosError
 from mythos.model import loss
-from mythos.model.attention import GATE_INPUTS, value_embedding_layers
-from mythos.model.config import ModelConfig, padded_vocab_size
-from mythos.model.moe import MixtureOfExperts
+from mythos.model.attention.base import attention_class
+from mythos.model.attention.value_embeddings import GATE_INPUTS, value_embedding_layers
+from mythos.model.config import FEED_FORWARDS, INJECTIONS, ModelConfig, padded_vocab_size
+from mythos.model.injection import Injection
+from mythos.model.moe import MixtureOfExperts, core_class
 from mythos.model.ops import device_choice
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.torch_internals import (
@@ -78,26 +80,14 @@ class ForwardFlops:
 
 def forward_flops(config: ModelConfig, length: int) -> ForwardFlops:
     """FLOPs per token of sequences of `length` tokens, attention's causal half included."""
-    dim, heads = config.dim, config.n_heads
-    if config.attention == "mla":
-        head, value = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
-        query = (dim + heads * head) * config.q_lora_rank if config.q_lora_rank else dim * heads * head
-        latent = dim * (config.kv_lora_rank + config.qk_rope_head_dim)
-        expand = config.kv_lora_rank * heads * (config.qk_nope_head_dim + value)
-        projections = query + latent + expand + heads * value * dim
-    else:
-        head = value = config.head_dim
-        projections = 2 * dim * head * (heads + config.n_kv_heads)
-    attention = projections + heads * (head + value) * (length + 1) / 2
-    dense = attention + (3 if config.dense_ffn == "swiglu" else 2) * dim * config.ffn_dim
-    if config.core_ffn == "moe":
-        routed = config.experts_per_token * config.expert_dim + config.n_shared_experts * config.shared_expert_dim
-        core = attention + dim * config.n_experts + 3 * dim * routed
-    else:
-        core = dense
-    looped = config.injection != "none"
-    inject_once = dim * dim if config.injection in ("lti", "linear") else 0
-    inject_loop = dim * dim if config.injection == "linear" else 0
+    dim, attention_type = config.dim, attention_class(config)
+    pairs = (length + 1) / 2  # keys that a query sees on average
+    attention = attention_type.token_products(config) + attention_type.pair_products(config) * pairs
+    dense = attention + FEED_FORWARDS[config.dense_ffn].token_products(dim, config.ffn_dim)
+    core = attention + core_class(config).token_products(config)
+    injection: type[Injection] | None = INJECTIONS[config.injection]
+    looped = injection is not None
+    inject_once, inject_loop = (0, 0) if injection is None else injection.products(config)
     vocab = padded_vocab_size(config.vocab_size) if isinstance(config.vocab_size, int) else 0
     once = (config.prelude_layers + config.coda_layers) * dense + inject_once + looped * dim * dim + dim * vocab
     loop = config.core_layers * core + inject_loop + 2 * dim * config.lora_rank

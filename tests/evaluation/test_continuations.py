@@ -13,7 +13,7 @@ from mythos.errors import MythosError
 from mythos.evaluation import choices
 from mythos.evaluation.choices import ChoiceTask, Question, choice_metrics, choice_scores, encode_task, read_tasks
 from mythos.evaluation.continuations import DepthSetting, Score, choose_settings, encode_requests, score_requests
-from mythos.model.halting import THRESHOLDS
+from mythos.model.halting import default_threshold
 from mythos.model.rdt import RecurrentDepthTransformer
 from tests.evaluation.test_depth_sweep import build
 from tests.model.slow_decode import converged, slow_decode
@@ -173,7 +173,7 @@ def test_a_context_is_not_cut_to_nothing(tokenizer):
 
 
 def test_settings(model):
-    default = THRESHOLDS["convergence"]
+    default = default_threshold("convergence")
     rule = DepthSetting(4, "convergence", default)
     assert choose_settings(model, 4, [1, None, 1]) == [DepthSetting(1), rule], "the model's own rule"
     chosen = choose_settings(model, 4, [None, 2], "second_difference", [0.5, 0.25])

@@ -23,7 +23,7 @@ from mythos.errors import MythosError
 from mythos.evaluation.reasoning import AccuracyMap, accuracy_map, draw_maps, task_metrics, usual_difficulties
 from mythos.model.config import ModelConfig
 from mythos.model.rdt import RecurrentDepthTransformer
-from mythos.model.recurrence import initial_state
+from mythos.model.state import initial_state
 from mythos.planning.plan import plan
 from mythos.reports.recorded import run_names
 from mythos.trainer import Trainer

@@ -14,7 +14,8 @@ from mythos.gpu_check import kernels, ranks, stage, steps, traces, training
 from mythos.gpu_check.catalog import STAGES, Task
 from mythos.gpu_check.result import Result, Setting
 from mythos.gpu_check.traces import Span
-from mythos.model import attention, layers, loss
+from mythos.model import layers, loss
+from mythos.model.attention import context as attention
 from mythos.model.ops import grouped_experts
 
 

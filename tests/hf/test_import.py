@@ -29,8 +29,8 @@ from mythos.hf.importers.parcae import map_parcae, within_bounds
 from mythos.hf.importing import import_model
 from mythos.model.cache import DecodeCache
 from mythos.model.config import ModelConfig
+from mythos.model.injection import DT_BOUNDS, LOG_A_BOUNDS
 from mythos.model.rdt import RecurrentDepthTransformer
-from mythos.model.recurrence import DT_BOUNDS, LOG_A_BOUNDS
 from mythos.planning.estimate import count_parameters
 from tests.hf.published import OURO, PARCAE, PUBLISHED, Published, published
 

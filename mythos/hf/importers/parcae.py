@@ -45,7 +45,7 @@ from mythos.hf.importers.architecture import (
     scaled,
 )
 from mythos.model.config import ModelConfig
-from mythos.model.recurrence import DT_BOUNDS, LOG_A_BOUNDS
+from mythos.model.injection import DT_BOUNDS, LOG_A_BOUNDS
 
 DEFAULTS = {
     "bias": False,
