@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mythos import torch_internals
-from mythos.planning.plan import fake_processes
+from mythos.planning.collectives import fake_processes
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [*sorted((ROOT / "mythos").rglob("*.py")), *sorted((ROOT / "scripts").glob("*.py")), ROOT / "train.py"]
@@ -77,10 +77,10 @@ def test_private_names_of_libraries_are_used_in_one_module() -> None:
         f"{path.relative_to(ROOT)}:{line}: {name}"
         for path, tree in trees.items()
         for line, name in used(tree)
-        if name not in own and name not in OTHERS and path.name != "torch_compat.py"
+        if name not in own and name not in OTHERS and path.name != "torch_internals.py"
     ]
     assert not elsewhere, "private names; wrap those of torch in mythos/torch_internals.py"
-    assert {"_fsdp_param_groups", "_cdata"} <= {name for _, name in used(trees[ROOT / "mythos" / "torch_compat.py"])}
+    assert {"_fsdp_param_groups", "_cdata"} <= {name for _, name in used(trees[ROOT / "mythos" / "torch_internals.py"])}
 
 
 def test_every_way_to_a_private_name_is_seen() -> None:

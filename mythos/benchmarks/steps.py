@@ -17,7 +17,7 @@ from mythos.config.presets import PRESETS
 from mythos.config.sections import Config, LogConfig, WandbConfig
 from mythos.data.stream import Batch
 from mythos.errors import MythosError
-from mythos.planning.estimate import forward_flops
+from mythos.planning.flops import forward_flops
 from mythos.trainer import Trainer
 
 DOCUMENTS = 4

@@ -26,7 +26,7 @@ from mythos.cli.common import check_least
 from mythos.config.sections import Config, ParallelConfig
 from mythos.distributed.parallel import compiles
 from mythos.errors import MythosError
-from mythos.planning.estimate import count_parameters
+from mythos.planning.flops import count_parameters
 
 GPU_CALLS = 10
 """Calls of a product between two waits for the GPU."""

@@ -75,17 +75,11 @@ def estimate(options: argparse.Namespace) -> dict[str, Any]:
     from mythos.distributed.parallel import compiles
     from mythos.distributed.ranks import check_fit
     from mythos.model.cache import cache_bytes_per_token
-    from mythos.planning.estimate import (
-        CHECKPOINTING,
-        count_parameters,
-        forward_flops,
-        mean_depths,
-        named_gpu,
-        optimal_split,
-        recomputed_flops,
-        training_run,
-    )
-    from mythos.planning.plan import activations, choose_layout, lay_out, working_memory
+    from mythos.planning.budget import mean_depths, named_gpu, optimal_split, training_run
+    from mythos.planning.fake_step import CHECKPOINTING, recomputed_flops
+    from mythos.planning.flops import count_parameters, forward_flops
+    from mythos.planning.layout import choose_layout
+    from mythos.planning.rank_state import activations, rank_state, working_memory
     from mythos.planning.traffic import OPTIMIZER_BYTES, step_time, step_traffic
 
     gpu = named_gpu(options.gpu)
@@ -99,19 +93,19 @@ def estimate(options: argparse.Namespace) -> dict[str, Any]:
     check_fit(config, options.gpus)
     model, length, dtype = config.model, config.data.sequence_length, torch.bfloat16
     parameters, flops, depths = count_parameters(model), forward_flops(model, length), mean_depths(config)
-    needed = 3 * flops.once + flops.loop * (depths.loops + 2 * depths.backprop)
+    needed = flops.training_at(depths.loops, depths.backprop)
     again = {mode: depths.backprop * recomputed_flops(model, length, mode) for mode in CHECKPOINTING}
     executed = needed + again[config.parallel.activation_checkpointing]
     tokens = config.train_steps * config.tokens_per_step
 
     local = min(options.machine_gpus, options.gpus)
     layout = choose_layout(config, options.gpus, local, gpu.memory)
-    laid = lay_out(config, layout)
-    working = working_memory(config, laid).total
+    state = rank_state(config, layout)
+    working = working_memory(config, state).total
     memory = {}
     for mode in CHECKPOINTING:
         passing = activations(config, layout, mode)
-        total = laid.state + working + passing.peak
+        total = state.total + working + passing.peak
         memory[mode] = {**asdict(passing), "total": total, "fits": total <= gpu.memory}
     price = gpu.price if options.price is None else options.price
     time, utilisation = None, options.mfu
@@ -124,7 +118,7 @@ def estimate(options: argparse.Namespace) -> dict[str, Any]:
             loops=depths.loops,
             backprop=depths.backprop,
             tokens=rows * length,
-            optimizer=OPTIMIZER_BYTES * laid.parameters / 4 * options.gpus / config.tokens_per_step,
+            optimizer=OPTIMIZER_BYTES * state.parameters / 4 * options.gpus / config.tokens_per_step,
             peak=gpu.peak,
             bandwidth=gpu.bandwidth,
             compiled=compiles(config, torch.device("cuda")),
@@ -148,9 +142,9 @@ def estimate(options: argparse.Namespace) -> dict[str, Any]:
         "checkpointing": config.parallel.activation_checkpointing,
         "micro_batch": config.train.micro_batch,
         "memory": {
-            "parameters": laid.parameters,
-            "gradients": laid.gradients,
-            "optimizer": laid.optimizer,
+            "parameters": state.parameters,
+            "gradients": state.gradients,
+            "optimizer": state.optimizer,
             "gathering": working,
             "device": gpu.memory,
             "activations": memory,
@@ -175,7 +169,7 @@ def estimate(options: argparse.Namespace) -> dict[str, Any]:
 
 def attention_share(config: Config) -> float:
     """Part of a forward pass at the mean depth that grows with the square of the sequence."""
-    from mythos.planning.estimate import forward_flops
+    from mythos.planning.flops import forward_flops
 
     flops, short = forward_flops(config.model, config.data.sequence_length), forward_flops(config.model, 1)
     long_pass, short_pass = (cost.once + config.depth_mean * cost.loop for cost in (flops, short))
@@ -200,7 +194,7 @@ def read(name: str, overrides: Sequence[str], gpus: int, tokens: float | None) -
             data = apply_override(data, override, problems)
         problems.raise_any()
         if tokens is None and not given & {"train.steps", "train.tokens"}:
-            from mythos.planning.estimate import count_parameters
+            from mythos.planning.flops import count_parameters
 
             tokens = float(TOKENS_PER_PARAMETER * count_parameters(model).active)
         if tokens is not None or ("train.tokens" in given and "train.steps" not in given):

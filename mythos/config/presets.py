@@ -201,7 +201,7 @@ def model_name(config: ModelConfig) -> str:
 def preset_table() -> str:
     """Describe every preset in a line: dimensions, and parameters in all and active for a token at one loop."""
     # Imported here because torch takes seconds and checking a configuration does not need it.
-    from mythos.planning.estimate import count_parameters
+    from mythos.planning.flops import count_parameters
 
     rows = [("preset", "total", "active", "dim", "layers", "attention", "core", "loops", "context", "vocab")]
     for name in PRESETS:

@@ -15,7 +15,7 @@ from mythos.data.stream import Batch
 from mythos.distributed.parallel import Layout
 from mythos.errors import MythosError
 from mythos.gpu_check.result import Result, Setting, not_run
-from mythos.planning.plan import activations, lay_out
+from mythos.planning.rank_state import activations, rank_state
 from mythos.trainer import StepResult, Trainer
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def steps_of(setting: Setting, preset: str, rows: int, *changes: str) -> Config:
 def planned_bytes(config: Config) -> tuple[int, int]:
     """What `mythos train --dry-run` plans: memory in all, and what of it is beyond weights, gradients and moments."""
     beyond = activations(config, ALONE).peak
-    return lay_out(config, ALONE).state + beyond, beyond
+    return rank_state(config, ALONE).total + beyond, beyond
 
 
 def too_large(setting: Setting, planned: int) -> Result | None:

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from mythos.model import IGNORE_INDEX
 from mythos.model.layers import autocast_dtype, without_autocast
+from mythos.model.ops import device_choice
 from mythos.model.ops.matmul import multiply
 
 LOGIT_BYTES = {"cpu": 8 * 2**20, "cuda": 2 * 2**30}
@@ -18,7 +19,7 @@ run at full speed and for the weight's gradient, which every piece adds to, to b
 
 def pieces(rows: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
     """The rows in pieces of equal length (but the last), as many as LOGIT_BYTES allows, at least 64."""
-    size = max(64, LOGIT_BYTES.get(device.type, LOGIT_BYTES["cuda"]) // (4 * vocabulary))
+    size = max(64, LOGIT_BYTES.get(device_choice.device_type(device), LOGIT_BYTES["cuda"]) // (4 * vocabulary))
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
 

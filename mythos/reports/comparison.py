@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from mythos.errors import MythosError
 from mythos.evaluation.validation import losses_by_depth
-from mythos.planning.estimate import count_parameters
+from mythos.planning.flops import count_parameters
 from mythos.reports.plots import finish, loop_axis
 from mythos.reports.recorded import RecordedRun, open_run, run_names
 

@@ -15,7 +15,7 @@ from mythos.evaluation.depth_sweep import DepthSweep, fit_losses, prediction
 from mythos.evaluation.validation import losses_by_depth
 from mythos.files.storage import step_of
 from mythos.generation.depth_view import harmless
-from mythos.planning.estimate import count_parameters
+from mythos.planning.flops import count_parameters
 from mythos.reports.figures import (
     HALTING,
     TRAINING,

@@ -17,7 +17,7 @@ from mythos.config.inherited import RUN_FILE, TOKENIZER_FILE
 from mythos.config.loading import load_config
 from mythos.config.sections import Config
 from mythos.errors import MythosError, short_reason, without_credentials
-from mythos.planning.estimate import forward_flops
+from mythos.planning.flops import forward_flops
 from mythos.training.metrics import damaged_lines, scan_metrics
 
 logger = logging.getLogger(__name__)

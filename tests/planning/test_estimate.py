@@ -20,18 +20,11 @@ from mythos.model.config import ModelConfig
 from mythos.model.moe import MixtureOfExperts
 from mythos.model.ops import device_choice
 from mythos.model.rdt import RecurrentDepthTransformer
-from mythos.planning import estimate as estimating
-from mythos.planning.estimate import (
-    CHECKPOINTING,
-    GPUS,
-    Step,
-    count_parameters,
-    forward_flops,
-    optimal_split,
-    recomputed_flops,
-    step_activations,
-    training_run,
-)
+from mythos.planning import memory
+from mythos.planning.budget import GPUS, optimal_split, training_run
+from mythos.planning.fake_step import CHECKPOINTING, Step, recomputed_flops
+from mythos.planning.flops import count_parameters, forward_flops
+from mythos.planning.memory import step_activations
 
 LENGTH = 64
 
@@ -228,7 +221,7 @@ def test_activations_are_what_a_step_allocates(size: str, checkpointing: str) ->
 
 
 def test_memory_beyond_the_traced_loops_goes_on_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimating, "TRACED_LOOPS", 4)
+    monkeypatch.setattr(memory, "TRACED_LOOPS", 4)
     config, rows, length, _ = SIZES["experts"]
     for checkpointing in CHECKPOINTING:
         step = Step(rows, length, 7, 7, checkpointing, torch.bfloat16, "cpu", True)

@@ -60,7 +60,8 @@ def test_norms_count_as_one_kernel_forward_and_two_backward():
 
     with FakeTensorMode():
         norm, x = RMSNorm(D, 1e-6, cast=False), torch.zeros(N, D, requires_grad=True)
-        with TrafficCounter() as counter, counter.fused_norms():
+        with TrafficCounter() as counter:
+            counter.fuse_norms([norm])
             y = norm(x)
             assert (counter.kernels, counter.bytes) == (1, 2 * FLOAT)
             y.backward(torch.zeros(N, D))
@@ -87,18 +88,19 @@ def dense() -> ModelConfig:
 
 
 def test_loops_and_the_rest_add_up_to_steps_of_any_depth():
-    from mythos.planning.estimate import Step, fake_model, run_forward
+    from mythos.planning.fake_step import Step, fake_model, run_forward
 
     counted = step_traffic(dense(), 16, rows=2)
     for loops in (3, 9):
         step = Step(2, 16, loops, loops, "none", torch.bfloat16)
-        with fake_model(dense(), step) as model:
-            with TrafficCounter() as forward, forward.fused_norms():
-                objective = run_forward(model, step)
-            with TrafficCounter() as backward, backward.fused_norms():
-                objective.backward()
-        for name, counter in (("forward", forward), ("backward", backward)):
-            for what, value in (("kernels", counter.kernels), ("bytes", counter.bytes / 32)):
+        with fake_model(dense(), step) as model, TrafficCounter() as counter:
+            counter.fuse_norms(model.modules())
+            objective = run_forward(model, step)
+            forward = counter.take()
+            objective.backward()
+            backward = counter.take()
+        for name, (kernels, _, size) in (("forward", forward), ("backward", backward)):
+            for what, value in (("kernels", kernels), ("bytes", size / 32)):
                 key = f"{what}_{name}"
                 assert value == pytest.approx(getattr(counted.once, key) + loops * getattr(counted.loop, key))
 
@@ -191,14 +193,21 @@ def test_a_compiled_loop_moves_half_of_what_an_eager_one_does():
 def test_time_of_a_token_by_hand():
     once = Traffic(10, 5, 1000.0, 20, 10, 2000.0)
     loop = Traffic(4, 1, 100.0, 8, 2, 300.0)
-    given = {"executed": 7e6, "loops": 6.0, "backprop": 2.0, "optimizer": 800.0, "peak": 1e12, "bandwidth": 1e9}
-    eager = step_time(StepTraffic(once, loop), tokens=10**6, compiled=False, **given)
+    arguments: dict[str, Any] = {
+        "executed": 7e6,
+        "loops": 6.0,
+        "backprop": 2.0,
+        "optimizer": 800.0,
+        "peak": 1e12,
+        "bandwidth": 1e9,
+    }
+    eager = step_time(StepTraffic(once, loop), tokens=10**6, compiled=False, **arguments)
     assert eager.products == pytest.approx(7e6 / 0.55e12)
     assert eager.elementwise == pytest.approx((3000 + 6 * 100 + 2 * 300 + 800) / 1e9)
     assert eager.waiting == 0
-    compiled = step_time(StepTraffic(once, loop), tokens=10**6, compiled=True, **given)
+    compiled = step_time(StepTraffic(once, loop), tokens=10**6, compiled=True, **arguments)
     assert compiled.elementwise == pytest.approx((0.47 * 4200 + 800) / 1e9)
     # 45 launches, 6 loops of 5 forward and 2 of 10 backward take 475 us, longer than the work of a token.
-    few = step_time(StepTraffic(once, loop), tokens=1, compiled=False, **given)
+    few = step_time(StepTraffic(once, loop), tokens=1, compiled=False, **arguments)
     assert few.total == pytest.approx(95 * 5e-6)
-    assert step_time(StepTraffic(once, loop), tokens=1, compiled=True, **given).waiting == 0
+    assert step_time(StepTraffic(once, loop), tokens=1, compiled=True, **arguments).waiting == 0

@@ -11,7 +11,7 @@ from matplotlib.image import imread
 
 from mythos.cli.compare import main
 from mythos.config.loading import load_config
-from mythos.planning.estimate import count_parameters, forward_flops
+from mythos.planning.flops import count_parameters, forward_flops
 from mythos.reports.comparison import compare
 from tests.reports.handmade import records, write_run
 

@@ -14,7 +14,7 @@ from mythos.cli import report, sweep
 from mythos.config.loading import load_config
 from mythos.errors import MythosError
 from mythos.evaluation.depth_sweep import DepthSweep, fit_metrics
-from mythos.planning.estimate import forward_flops
+from mythos.planning.flops import forward_flops
 from mythos.reports import figures
 from mythos.reports.page import run_page
 from mythos.reports.recorded import open_run

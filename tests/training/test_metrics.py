@@ -19,7 +19,7 @@ from accelerate import tracking
 from mythos import trainer
 from mythos.config.loading import load_config
 from mythos.errors import MythosError, log_messages
-from mythos.planning.estimate import forward_flops
+from mythos.planning.flops import forward_flops
 from mythos.trainer import Trainer
 from mythos.training.depth_schedule import DepthPlan
 from mythos.training.metrics import (
