@@ -151,7 +151,7 @@ def accepted(main: Callable[[list[str]], int], words: list[str], trains: bool, t
             reads = (trains or tokenizes) and not getattr(options, "dry_run", False)
             needs |= {"network"} if reads and online(config) else set()
         elif path != STAND_INS["RUN"]:
-            from mythos.benchmarks.steps import configuration
+            from scripts.benchmarks.steps import configuration
 
             configuration(path, overrides)
     return needs

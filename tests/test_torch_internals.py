@@ -19,7 +19,7 @@ from mythos import torch_internals
 from mythos.planning.collectives import fake_processes
 
 ROOT = Path(__file__).parents[1]
-SOURCES = [*sorted((ROOT / "mythos").rglob("*.py")), *sorted((ROOT / "scripts").glob("*.py")), ROOT / "train.py"]
+SOURCES = [*sorted((ROOT / "mythos").rglob("*.py")), *sorted((ROOT / "scripts").rglob("*.py")), ROOT / "train.py"]
 OTHERS = {
     "_asdict": "NamedTuple, documented",
     "_fields": "NamedTuple, documented",

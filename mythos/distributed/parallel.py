@@ -52,7 +52,7 @@ class Layout(NamedTuple):
 def named_layout(settings: ParallelConfig, size: int, local_size: int) -> Layout:
     """What `parallel.mode` means for `size` processes, `local_size` of them on each machine; not for auto and several.
 
-    `mythos.planning.plan.choose_layout` resolves auto. Raises MythosError for a mode that does not fit the number of
+    `mythos.planning.layout.choose_layout` resolves auto. Raises MythosError for a mode that does not fit the number of
     processes.
     """
     mode = settings.mode

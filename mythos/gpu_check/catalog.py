@@ -1,4 +1,4 @@
-"""Every check, in the order in which they run: what matters most comes first, in case time runs out."""
+"""All checks in the order in which they run, the most important first, in case time runs out."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -9,19 +9,21 @@ from mythos.gpu_check.result import PROFILE
 
 DTYPES = ("bfloat16", "float32")
 TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2}
-"""Largest error, relative to the largest absolute value of the reference, which is computed in float64.
+"""Largest error relative to the largest absolute value of the reference, which is computed in float64.
 
-float32: sums of up to 4,096 products in another order are off by a few 1e-6; a product in TF32 would be off by 5e-4.
-bfloat16: the reference gets the same rounded inputs; the kernel rounds probabilities and results to 8 bits, 0.4% each,
-and a gradient goes through several roundings."""
+float32: sums of up to 4,096 products in another order differ by a few 1e-6; a matmul in TF32 would differ by 5e-4.
+bfloat16: the reference gets the same rounded inputs; the kernel rounds probabilities and results to 8 bits (0.4% each),
+and a gradient is rounded several times."""
 MEMORY_PRESETS = ("mythos_small", "mythos_1b", "looped_370m")
 MEMORY_MODES = ("none", "selective", "loop")
 MEMORY_RATIO = (0.85, 1.15)
-"""Planned over measured memory."""
+"""Allowed ratio of planned to measured memory."""
 MICRO_BATCHES = {"mythos_small": (8, 32), "mythos_1b": (1, 4)}
-"""Sequences of a micro-batch, of the preset's context: 2,048 and 4,096 tokens."""
+"""Sequences of a micro-batch. They are as long as the preset's context, 2,048 and 4,096 tokens."""
 MOST_GRAPHS = 24
+"""Most graphs that a run may compile."""
 LAST_NEW_GRAPH = 30
+"""Last step at which a run may compile a graph."""
 TRAINING_STEPS = 200
 RECOMPILE_STEPS = 50
 
@@ -35,24 +37,24 @@ class Check(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """Checks that are made together, by `run(setting, **arguments)`, which yields their results in order."""
+    """Checks that one function measures together: `run(setting, **arguments)` yields their results in order."""
 
     checks: tuple[Check, ...]
     run: str
-    """module:function, the module within this package or anywhere if it has a dot."""
+    """module:function; a module name without a dot is a module of this package."""
     arguments: dict[str, Any] = field(default_factory=dict)
     seconds: float = 10.0
-    """About what it takes on a GPU. It is not begun where less is left, and ended where it takes many times as long."""
+    """Expected duration on a GPU. A task does not start if less time is left, and is ended if it takes far longer."""
     on_cpu: bool = True
-    """Whether it is run on a CPU, at tiny size; not where that would be the same as another task."""
+    """Whether it also runs on a CPU, at tiny size; false if there it would repeat another task."""
 
 
 class Stage(NamedTuple):
-    """Tasks that share a process, on a GPU."""
+    """Tasks that share a process on a GPU."""
 
     name: str
     share: float
-    """Of the time that is left when it begins, relative to the shares of the stages after it."""
+    """Share of the remaining time, relative to the shares of later stages."""
     tasks: tuple[Task, ...]
 
 
@@ -63,14 +65,14 @@ def _task(
 
 
 def latent_widths() -> dict[tuple[int, int], list[str]]:
-    """Widths of keys and values of latent attention, and the presets that have them."""
-    found: dict[tuple[int, int], list[str]] = {}
+    """Presets with latent attention, by the widths of keys and values."""
+    presets: dict[tuple[int, int], list[str]] = {}
     for name in PRESETS:
         config = preset_config(name)
         if config.attention == "mla":
             widths = (config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim)
-            found.setdefault(widths, []).append(name.removeprefix("mythos_"))
-    return found
+            presets.setdefault(widths, []).append(name.removeprefix("mythos_"))
+    return presets
 
 
 def _environment() -> Iterator[Task]:
@@ -113,7 +115,7 @@ def _kernels() -> Iterator[Task]:
         yield _task("kernels:experts", [(f"routed experts, empty and tiny ones, {dtype}", within)], 20, dtype=dtype)
         for what in ("RMSNorm", "gated", "rotary positions", "cross-entropy"):
             yield _task("kernels:part", [(f"{what}, {dtype}", within)], what=what, dtype=dtype)
-    for dtype in DTYPES:  # last, because every variant of flex attention is compiled
+    for dtype in DTYPES:  # last, because each variant of flex attention is compiled
         within = f"output and gradients within {TOLERANCES[dtype]:g}"
         yield from attention("documents", dtype, f"{within}, by flex attention", 15)
 
@@ -260,7 +262,7 @@ STAGES: tuple[Stage, ...] = (
 
 
 def table(stages: Iterable[Stage] = STAGES) -> str:
-    """The checks as a Markdown table, none of them run."""
+    """The checks as a Markdown table, without results."""
     rows = [
         f"| {stage.name} | {check.name} | {check.expected} | not run |"
         for stage in stages

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mythos.benchmarks.products import Flops, Like, Replay, executed_flops, record_products
-from mythos.benchmarks.steps import Steps
+from mythos.gpu_check.timed_steps import Steps
+from scripts.benchmarks.products import Flops, Like, Replay, executed_flops, record_products
 from tests.runs import tiny
 
 

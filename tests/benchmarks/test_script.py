@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-from mythos.benchmarks import checkpoint, decode, open_mythos, scaling, train
-from mythos.benchmarks import model as parts
-from mythos.benchmarks.steps import configuration
 from mythos.errors import MythosError
 from mythos.planning.traffic import step_traffic
 from scripts.benchmark import main
+from scripts.benchmarks import checkpoint, decode, open_mythos, scaling, train
+from scripts.benchmarks import model as parts
+from scripts.benchmarks.steps import configuration
 from tests.runs import write_settings
 
 FIXED = ["depth={sampling: fixed, backprop: 3}", "model.vocab_size=384"]

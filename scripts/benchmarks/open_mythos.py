@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mythos.benchmarks.timing import Memory, peak_memory, resident_bytes, tensor_bytes, tensor_peak
 from mythos.config.sections import Config
 from mythos.distributed.parallel import choose_dtype
 from mythos.errors import MythosError
+from mythos.gpu_check.timed_steps import tensor_bytes, tensor_peak
 from mythos.model.config import ModelConfig
+from scripts.benchmarks.timing import Memory, peak_memory, resident_bytes
 
 LR = 3e-4
 CLIP = 1.0

@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 
-from mythos.benchmarks.timing import most_resident_bytes, timed
 from mythos.checkpoints.checkpoint import Checkpoints, training_state
 from mythos.cli.common import check_least
 from mythos.config.presets import preset_config
 from mythos.config.sections import OptimConfig
 from mythos.distributed.ranks import Ranks
 from mythos.errors import MythosError
+from mythos.gpu_check.timed_steps import timed
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.training.optim import build_optimizer
+from scripts.benchmarks.timing import most_resident_bytes
 
 SAVES = 5
 

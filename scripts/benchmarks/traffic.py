@@ -4,10 +4,10 @@ import argparse
 from dataclasses import asdict
 from typing import Any
 
-from mythos.benchmarks.steps import configuration
-from mythos.benchmarks.timing import print_table
 from mythos.cli.common import check_least
 from mythos.planning.traffic import Traffic, compiled_pass_traffic, step_traffic
+from scripts.benchmarks.steps import configuration
+from scripts.benchmarks.timing import print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

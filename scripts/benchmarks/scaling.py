@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from mythos.benchmarks.steps import Steps, configuration
-from mythos.benchmarks.timing import Timings, Work, in_turns, mebibytes, print_table
 from mythos.cli.common import check_least, whole_numbers
 from mythos.errors import MythosError
+from mythos.gpu_check.timed_steps import Steps, Work
+from scripts.benchmarks.steps import configuration
+from scripts.benchmarks.timing import Timings, in_turns, mebibytes, print_table
 
 AXES: dict[str, tuple[str, Callable[[int], list[str]]]] = {
     "loops": (

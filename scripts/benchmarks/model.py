@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch.autograd.profiler_util import FunctionEvent
 
-from mythos.benchmarks.steps import Steps, configuration
-from mythos.benchmarks.timing import in_turns, print_table
-from mythos.benchmarks.train import describe
 from mythos.cli.common import check_least
 from mythos.errors import MythosError
+from mythos.gpu_check.timed_steps import Steps
+from scripts.benchmarks.steps import configuration
+from scripts.benchmarks.timing import in_turns, print_table
+from scripts.benchmarks.train import describe
 
 MARK = "part: "
 

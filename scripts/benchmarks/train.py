@@ -6,27 +6,26 @@ from typing import Any, get_args
 
 import torch
 
-from mythos.benchmarks import open_mythos
-from mythos.benchmarks.products import Flops, Replay, executed_flops, record_products
-from mythos.benchmarks.steps import Steps, configuration, memory_of_steps
-from mythos.benchmarks.timing import (
+from mythos.cli.common import check_least
+from mythos.config.sections import Config, ParallelConfig
+from mythos.distributed.parallel import compiles
+from mythos.errors import MythosError
+from mythos.gpu_check.timed_steps import Steps, Work, timed
+from mythos.planning.flops import count_parameters
+from scripts.benchmarks import open_mythos
+from scripts.benchmarks.products import Flops, Replay, executed_flops, record_products
+from scripts.benchmarks.steps import configuration, memory_of_steps
+from scripts.benchmarks.timing import (
     WARM_UP,
     Memory,
     OwnProcess,
     Ratio,
     Timings,
-    Work,
     in_fresh_process,
     in_turns,
     mebibytes,
     print_table,
-    timed,
 )
-from mythos.cli.common import check_least
-from mythos.config.sections import Config, ParallelConfig
-from mythos.distributed.parallel import compiles
-from mythos.errors import MythosError
-from mythos.planning.flops import count_parameters
 
 GPU_CALLS = 10
 """Calls of a product between two waits for the GPU."""

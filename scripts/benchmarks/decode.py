@@ -8,12 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mythos.benchmarks import open_mythos
-from mythos.benchmarks.steps import configuration
-from mythos.benchmarks.timing import (
+from mythos.checkpoints.stored_model import open_model
+from mythos.cli.common import check_least, whole_numbers
+from mythos.errors import MythosError
+from mythos.generation.sampling import Sampling
+from mythos.generation.tokens import Generation, generate
+from mythos.gpu_check.timed_steps import Work
+from mythos.model.config import ModelConfig
+from mythos.model.halting import THRESHOLDS, HaltingRule, halting_rule
+from mythos.model.rdt import RecurrentDepthTransformer
+from scripts.benchmarks import open_mythos
+from scripts.benchmarks.steps import configuration
+from scripts.benchmarks.timing import (
     Memory,
     Ratio,
-    Work,
     in_fresh_process,
     in_turns,
     mebibytes,
@@ -21,14 +29,6 @@ from mythos.benchmarks.timing import (
     print_table,
     resident_bytes,
 )
-from mythos.checkpoints.stored_model import open_model
-from mythos.cli.common import check_least, whole_numbers
-from mythos.errors import MythosError
-from mythos.generation.sampling import Sampling
-from mythos.generation.tokens import Generation, generate
-from mythos.model.config import ModelConfig
-from mythos.model.halting import THRESHOLDS, HaltingRule, halting_rule
-from mythos.model.rdt import RecurrentDepthTransformer
 
 PROMPT = 64
 """Tokens of a prompt that decoding starts from."""

@@ -11,7 +11,6 @@ from typing import Any
 
 import psutil
 
-from mythos.benchmarks.timing import usable_cores
 from mythos.cli.common import check_least
 from mythos.config.loading import load_config
 from mythos.data.corpus import Skipped, holdout_fraction
@@ -23,6 +22,7 @@ from mythos.data.stream import Part, Walk
 from mythos.data.tokenizer import Tokenizer, training_documents
 from mythos.errors import MythosError
 from mythos.progress import progress_bar
+from scripts.benchmarks.timing import usable_cores
 
 REPEATS = 11
 
