@@ -36,7 +36,7 @@ def fake_processes(size: int) -> Iterator[None]:
     Raises RuntimeError if a process group exists already.
     """
     if dist.is_initialized():
-        raise RuntimeError("a plan is made before the processes meet, not among them")
+        raise RuntimeError("a process group exists already; plan before joining it, or in another process")
     init_fake_processes(size)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Kernels and memory traffic of a training step on a GPU beside its matrix products, counted over fake tensors."""
+"""Kernels and memory traffic of a training step on a GPU beside its matmuls, counted over fake tensors."""
 
 import argparse
 from dataclasses import asdict
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Print the table; return the figures. Nothing is measured: the counts are the same on every machine."""
+    """Print the table; return the figures. Nothing is timed, so the counts are the same on every machine."""
     check_least(options, rows=1, length=1)
     config = configuration(options.config, options.overrides)
     checkpointing = config.parallel.activation_checkpointing

@@ -65,7 +65,7 @@ def test_memory_of_a_fresh_process():
 
 
 class Sleeper:
-    """A work that takes longer from run to run, and knows its process."""
+    """Work that takes longer with every run, in another process than its parent's."""
 
     def __init__(self, seconds: float, parent: int) -> None:
         assert os.getpid() != parent
@@ -80,7 +80,7 @@ class Sleeper:
 def test_turns_of_works_in_their_own_processes():
     with timing.OwnProcess(Sleeper, 0.05, os.getpid()) as slow, timing.OwnProcess(Sleeper, 0.01, os.getpid()) as quick:
         measured = timing.in_turns({"slow": slow, "quick": quick}, repeats=2, warm_up=0)
-    assert [round(run.wall, 2) for run in measured["slow"].runs] == [0.05, 0.1]  # the same object, there
+    assert [round(run.wall, 2) for run in measured["slow"].runs] == [0.05, 0.1]  # the same object in each turn
     assert all(run.cpu < 0.05 for run in measured["slow"].runs)
     assert [round(run.wall, 2) for run in measured["quick"].runs] == [0.01, 0.02]
     with pytest.raises(MythosError, match="the process that is measured died"):

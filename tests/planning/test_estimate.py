@@ -1,4 +1,4 @@
-"""Estimates against the built model, torch's own count of what it computes, and what its allocator hands out."""
+"""Estimates against a real model: its parameters, FLOPs counted by torch, and memory counted by the allocator."""
 
 import gc
 import json
@@ -66,7 +66,7 @@ VARIANTS: list[dict[str, Any]] = [
 
 
 def causal(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    """Both products of attention, of which a causal mask leaves half."""
+    """FLOPs of both matmuls of causal attention, whose mask leaves half."""
     rows, heads, length, dim = query
     return 2 * rows * heads * (dim + value[-1]) * length * (length + 1) // 2
 
@@ -83,7 +83,7 @@ FORMULAS = {
     torch.ops.mythos.grouped_product: lambda x, weights, ends, **kwargs: 2 * math.prod(x) * weights[-1],
     torch.ops.mythos.grouped_outer: lambda x, y, ends, **kwargs: 2 * math.prod(x) * y[-1],
 }
-"""What torch's counter does not know on a CPU."""
+"""Formulas for operators that torch's counter does not know on a CPU."""
 
 
 def counted(
@@ -126,7 +126,7 @@ def test_training_flops_are_those_torch_counts(changes: dict[str, Any], loops: l
 
 @pytest.mark.parametrize("changes", [*VARIANTS[:2], VARIANTS[-2]], ids=str)
 def test_recomputed_flops_are_those_torch_counts(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the products of a GPU, and values as wide as keys, to which a GPU's kernel may have to pad them."""
+    """With a GPU's choice of matmuls; values are as wide as keys, because a GPU's kernel may pad them to that width."""
     monkeypatch.setattr(device_choice, "float32_by_onednn", lambda *_: False)
     config = ModelConfig(**{**MODEL, "v_head_dim": 24, **changes})
     for checkpointing in CHECKPOINTING:
@@ -165,7 +165,7 @@ def test_parameters(changes):
 
 
 def allocated(config: ModelConfig, step: Step) -> int:
-    """Bytes that a real step asks of the allocator at its peak; gradients only if there were some before."""
+    """Peak bytes that a real step allocates; its gradients count only if it accumulates."""
     assert isinstance(config.vocab_size, int)
     model = RecurrentDepthTransformer(config).initialize(0)
     prepare_model(
@@ -181,7 +181,7 @@ def allocated(config: ModelConfig, step: Step) -> int:
     run()
     if not step.accumulating:
         model.zero_grad(set_to_none=True)
-    gc.disable()  # or what earlier tests left is freed meanwhile
+    gc.disable()  # otherwise objects of earlier tests are freed meanwhile
     try:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             run()
@@ -240,7 +240,7 @@ def test_time_and_money() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "ffn_dim", "published"),  # two thirds of 3,072 and 4,096, for three matrices where the paper has two
+    ("name", "ffn_dim", "published"),  # 2/3 of the paper's 3,072 and 4,096: three matrices instead of two
     [
         ("looped_140m", 2048, {1: 2, 2: 2, 4: 4, 8: 6, 16: 8, 64: 10}),
         ("looped_370m", 2728, {32: 4, 64: 6, 128: 6}),

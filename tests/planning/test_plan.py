@@ -1,4 +1,4 @@
-"""The plan of many processes: bytes against counts by hand and real allocations, and layouts that fit."""
+"""Plans for many processes: bytes against hand counts and real allocations, and layouts that fit."""
 
 import re
 import weakref
@@ -84,7 +84,7 @@ def test_bytes_are_those_of_rows_counted_by_hand(
         shards = 1 if FLOAT32.search(name) else pieces
         even = any(
             size % shards == 0 for size in parameter.shape
-        )  # cut there, else along the rows, the last one padded
+        )  # sharded along that dimension, else along rows, the last shard padded
         size = parameter.numel() // shards if even else ceil(rows / shards) * torch.Size(rest).numel()
         numbers, tensors = numbers + size, tensors + 1
         whole += size if FLOAT32.search(name) else 0
@@ -124,7 +124,7 @@ def test_units_add_up_and_shards_are_padded_to_equal_length(tmp_path: Path) -> N
 
 
 def read_off(config: Config, layout: Layout) -> tuple[int, int, int, list[Unit]]:
-    """Bytes of parameters, of those that are whole, and of the optimizer, and the units, of a model that FSDP2 cut."""
+    """Measure a model sharded by FSDP2: bytes of parameters, of whole parameters and of the optimizer, and its units."""
 
     def local(tensors: list[Tensor]) -> int:
         return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)
@@ -196,7 +196,7 @@ def test_units_of_a_gate_and_of_float32_are_those_of_fsdp_itself(tmp_path: Path)
 
 
 class Peak(TorchDispatchMode):
-    """Most bytes of all tensors that are alive at once."""
+    """Peak bytes of all tensors that are alive at once."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         super().__init__()
@@ -252,7 +252,7 @@ WIDE = {
     ids=str,
 )
 def test_memory_is_what_steps_allocate(tmp_path: Path, micro_batches: int, changes: dict[str, Any]) -> None:
-    """Rank 0 of four, whose collectives do nothing but whose tensors are real, with hardly any activations."""
+    """Rank 0 of four fake processes: collectives do nothing, but tensors are real; activations are negligible."""
     config = tiny(tmp_path, **{**WIDE, "train__global_batch": 4 * micro_batches, **changes})
     layout = named_layout(config.parallel, 4, 4)
     state = rank_state(config, layout)
@@ -283,12 +283,12 @@ def test_memory_is_what_steps_allocate(tmp_path: Path, micro_batches: int, chang
 
 @pytest.fixture
 def no_activations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layouts are looked at alone."""
+    """Plan layouts without activations."""
     monkeypatch.setattr(states, "step_activations", lambda model, step: Activations(0, 0))
 
 
 def memory_table(text: str) -> dict[str, float]:
-    """Lines of the memory table, GiB by what they are."""
+    """GiB in the memory table, by line."""
     return {
         what: float(size.replace(",", "")) for size, what in re.findall(r"^ +([\d.,]+)  ([a-z].*)$", text, re.MULTILINE)
     }
@@ -319,8 +319,8 @@ def test_every_preset_is_planned_for_1024_processes(name: str) -> None:
             80,
             "auto",
             "parallel.reduce=micro_batch",
-        ),  # shared by eight it fits, not with 37 GiB of whole gradients
-        (64, 60, "hsdp", "parallel.shard="),  # the eight of a machine do not suffice
+        ),  # sharded over eight it fits, but not with 37 GiB of whole gradients
+        (64, 60, "hsdp", "parallel.shard="),  # the eight ranks of a machine do not suffice
     ],
 )
 @pytest.mark.usefixtures("no_activations")
@@ -344,7 +344,7 @@ def test_what_would_fit_does(ranks: int, memory: int, mode: str, expected: str) 
 
 
 def test_fitting_layout_is_the_smallest(tmp_path: Path) -> None:
-    """Against all hsdp layouts of 64 processes."""
+    """Compare with all hsdp layouts of 64 processes."""
     config = tiny(tmp_path, **{**WIDE, "data__streams": 64, "train__global_batch": 64})
 
     def needed(shard: int) -> int:
@@ -363,7 +363,7 @@ def test_fitting_layout_is_the_smallest(tmp_path: Path) -> None:
 
 
 def test_activations_count_against_the_memory(tmp_path: Path) -> None:
-    """One forward and backward pass of the fuller step is traced in each plan; the figures of the text add up."""
+    """The figures of the memory table add up, and checkpointing lowers activations."""
     long = {"data__sequence_length": 32768, "model__context_length": 32768, "train__global_batch": 2}
     long |= {"depth__backprop": 2, "depth__maximum": 3}
     none = memory_table(plan(tiny(tmp_path, **long)))
@@ -378,7 +378,7 @@ def test_activations_count_against_the_memory(tmp_path: Path) -> None:
 
 
 def test_a_context_of_a_million_tokens_is_planned() -> None:
-    """The smallest preset of such a context; a table or mask of S x S would take 931 GiB in bytes alone."""
+    """A small model with such a context; an S x S table or mask of bytes would take 931 GiB."""
     fields = preset("mythos_100b", activation_checkpointing="loop", mode="fsdp").model_dump(mode="json")
     fields["data"]["sequence_length"] = fields["model"]["context_length"]
     fields["model"] |= {"dim": 64, "ffn_dim": 64, "expert_dim": 8, "shared_expert_dim": 8, "n_heads": 1, "loops": 2}
@@ -392,7 +392,7 @@ def test_a_context_of_a_million_tokens_is_planned() -> None:
 
 
 class Trace:
-    """Stands for the trace of activations: so many bytes for a model that is whole, so many for a sharded one."""
+    """Replaces the trace of activations: returns `whole` bytes, or `sharded` bytes for a sharded model."""
 
     def __init__(self, whole: int, sharded: int) -> None:
         self.whole, self.sharded = whole, sharded
@@ -411,7 +411,7 @@ def trace(monkeypatch: pytest.MonkeyPatch) -> Trace:
 
 
 def needed_by_hand(config: Config, mode: str, size: int, local: int, trace: Trace) -> int:
-    """Weights, gradients and two moments of four bytes each and a counter, or what is measured of FSDP2 itself."""
+    """Bytes: under ddp four values of 4 bytes per parameter and a step counter; otherwise measured on FSDP2."""
     if mode == "ddp":
         model = build_on_meta(config.model)
         return 16 * count_parameters(config.model).total + 4 * len(list(model.parameters())) + trace.whole
@@ -432,7 +432,7 @@ def test_auto_takes_the_first_mode_that_fits(name: str, size: int, local: int, t
         assert choose_layout(config, size, local, enough).mode == mode
         below = choose_layout(config, size, local, short)
         assert below.mode == {"ddp": "hsdp", "hsdp": "fsdp", "fsdp": "fsdp"}[mode]
-        assert below.fits  # 5% are kept free, but would hold it
+        assert below.fits  # it fits in the 5% that are kept free
     least = choose_layout(config, size, local, needs["fsdp"] - 1)
     assert least.mode == "fsdp" and not least.fits
     assert f"needs {needs['fsdp'] / GIB:.3f} GiB" in least.why or f"needs {needs['fsdp'] / GIB:,.0f} GiB" in least.why
@@ -485,7 +485,7 @@ def test_shipped_1b_is_copied_to_every_gpu() -> None:
 
 
 def test_shipped_10b_fits_no_mode_on_80_gib() -> None:
-    """150 GiB of state; and whole float32 gradients of the core's experts are 33 GiB, however many ranks share."""
+    """State takes 150 GiB, and whole float32 gradients of the core's experts 33 GiB at any number of ranks."""
     config = shipped("fineweb-edu-10b")
     layout = choose_layout(config, 64, 8, 80 * GIB)
     assert (layout.mode, layout.fits) == ("fsdp", False)
@@ -501,7 +501,7 @@ def test_shipped_10b_fits_no_mode_on_80_gib() -> None:
 
 @pytest.mark.usefixtures("no_activations")
 def test_cache_of_a_token_is_told(tmp_path: Path) -> None:
-    """A layer of mla keeps a latent and one rotated key; one of gqa the keys and the values of its kv heads."""
+    """An mla layer caches a latent and one rotated key, a gqa layer keys and values of its kv heads."""
     assert "cache bytes per token in bfloat16: 16,640 (16.25 KiB) at 16 loops\n" in plan(preset("mythos_3b"))
     small = {"train__dtype": "float32", "model__prelude_layers": 2, "model__core_layers": 3, "depth__mean": 5.0}
     entries = 2 + 3 * 5 + 1
@@ -557,7 +557,7 @@ def test_number_of_processes_that_does_not_fit(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_activations")
 def test_no_process_group_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Nothing but the exchanges of Muon is read off processes.
+    # Only the exchanges of Muon need fake processes.
     config = tiny(tmp_path, parallel__mode="fsdp", optim__name="muon")
 
     def fails(*arguments: Any) -> Working:
@@ -571,7 +571,7 @@ def test_no_process_group_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         plan(config, 2)
     assert not dist.is_initialized()
     with fake_processes(2):
-        with pytest.raises(RuntimeError, match="before the processes meet"):
+        with pytest.raises(RuntimeError, match="plan before joining it"):
             plan(config, 2)
         assert dist.get_world_size() == 2
 

@@ -1,4 +1,4 @@
-"""The traffic counter against byte counts by hand."""
+"""The traffic counter against bytes counted by hand."""
 
 from collections.abc import Callable
 from typing import Any
@@ -37,7 +37,7 @@ OPERATIONS = {
     "nothing is written to an empty tensor": (lambda x, w: torch.empty_like(x), 0, 0, 0),
     "lookup reads rows, not the table": (
         lambda x, w: w.index_select(0, torch.zeros(N, dtype=torch.int64)),
-        2,  # zeros is one
+        2,  # torch.zeros is the other
         0,
         8 * N + (8 * N + 2 * FLOAT),
     ),
@@ -145,9 +145,9 @@ def test_planned_kernels_against_bytes_by_hand():
     assert [(kernel.extern, kernel.size) for kernel in kernels[False]] == [
         (False, 2 * size),  # exp reads x and writes its result
         (True, 2 * size + matrix),
-        (False, 2 * size),  # sigmoid and the factor in one
+        (False, 2 * size),  # sigmoid and the factor, fused
     ]
-    # Read beside the gradient: the product's result for sigmoid's, exp(x) for its own.
+    # sigmoid's backward kernel also reads the matmul's result, exp's reads exp(x).
     assert [(kernel.extern, kernel.size) for kernel in kernels[True]] == [
         (False, 3 * size),
         (True, 2 * size + matrix),
@@ -157,7 +157,7 @@ def test_planned_kernels_against_bytes_by_hand():
 
 @pytest.mark.parametrize("function", [_gating, _gating_backward, _sum_of_slots])
 def test_fused_functions_are_one_kernel(function):
-    """Which reads its arguments and writes its results once: what the counter takes them for."""
+    """Inductor plans one kernel that reads the arguments and writes the results once, as the counter assumes."""
     slots, hidden, chosen = 256, 64, 4
     half = {"dtype": torch.bfloat16}
     with FakeTensorMode():
