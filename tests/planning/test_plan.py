@@ -124,7 +124,7 @@ def test_units_add_up_and_shards_are_padded_to_equal_length(tmp_path: Path) -> N
 
 
 def read_off(config: Config, layout: Layout) -> tuple[int, int, int, list[Unit]]:
-    """Measure a model sharded by FSDP2: bytes of parameters, of whole parameters and of the optimizer, and its units."""
+    """Measure a model sharded by FSDP2: bytes of parameters, of whole ones, of the optimizer; and its units."""
 
     def local(tensors: list[Tensor]) -> int:
         return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)
