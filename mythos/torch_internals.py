@@ -1,7 +1,8 @@
 """The only module that uses torch's private interfaces, or public ones that differ between torch 2.11 and 2.14.
 
-Every entry says why it is needed, and what replaces it in a version of torch without it. All were run with torch
-2.11.0, 2.13.0 and 2.14.1 (docs/status.md). tests/test_torch_internals.py fails if another module uses a private name.
+Every entry says why it is needed, and what happens in a version of torch without it. A public function replaces it once
+all supported versions have one. All entries were run with torch 2.11.0, 2.13.0 and 2.14.1 (docs/status.md).
+tests/test_torch_internals.py fails if another module uses a private name.
 """
 
 import copy
