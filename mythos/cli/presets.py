@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> int:
 
 def preset_table() -> str:
     """Describe every preset in a line: dimensions, total parameters, and active parameters per token at one loop."""
-    from mythos.planning.estimate import count_parameters
+    from mythos.planning.flops import count_parameters
 
     rows = [("preset", "total", "active", "dim", "layers", "attention", "core", "loops", "context", "vocab")]
     for name in PRESETS:

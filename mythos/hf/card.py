@@ -10,7 +10,7 @@ from mythos.config.sections import Config
 from mythos.evaluation.validation import losses_by_depth
 from mythos.model.config import ModelConfig
 from mythos.model.halting import default_threshold
-from mythos.planning.estimate import count_parameters
+from mythos.planning.flops import count_parameters
 
 HEADER = """---
 library_name: transformers

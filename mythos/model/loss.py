@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from mythos.model import IGNORE_INDEX
 from mythos.model.layers import autocast_dtype, without_autocast
+from mythos.model.ops import device_choice
 from mythos.model.ops.matmul import multiply
 
 LOGIT_BYTES = {"cpu": 8 * 2**20, "cuda": 2 * 2**30}
@@ -19,7 +20,7 @@ speed, and few chunks, because each one reads and writes the whole gradient of t
 
 def chunks(rows: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
     """Slices of the rows, equally long but for the last: as many rows as LOGIT_BYTES allows, and at least 64."""
-    size = max(64, LOGIT_BYTES.get(device.type, LOGIT_BYTES["cuda"]) // (4 * vocabulary))
+    size = max(64, LOGIT_BYTES.get(device_choice.device_type(device), LOGIT_BYTES["cuda"]) // (4 * vocabulary))
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
 

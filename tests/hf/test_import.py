@@ -31,7 +31,7 @@ from mythos.model.cache import DecodeCache
 from mythos.model.config import ModelConfig
 from mythos.model.injection import DT_BOUNDS, LOG_A_BOUNDS
 from mythos.model.rdt import RecurrentDepthTransformer
-from mythos.planning.estimate import count_parameters
+from mythos.planning.flops import count_parameters
 from tests.hf.published import OURO, PARCAE, PUBLISHED, Published, published
 
 LENGTH = 9

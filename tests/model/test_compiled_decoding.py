@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mythos.benchmarks.timing import tensor_peak
 from mythos.generation.sampling import Sampling
 from mythos.generation.tokens import Continuation, generate
+from mythos.gpu_check.timed_steps import tensor_peak
 from mythos.model import rdt
 from mythos.model.cache import DecodeCache
 from mythos.model.halting import Convergence

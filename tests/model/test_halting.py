@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mythos.benchmarks.products import executed_flops
 from mythos.model.attention.context import attention_context
 from mythos.model.cache import DecodeCache
 from mythos.model.halting import ActHalting, HaltingGate, halting_rule
 from mythos.model.layers import initialize
 from mythos.model.rdt import RecurrentDepthTransformer
+from scripts.benchmarks.products import executed_flops
 
 Build = Callable[..., RecurrentDepthTransformer]
 DEPTHS, BACKPROP, LENGTH = [5, 3, 3, 1], 2, 9

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from mythos.benchmarks.products import executed_flops
 from mythos.model.attention.context import attention_context
 from mythos.model.injection import InitialInjection, LinearInjection, LTIInjection
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.model.state import initial_state
 from mythos.training.depth_schedule import DepthSchedule
+from scripts.benchmarks.products import executed_flops
 from tests.model.conftest import scrambled
 from tests.training.test_depth_schedule import config_with
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mythos.benchmarks.products import executed_flops
 from mythos.checkpoints.stored_model import open_model
 from mythos.config.loading import config_from_dict
 from mythos.errors import MythosError
@@ -25,7 +24,10 @@ from mythos.model.layers import Linear, zeros
 from mythos.model.moe import CoreFeedForward
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.model.registry import Contradiction, Registry
-from mythos.planning.estimate import Step, count_parameters, forward_flops, step_activations
+from mythos.planning.fake_step import Step
+from mythos.planning.flops import count_parameters, forward_flops
+from mythos.planning.memory import step_activations
+from scripts.benchmarks.products import executed_flops
 from tests.model.conftest import scrambled
 from tests.runs import settings
 from tests.trainers import run

@@ -44,8 +44,9 @@ Reasons and limits (file names are torch's):
   `mkldnn::_linear_pointwise` is one. It obeys `torch.backends.mkldnn`. Compiled blocks are left to the compiler.
 """
 
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -59,6 +60,30 @@ PRODUCTS_UP_TO = {torch.float32: 1024, torch.bfloat16: 4096}
 """Longest sequence, by type, for which batched matmuls are faster than SDPA in causal attention on a CPU."""
 TOKEN_BYTES = 2**23
 """Largest size of one token's expert matrices that a compiled graph multiplies by its own code on a CPU."""
+
+_simulating_gpu = False
+_call_fused: Callable[..., Any] | None = None
+
+
+@contextmanager
+def simulated_gpu(call_fused: Callable[..., Any] | None = None) -> Iterator[None]:
+    """Choose attention, float32 matmuls and sizes of logits for CPU tensors as if they were on a GPU.
+
+    `mythos.planning` traces a GPU's step with fake CPU tensors, because torch without CUDA cannot run a backward pass
+    over fake CUDA tensors. `call_fused(function, *arguments)` replaces the call of every function that a GPU fuses.
+    """
+    global _simulating_gpu, _call_fused
+    before = _simulating_gpu, _call_fused
+    _simulating_gpu, _call_fused = True, call_fused
+    try:
+        yield
+    finally:
+        _simulating_gpu, _call_fused = before
+
+
+def device_type(device: torch.device) -> str:
+    """The device's type; "cuda" for every device inside `simulated_gpu`."""
+    return "cuda" if _simulating_gpu else device.type
 
 
 def masks_documents_by_blocks(device: torch.device) -> bool:
@@ -88,6 +113,8 @@ def _compiled_flex_attention() -> Callable[..., Tensor]:
 
 def fused(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
     """An elementwise function for a device: compiled to one kernel on a GPU, unchanged elsewhere."""
+    if _call_fused is not None:
+        return partial(_call_fused, function)
     return _compiled(function) if device.type == "cuda" else function
 
 
@@ -112,18 +139,20 @@ def _sdpa_backend(device: torch.device, dtype: torch.dtype, dim: int, value_dim:
         return sdpa_backend(key, key, value)
 
 
-@torch.compiler.assume_constant_result
 def causal_by_products(device: torch.device, dtype: torch.dtype, length: int) -> bool:
     """Whether causal attention runs as batched matmuls (`causal_attention`) rather than by SDPA."""
-    if device.type != "cpu" or (dtype == torch.bfloat16 and _cpu().get("amx_bf16")):
-        return False
-    return length <= PRODUCTS_UP_TO.get(dtype, 0)
+    return device_type(device) == "cpu" and length <= _longest_by_products(dtype)
+
+
+@torch.compiler.assume_constant_result
+def _longest_by_products(dtype: torch.dtype) -> int:
+    return 0 if dtype == torch.bfloat16 and _cpu().get("amx_bf16") else PRODUCTS_UP_TO.get(dtype, 0)
 
 
 def float32_by_onednn(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether matmuls call oneDNN directly rather than the BLAS that torch calls."""
     return (
-        device.type == "cpu"
+        device_type(device) == "cpu"
         and dtype == torch.float32
         and not torch.compiler.is_compiling()
         and torch.backends.mkldnn.is_available()

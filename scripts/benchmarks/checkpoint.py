@@ -1,4 +1,4 @@
-"""What a checkpoint costs: how long training stands still for one, and how long saving and loading take."""
+"""Cost of a checkpoint: how long training waits for it, and how long saving and loading take."""
 
 import argparse
 import os
@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 
-from mythos.benchmarks.timing import most_resident_bytes, timed
 from mythos.checkpoints.checkpoint import Checkpoints, training_state
 from mythos.cli.common import check_least
 from mythos.config.presets import preset_config
 from mythos.config.sections import OptimConfig
 from mythos.distributed.ranks import Ranks
 from mythos.errors import MythosError
+from mythos.gpu_check.timed_steps import timed
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.training.optim import build_optimizer
+from scripts.benchmarks.timing import most_resident_bytes
 
 SAVES = 5
 
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Print every figure; return them."""
+    """Print and return all figures."""
     check_least(options, vocabulary=1)
     if options.directory is not None and not os.access(options.directory, os.W_OK):
         raise MythosError(f"--directory: got {options.directory}; give a folder that exists and can be written")
@@ -39,7 +40,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 class CheckpointBenchmark:
-    """Time that saving and loading take of training, and how a loop of small products slows while bytes are written."""
+    """Times saving and loading, and the slowdown of a loop of small matmuls during a save."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -51,7 +52,7 @@ class CheckpointBenchmark:
         print(f"{options.preset}: {count:,} parameters, with AdamW {size / 1e9:.2f} GB in {len(self.state)} tensors")
 
     def run(self) -> dict[str, Any]:
-        """Save, load and find, several times each."""
+        """Save, load and find checkpoints, several times each."""
         with tempfile.TemporaryDirectory(prefix="mythos-benchmark-", dir=self.options.directory) as directory:
             waiting, background = (
                 Checkpoints(f"{directory}/{name}", Ranks(), keep=1, keep_every=0, asynchronous=name == "background")
@@ -60,27 +61,29 @@ class CheckpointBenchmark:
             save = [wall_seconds(lambda: waiting.save(1, self.state, {})) for _ in range(SAVES)]
             stall, whole, pace, longest = [], [], [], []
             for _ in range(SAVES + 1):
-                alone = _products(lambda started: time.perf_counter() - started < 1)
+                alone = _matmuls(lambda started: time.perf_counter() - started < 1)
                 started = time.perf_counter()
                 stall.append(wall_seconds(lambda: background.save(1, self.state, {})))
-                beside = _products(lambda _: background.saving)
+                beside = _matmuls(lambda _: background.saving)
                 background.wait()
                 whole.append(time.perf_counter() - started)
                 pace.append(beside[0] / alone[0])
                 longest.append(beside[1])
             for tensor in self.state.values():
                 tensor.zero_()
-            load = [wall_seconds(lambda: background.load(background.newest, self.state)) for _ in range(SAVES)]
+            newest = background.newest
+            assert newest is not None
+            load = [wall_seconds(lambda: background.load(newest, self.state)) for _ in range(SAVES)]
             find = [wall_seconds(lambda: background.find("auto")) for _ in range(SAVES)]
         first, later = stall[0], statistics.median(stall[1:])
         share = later / statistics.median(save)
         print(f"save and wait: {_seconds(save)}")
         print(
-            f"save while training goes on: training stands still for {later:.3f} s, {share:.1%} of that "
-            f"(the first time, memory is allocated: {first:.3f} s); on disk after {_seconds(whole[1:])}"
+            f"save while training continues: training waits {later:.3f} s, {share:.1%} of that "
+            f"(the first save also allocates memory: {first:.3f} s); on disk after {_seconds(whole[1:])}"
         )
         print(
-            f"meanwhile: small products on the same cores at {statistics.median(pace[1:]):.0%} of their speed, "
+            f"meanwhile: small matmuls on the same cores at {statistics.median(pace[1:]):.0%} of their speed, "
             f"longest pause {1000 * max(longest[1:]):.0f} ms"
         )
         print(f"checksums at the start: {_seconds(find)}; load: {_seconds(load)}")
@@ -100,16 +103,16 @@ class CheckpointBenchmark:
 
 
 def wall_seconds(work: Callable[[], object]) -> float:
-    """How long something takes by the clock."""
+    """Wall time of the work."""
     return timed(work).wall
 
 
-def _products(going: Callable[[float], bool]) -> tuple[float, float]:
-    """Products of 128 x 128 matrices: how many a second, and the longest time between two, seconds."""
+def _matmuls(running: Callable[[float], bool]) -> tuple[float, float]:
+    """Matmuls of 128 x 128 matrices per second, and the longest time between two, seconds."""
     matrix = torch.randn(128, 128)
     started = last = time.perf_counter()
     count, longest = 0, 0.0
-    while going(started):
+    while running(started):
         matrix @ matrix
         count += 1
         now = time.perf_counter()

@@ -1,25 +1,27 @@
-"""The package open-mythos beside this one: the same sizes, its own training step and its own generation."""
+"""The package open-mythos for comparison: the same sizes, its own training step and its own generation."""
 
 import importlib
 import sys
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mythos.benchmarks.timing import Memory, peak_memory, resident_bytes, tensor_bytes, tensor_peak
 from mythos.config.sections import Config
 from mythos.distributed.parallel import choose_dtype
 from mythos.errors import MythosError
+from mythos.gpu_check.timed_steps import tensor_bytes, tensor_peak
 from mythos.model.config import ModelConfig
+from scripts.benchmarks.timing import Memory, peak_memory, resident_bytes
 
 LR = 3e-4
 CLIP = 1.0
 
 
 def package() -> ModuleType:
-    """The installed package. Raises MythosError where it cannot be imported."""
+    """Import the package's main module. Raises MythosError if that fails."""
     try:
         return importlib.import_module("open_mythos.main")
     except ImportError as error:
@@ -30,9 +32,9 @@ def package() -> ModuleType:
 
 
 def check_sizes(config: ModelConfig) -> None:
-    """Raise MythosError naming every field that has a value which the package has no equal of."""
+    """Raise MythosError that lists all fields whose values the package does not support."""
     dense = config.dim * 4 // 3
-    wanted: dict[str, tuple[bool, str]] = {
+    rules: dict[str, tuple[bool, str]] = {
         "core_layers": (config.core_layers == 1, "1"),
         "core_ffn": (config.core_ffn == "moe", "moe"),
         "injection": (config.injection == "lti", "lti"),
@@ -51,7 +53,7 @@ def check_sizes(config: ModelConfig) -> None:
     }
     lines = [
         f"model.{name}: got {str(getattr(config, name)).lower()}; open-mythos has {rule}"
-        for name, (fits, rule) in wanted.items()
+        for name, (fits, rule) in rules.items()
         if not fits
     ]
     if lines:
@@ -59,10 +61,10 @@ def check_sizes(config: ModelConfig) -> None:
 
 
 def build(config: ModelConfig, length: int, loops: int) -> nn.Module:
-    """Its model in the sizes of ours, for sequences of up to `length` tokens.
+    """Build its model in the sizes of ours, for sequences of up to `length` tokens.
 
-    Its halting ends the loop early once every position has halted. With the threshold at infinity none ever does, and
-    all loops run, at the same cost each.
+    Its loop ends early once every position has halted. With the threshold at infinity no position halts, so all loops
+    run, at the same cost each.
     """
     check_sizes(config)
     module = package()
@@ -95,9 +97,9 @@ def build(config: ModelConfig, length: int, loops: int) -> nn.Module:
 
 
 class Steps:
-    """Its training step, as its own script makes it: autocast, mean cross-entropy, clipping, fused AdamW.
+    """Its training step, as in its own script: autocast, mean cross-entropy, clipping, fused AdamW.
 
-    That script accumulates micro-batches in one process as we do, and all of its loops carry gradient.
+    Like ours, that script accumulates micro-batches in one process. All of its loops carry gradient.
     """
 
     def __init__(self, config: Config) -> None:
@@ -116,7 +118,7 @@ class Steps:
         self.micro_batches = ids.split(micro)
 
     def __call__(self) -> None:
-        """One step."""
+        """Run one step."""
         self.optimizer.zero_grad()
         for ids in self.micro_batches:
             self.loss(ids).backward()
@@ -124,33 +126,33 @@ class Steps:
         self.optimizer.step()
 
     def loss(self, ids: Tensor) -> Tensor:
-        """Mean over the targets of a micro-batch, as a share of the step's."""
+        """Mean loss of a micro-batch, divided by the number of micro-batches."""
         with torch.autocast("cpu", dtype=self.dtype, enabled=self.dtype != torch.float32):
             logits = self.model(ids[:, :-1], n_loops=self.loops)
             mean = F.cross_entropy(logits.view(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
         return mean / len(self.micro_batches)
 
     def held_bytes(self) -> int:
-        """Bytes of the tensors that exist between steps: weights, buffers, moments."""
+        """Bytes of the tensors that exist between steps: weights, buffers, optimizer state."""
         moments = [value for state in self.optimizer.state.values() for value in state.values()]
         return tensor_bytes([*self.model.parameters(), *self.model.buffers(), *moments])
 
 
 def memory_of_steps(config: Config) -> Memory:
-    """What a process that trains with it needs; to be called in one of its own."""
-    package()  # its imports count as such
+    """Measure the memory of a process that trains with it; call it in a fresh process."""
+    package()  # count its imports as imports
     start = resident_bytes()
     steps = Steps(config)
     memory = peak_memory(torch.device("cpu"), start, steps)
-    steps.optimizer.zero_grad()  # the next step would do so, which the record of what it frees would miss
+    steps.optimizer.zero_grad()  # otherwise the next step frees gradients that its record does not contain
     return memory._replace(tensors=steps.held_bytes() + tensor_peak(steps))
 
 
 class Decoder:
-    """Its generation, greedy as ours: of the one most likely token it draws one."""
+    """Its generation, greedy like ours: top-1 sampling."""
 
     def __init__(self, config: ModelConfig, length: int, loops: int, dtype: torch.dtype) -> None:
-        self.model = build(config, length, loops).eval()
+        self.model: Any = build(config, length, loops).eval()
         self.loops, self.dtype = loops, dtype
 
     def __call__(self, prompts: Tensor, tokens: int) -> None:

@@ -1,13 +1,13 @@
-"""Kernels and memory traffic of a training step on a GPU beside its matrix products, counted over fake tensors."""
+"""Kernels and memory traffic of a training step on a GPU beside its matmuls, counted over fake tensors."""
 
 import argparse
 from dataclasses import asdict
 from typing import Any
 
-from mythos.benchmarks.steps import configuration
-from mythos.benchmarks.timing import print_table
 from mythos.cli.common import check_least
 from mythos.planning.traffic import Traffic, compiled_pass_traffic, step_traffic
+from scripts.benchmarks.steps import configuration
+from scripts.benchmarks.timing import print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Print the table; return the figures. Nothing is measured: the counts are the same on every machine."""
+    """Print the table; return the figures. Nothing is timed, so the counts are the same on every machine."""
     check_least(options, rows=1, length=1)
     config = configuration(options.config, options.overrides)
     checkpointing = config.parallel.activation_checkpointing

@@ -1,4 +1,4 @@
-"""A training step by part of the model, forward and backward, and the operators beside its matrix products."""
+"""Time of a training step by part of the model, forward and backward, and by operator."""
 
 import argparse
 import statistics
@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch.autograd.profiler_util import FunctionEvent
 
-from mythos.benchmarks.steps import Steps, configuration
-from mythos.benchmarks.timing import in_turns, print_table
-from mythos.benchmarks.train import describe
 from mythos.cli.common import check_least
 from mythos.errors import MythosError
+from mythos.gpu_check.timed_steps import Steps
+from scripts.benchmarks.steps import configuration
+from scripts.benchmarks.timing import in_turns, print_table
+from scripts.benchmarks.train import describe
 
 MARK = "part: "
 
@@ -22,7 +23,7 @@ PARTS = {
     "GroupedQueryAttention": "attention",
     "MultiHeadLatentAttention": "attention",
     "Router": "experts: router",
-    "MixtureOfExperts": "experts: ",  # and what the operator is for
+    "MixtureOfExperts": "experts: ",  # followed by a key of DISPATCH
     "SwiGLU": "dense and shared feed-forward",
     "SquaredReLU": "dense and shared feed-forward",
     "RMSNorm": "norms",
@@ -36,13 +37,13 @@ PARTS = {
     "HaltingGate": "halting",
     "ActHalting": "halting",
 }
-"""Modules by class: what they do is counted for the innermost, and what is in none for the rest of the model."""
+"""Parts by class of module. Time counts for the innermost module listed here, else for the rest of the model."""
 
 METHODS = {"combine": "injection"}
-"""Methods that are no modules of their own."""
+"""Parts by name of methods that are not modules."""
 
 FUNCTIONS = {"_SummedCrossEntropy": "head and loss", "_RunExperts": "experts: ", "_Parameters": "experts: "}
-"""Functions with gradients of their own, by the names that traces know them by."""
+"""Parts by name of autograd functions, as traces show them."""
 
 REST = "rest of the model"
 OUTSIDE = "clipping, measurements, accumulation"
@@ -55,10 +56,10 @@ DISPATCH = {
     "casts": ("to", "_to_copy", "copy_", "float"),
     "concatenation": ("cat",),
 }
-"""What an operator of the experts is for, by the beginning of its name; anything else is gating."""
+"""Purpose of the experts' operators, by the beginning of their names; all others are gating."""
 
 OPERATORS = ("aten::", "mkldnn::")
-"""Whose own time is told; that of others is between operators."""
+"""Operators whose own time is shown; other time is between operators."""
 PRODUCTS = (
     *(f"aten::{name}" for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "_grouped_mm")),
     "mkldnn::_linear_pointwise",
@@ -82,7 +83,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         raise MythosError("train.compile: got true; compiled blocks cannot be taken apart: set it to false")
     with Steps(config) as steps:
         if steps.device.type != "cpu":
-            raise MythosError("model: it tells CPU time; set train.device=cpu, or trace a run with train.profile.steps")
+            raise MythosError("model: measures CPU time; set train.device=cpu, or trace a run with train.profile.steps")
         print(describe(steps))
         plain = in_turns({"step": steps}, options.repeats)["step"]
         with marked(steps):
@@ -90,12 +91,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             traces = [trace(steps) for _ in range(options.repeats)]
     cells = median_of([by_part(events) for events in traces])
     total = sum(cells.values())
-    # A trace tells time by the clock, which waits for other processes as well, and tracing takes time: what counts is
-    # how the time is shared out.
+    # A trace contains wall time, which includes other processes and tracing itself. So only the shares are used, of the
+    # CPU time of a step that is not traced.
     cells = {cell: seconds / total * plain.median for cell, seconds in cells.items()}
     parts, operators = added_up(cells, 0), added_up(cells, 1)
 
-    print(f"a step takes {plain.median:.3f} CPU s ({plain.best:.3f} at best), shared out as in a trace of it:")
+    print(f"a step takes {plain.median:.3f} CPU s ({plain.best:.3f} at best), divided as in a trace of it:")
     print_table(
         ["part", "CPU ms", "share", "mostly"],
         [[part, f"{1000 * s:,.1f}", f"{s / plain.median:.1%}", mostly(cells, part)] for part, s in parts.items()],
@@ -109,7 +110,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         if name not in PRODUCTS and not name.startswith(FUSED_ATTENTION)
     }
     print(
-        f"\nmatrix products {products / plain.median:.1%}, fused attention {attention / plain.median:.1%}, "
+        f"\nmatmuls {products / plain.median:.1%}, fused attention {attention / plain.median:.1%}, "
         f"everything else {sum(others.values()) / plain.median:.1%}:"
     )
     named = list(others.items())[: options.operators]
@@ -125,7 +126,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def added_up(cells: dict[tuple[str, str], float], key: int) -> dict[str, float]:
-    """Seconds by part (key 0) or by operator (1), most first."""
+    """Seconds by part (key 0) or by operator (1), in descending order."""
     sums: dict[str, float] = defaultdict(float)
     for cell, seconds in cells.items():
         sums[cell[key]] += seconds
@@ -133,12 +134,12 @@ def added_up(cells: dict[tuple[str, str], float], key: int) -> dict[str, float]:
 
 
 def of_part(cells: dict[tuple[str, str], float], part: str) -> dict[str, float]:
-    """Seconds by operator of one part, most first."""
+    """Seconds of one part by operator, in descending order."""
     return added_up({cell: seconds for cell, seconds in cells.items() if cell[0] == part}, 1)
 
 
 def mostly(cells: dict[tuple[str, str], float], part: str) -> str:
-    """The three operators that take most of a part."""
+    """The three operators that take most of a part's time."""
     operators = of_part(cells, part)
     total = sum(operators.values())
     named = [(shortened(name), seconds / total) for name, seconds in list(operators.items())[:3]]
@@ -146,7 +147,7 @@ def mostly(cells: dict[tuple[str, str], float], part: str) -> str:
 
 
 def shortened(operator: str) -> str:
-    """An operator's name for a narrow table."""
+    """Shorten an operator's name."""
     if operator.startswith(FUSED_ATTENTION):
         return "fused attention" + " backward" * operator.endswith("_backward")
     return operator.removeprefix("aten::")
@@ -154,9 +155,10 @@ def shortened(operator: str) -> str:
 
 @contextmanager
 def marked(steps: Steps) -> Iterator[None]:
-    """Mark in traces which part of the model works."""
+    """Record in traces which part of the model is running."""
     model, optimizer = steps.trainer.model, steps.trainer.optimizer
-    handles, wrapped = [], []
+    handles = []
+    wrapped: list[tuple[Any, str, str]] = []
     open_marks: list[Any] = []
 
     def begin(name: str) -> Callable[..., None]:
@@ -190,7 +192,7 @@ def marked(steps: Steps) -> Iterator[None]:
 
 
 def marking(method: Callable[..., Any], part: str) -> Callable[..., Any]:
-    """The method, its work marked as that of a part."""
+    """The method, recorded in traces as a part."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with torch.profiler.record_function(MARK + part):
@@ -200,19 +202,19 @@ def marking(method: Callable[..., Any], part: str) -> Callable[..., Any]:
 
 
 def trace(work: Callable[[], object]) -> list[FunctionEvent]:
-    """The events of a run."""
+    """Trace the work; returns its events."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         work()
     return [event for event in profile.events() if event.name != "[memory]"]
 
 
 def by_part(events: list[FunctionEvent]) -> dict[tuple[str, str], float]:
-    """Seconds by part and operator, the part's backward pass included; `python and autograd` is between operators."""
+    """Seconds by part and operator, backward passes included; `python and autograd` is time between operators."""
     creator: dict[int, tuple[float, str]] = {}
     for event in events:
         if event.sequence_nr < 0 or backward_node(event) is not None:
             continue
-        # Operators that make no node of the graph see the number of the next one; who came last has made it.
+        # Operators that create no autograd node carry the number of the next node, so the last operator created it.
         start = event.time_range.start
         if event.sequence_nr not in creator or start >= creator[event.sequence_nr][0]:
             creator[event.sequence_nr] = (start, part_of(event) or OUTSIDE)
@@ -230,7 +232,7 @@ def by_part(events: list[FunctionEvent]) -> dict[tuple[str, str], float]:
 
 
 def ancestors(event: FunctionEvent) -> Iterator[FunctionEvent]:
-    """The event, what called it, and so on."""
+    """The event, its caller, and so on outwards."""
     current: FunctionEvent | None = event
     while current is not None:
         yield current
@@ -238,7 +240,7 @@ def ancestors(event: FunctionEvent) -> Iterator[FunctionEvent]:
 
 
 def part_of(event: FunctionEvent) -> str | None:
-    """The innermost mark around an event; also of a forward pass that is made again in the backward pass."""
+    """The innermost part around an event, also in a forward pass that the backward pass recomputes."""
     for above in ancestors(event):
         if above.name.startswith(MARK):
             return above.name.removeprefix(MARK)
@@ -248,18 +250,18 @@ def part_of(event: FunctionEvent) -> str | None:
 
 
 def backward_node(event: FunctionEvent) -> FunctionEvent | None:
-    """The node of the backward pass that an event belongs to."""
+    """The autograd node whose backward pass contains an event; None outside backward passes."""
     return next((above for above in ancestors(event) if above.name.startswith("autograd::engine::evaluate")), None)
 
 
 def purpose(event: FunctionEvent) -> str:
-    """What an operator of the experts is for."""
+    """The purpose of an operator of the experts, by DISPATCH."""
     called = [above.name for above in ancestors(event) if above.name.startswith(OPERATORS)]
     name = called[-1].partition("::")[2] if called else ""
     return next((what for what, starts in DISPATCH.items() if name.startswith(starts)), "gating and the rest")
 
 
 def median_of(tables: list[dict[tuple[str, str], float]]) -> dict[tuple[str, str], float]:
-    """Medians by part and operator, 0 where a table lacks one."""
+    """Medians by part and operator; a missing value counts as 0."""
     cells = {cell for table in tables for cell in table}
     return {cell: statistics.median(table.get(cell, 0.0) for table in tables) for cell in cells}

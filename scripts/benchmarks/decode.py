@@ -8,12 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mythos.benchmarks import open_mythos
-from mythos.benchmarks.steps import configuration
-from mythos.benchmarks.timing import (
+from mythos.checkpoints.stored_model import open_model
+from mythos.cli.common import check_least, whole_numbers
+from mythos.errors import MythosError
+from mythos.generation.sampling import Sampling
+from mythos.generation.tokens import Generation, generate
+from mythos.gpu_check.timed_steps import Work
+from mythos.model.config import HALTING_RULES, ModelConfig
+from mythos.model.halting import HaltingRule, default_threshold, halting_rule
+from mythos.model.rdt import RecurrentDepthTransformer
+from scripts.benchmarks import open_mythos
+from scripts.benchmarks.steps import configuration
+from scripts.benchmarks.timing import (
     Memory,
     Ratio,
-    Work,
     in_fresh_process,
     in_turns,
     mebibytes,
@@ -21,17 +29,9 @@ from mythos.benchmarks.timing import (
     print_table,
     resident_bytes,
 )
-from mythos.checkpoints.stored_model import open_model
-from mythos.cli.common import check_least, whole_numbers
-from mythos.errors import MythosError
-from mythos.generation.sampling import Sampling
-from mythos.generation.tokens import Generation, generate
-from mythos.model.config import HALTING_RULES, ModelConfig
-from mythos.model.halting import HaltingRule, default_threshold, halting_rule
-from mythos.model.rdt import RecurrentDepthTransformer
 
 PROMPT = 64
-"""Tokens of a prompt that decoding starts from."""
+"""Tokens of a prompt."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Print the table; return the figures."""
+    """Print a table; return the figures."""
     check_least(options, repeats=1, tokens=1)
     batches = whole_numbers("--batch", options.batch)
     if Path(options.config).is_dir():
@@ -83,12 +83,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def untrained(config: ModelConfig) -> RecurrentDepthTransformer:
-    """A model to time, whatever it says."""
+    """A model with random weights, to be timed."""
     return RecurrentDepthTransformer(config).initialize(0).eval()
 
 
 def halting_rules(model: RecurrentDepthTransformer, name: str | None, trained: bool) -> dict[str, HaltingRule | None]:
-    """All loops, and thresholds of a rule: that named, or a trained model's own. Raises MythosError for others."""
+    """Rules to compare: all loops, and several thresholds of the named rule or of a trained model's own.
+
+    Raises MythosError for an unknown rule, and for one that the model cannot use.
+    """
     rules: dict[str, HaltingRule | None] = {"all loops": None}
     rule = name or (model.config.halting if trained else "none")
     if rule == "none":
@@ -105,7 +108,7 @@ def halting_rules(model: RecurrentDepthTransformer, name: str | None, trained: b
 
 
 def prompts_of(vocabulary: int, batch: int) -> Tensor:
-    """Random ids: what is decoded after them is as good as any for the time, and for most rules no easier."""
+    """Random ids (batch, PROMPT): time does not depend on them, and most halting rules find them no easier."""
     return torch.randint(vocabulary, (batch, PROMPT), generator=torch.Generator().manual_seed(0))
 
 
@@ -131,11 +134,13 @@ def table(
     rules: dict[str, HaltingRule | None],
     options: argparse.Namespace,
 ) -> list[dict[str, Any]]:
-    """Rules in turns, and each one's ratio to all loops in the same turn."""
-    made: dict[str, Generation] = {}
+    """Time the rules in turns; ratios compare each rule with all loops in the same turn."""
+    generations: dict[str, Generation] = {}
 
     def work(name: str, rule: HaltingRule | None, compiled: bool = False) -> Work:
-        return lambda: made.update({name: decode(model, batch, options.tokens, loops, rule, options.dtype, compiled)})
+        return lambda: generations.update(
+            {name: decode(model, batch, options.tokens, loops, rule, options.dtype, compiled)}
+        )
 
     works = {name: work(name, rule) for name, rule in rules.items()}
     if options.compile:
@@ -151,9 +156,9 @@ def table(
             **times.record(),
             "tokens_per_cpu_second": batch * options.tokens / times.median,
             "tokens_per_second": batch * options.tokens / times.wall,
-            "loops": statistics.mean(count for row in made[name].rows for count in row.loops),
+            "loops": statistics.mean(count for row in generations[name].rows for count in row.loops),
             "speed_ratio": ratio._asdict(),
-            "cache_bytes": made[name].cache_bytes,
+            "cache_bytes": generations[name].cache_bytes,
         })  # fmt: skip
     print_table(
         [f"{loops} loops, {batch} rows", "tokens/CPU s", "tokens/s", "loops", "speed", "cache"],
@@ -167,7 +172,7 @@ def table(
 
 
 def against(model: RecurrentDepthTransformer, loops: int, batch: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Our decoding and the other package's in turns, all loops in both, then each one's memory."""
+    """Time our decoding and the other package's in turns, with all loops, then measure the memory of each."""
     tokens, config = options.tokens, model.config
     theirs = open_mythos.Decoder(config, PROMPT + tokens, loops, DTYPES[options.dtype])
     prompts = prompts_of(int(config.vocab_size), batch)
@@ -201,13 +206,13 @@ def against(model: RecurrentDepthTransformer, loops: int, batch: int, options: a
 
 
 def memory_of_decoding(name: str, config: ModelConfig, batch: int, tokens: int, loops: int, dtype: str) -> Memory:
-    """What a process that decodes needs; to be called in one of its own."""
+    """Measure the memory of a decoding process; call it in a fresh process."""
     device = torch.device("cpu")
     if name != "open-mythos":
         start, compiled = resident_bytes(), name == "compiled"
         model = untrained(config)
         return peak_memory(device, start, lambda: decode(model, batch, tokens, loops, None, dtype, compiled), runs=1)
-    open_mythos.package()  # its imports count as such
+    open_mythos.package()  # count its imports as imports
     start = resident_bytes()
     theirs = open_mythos.Decoder(config, PROMPT + tokens, loops, DTYPES[dtype])
     prompts = prompts_of(int(config.vocab_size), batch)

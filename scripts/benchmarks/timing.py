@@ -1,4 +1,4 @@
-"""What the benchmarks share: pinned cores, two clocks, turns, memory of a fresh process, tables and JSON."""
+"""Shared by all benchmarks: pinning to cores, timing in turns, memory of a fresh process, tables and JSON."""
 
 import gc
 import json
@@ -8,7 +8,6 @@ import platform
 import resource
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -18,38 +17,28 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from mythos.errors import MythosError
+from mythos.gpu_check.timed_steps import Seconds, Work, timed
 from mythos.progress import progress_bar
 
 T = TypeVar("T")
-Work = Callable[[], object]
 
 WARM_UP = 2
-"""Untimed runs before the first turn: allocators, caches and lazily built kernels are then as they stay."""
-
-
+"""Untimed runs before the first turn, which fill allocators and caches and build kernels."""
 NO_MEMORY = "the process that is measured died, most likely for lack of memory: give a smaller model or batch"
 
 
-class Seconds(NamedTuple):
-    """What one run took."""
-
-    cpu: float
-    """Of all threads of this process."""
-    wall: float
-
-
 class Timings:
-    """The runs of one thing, in the order of the turns."""
+    """The timed runs of one piece of work, one per turn."""
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.runs: list[Seconds] = []
-        # On a CPU other processes take turns on the core, which the clock on the wall counts and CPU time does not. A
-        # GPU works while the CPU has only sent it there.
+        # On a CPU wall time includes other processes on the same core, CPU time does not. On a GPU CPU time is only the
+        # time for launches.
         self.unit = "wall" if device is not None and device.type == "cuda" else "cpu"
 
     @property
     def costs(self) -> list[float]:
-        """Seconds of each run that count: of the CPU, or on the wall where the device is a GPU."""
+        """Seconds of each run: CPU time, or wall time on a GPU."""
         return [getattr(run, self.unit) for run in self.runs]
 
     @property
@@ -59,16 +48,16 @@ class Timings:
 
     @property
     def best(self) -> float:
-        """Least of :attr:`costs`."""
+        """Minimum of :attr:`costs`."""
         return min(self.costs)
 
     @property
     def wall(self) -> float:
-        """Median seconds on the wall."""
+        """Median wall time."""
         return statistics.median(run.wall for run in self.runs)
 
     def record(self) -> dict[str, Any]:
-        """Median, best and number of runs by both clocks, for JSON."""
+        """Median, best and number of runs for both clocks, for JSON."""
         clocks = {"cpu_seconds": [run.cpu for run in self.runs], "wall_seconds": [run.wall for run in self.runs]}
         return {
             name: {"median": statistics.median(values), "best": min(values), "runs": len(values)}
@@ -77,7 +66,7 @@ class Timings:
 
 
 class Ratio(NamedTuple):
-    """How many times as much one thing took as another, both measured in every turn."""
+    """Ratio of the costs of two pieces of work that were both timed in every turn."""
 
     median: float
     low: float
@@ -85,7 +74,7 @@ class Ratio(NamedTuple):
 
     @classmethod
     def of(cls, above: Timings, below: Timings) -> "Ratio":
-        """Ratios turn by turn: what slows the machine for a while slows both."""
+        """Take the ratio of each turn, in which both ran under the same load."""
         ratios = [one / other for one, other in zip(above.costs, below.costs, strict=True)]
         return cls(statistics.median(ratios), min(ratios), max(ratios))
 
@@ -93,31 +82,20 @@ class Ratio(NamedTuple):
         return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
 
 
-def timed(work: Work, device: torch.device | None = None) -> Seconds:
-    """Run something once, and on a GPU wait for its end."""
-    cuda = device is not None and device.type == "cuda"
-    if cuda:
-        torch.cuda.synchronize(device)
-    wall, cpu = time.perf_counter(), time.process_time()
-    work()
-    if cuda:
-        torch.cuda.synchronize(device)
-    return Seconds(time.process_time() - cpu, time.perf_counter() - wall)
-
-
 class OwnProcess:
-    """A work that takes its turns in a process of its own, where nothing of the other works' lies in its way.
+    """Work that takes its turns in a separate process, so that other works do not share its memory.
 
-    It inherits the cores and threads of this one. `make(*arguments)`, of a module, gives the work there.
+    The process inherits the cores and threads of this one. There the work is created by `make(*arguments)`, where
+    `make` is a function of a module.
     """
 
     def __init__(self, make: Callable[..., Work], *arguments: Any) -> None:
         self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-        self._ask(_begin, torch.get_num_threads(), make, arguments)
+        self._ask(_create, torch.get_num_threads(), make, arguments)
 
     def timed(self) -> Seconds:
-        """Run it once."""
-        return self._ask(_run_begun)
+        """Run the work once."""
+        return self._ask(_run_created)
 
     def _ask(self, function: Callable[..., T], *arguments: Any) -> T:
         try:
@@ -132,27 +110,28 @@ class OwnProcess:
         self.pool.shutdown()
 
 
-_begun: list[Work] = []
+_created: list[Work] = []
 
 
-def _begin(threads: int, make: Callable[..., Work], arguments: tuple[Any, ...]) -> None:
+def _create(threads: int, make: Callable[..., Work], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(threads)
-    _begun.append(make(*arguments))
+    _created.append(make(*arguments))
 
 
-def _run_begun() -> Seconds:
+def _run_created() -> Seconds:
     gc.collect()
-    return timed(_begun[0])
+    return timed(_created[0])
 
 
 def in_turns(
     works: Mapping[str, Work | OwnProcess], repeats: int, device: torch.device | None = None, warm_up: int = WARM_UP
 ) -> dict[str, Timings]:
-    """Run every work once a turn, A B A B, for `repeats` turns, and tell what each took."""
+    """Time every work once per turn (A B A B ...) for `repeats` turns."""
     timings = {name: Timings(device) for name in works}
+    bar: Any
     with progress_bar(total=len(works) * (repeats + warm_up), unit="run", desc="measuring", leave=False) as bar:
         for turn in range(-warm_up, repeats):
-            gc.collect()  # here, and not in the middle of a run
+            gc.collect()  # so that it does not happen during a run
             for name, work in works.items():
                 seconds = work.timed() if isinstance(work, OwnProcess) else timed(work, device)
                 bar.update()
@@ -162,7 +141,7 @@ def in_turns(
 
 
 def pin(cores: Sequence[int]) -> None:
-    """Let this process run on these cores only, with a thread of torch on each.
+    """Restrict this process to these cores, with one thread of torch for each.
 
     Raises MythosError for cores that this process may not use.
     """
@@ -182,7 +161,7 @@ def usable_cores() -> list[int]:
 
 
 def core_numbers(text: str) -> list[int]:
-    """Parse 0,2 as numbers of cores. Raises MythosError for anything else."""
+    """Parse a list of cores such as 0,2. Raises MythosError for anything else."""
     parts = text.split(",")
     if not all(part.isdecimal() for part in parts):
         raise MythosError(f"--cores: got {text!r}; give numbers of cores, e.g. 0 or 0,1; allowed: "
@@ -195,9 +174,9 @@ def _listed(cores: Iterable[int]) -> str:
 
 
 def in_fresh_process(work: Callable[..., T], *arguments: Any) -> T:
-    """What a function of a module returns in a process of its own, which inherits the cores and threads of this one.
+    """Call a function of a module in a new process, which inherits the cores and threads of this one.
 
-    Raises MythosError where the process dies, for instance for lack of memory.
+    Raises MythosError if the process dies, for instance for lack of memory.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
@@ -212,19 +191,19 @@ def _run_alone(work: Callable[..., T], threads: int, *arguments: Any) -> T:
 
 
 class Memory(NamedTuple):
-    """What a process needed, in bytes."""
+    """Memory of a process, in bytes."""
 
     start: int
-    """Resident before the work: Python and its packages."""
+    """Resident memory before the work: Python and its packages. 0 on a GPU."""
     peak: int
-    """Most that was resident (on a GPU: most that was allocated on it, and `start` is 0)."""
+    """Peak of resident memory, or of memory allocated on a GPU."""
     tensors: int | None
-    """Most that tensors held at one moment of the last run, from the allocator's own record: exact and repeatable,
-    where the resident size depends on how the C library returns pages. None if it was not recorded."""
+    """Peak of tensor memory in one run, from the allocator's record. It is exact and repeatable, while resident memory
+    depends on when the C library returns pages. None if it was not recorded."""
 
 
 def peak_memory(device: torch.device, start: int, work: Work, runs: int = 3) -> Memory:
-    """Run something, and tell the most this process has held so far; `start` is what was resident before it."""
+    """Run the work and measure the peak memory of this process; `start` is its resident memory before."""
     for _ in range(runs):
         work()
     if device.type == "cuda":
@@ -233,13 +212,13 @@ def peak_memory(device: torch.device, start: int, work: Work, runs: int = 3) -> 
 
 
 def resident_bytes() -> int:
-    """What this process holds in memory now."""
+    """Resident memory of this process now."""
     return _status("VmRSS") or _greatest_size()
 
 
 def most_resident_bytes() -> int:
-    """Most that this process has held in memory so far."""
-    # Not what getrusage says, where there is something else: that begins with the size of the process that started it.
+    """Peak of the resident memory of this process so far."""
+    # Prefer /proc to getrusage, whose peak starts at the size of the parent process.
     return _status("VmHWM") or _greatest_size()
 
 
@@ -255,32 +234,13 @@ def _greatest_size() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def tensor_peak(work: Work) -> int:
-    """Most bytes by which the CPU tensors that exist grow at any moment of a run, as torch's allocator counts them."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as trace:
-        work()
-    results = trace.profiler.kineto_results  # type: ignore[union-attr]
-    changes = sorted((event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]")
-    held = peak = 0
-    for _, change in changes:
-        held += change
-        peak = max(peak, held)
-    return peak
-
-
-def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """What tensors hold, shared storage counted once."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
-
-
 def mebibytes(size: int | None) -> str:
-    """For tables."""
+    """A size for tables; - if it is unknown."""
     return "-" if size is None else f"{size / 2**20:,.0f} MiB"
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], words: Sequence[str] = ()) -> None:
-    """Print columns; the first and those named in `words` to the left, numbers to the right."""
+    """Print a table; the first column and those named in `words` are left-aligned, others right-aligned."""
     lines = [list(header), *map(list, rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     to_left = [place == 0 or title in words for place, title in enumerate(header)]
@@ -290,7 +250,7 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], words: Seq
 
 
 def machine() -> dict[str, Any]:
-    """What figures depend on: processor, cores in use, versions, load."""
+    """The machine that figures depend on: processor, cores in use, versions, load."""
     capabilities = torch.cpu.get_capabilities()
     return {
         "processor": _processor(),
@@ -316,13 +276,13 @@ def _processor() -> str:
 
 
 def write_report(path: Path, what: str, arguments: Sequence[str], results: Mapping[str, Any]) -> None:
-    """Write a benchmark's figures with the machine they are from, to a file that :func:`check_writable` let pass."""
+    """Write a benchmark's figures and the machine to a file that :func:`check_writable` has accepted."""
     report = {"benchmark": what, "arguments": list(arguments), "machine": machine(), "results": results}
     path.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def check_writable(path: Path) -> None:
-    """Raise MythosError, before minutes are spent, where a report could not be written."""
+    """Raise MythosError if a report cannot be written, before minutes are spent on measuring."""
     problem = "it is a folder" if path.is_dir() else ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Matrix products of a step: their FLOPs, and how fast the machine makes the same ones alone."""
+"""The matmuls of a step: their FLOPs, and how fast the machine runs the same matmuls alone."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -22,49 +22,49 @@ from mythos.torch_internals import (
 aten = torch.ops.aten
 
 GROUPED = (GROUPED_MM, torch.ops.mythos.grouped_product, torch.ops.mythos.grouped_outer)
-"""Products of the experts: torch's, and operators of our own that are its loop on a CPU."""
+"""Grouped matmuls: torch's, and our operators, which loop over groups on a CPU."""
 
 GEMMS = (aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm, aten.baddbmm_, ONEDNN_LINEAR, *GROUPED)
-"""What the roofline is made of. Fused attention is not: it is products and a softmax in one."""
+"""Matmuls of the roofline. Fused attention is not among them, because it includes a softmax."""
 
 ATTENTION = (
     torch.ops.mythos.causal_attention,
     torch.ops.mythos.causal_attention_backward,
     *FUSED_ATTENTION,
 )
-"""Ours, which is always causal, and torch's."""
+"""Fused attention: ours, which is always causal, and torch's."""
 
 
 class Flops(NamedTuple):
-    """FLOPs of the products that were executed, two per multiply-add."""
+    """Executed FLOPs of matmuls, two per multiply-add."""
 
     gemms: int
     """Of :data:`GEMMS`."""
     attention: int
-    """Of attention: the causal half where it is causal, padding of heads included."""
+    """Attention: the causal half if it is causal, padding of heads included."""
     recomputed: int
-    """Part of `attention`: scores that its backward pass makes again, instead of reading them from memory."""
+    """Part of `attention`: scores that its backward pass computes again instead of reading them from memory."""
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The sum of `gemms` and `attention`."""
         return self.gemms + self.attention
 
 
 def executed_flops(work: Callable[[], object]) -> Flops:
-    """Count what a run executes."""
+    """Count the FLOPs that the work executes."""
     recomputed = 0
 
     def attention(operator: Any) -> Callable[..., int]:
         def count(*args: Any, **kwargs: Any) -> int:
             nonlocal recomputed
-            forward, again = attention_flops(operator, args, kwargs)
+            flops, again = attention_flops(operator, args, kwargs)
             recomputed += again
-            return forward + again
+            return flops + again
 
         return raw_flop_formula(count)
 
-    # torch 2.13 knows neither these, nor fused attention on a CPU, and counts the masked scores of causal attention.
+    # torch 2.13 does not count these, nor fused attention on a CPU, and it counts the masked half of causal attention.
     formulas = {
         **{operator: raw_flop_formula(lambda a, b, *args, **kwargs: product_flops(a, b)) for operator in GROUPED},
         ONEDNN_LINEAR: raw_flop_formula(lambda a, b, *args: product_flops(a, b.T)),
@@ -81,10 +81,10 @@ def executed_flops(work: Callable[[], object]) -> Flops:
 
 
 def product_flops(a: Tensor, b: Tensor) -> int:
-    """FLOPs of a product, of many of equal shape, or of a grouped one.
+    """FLOPs of a matmul, a batched matmul (two 3-dimensional tensors), or a grouped matmul.
 
-    Grouped are rows (N, K) by matrices (E, K, M), and (K, N) or its transpose by (N, M) for the gradient of the
-    matrices: every row or column belongs to one group.
+    A grouped matmul multiplies rows (N, K) by matrices (E, K, M), or, for the gradient of the matrices, (K, N) or its
+    transpose by (N, M). Each of the N rows belongs to one group.
     """
     if a.dim() == b.dim() == 3:
         return 2 * a.shape[0] * a.shape[1] * a.shape[2] * b.shape[2]
@@ -92,43 +92,43 @@ def product_flops(a: Tensor, b: Tensor) -> int:
 
 
 def attention_flops(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
-    """FLOPs of fused attention with the given arguments: of its mathematics, and of scores that are made again.
+    """FLOPs of a call of fused attention: those of the mathematics, and those of scores that are computed again.
 
-    A causal kernel skips blocks above the diagonal, so half is counted: (S + 1) / 2 keys a query.
+    A causal kernel skips blocks above the diagonal, so (S + 1) / 2 keys per query are counted.
     """
     names = argument_names(operator)
-    given = dict(zip(names, args, strict=False)) | kwargs
-    query, key, value = (given[name].shape for name in ("query", "key", "value"))
+    arguments = dict(zip(names, args, strict=False)) | kwargs
+    query, key, value = (arguments[name].shape for name in ("query", "key", "value"))
     pairs = query[0] * query[1] * query[2] * key[2]
-    if given.get("is_causal") or "is_causal" not in names:
+    if arguments.get("is_causal") or "is_causal" not in names:
         pairs = query[0] * query[1] * query[2] * (key[2] + 1) // 2
     scores, values = 2 * pairs * query[3], 2 * pairs * value[3]
     return (2 * (scores + values), scores) if "grad_out" in names[0] else (scores + values, 0)
 
 
 class Product(NamedTuple):
-    """A call of one of :data:`GEMMS`, with what its time depends on."""
+    """A call of one of :data:`GEMMS`, described by everything its time depends on."""
 
     operator: Any
     arguments: tuple[Any, ...]
-    """Tensors as :class:`Like`; anything else as it is."""
+    """Tensors are described by :class:`Like`; other arguments are kept."""
     options: tuple[tuple[str, Any], ...]
 
     def prepare(self, device: torch.device) -> Callable[[], object]:
-        """The same product of random matrices, ready to be timed."""
+        """The same matmul with random operands, ready to be timed."""
         arguments = [value.make(device) if isinstance(value, Like) else value for value in self.arguments]
         options = {name: v.make(device) if isinstance(v, Like) else v for name, v in self.options}
         return lambda: self.operator(*arguments, **options)
 
 
 class Like(NamedTuple):
-    """A tensor's layout."""
+    """A tensor's layout, and its values if they are integers."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
     values: tuple[int, ...] | None
-    """Of whole numbers: where the groups of a grouped product end decides how long it takes."""
+    """Values of an integer tensor: the time of a grouped matmul depends on where its groups end."""
 
     @classmethod
     def of(cls, tensor: Tensor) -> "Like":
@@ -137,21 +137,21 @@ class Like(NamedTuple):
         return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, values)
 
     def make(self, device: torch.device) -> Tensor:
-        """A tensor of this layout."""
+        """Create a tensor of this layout."""
         if self.values is not None:
             return torch.tensor(self.values, dtype=self.dtype, device=device)
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device).normal_()
 
 
 def _described(value: Any) -> Any:
-    """An argument as it can be compared."""
+    """Convert an argument to something hashable."""
     if torch.is_tensor(value):
         return Like.of(value)
     return tuple(value) if isinstance(value, list) else value
 
 
 class ProductRecorder(TorchDispatchMode):
-    """Counts the different products that are executed inside."""
+    """Counts the distinct matmuls that are executed inside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -166,24 +166,24 @@ class ProductRecorder(TorchDispatchMode):
 
 
 def record_products(work: Callable[[], object]) -> Counter[Product]:
-    """The products of a run, and how often each is made."""
+    """The matmuls that the work executes, and how often."""
     with ProductRecorder() as recorder:
         work()
     return recorder.products
 
 
 class Replay:
-    """Makes all products of a step and nothing else; call it to make them once.
+    """Runs all matmuls of a step and nothing else.
 
-    Operands are made anew for each call and lie in cache as much as their size allows: this is what the machine can do,
-    and no step can be faster at it. Time that making operands takes is not in :attr:`cost`.
+    Operands are created just before, outside of the timing, so they are in cache as far as their size allows. No step
+    can run its matmuls faster.
     """
 
     def __init__(self, products: Counter[Product], device: torch.device, clock: Callable[[Callable], float]) -> None:
         self.products, self.device, self.clock = products, device, clock
 
     def cost(self) -> float:
-        """Seconds that all products take, each timed twice alone, the better one as often as the step makes it."""
+        """Seconds of all matmuls: the better of two timings of each, times the number of its calls in the step."""
         total = 0.0
         for product, count in self.products.items():
             work = product.prepare(self.device)

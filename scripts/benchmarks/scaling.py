@@ -1,4 +1,4 @@
-"""What a step costs against loops, sequence length, experts and batch: slopes on logarithmic axes."""
+"""Cost of a step against loops, sequence length, experts and batch: slopes on logarithmic axes."""
 
 import argparse
 import contextlib
@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from mythos.benchmarks.steps import Steps, configuration
-from mythos.benchmarks.timing import Timings, Work, in_turns, mebibytes, print_table
 from mythos.cli.common import check_least, whole_numbers
 from mythos.errors import MythosError
+from mythos.gpu_check.timed_steps import Steps, Work
+from scripts.benchmarks.steps import configuration
+from scripts.benchmarks.timing import Timings, in_turns, mebibytes, print_table
 
 AXES: dict[str, tuple[str, Callable[[int], list[str]]]] = {
     "loops": (
@@ -29,7 +30,7 @@ AXES: dict[str, tuple[str, Callable[[int], list[str]]]] = {
     "experts": ("8,16,32,64", lambda n: [f"model.n_experts={n}"]),
     "batch": ("1,2,4,8", lambda n: [f"{name}={n}" for name in ("data.streams", "train.global_batch")]),
 }
-"""Default values, and what sets one."""
+"""For each axis its default values, and the overrides that set one."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,14 +47,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Print a table for each axis; return the figures."""
     check_least(options, repeats=1)
     values = {name: whole_numbers(f"--{name}", getattr(options, name)) for name in options.axes}
-    for name, given in values.items():
-        if len(set(given)) < 2:
+    for name, numbers in values.items():
+        if len(set(numbers)) < 2:
             raise MythosError(f"--{name}: got {getattr(options, name)!r}; a slope takes at least two numbers")
-    return {name: along(name, sorted(set(given)), options) for name, given in values.items()}
+    return {name: along(name, sorted(set(numbers)), options) for name, numbers in values.items()}
 
 
 def along(axis: str, values: Sequence[int], options: argparse.Namespace) -> dict[str, Any]:
-    """Whole steps at each value of an axis, and for loops the core alone and memory at a fixed backprop."""
+    """Measure steps at each value of an axis; for loops also the core alone, and memory at a fixed backprop."""
     _, settings = AXES[axis]
     with contextlib.ExitStack() as stack:
         steps = {}
@@ -94,18 +95,18 @@ def along(axis: str, values: Sequence[int], options: argparse.Namespace) -> dict
 
 
 def described(timings: dict[str, Timings], values: Sequence[int], prefix: str) -> dict[str, Any]:
-    """Slope of the best times, and all times."""
+    """The slope of the best times, and all times."""
     of_values = [timings[f"{prefix}{value}"] for value in values]
     return {"slope": slope(values, [times.best for times in of_values]), "times": [t.record() for t in of_values]}
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:
-    """Least-squares slope of log y against log x: 1 where y is proportional to x."""
+    """Least-squares slope of log y against log x; 1 if y is proportional to x."""
     return statistics.linear_regression([math.log(v) for v in x], [math.log(v) for v in y]).slope
 
 
 def core_alone(steps: Steps) -> Work:
-    """Forward and backward pass of the recurrence of a step, without what comes before and after it."""
+    """Forward and backward pass of the recurrence alone, on the first micro-batch of a step."""
     model = steps.trainer.model
     ids = steps.batch.ids[: steps.trainer.micro_batch, :-1].to(steps.device)
     with torch.no_grad():
@@ -124,7 +125,7 @@ def core_alone(steps: Steps) -> Work:
 
 
 def flat_memory(values: Sequence[int], options: argparse.Namespace) -> list[Any]:
-    """Most bytes in tensors at each number of loops, all with as many carrying gradient as the shallowest has."""
+    """Peak tensor bytes at each number of loops, with gradient through as many loops as the smallest number."""
     sizes: list[Any] = []
     for value in values:
         overrides = [*options.overrides, *AXES["loops"][1](value), f"depth.backprop={values[0]}"]

@@ -1,4 +1,4 @@
-"""Whole training steps: tokens per second, memory, FLOPs executed and needed, and the share of the machine's rate."""
+"""Whole training steps: tokens per second, memory, FLOPs executed and needed, and utilisation of the machine."""
 
 import argparse
 import contextlib
@@ -6,30 +6,29 @@ from typing import Any, get_args
 
 import torch
 
-from mythos.benchmarks import open_mythos
-from mythos.benchmarks.products import Flops, Replay, executed_flops, record_products
-from mythos.benchmarks.steps import Steps, configuration, memory_of_steps
-from mythos.benchmarks.timing import (
+from mythos.cli.common import check_least
+from mythos.config.sections import Config, ParallelConfig
+from mythos.distributed.parallel import compiles
+from mythos.errors import MythosError
+from mythos.gpu_check.timed_steps import Steps, Work, timed
+from mythos.planning.flops import count_parameters
+from scripts.benchmarks import open_mythos
+from scripts.benchmarks.products import Flops, Replay, executed_flops, record_products
+from scripts.benchmarks.steps import configuration, memory_of_steps
+from scripts.benchmarks.timing import (
     WARM_UP,
     Memory,
     OwnProcess,
     Ratio,
     Timings,
-    Work,
     in_fresh_process,
     in_turns,
     mebibytes,
     print_table,
-    timed,
 )
-from mythos.cli.common import check_least
-from mythos.config.sections import Config, ParallelConfig
-from mythos.distributed.parallel import compiles
-from mythos.errors import MythosError
-from mythos.planning.estimate import count_parameters
 
 GPU_CALLS = 10
-"""Calls of a product between two waits for the GPU."""
+"""Calls of a matmul between two synchronisations with the GPU."""
 
 MODES: tuple[str, ...] = get_args(ParallelConfig.model_fields["activation_checkpointing"].annotation)
 
@@ -56,13 +55,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def with_mode(config: Config, mode: str) -> Config:
-    """The configuration with another activation checkpointing."""
+    """The configuration with another mode of activation checkpointing."""
     parallel = config.parallel.model_copy(update={"activation_checkpointing": mode})
     return config.model_copy(update={"parallel": parallel})
 
 
 def describe(steps: Steps) -> str:
-    """What is measured, in a line."""
+    """Describe the step in one line."""
     config, loops = steps.config, sum(steps.loops) / len(steps.loops)
     parameters = count_parameters(config.model)
     return (
@@ -74,7 +73,7 @@ def describe(steps: Steps) -> str:
 
 
 def alone(config: Config, modes: tuple[str, ...] | list[str], repeats: int) -> dict[str, Any]:
-    """Compare the modes of activation checkpointing, and the first with the products of its step alone."""
+    """Compare modes of activation checkpointing, and the first mode with the matmuls of its step alone."""
     with contextlib.ExitStack() as stack:
         all_steps = {mode: stack.enter_context(Steps(with_mode(config, mode))) for mode in modes}
         first = all_steps[modes[0]]
@@ -84,8 +83,8 @@ def alone(config: Config, modes: tuple[str, ...] | list[str], repeats: int) -> d
         unit = Timings(first.device).unit
         replay = Replay(products, first.device, lambda work: product_seconds(work, first.device, unit))
         roofline: list[float] = []
-        # The products take their turn among the steps, so that both meet the same machine.
-        works = {**all_steps, "products": lambda: roofline.append(replay.cost())}
+        # The matmuls take turns with the steps, so that both run under the same load.
+        works: dict[str, Work | OwnProcess] = {**all_steps, "products": lambda: roofline.append(replay.cost())}
         timings = in_turns(works, repeats, first.device)
         del timings["products"], roofline[:WARM_UP]
     memory = {mode: in_fresh_process(memory_of_steps, with_mode(config, mode)) for mode in modes}
@@ -124,7 +123,7 @@ def alone(config: Config, modes: tuple[str, ...] | list[str], repeats: int) -> d
 
 
 def product_seconds(work: Work, device: torch.device, unit: str) -> float:
-    """Seconds of one product: on a GPU of many in a row, as a step queues them, and not of the wait for one."""
+    """Seconds of one matmul. On a GPU the mean of several queued ones, to leave out the latency of a single call."""
     if device.type != "cuda":
         return getattr(timed(work, device), unit)
     return timed(lambda: [work() for _ in range(GPU_CALLS)], device).wall / GPU_CALLS
@@ -133,7 +132,7 @@ def product_seconds(work: Work, device: torch.device, unit: str) -> float:
 def figures(
     tokens: int, timings: Timings, needed: float, flops: Flops, rates: list[float], memory: Memory
 ) -> dict[str, Any]:
-    """The figures of one mode; `rates` are the roofline of each turn, FLOP/s."""
+    """The figures of one mode; `rates` is the roofline of each turn in FLOP/s."""
     shares = sorted(needed / cost / rate for cost, rate in zip(timings.costs, rates, strict=True))
     return {
         **timings.record(),
@@ -149,7 +148,7 @@ def figures(
 
 
 def uncompiled(steps: Steps, count: Any) -> Any:
-    """Count a step's products; compiled blocks would hide theirs, so they run as they were written."""
+    """Count a step's matmuls; compiled blocks would hide theirs, so they run in eager mode."""
     if not compiles(steps.config, steps.device):
         return count(steps)
     train = steps.config.train.model_copy(update={"compile": False})
@@ -158,7 +157,7 @@ def uncompiled(steps: Steps, count: Any) -> Any:
 
 
 def against(config: Config, repeats: int) -> dict[str, Any]:
-    """Our step and the other package's in turns, then each one's memory."""
+    """Time our step and the other package's in turns, then measure the memory of each."""
     parameters = open_mythos.Steps(config).parameters
     with Steps(config) as ours:
         if ours.device.type == "cuda" or len(set(ours.loops)) > 1 or ours.backprop < ours.loops[0]:

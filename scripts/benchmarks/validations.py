@@ -1,4 +1,4 @@
-"""Memory of a run over many validations: it must not grow."""
+"""Memory of a run over many validations, which must not grow."""
 
 import argparse
 import tempfile
@@ -12,34 +12,34 @@ from mythos.config.loading import load_config
 from mythos.trainer import Trainer
 
 WARM_UP = 50
-"""Validations until caches are filled and blocks of memory have found their places."""
+"""Validations before memory is measured, until caches are filled and the heap has its final size."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `validations` takes."""
+    """Options of the subcommand."""
     parser.add_argument("config", nargs="?", default="debug", metavar="CONFIG.yaml", help="configuration (debug)")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="fields to override")
     parser.add_argument("--count", type=int, default=200, metavar="N", help="validations to measure (%(default)s)")
 
 
 class MeasuredTrainer(Trainer):
-    """Notes the resident bytes of the process before each validation."""
+    """Records the resident bytes of the process before each validation."""
 
     resident: ClassVar[list[int]] = []
 
     def validate(self) -> dict[str, float]:
-        """Validate, as the trainer does."""
+        """Record the resident bytes, then validate as the trainer does."""
         self.resident.append(psutil.Process().memory_info().rss)
         return super().validate()
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Train with a validation after every step; returns the resident bytes at each."""
+    """Train with a validation after every step; returns the resident bytes at each validation."""
     check_least(options, count=1)
     with tempfile.TemporaryDirectory() as directory:
-        each = [f"train.steps={WARM_UP + options.count}", "eval.every=1", "checkpoint.every=0", "data.workers=0"]
-        each += ["depth.sampling=fixed", "depth.curriculum=null"]  # deeper steps would need more memory
-        config = load_config(options.config, [*options.overrides, *each, f"run.dir={Path(directory) / 'run'}"])
+        settings = [f"train.steps={WARM_UP + options.count}", "eval.every=1", "checkpoint.every=0", "data.workers=0"]
+        settings += ["depth.sampling=fixed", "depth.curriculum=null"]  # deeper steps would need more memory
+        config = load_config(options.config, [*options.overrides, *settings, f"run.dir={Path(directory) / 'run'}"])
         MeasuredTrainer(config).run()
     resident = MeasuredTrainer.resident
     first, last = resident[WARM_UP - 1], resident[-1]

@@ -1,4 +1,4 @@
-"""Reading and tokenizing, without a model: the loader beside the tokenizer alone, late starts, workers' memory."""
+"""Reading and tokenizing without a model: the loader against the tokenizer alone, late starts, memory of workers."""
 
 import argparse
 import multiprocessing
@@ -11,27 +11,27 @@ from typing import Any
 
 import psutil
 
-from mythos.benchmarks.timing import usable_cores
 from mythos.cli.common import check_least
 from mythos.config.loading import load_config
 from mythos.data.corpus import Skipped, holdout_fraction
 from mythos.data.loader import Loader
-from mythos.data.pipeline import open_data
+from mythos.data.pipeline import Data, open_data
 from mythos.data.processes import START_METHOD
 from mythos.data.source import Source, TextSource
 from mythos.data.stream import Part, Walk
 from mythos.data.tokenizer import Tokenizer, training_documents
 from mythos.errors import MythosError
 from mythos.progress import progress_bar
+from scripts.benchmarks.timing import usable_cores
 
 REPEATS = 11
 
-# Of what is given to the tokenizer alone: documents a call, and bytes in all.
+# For the tokenizer alone: documents per call, and bytes in total.
 CALL_DOCUMENTS = 1000
 TEXT_BYTES = 40 * 10**6
 
 WARM_UP_DOCUMENTS = 20_000
-"""Documents before memory is measured: pools, caches of the tokenizer and prefetched batches have filled by then."""
+"""Documents before memory is measured, which fill pools, the tokenizer's caches and prefetched batches."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Print every figure as it is measured; return them."""
+    """Print each figure when it is measured; return all."""
     check_least(options, documents=0)
     if options.seconds <= 0:
         raise MythosError(f"--seconds: got {options.seconds:g}; give a number above 0")
@@ -54,14 +54,16 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 class DataBenchmark:
-    """Throughput of the loader beside the tokenizer's own, the cost of resuming late in a shard, and memory."""
+    """Measures the loader, the tokenizer alone, the cost of resuming late in a shard, and memory of workers."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.config = load_config(options.config, options.overrides)
         if self.config.data.kind == "reasoning":
             raise MythosError(f"{options.config}: got data.kind reasoning; the benchmark is for text")
-        self.data = open_data(self.config, None, {})
+        data = open_data(self.config, None, {})
+        assert isinstance(data, Data) and data.tokenizer is not None
+        self.data, self.tokenizer = data, data.tokenizer
         self.texts: list[str] = []
         size = 0
         opened = self.data.sources.values()
@@ -74,7 +76,7 @@ class DataBenchmark:
         self.cores = usable_cores()
 
     def run(self) -> dict[str, Any]:
-        """Measure everything that was asked for."""
+        """Measure everything that the options ask for."""
         numbers = self.options.workers or range(1, len(self.cores) + 1)
         results: dict[str, Any] = {
             "workers": {workers: self.throughput(workers) for workers in numbers},
@@ -85,23 +87,23 @@ class DataBenchmark:
         return results
 
     def loader(self, workers: int) -> Loader:
-        """A loader at the beginning of the data, as a run has it."""
+        """A loader at the beginning of the data, as in a run."""
         config = self.config
         slots = config.train.global_batch // config.data.streams
         return Loader(self.data.streams(config.run.seed), slots=slots, workers=workers, prefetch=config.data.prefetch)
 
     def throughput(self, workers: int) -> dict[str, Any]:
-        """Tokens per second of the loader and of the tokenizer alone, in turns, on the same cores."""
+        """Tokens per second of the loader and of the tokenizer alone, measured in turns on the same cores."""
         cores = self.cores[:workers]
         loaded, alone = [], []
-        # Its own process, because the threads of the tokenizer are made once, as many as there are cores then.
+        # The tokenizer gets its own process, because it creates its threads once, one per core at that time.
         with ProcessPoolExecutor(1, multiprocessing.get_context(START_METHOD)) as other:
             os.sched_setaffinity(0, cores)
             loader = self.loader(workers)
             for _ in range(REPEATS):
                 loaded.append(_loader_speed(loader, self.options.seconds))
                 if self.texts:
-                    work = other.submit(_tokenizer_speed, self.data.tokenizer, self.texts, cores, self.options.seconds)
+                    work = other.submit(_tokenizer_speed, self.tokenizer, self.texts, cores, self.options.seconds)
                     alone.append(work.result())
             loader.close()
             os.sched_setaffinity(0, self.cores)
@@ -123,7 +125,7 @@ class DataBenchmark:
         return result
 
     def resume(self, name: str, source: Source) -> dict[str, float]:
-        """Seconds to a stream's first batch at the start of a shard and at nine tenths of it."""
+        """Seconds to a stream's first batch at the start of a shard and at 90% of it."""
         tokens = self.loader(0).slots * self.config.data.sequence_length
         shard = max(range(min(len(source.shards), 100)), key=lambda index: sum(1 for _ in source.read(index, 0, 1)))
         rows = [row for row, document in source.read(shard, 0, 1) if not isinstance(document, Skipped)]
@@ -144,7 +146,7 @@ class DataBenchmark:
         return {"first_row_seconds": first, "late_row_seconds": late}
 
     def memory(self, workers: int) -> list[dict[str, int]]:
-        """Growth of each worker's resident memory over many documents."""
+        """Measure the growth of each worker's resident memory over many documents."""
         loader = self.loader(workers)
         before = {process.pid for process in psutil.Process().children()}
         loader.start()
@@ -152,9 +154,10 @@ class DataBenchmark:
         start: list[int] = []
         seen = 0
         total = WARM_UP_DOCUMENTS + self.options.documents
+        bar: Any
         with progress_bar(total=total, unit="doc", desc="measuring memory") as bar:
             while seen < total:
-                documents = int((loader.next_batch().ids[:, :-1] == self.data.tokenizer.eos_id).sum())
+                documents = int(loader.next_batch().ids[:, :-1].eq(self.tokenizer.eos_id).sum())
                 seen += documents
                 bar.update(documents)
                 if not start and seen >= WARM_UP_DOCUMENTS:
@@ -181,15 +184,15 @@ def _speeds(speeds: list[tuple[float, float]]) -> dict[str, float]:
 
 
 def _cpu_seconds() -> float:
-    """CPU time of this process and the workers it has."""
+    """CPU time of this process and its workers."""
     workers = (process.cpu_times() for process in psutil.Process().children())
     return time.process_time() + sum(spent.user + spent.system for spent in workers)
 
 
 def _loader_speed(loader: Loader, seconds: float) -> tuple[float, float]:
-    """Tokens per second by the clock and by CPU time."""
+    """Tokens per second of wall time and of CPU time."""
     warm = time.perf_counter() + seconds / 3
-    while time.perf_counter() < warm:  # what was prefetched while the tokenizer ran
+    while time.perf_counter() < warm:  # use up what was prefetched while the tokenizer ran
         loader.next_batch()
     started, spent = time.perf_counter(), _cpu_seconds()
     tokens = 0
@@ -199,7 +202,7 @@ def _loader_speed(loader: Loader, seconds: float) -> tuple[float, float]:
 
 
 def _tokenizer_speed(tokenizer: Tokenizer, texts: list[str], cores: list[int], seconds: float) -> tuple[float, float]:
-    """Tokens per second by the clock and by CPU time, of turning text in memory into lists of ids."""
+    """Tokens per second of wall time and of CPU time, encoding text in memory to lists of ids."""
     os.sched_setaffinity(0, cores)
     os.environ["RAYON_NUM_THREADS"] = str(len(cores))
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if len(cores) > 1 else "false"
