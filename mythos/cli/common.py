@@ -12,6 +12,7 @@ from pathlib import Path
 from mythos.config.checking import shortened, shown
 from mythos.errors import MythosError
 from mythos.files.text import unusable_text
+from mythos.hf import SHARD_SIZE
 from mythos.section import MOST, MOST_LOOPS
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -89,7 +90,7 @@ def add_writing_options(parser: argparse.ArgumentParser) -> None:
     """Options of commands that write a model's weights."""
     parser.add_argument("--dtype", default="float32", metavar="TYPE", help="float32 (default) or bfloat16")
     parser.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="most bytes of a file of weights (%(default)s)"
+        "--max-shard-size", default=SHARD_SIZE, metavar="SIZE", help="most bytes of a file of weights (%(default)s)"
     )
 
 

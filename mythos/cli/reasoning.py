@@ -58,7 +58,7 @@ def report(options: argparse.Namespace) -> None:
     """
     check_least(options, sequences=1)
     from mythos.distributed.ranks import choose_device
-    from mythos.evaluation.reasoning import draw_maps
+    from mythos.reports.evaluation_plots import draw_accuracy_maps
     from mythos.reports.recorded import run_names
 
     device = choose_device(options.device, option="--device")
@@ -70,16 +70,17 @@ def report(options: argparse.Namespace) -> None:
         maps.append(one)
         with writing(stems[-1].parent):
             written = one.write(stems[-1])
+            picture = draw_accuracy_maps([one], stems[-1].with_name(f"{stems[-1].name}.png"))
         steps = [(d, one.at(d, d)) for d in one.difficulties if d in one.loops]
         print(
             f"{one.name}: right answers to {one.task}, {one.sequences} sequences each (* = trained on)\n{one.table()}"
         )
         if len(one.loops) > 1 and steps:
             print("with as many loops as steps: " + ", ".join(f"{d}: {value:.2%}" for d, value in steps))
-        print("\n".join(map(str, written)) + "\n")
+        print("\n".join(map(str, [picture, *written])) + "\n")
     if len(maps) > 1:
         with writing(stems[0].parent):
-            picture = draw_maps(maps, stems[0].with_name("side-by-side.png"))
+            picture = draw_accuracy_maps(maps, stems[0].with_name("side-by-side.png"))
         print(picture)
 
 

@@ -19,8 +19,8 @@ import torch
 from mythos.config.checking import suggestion
 from mythos.config.sections import Config
 from mythos.errors import MythosError, import_optional, short_reason, without_credentials
-from mythos.evaluation.validation import losses_by_depth
 from mythos.files.local import read_regular
+from mythos.training.metric_names import losses_by_depth
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker

@@ -20,11 +20,12 @@ from mythos.config.sections import Config
 from mythos.data.tasks import TaskSet, task_set
 from mythos.distributed.ranks import Ranks, World
 from mythos.errors import MythosError
-from mythos.evaluation.reasoning import AccuracyMap, accuracy_map, draw_maps, task_metrics, usual_difficulties
+from mythos.evaluation.reasoning import AccuracyMap, accuracy_map, task_metrics, usual_difficulties
 from mythos.model.config import ModelConfig
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.model.recurrence import initial_state
 from mythos.planning.plan import plan
+from mythos.reports.evaluation_plots import draw_accuracy_maps
 from mythos.reports.recorded import run_names
 from mythos.trainer import Trainer
 from mythos.training.depth_schedule import DepthSchedule
@@ -281,8 +282,9 @@ def test_usual_difficulties_reach_six_times_the_hardest() -> None:
 
 def test_a_map_is_written_whole(tmp_path: Path) -> None:
     made = AccuracyMap("one", "hops", 9, (1, 2), [1, 2, 3], [1, 2], 10, [[1.0, 0.5], [0.25, 1.0], [0.0, 0.125]])
-    written = picture, table, values = made.write(tmp_path / "new" / "map-0.1")
-    assert [path.name for path in written] == ["map-0.1.png", "map-0.1.csv", "map-0.1.json"]
+    written = table, values = made.write(tmp_path / "new" / "map-0.1")
+    assert [path.name for path in written] == ["map-0.1.csv", "map-0.1.json"]
+    picture = draw_accuracy_maps([made], tmp_path / "one.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -296,7 +298,7 @@ def test_a_map_is_written_whole(tmp_path: Path) -> None:
         ["2*", "25.0%", "100.0%"],
         ["3", "0.0%", "12.5%"],
     ]
-    assert draw_maps([made, made], tmp_path / "both.png").stat().st_size > picture.stat().st_size
+    assert draw_accuracy_maps([made, made], tmp_path / "both.png").stat().st_size > picture.stat().st_size
 
 
 def test_report_of_a_looped_and_a_fixed_run(

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from mythos.data.validation import ValidationSet
 from mythos.distributed.ranks import Ranks, World
-from mythos.evaluation.validation import losses_by_depth, validation_metrics
+from mythos.evaluation.validation import validation_metrics
 from mythos.model.config import ModelConfig
 from mythos.model.rdt import RecurrentDepthTransformer
+from mythos.training.metric_names import losses_by_depth
 from tests.noise import name_generator
 from tests.runs import SETTINGS
 

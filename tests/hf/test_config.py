@@ -35,17 +35,17 @@ def test_names_that_transformers_uses() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "message"),
     [
         ({"dim": "wide"}, "dim: Input should be a valid integer"),
         ({"hidden_size": 0, "loops": 0}, r"dim: .*; loops: .*greater than or equal to 1"),
         ({"attention": "gqa", "n_heads": 4, "n_kv_heads": 3}, "n_heads, n_kv_heads: got 4 and 3"),
         ({"vocab_size": "auto"}, "vocab_size: got auto; allowed: the number of token ids"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_parameters: got {'rope_type': 'linear'"),
-        ({"attention_dropout": 0.1}, r"attention_dropout: got 0\.1; a mythos model has no such choice: leave it out"),
+        ({"attention_dropout": 0.1}, r"attention_dropout: got 0\.1; a mythos model has no such option: leave it out"),
         ({"mean_loops": 0}, "mean_loops: got 0; allowed: a whole number, at least 1"),
     ],
 )
-def test_what_is_no_configuration(fields: dict[str, object], told: str) -> None:
-    with pytest.raises(ValueError, match=f"no configuration of a mythos model: {told}"):
+def test_what_is_no_configuration(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=f"no valid configuration of a mythos model: {message}"):
         MythosConfig(**fields)

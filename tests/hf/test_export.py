@@ -133,7 +133,7 @@ def test_the_card(trained: Trainer, exported: Path, tmp_path: Path) -> None:
         assert f"| {loops} | {last[f'val/loss@{loops}']:.4f} | " in card
     assert "training ran 2 on average" in card and "| steps | 4 |" in card and "| tokens | 1,024 |" in card
     assert f"of {sum(p.numel() for p in trained.model.parameters()):,} parameters" in card
-    assert "4 experts of which a token is sent to 2, 1 shared" in card and "| data | files of its own |" in card
+    assert "2 of 4 experts per token, 1 shared" in card and "| data | local files |" in card
 
     export_model(saved(trained, 2), tmp_path / "earlier")
     earlier = (tmp_path / "earlier" / "README.md").read_text()
@@ -315,5 +315,5 @@ def test_push(
     shutil.rmtree(folder)
     assert export_command.main([str(trained.run_dir), str(folder), "--push", "somebody/small"]) == 1
     told = capsys.readouterr().err
-    assert "out is exported, but somebody/small cannot be uploaded to: 401 Unauthorized. Log in by" in told
+    assert "out is exported, but the upload to somebody/small failed: 401 Unauthorized. Log in by" in told
     assert (folder / "config.json").is_file()

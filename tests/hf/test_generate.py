@@ -17,7 +17,7 @@ from mythos.model.halting import halting_rule
 from tests.hf.conftest import CONTEXT, VOCABULARY
 from tests.hf.test_model import random_ids
 
-Made = Callable[..., MythosForCausalLM]
+BuildModel = Callable[..., MythosForCausalLM]
 PROMPTS = [[5, 9, 2, 71, 33], [17], [60, 4, 8]]
 
 
@@ -40,7 +40,7 @@ def own(model: MythosForCausalLM, prompts: list[list[int]], tokens: int, **optio
 
 @pytest.mark.parametrize("right", [False, True])
 @pytest.mark.parametrize("fields", [{}, {"attention": "gqa"}])
-def test_greedy_is_our_own(made: Made, fields: dict[str, Any], right: bool) -> None:
+def test_greedy_is_our_own(made: BuildModel, fields: dict[str, Any], right: bool) -> None:
     model, batch = made(**fields), padded(PROMPTS, right)
     for options in ({}, {"num_loops": 6}, {"num_loops": 6, "exit_threshold": 0.4}):
         rule = halting_rule(model.model, threshold=0.4) if "exit_threshold" in options else None
@@ -54,7 +54,7 @@ def test_greedy_is_our_own(made: Made, fields: dict[str, Any], right: bool) -> N
     assert max(map(max, expected)) < VOCABULARY
 
 
-def test_depth_is_a_part_of_the_generation_configuration(made: Made) -> None:
+def test_depth_is_a_part_of_the_generation_configuration(made: BuildModel) -> None:
     model, batch = made(), padded(PROMPTS)
     deep, shallow = (own(model, PROMPTS, 8, loops=loops) for loops in (6, 1))
     rule = halting_rule(model.model, threshold=0.4)
@@ -123,7 +123,7 @@ def test_sampling_does_not_depend_on_the_cache(model: MythosForCausalLM) -> None
     assert not torch.equal(drawn[0][0], drawn[0][1]) and drawn[0].max() < VOCABULARY
 
 
-def test_assisted_decoding_is_greedy_decoding(made: Made, model: MythosForCausalLM) -> None:
+def test_assisted_decoding_is_greedy_decoding(made: BuildModel, model: MythosForCausalLM) -> None:
     """Guesses of a shallower model, right and wrong ones, and of the prompt itself."""
     prompt = [[5, 9, 2, 71, 33, 5, 9, 2]]
     expected = own(model, prompt, 14)

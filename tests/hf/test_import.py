@@ -210,7 +210,7 @@ def test_tokenizer_that_does_not_say_what_ends_a_document(parcae: Path, tmp_path
 def test_tokenizer_of_another_model(parcae: Path, tmp_path: Path, size: int) -> None:
     other = make_tokenizer(tmp_path / "tokenizer", size, ["<|endoftext|>"])
     with pytest.raises(
-        MythosError, match=rf"tokenizer .*tokenizer has {size} ids, and the model 200: it is of another"
+        MythosError, match=rf"tokenizer .*tokenizer has {size} ids, and the model 200: it belongs to another"
     ):
         import_model(parcae, tmp_path / "out", tokenizer=other)
     with pytest.raises(MythosError, match="has no end-of-document token"):
@@ -251,7 +251,9 @@ def test_hub_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         raise OSError("401 Client Error\nmore")
 
     monkeypatch.setattr(foreign, "HfApi", fail)
-    with pytest.raises(MythosError, match="somebody/model: there is no such folder, and the hub does not give it: 401"):
+    with pytest.raises(
+        MythosError, match="somebody/model: there is no such folder, and the hub does not provide it: 401"
+    ):
         import_model("somebody/model", tmp_path / "out")
 
 
@@ -292,7 +294,7 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
         "source is of an architecture that is not known: _class_name 'GPTConfig'; known: parcae (SandyResearch/",
     ),
     "ours": (values(model_type="mythos"), "source is a mythos model already: give it to the other commands as it is"),
-    "nothing told": (values(_class_name=""), "not known: it says none; known: parcae"),
+    "no name": (values(_class_name=""), "not known: its config.json names none; known: parcae"),
     "no configuration": (lambda source: (source / "config.json").unlink(), "config.json cannot be read"),
     "a list": (lambda source: (source / "config.json").write_text("[]"), "config.json cannot be read: it is no object"),
     "variants": (
@@ -302,7 +304,7 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
     "fewer heads in the prelude": (values(num_key_value_heads=1), "num_key_value_heads: got 1; allowed: 3 or None"),
     "values of some layers": (values(n_layers_in_recurrent_block=1), "value embeddings: got layers"),
     "absent": (values(qk_norm=...), "qk_norm: got False; allowed: True"),
-    "kinds": (values(n_layers_in_coda="two"), "config.json has values of other kinds"),
+    "kinds": (values(n_layers_in_coda="two"), "config.json has values of unexpected types"),
     "more kinds": (values(block_size="long"), "context_length Input should be a valid integer"),
     "far too many layers": (
         values(n_layers_in_coda=10**12),
@@ -321,15 +323,15 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
     ),
     "a shape": (
         tensors(lambda held: held.update({"transformer.C.weight": torch.ones(48, 40)})),
-        "transformer.C.weight is (48, 40), which does not make our readout.weight, (48, 48)",
+        "transformer.C.weight is (48, 40), which does not give our readout.weight, (48, 48)",
     ),
     "fewer rows": (
         tensors(lambda held: held.update({"value_embeds.1.weight": torch.ones(150, 48)})),
-        "value_embeds.1.weight is (150, 48), which does not make our value_embeddings.prelude_1.weight, (256, 48)",
+        "value_embeds.1.weight is (150, 48), which does not give our value_embeddings.prelude_1.weight, (256, 48)",
     ),
     "a head of its own": (
         tensors(lambda held: held.update({"lm_head.weight": held["lm_head.weight"] + 1})),
-        "lm_head.weight should be transformer.wte.weight, and is not",
+        "lm_head.weight should equal transformer.wte.weight, and does not",
     ),
     "other rotations": (
         tensors(lambda held: held.update({"freqs_cis": held["freqs_cis"].flip(1)})),
@@ -341,7 +343,7 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
     ),
     "no tensors": (
         lambda source: torch.save({"model": {"a": torch.ones(1)}}, source / "pytorch_model.bin"),
-        "pytorch_model.bin cannot be read: it holds other things than tensors by name",
+        "pytorch_model.bin cannot be read: it contains other things than tensors by name",
     ),
     "code": (lambda source: torch.save({"a": Harmful()}, source / "pytorch_model.bin"), "bin cannot be read"),
     "damage": (lambda source: (source / "pytorch_model.bin").write_bytes(b"PK\3\4"), "bin cannot be read"),
@@ -374,7 +376,7 @@ def test_other_refusals(parcae: Path, tmp_path: Path) -> None:
     for source, folder, options, told in (
         (parcae, "full", {}, "full exists and is not empty"),
         (parcae, "out", {"dtype": "int8"}, "dtype: got 'int8'; allowed: float32, bfloat16"),
-        (parcae, "out", {"revision": "main"}, "--revision: got main, and .* is a folder"),
+        (parcae, "out", {"revision": "main"}, "--revision: got main, but .* is a folder"),
         (parcae, "out", {"max_shard_size": "big"}, "max_shard_size: got 'big'"),
         (parcae, "out", {"tokenizer": tmp_path / "none"}, "none is no folder; give one, or OWNER/NAME"),
         (parcae / "config.json", "out", {}, "config.json is no folder; give one, or OWNER/NAME"),
@@ -385,12 +387,12 @@ def test_other_refusals(parcae: Path, tmp_path: Path) -> None:
 
 
 def test_failing_half_way_leaves_nothing(parcae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mapped = importing.map_foreign
+    map_foreign = importing.map_foreign
 
     def broken(*arguments: Any) -> Any:
-        found = mapped(*arguments)
-        found.made["norm.weight"] = replace(found.made["norm.weight"], names=("gone",))
-        return found
+        mapped = map_foreign(*arguments)
+        mapped.tensors["norm.weight"] = replace(mapped.tensors["norm.weight"], sources=("gone",))
+        return mapped
 
     monkeypatch.setattr(importing, "map_foreign", broken)
     with pytest.raises(KeyError):

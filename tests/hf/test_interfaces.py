@@ -23,7 +23,7 @@ from tests.hf.test_model import CLOSE, random_ids
 from tests.hf.test_trainer import ROWS, arguments, collator
 from tests.model.conftest import SMALL
 
-Made = Callable[..., MythosForCausalLM]
+BuildModel = Callable[..., MythosForCausalLM]
 FIELDS: list[dict[str, Any]] = [{}, {"attention": "gqa", "core_ffn": "dense", "halting": "gate"}, {"halting": "act"}]
 SHORT = [torch.bfloat16, torch.float16]
 
@@ -34,7 +34,7 @@ SHORT = [torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("fields", FIELDS)
 @pytest.mark.parametrize("dtype", SHORT)
 def test_a_type_asked_for_later_is_one_asked_for_at_loading(
-    made: Made, fields: dict[str, Any], dtype: torch.dtype, tmp_path: Path
+    made: BuildModel, fields: dict[str, Any], dtype: torch.dtype, tmp_path: Path
 ) -> None:
     model, ids = made(**fields), random_ids(2, 9)
     model.save_pretrained(tmp_path)
@@ -56,7 +56,7 @@ def test_a_type_asked_for_later_is_one_asked_for_at_loading(
     assert all(p.grad.isfinite().all() for name, p in named.named_parameters() if "halting" not in name)
 
 
-def test_float64_is_float32_and_said(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float64_is_float32_and_said(made: BuildModel, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     monkeypatch.setattr("mythos.hf.model.logger.warning", told.append)
     model, ids = made(), random_ids(1, 5)
@@ -69,7 +69,7 @@ def test_float64_is_float32_and_said(made: Made, monkeypatch: pytest.MonkeyPatch
         model(ids)
 
 
-def test_gradients_have_the_types_of_their_parameters(made: Made) -> None:
+def test_gradients_have_the_types_of_their_parameters(made: BuildModel) -> None:
     model, ids = made(), random_ids(2, 5)
     for convert in (model.bfloat16, model.float, model.double, model.half):
         model(ids, labels=ids).loss.backward()
@@ -78,7 +78,7 @@ def test_gradients_have_the_types_of_their_parameters(made: Made) -> None:
     assert any(p.grad is not None and p.dtype == torch.float32 for p in model.parameters())
 
 
-def test_validation_in_bfloat16(made: Made, tmp_path: Path) -> None:
+def test_validation_in_bfloat16(made: BuildModel, tmp_path: Path) -> None:
     model = made()
     found = []
     for options in ({}, {"bf16_full_eval": True}, {"fp16_full_eval": True}):
@@ -88,7 +88,7 @@ def test_validation_in_bfloat16(made: Made, tmp_path: Path) -> None:
     assert found == pytest.approx([found[0]] * 3, abs=0.05) and len(set(found)) == 3
 
 
-def test_ways_to_load(made: Made, tmp_path: Path) -> None:
+def test_ways_to_load(made: BuildModel, tmp_path: Path) -> None:
     model, ids = made(tie_embeddings=False), random_ids(2, 6)
     model.save_pretrained(tmp_path)
     expected = model(ids).logits
@@ -104,7 +104,7 @@ def logits_of(model: MythosForCausalLM, ids: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("fields", [*FIELDS, {"injection": "linear", "loop_embedding": True, "tie_embeddings": False}])
-def test_a_model_can_be_pickled(made: Made, fields: dict[str, Any]) -> None:
+def test_a_model_can_be_pickled(made: BuildModel, fields: dict[str, Any]) -> None:
     model, ids = made(**fields), random_ids(2, 9)
     file = io.BytesIO()
     torch.save(model, file)
@@ -125,7 +125,7 @@ def initialize_all(model: RecurrentDepthTransformer) -> RecurrentDepthTransforme
     return model
 
 
-def test_a_spawned_process_takes_a_model(made: Made) -> None:
+def test_a_spawned_process_takes_a_model(made: BuildModel) -> None:
     model, ids = made(), random_ids(1, 5)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert torch.equal(pool.apply(logits_of, (model, ids)), logits_of(model, ids))
@@ -151,7 +151,7 @@ def test_our_linear_is_torchs() -> None:
 # Arguments
 
 
-def test_unknown_arguments_are_ignored_with_a_warning(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_arguments_are_ignored_with_a_warning(made: BuildModel, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = made(), random_ids(2, 6)
     expected = model(ids).logits
     told: list[str] = []
@@ -174,7 +174,7 @@ def test_unknown_arguments_are_ignored_with_a_warning(made: Made, monkeypatch: p
         ("inputs_embeds", torch.zeros(1, 4, 32)),
     ],
 )
-def test_what_is_not_offered_is_refused(made: Made, name: str, value: Any) -> None:
+def test_what_is_not_offered_is_refused(made: BuildModel, name: str, value: Any) -> None:
     """In a call, in generate and, where it can stand there, in the configuration."""
     model, ids = made(), random_ids(1, 4)
     with pytest.raises(ValueError, match=f"^{name}: a mythos model does not offer it: .*[^\n]*$"):
@@ -191,7 +191,7 @@ def test_what_is_not_offered_is_refused(made: Made, name: str, value: Any) -> No
 
 
 @pytest.mark.parametrize("fields", [{"coda_layers": 2}, {"attention": "gqa", "coda_layers": 0}, {"halting": "act"}])
-def test_hidden_states(made: Made, fields: dict[str, Any]) -> None:
+def test_hidden_states(made: BuildModel, fields: dict[str, Any]) -> None:
     """Against the model's parts called one after the other, and the head on the last."""
     model, ids = made(**fields), random_ids(2, 6)
     found = model(ids, output_hidden_states=True)
@@ -221,7 +221,7 @@ def test_hidden_states(made: Made, fields: dict[str, Any]) -> None:
     assert len(model.generate(ids, use_cache=False, **told).hidden_states) == 2
 
 
-def test_prompts_that_are_empty(made: Made) -> None:
+def test_prompts_that_are_empty(made: BuildModel) -> None:
     model, nothing = made(), torch.zeros(1, 0, dtype=torch.int64)
     for call in (model, lambda ids: model.generate(ids, max_new_tokens=2)):
         with pytest.raises(
@@ -239,7 +239,7 @@ def test_prompts_that_are_empty(made: Made) -> None:
     assert torch.equal(found, model.generate(torch.tensor([[7]]), max_new_tokens=4))
 
 
-def test_stop_strings_and_what_tokenizers_return(made: Made) -> None:
+def test_stop_strings_and_what_tokenizers_return(made: BuildModel) -> None:
     model, tokenizer = made(vocab_size=300), text_tokenizer()
     batch = tokenizer("word 7", return_tensors="pt", return_token_type_ids=True)
     assert "token_type_ids" in batch
@@ -265,7 +265,7 @@ def text_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
-def test_generation_that_is_refused(made: Made) -> None:
+def test_generation_that_is_refused(made: BuildModel) -> None:
     model, ids = made(), random_ids(1, 4)
     settings = GenerationConfig(max_new_tokens=2, eos_token_id=3)
     told = "continuous batching keeps keys and values in pages that have no place for loops"
@@ -289,7 +289,7 @@ def test_layers_of_a_configuration_are_set_by_their_parts() -> None:
     assert config.num_hidden_layers == 1 + 2 + 1
     config.num_hidden_layers = 4
     told = (
-        "num_hidden_layers: got 3, and prelude_layers, core_layers and coda_layers add up to 4; set those three instead"
+        "num_hidden_layers: got 3, but prelude_layers, core_layers and coda_layers add up to 4; set those three instead"
     )
     with pytest.raises(ValueError, match=told):
         config.num_hidden_layers = 3

@@ -18,7 +18,7 @@ from tests.hf.conftest import CONTEXT, VOCABULARY
 from tests.model.conftest import SMALL
 from tests.model.slow_decode import SlowRow, converged
 
-Made = Callable[..., MythosForCausalLM]
+BuildModel = Callable[..., MythosForCausalLM]
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -30,7 +30,7 @@ def random_ids(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("fields", [{}, {"attention": "gqa", "tie_embeddings": False}, {"halting": "act"}])
-def test_logits_are_the_models_own(made: Made, fields: dict[str, Any]) -> None:
+def test_logits_are_the_models_own(made: BuildModel, fields: dict[str, Any]) -> None:
     model, ids = made(**fields), random_ids(3, 9)
     for loops in (1, 4, 6):
         own = model.model(ids, loops=loops).logits
@@ -40,7 +40,7 @@ def test_logits_are_the_models_own(made: Made, fields: dict[str, Any]) -> None:
     assert isinstance(model(ids, return_dict=False), tuple)
 
 
-def test_loss_and_gradients_are_those_of_pretraining(made: Made) -> None:
+def test_loss_and_gradients_are_those_of_pretraining(made: BuildModel) -> None:
     """Against the sum of -log p(next token), written out, and the objective of the trainer."""
     ids = random_ids(2, 9)
     labels = ids.clone()
@@ -69,7 +69,7 @@ def test_loss_and_gradients_are_those_of_pretraining(made: Made) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"use_cache": True}, {"exit_threshold": 0.3}])
 @pytest.mark.parametrize("fields", [{}, {"attention": "gqa", "core_ffn": "dense"}])
-def test_padding_changes_nothing(made: Made, fields: dict[str, Any], options: dict[str, Any]) -> None:
+def test_padding_changes_nothing(made: BuildModel, fields: dict[str, Any], options: dict[str, Any]) -> None:
     """On the left, on the right and in between, against every row alone."""
     model = made(**fields)
     mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0], [1, 0, 1, 1, 0, 1, 0], [1] * 7])
@@ -88,7 +88,7 @@ def test_padding_changes_nothing(made: Made, fields: dict[str, Any], options: di
     torch.testing.assert_close(loss, sum(losses[row] for row in padded) / (3 + 3 + 6), **CLOSE)
 
 
-def test_positions_stop_at_the_threshold(made: Made) -> None:
+def test_positions_stop_at_the_threshold(made: BuildModel) -> None:
     """Against every position run alone, in order, in float64."""
     model, ids = made(), random_ids(1, 6)
     slow = SlowRow(model.model, converged(0.4))
@@ -179,7 +179,7 @@ def test_arguments_that_are_refused(model: MythosForCausalLM, options: dict[str,
                 call(random_ids(1, 4), **options)
 
 
-def test_what_is_refused(made: Made, model: MythosForCausalLM) -> None:
+def test_what_is_refused(made: BuildModel, model: MythosForCausalLM) -> None:
     long, ids = random_ids(1, CONTEXT + 1), random_ids(1, 4)
     with pytest.raises(ValueError, match=f"an input of {CONTEXT + 1} tokens: the model's context is {CONTEXT} "):
         model(long)
@@ -215,7 +215,7 @@ def test_what_is_refused(made: Made, model: MythosForCausalLM) -> None:
 
 
 @pytest.mark.parametrize("fields", [{}, {"tie_embeddings": False, "halting": "gate", "loop_embedding": True}])
-def test_saved_in_shards_and_loaded_alike(made: Made, fields: dict[str, Any], tmp_path: Path) -> None:
+def test_saved_in_shards_and_loaded_alike(made: BuildModel, fields: dict[str, Any], tmp_path: Path) -> None:
     model, ids = made(**fields), random_ids(2, 9)
     model.generation_config = GenerationConfig(num_loops=3)
     model.save_pretrained(tmp_path, max_shard_size="40KB")
@@ -231,7 +231,7 @@ def test_saved_in_shards_and_loaded_alike(made: Made, fields: dict[str, Any], tm
     assert torch.equal(placed(ids).logits, model(ids).logits)
 
 
-def test_in_bfloat16_what_must_not_be_rounded_is_not(made: Made, tmp_path: Path) -> None:
+def test_in_bfloat16_what_must_not_be_rounded_is_not(made: BuildModel, tmp_path: Path) -> None:
     model, ids = made(halting="gate"), random_ids(2, 9)
     model.save_pretrained(tmp_path)
     short = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
@@ -288,7 +288,7 @@ def test_new_weights_are_those_of_pretraining(tmp_path: Path) -> None:
 # Fine-tuning
 
 
-def test_gradient_checkpointing_is_that_of_the_loop(made: Made) -> None:
+def test_gradient_checkpointing_is_that_of_the_loop(made: BuildModel) -> None:
     model, ids = made().train(), random_ids(2, 9)
     model(ids, labels=ids).loss.backward()
     expected = {name: p.grad for name, p in model.named_parameters()}
@@ -306,7 +306,7 @@ def test_gradient_checkpointing_is_that_of_the_loop(made: Made) -> None:
     assert model.model.recurrence.checkpointing == "none" and not model.is_gradient_checkpointing
 
 
-def test_trainer(made: Made, tmp_path: Path) -> None:
+def test_trainer(made: BuildModel, tmp_path: Path) -> None:
     """Three steps, in two micro-batches each, against gradient descent written out on the model itself."""
     model = made(vocab_size=128)
     reference = copy.deepcopy(model.model)

@@ -16,7 +16,7 @@ from tests.hf.test_trainer import FIELDS, SPLITS, collator, trained
 from tests.noise import name_generator
 
 peft = pytest.importorskip("peft")
-Made = Callable[..., MythosForCausalLM]
+BuildModel = Callable[..., MythosForCausalLM]
 
 # Latent attention decodes from the weight of key_value_up itself, and the head's loss from that of the head.
 MODELS: dict[str, dict[str, Any]] = {
@@ -53,7 +53,7 @@ def gradients(model: Any, ids: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("kind", "options"), TARGETS, ids=[f"{kind}-{options}" for kind, options in TARGETS])
-def test_an_adapter_is_the_merged_model(made: Made, kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+def test_an_adapter_is_the_merged_model(made: BuildModel, kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     """In training, decoding and generation, saved, loaded and merged."""
     model, ids = made(**MODELS[kind]), random_ids(2, 9)
     before = model(ids).logits
@@ -94,7 +94,7 @@ def test_an_adapter_is_the_merged_model(made: Made, kind: str, options: dict[str
             assert "ffn" in name or "modules_to_save" in name
 
 
-def test_checkpoints_of_an_adapter_with_dropout(made: Made) -> None:
+def test_checkpoints_of_an_adapter_with_dropout(made: BuildModel) -> None:
     """What is computed again drops the same numbers."""
     model, ids = adapted(made(), {"target_modules": "all-linear"}, lora_dropout=0.3).train(), random_ids(2, 9)
     torch.manual_seed(0)
@@ -105,7 +105,7 @@ def test_checkpoints_of_an_adapter_with_dropout(made: Made) -> None:
         torch.testing.assert_close(gradient, expected[name], **CLOSE)
 
 
-def test_an_adapter_in_bfloat16(made: Made) -> None:
+def test_an_adapter_in_bfloat16(made: BuildModel) -> None:
     model, ids = adapted(made(core_ffn="dense"), {"target_modules": "all-linear"}), random_ids(2, 9)
     expected = model(ids).logits
     short = model.to(torch.bfloat16)
@@ -115,7 +115,7 @@ def test_an_adapter_in_bfloat16(made: Made) -> None:
         )
 
 
-def test_trainer_trains_the_adapter_alone(made: Made, tmp_path: Path) -> None:
+def test_trainer_trains_the_adapter_alone(made: BuildModel, tmp_path: Path) -> None:
     """With the objective of the model itself, on either side."""
     found = []
     for side, size, accumulated in SPLITS:

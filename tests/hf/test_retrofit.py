@@ -180,7 +180,7 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0}
 @pytest.mark.parametrize(
     ("spoil", "arguments", "says"),
     [
-        (None, ["--prelude", "0-1", "--core", "2-6", "--coda", "none"], "it has layers 0 to 5, and 6 was asked for"),
+        (None, ["--prelude", "0-1", "--core", "2-6", "--coda", "none"], "it has layers 0 to 5, and 6 was requested"),
         (None, ["--prelude", "0-2", "--core", "2-3", "--coda", "5"], "got layer 2 after layer 2; each layer may"),
         (None, ["--prelude", "3", "--core", "1-2", "--coda", "5"], "got layer 1 after layer 3"),
         (None, ["--prelude", "0", "--core", "none", "--coda", "5"], "--core: got no layers"),
@@ -193,7 +193,7 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0}
         ({"layer_types": ["sliding_attention"] * 6}, ALL, "layer_types: allowed: full_attention only"),
         ({"intermediate_size": None}, ALL, "intermediate_size is missing"),
         ({"num_hidden_layers": 10**12}, ALL, "its config.json says num_hidden_layers 1000000000000, and there are"),
-        ({"hidden_size": 64}, ALL, "which does not make our"),
+        ({"hidden_size": 64}, ALL, "which does not give our"),
         (
             {"num_hidden_layers": 5},
             ["--prelude", "0", "--core", "1-3", "--coda", "4"],

@@ -17,7 +17,7 @@ from mythos.hf import MythosForCausalLM
 from tests.hf.conftest import VOCABULARY
 from tests.hf.test_model import CLOSE, random_ids
 
-Made = Callable[..., MythosForCausalLM]
+BuildModel = Callable[..., MythosForCausalLM]
 Objective = Callable[[Tensor, Tensor], Tensor]
 LENGTHS = (3, 9, 6, 4)
 ROWS = [{"input_ids": random_ids(1, length, seed=length)[0].tolist()} for length in LENGTHS]
@@ -148,7 +148,7 @@ def descended(model: MythosForCausalLM, objective: Objective, hidden: int = 0) -
     ("objective", "options", "more"), [row[1:] for row in OPTIONS], ids=[row[0] for row in OPTIONS]
 )
 def test_every_objective_is_that_of_rows_without_padding(
-    made: Made, tmp_path: Path, objective: Objective, options: dict[str, Any], more: dict[str, Any]
+    made: BuildModel, tmp_path: Path, objective: Objective, options: dict[str, Any], more: dict[str, Any]
 ) -> None:
     """Padded on either side and split into any micro-batches: losses and weights of three steps."""
     reference = made(**FIELDS)
@@ -162,7 +162,7 @@ def test_every_objective_is_that_of_rows_without_padding(
             torch.testing.assert_close(model.get_parameter(name), parameter, **CLOSE)
 
 
-def test_a_prompt_without_labels(made: Made, tmp_path: Path) -> None:
+def test_a_prompt_without_labels(made: BuildModel, tmp_path: Path) -> None:
     expected = descended(made(**FIELDS), cross_entropy, hidden=2)
     for side, size, accumulated in (("left", 4, 1), ("left", 2, 2), ("right", 4, 1)):
         assert trained(made(**FIELDS), tmp_path, size, accumulated, collator(side, hidden=2)) == pytest.approx(
@@ -170,7 +170,7 @@ def test_a_prompt_without_labels(made: Made, tmp_path: Path) -> None:
         )
 
 
-def test_no_smoothing_is_the_plain_loss_as_for_llama(made: Made, tmp_path: Path) -> None:
+def test_no_smoothing_is_the_plain_loss_as_for_llama(made: BuildModel, tmp_path: Path) -> None:
     """In a vocabulary that does not fill the embedding's rows, too."""
 
     def llama() -> LlamaForCausalLM:
@@ -189,7 +189,7 @@ def test_no_smoothing_is_the_plain_loss_as_for_llama(made: Made, tmp_path: Path)
         assert plain == pytest.approx(smooth, abs=2e-4)
 
 
-def test_validation_loss_does_not_depend_on_the_side(made: Made, tmp_path: Path) -> None:
+def test_validation_loss_does_not_depend_on_the_side(made: BuildModel, tmp_path: Path) -> None:
     model = made(**FIELDS)
     for options in ({}, {"prediction_loss_only": True}, {"label_smoothing_factor": 0.1}):
         told = []
@@ -203,7 +203,7 @@ def test_validation_loss_does_not_depend_on_the_side(made: Made, tmp_path: Path)
     assert trainer.predict(ROWS).label_ids.shape == (4, 9)
 
 
-def test_noise_on_embeddings(made: Made, tmp_path: Path) -> None:
+def test_noise_on_embeddings(made: BuildModel, tmp_path: Path) -> None:
     """`neftune_noise_alpha` disturbs training, and is gone after it."""
     plain, noisy = ([], {}), ([], {"neftune_noise_alpha": 5.0})
     for losses, options in (plain, noisy):
@@ -214,7 +214,7 @@ def test_noise_on_embeddings(made: Made, tmp_path: Path) -> None:
     assert plain[0][0] == plain[0][2] and len({plain[0][0], *noisy[0]}) == 4
 
 
-def test_a_loss_function_of_the_model_is_used(made: Made) -> None:
+def test_a_loss_function_of_the_model_is_used(made: BuildModel) -> None:
     """`model.loss_function = ...`, as transformers' models have it: called with logits, labels and vocab_size."""
     model, ids = made(), random_ids(2, 7)
     expected = model(ids).logits.sum() + ids.sum()
@@ -223,7 +223,7 @@ def test_a_loss_function_of_the_model_is_used(made: Made) -> None:
         torch.testing.assert_close(model(ids, labels=ids, **options).loss, expected, **CLOSE)
 
 
-def test_labels_that_are_shifted_or_of_another_mark(made: Made) -> None:
+def test_labels_that_are_shifted_or_of_another_mark(made: BuildModel) -> None:
     model, ids = made(), random_ids(2, 7)
     expected = model(ids, labels=ids).loss
     shifted = F.pad(ids[:, 1:], (0, 1), value=-100)
@@ -234,7 +234,7 @@ def test_labels_that_are_shifted_or_of_another_mark(made: Made) -> None:
     assert torch.equal(model(ids, labels=marked, ignore_index=5).loss, other)
 
 
-def test_nothing_is_predicted_from_padding(made: Made) -> None:
+def test_nothing_is_predicted_from_padding(made: BuildModel) -> None:
     """Logits at padding are zero: a loss that counts them anyway cannot see what comes."""
     model, ids = made(), random_ids(2, 6)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
@@ -243,7 +243,7 @@ def test_nothing_is_predicted_from_padding(made: Made) -> None:
 
 
 @pytest.mark.parametrize("fields", [{}, {"attention": "gqa", "value_embeddings": True}])
-def test_packed_rows(made: Made, fields: dict[str, Any]) -> None:
+def test_packed_rows(made: BuildModel, fields: dict[str, Any]) -> None:
     """Positions that start again, as collators that flatten give them: every document as if it were alone."""
     model, ids = made(**fields), random_ids(1, 9)
     parts = ids.split((4, 3, 2), dim=1)
@@ -260,7 +260,7 @@ def test_packed_rows(made: Made, fields: dict[str, Any]) -> None:
         model(ids, cu_seq_lens_q=torch.tensor([0, 4, 7, 9]))
 
 
-def test_positions_that_tokens_have_anyway(made: Made) -> None:
+def test_positions_that_tokens_have_anyway(made: BuildModel) -> None:
     model, ids = made(), random_ids(2, 6)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
     expected = model(ids, attention_mask=mask).logits
