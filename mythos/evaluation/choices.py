@@ -16,7 +16,6 @@ from mythos.errors import MythosError
 from mythos.evaluation.continuations import DepthSetting, Request, Score, encode_requests, score_requests
 from mythos.files.text import parse_json, read_text, unusable_text
 from mythos.model.rdt import RecurrentDepthTransformer
-from mythos.training.metric_names import at_loops
 
 logger = logging.getLogger(__name__)
 
@@ -178,6 +177,6 @@ def choice_metrics(
         )
         for setting, scores in zip(settings, by_setting, strict=True):
             accuracies = choice_scores(encoded.task, scores)
-            metrics[at_loops(f"val/{encoded.task.name}_acc", setting.loops)] = accuracies.acc
-            metrics[at_loops(f"val/{encoded.task.name}_acc_norm", setting.loops)] = accuracies.acc_norm
+            metrics[f"val/{encoded.task.name}_acc@{setting.loops}"] = accuracies.acc
+            metrics[f"val/{encoded.task.name}_acc_norm@{setting.loops}"] = accuracies.acc_norm
     return metrics

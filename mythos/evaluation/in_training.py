@@ -18,7 +18,7 @@ from mythos.evaluation.reasoning import task_metrics
 from mythos.evaluation.validation import validation_metrics
 from mythos.generation.sampling import Sampling
 from mythos.generation.tokens import generate
-from mythos.training.metric_names import losses_by_depth
+from mythos.training.metrics import losses_by_depth
 
 
 class Interrupted(Exception):

@@ -18,7 +18,6 @@ from mythos.distributed.ranks import World
 from mythos.evaluation.validation import right_rows
 from mythos.model import IGNORE_INDEX
 from mythos.model.rdt import DepthReadout, RecurrentDepthTransformer
-from mythos.training.metric_names import at_loops
 
 BEYOND = (1.2, 1.6, 2, 3, 4, 6)
 """Difficulties beyond the hardest of training to measure by default, as multiples of it."""
@@ -69,7 +68,7 @@ def task_metrics(
     for depth, (loss_sum, right_count) in zip(passes, world.sum(sums).tolist(), strict=True):
         values = {"val/loss": loss_sum / tokens, "val/accuracy": right_count / len(data.ids)}
         if depth is not None:
-            metrics |= {at_loops(name, depth): value for name, value in values.items()}
+            metrics |= {f"{name}@{depth}": value for name, value in values.items()}
         if depth == main_depth:
             metrics |= values
     return metrics

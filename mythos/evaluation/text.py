@@ -22,7 +22,7 @@ from mythos.evaluation.depth_sweep import adaptive_sums, batches_of, halting_mea
 from mythos.evaluation.validation import validation_metrics
 from mythos.model.halting import halting_rule
 from mythos.model.rdt import RecurrentDepthTransformer
-from mythos.training.metric_names import losses_by_depth
+from mythos.training.metrics import losses_by_depth
 
 SEQUENCES, LENGTH = 64, 1024
 """Number of sequences and maximum tokens of each, for a model without a run configuration."""

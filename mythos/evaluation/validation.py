@@ -12,7 +12,6 @@ from mythos.data.validation import ValidationSet
 from mythos.distributed.ranks import World
 from mythos.model import IGNORE_INDEX
 from mythos.model.rdt import RecurrentDepthTransformer
-from mythos.training.metric_names import at_loops
 
 
 def validation_metrics(
@@ -56,7 +55,7 @@ def validation_metrics(
         sums += torch.cat((losses * bool(counted), means.double() * counted))
     *totals, delta_sum, overlap_sum = world.sum(sums).tolist()
     tokens = data.ids[:, 1:].numel()
-    metrics = {at_loops("val/loss", depth): loss / tokens for depth, loss in zip(depths, totals, strict=True)}
+    metrics = {f"val/loss@{depth}": loss / tokens for depth, loss in zip(depths, totals, strict=True)}
     total = totals[depths.index(main_depth)]
     metrics["val/loss"] = total / tokens
     metrics["val/bits_per_byte"] = total / log(2) / int(data.bytes.sum())

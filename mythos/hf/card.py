@@ -10,7 +10,7 @@ from mythos.config.sections import Config
 from mythos.model.config import ModelConfig
 from mythos.model.halting import THRESHOLDS
 from mythos.planning.estimate import count_parameters
-from mythos.training.metric_names import losses_by_depth
+from mythos.training.metrics import losses_by_depth
 
 HEADER = """---
 library_name: transformers

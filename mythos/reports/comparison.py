@@ -14,7 +14,7 @@ from mythos.errors import MythosError
 from mythos.planning.estimate import count_parameters
 from mythos.reports.plots import finish, loop_axis
 from mythos.reports.recorded import RecordedRun, open_run, run_names
-from mythos.training.metric_names import losses_by_depth
+from mythos.training.metrics import losses_by_depth
 
 DATA = ("kind", "path", "dataset", "subset", "split", "text_column", "filters", "task", "sources", "streams")
 DATA += ("sequence_length", "mask_documents", "validation")

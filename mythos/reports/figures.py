@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from mythos.reports.plots import draw_depths, draw_over_tokens, draw_training, loop_axis, new_axes
 from mythos.reports.recorded import RecordedRun
-from mythos.training.metric_names import losses_by_depth
+from mythos.training.metrics import losses_by_depth
 
 # Black becomes the page's colour of text in `inline_svg`, so the rest must be readable on white and on black.
 SETTINGS = {

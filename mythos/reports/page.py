@@ -28,7 +28,7 @@ from mythos.reports.figures import (
 )
 from mythos.reports.plots import sweep_figure
 from mythos.reports.recorded import RecordedRun
-from mythos.training.metric_names import losses_by_depth
+from mythos.training.metrics import losses_by_depth
 
 SHOWN_SAMPLES = 8
 """Steps whose samples are shown, spread over training."""

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mythos.evaluation.depth_sweep import DepthFit, fit_losses
-from mythos.training.metric_names import losses_by_depth
-from mythos.training.metrics import read_metrics
+from mythos.training.metrics import losses_by_depth, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,7 +7,7 @@ from mythos.config.presets import model_name
 from mythos.config.sections import Config
 from mythos.evaluation.depth_sweep import fit_losses
 from mythos.planning.estimate import count_parameters
-from mythos.training.metric_names import losses_by_depth
+from mythos.training.metrics import losses_by_depth
 
 
 def config_lines(config: Config, micro_batch: int, validation_sequences: int) -> dict[str, str]:

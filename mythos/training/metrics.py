@@ -20,7 +20,6 @@ from mythos.config.checking import suggestion
 from mythos.config.sections import Config
 from mythos.errors import MythosError, import_optional, short_reason, without_credentials
 from mythos.files.local import read_regular
-from mythos.training.metric_names import losses_by_depth
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
@@ -115,6 +114,13 @@ class MetricsLog:
                     type(error).__name__,
                     _reason(error),
                 )
+
+
+def losses_by_depth(record: dict[str, float]) -> dict[int, float]:
+    """The `val/loss@<loops>` of a record, by number of loops, shallowest first."""
+    prefix = "val/loss@"
+    losses = {int(key.removeprefix(prefix)): value for key, value in record.items() if key.startswith(prefix)}
+    return dict(sorted(losses.items()))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Fixtures of the model's tests."""
+"""Fixtures shared with the tests of the model."""
 
 from tests.model.conftest import model, small
 

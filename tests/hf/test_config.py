@@ -1,4 +1,4 @@
-"""The configuration: its fields, their names in transformers, what it refuses, and the files it makes."""
+"""The configuration: its fields, their names in transformers, invalid values, and its file."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def test_every_field_of_the_model_section_comes_back_from_json(tmp_path: Path) -
     config.save_pretrained(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
     assert values.keys() >= set(ModelConfig.model_fields) and values["model_type"] == "mythos"
-    assert values.keys() - set(ModelConfig.model_fields) <= HEADER  # what open_model knows to be none of the model's
+    assert values.keys() - set(ModelConfig.model_fields) <= HEADER  # the keys that open_model skips
     back = AutoConfig.from_pretrained(tmp_path)
     assert isinstance(back, MythosConfig) and back.section() == section
     assert (back.mean_loops, back.step, back.versions) == (7, 12, {"torch": "2"})

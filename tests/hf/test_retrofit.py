@@ -1,4 +1,4 @@
-"""Dense models with loops put in, compared with transformers' own model of the same layers."""
+"""Retrofitted dense models, compared with transformers' model of the same layers."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ from tests.runs import settings, tiny
 from tests.trainers import run
 
 SIZES: dict[str, Any] = {
-    "vocab_size": 200,  # less than a multiple of 128
+    "vocab_size": 200,  # not a multiple of 128
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 6,
@@ -48,7 +48,7 @@ ALL = ["--prelude", "0-1", "--core", "2-4", "--coda", "5"]
 
 
 def dense(kind: type[PreTrainedModel] = LlamaForCausalLM, config: type = LlamaConfig, **changes: Any) -> Any:
-    """A model whose weights, norms included, are noise large enough for every layer to count."""
+    """A model with noise in all weights, norms included, large enough for every layer to matter."""
     model = kind(config(**{**SIZES, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, **changes}))
     generator = torch.Generator().manual_seed(3)
     for parameter in model.parameters():
@@ -112,8 +112,8 @@ def test_left_out_layers_are_a_dense_model_without_them(
         str(kept[3]) if kept[3:] else "none",
     ]
     assert retrofit_hf.main([str(source), str(tmp_path / "looped"), *parts]) == 0
-    told = capsys.readouterr().out
-    assert "left out: layers " + ", ".join(str(n) for n in range(6) if n not in kept) in told
+    printed = capsys.readouterr().out
+    assert "left out: layers " + ", ".join(str(n) for n in range(6) if n not in kept) in printed
     fewer = dense(num_hidden_layers=len(kept))
     fewer.load_state_dict(
         {name: tensor for name, tensor in model.state_dict().items() if "layers." not in name}
@@ -153,9 +153,9 @@ def test_its_own_configuration_trains_it_on(tmp_path: Path) -> None:
     assert config.run.name == folder.name and config.train.init_from == str(folder)
     assert (config.model.loops, config.model.core_layers, config.model.halting) == (2, 3, "convergence")
     assert (config.optim.name, config.depth.curriculum.shape, config.depth_backprop) == ("muon", "1-sqrt", 4)
-    made = run(config)
-    first = read_metrics(made.run_dir / "metrics.jsonl")[0]
-    validation = made.validation.ids
+    trainer = run(config)
+    first = read_metrics(trainer.run_dir / "metrics.jsonl")[0]
+    validation = trainer.validation.ids
     with torch.no_grad():
         logits = model(validation[:, :-1]).logits.flatten(0, 1)
         expected = torch.nn.functional.cross_entropy(logits, validation[:, 1:].flatten())
