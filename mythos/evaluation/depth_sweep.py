@@ -124,7 +124,7 @@ class DepthSweep:
         columns = dict.fromkeys(field.name for kind in kinds for field in fields(kind) if field.name != "exits")
         rows = [*map(asdict, self.loops), *map(asdict, self.halting)]
         table, document = stem.with_name(stem.name + ".csv"), stem.with_name(stem.name + ".json")
-        document.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        document.write_text(json.dumps(finite(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
         with table.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
             writer.writeheader()
@@ -403,12 +403,7 @@ def fit_metrics(losses: Mapping[int, float]) -> dict[str, float]:
     fit = fit_losses(losses)
     if fit is None:
         return {}
-    return {
-        "val/fit_limit": fit.limit,
-        "val/fit_amplitude": fit.amplitude,
-        "val/fit_rate": fit.rate,
-        "val/fit_residual": fit.residual,
-    }
+    return {f"val/fit_{name}": value for name, value in asdict(fit).items() if name != "loops"}
 
 
 def batches_of(
@@ -504,10 +499,10 @@ def fit_losses(losses: Mapping[int, float]) -> DepthFit | None:
     )
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The same plain data with None in place of infinities and NaN, which JSON lacks."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

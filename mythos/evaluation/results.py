@@ -10,6 +10,7 @@ from typing import Any
 
 from mythos.evaluation.choices import ChoiceScores, ChoiceTask
 from mythos.evaluation.continuations import DepthSetting
+from mythos.evaluation.depth_sweep import finite
 from mythos.evaluation.text import TextScores
 
 
@@ -82,10 +83,9 @@ def save(results: Sequence[Result], stem: Path, about: Mapping[str, Any]) -> lis
     """Write STEM.json, with `about` before the results, and STEM.csv, one line per result; returns both paths."""
     flat = []
     for result in results:
-        values = asdict(result)
+        values = finite(asdict(result))
         setting = values.pop("setting")
-        finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
-        flat.append({"task": finite.pop("task"), "metric": finite.pop("metric"), **setting, **finite})
+        flat.append({"task": values.pop("task"), "metric": values.pop("metric"), **setting, **values})
     document, sheet = stem.with_name(stem.name + ".json"), stem.with_name(stem.name + ".csv")
     content = {**about, "results": flat}
     document.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -6,7 +6,6 @@ import struct
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -94,7 +93,7 @@ def foreign_model(folder: Path) -> Iterator[ForeignModel]:
         MythosError: there are no weights, or they cannot be read.
     """
     values = read_values(folder)
-    readers: dict[str, Callable[[], Tensor]] = {}
+    readers: dict[str, Callable[[str], Tensor]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     with contextlib.ExitStack() as stack:
         for file in _weight_files(folder):
@@ -103,20 +102,17 @@ def foreign_model(folder: Path) -> Iterator[ForeignModel]:
                     opened = stack.enter_context(safe_open(file, framework="pt"))
                     for name in opened.keys():  # noqa: SIM118 (it is no dict and has no __iter__)
                         shapes[name] = tuple(opened.get_slice(name).get_shape())
-                        readers[name] = partial(opened.get_tensor, name)
+                        readers[name] = opened.get_tensor
                 else:
-                    for name, tensor in _unpickled(file).items():
-                        shapes[name], readers[name] = tuple(tensor.shape), partial(_same, tensor)
+                    tensors = _unpickled(file)
+                    shapes |= {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+                    readers |= dict.fromkeys(tensors, tensors.__getitem__)
 
         def read(name: str) -> Tensor:
             with _read_errors(folder):
-                return readers[name]()
+                return readers[name](name)
 
         yield ForeignModel(folder, values, shapes, read)
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _weight_files(folder: Path) -> list[Path]:

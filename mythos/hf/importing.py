@@ -1,7 +1,5 @@
 """Imports published looped models as exports of ours; `mythos.hf.importers` has the architectures."""
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -77,12 +75,10 @@ def import_model(
         prepared = None
         if tokenizer is not None:
             prepared = prepare_tokenizer(tokenizer, architecture, mapped, Path(temporary) / "tokenizer")
-        with stored_foreign(foreign, mapped, prepared, str(source)) as stored:
-            card = model_card(stored, folder.name, [])
-            card += (
-                f"\n## Source\n\nImported from `{public_name(source)}` ({architecture.name}); it computes the same.\n"
-            )
-            exported = write_export(stored, folder, card, dtype, max_shard_size)
+        stored = stored_foreign(foreign, mapped, prepared, str(source))
+        card = model_card(stored, folder.name, [])
+        card += f"\n## Source\n\nImported from `{public_name(source)}` ({architecture.name}); it computes the same.\n"
+        exported = write_export(stored, folder, card, dtype, max_shard_size)
     return Imported(exported, architecture.name, prepared is not None)
 
 
@@ -163,10 +159,7 @@ def _float32(foreign: ForeignModel) -> Read:
     return lambda name: foreign.read(name).float()
 
 
-@contextlib.contextmanager
-def stored_foreign(
-    foreign: ForeignModel, mapped: MappedModel, tokenizer: Path | None, source: str
-) -> Iterator[StoredModel]:
+def stored_foreign(foreign: ForeignModel, mapped: MappedModel, tokenizer: Path | None, source: str) -> StoredModel:
     """The foreign model with the interface of a stored model of ours."""
     with torch.device("meta"):
         model = RecurrentDepthTransformer(mapped.config).eval()
@@ -177,7 +170,7 @@ def stored_foreign(
             derived = mapped.tensors[name]
             tensor.copy_(derived.compute(*map(read, derived.sources)))
 
-    yield StoredModel(model, fill, tokenizer, mapped.mean_loops, 0, None, source)
+    return StoredModel(model, fill, tokenizer, mapped.mean_loops, 0, None, source)
 
 
 def prepare_tokenizer(source: str | Path, architecture: Architecture, mapped: MappedModel, folder: Path) -> Path:

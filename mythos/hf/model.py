@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from operator import attrgetter
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -36,17 +36,6 @@ DEPTH_ARGUMENTS = ("num_loops", "exit_threshold")
 """Arguments of `generate` and of a generation configuration that transformers does not have."""
 
 logger = logging.get_logger(__name__)
-
-
-class Prediction(NamedTuple):
-    """The result of a forward pass before the loss is averaged."""
-
-    logits: Tensor
-    """float32, at the positions of `logits_to_keep`."""
-    all_logits: Tensor
-    """(B, S, V) float32 if a custom loss needs them; otherwise unspecified."""
-    loss: Tensor | None
-    """Summed over targets, nats; None without targets or with a custom loss."""
 
 
 class MythosForCausalLM(PreTrainedModel, GenerationMixin):
@@ -293,19 +282,22 @@ class MythosForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _predict(
         self, inputs: ForwardInputs, targets: Tensor | None, custom_loss: bool, logits_to_keep: int | Tensor
-    ) -> Prediction:
-        """Run all positions for the same number of loops, with gradient and without a cache."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Run all positions for the same number of loops, with gradient and without a cache.
+
+        Returns the logits to keep, all logits (B, S, V) for a custom loss, and otherwise the summed loss in nats.
+        """
         hidden = self._hidden(inputs)
         # Ids from vocab_size on only pad the embedding and mean no token.
         head = self.model.head_weight[: self.config.vocab_size]
         loss = None if targets is None or custom_loss else summed_cross_entropy(hidden, head, targets)
         logits = F.linear(kept_positions(hidden, inputs.mask, logits_to_keep), head).float()
-        return Prediction(logits, F.linear(hidden, head).float() if custom_loss else logits, loss)
+        return logits, F.linear(hidden, head).float() if custom_loss else logits, loss
 
     def _predict_cached(
         self, inputs: ForwardInputs, targets: Tensor | None, custom_loss: bool, logits_to_keep: int | Tensor
-    ) -> Prediction:
-        """Continue the cache by the ids, without gradient."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Continue the cache by the ids, without gradient; returns the same as `_predict`."""
         ids, mask, cache = inputs.ids, inputs.mask, inputs.cache
         assert cache is not None
         last = isinstance(logits_to_keep, int) and logits_to_keep == 1 and targets is None
@@ -320,7 +312,7 @@ class MythosForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if targets is not None and not custom_loss:
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-        return Prediction(kept_positions(logits, mask, logits_to_keep), logits, loss)
+        return kept_positions(logits, mask, logits_to_keep), logits, loss
 
     def _hidden(self, inputs: ForwardInputs) -> Tensor:
         """The head's input, (B, S, D), 0 at padding; fills `inputs.states`."""

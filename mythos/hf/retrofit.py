@@ -141,12 +141,12 @@ def retrofit(
         if tokenizer is None and not (source_folder / TOKENIZER_FILE).is_file():
             raise MythosError(f"{source_folder} has no {TOKENIZER_FILE}: give the model's tokenizer by --tokenizer")
         prepared = prepare_tokenizer(tokenizer or source_folder, architecture, mapped, Path(temporary) / "tokenizer")
-        with stored_foreign(foreign, mapped, prepared, str(source)) as stored:
-            name = public_name(source)
-            card = model_card(stored, folder.name, [])
-            card += f"\n## Source\n\nRetrofitted from `{name}`: {_layer_summary(layers)}.\n"
-            texts = {TRAIN_FILE: train_yaml(folder, mapped, name, layers)}
-            exported = write_export(stored, folder, card, dtype, max_shard_size, texts)
+        stored = stored_foreign(foreign, mapped, prepared, str(source))
+        name = public_name(source)
+        card = model_card(stored, folder.name, [])
+        card += f"\n## Source\n\nRetrofitted from `{name}`: {_layer_summary(layers)}.\n"
+        texts = {TRAIN_FILE: train_yaml(folder, mapped, name, layers)}
+        exported = write_export(stored, folder, card, dtype, max_shard_size, texts)
     count = foreign.values["num_hidden_layers"]
     return Retrofitted(exported, architecture.name, [n for n in range(count) if n not in layers.chosen])
 

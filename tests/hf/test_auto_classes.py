@@ -1,4 +1,4 @@
-"""`import mythos` registers our model with transformers' Auto classes in any import order, and imports nothing heavy."""
+"""`import mythos` registers our model with transformers' Auto classes in any import order, and imports little."""
 
 import subprocess
 import sys

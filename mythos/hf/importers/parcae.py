@@ -25,7 +25,6 @@ The import folds these differences into the weights:
   s q / sqrt(s^2 m + eps) = q / sqrt(m + eps / s^2). Normalising before the rotation equals normalising after it.
 """
 
-from functools import partial
 from math import sqrt
 
 import torch
@@ -113,7 +112,9 @@ def map_parcae(values: Values) -> MappedModel:
     tensors["readout.weight"] = Derived(("transformer.C.weight",))
     injection = tuple(f"transformer.adapter.{name}" for name in ("dt_bias", "A_log", "B"))
     for index, name in enumerate(("dt", "log_a", "weight")):
-        tensors[f"recurrence.injection.{name}"] = Derived(injection, partial(_within_bounds_part, index))
+        tensors[f"recurrence.injection.{name}"] = Derived(
+            injection, lambda *parts, index=index: within_bounds(*parts)[index]
+        )
     mapped.checks["transformer.adapter.A_log"] = check_decays
     mapped.unused.add("freqs_cis")
     mapped.checks["freqs_cis"] = check_rotations("freqs_cis", config.rope_theta)
@@ -244,10 +245,6 @@ def within_bounds(dt: Tensor, log_a: Tensor, weight: Tensor) -> tuple[Tensor, Te
     compensation = (delta / new_delta).where(~inside, 1).float()
     new_dt, new_log_a = torch.where(inside, dt, new_dt.float()), torch.where(inside, log_a, new_log_a.float())
     return new_dt, new_log_a, weight * compensation.unsqueeze(1)
-
-
-def _within_bounds_part(index: int, *tensors: Tensor) -> Tensor:
-    return within_bounds(*tensors)[index]
 
 
 def check_decays(read: Read) -> str | None:
