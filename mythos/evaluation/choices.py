@@ -58,7 +58,7 @@ def read_tasks(paths: Sequence[str], *, what: str, limit: int | None = None) -> 
     for path in paths:
         if names[Path(path).stem] > 1:
             raise MythosError(
-                f"{what}: two files are called {Path(path).stem}, as their scores would be; rename one of them"
+                f"{what}: two files have the name {Path(path).stem}, and their scores would too; rename one of them"
             )
     return [ChoiceTask(Path(path).stem, _read(path, what, limit)) for path in paths]
 

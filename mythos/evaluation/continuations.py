@@ -214,8 +214,8 @@ def _score_by_setting(
     model: RecurrentDepthTransformer, ids: Tensor, targets: Tensor, mask: Tensor, settings: Sequence[DepthSetting]
 ) -> Iterator[list[Score]]:
     """The scores of a batch's rows, one setting after the other; tensors are (B, S)."""
-    alike = sorted({setting.loops for setting in settings if setting.rule is None})
-    readouts = model.read_depths(ids, targets, alike, judged=True) if alike else []
+    depths = sorted({setting.loops for setting in settings if setting.rule is None})
+    readouts = model.read_depths(ids, targets, depths, judged=True) if depths else []
     by_loops = {readout.loops: readout for readout in readouts}
     counts = mask.sum(1)
     for setting in settings:

@@ -118,7 +118,7 @@ def _data_sources(data: DataConfig) -> str:
         return f"the task {data.task.name}, difficulty {data.task.difficulty[0]} to {data.task.difficulty[1]}"
     descriptions = []
     for name, source in data.named_sources.items():
-        kinds = {"embedded": "documentation that comes with Python packages", "hub": f"{source.dataset}"}
+        kinds = {"embedded": "documentation that comes with Python packages", "hub": str(source.dataset)}
         text = kinds.get(source.kind, "local files")
         text += f" ({source.subset})" if source.subset else ""
         if isinstance(source, MixtureSourceConfig):

@@ -1,4 +1,4 @@
-"""Checks of what a forward pass of `MythosForCausalLM` receives, and its masks and documents."""
+"""The inputs of a forward pass of `MythosForCausalLM`: checks, token masks and document ids."""
 
 from dataclasses import dataclass, fields
 from typing import Any

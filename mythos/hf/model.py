@@ -250,7 +250,7 @@ class MythosForCausalLM(PreTrainedModel, GenerationMixin):
     def _targets(
         self, labels: Tensor | None, mask: Tensor | None, kwargs: dict[str, Any]
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Labels without those that nothing predicts, and the target of every position; both None without labels."""
+        """Labels with -100 where padding would predict them, and targets of all positions; None without labels."""
         if labels is None:
             return None, None
         shifted, ignored = kwargs.get("shift_labels"), kwargs.get("ignore_index")
@@ -372,7 +372,7 @@ class MythosForCausalLM(PreTrainedModel, GenerationMixin):
         """Give `generate` a `MythosCache`; transformers' own caches have no dimension for loops. Returns True."""
         kind = generation_config.cache_implementation
         if kind is not None and not kind.startswith("dynamic"):
-            raise ValueError(f"cache_implementation: got {kind!r}; a mythos model has a cache of its own, leave it out")
+            raise ValueError(f"cache_implementation: got {kind!r}; a mythos model has its own cache, leave it out")
         if generation_config.use_cache is not False and model_kwargs.get(CACHE_NAME) is None:
             model_kwargs[CACHE_NAME] = MythosCache()
         mask = model_kwargs.get("attention_mask")

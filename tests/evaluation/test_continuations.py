@@ -269,5 +269,5 @@ def test_files(tmp_path):
     assert task == ChoiceTask("good", [Question("Two and two make", ["four", "five"], 0), Question("q", ["a", "b"], 1)])
     with pytest.raises(MythosError, match=r"--tasks: .*nothing.jsonl cannot be read"):
         read_tasks([str(tmp_path / "nothing.jsonl")], what="--tasks")
-    with pytest.raises(MythosError, match="two files are called good"):
+    with pytest.raises(MythosError, match="two files have the name good"):
         read_tasks([str(good), "elsewhere/good.jsonl"], what="--tasks")

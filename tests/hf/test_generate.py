@@ -164,7 +164,7 @@ def test_a_cached_prompt_is_continued(model: MythosForCausalLM) -> None:
         assert generated[:, 9:].tolist() == own(model, whole.tolist(), 5)
     with pytest.raises(ValueError, match="got a DynamicCache; allowed: the MythosCache of a forward pass"):
         model.generate(start, max_new_tokens=2, **{CACHE_NAME: DynamicCache()})
-    with pytest.raises(ValueError, match="cache_implementation: got 'static'; a mythos model has a cache of its own"):
+    with pytest.raises(ValueError, match="cache_implementation: got 'static'; a mythos model has its own cache"):
         model.generate(start, cache_implementation="static")
     with pytest.raises(ValueError, match=f"a row of {CONTEXT + 1} tokens: the model's context is {CONTEXT}"):
         model.generate(start, max_new_tokens=CONTEXT)
