@@ -1,4 +1,4 @@
-"""What the site shows beyond these pages: the configuration reference, and two files of the repository's root."""
+"""MkDocs hooks: add the configuration reference, and CONTRIBUTING.md and CHANGELOG.md of the repository root."""
 
 import re
 from pathlib import Path
@@ -16,18 +16,18 @@ from mythos.section import Section
 
 ROOT = Path(__file__).parent.parent
 OUTSIDE = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
-"""Files of the root, and the pages that they are on the site."""
+"""Files of the repository root and their page on the site."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the files of the root."""
+    """Add the files of the repository root as pages."""
     for name, page in OUTSIDE.items():
         files.append(File.generated(config, page, content=(ROOT / name).read_text("utf-8").replace("](docs/", "](")))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Point links at the pages of the root's files, and complete the configuration reference."""
+    """Redirect links to root files to their pages, and append the reference to configuration.md."""
     for name, target in OUTSIDE.items():
         markdown = markdown.replace(f"](../{name}", f"]({target}")
     if page.file.src_uri == "configuration.md":
@@ -36,7 +36,7 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 
 
 def reference() -> list[str]:
-    """Every section of the configuration as Markdown, from the declarations that runs are checked against."""
+    """Render every configuration section as Markdown, from the declarations that validate runs."""
     pieces = []
     for path, section in sections(Config):
         pieces += [_section(path, section)]
@@ -63,9 +63,9 @@ def _section(path: str, section: type[Section]) -> str:
 
 
 class PlainRoles(griffe.Extension):
-    """Shows :func:`name` in a docstring as a name and not as Sphinx's markup."""
+    """Replace Sphinx roles such as :func:`name` in docstrings by the name."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Replace the roles of one docstring."""
+        """Replace the roles in one docstring."""
         if obj.docstring:
             obj.docstring.value = re.sub(r":(?:class|func|meth|mod):`([^`]+)`", r"`\1`", obj.docstring.value)

@@ -1,7 +1,9 @@
 """What every test runs under: no network, no services, no files outside its temporary folder."""
 
+import gc
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -16,9 +18,50 @@ os.environ.update(
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # many small operations: threads cost more than they bring
 
 
+SLOW = (
+    "cli/test_tokenize.py",
+    "data/test_kills.py",
+    "data/test_loader.py",
+    "data/test_remote_hostile.py",
+    "distributed/",
+    "evaluation/test_validation_stops.py",
+    "gpu_check/",
+    "hf/test_generate.py",
+    "hf/test_peft.py",
+    "hf/test_trainer.py",
+    "model/test_compiled_decoding.py",
+    "model/test_gpu_readiness.py",
+    "planning/",
+    "test_docs.py",
+    "test_fuzzing.py",
+    "test_missing_packages.py",
+    "test_progress.py",
+    "trainer/",
+)
+"""Files and folders whose tests start processes, compile, or train for long: left out by `pytest -m "not slow"`."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark slow tests, and run them first: the workers then share what is left evenly."""
+    for item in items:
+        if item.path.relative_to(Path(__file__).parent).as_posix().startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: "slow" not in item.keywords)
+
+
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """The whole suite in two processes, which often wait; what is named on the command line in this one."""
     return 0 if config.args_source is pytest.Config.ArgsSource.ARGS else 2
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Keep the garbage collector away from what imports have created: a million objects that live as long as the tests.
+
+    Without this every full collection takes about a second, and libraries ask for one after each of their trainings.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,4 +1,4 @@
-"""What README and docs tell to type is accepted, marked where it needs more than a CPU, and quotes the code."""
+"""Documented commands are accepted and say what they need; links, anchors and quoted errors exist."""
 
 import argparse
 import ast
@@ -27,21 +27,23 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 STAND_INS = {name: "configs/debug.yaml" for name in ("CONFIG.yaml", "CONFIG", "my.yaml")}
 STAND_INS |= {"retrofitted/train.yaml": "configs/debug.yaml"}
 STAND_INS |= {"SECTION": "depth", "SIZE": "reference", "RUN": "runs/quickstart"}
-"""What the pages write for names of the reader's choice."""
+"""Placeholders on the pages, and what the tests use for them."""
 
 
 class Block(NamedTuple):
-    """A fenced block, or code within a line."""
+    """A fenced block of code, or code within a line."""
 
     where: str
     language: str
     text: str
     needs: set[str]
-    """What the comment above it says that it needs, as in <!-- needs: network, gpu -->."""
+    """Requirements in the comment above the block: <!-- needs: network, gpu -->."""
 
 
 def blocks(page: Path) -> list[Block]:
-    name, found = str(page.relative_to(ROOT)), []
+    """All code of a page: its fenced blocks in order, then code within lines."""
+    name = str(page.relative_to(ROOT))
+    fenced: list[Block] = []
     lines, number = page.read_text("utf-8").split("\n"), 0
     prose: list[str] = []
     while number < len(lines):
@@ -49,20 +51,20 @@ def blocks(page: Path) -> list[Block]:
             end = lines.index(fence[1], number + 1)
             mark = re.fullmatch(r"<!-- needs: (.+) -->", lines[number - 1])
             needs = set(mark[1].split(", ")) if mark else set()
-            found.append(Block(f"{name}:{number + 1}", fence[2], "\n".join(lines[number + 1 : end]), needs))
+            fenced.append(Block(f"{name}:{number + 1}", fence[2], "\n".join(lines[number + 1 : end]), needs))
             number = end
         else:
             prose.append(lines[number])
         number += 1
     inline = re.findall(r"`([^`]+)`", "\n".join(prose))
-    return found + [Block(f"{name}: `{code}`", "inline", " ".join(code.split()), set()) for code in inline]
+    return fenced + [Block(f"{name}: `{code}`", "inline", " ".join(code.split()), set()) for code in inline]
 
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 
 
 def commands(block: Block) -> Iterator[list[str]]:
-    """The words of every command; other lines of a block are what commands print."""
+    """The words of every command of a block; its other lines are output."""
     for line in block.text.replace("\\\n", " ").split("\n"):
         line = re.sub(r"\[[^]]*\.\.\.\]", "", line)  # [key.path=value ...]
         try:
@@ -75,8 +77,8 @@ def commands(block: Block) -> Iterator[list[str]]:
             continue
         while words:
             end = words.index("&&") if "&&" in words else len(words)
-            typed = words[: words.index(">") if ">" in words[:end] else end]
-            yield [STAND_INS.get(word, word) for word in typed]
+            command_words = words[: words.index(">") if ">" in words[:end] else end]
+            yield [STAND_INS.get(word, word) for word in command_words]
             words = words[end + 1 :]
 
 
@@ -84,39 +86,39 @@ def commands(block: Block) -> Iterator[list[str]]:
 def module(path: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"documented_{Path(path).stem}", ROOT / path)
     assert spec is not None and spec.loader is not None, path
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
 
 
 def parsed(main: Callable[[list[str]], int], arguments: list[str]) -> argparse.Namespace:
-    """What a script's own parser makes of arguments; nothing after that is run."""
+    """Call `main` until its parser returns, and return the parsed options."""
 
     class Parsed(Exception):
         pass
 
-    def only(parse: Callable[..., argparse.Namespace]) -> Callable[..., None]:
-        def parse_and_leave(*values: object) -> None:
+    def raising(parse: Callable[..., argparse.Namespace]) -> Callable[..., None]:
+        def parse_and_raise(*values: object) -> None:
             raise Parsed(parse(*values))
 
-        return parse_and_leave
+        return parse_and_raise
 
     with pytest.MonkeyPatch.context() as patch:
         for name in ("parse_args", "parse_intermixed_args"):
-            patch.setattr(argparse.ArgumentParser, name, only(getattr(argparse.ArgumentParser, name)))
+            patch.setattr(argparse.ArgumentParser, name, raising(getattr(argparse.ArgumentParser, name)))
         with pytest.raises(Parsed) as caught:
             main(arguments)
     return caught.value.args[0]
 
 
 def online(config: Config) -> bool:
-    """Whether a run asks servers."""
+    """Whether a run uses the network."""
     hub = any(source.kind == "hub" for source in config.data.named_sources.values())
     return hub or config.log.wandb.mode == "online"
 
 
-# Each check takes the words after the program's name, fails where they would not be accepted, and returns what running
-# them needs beyond a CPU and what is installed.
+# Each check takes the words after the program's name, fails if the program would reject them, and returns what running
+# them needs beyond a CPU and the installed packages.
 
 
 def python(words: list[str]) -> set[str]:
@@ -124,7 +126,7 @@ def python(words: list[str]) -> set[str]:
         return mythos(words[2:])
     if words[0] == "-m":
         return set()
-    return accepted(module(words[0]).main, words[1:], trains=words[0] == "train.py", tokenizes="tokenize_" in words[0])
+    return accepted(module(words[0]).main, words[1:], "train" if words[0] == "train.py" else words[0])
 
 
 def mythos(words: list[str]) -> set[str]:
@@ -136,19 +138,19 @@ def mythos(words: list[str]) -> set[str]:
     assert words[0] in COMMAND_NAMES, words[0]
     if words[0] == "configs":
         assert not words[1:] or words[1] in packaged_configs()
-    return accepted(command(words[0]).main, words[1:], trains=words[0] == "train", tokenizes=words[0] == "tokenize")
+    return accepted(command(words[0]).main, words[1:], words[0])
 
 
-def accepted(main: Callable[[list[str]], int], words: list[str], trains: bool, tokenizes: bool) -> set[str]:
+def accepted(main: Callable[[list[str]], int], words: list[str], name: str) -> set[str]:
     options = parsed(main, words)
-    if trains and options.help:
+    if name == "train" and options.help:
         describe(options.help)
-    needs = {"network"} if getattr(options, "against", None) else set()  # a package to compare with
+    needs = {"network"} if getattr(options, "against", None) else set()  # installs the package to compare with
     if path := getattr(options, "config", None):
         overrides = getattr(options, "overrides", [])
         if path.endswith(".yaml") or path in packaged_configs():
             config = load_config(ROOT / path if path.endswith(".yaml") else path, overrides)
-            reads = (trains or tokenizes) and not getattr(options, "dry_run", False)
+            reads = name in ("train", "tokenize") and not getattr(options, "dry_run", False)
             needs |= {"network"} if reads and online(config) else set()
         elif path != STAND_INS["RUN"]:
             from mythos.benchmarks.steps import configuration
@@ -175,8 +177,8 @@ def torchrun(words: list[str]) -> set[str]:
     from torch.distributed.run import get_args_parser
 
     options = get_args_parser().parse_args(words)
-    module = ["-m"] if options.module else []
-    return {"gpu"} | python([*module, options.training_script, *options.training_script_args])
+    module_flag = ["-m"] if options.module else []
+    return {"gpu"} | python([*module_flag, options.training_script, *options.training_script_args])
 
 
 def accelerate(words: list[str]) -> set[str]:
@@ -198,7 +200,7 @@ def pip(words: list[str]) -> set[str]:
 
 
 def own_file(name: str) -> Callable[[list[str]], set[str]]:
-    """For a program of others: what it reads of ours is there."""
+    """A check for a third-party program: the file that it reads exists."""
 
     def check(_: list[str]) -> set[str]:
         assert (ROOT / name).exists()
@@ -221,6 +223,8 @@ CHECKS: dict[str, Callable[[list[str]], set[str]]] = {
     "pre-commit": own_file(".pre-commit-config.yaml"),
     "pytest": own_file("tests"),
     "ruff": own_file("pyproject.toml"),
+    "mypy": own_file("pyproject.toml"),
+    "lint-imports": own_file("pyproject.toml"),
     ".ci/run": own_file(".ci/run"),
     "cd": lambda _: set(),
     "source": lambda _: set(),
@@ -241,7 +245,7 @@ def test_commands_are_accepted_and_say_what_they_need(page: str) -> None:
         if not block.where.startswith(f"{page}:"):
             continue
         if block.language == "inline" and words[0] == "mythos" and len(words) == 2 and words[1] in COMMAND_NAMES:
-            continue  # the name of a command, where pages speak of it
+            continue  # a page mentions the command by name
         needs = CHECKS[words[0]](words[1:])
         if block.language != "inline":
             missing = needs - block.needs
@@ -254,7 +258,7 @@ def test_commands_are_accepted_and_say_what_they_need(page: str) -> None:
         ("python train.py configs/quickstart.yaml optim.learning_rate=1", MythosError),
         ("python train.py configs/nothing.yaml", MythosError),
         ("python train.py --help depths", MythosError),
-        ("python scripts/generate.py runs/quickstart --prompts x", SystemExit),
+        ("mythos generate runs/quickstart --prompts x", SystemExit),
         ("python scripts/nothing.py", FileNotFoundError),
         ("mythos generates runs/quickstart", AssertionError),
         ("mythos train quickstar", MythosError),
@@ -266,16 +270,16 @@ def test_commands_are_accepted_and_say_what_they_need(page: str) -> None:
         ("pip install -e '.[nothing]'", AssertionError),
     ],
 )
-def test_commands_that_are_wrong_are_found(command: str, error: type[BaseException]) -> None:
+def test_wrong_commands_are_rejected(command: str, error: type[BaseException]) -> None:
     program, *words = shlex.split(command)
     with pytest.raises(error):
         CHECKS[program](words)
 
 
-def test_what_a_command_needs_is_found() -> None:
+def test_needs_of_commands() -> None:
     page = ROOT / "docs/quickstart.md"
     assert [block.needs for block in blocks(page)[:2]] == [{"network"}, set()]
-    for given, needs in {
+    for line, needs in {
         "python train.py configs/fineweb-edu-1b.yaml": {"network"},
         "python train.py configs/fineweb-edu-1b.yaml --dry-run": set(),
         "python train.py configs/debug.yaml log.wandb.mode=online": {"network"},
@@ -285,13 +289,13 @@ def test_what_a_command_needs_is_found() -> None:
         "./launch.sh --cpu 2 configs/debug.yaml": set(),
         "torchrun --standalone --nproc-per-node 8 train.py configs/debug.yaml": {"gpu"},
     }.items():
-        program, *words = shlex.split(given)
+        program, *words = shlex.split(line)
         assert CHECKS[program](words) == needs
 
 
 def blocks_of(language: str) -> pytest.MarkDecorator:
-    found = [block for block in BLOCKS if block.language == language]
-    return pytest.mark.parametrize("block", found, ids=[block.where for block in found])
+    chosen = [block for block in BLOCKS if block.language == language]
+    return pytest.mark.parametrize("block", chosen, ids=[block.where for block in chosen])
 
 
 @blocks_of("yaml")
@@ -308,22 +312,47 @@ def test_python_imports_what_there_is(block: Block) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_somewhere_in_a_checkout(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text("utf-8")):  # those of the site fail its build
+def test_links_and_pictures_exist_in_a_checkout(page: Path) -> None:
+    """On the site `mkdocs build` checks them."""
+    text = page.read_text("utf-8")
+    for target in re.findall(r"\]\(([^)#\s]+)", text) + re.findall(r'src="([^"]+)"', text):
         assert target.startswith("https://") or (page.parent / target).exists(), target
 
 
-def test_quoted_errors_are_those_of_the_code() -> None:
-    told = []
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and mkdocs form them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_anchors_exist(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", page.read_text("utf-8")):
+        if not target.startswith("https://"):
+            assert anchor in anchors(page.parent / target if target else page), f"{target}#{anchor}"
+
+
+def test_readme_is_a_front_page() -> None:
+    """Short enough to read at once, and every picture has a description and is small."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert len(text.split()) < 800
+    for picture in re.findall(r"<img [^>]*>", text):
+        assert re.search(r'alt="[^"]{20,}"', picture)
+        assert (ROOT / re.findall(r'src="([^"]+)"', picture)[0]).stat().st_size < 100_000
+
+
+def test_quoted_errors_exist_in_the_code() -> None:
+    messages = []
     for path in [ROOT / "train.py", *(ROOT / "mythos").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 parts = [part.value if isinstance(part, ast.Constant) else "..." for part in node.values]
-                told.append("".join(map(str, parts)))
+                messages.append("".join(map(str, parts)))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                told.append(node.value)
-    told.append(re.sub(r"\$\w+", "...", (ROOT / "launch.sh").read_text("utf-8")))
+                messages.append(node.value)
+    messages.append(re.sub(r"\$\w+", "...", (ROOT / "launch.sh").read_text("utf-8")))
     quoted = [" ".join(block.text.split()) for block in blocks(ROOT / "docs/faq.md") if block.language == "text"]
     assert len(quoted) > 20
     for message in quoted:
-        assert any(message in text for text in told), f"docs/faq.md quotes what is nowhere said: {message}"
+        assert any(message in text for text in messages), f"docs/faq.md quotes an unknown message: {message}"

@@ -1,7 +1,7 @@
-"""A run and an export as version 0.1 wrote them, before the package was laid out anew, still open and train on.
+"""A run and an export of version 0.1, written before the package had its present layout, still open and train on.
 
-`tests/fixtures/written_by_0_1` holds the corpus, a run stopped after 2 of 4 steps, an export of it, and what that version
-computed with them.
+`tests/fixtures/written_by_0_1` has the corpus, a run stopped after 2 of 4 steps, an export of it, and the logits and
+losses that version 0.1 computed with them.
 """
 
 import json
