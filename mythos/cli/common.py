@@ -13,6 +13,7 @@ from typing import Any
 from mythos.config.checking import shortened, shown
 from mythos.errors import MythosError, log_messages
 from mythos.files.text import unusable_text
+from mythos.hf import SHARD_SIZE
 from mythos.section import MOST, MOST_LOOPS
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -102,7 +103,7 @@ def add_writing_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of commands that write a model's weights."""
     parser.add_argument("--dtype", default="float32", metavar="TYPE", help="float32 (default) or bfloat16")
     parser.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="maximum bytes of a file of weights (%(default)s)"
+        "--max-shard-size", default=SHARD_SIZE, metavar="SIZE", help="maximum bytes of a file of weights (%(default)s)"
     )
 
 

@@ -151,12 +151,7 @@ class RecurrentDepthTransformer(nn.Module):
         match the rows.
         """
         rows = self.check_loops(loops, len(ids))
-        context = self.context(ids, document_ids)
-        e = self.encode(ids, context)
-        if state is None:
-            state = e.new_zeros(e.shape, dtype=torch.float32)
         load = self.empty_load(ids.device)
-        pondering = Pondering(self.halting) if isinstance(self.halting, ActHalting) else None
         gate = self.halting if isinstance(self.halting, HaltingGate) else None
         early: LoopState | None = None
 
@@ -164,13 +159,12 @@ class RecurrentDepthTransformer(nn.Module):
             nonlocal early
             if load is not None:
                 add_load(load, after)
-            if pondering is not None:
-                pondering.observe(after)
             if gate is not None and early_rows and after.loop == rows[0] - early_by:
                 early = after
 
-        last = self.recurrence(e, state, rows, backprop or rows[0], context, observe)
-        hidden = self.decode(last.state if pondering is None else pondering.result(last.state), context)
+        hidden, last, pondering = self.hidden_states(
+            ids, rows, backprop or rows[0], state=state, document_ids=document_ids, observe=observe
+        )
         norm, delta = state_measures(last)
         if targets is None:
             return RDTOutput(F.linear(hidden, self.head_weight).float(), None, norm, delta, load, None)
@@ -180,6 +174,35 @@ class RecurrentDepthTransformer(nn.Module):
         elif pondering is not None:
             halting_loss = self.config.ponder_weight * (pondering.ponder_cost() * (targets != IGNORE_INDEX)).sum()
         return RDTOutput(None, summed_cross_entropy(hidden, self.head_weight, targets), norm, delta, load, halting_loss)
+
+    def hidden_states(
+        self,
+        ids: Tensor,
+        rows: Sequence[int],
+        backprop: int,
+        *,
+        state: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        observe: Callable[[LoopState], None],
+    ) -> tuple[Tensor, LoopState, Pondering | None]:
+        """Everything before the head: prelude, loop and coda.
+
+        Arguments as in `forward`, with `rows` the loops of each row, deepest first; `observe` is called after every
+        pass. Returns the head's input (B, S, D), the last pass, and the halting probabilities of an act model.
+        """
+        context = self.context(ids, document_ids)
+        e = self.encode(ids, context)
+        if state is None:
+            state = e.new_zeros(e.shape, dtype=torch.float32)
+        pondering = Pondering(self.halting) if isinstance(self.halting, ActHalting) else None
+
+        def observe_pass(after: LoopState) -> None:
+            if pondering is not None:
+                pondering.observe(after)
+            observe(after)
+
+        last = self.recurrence(e, state, rows, backprop, context, observe_pass)
+        return self.decode(last.state if pondering is None else pondering.result(last.state), context), last, pondering
 
     def gate_loss(
         self,

@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mythos.errors import MythosError
-from mythos.evaluation.validation import losses_by_depth
 from mythos.planning.flops import count_parameters
 from mythos.reports.plots import finish, loop_axis
 from mythos.reports.recorded import RecordedRun, open_run, run_names
+from mythos.training.metrics import losses_by_depth
 
 DATA = (
     *("kind", "path", "dataset", "subset", "split", "text_column", "filters", "task", "sources", "streams"),

@@ -10,9 +10,9 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from mythos.evaluation.validation import losses_by_depth
 from mythos.reports.plots import draw_depths, draw_over_tokens, draw_training, loop_axis, new_axes
 from mythos.reports.recorded import RecordedRun
+from mythos.training.metrics import losses_by_depth
 
 # `inline_svg` replaces black by the page's text colour. All other colours must be readable on white and on black.
 SETTINGS: dict[Any, Any] = {

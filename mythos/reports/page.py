@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from mythos.config.loading import dump_config
 from mythos.errors import MythosError, without_credentials
 from mythos.evaluation.depth_sweep import DepthSweep, fit_losses, prediction
-from mythos.evaluation.validation import losses_by_depth
 from mythos.files.storage import step_of
 from mythos.generation.depth_view import harmless
 from mythos.planning.flops import count_parameters
@@ -29,6 +28,7 @@ from mythos.reports.figures import (
 )
 from mythos.reports.plots import sweep_figure
 from mythos.reports.recorded import RecordedRun
+from mythos.training.metrics import losses_by_depth
 
 SHOWN_SAMPLES = 8
 """About so many steps, spread over training, whose samples are shown."""

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mythos.evaluation.depth_sweep import DepthFit, fit_losses
-from mythos.evaluation.validation import losses_by_depth
 from mythos.files.local import replacing
-from mythos.training.metrics import read_metrics
+from mythos.training.metrics import losses_by_depth, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

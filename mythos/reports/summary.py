@@ -6,8 +6,8 @@ from typing import Any
 from mythos.config.presets import model_name
 from mythos.config.sections import Config
 from mythos.evaluation.depth_sweep import fit_losses
-from mythos.evaluation.validation import losses_by_depth
 from mythos.planning.flops import count_parameters
+from mythos.training.metrics import losses_by_depth
 
 
 def config_lines(config: Config, micro_batch: int, validation_sequences: int) -> dict[str, str]:
