@@ -50,14 +50,14 @@ def choose_settings(
     Raises ValueError for loops or rules that the model does not support, or a threshold out of range.
     """
     settings = []
-    default_threshold: list[float | None] = [None]
+    rule_default: list[float | None] = [None]
     for count in loops:
         model.check_loops(mean_loops if count is None else count, 1)
         if count is not None:
             settings.append(DepthSetting(count))
             continue
         name = model.config.halting if rule is None else rule
-        for threshold in thresholds or default_threshold:
+        for threshold in thresholds or rule_default:
             if halting_rule(model, name, threshold) is None:
                 settings.append(DepthSetting(mean_loops))
             else:

@@ -192,6 +192,6 @@ def prepare_tokenizer(source: str | Path, architecture: Architecture, mapped: Ma
             f"tokenizer {source} has {size} ids, and the model {rows}: it belongs to another model. Give the model's "
             "own by --tokenizer, a folder or OWNER/NAME on the hub"
         )
-    # `Tokenizer` refuses tokenizers that are not fast ones itself.
-    Tokenizer(fast, {"name": public_name(source)}).save(folder)  # type: ignore[arg-type]
+    # `Tokenizer` itself refuses tokenizers that are not fast.
+    Tokenizer(fast, {"name": public_name(source)}).save(folder)
     return folder
