@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from mythos.checkpoints.stored_model import open_model
 from mythos.cli import tokenize
 from mythos.config.data import DataConfig, FilterConfig
-from mythos.config.inherited import inherited
+from mythos.config.inherited import inherited_sections
 from mythos.config.loading import config_from_dict, load_config
 from mythos.data.corpus import open_corpora
 from mythos.data.tokenizer import Tokenizer
@@ -286,8 +286,8 @@ def _configurations(folder: Path, export: Path) -> list[Target]:
         Target("configuration", place, ("run.yaml",), lambda copy: load_config(copy / "run.yaml")),
         Target("overrides", place, ("overrides.txt",), overridden),
         Target("recorded configuration", place, ("meta.json",), recorded),
-        Target("init_from (export)", export, ("config.json",), lambda copy: inherited(str(copy), {})),
-        Target("init_from (run)", start, ("config.yaml",), lambda copy: inherited(str(copy), {})),
+        Target("init_from (export)", export, ("config.json",), lambda copy: inherited_sections(str(copy), {})),
+        Target("init_from (run)", start, ("config.yaml",), lambda copy: inherited_sections(str(copy), {})),
     ]
 
 
