@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mythos.config.checking import shortened, shown
 from mythos.errors import MythosError, log_messages
@@ -83,7 +83,14 @@ def exit_status(action: Callable[[], None], interrupted: str = "\nstopped") -> i
     return 0
 
 
-def add_device_option(parser: argparse._ActionsContainer) -> None:
+class TakesArguments(Protocol):
+    """A parser or a group of its options; argparse has no public type for both."""
+
+    def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
+        """Add an argument, as `argparse.ArgumentParser.add_argument`."""
+
+
+def add_device_option(parser: TakesArguments) -> None:
     """Add --device."""
     parser.add_argument("--device", choices=DEVICES, default="auto", help="auto (default) = cuda if available")
 

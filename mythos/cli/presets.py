@@ -30,7 +30,11 @@ def preset_table() -> str:
         config = preset_config(name)
         vocabulary = BPE_VOCAB_SIZE if config.vocab_size == "auto" else config.vocab_size
         count = count_parameters(config.model_copy(update={"vocab_size": vocabulary}))
-        core = f"{config.n_experts} experts, top {config.experts_per_token}" if config.core_ffn == "moe" else config.core_ffn
+        core = (
+            f"{config.n_experts} experts, top {config.experts_per_token}"
+            if config.core_ffn == "moe"
+            else config.core_ffn
+        )
         rows.append(
             (
                 name,

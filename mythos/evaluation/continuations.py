@@ -16,7 +16,7 @@ from mythos.errors import MythosError
 from mythos.evaluation.validation import right_rows
 from mythos.model import IGNORE_INDEX
 from mythos.model.cache import DecodeCache
-from mythos.model.halting import halting_rule
+from mythos.model.halting import default_threshold, halting_rule
 from mythos.model.layers import autocast_dtype
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.progress import progress_bar
