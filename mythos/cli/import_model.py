@@ -45,4 +45,4 @@ def run(options: argparse.Namespace) -> None:
     )
     print(f"{options.folder}: {options.source}, {model.architecture}, {count_files(model.exported.files)}")
     if not model.tokenizer:
-        print("no tokenizer: there is none beside the weights; give one with --tokenizer to generate text")
+        print("without a tokenizer: there is none beside the weights; give one with --tokenizer to generate text")

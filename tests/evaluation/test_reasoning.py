@@ -206,7 +206,7 @@ def test_dry_run_knows_the_vocabulary(tmp_path: Path) -> None:
         ({"depth__follow": "none"}, "data.task.tell, depth.follow: got nothing and none; .* number or marks"),
         (
             {"data__task": {"ask": "steps"}, "data__sequence_length": 13},
-            "data.task.name, data.task.ask: got hops and steps; .* those of hops that marks tell",
+            "data.task.name, data.task.ask: got hops and steps; .* hops with tell: marks",
         ),
         (
             {"data__task": {"ask": "windows"}, "data__sequence_length": 13},
@@ -225,7 +225,7 @@ def test_dry_run_knows_the_vocabulary(tmp_path: Path) -> None:
         ({"depth__curriculum": {"shape": "linear"}}, "got difficulty and {shape: linear, over: 0.25, start: 1.0};"),
         ({"depth__backprop": 3, "data__task": {"symbols": 4, "difficulty": [3, 1]}}, "got .3, 1.; the fewest"),
         ({"depth__backprop": 9, "data__task": {"symbols": 4, "difficulty": [0, 3]}}, "got .0, 3.; allowed"),
-        ({"depth__backprop": 4}, "got 4, and at most 3 loops are run"),
+        ({"depth__backprop": 4}, "got 4, and a sequence runs at most 3 loops"),
     ],
 )
 def test_what_contradicts_is_refused(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
