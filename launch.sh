@@ -16,18 +16,18 @@ task a node; see scripts/slurm.sbatch.
   NODE_RANK      number of this machine, from 0
   MASTER_ADDR    name or address of machine 0, as the others reach it
   MASTER_PORT    free port of machine 0, open to the others (29500)
-  JOIN_TIMEOUT   seconds that machines wait for each other, at the start and after a failure (600)
+  JOIN_TIMEOUT   seconds for which machines wait for each other, at the start and after a failure (600)
 
 Also read from the environment:
 
-  MAX_RESTARTS      how often processes are started again after a failure (3); each time from the newest checkpoint
-  SHUTDOWN_TIMEOUT  seconds for the final save when torchrun itself is told to end (600; always 30 with torch 2.11)
+  MAX_RESTARTS      number of restarts after a failure (3); each continues from the newest checkpoint
+  SHUTDOWN_TIMEOUT  seconds for the final save when torchrun itself gets SIGTERM (600; always 30 with torch 2.11)
   PYTHON            the interpreter (python)
-  PYTORCH_ALLOC_CONF  settings of torch's allocator on GPUs (expandable_segments:True, against fragmentation); a value
-                    set by you, also in PYTORCH_CUDA_ALLOC_CONF, is left as it is
+  PYTORCH_ALLOC_CONF  settings of torch's allocator on GPUs (expandable_segments:True, against fragmentation); your own
+                    value, also in PYTORCH_CUDA_ALLOC_CONF, is not changed
 
-SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR1 save and stop, with status 0; a second one, seconds later, stops at once:
-with 1 if the last steps are not yet saved.
+SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR1 save and stop, with status 0. A second one, seconds later, stops at once,
+with status 1 if the last steps are not saved yet.
 TEXT
 }
 
@@ -87,7 +87,7 @@ if [[ -z $processes ]]; then
   ((processes)) || fail "no GPU in CUDA_VISIBLE_DEVICES or nvidia-smi -L. To train on the CPU: ./launch.sh --cpu 2 $1 ..."
 fi
 
-# --- where this machine stands among the others
+# --- this machine among the others
 
 if [[ -z ${NNODES:-} && -n ${SLURM_JOB_NUM_NODES:-} ]]; then
   # A step may have fewer nodes than its job.
@@ -122,14 +122,14 @@ else
   [[ -n ${NODE_RANK:-} ]] || fail "NNODES is $nodes, but NODE_RANK is not set: set it to 0 on $master and to 1, 2, ... on the others"
   need_number NODE_RANK "$NODE_RANK"
   ((10#$NODE_RANK < nodes)) || fail "NODE_RANK: got $NODE_RANK; allowed: 0 to $((nodes - 1)), as NNODES is $nodes"
-  # The rendezvous "c10d", not "static": there a failure on one machine starts processes again on that machine only,
-  # which then wait for others that do not know of it; and a machine that was lost cannot come back.
+  # The rendezvous is "c10d". With "static" a failure on one machine restarts the processes of that machine only, which
+  # then wait for others that do not know of it; and a lost machine cannot come back.
   host=$((10#$NODE_RANK == 0))
   meeting=(--nnodes "$nodes" --rdzv-backend c10d --rdzv-endpoint "$master:$port" --rdzv-id "${SLURM_JOB_ID:-mythos}"
     --rdzv-conf "is_host=$host,join_timeout=$join_timeout")
 fi
 
-# --- checks that would otherwise be told by every process, or by none
+# --- checks whose errors every process would print, or none
 
 check='
 import sys
@@ -141,20 +141,20 @@ try:
     load_config(sys.argv[1], sys.argv[2:])
 except MythosError as error:
     sys.exit(f"error: {error}")
-# Read, not imported, which takes seconds.
+# Read the source: importing torch takes seconds.
 torchrun = Path(find_spec("torch").origin).parent / "distributed" / "run.py"
 if "--shutdown-timeout" not in torchrun.read_text():
     print("fixed")
 '
 overrides=()
 for argument in "${@:2}"; do
-  # The value of an option is told by train.py if it is wrong.
+  # train.py checks the options.
   if [[ $argument == *=* && $argument != -* ]]; then overrides+=("$argument"); fi
 done
 torchrun_patience=$(PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} "$python" -c "$check" "$1" ${overrides[@]+"${overrides[@]}"})
 patience=(--shutdown-timeout "$shutdown_timeout")
 if [[ $torchrun_patience == fixed ]]; then # torch 2.11
-  [[ -z ${SHUTDOWN_TIMEOUT:-} ]] || echo "launch.sh: SHUTDOWN_TIMEOUT is ignored: the torchrun of this torch always waits 30 s; newer ones can be told" >&2
+  [[ -z ${SHUTDOWN_TIMEOUT:-} ]] || echo "launch.sh: SHUTDOWN_TIMEOUT is ignored: the torchrun of this torch always waits 30 s; newer ones have an option" >&2
   patience=()
 fi
 
@@ -174,37 +174,43 @@ if [[ -z ${OMP_NUM_THREADS:-} ]]; then
   cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
   export OMP_NUM_THREADS=$((cores > processes ? cores / processes : 1))
 fi
-# Rows that leave and join the batch make tensors of many sizes. In segments that grow, freed memory of one size serves
-# the others. torch 2.11 to 2.14 read PYTORCH_ALLOC_CONF first and then the older name, so ours must not hide that one.
+# Rows that leave and join the batch create tensors of many sizes. In expandable segments, freed memory of one size can
+# be used for others. torch 2.11 to 2.14 read PYTORCH_ALLOC_CONF before the older name: do not hide a value in that one.
 if [[ -z ${PYTORCH_ALLOC_CONF+set}${PYTORCH_CUDA_ALLOC_CONF+set} ]]; then
   export PYTORCH_ALLOC_CONF=expandable_segments:True
 fi
-# A store of its own for every restart. In the one that agents share, processes that are started again find the
-# addresses of those that have died, and fail or hang (https://github.com/pytorch/pytorch/issues/135712).
+# Give every restart a store of its own. In the store that agents share, restarted processes read the addresses of dead
+# ones, and fail or hang (https://github.com/pytorch/pytorch/issues/135712).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 scratch=$(mktemp -d)
 trap 'rm -rf -- "$scratch"' EXIT
-# Once this file exists, processes that are started again end at once; it holds the error that ended them, if one did
-# (mythos/distributed/restarts.py).
-export MYTHOS_ENDED=$scratch/ended
-export MYTHOS_LAUNCHER=$$ # the processes stop when it is gone
+# The status of this launch, shared with the processes (mythos/distributed/launch_status.py). The first word is `stop`
+# once a signal has asked to stop, or `error:`, followed by a message, once an error has ended training for good. Without
+# the file, training goes on.
+export MYTHOS_STATUS_FILE=$scratch/status
+launch_status() {
+  local word=''
+  if [[ -e $MYTHOS_STATUS_FILE ]]; then read -r word _ <"$MYTHOS_STATUS_FILE" || true; fi
+  echo "${word:-running}"
+}
+export MYTHOS_LAUNCHER=$$ # the processes stop when this process is gone
 
 # A signal goes to the processes, which save and exit with 0. torchrun would pass it on too, but then exits with 1 and
-# a traceback, and leaves the torchruns of other machines waiting for it; so it gets none but the second of several
-# machines, and the third of one.
+# a traceback, and the torchruns of other machines wait for it. So torchrun gets only the second signal on several
+# machines, and the third on one.
 pass_on='
 import sys
 import psutil
 torchrun, nodes = psutil.Process(int(sys.argv[1])), int(sys.argv[2])
-# With other machines it may wait for them without end before it starts any process.
+# With several machines, torchrun may wait for the others for ever before it starts any process.
 for process in torchrun.children() or [torchrun] * (nodes > 1):
     process.terminate()
 '
 torchrun='' first='' second='' signalled=''
 # shellcheck disable=SC2329 # called by the trap
 pass_signal_on() {
-  # Processes that are just ending are no reason to complain. Those that are yet to start will see the file.
+  # Ignore errors: processes may be ending. Those that are yet to start read the status.
   (trap '' INT HUP USR1 && exec "$python" -c "$pass_on" "$torchrun" "$nodes" 2>/dev/null) || true
 }
 # shellcheck disable=SC2329
@@ -212,10 +218,11 @@ stop() {
   signalled=yes
   if [[ -z $first ]]; then
     first=$SECONDS
-    : >"$MYTHOS_ENDED"
+    # Append, so that an error which a process writes at this moment is kept.
+    [[ $(launch_status) != running ]] || echo stop >>"$MYTHOS_STATUS_FILE"
     pass_signal_on
   elif ((SECONDS - first > 2)) && [[ $nodes == 1 && -z $second ]]; then
-    # The processes end at once, with 0 where all is saved.
+    # The processes end at once, with 0 if everything is saved.
     second=yes
     pass_signal_on
   elif ((SECONDS - first > 2)); then
@@ -236,10 +243,11 @@ fi
 ) &
 torchrun=$!
 
-# A process that has told an error for good exits with 0, and the others may wait for it: they are given ten seconds.
+# After an error that ends training, the process that met it exits with 0, and the others may wait for it in a
+# collective. End them after ten seconds.
 (
   while kill -0 "$torchrun" 2>/dev/null; do
-    if [[ -s $MYTHOS_ENDED ]]; then
+    if [[ $(launch_status) == error: ]]; then
       sleep 10
       kill -TERM "$torchrun" 2>/dev/null || true
       break
@@ -252,11 +260,11 @@ watcher=$!
 while :; do
   signalled='' status=0
   wait "$torchrun" || status=$?
-  [[ -n $signalled ]] || break # otherwise a signal has ended the wait, not torchrun
+  [[ -n $signalled ]] || break # otherwise a signal ended the wait, not torchrun
 done
 kill "$watcher" 2>/dev/null || true
-if [[ -s $MYTHOS_ENDED ]]; then
-  cat -- "$MYTHOS_ENDED" >&2
+if [[ $(launch_status) == error: ]]; then
+  cat -- "$MYTHOS_STATUS_FILE" >&2
   status=$((status ? status : 1))
 fi
 exit "$status"

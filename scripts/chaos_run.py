@@ -1,4 +1,4 @@
-"""What chaos_test.py disturbs: a run directory, the processes that train in it, and what they must leave."""
+"""The runs that chaos_test.py disturbs: run directory, processes, fault injection, and comparison of results."""
 
 import contextlib
 import json
@@ -24,30 +24,30 @@ ROOT = Path(__file__).resolve().parents[1]
 EVERY, KEEP = 5, 3
 """Steps between checkpoints, and how many are kept."""
 PAUSE_SECONDS = 0.8
-"""How long a save that a fault aims at stands still, so that the fault hits it; training goes on meanwhile."""
+"""Pause of a save that is to be hit by a fault, so that the fault comes in time; training goes on meanwhile."""
 PATIENCE = 240.0
-"""Seconds for anything that must happen: longer means that a process hangs."""
+"""Seconds to wait for any event; longer means that a process hangs."""
 GONE_SECONDS = 60.0
-"""Seconds after which no process of a run that has ended may be left."""
+"""Seconds after the end of a run until all its processes must have ended."""
 
 FOLDER, HARNESS = "MYTHOS_CHAOS_FOLDER", "MYTHOS_CHAOS_HARNESS"
 """Environment variables of the processes: the run's folder, and the process that watches it."""
-UNLIKE = ("time", "tokens_per_second", "peak_memory_bytes", "resumed_from")
-"""Keys of metrics.jsonl that tell of the processes, as do those that begin with straggler/."""
+NOT_REPEATED = ("time", "tokens_per_second", "peak_memory_bytes", "resumed_from")
+"""Keys of metrics.jsonl that depend on the processes, like those that begin with straggler/."""
 
 START, TRAINING, TMP, SHARDS, RENAMED = "start-up", "training", "writing shards", "shards written", "renamed"
-"""Moments; at SHARDS the rename is yet to come, at RENAMED the marker."""
+"""Moments of a fault; at SHARDS the rename is yet to come, at RENAMED the marker."""
 
 
 class Failed(Exception):
-    """The promise does not hold."""
+    """A run did not behave as promised."""
 
 
 # Inside the processes that train
 
 
 def train_with_faults(arguments: list[str]) -> int:
-    """The command train, which reports what it does, stands still where a fault is to hit, and makes those inside."""
+    """The command `train`, which also reports events, pauses saves for faults, and injects faults by itself."""
     folder, rank = Path(os.environ[FOLDER]), int(os.environ["RANK"])
 
     def report(event: str) -> None:
@@ -55,38 +55,55 @@ def train_with_faults(arguments: list[str]) -> int:
         with open(folder / f"events-{rank}", "a", encoding="utf-8") as file:
             file.write(line)
 
-    report("begun")
-    threading.Thread(target=_end_with_harness, args=(int(os.environ[HARNESS]),), daemon=True).start()
-
-    import torch
-
-    from mythos import trainer
-    from mythos.cli.train import main
-    from mythos.files import storage
-
-    trainer.draw_plots = lambda *_: []  # it takes a second to import what draws, which has no part in this
-
     def plan() -> dict[str, Any]:
         return json.loads((folder / "plan.json").read_text())
 
-    def stage(name: str, checkpoint: str) -> None:
+    report("begun")
+    threading.Thread(target=_end_with_harness, args=(int(os.environ[HARNESS]),), daemon=True).start()
+    _instrument_saves(report, plan)
+    _instrument_training(report, plan, rank)
+    from mythos.cli.train import main
+
+    return main(arguments)
+
+
+def _instrument_saves(report: Callable[[str], None], plan: Callable[[], dict[str, Any]]) -> None:
+    """Report the moments of every save, and pause at the one in the plan."""
+    from mythos.files import storage
+
+    workspace_before, write_whole_before = storage.LocalStorage.workspace, storage.write_whole
+
+    def reach(moment: str, checkpoint: str) -> None:
         step = int(checkpoint.removeprefix("step-").removesuffix(".tmp"))
-        report(f"{name}: {step}")
-        if (pause := plan()["pause"]) and pause[0] == name and step >= pause[1]:
+        report(f"{moment}: {step}")
+        if (pause := plan()["pause"]) and pause[0] == moment and step >= pause[1]:
             time.sleep(PAUSE_SECONDS)
 
     def workspace(self: storage.LocalStorage, name: str, needed: int) -> Path:
-        stage(TMP, name)
+        reach(TMP, name)
         return workspace_before(self, name, needed)
 
-    def replace(path: Path, content: bytes) -> None:
+    def write_whole(path: Path, content: bytes, *, durable: bool) -> None:
         if path.name == storage.META:
-            stage(SHARDS, path.parent.name)
+            reach(SHARDS, path.parent.name)
         elif path.name == storage.MARKER:
-            stage(RENAMED, path.parent.name)
-        replace_before(path, content)
+            reach(RENAMED, path.parent.name)
+        write_whole_before(path, content, durable=durable)
         if path.name == storage.MARKER:
             report(f"committed {int(path.parent.name.removeprefix('step-'))}")
+
+    storage.LocalStorage.workspace, storage.write_whole = workspace, write_whole
+
+
+def _instrument_training(report: Callable[[str], None], plan: Callable[[], dict[str, Any]], rank: int) -> None:
+    """Report every step; make gradients NaN and limit the size of files as planned."""
+    import torch
+
+    from mythos import trainer
+
+    trainer.draw_plots = lambda *_: []  # importing matplotlib takes a second
+    cls = trainer.Trainer
+    run_before, forward_before, train_step_before = cls.run, cls.forward, cls.train_step
 
     def run(self: trainer.Trainer) -> None:
         report(f"continued {self.step}")
@@ -114,15 +131,7 @@ def train_with_faults(arguments: list[str]) -> int:
             report(f"poisoned {self.step} {'skipped' if same else 'not skipped'}")
         return result
 
-    workspace_before, replace_before = storage.LocalStorage.workspace, storage._replace
-    storage.LocalStorage.workspace, storage._replace = workspace, replace
-    run_before, forward_before, train_step_before = (
-        trainer.Trainer.run,
-        trainer.Trainer.forward,
-        trainer.Trainer.train_step,
-    )
-    trainer.Trainer.run, trainer.Trainer.forward, trainer.Trainer.train_step = run, forward, train_step
-    return main(arguments)
+    cls.run, cls.forward, cls.train_step = run, forward, train_step
 
 
 def _end_with_harness(pid: int) -> None:
@@ -136,7 +145,7 @@ sys.path[0] = {str(ROOT)!r}
 from scripts.chaos_run import train_with_faults
 sys.exit(train_with_faults(sys.argv[1:]))
 """
-"""Stands where launch.sh looks for train.py."""
+"""The train.py that launch.sh starts."""
 
 
 # Outside
@@ -157,34 +166,34 @@ class Run:
         self.nan = nan
         self.plan()
         self.since = 0.0
-        """When the present processes were begun; events before it are of others."""
+        """Start time of the current processes; earlier events are of others."""
         self.gone: set[int] = set()
-        """Processes that have ended since then, or are about to."""
+        """Processes that have ended since then, or are ending."""
         self.launches = 0
         self.process: subprocess.Popen[bytes] | None = None
 
     def plan(self, pause: tuple[str, int] | None = None, limit: tuple[int, int] | None = None) -> None:
-        """Tell the processes what is to happen in them."""
-        aside = self.folder / "plan.aside"
-        aside.write_text(json.dumps({"nan": self.nan, "pause": pause, "limit": limit}))
-        aside.replace(self.folder / "plan.json")
+        """Write the faults that the processes inject by themselves."""
+        temporary = self.folder / "plan.tmp"
+        temporary.write_text(json.dumps({"nan": self.nan, "pause": pause, "limit": limit}))
+        temporary.replace(self.folder / "plan.json")
 
     @property
     def environment(self) -> dict[str, str]:
-        """Of the processes; by the folder in it they are found, wherever they went."""
+        """Environment of the processes. The folder in it identifies them, also orphans."""
         own = {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "TMPDIR": str(self.folder)}
         own |= {"PYTHONPATH": str(ROOT), FOLDER: str(self.folder), HARNESS: str(os.getpid())}
-        # What another launcher has set is not for this one.
+        # Ignore settings of a launcher that this test itself runs under.
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "NNODES", "MASTER"))}
         return kept | own
 
     @property
     def log(self) -> Path:
-        """What the present launch has printed."""
+        """The output of the current launch."""
         return self.folder / f"launch-{self.launches:03d}.log"
 
     def launch(self, restarts: int) -> None:
-        """Give the command, for the first time or again."""
+        """Start launch.sh, for the first time or again."""
         self.since = time.monotonic()
         self.launches += 1
         command = ["./launch.sh", "--cpu", str(self.processes), str(self.folder / "config.yaml")]
@@ -211,33 +220,33 @@ class Run:
             raise Failed(f"the undisturbed run failed\n{self.said()}")
 
     def printed(self) -> str:
-        """What the present launch has printed, but for the progress bar."""
+        """The output of the current launch, without the progress bar."""
         text = self.log.read_text(errors="replace") if self.log.exists() else ""
         return "\n".join(line for line in text.replace("\r", "\n").split("\n") if "step/s" not in line)
 
     def said(self) -> str:
-        """The end of it, to be shown."""
+        """The end of the output, for messages."""
         return self.printed()[-5000:]
 
     def events(self, rank: int, kind: str, *, ever: bool = False) -> list[tuple[float, int, str]]:
-        """Time, process and text of what the present processes of a rank, or all it ever had, have reported."""
+        """(time, process, text) of events of a rank's current processes, or with `ever` of all it had."""
         path = self.folder / f"events-{rank}"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        told = (line.rstrip("\n").split(" ", 2) for line in lines if line.endswith("\n"))
-        found = [(float(when), int(pid), event) for when, pid, event in told]
-        present = [event for event in found if ever or (event[0] > self.since and event[1] not in self.gone)]
-        return [event for event in present if event[2].startswith(kind)]
+        fields = (line.rstrip("\n").split(" ", 2) for line in lines if line.endswith("\n"))
+        events = [(float(when), int(pid), event) for when, pid, event in fields]
+        current = [event for event in events if ever or (event[0] > self.since and event[1] not in self.gone)]
+        return [event for event in current if event[2].startswith(kind)]
 
     def steps(self, rank: int, kind: str) -> list[int]:
-        """The steps that events of a kind end with."""
+        """The step numbers at the end of events of a kind."""
         return [int(event.split()[-1]) for _, _, event in self.events(rank, kind)]
 
     def pids(self) -> list[int]:
-        """The present processes of the ranks, as far as they have begun."""
-        return [told[-1][1] for rank in range(self.processes) if (told := self.events(rank, "begun"))]
+        """The current processes of the ranks, as far as they have begun."""
+        return [begun[-1][1] for rank in range(self.processes) if (begun := self.events(rank, "begun"))]
 
     def wait(self, until: Callable[[], Any], what: str, *, ended: bool = False) -> None:
-        """Wait for something; raises Failed if it takes too long, or if the launch ends and was not to."""
+        """Wait for a condition; raises Failed after PATIENCE, or if the launch ends, unless `ended` allows that."""
         deadline = time.monotonic() + PATIENCE
         while not until():
             if time.monotonic() > deadline:
@@ -248,15 +257,15 @@ class Run:
 
     def living(self) -> list[psutil.Process]:
         """All processes of the run, orphans included."""
-        found = []
+        living = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 if process.pid != os.getpid() and process.environ().get(FOLDER) == str(self.folder):
-                    found.append(process)
-        return found
+                    living.append(process)
+        return living
 
     def wait_gone(self, pids: list[int] | None = None) -> None:
-        """Wait until none of these processes, or none at all, is left; raises Failed if they stay."""
+        """Wait until these processes, or all of the run, have ended; raises Failed if they do not."""
         deadline = time.monotonic() + GONE_SECONDS
         while left := [process for process in self.living() if pids is None or process.pid in pids]:
             if time.monotonic() > deadline:
@@ -265,13 +274,13 @@ class Run:
             time.sleep(0.05)
 
     def status(self) -> int:
-        """The exit status of a launch that has ended or is about to."""
+        """The exit status of a launch that has ended or is ending."""
         assert self.process is not None
         self.wait(lambda: self.process.poll() is not None, "the end of launch.sh", ended=True)
         return self.process.returncode
 
     def destroy(self) -> None:
-        """Leave nothing behind, whatever has happened."""
+        """Kill all processes of the run."""
         while living := self.living():
             for process in living:
                 with contextlib.suppress(psutil.Error):
@@ -286,7 +295,7 @@ class Run:
         return {step: paths[step] for step in sorted(paths) if (paths[step] / "committed").exists()}
 
     def save_under_way(self) -> str:
-        """Where a save stands, as seen on the disk."""
+        """The moment that a save has reached, by the files on disk; "" without one."""
         if any(self.checkpoints.glob("step-*.tmp/meta.json")):
             return SHARDS
         if any(self.checkpoints.glob("step-*.tmp")):
@@ -295,11 +304,11 @@ class Run:
         return RENAMED if newest and not (newest / "committed").exists() and not (newest / "damaged").exists() else ""
 
 
-# What is compared
+# Comparison
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is not as it was written, by the checksums that stand beside it."""
+    """The first file that differs from its checksum in the checkpoint; None without damage."""
     content = (checkpoint / "meta.json").read_bytes()
     if zlib.crc32(content) != json.loads((checkpoint / "committed").read_text())["meta_crc32"]:
         return "meta.json"
@@ -337,7 +346,11 @@ def compare_records(directory: Path, reference: Path, last: int) -> None:
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         parsed = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may cut the last one short
         return [
-            {key: value for key, value in record.items() if key not in UNLIKE and not key.startswith("straggler/")}
+            {
+                key: value
+                for key, value in record.items()
+                if key not in NOT_REPEATED and not key.startswith("straggler/")
+            }
             for record in parsed
         ]
 
@@ -347,5 +360,5 @@ def compare_records(directory: Path, reference: Path, last: int) -> None:
     for here, there in zip(ours, theirs, strict=False):
         if here != there:
             keys = [key for key in here.keys() | there.keys() if here.get(key) != there.get(key)]
-            told = ", ".join(f"{key}: {here.get(key)}, {there.get(key)}" for key in sorted(keys))
-            raise Failed(f"step {here['step']}: metrics.jsonl differs from the undisturbed run's: {told}")
+            values = ", ".join(f"{key}: {here.get(key)}, {there.get(key)}" for key in sorted(keys))
+            raise Failed(f"step {here['step']}: metrics.jsonl differs from the undisturbed run's: {values}")

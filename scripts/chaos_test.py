@@ -1,13 +1,13 @@
-"""Train under faults and compare with a run that nothing happened to, bit by bit.
+"""Train under faults and compare with an undisturbed run, bit by bit.
 
 python scripts/chaos_test.py --faults 60 --seed 0
 
-A tiny model trains in two or four processes on the CPU, under launch.sh, with DDP or FSDP2. At drawn moments a rank or
-everything is killed (also in the middle of a save), a rank is told to stop, the disk is full, a byte of the newest
-checkpoint is flipped, or one rank's gradient is NaN; where the run ends by that, the same command is given again. After
-every fault no committed checkpoint may be lost, damaged or different, the run must go on from the newest one, and no
-process may be left. At the end weights, optimizer, data position and every recorded loss must be those of a run of the
-same layout without faults but for the NaN. The exit status is 1 if one of this does not hold.
+A tiny model trains in two or four processes on the CPU, under launch.sh, with DDP or FSDP2. At random moments a rank or
+everything is killed (also in the middle of a save), a rank gets SIGTERM, the disk is full, a byte of the newest
+checkpoint is flipped, or one rank's gradient is NaN. If that ends the run, the same command is started again. After
+every fault no committed checkpoint may be lost, damaged or different, the run must continue from the newest one, and no
+process may be left. At the end weights, optimizer, data position and every recorded loss must equal those of a run of
+the same layout without faults except for the NaN. The exit status is 1 if any of this fails.
 """
 
 import argparse
@@ -51,16 +51,16 @@ from scripts.chaos_run import (  # noqa: E402
 )
 
 MOST_STEPS_BETWEEN = 12
-"""Faults are at most so many steps apart, at least one."""
+"""Most steps between two faults; the least is one."""
 STEPS_AFTER = 20
 """Steps after the last fault."""
 FAULTS_OF_A_RUN = 10
 START_SECONDS = 4.0
-"""Faults during start-up come so long after its beginning, at most."""
+"""Most seconds from the start of a launch to a fault during start-up."""
 DISK_BYTES = 8 << 20
-"""The disk that becomes full; a checkpoint has half a MiB, and asks for one more."""
+"""Size of the disk that becomes full. A checkpoint has half a MiB, and needs one more."""
 OWN_MOUNTS = "MYTHOS_CHAOS_MOUNTS"
-"""Environment variable: set where this process may mount."""
+"""Environment variable: set if this process may mount."""
 
 RANK, ALL, LAUNCHER = "one rank", "everything", "launch.sh and torchrun"
 
@@ -74,18 +74,18 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "flipped byte": ((TRAINING,), (ALL,)),
     "NaN": ((TRAINING,), (RANK,)),
 }
-"""Faults, and the moments and targets that are drawn for each."""
+"""For each kind of fault, the moments and targets that are drawn from."""
 
 
 class Fault(NamedTuple):
-    """What is planned to happen."""
+    """A planned fault."""
 
     kind: str
     when: str
     target: str
     rank: int
     step: int
-    """So many steps are done by then."""
+    """Steps done by then."""
 
     @property
     def restarts_in_place(self) -> bool:
@@ -99,15 +99,15 @@ class Fault(NamedTuple):
 
 @dataclass
 class Outcome:
-    """What a fault met and cost."""
+    """The circumstances and the cost of a fault."""
 
     fault: Fault
     met: str
-    """Where the newest save stood, as seen on the disk: a moment of the above, or nothing."""
+    """The moment that the newest save had reached, by the files on disk; "" without one."""
     moment: float
-    """When it happened, by the clock time.monotonic."""
+    """Time of the fault, by time.monotonic."""
     gone: float | None = None
-    """Seconds until no process of before was left."""
+    """Seconds until all earlier processes had ended."""
     next_step: float | None = None
     """Seconds until the next step began."""
     lost: int | None = None
@@ -115,14 +115,14 @@ class Outcome:
 
 
 def draw_faults(draw: random.Random, kinds: Iterator[str], count: int, processes: int) -> list[Fault]:
-    """The faults of a run; flips come late enough for two checkpoints, and start-ups are hit where there is one."""
+    """Draw the faults of a run; faults during start-up only follow faults that cause one."""
     faults: list[Fault] = []
     step = EVERY
     for kind in itertools.islice(kinds, count):
         moments, targets = KINDS[kind]
         starting = not faults or faults[-1].kind != "NaN"
         when = draw.choice([moment for moment in moments if starting or moment != START])
-        # Rank 0 also writes what the limit that stands in for a full disk must not hit.
+        # Where no disk can be filled, file sizes are limited instead. Rank 0 writes files that must not fail.
         rank = draw.randrange(1 if kind == "disk full" else 0, processes)
         step += draw.randint(1, MOST_STEPS_BETWEEN)
         faults.append(Fault(kind, when, draw.choice(targets), rank, step))
@@ -136,21 +136,21 @@ def deck(draw: random.Random, kinds: Sequence[str]) -> Iterator[str]:
 
 
 class Chaos:
-    """Lets faults happen to a run and compares it with the reference after each."""
+    """Inflicts faults on a run and compares it with the reference after each."""
 
     def __init__(self, run: Run, reference: Run, draw: random.Random, mounted: bool) -> None:
         self.run, self.reference, self.draw, self.mounted = run, reference, draw, mounted
         self.known: set[int] = set()
         """Steps of the checkpoints that were committed, are whole, and may not be lost."""
         self.flipped: int | None = None
-        """Step of a damaged checkpoint that no process has found so far."""
+        """Step of a damaged checkpoint that no process has detected so far."""
         self.newest = 0
-        """Step of the checkpoint that the run has to continue from."""
+        """Step of the checkpoint that the run must continue from."""
         self.compared = 0
         self.outcomes: list[Outcome] = []
 
     def go(self, faults: list[Fault], progress: Callable[[Outcome], None]) -> None:
-        """Let all of them happen and the run end; raises Failed with the fault after which something does not hold."""
+        """Inflict all faults and let the run end; raises Failed naming the fault after which a check failed."""
         fault: Fault | None = None
         try:
             for number, fault in enumerate(faults):
@@ -167,7 +167,7 @@ class Chaos:
             raise Failed(f"after {fault or 'no fault'}: {error}") from error
 
     def happen(self, fault: Fault) -> Outcome:
-        """Wait for the fault's moment, let it happen, and check what is left of the run."""
+        """Wait for the fault's moment, inflict it, and check the run's files and processes."""
         run = self.run
         self.await_moment(fault)
         moment = time.monotonic()
@@ -209,7 +209,7 @@ class Chaos:
         return outcome
 
     def await_moment(self, fault: Fault) -> None:
-        """Wait until the fault is due, and checks that the run has continued from where it should."""
+        """Wait until the fault is due, and check that the run has continued from the right checkpoint."""
         run, everyone = self.run, range(self.run.processes)
         after = self.draw.random()
         if fault.when == START:
@@ -227,7 +227,7 @@ class Chaos:
             event = f"poisoned {fault.step} "
             run.wait(lambda: all(run.events(rank, event, ever=True) for rank in everyone), event)
             for rank in everyone:
-                if any("not" in told for _, _, told in run.events(rank, event, ever=True)):
+                if any("not" in event for _, _, event in run.events(rank, event, ever=True)):
                     raise Failed(f"rank {rank} did not skip the update of step {fault.step}")
         elif fault.when == TRAINING:
             two = fault.kind == "flipped byte"  # one to flip, one to go on from
@@ -241,7 +241,7 @@ class Chaos:
             time.sleep(after * PAUSE_SECONDS)
 
     def time_next_step(self) -> None:
-        """Note how long faults have kept the run from training, further ones during the start-up included."""
+        """Record how long faults kept the run from training, including further ones during start-up."""
         if begun := self.run.events(0, "step"):
             for outcome in self.outcomes:
                 if outcome.next_step is None and outcome.fault.kind != "NaN":
@@ -260,7 +260,7 @@ class Chaos:
                     process.kill()
 
     def fill(self, fault: Fault) -> None:
-        """Leave no room for checkpoints; without a disk of their own, none for a rank's files."""
+        """Fill the disk of the checkpoints; without a disk of their own, limit a rank's file size instead."""
         if not self.mounted:
             self.run.plan(limit=(fault.rank, 0))
             return
@@ -280,21 +280,21 @@ class Chaos:
         self.newest = max(self.known)
 
     def check_end(self, fault: Fault, printed: int) -> None:
-        """Raise Failed if the launch does not end as it should; so many characters it had printed before the fault."""
+        """Raise Failed if the launch does not end as promised; `printed`: length of its output before the fault."""
         status = self.run.status()
         promised = {"SIGTERM": 0, "disk full": 1}.get(fault.kind, -signal.SIGKILL)
         if status != promised:
             raise Failed(f"the status is {status}, not {promised}\n{self.run.said()}")
         if fault.kind == "disk full":
-            told = self.run.printed()[printed:].splitlines()
-            errors = [line for line in told if line.startswith("error: ")]
+            output = self.run.printed()[printed:].splitlines()
+            errors = [line for line in output if line.startswith("error: ")]
             # Where no disk can be filled, the size of a file is limited, which free space does not mend.
-            advice = "Mend that" if "File too large" in "".join(errors) else "Free some space"
+            advice = "Fix that" if "File too large" in "".join(errors) else "Free some space"
             if len(errors) != 1 or not ("could not be written" in errors[0] and advice in errors[0]):
-                raise Failed("the full disk is not told once and clearly:\n" + "\n".join(errors or told))
+                raise Failed("the full disk is not reported once and clearly:\n" + "\n".join(errors or output))
 
     def check_continued(self) -> None:
-        """Raise Failed if the present processes went on from anything but the newest whole checkpoint."""
+        """Raise Failed if the current processes continued from anything but the newest undamaged checkpoint."""
         for rank in range(self.run.processes):
             for step in self.run.steps(rank, "continued"):
                 if step != self.newest:
@@ -306,11 +306,11 @@ class Chaos:
                     self.flipped = None
 
     def look(self) -> None:
-        """Raise Failed if a checkpoint or a record is lost, damaged or different; find out the newest checkpoint."""
+        """Raise Failed if a checkpoint or a record is lost, damaged or different; update the newest checkpoint."""
         self.check_continued()
         complete = self.run.complete()
         if self.flipped is not None and complete.pop(self.flipped, None) is None:
-            self.flipped = None  # found, by processes that did not come to say more
+            self.flipped = None  # detected by processes that were killed before they continued
         kept = sorted({*self.known, *self.run.steps(0, "committed"), *complete})[-KEEP:]
         if lost := [step for step in kept if step not in complete]:
             raise Failed(f"the committed checkpoint of step {lost[0]} is lost")
@@ -326,7 +326,7 @@ class Chaos:
         compare_records(self.run.directory, self.reference.directory, self.newest)
 
     def finish(self) -> None:
-        """Let the run end and compare all of it."""
+        """Wait for the end of the run and compare everything."""
         if status := self.run.status():
             raise Failed(f"the run failed at last, with {status}\n{self.run.said()}")
         self.run.wait_gone()
@@ -337,11 +337,11 @@ class Chaos:
         self.time_next_step()
 
 
-# The whole
+# Runs and summary
 
 
 class Layout(NamedTuple):
-    """How a run is spread over processes."""
+    """Processes of a run."""
 
     mode: str
     processes: int
@@ -355,7 +355,7 @@ LAYOUTS = (
     Layout("fsdp", 4),
     Layout("ddp", 4),
 )
-"""Of one run after another."""
+"""Layouts of the runs, in turn."""
 
 
 def settings(folder: Path, layout: Layout, steps: int) -> dict[str, Any]:
@@ -387,7 +387,7 @@ def disturb(folder: Path, name: str, layout: Layout, faults: list[Fault], draw: 
     """Train once undisturbed and once under faults, and compare; raises Failed."""
     values = settings(folder, layout, faults[-1].step + STEPS_AFTER)
     nan = {fault.step: fault.rank for fault in faults if fault.kind == "NaN"}
-    # Checkpoints of every step, as a run that is told to stop has one of any.
+    # Checkpoints of every step, because a run that gets SIGTERM saves at any step.
     every_step = {**values, "checkpoint": {"every": 1, "keep": len(range(values["train"]["steps"]))}}
     reference = Run(folder / f"{name}-reference", every_step, layout.processes, nan)
     run = Run(folder / f"{name}-faults", values, layout.processes, nan)
@@ -398,9 +398,9 @@ def disturb(folder: Path, name: str, layout: Layout, faults: list[Fault], draw: 
     chaos = Chaos(run, reference, draw, mount)
 
     def progress(outcome: Outcome) -> None:
-        told = f"at step {chaos.newest}, {outcome.lost or 0} lost" if outcome.gone is not None else "skipped"
+        result = f"at step {chaos.newest}, {outcome.lost or 0} lost" if outcome.gone is not None else "skipped"
         print(
-            f"{layout.mode} x {layout.processes}, {len(chaos.outcomes):2d}/{len(faults)}: {outcome.fault}; {told}",
+            f"{layout.mode} x {layout.processes}, {len(chaos.outcomes):2d}/{len(faults)}: {outcome.fault}; {result}",
             flush=True,
         )
 
@@ -434,11 +434,11 @@ def summary(runs: list[tuple[Layout, Chaos]], seconds: float) -> str:
         "killed in start-up": str(sum(outcome.fault.when == START for outcome in killed)),
         "killed in a save": counts([f"{outcome.met}" for outcome in killed if outcome.met]),
         "checkpoints lost": "0",
-        "continued from another than the newest whole checkpoint": "0",
+        "continued from another than the newest undamaged checkpoint": "0",
         "processes left behind": "0",
         "checkpoints compared bit by bit": str(sum(chaos.compared for _, chaos in runs)),
         "differences": "0",
-        "until no process of before was left, s": spread([o.gone for o in killed if o.gone is not None], ".1f"),
+        "until all earlier processes had ended, s": spread([o.gone for o in killed if o.gone is not None], ".1f"),
         "in all, s": f"{seconds:,.0f}",
         "versions": f"Python {platform.python_version()}, torch {version('torch')}",
     }
@@ -458,7 +458,7 @@ def summary(runs: list[tuple[Layout, Chaos]], seconds: float) -> str:
 
 
 def get_own_mounts(folder: Path) -> None:
-    """Start this command again where it may mount a disk that ends with it, if the system allows that."""
+    """Restart this command in a namespace of its own in which it may mount a disk, if the system allows that."""
     if OWN_MOUNTS in os.environ or shutil.which("unshare") is None:
         return
     alone = ["unshare", "--mount", "--propagation", "private", *(["--user", "--map-root-user"] if os.getuid() else [])]

@@ -10,7 +10,8 @@ import pytest
 from mythos.cli.completion import script
 from mythos.data.hub import resolve_hub
 from mythos.errors import MythosError
-from mythos.training.metrics import read_metrics, start_trackers
+from mythos.training.metrics import read_metrics
+from mythos.training.trackers import start_trackers
 from tests.runs import tiny
 
 ROOT = Path(__file__).parents[1]

@@ -13,38 +13,38 @@ from mythos.trainer import StepResult, Trainer
 
 
 def run(config: Config) -> Trainer:
-    made = Trainer(config)
-    made.run()
-    return made
+    trainer = Trainer(config)
+    trainer.run()
+    return trainer
 
 
-def take_step(made: Trainer) -> StepResult:
+def take_step(trainer: Trainer) -> StepResult:
     """One step as the loop of a run takes it."""
-    batch, problem = made.read_ahead()
+    batch, problem = trainer.read_ahead()
     assert batch is not None, problem
-    result = made.train_step(batch)
-    made.step += 1
+    result = trainer.train_step(batch)
+    trainer.step += 1
     return result
 
 
-def fail_at(made: Trainer, step: int, problem: str) -> None:
+def fail_at(trainer: Trainer, step: int, problem: str) -> None:
     """Let the loader raise MythosError for the batch of a step, counted from 0."""
-    original = made.loader.next_batch
+    original = trainer.loader.next_batch
 
     def failing() -> Batch:
-        if made.step == step:
+        if trainer.step == step:
             raise MythosError(problem)
         return original()
 
-    made.loader.next_batch = failing
+    trainer.loader.next_batch = failing
 
 
-def saved(made: Trainer, step: int) -> Path:
-    return made.run_dir / "checkpoints" / f"step-{step:08d}"
+def saved(trainer: Trainer, step: int) -> Path:
+    return trainer.run_dir / "checkpoints" / f"step-{step:08d}"
 
 
-def state_of(made: Trainer) -> dict[str, Tensor]:
-    return checkpoint.training_state(made.model, made.optimizer)
+def state_of(trainer: Trainer) -> dict[str, Tensor]:
+    return checkpoint.training_state(trainer.model, trainer.optimizer)
 
 
 def assert_identical(one: Trainer, other: Trainer) -> None:

@@ -1,4 +1,4 @@
-"""The weights that a new run starts from (train.init_from): what fits is taken, and all else is told."""
+"""Starting a run from another model's weights (train.init_from), and reporting which tensors are taken."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mythos.checkpoints.checkpoint import complete_checkpoints
-from mythos.checkpoints.preflight import FREE_MODEL_FIELDS
+from mythos.checkpoints.preflight import FREE_MODEL_FIELDS, model_differences
+from mythos.checkpoints.stored_checkpoint import complete_checkpoints
 from mythos.checkpoints.stored_model import StoredModel, stored_model, tensors_of
 from mythos.config.sections import Config
 from mythos.data.tokenizer import Tokenizer, check_vocabulary
@@ -20,44 +20,44 @@ from mythos.model.layers import place, starting_value
 from mythos.model.rdt import RecurrentDepthTransformer
 
 CHANGEABLE = FREE_MODEL_FIELDS | {"vocab_size", "halting", "lora_rank", "loop_embedding", "rope_theta"}
-"""Fields of the model that may differ from those of the model that a run starts from."""
+"""Fields of the model that may differ from the source's."""
 SCALES = "recurrence.adapter.scale"
 LEAST_SHARED = 0.1
-"""Share of a tokenizer's tokens that the source's has at least; with fewer its rows are of no use."""
+"""Smallest share of a tokenizer's tokens that the source's tokenizer must have; with fewer its rows are of no use."""
 BATCH_BYTES = 2**28
-"""Of tensors that are read at once; a larger one is read alone."""
+"""Bytes of tensors that are read at once; a larger tensor is read alone."""
 
 
 class Rows(NamedTuple):
-    """Where the rows of a table of token ids come from."""
+    """The source of each row of a table of token ids. Rows without one start as in a new model."""
 
     source: Tensor
     """(rows,) int64: the row of the source's table, or -1."""
     at_mean: Tensor
-    """(rows,) bool: rows that start at the mean of the source's tokens; what is neither starts as in a new model."""
-    meant: Tensor
-    """(n,) int64: the source's rows that mean a token."""
+    """(rows,) bool: rows that start at the mean of the source's tokens."""
+    used: Tensor
+    """(n,) int64: the rows of the source's table that belong to a token, as opposed to padding."""
 
 
 @dataclass
 class Start:
-    """A model on a disk whose weights a run takes. Close it once they are taken."""
+    """A stored model whose weights a run takes. Close it after :meth:`fill`."""
 
     stored: StoredModel
     files: contextlib.ExitStack
-    told: list[str]
-    """What is taken, changed and started anew, for people."""
+    changes: list[str]
+    """Lines for people: which tensors are taken, changed and new."""
     rows: Rows | None = None
-    """None where token ids mean the same and are as many."""
+    """None if both vocabularies have the same tokens and the same size."""
 
     def close(self) -> None:
-        """Let go of the model's files."""
+        """Close the model's files."""
         self.files.close()
 
     def match(self, config: Config, tokenizer: Tokenizer | None) -> None:
-        """Compare with the run's model, whose vocabulary is known by now, and tell what becomes of which tensor.
+        """Compare with the run's model, whose vocabulary is known now, and add to :attr:`changes`.
 
-        Raises MythosError for tokenizers that have too little in common.
+        Raises MythosError for tokenizers that have too few tokens in common, and for other shapes.
         """
         source = None if self.stored.tokenizer is None else Tokenizer.load(self.stored.tokenizer)
         self.rows = self._match_rows(source, tokenizer, int(config.model.vocab_size))
@@ -69,32 +69,32 @@ class Start:
         if differing:
             first = differing[0]
             raise MythosError(
-                f"train.init_from: {self.stored.source} is of another shape: {first} is {tuple(there[first].shape)} "
+                f"train.init_from: {self.stored.source} has other shapes: {first} is {tuple(there[first].shape)} "
                 f"there, {tuple(here[first].shape)} here"
             )
         count = sum(there[name].numel() for name in taken)
-        self.told.insert(
+        self.changes.insert(
             0, f"{self.stored.source} at step {self.stored.step}: {count:,} values of {len(taken)} tensors"
         )
         if SCALES in taken and (old := len(there[SCALES])) != (new := len(here[SCALES])):
             what = "the last scale is repeated" if new > old else "the scales of the first are kept"
-            self.told.append(f"depth-wise adapter: {old} -> {new} loops; {what}")
+            self.changes.append(f"depth-wise adapter: {old} -> {new} loops; {what}")
         for what, names in (("new", here.keys() - taken), ("not taken", there.keys() - taken)):
             if names:
-                self.told.append(f"{what}: {_shortened(names)}")
+                self.changes.append(f"{what}: {_shortened(names)}")
 
     @torch.no_grad()
     def fill(self, model: RecurrentDepthTransformer, seed: int) -> None:
-        """Give the model, which has its starting values, the source's. Each rank reads, and nothing is sent.
+        """Copy the source's values into the model, which has its starting values. Each rank reads; none sends.
 
-        Beside the model a rank holds some tensors at a time, whole. Raises MythosError if a file cannot be read.
+        Beside the model a rank needs memory for about BATCH_BYTES. Raises MythosError if a file cannot be read.
         """
         here, there = tensors_of(model), tensors_of(self.stored.model)
         for names in _batches(self._taken(model), there):
-            read = {name: torch.empty_like(there[name], device="cpu") for name in names}
-            self.stored.read(read)
+            values = {name: torch.empty_like(there[name], device="cpu") for name in names}
+            self.stored.read(values)
             for name in names:
-                value = read.pop(name)
+                value = values.pop(name)
                 if name == SCALES:
                     value = value[torch.arange(len(here[name])).clamp(max=len(value) - 1)]
                 elif _is_table(name) and self.rows is not None:
@@ -102,23 +102,22 @@ class Start:
                 place(value, here[name])
 
     def _taken(self, model: RecurrentDepthTransformer) -> list[str]:
-        """The tensors whose values are the source's, or made of them."""
+        """Names of the tensors whose values come from the source."""
         source, target = self.stored.model.config, model.config
-        left = ("halting.",) if source.halting != target.halting else ()
-        left += ("recurrence.adapter.",) if source.lora_rank != target.lora_rank else ()
+        new: tuple[str, ...] = ("halting.",) if source.halting != target.halting else ()
+        new += ("recurrence.adapter.",) if source.lora_rank != target.lora_rank else ()
         there = tensors_of(self.stored.model)
-        return [name for name in tensors_of(model) if name in there and not name.startswith(left)]
+        return [name for name in tensors_of(model) if name in there and not name.startswith(new)]
 
     def _match_rows(self, source: Tokenizer | None, target: Tokenizer | None, size: int) -> Rows | None:
-        """Rows of the run's tables of `size` ids, padded, by those of the source's."""
+        """The source rows of the run's tables of `size` token ids, padded; None if the tables correspond row by row."""
         old, new = self.stored.model.vocabulary, padded_vocab_size(size)
         if (source is None) != (target is None):
-            lacking = (
-                "the model has no tokenizer, and the run" if source is None else "the run has no tokenizer, and it"
-            )
+            has_one = "the run has one" if source is None else "it has one"
+            lacks_one = "the model has no tokenizer" if source is None else "the run has no tokenizer"
             raise MythosError(
-                f"train.init_from: {self.stored.source}: {lacking} has one: their token ids have nothing in common. "
-                "Start from a model of the same kind of data"
+                f"train.init_from: {self.stored.source}: {lacks_one}, and {has_one}: their token ids have nothing in "
+                "common. Start from a model of the same kind of data"
             )
         known = {} if source is None else source.backend.get_vocab()
         wanted = {} if target is None else target.backend.get_vocab()
@@ -126,14 +125,14 @@ class Start:
             if old == new:
                 return None
             places = torch.arange(new)
-            self.told.append(f"vocabulary: {old:,} -> {new:,} rows of the same tokens; further ones are new")
+            self.changes.append(f"vocabulary: {old:,} -> {new:,} rows of the same tokens; further ones are new")
             return Rows(places.where(places < old, -1), torch.zeros(new, dtype=torch.bool), places[:0])
         assert source is not None and target is not None
         places, at_mean = torch.full((new,), -1), torch.zeros(new, dtype=torch.bool)
         for token, row in wanted.items():
             places[row] = known.get(token, -1)
         if places[target.eos_id] < 0:
-            places[target.eos_id] = source.eos_id  # by whatever name, it ends a document
+            places[target.eos_id] = source.eos_id  # both end a document, whatever their names
         at_mean[list(wanted.values())] = True
         at_mean &= places < 0
         shared = len(wanted) - int(at_mean.sum())
@@ -144,7 +143,7 @@ class Start:
                 f"{self.stored.tokenizer}, or extend that tokenizer"
             )
         others = f"; those of the {len(wanted) - shared:,} others start at the mean of the model's"
-        self.told.append(
+        self.changes.append(
             f"vocabulary: {shared:,} of the tokenizer's {len(wanted):,} tokens are the model's and keep their rows"
             + (others if shared < len(wanted) else "")
         )
@@ -152,10 +151,10 @@ class Start:
 
 
 def open_start(config: Config, source: str | None = None) -> Start | None:
-    """What train.init_from names (or `source`, a checkpoint of it), its files open; None where that is null.
+    """Open the model of train.init_from (or `source`, a checkpoint of it); None if the field is null.
 
-    Raises MythosError where that is no model, where it is damaged, and where it cannot become the configured one,
-    naming every field that would have to be the same.
+    Raises MythosError if it is not a model, is damaged, or cannot become the configured model; the message names every
+    field that would have to be the same.
     """
     if config.train.init_from is None:
         return None
@@ -165,21 +164,18 @@ def open_start(config: Config, source: str | None = None) -> Start | None:
         except MythosError as error:
             raise MythosError(f"train.init_from: {error}") from error
         there, here = stored.model.config.model_dump(mode="json"), config.model.model_dump(mode="json")
-        differing = [name for name in here if name not in CHANGEABLE and here[name] != there[name]]
-        if differing:
-            lines = [f"  model.{name}: {there[name]!r} in the model, {here[name]!r} here" for name in differing]
+        if differences := model_differences(there, config.model, CHANGEABLE, "in the model"):
             raise MythosError(
-                f"train.init_from: {config.train.init_from} is of another model:\n"
-                + "\n".join(lines)
-                + "\nLeave these fields out, and model.preset too: then they are the model's own."
+                f"train.init_from: {config.train.init_from} is of another model:\n{differences}\n"
+                "Leave these fields out, and model.preset too: then they are the model's own."
             )
-        changed = sorted(CHANGEABLE - {"preset", "vocab_size", "router_bias_rate", "state_init", "ponder_weight"})
-        told = [f"{name}: {there[name]} -> {here[name]}" for name in changed if here[name] != there[name]]
-        return Start(stored, files.pop_all(), told)
+        reported = sorted(CHANGEABLE - {"preset", "vocab_size", "router_bias_rate", "state_init", "ponder_weight"})
+        changes = [f"{name}: {there[name]} -> {here[name]}" for name in reported if here[name] != there[name]]
+        return Start(stored, files.pop_all(), changes)
 
 
 def agreed_start(config: Config, ranks: Ranks) -> Start | None:
-    """:func:`open_start` by all ranks, which take the checkpoint that rank 0 finds: a source may be training on.
+    """:func:`open_start` on all ranks. All open the checkpoint that rank 0 finds, because the source may still train.
 
     Raises MythosError on all of them if one does.
     """
@@ -188,10 +184,10 @@ def agreed_start(config: Config, ranks: Ranks) -> Start | None:
     return ranks.agreed(lambda: first if ranks.main or source is None else open_start(config, source))
 
 
-def told_before(config: Config) -> list[str]:
-    """What is known of the start of a run before it has opened its data; nothing where train.init_from is not given.
+def planned_start(config: Config) -> list[str]:
+    """`Start.changes` of a run, as far as they are known before its data is opened; [] without train.init_from.
 
-    Raises MythosError as `open_start` and `Start.match` do.
+    Raises MythosError as `open_start` and `Start.match`.
     """
     if config.train.init_from is None:
         return []
@@ -202,7 +198,8 @@ def told_before(config: Config) -> list[str]:
     with start.files:
         text, name = config.data.kind != "reasoning", config.tokenizer.name
         if text and name == "bpe":
-            return [f"{start.stored.source}", *start.told, "vocabulary: compared once the tokenizer has been trained"]
+            later = "vocabulary: compared once the tokenizer has been trained"
+            return [f"{start.stored.source}", *start.changes, later]
         tokenizer = Tokenizer.load(name) if text else None
         if config.model.vocab_size == "auto":
             assert tokenizer is not None
@@ -211,7 +208,7 @@ def told_before(config: Config) -> list[str]:
         if tokenizer is not None:
             check_vocabulary(tokenizer, int(config.model.vocab_size))
         start.match(config, tokenizer)
-        return start.told
+        return start.changes
 
 
 def _is_table(name: str) -> bool:
@@ -220,17 +217,18 @@ def _is_table(name: str) -> bool:
 
 
 def _with_rows(old: Tensor, new: Tensor, rows: Rows) -> Tensor:
-    """A table (rows, n) of the source's rows, their mean, and the rows of a new model."""
+    """`new`, a table (rows, n) of a new model, with the source's rows of `old`, or their mean, filled in."""
     kept = rows.source >= 0
     new[kept] = old[rows.source[kept]]
     if rows.at_mean.any():
-        # Logits of a new token are then like those of others (Hewitt 2021, "Initializing New Word Embeddings for
+        # A new token's logits are then similar to other tokens' (Hewitt 2021, "Initializing New Word Embeddings for
         # Pretrained Language Models").
-        new[rows.at_mean] = old[rows.meant].mean(0)
+        new[rows.at_mean] = old[rows.used].mean(0)
     return new
 
 
 def _batches(names: list[str], tensors: dict[str, Tensor]) -> Iterator[list[str]]:
+    """Names in groups of at most BATCH_BYTES, or a single tensor."""
     batch: list[str] = []
     for name in names:
         if batch and sum(tensors[n].nbytes for n in [*batch, name]) > BATCH_BYTES:

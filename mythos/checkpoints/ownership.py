@@ -1,4 +1,4 @@
-"""Whose checkpoints a directory holds: one run saves there, continues from them and deletes them."""
+"""Ownership of a directory of checkpoints: only one run saves there, resumes from them and deletes them."""
 
 import contextlib
 import json
@@ -10,32 +10,32 @@ from pathlib import Path
 
 from mythos.distributed.run_lock import RunLock
 from mythos.errors import MythosError
-from mythos.files.local import read_regular
 from mythos.files.storage import LocalStorage, Origin, RemoteStorage, Storage
+from mythos.files.text import parse_json, read_json
 
 LOCK = ".checkpoints.lock"
 
 
 @dataclass(frozen=True)
 class Run:
-    """What marks the checkpoints of a run."""
+    """The mark of a run in its checkpoints."""
 
     id: str
-    """Drawn when the run begins, and kept in the lock file of its directory."""
+    """Random, drawn when the run begins, and stored in the lock file of its directory."""
     name: str
     directory: str
-    """Of the run, absolute and without links."""
+    """The run directory, absolute and without links."""
 
 
 @contextlib.contextmanager
 def claimed(storage: Storage, run: Run, begun: bool) -> Iterator[Run]:
-    """Keep the place of checkpoints to one run, for the length of a with block; one process does.
+    """Reserve a directory of checkpoints for one run within a with block. Called by one process of the run.
 
-    Gives the run with the id that its checkpoints there have. `begun` says whether the id is from an earlier start: a
-    run whose directory was lost, or is older than ids, takes that of its checkpoints. Afterwards `storage` deletes
-    checkpoints of this run and no others.
+    Yields the run with the id that its checkpoints there have. `begun` says whether the id is from an earlier start. If
+    not, because the run's directory was lost or is older than ids, the id of its checkpoints is used. From then on
+    `storage` deletes checkpoints of this run only.
 
-    Raises MythosError while another job saves there, and for checkpoints that are another run's.
+    Raises MythosError while another job saves there, and for another run's checkpoints.
     """
     with contextlib.ExitStack() as stack:
         if isinstance(storage, LocalStorage):
@@ -48,7 +48,7 @@ def claimed(storage: Storage, run: Run, begun: bool) -> Iterator[Run]:
 
 
 def _owner(storage: Storage, run: Run, begun: bool) -> Run:
-    """The run as its checkpoints name it. Raises MythosError where all that is there is another run's."""
+    """The run with the id in its checkpoints. Raises MythosError if there are checkpoints and all are another run's."""
     others = []
     for name in reversed(storage.complete()):
         origin = storage.origin(name)
@@ -60,7 +60,7 @@ def _owner(storage: Storage, run: Run, begun: bool) -> Run:
         mine = directory == run.directory or (not begun and _inside(storage, run))
         if mine and len(origin.runs) == 1:
             return replace(run, id=next(iter(origin.runs)))
-        # A link is no place of this run's, and what cannot be read at all is told as damaged when it is verified.
+        # Links do not count, and unreadable checkpoints are reported as damaged when they are verified.
         if storage.is_directory(name) and (origin.runs or directory):
             others.append((name, origin))
     if others:
@@ -69,25 +69,25 @@ def _owner(storage: Storage, run: Run, begun: bool) -> Run:
 
 
 def _is_of(origin: Origin, run: Run, storage: Storage) -> bool:
-    """Whether a checkpoint is a run's. Versions that knew no ids are judged by the directory in their configuration."""
+    """Whether a checkpoint is a run's: by its id, or if it is older than ids, by the directory in its configuration."""
     if origin.runs:
         return run.id in origin.runs
     return _inside(storage, run) or _directory(origin) == run.directory
 
 
 def _is_copy(origin: Origin, run: Run, storage: Storage) -> bool:
-    """Whether the run's directory is a copy, with its id, of one that is still there and saves to the same place."""
+    """Whether the run's directory is a copy, with the id, of one that still exists and saves to the same directory."""
     directory = _directory(origin)
     if directory is None or directory == run.directory or _inside(storage, run):
         return False
     try:
-        return json.loads(read_regular(Path(directory) / ".lock")).get("run") == run.id
-    except (OSError, ValueError, AttributeError, RecursionError):
+        return read_json(Path(directory) / ".lock").get("run") == run.id
+    except (OSError, ValueError, AttributeError):
         return False
 
 
 def _directory(origin: Origin) -> str | None:
-    """The run directory that a checkpoint tells, absolute; None where it tells none."""
+    """The run directory in a checkpoint's meta.json, absolute; None if it has none."""
     run = origin.meta.get("run")
     if isinstance(run, dict) and isinstance(run.get("directory"), str):
         return run["directory"]
@@ -99,30 +99,34 @@ def _directory(origin: Origin) -> str | None:
 
 
 def _inside(storage: Storage, run: Run) -> bool:
-    """Whether checkpoints are in the run's own directory, as they are by default."""
+    """Whether the checkpoints are in the run's own directory, the default."""
     if not isinstance(storage, LocalStorage):
         return False
     return Path(os.path.realpath(storage.root)).is_relative_to(run.directory)
 
 
 def _refusal(storage: Storage, name: str, origin: Origin) -> str:
+    """The error about another run's checkpoint `name`, the newest there."""
     run = origin.meta.get("run")
     directory = _directory(origin)
     owner = f"the run {run['name']} in {directory}" if isinstance(run, dict) and "name" in run else f"{directory}"
     place = str(storage.address(name)).rstrip("/").rpartition("/")[0]
+    newest = storage.address(name)
     return (
-        f"checkpoint.dir: {place} holds the checkpoints of another run, {owner}. Set checkpoint.dir to a directory of "
-        f"its own; to begin there from the other run's, set run.resume={storage.address(name)} as well (its optimizer, "
-        f"step and data too) or train.init_from={storage.address(name)} (its weights). To continue that run, set "
-        f"run.dir={directory}"
+        f"checkpoint.dir: {place} contains the checkpoints of another run, {owner}. Set checkpoint.dir to a directory "
+        f"of its own; to begin there from the other run's, set run.resume={newest} as well (its optimizer, step and "
+        f"data too) or train.init_from={newest} (its weights). To continue that run, set run.dir={directory}"
     )
 
 
 @contextlib.contextmanager
 def _remote_lock(storage: RemoteStorage, run: Run) -> Iterator[None]:
-    """Object stores lock nothing: an object tells who saves there. It outlives a killed job, whose run may go on."""
+    """Lock a directory of an object store, which has no locks, by an object that names the run.
+
+    The object remains after a kill; the same run may then continue.
+    """
     try:
-        holder = json.loads(storage.read_root(LOCK))
+        holder = parse_json(storage.read(LOCK))
     except (FileNotFoundError, ValueError):
         holder = {}
     if isinstance(holder, dict) and holder.get("id") not in (None, run.id):
@@ -131,8 +135,8 @@ def _remote_lock(storage: RemoteStorage, run: Run) -> Iterator[None]:
             f"{holder.get('pid')} on {holder.get('host')}. Two runs would overwrite each other: give this run another "
             f"checkpoint.dir, or, if that job has been killed and is not to go on, delete {storage.address(LOCK)}"
         )
-    storage.write_root(LOCK, json.dumps({**asdict(run), "host": socket.gethostname(), "pid": os.getpid()}).encode())
+    storage.write(json.dumps({**asdict(run), "host": socket.gethostname(), "pid": os.getpid()}).encode(), LOCK)
     try:
         yield
     finally:
-        storage.remove_root(LOCK)
+        storage.delete(LOCK)

@@ -1,4 +1,4 @@
-"""What must hold before a run may touch its directory or continue a checkpoint."""
+"""Checks before a run: its directory, memory, and whether a checkpoint can be continued with its configuration."""
 
 import math
 import os
@@ -14,11 +14,11 @@ from mythos.data.tasks import hardest
 from mythos.errors import MythosError
 from mythos.model.config import ModelConfig, padded_vocab_size
 from mythos.training.depth_schedule import DepthSchedule
-from mythos.training.optim import learning_rate
+from mythos.training.lr import learning_rate
 
 
 def prepare_directory(run_dir: Path) -> None:
-    """Make the run directory. Raises MythosError if it cannot be written."""
+    """Create the run directory. Raises MythosError if it cannot be written."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         probe = run_dir / f".writable-{platform.node()}-{os.getpid()}"
@@ -33,68 +33,81 @@ def resolve_vocabulary(config: Config, tokenizer_size: int) -> Config:
     if config.model.vocab_size != "auto":
         return config
     if config.tokenizer.name == "bpe":
-        # A small corpus may give fewer tokens than asked for; the written configuration asks for them again.
+        # BPE on a small corpus may produce fewer tokens than tokenizer.vocab_size. config.yaml of the run has both
+        # sizes; when it is reloaded, the model's must be large enough for the tokenizer's.
         tokenizer_size = max(tokenizer_size, padded_vocab_size(config.tokenizer.vocab_size))
     model = config.model.model_copy(update={"vocab_size": tokenizer_size})
     return config.model_copy(update={"model": model})
 
 
 def check_memory(parameters: int, shards: int, device: torch.device) -> None:
-    """Refuse a model whose weights and gradients alone, in float32, are more than the device's memory.
+    """Refuse a model whose weights and gradients alone, in float32, exceed the device's memory.
 
-    It would end by an error of the allocator, or by the system, which kills the process without a word. `shards` is the
-    number of processes that share one copy. Raises MythosError with both sizes.
+    Otherwise the allocator would fail, or the system would kill the process without a message. `shards` is the number
+    of processes that share one copy. Raises MythosError with both sizes.
     """
-    needed = 8 * parameters // shards
-    there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else virtual_memory().total
-    if needed > there:
+    needed = 8 * parameters // shards  # 4 bytes each for weight and gradient
+    available = (
+        torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else virtual_memory().total
+    )
+    if needed > available:
         raise MythosError(
             f"model: {parameters:,} parameters take {needed / 2**30:,.1f} GiB for weights and gradients a process, "
-            f"and the device has {there / 2**30:,.1f} GiB. Take a smaller model, or parallel.mode fsdp and more "
-            "processes; --dry-run prints what a run needs"
+            f"and the device has {available / 2**30:,.1f} GiB. Take a smaller model, or parallel.mode fsdp and more "
+            "processes; --dry-run prints the memory that a run needs"
         )
 
 
 FREE_MODEL_FIELDS = {"preset", "context_length", "loops", "router_bias_rate", "state_init", "ponder_weight"}
 """Fields of the model that may change between a checkpoint and the run that continues it.
 
-None changes the function that the weights compute at a given number of loops. (The adapter has a slot per loop; its
-shape is checked with all others.)"""
+None of them changes the function that the weights compute at a given number of loops. (The adapter has a slot per loop;
+its shape is checked with all other shapes.)"""
 
 
-def check_same_model(config: Config, saved: dict[str, Any], path: Path | None) -> None:
-    """Refuse to continue with another model than the checkpoint's. Raises MythosError naming every differing field."""
-    here = config.model.model_dump(mode="json")
-    # What the version that wrote the checkpoint did not know had the default.
-    saved = {name: field.default for name, field in ModelConfig.model_fields.items()} | saved
-    # Rules that need no training may be changed as well.
-    trained = [section.get("halting") in ("gate", "act") and section["halting"] for section in (here, saved)]
-    free = FREE_MODEL_FIELDS | ({"halting"} if trained[0] == trained[1] else set())
-    differing = [name for name in here if name not in free and here[name] != saved[name]]
-    if differing:
-        lines = [f"  model.{name}: {saved[name]!r} in the checkpoint, {here[name]!r} here" for name in differing]
+def check_continued(config: Config, saved: dict[str, Any], step: int, path: Path | str | None) -> str | None:
+    """Check that a run can continue a checkpoint; return :func:`schedule_change`'s warning, if any.
+
+    `saved` is the checkpoint's configuration as plain values. Raises MythosError for another model or optimizer.
+    """
+    check_same_model(config, saved["model"], path)
+    if config.optim.name != saved["optim"]["name"]:
         raise MythosError(
-            f"checkpoint {path} is of another model:\n"
-            + "\n".join(lines)
-            + "\nRestore these values to continue it, or "
-            "give this run another run.name."
-        )
-
-
-def check_same_optimizer(config: Config, saved: dict[str, Any], path: Path | None) -> None:
-    """Refuse to continue with another optimizer than the checkpoint's. Raises MythosError naming both."""
-    if config.optim.name != saved["name"]:
-        raise MythosError(
-            f"checkpoint {path} is of another optimizer, whose state is of no use to this one:\n"
-            f"  optim.name: {saved['name']!r} in the checkpoint, {config.optim.name!r} here\n"
+            f"checkpoint {path} is of another optimizer, whose state this one cannot use:\n"
+            f"  optim.name: {saved['optim']['name']!r} in the checkpoint, {config.optim.name!r} here\n"
             "Restore this value to continue it, or give this run another run.name."
+        )
+    return schedule_change(config, saved, step)
+
+
+def model_differences(saved: dict[str, Any], config: ModelConfig, free: set[str], where: str) -> str:
+    """Lines that name the fields, except `free` ones, in which a saved model configuration differs; "" without any.
+
+    `where` says where the saved values are, for people: "in the checkpoint".
+    """
+    here = config.model_dump(mode="json")
+    differing = [name for name in here if name not in free and here[name] != saved[name]]
+    return "\n".join(f"  model.{name}: {saved[name]!r} {where}, {here[name]!r} here" for name in differing)
+
+
+def check_same_model(config: Config, saved: dict[str, Any], path: Path | str | None) -> None:
+    """Refuse to continue with another model than the checkpoint's. Raises MythosError naming every differing field."""
+    # Fields that the version of the checkpoint did not know had their defaults.
+    saved = {name: field.default for name, field in ModelConfig.model_fields.items()} | saved
+    # Halting rules without parameters may be exchanged as well.
+    trained_rules = [rule if rule in ("gate", "act") else None for rule in (config.model.halting, saved["halting"])]
+    free = FREE_MODEL_FIELDS | ({"halting"} if trained_rules[0] == trained_rules[1] else set())
+    if differences := model_differences(saved, config.model, free, "in the checkpoint"):
+        raise MythosError(
+            f"checkpoint {path} is of another model:\n{differences}\n"
+            "Restore these values to continue it, or give this run another run.name."
         )
 
 
 def schedule_change(config: Config, saved: dict[str, Any], step: int) -> str | None:
-    """What a warning says if a schedule of another length than the checkpoint's moves the values of the next step.
+    """A warning that a schedule of another length than the checkpoint's changes values in the next step.
 
-    `saved` is the checkpoint's configuration as plain values. None where nothing moves, or nothing is left to train.
+    `saved` is the checkpoint's configuration as plain values. None if nothing changes or no step is left.
     """
     old, new = _schedule_steps(saved), config.schedule_steps
     if old == new or step >= config.train_steps:
@@ -112,7 +125,7 @@ def schedule_change(config: Config, saved: dict[str, Any], step: int) -> str | N
 
 
 def _schedule_steps(saved: dict[str, Any]) -> int:
-    """Length of the schedule of a saved configuration; those of earlier versions have no optim.schedule_steps."""
+    """Length of a saved configuration's schedule; configurations of earlier versions have no optim.schedule_steps."""
     train = saved["train"]
     tokens_per_step = train["global_batch"] * saved["data"]["sequence_length"]
     steps = saved["optim"].get("schedule_steps") or train["steps"]
@@ -120,7 +133,7 @@ def _schedule_steps(saved: dict[str, Any]) -> int:
 
 
 def _scheduled(config: Config, step: int, steps: int) -> dict[str, str]:
-    """What the schedules give in a step if they take `steps`, by name, as text for people."""
+    """Values of all schedules in a step if they take `steps` in all, by name, as text for people."""
     optim = config.optim.model_copy(update={"schedule_steps": steps})
     depth = DepthSchedule(config.model_copy(update={"optim": optim}))
     values = {

@@ -1,8 +1,7 @@
-"""Checkpoints as they are stored: what is there, whether it is as it was written, and its tensors."""
+"""Reading stored checkpoints: which are complete, whether they are damaged, and their tensors."""
 
 import contextlib
 import logging
-import math
 import shutil
 import tempfile
 import warnings
@@ -14,6 +13,7 @@ from typing import Any
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from mythos.errors import MythosError
 from mythos.files.local import check_regular_files
@@ -21,7 +21,7 @@ from mythos.files.storage import MARKER, META, LocalStorage, Storage, checksum, 
 from mythos.files.text import parse_json
 
 NOT_DISTRIBUTED = "torch.distributed is disabled, unavailable or uninitialized"
-"""What torch.distributed.checkpoint warns of where a process saves or loads alone."""
+"""Warning of torch.distributed.checkpoint when a process saves or loads alone."""
 
 
 def complete_checkpoints(directory: str | Path) -> list[Path | str]:
@@ -31,19 +31,19 @@ def complete_checkpoints(directory: str | Path) -> list[Path | str]:
 
 
 def read_meta(path: Path | str) -> dict[str, Any]:
-    """The JSON part of a checkpoint. Raises MythosError if it cannot be read or is not what was written."""
+    """A checkpoint's meta.json. Raises MythosError if it cannot be read or is damaged."""
     storage, name = locate(path)
     try:
         content = storage.read(name, META)
         marker = storage.read(name, MARKER)
         meta = parse_json(content)
-        # The versions that left the marker empty listed no files, so nothing of theirs has a checksum.
+        # Versions that left the marker empty listed no files, so their checkpoints have no checksums.
         if (marker or "files" in meta) and parse_json(marker)["meta_crc32"] != zlib.crc32(content):
             raise ValueError(f"its checksum is not the one in the file '{MARKER}'")
         step = meta.get("step")
         if is_step(name) and (type(step) is not int or step != step_of(name)):
             raise ValueError(f"it is of step {step}, the directory's name of step {step_of(name)}")
-        # Files of a remote checkpoint are copied to where their names say: those may not lead elsewhere.
+        # Files of a remote checkpoint are copied to a local folder under these names, which must not lead out of it.
         for file in meta.get("files", {}):
             if "/" in file or file in ("", ".", ".."):
                 raise ValueError(f"{file!r} is not the name of a file")
@@ -58,7 +58,7 @@ def read_meta(path: Path | str) -> dict[str, Any]:
 def verified_copy(path: Path | str) -> Iterator[Path]:
     """A complete checkpoint as a local directory, for one process; a remote one is fetched and deleted afterwards.
 
-    Raises MythosError for a file that cannot be read or is not as it was written.
+    Raises MythosError for a file that cannot be read or is damaged.
     """
     storage, name = locate(path)
     files = listed_files(path)
@@ -71,7 +71,7 @@ def verified_copy(path: Path | str) -> Iterator[Path]:
             except Exception as error:  # libraries of remote file systems share no base class
                 raise MythosError(f"checkpoint {path} cannot be fetched: {reason(error)}") from error
             storage = LocalStorage(root)
-        problems = [problem for file in sorted(files) if (problem := difference(storage, name, file, files[file]))]
+        problems = [problem for file in sorted(files) if (problem := file_problem(storage, name, file, files[file]))]
         if problems:
             raise MythosError(f"checkpoint {path} is damaged: {'; '.join(problems)}")
         yield storage.address(name)
@@ -80,7 +80,7 @@ def verified_copy(path: Path | str) -> Iterator[Path]:
 def saved_shapes(path: Path | str, folder: Path) -> dict[str, tuple[int, ...]]:
     """Global shapes of a checkpoint's tensors by name, from its copy in a local folder.
 
-    Raises MythosError if the files cannot be read, or hold a tensor in part only.
+    Raises MythosError if the files cannot be read, or contain only a part of a tensor.
     """
     try:
         with _quiet("torch.distributed.checkpoint"):
@@ -88,16 +88,20 @@ def saved_shapes(path: Path | str, folder: Path) -> dict[str, tuple[int, ...]]:
             saved = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     except Exception as error:
         raise MythosError(f"checkpoint {path} is damaged: {type(error).__name__}: {error}") from error
+    shapes = {}
     for name, entry in saved.items():
-        if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
-            raise MythosError(f"checkpoint {path} is damaged: {name} is there in part only; a file is missing")
-    return {name: tuple(entry.size) for name, entry in saved.items()}
+        assert isinstance(entry, TensorStorageMetadata), "safetensors files have tensors only"
+        if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
+            raise MythosError(f"checkpoint {path} is damaged: only a part of {name} is stored; a file is missing")
+        shapes[name] = tuple(entry.size)
+    return shapes
 
 
 def read_tensors(path: Path | str, folder: Path, tensors: dict[str, Tensor], **group: Any) -> None:
-    """Fill tensors in place, by name, from a checkpoint's copy in a local folder; shapes must be those saved.
+    """Fill tensors in place, by name, from a checkpoint's copy in a local folder; shapes must be equal.
 
-    `group` tells torch.distributed.checkpoint who takes part. Raises MythosError if the files cannot be read.
+    `group` are torch.distributed.checkpoint's options for the participating ranks. Raises MythosError if the files
+    cannot be read.
     """
     try:
         with _quiet("torch.distributed.checkpoint"), warnings.catch_warnings():
@@ -119,18 +123,18 @@ def listed_files(path: Path | str) -> dict[str, dict[str, int]]:
     return read_meta(path).get("files", {})
 
 
-def difference(storage: Storage, name: str, file: str, expected: dict[str, int]) -> str | None:
-    """What is wrong with a file of a checkpoint, in words."""
+def file_problem(storage: Storage, name: str, file: str, expected: dict[str, int]) -> str | None:
+    """The damage to a file of a checkpoint, for people; None if its size and CRC-32 are as `expected`."""
     try:
         with storage.open(name, file) as stream:
-            found = checksum(stream)
+            actual = checksum(stream)
     except OSError as error:
         return f"{file}: {reason(error)}"
-    if found["bytes"] != expected["bytes"]:
-        return f"{file}: has {found['bytes']:,} bytes, {expected['bytes']:,} were written"
-    if found["crc32"] != expected["crc32"]:
+    if actual["bytes"] != expected["bytes"]:
+        return f"{file}: has {actual['bytes']:,} bytes, {expected['bytes']:,} were written"
+    if actual["crc32"] != expected["crc32"]:
         return (
-            f"{file}: its bytes are not those that were written (CRC-32 {found['crc32']:08x}, {expected['crc32']:08x})"
+            f"{file}: its bytes are not those that were written (CRC-32 {actual['crc32']:08x}, {expected['crc32']:08x})"
         )
     return None
 
@@ -153,13 +157,13 @@ def check_fit(path: Path | str, folder: Path, tensors: dict[str, Tensor]) -> Non
 
 
 def first_cause(error: CheckpointException) -> str:
-    """The underlying message of a BaseException that otherwise prints every rank's whole traceback."""
+    """The underlying message, without the traceback of every rank that the exception itself prints."""
     rank, (cause, _) = min(error.failures.items())
     return f"rank {rank}: {reason(cause)}" if rank else reason(cause)
 
 
 def reason(error: BaseException) -> str:
-    """What to tell of an error: its text, and its type where that is not about files."""
+    """An error's message, preceded by its type unless it is an OSError or a MythosError."""
     return str(error) if isinstance(error, OSError | MythosError) else f"{type(error).__name__}: {error}"
 
 

@@ -1,4 +1,4 @@
-"""Trained models on disk: a run directory, a checkpoint or an exported folder."""
+"""Trained models on disk: run directories, checkpoints and exported folders."""
 
 import contextlib
 import os
@@ -11,7 +11,13 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mythos.checkpoints.checkpoint import complete_checkpoints, read_meta, read_tensors, saved_shapes, verified_copy
+from mythos.checkpoints.stored_checkpoint import (
+    complete_checkpoints,
+    read_meta,
+    read_tensors,
+    saved_shapes,
+    verified_copy,
+)
 from mythos.config.inherited import CONFIG_FILE, MODEL_TYPE, RUN_FILE, TOKENIZER_FILE
 from mythos.config.loading import config_from_dict, load_config
 from mythos.config.sections import Config
@@ -27,7 +33,7 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
 
 PREFIX = "model."
-"""What the names of a model's tensors begin with in checkpoints, which hold the optimizer's too, and in exports."""
+"""Prefix of the names of a model's tensors in exports and in checkpoints, which have the optimizer's tensors too."""
 
 TRANSFORMERS_KEYS = {
     "architectures",
@@ -46,37 +52,37 @@ TRANSFORMERS_KEYS = {
     "transformers_version",
     "use_cache",
 }
-"""What transformers adds to a config.json of its own accord."""
+"""Keys that transformers adds to a config.json by itself."""
 
 HEADER = {"model_type", "mean_loops", "step", "versions"} | TRANSFORMERS_KEYS
-"""What an exported config.json says beside the fields of the model."""
+"""Keys of an exported config.json beside the fields of the model."""
 
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A trained model in eval mode, with what it takes to use it."""
+    """A trained model in eval mode, with everything needed to use it."""
 
     model: RecurrentDepthTransformer
     tokenizer: Tokenizer | None
     """None for a run without text."""
     mean_loops: int
-    """Mean loops of training, rounded: what 'full depth' means."""
+    """Mean loops of training, rounded; called 'full depth'."""
     step: int
-    """Optimizer steps it was trained for."""
+    """Optimizer steps of its training."""
     run: Config | None
     """The run's configuration; None for an exported model."""
     source: str
-    """Where the weights came from."""
+    """Path or URL of the weights."""
 
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A trained model that lies on a disk: what it is, and how to read its tensors."""
+    """A trained model on disk: its configuration, and a function that reads its tensors."""
 
     model: RecurrentDepthTransformer
-    """In eval mode, on the meta device: names and shapes."""
+    """On the meta device, in eval mode: names and shapes only."""
     read: Callable[[dict[str, Tensor]], None]
-    """Fills some of its tensors in place, by name."""
+    """Fills tensors in place, by name; any subset of the model's."""
     tokenizer: Path | None
     """Folder of its tokenizer; None for a run without text."""
     mean_loops: int
@@ -88,11 +94,11 @@ class StoredModel:
 def open_model(path: str | Path, device: torch.device | str = "cpu") -> OpenedModel:
     """Open a run directory (its newest complete checkpoint), a checkpoint step-XXXXXXXX, or an exported folder.
 
-    A checkpoint may be of any number of processes and in any storage that runs write to; every file is compared with
-    its checksum. Only safetensors and JSON are read. Parameters are float32.
+    A checkpoint may have been written by any number of processes and be in any storage that runs write to; every file
+    is compared with its checksum. Only safetensors and JSON are read. Parameters are float32.
 
     Raises:
-        MythosError: the path is none of these, a run has no complete checkpoint, or what is there is damaged.
+        MythosError: the path is none of these, a run has no complete checkpoint, or a file is damaged.
     """
     with stored_model(path) as stored:
         model = stored.model.to_empty(device=device)
@@ -103,7 +109,7 @@ def open_model(path: str | Path, device: torch.device | str = "cpu") -> OpenedMo
 
 @contextlib.contextmanager
 def stored_model(path: str | Path) -> Iterator[StoredModel]:
-    """What `open_model` opens, without its tensors; they can be read until the block ends.
+    """Open a model like `open_model`, without its tensors, which can be read until the block ends.
 
     Raises:
         MythosError: as `open_model`.
@@ -112,36 +118,36 @@ def stored_model(path: str | Path) -> Iterator[StoredModel]:
     folder = Path(text)
     run_dir = None
     if "://" not in text:
-        with _told(path):
+        with _readable(path):
             exported, is_run = ((folder / file).is_file() for file in (CONFIG_FILE, RUN_FILE))
-            what = "it is no model" if folder.exists() else "there is nothing"
+            problem = "it is no model" if folder.exists() else "there is nothing"
         if exported:
             with _stored_export(folder) as stored:
                 yield stored
             return
         if is_run:
             run = load_config(folder / RUN_FILE, to_train=False)
-            place = run.checkpoint.dir or folder / "checkpoints"
-            with _told(place):
-                found = complete_checkpoints(place)
-            if not found:
+            directory = run.checkpoint.dir or folder / "checkpoints"
+            with _readable(directory):
+                complete = complete_checkpoints(directory)
+            if not complete:
                 raise MythosError(
                     f"{path}: the run has no complete checkpoint yet. Runs save every checkpoint.every steps and at "
                     "their end; continue it with the command that started it."
                 )
-            text, run_dir = found[-1], folder
+            text, run_dir = str(complete[-1]), folder
         elif not folder.name.startswith("step-"):
             raise MythosError(
-                f"{path}: {what}. Give a run directory (with {RUN_FILE}), a checkpoint (checkpoints/step-XXXXXXXX in "
-                f"it), or a folder written by `mythos export` (with {CONFIG_FILE})."
+                f"{path}: {problem}. Give a run directory (with {RUN_FILE}), a checkpoint (checkpoints/step-XXXXXXXX "
+                f"in it), or a folder written by `mythos export` (with {CONFIG_FILE})."
             )
     with _stored_checkpoint(text, run_dir) as stored:
         yield stored
 
 
 @contextlib.contextmanager
-def _told(path: str | Path) -> Iterator[None]:
-    """Tell of a place that cannot be looked at as MythosError."""
+def _readable(path: str | Path) -> Iterator[None]:
+    """Turn an error of reading a directory into MythosError."""
     try:
         yield
     except MythosError:
@@ -151,14 +157,14 @@ def _told(path: str | Path) -> Iterator[None]:
 
 
 def run_directory(path: str | Path) -> Path | None:
-    """The run directory that a path is, or that lies two folders above it, as above a checkpoint; None without one."""
+    """The path if it is a run directory, or the one two folders above it, as for a checkpoint; None without one."""
     folder = Path(os.path.abspath(path))
-    places = [] if "://" in str(path) else [folder, folder.parent.parent]
-    return next((place for place in places if (place / RUN_FILE).is_file()), None)
+    candidates = [] if "://" in str(path) else [folder, folder.parent.parent]
+    return next((candidate for candidate in candidates if (candidate / RUN_FILE).is_file()), None)
 
 
 def tensors_of(model: RecurrentDepthTransformer) -> dict[str, Tensor]:
-    """Every tensor of a model by name, the live ones."""
+    """Every tensor of a model by name; not copies."""
     named = dict(model.named_parameters()) | dict(model.named_buffers())
     return {name: tensor.detach() for name, tensor in named.items()}
 
@@ -166,7 +172,7 @@ def tensors_of(model: RecurrentDepthTransformer) -> dict[str, Tensor]:
 @contextlib.contextmanager
 def _stored_checkpoint(path: Path | str, run_dir: Path | None) -> Iterator[StoredModel]:
     storage, name = locate(path)
-    with _told(path):
+    with _readable(path):
         complete = is_step(name) and storage.exists(name, MARKER)
     if not complete:
         raise MythosError(
@@ -176,19 +182,19 @@ def _stored_checkpoint(path: Path | str, run_dir: Path | None) -> Iterator[Store
     if not isinstance(meta.get("config"), dict) or type(meta.get("step")) is not int:
         raise MythosError(f"checkpoint {path} is damaged: its meta.json lacks the configuration or the step")
     run = config_from_dict(meta["config"], to_train=False)
-    # A checkpoint holds no tokenizer: it lies beside the checkpoints, or with the run that wrote them elsewhere.
-    places = [run_dir or run.run_dir]
+    # A checkpoint has no tokenizer. It is beside the directory of checkpoints, or, if that is elsewhere, in the run's.
+    folders = [run_dir or run.run_dir]
     if isinstance(storage, LocalStorage):
-        places.insert(0, Path(path).parent.parent)
-    tokenizer = next((place / "tokenizer" for place in places if (place / "tokenizer").is_dir()), None)
+        folders.insert(0, Path(path).parent.parent)
+    tokenizer = next((folder / "tokenizer" for folder in folders if (folder / "tokenizer").is_dir()), None)
     with verified_copy(path) as copy:
         shapes = saved_shapes(path, copy)
-        there = {key.removeprefix(PREFIX): shapes[key] for key in shapes if key.startswith(PREFIX)}
+        model_shapes = {key.removeprefix(PREFIX): shapes[key] for key in shapes if key.startswith(PREFIX)}
 
         def read(tensors: dict[str, Tensor]) -> None:
             read_tensors(path, copy, {PREFIX + name: tensor for name, tensor in tensors.items()}, no_dist=True)
 
-        model = _fitting_model(str(path), run.model, there)
+        model = _fitting_model(str(path), run.model, model_shapes)
         yield StoredModel(model, read, tokenizer, round(run.depth_mean), meta["step"], run, str(path))
 
 
@@ -224,7 +230,7 @@ def _stored_export(folder: Path) -> Iterator[StoredModel]:
             with _reading(file):
                 opened[file] = stack.enter_context(safe_open(file, framework="pt"))
                 for key in opened[file].keys():  # noqa: SIM118
-                    name = key.removeprefix(PREFIX)  # earlier versions wrote none
+                    name = key.removeprefix(PREFIX)  # exports of earlier versions have no prefix
                     places[name] = file, key
                     shapes[name] = tuple(opened[file].get_slice(key).get_shape())
 
@@ -240,13 +246,13 @@ def _stored_export(folder: Path) -> Iterator[StoredModel]:
 
 
 def _weights_files(folder: Path) -> list[Path]:
-    """The files that hold an export's tensors: one, or those that an index names."""
+    """The files with an export's tensors: a single one, or those in an index."""
     index = folder / INDEX_FILE
     return indexed_files(index, "Export the model again.") if index.is_file() else [folder / WEIGHTS_FILE]
 
 
 def indexed_files(index: Path, advice: str) -> list[Path]:
-    """The files, beside an index of tensors, that it names. Raises MythosError with the advice where it is damaged."""
+    """The files, beside an index of tensors, that it names. Raises MythosError with the advice if it is damaged."""
     try:
         names = sorted(set(read_json(index)["weight_map"].values()))
         if any(Path(name).name != name or name == ".." or unusable_text(name) for name in names):
@@ -258,9 +264,9 @@ def indexed_files(index: Path, advice: str) -> list[Path]:
 
 @contextlib.contextmanager
 def _reading(file: Path) -> Iterator[None]:
-    """Tell of an export's weights that cannot be read as MythosError."""
+    """Turn an error of reading an export's weights into MythosError."""
     try:
-        if not file.is_file():  # a FIFO would be waited for
+        if not file.is_file():  # opening a FIFO would wait for a writer
             raise FileNotFoundError("there is no such file")
         yield
     except (OSError, SafetensorError) as error:
@@ -268,9 +274,9 @@ def _reading(file: Path) -> Iterator[None]:
 
 
 def _fitting_model(path: str, config: ModelConfig, there: dict[str, tuple[int, ...]]) -> RecurrentDepthTransformer:
-    """A model in eval mode on the meta device whose tensors have the names and shapes of those in a file.
+    """A model in eval mode on the meta device whose tensors have the names and shapes `there`, of a file.
 
-    No memory is asked for before that is known: sizes in a damaged configuration may be of any order.
+    Nothing is allocated before the shapes are compared: a damaged configuration may have any sizes.
 
     Raises MythosError for differing tensors, and for sizes that no model can have.
     """
@@ -279,7 +285,7 @@ def _fitting_model(path: str, config: ModelConfig, there: dict[str, tuple[int, .
             raise ValueError(f"more layers than the {len(there)} tensors in the file")
         with torch.device("meta"):
             model = RecurrentDepthTransformer(config).eval()
-    except (RuntimeError, TypeError, ValueError) as error:  # of torch, where a size overflows
+    except (RuntimeError, TypeError, ValueError) as error:  # torch raises all three for sizes that overflow
         raise MythosError(
             f"{path} does not fit its own configuration: {short_reason(error)}. It is damaged."
         ) from error

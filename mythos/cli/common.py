@@ -8,11 +8,12 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mythos.config.checking import shortened, shown
 from mythos.errors import MythosError, log_messages
 from mythos.files.text import unusable_text
+from mythos.hf import SHARD_SIZE
 from mythos.section import MOST, MOST_LOOPS
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -82,7 +83,14 @@ def exit_status(action: Callable[[], None], interrupted: str = "\nstopped") -> i
     return 0
 
 
-def add_device_option(parser: argparse._ActionsContainer) -> None:
+class TakesArguments(Protocol):
+    """A parser or a group of its options; argparse has no public type for both."""
+
+    def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
+        """Add an argument, as `argparse.ArgumentParser.add_argument`."""
+
+
+def add_device_option(parser: TakesArguments) -> None:
     """Add --device."""
     parser.add_argument("--device", choices=DEVICES, default="auto", help="auto (default) = cuda if available")
 
@@ -102,7 +110,7 @@ def add_writing_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of commands that write a model's weights."""
     parser.add_argument("--dtype", default="float32", metavar="TYPE", help="float32 (default) or bfloat16")
     parser.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="maximum bytes of a file of weights (%(default)s)"
+        "--max-shard-size", default=SHARD_SIZE, metavar="SIZE", help="maximum bytes of a file of weights (%(default)s)"
     )
 
 

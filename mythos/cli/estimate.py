@@ -22,8 +22,8 @@ from mythos.errors import MythosError
 
 if TYPE_CHECKING:
     from mythos.distributed.parallel import Layout
-    from mythos.planning.estimate import Gpu
-    from mythos.planning.plan import Laid
+    from mythos.planning.budget import Gpu
+    from mythos.planning.rank_state import RankState
     from mythos.planning.traffic import StepTime
 
 GIB = 2**30
@@ -81,8 +81,10 @@ def estimate(options: argparse.Namespace) -> dict[str, Any]:
     from mythos.distributed.parallel import compiles
     from mythos.distributed.ranks import check_fit
     from mythos.model.cache import cache_bytes_per_token
-    from mythos.planning.estimate import count_parameters, named_gpu, optimal_split, training_run
-    from mythos.planning.plan import choose_layout, lay_out
+    from mythos.planning.budget import named_gpu, optimal_split, training_run
+    from mythos.planning.flops import count_parameters
+    from mythos.planning.layout import choose_layout
+    from mythos.planning.rank_state import rank_state
 
     gpu = named_gpu(options.gpu)
     check_numbers(options)
@@ -95,12 +97,12 @@ def estimate(options: argparse.Namespace) -> dict[str, Any]:
     executed = flops["training_executed"][config.parallel.activation_checkpointing]
 
     layout = choose_layout(config, options.gpus, min(options.machine_gpus, options.gpus), gpu.memory)
-    laid = lay_out(config, layout)
+    state = rank_state(config, layout)
     price = gpu.price if options.price is None else options.price
     seconds_per_token: dict[str, float] | None = None
     utilisation = options.mfu
     if utilisation is None:
-        time = step_time_per_token(config, gpu, options.gpus, laid, executed)
+        time = step_time_per_token(config, gpu, options.gpus, state, executed)
         seconds_per_token, utilisation = asdict(time), executed / (gpu.peak * time.total)
     run = training_run(tokens, executed, gpu.peak, options.gpus, utilisation, price)
     return {
@@ -111,7 +113,7 @@ def estimate(options: argparse.Namespace) -> dict[str, Any]:
         "layout": {"mode": layout.mode, "replicate": layout.replicate, "shard": layout.shard, "why": layout.why},
         "checkpointing": config.parallel.activation_checkpointing,
         "micro_batch": config.train.micro_batch,
-        "memory": memory_per_gpu(config, layout, laid, gpu.memory),
+        "memory": memory_per_gpu(config, layout, state, gpu.memory),
         "cache_bytes_per_token": {depth: cache_bytes_per_token(model, depth, torch.bfloat16) for depth in depths},
         "run": {
             "gpu": options.gpu.upper(),
@@ -142,14 +144,15 @@ def check_numbers(options: argparse.Namespace) -> None:
 
 def flops_per_token(config: Config, depths: Sequence[int]) -> dict[str, Any]:
     """Compute FLOPs per token, forward by depth and of training by checkpointing mode."""
-    from mythos.planning.estimate import CHECKPOINTING, forward_flops, mean_depths, recomputed_flops
+    from mythos.planning.budget import mean_depths
+    from mythos.planning.fake_step import CHECKPOINTING, recomputed_flops
+    from mythos.planning.flops import forward_flops
 
     model, length = config.model, config.data.sequence_length
     flops, means = forward_flops(model, length), mean_depths(config)
-    # A backward pass takes twice the FLOPs of its forward pass, and runs for the loops that carry gradient.
-    needed = 3 * flops.once + flops.loop * (means.loops + 2 * means.backprop)
+    needed = flops.training_at(means.loops, means.backprop)
     return {
-        "forward": {depth: flops.once + depth * flops.loop for depth in depths},
+        "forward": {depth: flops.forward(depth) for depth in depths},
         "attention_scores_share": attention_share(config),
         "mean_loops": means.loops,
         "mean_backprop": means.backprop,
@@ -162,40 +165,40 @@ def flops_per_token(config: Config, depths: Sequence[int]) -> dict[str, Any]:
 
 def attention_share(config: Config) -> float:
     """Return the share of a forward pass at the mean depth that grows with the square of the sequence length."""
-    from mythos.planning.estimate import forward_flops
+    from mythos.planning.flops import forward_flops
 
     flops, short = forward_flops(config.model, config.data.sequence_length), forward_flops(config.model, 1)
-    long_pass, short_pass = (cost.once + config.depth_mean * cost.loop for cost in (flops, short))
+    long_pass, short_pass = (cost.forward(config.depth_mean) for cost in (flops, short))
     return 1 - short_pass / long_pass
 
 
-def memory_per_gpu(config: Config, layout: Layout, laid: Laid, capacity: int) -> dict[str, Any]:
+def memory_per_gpu(config: Config, layout: Layout, state: RankState, capacity: int) -> dict[str, Any]:
     """Compute the bytes on each GPU: state, gathered parameters, and activations by checkpointing mode."""
-    from mythos.planning.estimate import CHECKPOINTING
-    from mythos.planning.plan import activations, working_memory
+    from mythos.planning.fake_step import CHECKPOINTING
+    from mythos.planning.rank_state import activations, working_memory
 
-    working = working_memory(config, laid).total
+    working = working_memory(config, state).total
     by_mode = {}
     for mode in CHECKPOINTING:
         passes = activations(config, layout, mode)
-        total = laid.state + working + passes.peak
+        total = state.total + working + passes.peak
         by_mode[mode] = {**asdict(passes), "total": total, "fits": total <= capacity}
     return {
-        "parameters": laid.parameters,
-        "gradients": laid.gradients,
-        "optimizer": laid.optimizer,
+        "parameters": state.parameters,
+        "gradients": state.gradients,
+        "optimizer": state.optimizer,
         "gathering": working,
         "device": capacity,
         "activations": by_mode,
     }
 
 
-def step_time_per_token(config: Config, gpu: Gpu, gpus: int, laid: Laid, executed: float) -> StepTime:
+def step_time_per_token(config: Config, gpu: Gpu, gpus: int, state: RankState, executed: float) -> StepTime:
     """Estimate the seconds per token of a step from a model of its memory traffic; `executed` is FLOPs per token."""
     import torch
 
     from mythos.distributed.parallel import compiles
-    from mythos.planning.estimate import mean_depths
+    from mythos.planning.budget import mean_depths
     from mythos.planning.traffic import OPTIMIZER_BYTES, step_time, step_traffic
 
     length, micro_batch, means = config.data.sequence_length, config.train.micro_batch, mean_depths(config)
@@ -208,7 +211,7 @@ def step_time_per_token(config: Config, gpu: Gpu, gpus: int, laid: Laid, execute
         backprop=means.backprop,
         tokens=rows * length,
         # 4 bytes a parameter; each GPU updates its shard once per step of all GPUs.
-        optimizer=OPTIMIZER_BYTES * laid.parameters / 4 * gpus / config.tokens_per_step,
+        optimizer=OPTIMIZER_BYTES * state.parameters / 4 * gpus / config.tokens_per_step,
         peak=gpu.peak,
         bandwidth=gpu.bandwidth,
         compiled=compiles(config, torch.device("cuda")),
@@ -222,7 +225,7 @@ def read_config(name: str, overrides: Sequence[str], gpus: int, tokens: float | 
         raise MythosError(f"--tokens and {min(lengths)}: both set the length of the run; give one of them")
     if name in PRESETS:
         if tokens is None and not overridden & {"train.steps", "train.tokens"}:
-            from mythos.planning.estimate import count_parameters
+            from mythos.planning.flops import count_parameters
 
             tokens = float(TOKENS_PER_PARAMETER * count_parameters(preset_config(name)).active)
         config = preset_run(name, overrides, gpus, by_tokens=tokens is not None)

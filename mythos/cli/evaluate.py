@@ -90,9 +90,10 @@ def evaluate(options: argparse.Namespace, world: World) -> None:
     from mythos.data.tasks import TaskSet
     from mythos.evaluation.choices import choice_scores, encode_task, read_tasks
     from mythos.evaluation.continuations import score_requests
-    from mythos.evaluation.results import choice_results, draw, save, table, text_results
+    from mythos.evaluation.results import choice_results, save, table, text_results
     from mythos.evaluation.text import as_in_training, require_tokenizer, text_scores, validation_data
     from mythos.model.layers import autocast_to
+    from mythos.reports.evaluation_plots import draw_scores
 
     # Check all input before any long computation.
     files = [name for name in options.tasks if name.endswith(".jsonl")]
@@ -129,7 +130,7 @@ def evaluate(options: argparse.Namespace, world: World) -> None:
     if world.rank == 0:
         stem = out / f"step-{opened.step:08d}"
         with writing(out):
-            paths = [*save(results, stem, about), draw(results, out / f"{stem.name}.png")]
+            paths = [*save(results, stem, about), draw_scores(results, out / f"{stem.name}.png")]
         print(f"\n{table(results)}")
         print("\nwritten  " + "\n         ".join(map(str, paths)))
 

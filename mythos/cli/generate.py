@@ -11,7 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mythos.cli.common import add_device_option, check_least, command_parser, exit_status, whole_numbers
+from mythos.cli.common import (
+    TakesArguments,
+    add_device_option,
+    check_least,
+    command_parser,
+    exit_status,
+    whole_numbers,
+)
 from mythos.errors import MythosError
 
 if TYPE_CHECKING:
@@ -45,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_prompt_options(group: argparse._ArgumentGroup) -> None:
+def _add_prompt_options(group: TakesArguments) -> None:
     # Both options append to one list, which keeps the order of the command line.
     group.add_argument(
         "--prompt",
@@ -69,7 +76,7 @@ def _add_prompt_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
 
 
-def _add_depth_options(group: argparse._ArgumentGroup) -> None:
+def _add_depth_options(group: TakesArguments) -> None:
     group.add_argument(
         "--loops",
         default="auto",
@@ -88,7 +95,7 @@ def _add_depth_options(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_sampling_options(group: argparse._ArgumentGroup) -> None:
+def _add_sampling_options(group: TakesArguments) -> None:
     group.add_argument("--temperature", type=float, default=0.8, metavar="X", help="0 = most likely (%(default)s)")
     group.add_argument("--top-k", type=int, metavar="K", help="sample from the K most likely; 0 = all (40)")
     group.add_argument("--top-p", type=float, metavar="P", help="sample from the most likely with total share P (off)")
@@ -101,7 +108,7 @@ def _add_sampling_options(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_output_options(group: argparse._ArgumentGroup) -> None:
+def _add_output_options(group: TakesArguments) -> None:
     group.add_argument(
         "--show-depth",
         action="store_true",
@@ -146,11 +153,11 @@ def run(options: argparse.Namespace) -> None:
     from mythos.distributed.ranks import choose_device
     from mythos.generation.depth_view import histogram, html_page, write_page
     from mythos.generation.text import check_counts, choose_depth, generate_text
-    from mythos.model.halting import HALTING_RULES
+    from mythos.model.config import HALTING_RULES
 
     sampling = chosen_sampling(options)
-    if options.halting is not None and options.halting not in HALTING_RULES:
-        raise MythosError(f"--halting: got {options.halting!r}; allowed: {', '.join(HALTING_RULES)}")
+    if options.halting is not None and options.halting not in HALTING_RULES.names:
+        raise MythosError(f"--halting: got {options.halting!r}; allowed: {', '.join(HALTING_RULES.names)}")
     if loops is not None:
         check_counts(len(loops), len(prompts))
     device = choose_device(options.device, option="--device")

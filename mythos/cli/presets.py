@@ -23,14 +23,18 @@ def main(arguments: list[str]) -> int:
 
 def preset_table() -> str:
     """Describe every preset in a line: dimensions, total parameters, and active parameters per token at one loop."""
-    from mythos.planning.estimate import count_parameters
+    from mythos.planning.flops import count_parameters
 
     rows = [("preset", "total", "active", "dim", "layers", "attention", "core", "loops", "context", "vocab")]
     for name in PRESETS:
         config = preset_config(name)
         vocabulary = BPE_VOCAB_SIZE if config.vocab_size == "auto" else config.vocab_size
         count = count_parameters(config.model_copy(update={"vocab_size": vocabulary}))
-        core = f"{config.n_experts} experts, top {config.experts_per_token}" if config.core_ffn == "moe" else "dense"
+        core = (
+            f"{config.n_experts} experts, top {config.experts_per_token}"
+            if config.core_ffn == "moe"
+            else config.core_ffn
+        )
         rows.append(
             (
                 name,

@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> None:
     """
     check_least(options, sequences=1)
     from mythos.distributed.ranks import choose_device
-    from mythos.evaluation.reasoning import draw_maps
+    from mythos.reports.evaluation_plots import draw_accuracy_maps
     from mythos.reports.recorded import run_names
 
     device = choose_device(options.device, option="--device")
@@ -72,15 +72,17 @@ def run(options: argparse.Namespace) -> None:
         stems.append(stem)
         with writing(stem.parent):
             paths = accuracy.write(stem)
+            picture = draw_accuracy_maps([accuracy], stem.with_name(f"{stem.name}.png"))
         heading = f"{accuracy.name}: right answers to {accuracy.task}, {accuracy.sequences} sequences each"
         print(f"{heading} (* = trained on)\n{accuracy.table()}")
         steps = [(d, accuracy.at(d, d)) for d in accuracy.difficulties if d in accuracy.loops]
         if len(accuracy.loops) > 1 and steps:
             print("with as many loops as steps: " + ", ".join(f"{d}: {value:.2%}" for d, value in steps))
-        print("\n".join(map(str, paths)) + "\n")
+        print("\n".join(map(str, [picture, *paths])) + "\n")
     if len(maps) > 1:
         with writing(stems[0].parent):
-            print(draw_maps(maps, stems[0].with_name("side-by-side.png")))
+            picture = draw_accuracy_maps(maps, stems[0].with_name("side-by-side.png"))
+        print(picture)
 
 
 def output_stem(path: str, accuracy: AccuracyMap, out: Path | None) -> Path:

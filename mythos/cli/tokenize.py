@@ -136,14 +136,14 @@ def write_parts(writer: TokenWriter, parts: list[int], workers: int, bar: tqdm[A
     Raises:
         MythosError: a part cannot be read or written, or a worker died.
     """
-    from mythos.data.processes import START_METHOD, signals_held
+    from mythos.data.processes import START_METHOD, signals_blocked
 
     context = multiprocessing.get_context(START_METHOD)
     counts: Any = context.Array(ctypes.c_uint64, 3)  # typeshed has c_uint64 as elements; ctypes returns int
     pool = ProcessPoolExecutor(workers, context, _begin_worker, (writer, counts))
     start, first_shards = time.monotonic(), bar.n
     try:
-        with signals_held(signal.SIGINT):  # Ctrl-C reaches this process only, which then ends the workers
+        with signals_blocked(signal.SIGINT):  # Ctrl-C reaches this process only, which then ends the workers
             pending = {pool.submit(_write, part) for part in parts}
         while pending:
             done, pending = wait(pending, REFRESH, FIRST_EXCEPTION)

@@ -4,10 +4,16 @@ import argparse
 import os
 import signal
 import sys
-from pathlib import Path
 
 from mythos.cli.common import check_least, command_parser, set_up_process
 from mythos.config.loading import describe, load_config
+from mythos.distributed.launch_status import (
+    STATUS_FILE,
+    LaunchStatus,
+    end_launch,
+    exit_status_of_ended_launch,
+    launch_status,
+)
 from mythos.errors import MythosError, TransientError
 from mythos.files.local import advise, is_full
 
@@ -48,9 +54,10 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str]) -> int:
     """Run the command and return its exit status."""
     set_up_process()
-    status = status_before_start()
-    if status is not None:
-        return status
+    if launch_status() is not LaunchStatus.RUNNING:  # torchrun has started this process once more
+        return exit_status_of_ended_launch()
+    if STATUS_FILE in os.environ:
+        signal.signal(signal.SIGTERM, stop_before_training)
     options = parser().parse_intermixed_args(arguments)
     try:
         run(options)
@@ -108,23 +115,9 @@ def run(options: argparse.Namespace) -> None:
         ) from error
 
 
-def status_before_start() -> int | None:
-    """Return the exit status of a process that launch.sh or torchrun has restarted but that must not train."""
-    if ended := os.environ.get("MYTHOS_ENDED"):  # set by launch.sh: see mythos/distributed/restarts.py
-        if Path(ended).exists():
-            return 0 if os.environ.get("GROUP_WORLD_SIZE") == "1" else 1
-        signal.signal(signal.SIGTERM, stop_before_training)
-    elif "TORCHELASTIC_RUN_ID" in os.environ:
-        from mythos.distributed.restarts import refuse_restart
-
-        if refuse_restart():
-            return 1
-    return None
-
-
 def stop_before_training(number: int, _: object) -> None:
-    """Handle SIGTERM outside of training, when nothing needs saving: exit with 0 if launch.sh was asked to stop."""
-    if os.path.exists(os.environ["MYTHOS_ENDED"]) and os.environ.get("GROUP_WORLD_SIZE") == "1":
+    """Handle SIGTERM outside of training, where nothing needs saving: with status 0 if launch.sh was asked to stop."""
+    if launch_status() is not LaunchStatus.RUNNING and exit_status_of_ended_launch() == 0:
         if os.environ.get("RANK") == "0":
             print(STOPPED, file=sys.stderr, flush=True)
         os._exit(0)
@@ -135,8 +128,6 @@ def stop_before_training(number: int, _: object) -> None:
 def end(message: str) -> int:
     """Print an error that a restart would meet again; under torchrun once for all processes, and without a restart."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        from mythos.distributed.restarts import exit_for_good
-
-        return exit_for_good(message)
+        return end_launch(message)
     print(f"error: {message}", file=sys.stderr)
     return 1

@@ -22,6 +22,7 @@ from mythos.config.presets import PRESETS
 from mythos.config.rules import contradictions, training_contradictions
 from mythos.config.sections import Config
 from mythos.errors import MythosError
+from mythos.files.local import write_whole
 from mythos.model.config import ModelConfig
 from mythos.section import Section
 
@@ -79,10 +80,8 @@ def dump_config(config: Config) -> str:
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    """Write :func:`dump_config` to a file, replacing it atomically."""
-    temporary = Path(path).with_suffix(".yaml.tmp")
-    temporary.write_text(dump_config(config), encoding="utf-8")
-    temporary.replace(path)
+    """Write :func:`dump_config` to a file, whole or not at all."""
+    write_whole(Path(path), dump_config(config))
 
 
 def describe(section: str | None = None) -> str:

@@ -1,4 +1,4 @@
-"""How the C library treats memory that tensors on a CPU give back."""
+"""Settings of the C library's allocator for tensors on a CPU."""
 
 import ctypes
 import logging
@@ -6,16 +6,16 @@ import platform
 
 logger = logging.getLogger(__name__)
 
-# mallopt(3), names of malloc.h
+# Parameters of mallopt(3), from malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep what it frees, for the next tensors of a step, instead of handing it to the system.
+    """Let this process keep freed memory for the next tensors, instead of returning it to the system.
 
-    By default glibc hands large blocks back as soon as they are freed, and the system must provide every page of them
-    again in the next step: 5 to 15% of its time (docs/performance.md). The most that was ever in use stays with the
-    process. Does nothing with other C libraries.
+    By default glibc returns large blocks as soon as they are freed, and the system must map every page of them again in
+    the next step: 5 to 15% of its time (docs/performance.md). The process then keeps its peak memory. Does nothing with
+    other C libraries.
     """
     if platform.libc_ver()[0] != "glibc":
         return

@@ -1,22 +1,21 @@
-"""Lays a model out over the processes: activation checkpointing -> compilation -> DDP, FSDP2 or HSDP, in that order."""
+"""Applies a layout to a model: activation checkpointing -> compilation -> DDP, FSDP2 or HSDP, in that order."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from math import prod
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-import psutil
 import torch
 from accelerate.utils import find_executable_batch_size
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 from mythos.config.sections import Config, ParallelConfig
+from mythos.distributed.layout import Layout, build_mesh, float32_parameters, fsdp_units, shard_placement
 from mythos.distributed.ranks import World
 from mythos.errors import MythosError
 from mythos.model.halting import HaltingGate
@@ -25,67 +24,10 @@ from mythos.model.rdt import RDTOutput, RecurrentDepthTransformer
 from mythos.torch_internals import no_buffer_sync, prepare_compiler
 
 
-class Layout(NamedTuple):
-    """How the processes share the model."""
-
-    mode: Literal["single", "ddp", "fsdp", "hsdp"]
-    replicate: int
-    """Copies of the model."""
-    shard: int
-    """Processes that share a copy."""
-    why: str
-    """For people, in a few words."""
-    fits: bool = True
-    """Whether the plan of `parallel.mode: auto` fits in the device's memory; modes that are named are not planned."""
-
-    @property
-    def size(self) -> int:
-        """Number of processes."""
-        return self.replicate * self.shard
-
-    @property
-    def sharded(self) -> bool:
-        """Whether parameters are shards (FSDP2)."""
-        return self.mode in ("fsdp", "hsdp")
-
-
-def named_layout(settings: ParallelConfig, size: int, local_size: int) -> Layout:
-    """What `parallel.mode` means for `size` processes, `local_size` of them on each machine; not for auto and several.
-
-    `mythos.planning.plan.choose_layout` resolves auto. Raises MythosError for a mode that does not fit the number of
-    processes.
-    """
-    mode = settings.mode
-    if mode == "single" and size > 1:
-        raise MythosError(
-            f"parallel.mode: got single and {size} processes, each of which would train alone: start one process, or "
-            "set parallel.mode to auto, ddp, fsdp or hsdp"
-        )
-    if size == 1:
-        return Layout("single", 1, 1, "one process")
-    if mode == "hsdp":
-        shard = settings.shard or (size // settings.replicate if settings.replicate else local_size)
-        replicate = settings.replicate or size // shard
-        if replicate * shard != size:
-            raise MythosError(
-                f"parallel.replicate, parallel.shard: {replicate} x {shard} is not the {size} processes: give numbers "
-                "whose product is, or only one of them"
-            )
-        return Layout("hsdp", replicate, shard, f"{replicate} copies, each over {shard} processes")
-    return Layout("ddp", size, 1, "a copy each") if mode == "ddp" else Layout("fsdp", 1, size, "one copy over all")
-
-
-def memory_of_device(world: World) -> int:
-    """Bytes that a process can use: its GPU's, or its share of the machine's."""
-    if world.device.type == "cuda":
-        return torch.cuda.get_device_properties(world.device).total_memory
-    return psutil.virtual_memory().total // world.local_size
-
-
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The autocast type that `train.dtype` names; auto is bfloat16 only where the hardware multiplies it natively.
+    """The autocast type that `train.dtype` names; auto is bfloat16 only if the hardware multiplies it natively.
 
-    Elsewhere it is emulated: on an AVX2 core a bfloat16 product ran 50 times slower than a float32 one.
+    Other hardware emulates it: on an AVX2 core a bfloat16 matmul was 50 times slower than a float32 one.
     """
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
@@ -98,9 +40,9 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 class ParallelModel:
-    """A model that trains on all processes as one: called like it, with gradients averaged over the processes.
+    """A model that trains on all processes as one: called like the model, with gradients averaged over processes.
 
-    `model` is the model itself, for everything but training steps; under FSDP2 its forward passes are collective.
+    `model` is the model itself, for everything but training steps. Under FSDP2 its forward passes are collective.
     """
 
     def __init__(
@@ -119,13 +61,15 @@ class ParallelModel:
         self.ddp: DistributedDataParallel | None = None
         if layout.mode == "ddp":
             ids = [world.device.index] if world.device.type == "cuda" else None
-            # Buffers are the router's biases, which all ranks move alike.
-            self.ddp = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **no_buffer_sync())
+            # The only buffers are the routers' biases, which all ranks update alike.
+            options: dict[str, Any] = dict(no_buffer_sync())
+            self.ddp = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **options)
         parameters = list(model.parameters())
         self.shards = [p for p in parameters if isinstance(p, DTensor)]
-        self.wholes = [p for p in parameters if not isinstance(p, DTensor)]
-        # A gate is trained beside the model: its gradient may not change how much the model's is clipped.
-        self.beside = set(model.halting.parameters()) if isinstance(model.halting, HaltingGate) else set()
+        self.unsharded = [p for p in parameters if not isinstance(p, DTensor)]
+        # A gate is trained beside the model: its gradient must not change how much the model's is clipped.
+        gate = model.halting
+        self.gate_parameters: set[nn.Parameter] = set(gate.parameters()) if isinstance(gate, HaltingGate) else set()
 
     def __call__(self, *inputs: Any, **options: Any) -> RDTOutput:
         """The model's forward pass."""
@@ -133,11 +77,11 @@ class ParallelModel:
 
     @property
     def autocast(self) -> AbstractContextManager[Any]:
-        """Matrix products in the run's dtype."""
+        """Run matmuls in the run's dtype."""
         return autocast_to(self.dtype, self.world.device)
 
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:
-        """Around forward and backward pass of a micro-batch; gradients are reduced in the last one."""
+        """Context of a micro-batch's forward and backward pass. Gradients are reduced in the last one."""
         if self.ddp is not None and not last:
             return self.ddp.no_sync()
         if isinstance(self.model, FSDPModule):
@@ -146,38 +90,47 @@ class ParallelModel:
         return nullcontext()
 
     def finish_gradients(self) -> None:
-        """Average what FSDP2 does not manage, in one all-reduce; to be called after the last micro-batch."""
+        """Average the gradients that FSDP2 does not manage, in one all-reduce. Call it after the last micro-batch."""
         if self.layout.sharded:
-            gradients = [p.grad for p in self.wholes]
+            gradients = _gradients(self.unsharded)
             average = self.world.sum(torch.cat([g.flatten() for g in gradients])) / self.layout.size
             for gradient, part in zip(gradients, average.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(part.view_as(gradient))
-        # What is trained beside the model has no say in whether a step is skipped, and must not become NaN for ever.
-        for parameter in self.beside:
-            parameter.grad.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+        # The gate does not decide whether a step is skipped, so its weights must not become NaN for ever.
+        for gradient in _gradients(self.gate_parameters):
+            gradient.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
     def reshard(self) -> None:
-        """Free what FSDP2 has kept gathered after a forward pass, so that the parameters are the shards again."""
+        """Free weights that FSDP2 kept gathered after a forward pass, so that parameters are shards again."""
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
 
     def squared_norm(self) -> Tensor:
-        """This rank's part of the squared 2-norm of the gradient: float64 scalar; the ranks' parts add up to it.
+        """This rank's part of the squared 2-norm of the gradient: float64 scalar. The ranks' parts add up to it.
 
-        A halting gate is left out.
+        A halting gate's gradient is not included.
         """
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        for parameters, copies in ((self.shards, self.layout.replicate), (self.wholes, self.layout.size)):
-            of_model = [p.grad for p in parameters if p not in self.beside]
-            gradients = [g.to_local() if isinstance(g, DTensor) else g for g in of_model]
+        for parameters, copies in ((self.shards, self.layout.replicate), (self.unsharded, self.layout.size)):
+            gradients = _gradients(p for p in parameters if p not in self.gate_parameters)
+            gradients = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
             if gradients:
                 total += get_total_norm(gradients).double().square() / copies
         return total
 
 
+def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """Gradients of parameters, all of which must have one."""
+    gradients = []
+    for parameter in parameters:
+        assert parameter.grad is not None, "every parameter takes part in every step"
+        gradients.append(parameter.grad)
+    return gradients
+
+
 def parallelize(config: Config, model: RecurrentDepthTransformer, layout: Layout, world: World) -> ParallelModel:
-    """Turn a model on the meta device into one that trains: laid out, on the device, at its starting values.
+    """Lay out a model on the meta device, allocate it and fill it with its starting values.
 
     The values are a function of (seed, parameter name), whatever the layout.
     """
@@ -190,8 +143,9 @@ def parallelize(config: Config, model: RecurrentDepthTransformer, layout: Layout
     model.to_empty(device=world.device).initialize(config.run.seed)
     parallel = ParallelModel(model, layout, world, config.parallel, dtype)
     if parallel.ddp is not None:
-        # DDP orders its buckets anew after its first backward pass, and with three ranks or more the last bit of a sum
-        # depends on its place: done here, the first step after a restart rounds like that of a run that went on.
+        # DDP reorders its buckets after its first backward pass, and with three ranks or more the last bit of a sum
+        # depends on its place in a bucket. Run that pass here, so that the first step after a restart rounds like the
+        # same step of a run that was not interrupted.
         ids = torch.zeros(1, 3, dtype=torch.int64, device=world.device)
         with parallel.autocast, torch.compiler.set_stance("force_eager"):
             parallel(ids[:, :-1], ids[:, 1:], loops=1, backprop=1).objective.backward()
@@ -200,15 +154,15 @@ def parallelize(config: Config, model: RecurrentDepthTransformer, layout: Layout
 
 
 def choose_micro_batch(config: Config, parallel: ParallelModel) -> int:
-    """train.micro_batch, or the most rows, tried from all of them down, whose deepest step fits on every rank.
+    """train.micro_batch; auto: the largest number of rows whose deepest step fits in memory on every rank.
 
-    Raises MythosError for auto under FSDP, and where not one row fits.
+    auto tries a rank's whole batch first, then less. Raises MythosError for auto under FSDP, and if not one row fits.
     """
     world, layout, length = parallel.world, parallel.layout, config.data.sequence_length
     rows = config.train.global_batch // world.size
     if config.train.micro_batch != "auto":
         return min(config.train.micro_batch, rows)
-    if layout.sharded:  # a rank that runs out of memory alone would leave the others in a collective
+    if layout.sharded:  # a rank that runs out of memory alone would leave the others waiting in a collective
         raise MythosError(
             f"train.micro_batch: got auto, and parallel.mode is {layout.mode}; auto is for single and ddp. Give "
             "a number: 1 needs the least memory"
@@ -217,7 +171,7 @@ def choose_micro_batch(config: Config, parallel: ParallelModel) -> int:
     def attempt(batch_size: int) -> int:
         ids = torch.zeros(batch_size, length + 1, dtype=torch.int64, device=world.device)
         with parallel.autocast:
-            # The model itself, not DDP around it: nothing is exchanged.
+            # The model itself, not DDP around it, which would all-reduce.
             output = parallel.model(ids[:, :-1], ids[:, 1:], loops=config.depth_maximum, backprop=config.depth_backprop)
         output.objective.backward()
         return batch_size
@@ -245,7 +199,7 @@ def prepare_model(config: Config, model: RecurrentDepthTransformer, device: torc
     if not compiles(config, device):
         return
     prepare_compiler()
-    # FSDP2 that gathers every block for itself has hooks around them, which no graph can hold.
+    # With a unit for each block FSDP2 adds hooks around the blocks, which cannot be inside a graph.
     looped = list(recurrence.blocks) if config.parallel.wrap == "block" else [recurrence]
     for part in (*model.prelude, *looped, *model.coda):
         part.compile()
@@ -256,61 +210,10 @@ def compiles(config: Config, device: torch.device) -> bool:
     return device.type == "cuda" if config.train.compile == "auto" else config.train.compile
 
 
-def build_mesh(layout: Layout, device_type: str) -> DeviceMesh:
-    """The processes in one row, or in replicate rows of shard; expert parallelism would add a dimension here."""
-    if layout.mode == "hsdp":
-        return init_device_mesh(device_type, (layout.replicate, layout.shard), mesh_dim_names=("replicate", "shard"))
-    return init_device_mesh(device_type, (layout.size,), mesh_dim_names=("shard",))
-
-
-class FsdpUnit(NamedTuple):
-    """A module whose parameters FSDP2 gathers and reduces together."""
-
-    module: nn.Module
-    parameters: list[nn.Parameter]
-    """Those that no unit inside of the module has, without what stays whole."""
-    policy: MixedPrecisionPolicy
-    reshard: bool
-    """Free the gathered weights after the forward pass."""
-
-
-def fsdp_units(settings: ParallelConfig, model: RecurrentDepthTransformer, dtype: torch.dtype) -> Iterator[FsdpUnit]:
-    """The units that the model is sharded in, from the inside out: blocks, injection, the core as a whole, the rest.
-
-    The unit of the core is the module that owns the loop: it is gathered once before the first loop and reduced once
-    after the last, however many there are. Parameters are gathered in `dtype` and gradients reduced in float32. What is
-    never computed with in bfloat16 is small and stays whole on every rank (see `ParallelModel.finish_gradients`), but
-    for the injection's matrix, which is a unit of its own.
-    """
-    taken = set(float32_parameters(model))
-    mixed = MixedPrecisionPolicy(
-        param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
-    recurrence, reshard = model.recurrence, settings.reshard_after_forward
-    # A gate reads out twice in steps that vary; the backward pass begins with the coda anyway.
-    twice = isinstance(model.halting, HaltingGate)
-    modules: list[tuple[nn.Module, MixedPrecisionPolicy, bool]] = [(block, mixed, reshard) for block in model.prelude]
-    if recurrence.injection is not None:
-        # Its result may be the matrix itself, which the loops then use: it stays until the backward pass is over.
-        modules.append((recurrence.injection, MixedPrecisionPolicy(cast_forward_inputs=False), False))
-    if settings.wrap == "block":
-        modules += [(block, mixed, reshard) for block in recurrence.blocks]
-    modules.append((recurrence, mixed, reshard))
-    modules += [(block, mixed, reshard and not twice) for block in model.coda]
-    # Its parameters (embedding, head) are used at both ends of the forward pass, and by what follows it at once.
-    modules.append((model, mixed, False))
-    whole = frozenset(taken)  # taken grows
-    for module, policy, frees in modules:
-        if module is model or any(p not in whole for p in module.parameters()):
-            own = [p for p in module.parameters() if p not in taken]
-            taken.update(own)
-            yield FsdpUnit(module, own, policy, frees)
-
-
 def shard_model(
     settings: ParallelConfig, model: RecurrentDepthTransformer, mesh: DeviceMesh, dtype: torch.dtype
 ) -> None:
-    """Apply `fully_shard` to the units of :func:`fsdp_units`."""
+    """Apply `fully_shard` to the units of :func:`~mythos.distributed.layout.fsdp_units`."""
     common: dict[str, Any] = {
         "mesh": mesh,
         "ignored_params": set(float32_parameters(model)),
@@ -318,34 +221,8 @@ def shard_model(
     }
     if settings.wrap == "block":
         model.recurrence.share_weights = False
-    # As a list: fully_shard replaces the parameters that the units are told apart by.
+    # A list, because fully_shard replaces the parameters by whose identity the generator separates units.
     for unit in list(fsdp_units(settings, model, dtype)):
         fully_shard(unit.module, mp_policy=unit.policy, reshard_after_forward=unit.reshard, **common)
     for module, method in ((model, "read_depths"), (model, "extend"), (model.recurrence, "extend")):
         register_fsdp_forward_method(module, method)
-
-
-def shard_placement(parameter: nn.Parameter, shards: int) -> Shard | None:
-    """The dimension to cut: the first that divides evenly; None = the first of all, padded to a multiple.
-
-    64 experts on 1,024 ranks, cut along the first dimension, would be stored and sent 16 times over.
-    """
-    dimension = next((d for d, size in enumerate(parameter.shape) if size % shards == 0), 0)
-    return Shard(dimension) if dimension else None
-
-
-def shard_numel(parameter: nn.Parameter, shards: int) -> int:
-    """Elements of the largest of a parameter's shards, to which FSDP2 pads the others; rank 0 has it."""
-    placement = shard_placement(parameter, shards)
-    shape = list(parameter.shape)
-    dimension = 0 if placement is None else placement.dim
-    shape[dimension] = -(-shape[dimension] // shards)
-    return prod(shape)
-
-
-def float32_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """What modules declare as `float32`: norms, routers, decay and step size of the injection, per-loop scales."""
-    for module in model.modules():
-        names: Iterable[str] = getattr(module, "float32", ())
-        for name in names:
-            yield getattr(module, name)

@@ -1,4 +1,4 @@
-"""The processes of a run: how they find each other, agree, and part."""
+"""The processes of a run: how they connect, agree, and disconnect."""
 
 import os
 import threading
@@ -20,10 +20,10 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """Processes that talk to each other on the host, over a gloo group of their own; alone without one.
+    """Communication of the host processes over a gloo group of their own; without a group, a single process.
 
-    Every method but the properties is collective: all ranks call it, in the same order. Values travel pickled between
-    processes of one run and never reach a disk.
+    All methods, but not the properties, are collective: all ranks call them, in the same order. Values travel pickled,
+    between processes of one run, and are never written to a disk.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -33,11 +33,11 @@ class Ranks:
 
     @property
     def main(self) -> bool:
-        """Whether this is rank 0, the one that prints and writes what all share."""
+        """Whether this is rank 0, which prints, and writes shared files."""
         return self.rank == 0
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, on every rank, in the order of the ranks."""
+        """Every rank's value, on every rank, in rank order."""
         if self.group is None:
             return [value]
         values: list[Any] = [None] * self.size
@@ -52,16 +52,16 @@ class Ranks:
         dist.broadcast_object_list(box, group=self.group, group_src=0)
         return box[0]
 
-    def max(self, value: int) -> int:
-        """The largest of all ranks' values, on every rank."""
+    def any(self, *flags: bool) -> list[bool]:
+        """For each flag, whether it is true on any rank; one all-reduce for all of them."""
         if self.group is None:
-            return value
-        largest = torch.tensor(value)
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
-        return int(largest)
+            return list(flags)
+        votes = torch.tensor(flags, dtype=torch.uint8)
+        dist.all_reduce(votes, dist.ReduceOp.MAX, group=self.group)
+        return votes.bool().tolist()
 
     def agreed(self, action: Callable[[], T]) -> T:
-        """Run an action; if it fails on any rank, all ranks raise MythosError instead of waiting for it."""
+        """Run an action on every rank. If it fails on any, all ranks raise MythosError instead of waiting for it."""
         if self.group is None:
             return action()
         result, problem = None, None
@@ -75,11 +75,11 @@ class Ranks:
         return cast(T, result)
 
     def raise_any(self, problem: str | None) -> None:
-        """Raise MythosError on all ranks if any rank has a problem."""
+        """Raise MythosError on all ranks if any rank has a problem; equal messages are given once."""
         problems = self.gather(problem)
-        told = dict.fromkeys(text for text in problems if text is not None)
-        if told:
-            lines = [text if problems[0] == text else f"rank {problems.index(text)}: {text}" for text in told]
+        distinct = dict.fromkeys(text for text in problems if text is not None)
+        if distinct:
+            lines = [text if problems[0] == text else f"rank {problems.index(text)}: {text}" for text in distinct]
             raise MythosError("\n".join(lines))
 
     def barrier(self) -> None:
@@ -90,25 +90,25 @@ class Ranks:
 
 @dataclass
 class World:
-    """All processes of the run as this one sees them. :func:`join_world` or :func:`meet_world` makes it.
+    """All processes of the run, as seen by this one, from :func:`join_world` or :func:`meet_world`.
 
     End it with :meth:`leave`.
     """
 
     device: torch.device
     ranks: Ranks
-    """For what the training loop agrees on."""
+    """For agreements of the main thread."""
     storage: Ranks
-    """The same processes over another group, for a thread that writes checkpoints meanwhile."""
+    """The same processes over a second group, for the thread that writes checkpoints during training."""
     local_rank: int = 0
     local_size: int = 1
     """Processes on this machine."""
     device_groups: list[dist.ProcessGroup | None] = field(default_factory=lambda: [None])
-    """Groups that the devices' collectives use; None is the default one."""
+    """Groups of the devices' collectives; None is the default group."""
 
     @property
     def rank(self) -> int:
-        """Number of this process, from 0."""
+        """Index of this process, from 0."""
         return self.ranks.rank
 
     @property
@@ -123,7 +123,7 @@ class World:
         return values
 
     def in_turn(self, action: Callable[[], T]) -> T:
-        """Run an action first on one process of each machine, then on the others, which find its caches filled.
+        """Run an action first on one process of each machine, then on the others, which reuse the caches it has filled.
 
         Raises MythosError on all ranks if one does.
         """
@@ -132,15 +132,15 @@ class World:
         return cast(T, first if self.local_rank == 0 else others)
 
     def add_groups(self, groups: list[dist.ProcessGroup], timeout: float) -> None:
-        """Let collectives of further groups of devices, too, fail after so many seconds."""
+        """Add groups of the devices' collectives, and let these fail after `timeout` seconds."""
         for group in groups:
             set_timeout(group, timeout)
         self.device_groups += groups
 
     def set_timeouts(self, devices: float, hosts: float) -> None:
-        """Let later collectives of the devices, and of the hosts' agreements, fail after so many seconds.
+        """Set the timeouts, in seconds, of later collectives of the devices and of the hosts' agreements.
 
-        The group that checkpoints are written over keeps the first one: disks may be slow.
+        The group for checkpoints keeps its first timeout, because disks may be slow.
         """
         if self.size > 1:
             for group in self.device_groups:
@@ -148,22 +148,22 @@ class World:
             set_timeout(self.ranks.group, hosts)
 
     def leave(self) -> None:
-        """Part together: without the barrier a process that is done early cuts the others' last messages off."""
+        """Disconnect together. Without the barrier, a process that ends early would cut off the others' messages."""
         if self.size > 1:
             self.ranks.barrier()
             dist.destroy_process_group()
-            # A group's threads end with the last reference to it. One that has yet to release a tensor of the last
+            # A group's threads end with the last reference to it. A thread that still has a tensor of the last
             # collective when Python ends aborts the process (https://github.com/pytorch/pytorch/issues/190489). A
-            # model may hold the devices' groups for longer: their last collective is long over.
+            # model may keep the devices' groups longer, which is safe: their last collective is long over.
             self.ranks.group = self.storage.group = None
             self.device_groups = []
 
 
 def join_world(config: Config) -> World:
-    """Find the other processes of a run, and make this one ready for its steps.
+    """Connect the processes of a run, and check that they were started alike.
 
-    Raises MythosError as `meet_world` does, if the configuration does not fit the number of processes, or if two ranks
-    were given different configurations.
+    Raises MythosError as `meet_world`, if the configuration does not fit the number of processes, and if two ranks have
+    different configurations.
     """
     parallel = config.parallel
     world = meet_world(config.train.device, start_timeout=parallel.start_timeout, timeout=parallel.timeout)
@@ -178,12 +178,12 @@ def join_world(config: Config) -> World:
 def meet_world(
     device_name: str, *, start_timeout: float = 1800.0, timeout: float = 300.0, option: str = "train.device"
 ) -> World:
-    """Find the other processes that torchrun (or anything else that sets RANK, WORLD_SIZE, MASTER_ADDR) started.
+    """Connect the processes that torchrun (or anything else that sets RANK, WORLD_SIZE, MASTER_ADDR) has started.
 
-    `device_name` is what the option called `option` gave: auto, cpu or cuda. Seconds are as in the section `parallel`
+    `device_name` is auto, cpu or cuda, from the option `option`. Timeouts are in seconds, as in the section `parallel`
     of the configuration.
 
-    Raises MythosError if they cannot be reached, or for a device that is not there.
+    Raises MythosError if processes cannot be reached, or if there is no such device.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -203,8 +203,8 @@ def meet_world(
     try:
         store = _meet(timeout)
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("GROUP_WORLD_SIZE") == "1":
-            # The agent's store outlives a restart, and with it the addresses of the dead (pytorch#135712). Agents of
-            # several machines count restarts differently; launch.sh has them share no store.
+            # The store of torchrun's agent outlives a restart, with the addresses of dead processes (pytorch#135712).
+            # Agents of several machines count restarts differently; for those, launch.sh disables the shared store.
             store = dist.PrefixStore(f"restart-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         store.set_timeout(start)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -213,12 +213,12 @@ def meet_world(
         everyone = list(range(size))
         ranks, storage = (Ranks(dist.new_group(everyone, timeout=start, backend="gloo")) for _ in range(2))
     except (RuntimeError, ValueError) as error:
-        raise MythosError(_no_meeting(rank, size, error)) from error
+        raise MythosError(_meeting_failed(rank, size, error)) from error
     return World(device, ranks, storage, local_rank, local_size)
 
 
 def _meet(seconds: float) -> dist.Store:
-    """The store that all processes share; raises what torch does, and RuntimeError where it would wait for ever."""
+    """The store that all processes share. Raises torch's errors, and RuntimeError where torch would wait for ever."""
     answers: list[dist.Store | Exception] = []
 
     def meet() -> None:
@@ -227,17 +227,17 @@ def _meet(seconds: float) -> dist.Store:
         except Exception as error:
             answers.append(error)
 
-    # In a thread, because torch waits without limit for something else than a store that listens at the port.
+    # In a thread, because torch waits without limit if another kind of server listens at the port.
     thread = threading.Thread(target=meet, daemon=True)
     thread.start()
-    thread.join(2 * seconds + 5)  # it tries twice
-    answer = answers[0] if answers else RuntimeError("what listens there is not a run of processes")
+    thread.join(2 * seconds + 5)  # torch tries twice
+    answer = answers[0] if answers else RuntimeError("another kind of server listens there")
     if isinstance(answer, Exception):
         raise answer
     return answer
 
 
-def _no_meeting(rank: int, size: int, error: Exception) -> str:
+def _meeting_failed(rank: int, size: int, error: Exception) -> str:
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     if "EADDRINUSE" in str(error) or "address already in use" in str(error):
         return (
@@ -245,13 +245,13 @@ def _no_meeting(rank: int, size: int, error: Exception) -> str:
             "nodes, or end the job that holds it"
         )
     return (
-        f"rank {rank} of {size} cannot meet the others at {address}: {short_reason(error).rstrip('.')}. Check "
-        "MASTER_ADDR and MASTER_PORT (the first node's, open to the others), and that all nodes were started"
+        f"rank {rank} of {size} cannot connect to the other ranks at {address}: {short_reason(error).rstrip('.')}. "
+        "Check MASTER_ADDR and MASTER_PORT (the first node's, open to the others), and that all nodes were started"
     )
 
 
 def check_fit(config: Config, size: int) -> None:
-    """Raise MythosError if so many processes cannot share the configuration's batches evenly."""
+    """Raise MythosError if `size` processes cannot share the configuration's streams evenly."""
     streams = config.data.streams
     if streams % size:
         fitting = [n for n in range(1, streams + 1) if streams % n == 0]
@@ -263,16 +263,16 @@ def check_fit(config: Config, size: int) -> None:
 
 
 def check_same_config(config: Config, ranks: Ranks) -> None:
-    """Raise MythosError, on every rank, naming the ranks whose configuration is not rank 0's and the first keys."""
-    mine = dict(_flat(config.model_dump(mode="json")))
-    everyone = ranks.gather(mine)
+    """Raise MythosError, on every rank, if configurations differ; it names the ranks and the first ten keys."""
+    everyone = ranks.gather(dict(_flat(config.model_dump(mode="json"))))
+    expected = everyone[0]
     lines = []
-    for rank, theirs in enumerate(everyone):
-        differing = [key for key in mine.keys() | theirs.keys() if theirs.get(key) != everyone[0].get(key)]
-        lines += [f"  rank {rank}: {key}={theirs.get(key)!r}, rank 0: {everyone[0].get(key)!r}" for key in differing]
+    for rank, values in enumerate(everyone):
+        differing = [key for key in sorted(expected.keys() | values.keys()) if values.get(key) != expected.get(key)]
+        lines += [f"  rank {rank}: {key}={values.get(key)!r}, rank 0: {expected.get(key)!r}" for key in differing]
     if lines:
         raise MythosError(
-            "the processes were given different configurations:\n"
+            "the processes have different configurations:\n"
             + "\n".join(lines[:10])
             + "\nStart every process with the same file and overrides."
         )
@@ -286,9 +286,9 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def choose_device(name: str, local_rank: int = 0, local_size: int = 1, *, option: str = "train.device") -> torch.device:
-    """The device that an option (auto, cpu or cuda) names for this process.
+    """This process's device, by the value of an option: auto, cpu or cuda.
 
-    Raises MythosError for a GPU that is not there, and for fewer GPUs than processes of this machine.
+    Raises MythosError if there is no GPU, and if there are fewer GPUs than processes on this machine.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""RunLock: one job at a time in a directory."""
+"""RunLock: lets only one job use a directory."""
 
 import fcntl
 import json
@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, Self
 
 from mythos.errors import MythosError
+from mythos.files.text import parse_json
 
 logger = logging.getLogger(__name__)
 
 
 class RunLock:
-    """Keeps a directory to one job. A context manager; the kernel releases it with the process, however it dies."""
+    """Reserves a directory for one job. A context manager; the kernel releases the lock when the process dies."""
 
     def __init__(
         self,
@@ -27,29 +28,29 @@ class RunLock:
         options: str = "run.name or run.dir",
         temporary: bool = False,
     ) -> None:
-        """Lock `directory`, which must exist, within `patience` seconds: a killed holder needs a moment to be gone.
+        """Lock `directory`, which must exist, within `patience` seconds: a killed holder takes a moment to end.
 
-        `file` is what is locked in it, `options` the fields that name another directory. At the end a `temporary` file
-        is deleted; another one keeps :attr:`run`.
+        `file` is the file in it that is locked, `options` names the fields by which a user chooses another directory,
+        for messages. A `temporary` file is deleted at the end; otherwise the file keeps :attr:`run`.
         """
         self.directory, self._patience, self._path = directory, patience, directory / file
         self._options, self._temporary = options, temporary
         self._file: Any = None
         self.run: str | None = None
-        """Id of the run that this directory is, from the last job that had one; None before there was one."""
+        """Id of the run in this directory, written by an earlier job; None if there was none."""
 
     def __enter__(self) -> Self:
-        """Take the lock. Raises MythosError if another process has it, naming that, or if it cannot be written."""
+        """Take the lock. Raises MythosError if another process has it (the message names it), or if it cannot write."""
         deadline = time.monotonic() + self._patience
         file = self._open()
-        while not (self._locked(file) and self._is_there(file)):
-            if not self._is_there(file):  # its holder has deleted it: there may be a new one
+        while not (self._try_lock(file) and self._is_current(file)):
+            if not self._is_current(file):  # the holder has deleted this file, and another may have created a new one
                 file.close()
                 file = self._open()
                 continue
             if time.monotonic() >= deadline:
                 with file:
-                    raise MythosError(self._taken(file))
+                    raise MythosError(self._in_use(file))
             time.sleep(0.1)
         self._file = file
         run = self._holder(file).get("run")
@@ -57,11 +58,11 @@ class RunLock:
         return self
 
     def keep(self, run: str | None) -> None:
-        """Write who holds the lock, and the id of the run that this directory is from now on."""
+        """Write this process as the holder of the lock, and the id of the run in this directory."""
         self.run = run
         now = datetime.now().isoformat(" ", "seconds")
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": now, "run": run}
-        # Shortened last: on a full disk, what the file has already can be overwritten.
+        # Truncate last: on a full disk, bytes that a file already has can still be overwritten.
         self._file.seek(0)
         self._file.write(json.dumps(holder))
         self._file.truncate()
@@ -74,7 +75,7 @@ class RunLock:
 
     def _open(self) -> Any:
         try:
-            # Without following a link: what is locked is written to.
+            # Do not follow a link: the file is written to.
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
             return os.fdopen(descriptor, "r+", encoding="utf-8")
         except OSError as error:
@@ -82,14 +83,15 @@ class RunLock:
                 f"{self._path}: cannot be written ({error.strerror}); check {self._options.split()[-1]} and its owner"
             ) from error
 
-    def _is_there(self, file: Any) -> bool:
-        """Whether the open file is still the one of that name."""
+    def _is_current(self, file: Any) -> bool:
+        """Whether the path still names the open file."""
         try:
             return os.path.samestat(os.fstat(file.fileno()), os.stat(self._path))
         except FileNotFoundError:
             return False
 
-    def _locked(self, file: Any) -> bool:
+    def _try_lock(self, file: Any) -> bool:
+        """Whether the lock was free; true with a warning if the file system has no locks."""
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -99,15 +101,15 @@ class RunLock:
         return True
 
     def _holder(self, file: Any) -> dict[str, Any]:
-        """What the last one to lock the file has written."""
+        """The entry of the last process that locked the file."""
         file.seek(0)
         try:
-            holder = json.loads(file.read())
-        except (ValueError, RecursionError):
+            holder = parse_json(file.read())
+        except ValueError:
             return {}
         return holder if isinstance(holder, dict) else {}
 
-    def _taken(self, file: Any) -> str:
+    def _in_use(self, file: Any) -> str:
         holder = self._holder(file)
         try:
             who = f"process {holder['pid']} on {holder['host']}, since {holder['since']}"

@@ -1,4 +1,4 @@
-"""Watchdog: reports where a process stands still."""
+"""Watchdog: reports where a process makes no progress."""
 
 import faulthandler
 import logging
@@ -12,22 +12,23 @@ logger = logging.getLogger(__name__)
 
 
 class Watchdog:
-    """Notices that this process stands still, and where. A context manager with a thread of its own."""
+    """Reports when this process makes no progress, and where. A context manager with a thread of its own."""
 
     def __init__(self, directory: Path, rank: int, seconds: float) -> None:
-        """Watch `rank`; after `seconds` without a :meth:`beat` its stacks go to `directory`/rank-<number>.txt."""
+        """After `seconds` without a :meth:`beat`, write the stacks of all threads to `directory`/rank-<number>.txt."""
         self._path, self._rank, self._seconds = directory / f"rank-{rank:05}.txt", rank, seconds
         self._last = (time.monotonic(), "starting")
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def beat(self, doing: str) -> None:
-        """Say what begins now, e.g. ``step 12: backward``. Cheap."""
-        self._last = (time.monotonic(), doing)  # one assignment, so that time and text belong together in the thread
+        """Record progress and the activity that begins now, e.g. ``step 12: backward``. Cheap."""
+        # One assignment, so that the thread never reads the time of one activity with the text of another.
+        self._last = (time.monotonic(), doing)
 
     @property
     def doing(self) -> str:
-        """What began last."""
+        """The activity that began last."""
         return self._last[1]
 
     def __enter__(self) -> Self:
@@ -50,7 +51,7 @@ class Watchdog:
     def _report(self, began: float, doing: str) -> None:
         seconds = time.monotonic() - began
         since = datetime.fromtimestamp(time.time() - seconds)
-        stall = f"rank {self._rank} stands still since {since:%H:%M:%S} ({seconds:.0f} s) in: {doing}"
+        stall = f"rank {self._rank} has made no progress since {since:%H:%M:%S} ({seconds:.0f} s) in: {doing}"
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with open(self._path, "a", encoding="utf-8") as file:

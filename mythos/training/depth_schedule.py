@@ -1,4 +1,4 @@
-"""How many loops every sequence of a step runs: a pure function of (seed, step, slot), outside the model."""
+"""The number of loops of every sequence in a step: a pure function of (seed, step, slot), outside the model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ from mythos.data.tasks import hardest, slot_difficulties
 LOGNORMAL_SIGMA = 0.5
 """Spread of the log-normal Poisson (Huginn, arXiv 2502.05171)."""
 EARLY_SHARE = 8
-"""One row in so many teaches a halting gate, at most."""
+"""At most one row in so many is read out early to train a halting gate."""
 LOGNORMAL_POINTS = 32
-"""Quantiles that stand for the log-normal when probabilities are computed."""
+"""Quantiles that approximate the log-normal when probabilities are computed."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class DepthPlan:
     backprop: int
     """A row of T loops carries gradient through its last min(T, backprop) passes."""
     early: "EarlyReadout | None" = None
-    """What a halting gate learns from in this step."""
+    """Rows that train a halting gate in this step."""
 
     @property
     def mean_backprop(self) -> float:
@@ -38,19 +38,19 @@ class DepthPlan:
 
 
 class EarlyReadout(NamedTuple):
-    """Rows that are read out before their last loop as well, all of one depth."""
+    """Rows of equal depth that are read out before their last loop as well."""
 
     rows: range
-    """Rows of the global batch: those of a slot."""
+    """Rows of the global batch: those of one slot."""
     by: int
-    """Passes before their last."""
+    """Passes between the early readout and the last pass."""
 
 
 class DepthSchedule:
     """Draws the plan of any step from the configuration alone.
 
-    Row g of the global batch is slot g // S of stream g % S (S = data.streams), and all rows of a slot share a depth,
-    so that every rank, holding whole streams, does the same work. The slots of a step are drawn by stratified sampling
+    Row g of the global batch is slot g // S of stream g % S (S = data.streams). All rows of a slot have the same depth,
+    and a rank has whole streams, so all ranks do the same work. The slots of a step are drawn by stratified sampling
     in random order, which keeps the step's mean close to the target.
     """
 
@@ -63,16 +63,16 @@ class DepthSchedule:
         self.mean_target = config.depth_mean
         self.backprop_target = config.depth_backprop
         self.maximum = config.depth_maximum
-        self.task = config.data.task if config.depth.follow == "difficulty" else None
+        self.task = config.data.task if config.depth.follow == "difficulty" else None  # its difficulty is the depth
 
     def mean(self, step: int) -> float:
-        """Mean loops aimed at in this step."""
+        """Target of the mean number of loops in this step."""
         if self.task is not None:
             return (self.task.difficulty[0] + hardest(self.task, step, self.steps)) / 2
         return ramp(self.depth.curriculum, step, self.steps, self.mean_target)
 
     def backprop(self, step: int) -> int:
-        """Last passes that carry gradient in this step."""
+        """Number of last passes that carry gradient in this step."""
         return round(ramp(self.depth.backprop_curriculum, step, self.steps, self.backprop_target))
 
     def plan(self, step: int) -> DepthPlan:
@@ -82,31 +82,32 @@ class DepthSchedule:
         return DepthPlan(rows, self.backprop(step), self.early_readout(step, loops))
 
     def early_readout(self, step: int, loops: Sequence[int]) -> EarlyReadout | None:
-        """One slot in turn, unless it runs one loop; with fewer than 8 slots not in every step.
+        """The rows of one slot, in turn; None if that slot runs one loop, and in most steps with fewer than 8 slots.
 
-        So at most an eighth of all rows is read out twice, the same ones on any number of ranks, of which all have as
-        many. The depth is log-uniform over 1..T-1, for it is after few loops that stopping makes a difference.
+        At most an eighth of all rows is thus read out twice: the same rows on any number of ranks, as many on each. The
+        depth is log-uniform over 1..T-1, because stopping makes most difference after few loops.
         """
-        period = -(-EARLY_SHARE // self.slots)
+        period = -(-EARLY_SHARE // self.slots)  # steps between early readouts
         slot = step // period % self.slots
-        by = loops[slot] - int(loops[slot] ** Random(f"early/{self.seed}/{step}").random())
+        early_depth = int(loops[slot] ** Random(f"early/{self.seed}/{step}").random())
+        by = loops[slot] - early_depth
         if step % period or by == 0:
             return None
         return EarlyReadout(range(slot * self.streams, (slot + 1) * self.streams), by)
 
     def slot_loops(self, step: int) -> list[int]:
-        """Loops of each slot: drawn, or the difficulty of the task that the slot's sequences are made with."""
+        """Loops of each slot: drawn, or the difficulty of the slot's task."""
         if self.task is not None:
             return slot_difficulties(self.task, self.slots, self.seed, step, self.steps)
         cumulative = cumulative_probabilities(self.depth.sampling, self.mean(step), self.maximum)
         random = Random(f"{self.seed}/{step}")
         order = sorted(range(self.slots), key=lambda _: random.random())
-        quantiles = [(stratum + random.random()) / self.slots for stratum in order]
+        quantiles = [(stratum + random.random()) / self.slots for stratum in order]  # one in each of `slots` strata
         return [1 + sum(q >= edge for edge in cumulative[:-1]) for q in quantiles]
 
 
 def ramp(curriculum: CurriculumConfig, step: int, steps: int, target: float) -> float:
-    """Value at `step` of a ramp from curriculum.start to target over the share curriculum.over of all steps."""
+    """Value at `step` of a ramp from curriculum.start to target over the first curriculum.over of all steps."""
     length = curriculum.over * steps
     if curriculum.shape == "none" or step >= length:
         return target
@@ -127,10 +128,11 @@ def cumulative_probabilities(sampling: str, mean: float, maximum: int) -> tuple[
     Clipping a Poisson to 1..maximum moves its mean (from 2 to 2.06 for mean 2, maximum 4), so its rate is solved for.
     """
     if sampling == "fixed":
-        low, share = floor(mean), mean - floor(mean)
-        mass = [(1 - share) * (k == low) + share * (k == low + 1) for k in range(1, maximum + 1)]
+        # The two whole numbers around the mean.
+        lower, share = floor(mean), mean - floor(mean)
+        mass = [(1 - share) * (k == lower) + share * (k == lower + 1) for k in range(1, maximum + 1)]
     elif sampling == "uniform":
-        # A mixture of uniform on 1..n and on 1..n+1, for the fractional means of a curriculum.
+        # A mixture of uniform on 1..n and on 1..n+1, for the fractional means of a curriculum; 2 mean - 1 is n + share.
         n = floor(2 * mean - 1)
         share = 2 * mean - 1 - n
         mass = [(1 - share) * (k <= n) / n + share * (k <= n + 1) / (n + 1) for k in range(1, maximum + 1)]
@@ -139,6 +141,7 @@ def cumulative_probabilities(sampling: str, mean: float, maximum: int) -> tuple[
         if sampling == "lognormal":
             normal = NormalDist(-(LOGNORMAL_SIGMA**2) / 2, LOGNORMAL_SIGMA)
             multipliers = [exp(normal.inv_cdf((i + 0.5) / LOGNORMAL_POINTS)) for i in range(LOGNORMAL_POINTS)]
+        # Bisection; 48 halvings leave an error of about 1e-11.
         low, high = 0.0, 64.0 * maximum
         for _ in range(48):
             rate = (low + high) / 2

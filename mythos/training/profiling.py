@@ -1,4 +1,4 @@
-"""Where the time goes: a window of steps traced by torch.profiler, and a rank's own work in every step."""
+"""Where time goes: a window of steps traced by torch.profiler, and each rank's own work in every step."""
 
 import contextlib
 import logging
@@ -15,17 +15,17 @@ from mythos.config.sections import ProfileConfig
 logger = logging.getLogger(__name__)
 
 OPERATORS = 10
-"""Operators in the table."""
+"""Rows of the table of operators."""
 
 
 class Profiler:
-    """Traces `steps` steps from `start` on, counted from 1 at the start of the process.
+    """Traces `steps` steps from `start` on, counted from 1 at the start of the process. A context manager.
 
-    Enter the context before the first step, call :meth:`step` after each, and leave it when the run ends. Each rank
-    writes `profile/rank-00000.json.gz` with its number to the run directory, a Chrome trace (chrome://tracing,
-    ui.perfetto.dev) in which the n-th step is marked `ProfilerStep#n`, and beside it `rank-00000.txt`, a table of
-    the costliest operators, by time on the GPU where it was used. A window that the run ends in is written as far
-    as it came; its last mark is what the run did after its last step. Nothing is made if `steps` is 0.
+    Enter it before the first step, call :meth:`step` after each, and leave it when the run ends. Each rank writes
+    `profile/rank-NNNNN.json.gz` to the run directory, a Chrome trace (chrome://tracing, ui.perfetto.dev) in which the
+    n-th step is marked `ProfilerStep#n`, and beside it `rank-NNNNN.txt`, a table of the costliest operators, by GPU
+    time if a GPU was used. If the run ends within the window, the trace is written up to there; its last mark is the
+    work after the last step. With `steps` 0 nothing is traced or written.
     """
 
     def __init__(self, run_dir: Path, config: ProfileConfig, rank: int) -> None:
@@ -45,7 +45,7 @@ class Profiler:
                 on_trace_ready=self.write,
             )
             self.stack.enter_context(self.trace)
-            self.trace.step()  # torch counts from 0; its step 0 ends here, and was the warm-up where start is 1
+            self.trace.step()  # torch counts from 0: its step 0, the warm-up if start is 1, ends here
         return self
 
     def __exit__(
@@ -55,7 +55,7 @@ class Profiler:
         self.stack.close()
 
     def step(self) -> None:
-        """Note that a training step is done."""
+        """Mark the end of a training step."""
         if self.trace is not None:
             self.trace.step()
             self.done += 1
@@ -63,7 +63,7 @@ class Profiler:
                 self.__exit__(None, None, None)
 
     def write(self, trace: torch.profiler.profile) -> None:
-        """Write what was recorded; a full disk is told, not raised, for no trace is worth a run."""
+        """Write the trace. A full disk is logged, not raised: a trace is not worth ending a run for."""
         operators = trace.key_averages()
         operators[:] = [operator for operator in operators if not operator.key.startswith("ProfilerStep")]
         on_gpu = any(operator.self_device_time_total for operator in operators)
@@ -81,14 +81,14 @@ class Profiler:
 
 
 class Stopwatch:
-    """Seconds between laps, without what is done meanwhile in `pause`."""
+    """Seconds between laps, without time spent in :meth:`pause`."""
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Do not count what is done in this context."""
+        """Do not count the time spent in this context."""
         began = time.perf_counter()
         try:
             yield
@@ -102,13 +102,14 @@ class Stopwatch:
 
 
 class OwnTime:
-    """Time a rank spends on its own work, as opposed to waiting for others.
+    """Time that a rank spends on its own work, as opposed to waiting for others. A context manager around that work.
 
-    On a GPU passes are timed by events, read when the device is waited for anyway.
+    On a GPU work is timed by events, which are read when the host waits for the device anyway.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
+        self.start = 0.0
         self.seconds = 0.0
         self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 

@@ -1,6 +1,7 @@
 """The state of every global random generator, as plain values.
 
-Nothing here draws from them: weights, data, depths and initial states have generators of their own. What users add may.
+mythos does not draw from them: weights, data, depths and initial states have generators of their own. Code that users
+add may.
 """
 
 import random
@@ -13,7 +14,9 @@ import torch
 def random_state() -> dict[str, Any]:
     """The generators of Python, NumPy, torch and this process's GPU, for JSON."""
     version, numbers, gauss = random.getstate()
-    _, keys, *rest = np.random.get_state()
+    numpy_state = np.random.get_state(legacy=True)
+    assert isinstance(numpy_state, tuple)  # as `legacy` asks for
+    _, keys, *rest = numpy_state
     return {
         "python": [version, list(numbers), gauss],
         "numpy": [keys.tolist(), *rest],
@@ -23,7 +26,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Continue the generators where :func:`random_state` left them; a GPU's, if there was one and is one."""
+    """Restore the generators from :func:`random_state`; a GPU's only if there was one and is one."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     keys, *rest = state["numpy"]

@@ -18,13 +18,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mythos.checkpoints import checkpoint
+from mythos.checkpoints import checkpoint, shards
 from mythos.checkpoints.checkpoint import Checkpoints
+from mythos.checkpoints.stored_checkpoint import complete_checkpoints, read_meta
 from mythos.config.presets import preset_config
 from mythos.config.sections import OptimConfig
 from mythos.distributed.ranks import Ranks
 from mythos.errors import MythosError
 from mythos.files import storage
+from mythos.files.storage import step_of
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.training.optim import build_optimizer
 
@@ -72,7 +74,7 @@ def test_round_trip_and_layout(tmp_path):
     # Sums by another way than the one under test: of the bytes at once.
     content, meta = shard(path).read_bytes(), (path / "meta.json").read_bytes()
     files = {shard(path).name: {"bytes": len(content), "crc32": zlib.crc32(content)}}
-    assert json.loads(meta) == checkpoint.read_meta(path) == {"step": 100, "tokens": 7, "files": files}
+    assert json.loads(meta) == read_meta(path) == {"step": 100, "tokens": 7, "files": files}
     assert json.loads((path / "committed").read_text()) == {"meta_crc32": zlib.crc32(meta)}
     loaded = blank()
     load(path, loaded)
@@ -121,11 +123,11 @@ def test_incomplete_directories_do_not_count(tmp_path):
     second = save(tmp_path, 2)
     (second / "committed").unlink()
     (tmp_path / "step-00000003.tmp").mkdir()
-    assert checkpoint.complete_checkpoints(tmp_path) == [first]
-    found = open_checkpoints(tmp_path)
-    assert found.find("auto") == first == found.newest
+    assert complete_checkpoints(tmp_path) == [first]
+    reopened = open_checkpoints(tmp_path)
+    assert reopened.find("auto") == first == reopened.newest
     with pytest.raises(MythosError, match=r"no complete checkpoint.*step-00000001"):
-        found.find(str(second))
+        reopened.find(str(second))
 
 
 def test_find(tmp_path):
@@ -143,7 +145,7 @@ def test_a_path_counts_until_the_run_has_checkpoints_of_its_own(tmp_path):
     assert open_checkpoints(run).find(str(other)) == other
     first, second = save(run, 1), save(run, 2)
     assert open_checkpoints(run).find(str(other)) == second
-    with pytest.raises(MythosError, match=r"has successors up to .*step-00000002"):
+    with pytest.raises(MythosError, match=r"is followed by newer checkpoints up to .*step-00000002"):
         open_checkpoints(run).find(str(first))
 
 
@@ -198,7 +200,7 @@ def test_damaged_meta_is_named(tmp_path):
     path = save(tmp_path, 1)
     (path / "meta.json").write_text("{")
     with pytest.raises(MythosError, match=r"step-00000001 is damaged: meta.json"):
-        checkpoint.read_meta(path)
+        read_meta(path)
 
 
 # Damage found at the start
@@ -259,10 +261,10 @@ def test_all_damaged_is_refused_and_left_as_it_is(tmp_path, damage):
     for path in paths:
         damage(path)
     for _ in range(2):
-        with pytest.raises(MythosError, match=r"(?s)no whole checkpoint.*step-00000002 is damaged") as caught:
+        with pytest.raises(MythosError, match=r"(?s)no undamaged checkpoint.*step-00000002 is damaged") as caught:
             open_checkpoints(tmp_path).find("auto")
         assert sum(bool(re.search(DAMAGES[damage], line)) for line in str(caught.value).splitlines()) == 2
-    assert checkpoint.complete_checkpoints(tmp_path) == paths
+    assert complete_checkpoints(tmp_path) == paths
 
 
 def test_checksum_is_of_the_whole_file():
@@ -288,7 +290,7 @@ def test_checkpoints_without_checksums_are_accepted(tmp_path):
     (path / "meta.json").write_text(json.dumps({"step": 1, "tokens": 7}))
     (path / "committed").write_bytes(b"")
     assert open_checkpoints(tmp_path).find("auto") == path
-    assert checkpoint.read_meta(path) == {"step": 1, "tokens": 7}
+    assert read_meta(path) == {"step": 1, "tokens": 7}
     loaded = blank()
     load(path, loaded)
     assert torch.equal(loaded["model.a"], tensors()["model.a"])
@@ -323,9 +325,9 @@ def directory_as_shard(path: Path) -> None:
 FALSIFIED = {
     "empty marker": (empty_marker, "meta.json: "),
     "other step": (other_step, "it is of step 5, the directory's name of step 2"),
-    "fifo as shard": (fifo("*.safetensors"), "it is no regular file"),
-    "fifo as meta.json": (fifo("meta.json"), "it is no regular file"),
-    "fifo as marker": (fifo("committed"), "it is no regular file"),
+    "fifo as shard": (fifo("*.safetensors"), "it is not a regular file"),
+    "fifo as meta.json": (fifo("meta.json"), "it is not a regular file"),
+    "fifo as marker": (fifo("committed"), "it is not a regular file"),
     "directory as shard": (directory_as_shard, "Is a directory"),
 }
 
@@ -338,14 +340,14 @@ def test_what_no_save_can_have_written_is_refused_at_once(tmp_path, caplog, name
     assert open_checkpoints(tmp_path).find("auto") == first
     assert problem in caplog.text
     spoil(first) if name != "other step" else shutil.rmtree(first)
-    with pytest.raises(MythosError, match="no whole checkpoint"):
+    with pytest.raises(MythosError, match="no undamaged checkpoint"):
         open_checkpoints(tmp_path).find("auto")
 
 
 def test_fifo_beside_the_listed_shards_is_not_opened(tmp_path):
     path = save(tmp_path, 1)
     os.mkfifo(path / "shard-00002-model.safetensors")
-    with pytest.raises(MythosError, match=r"step-00000001 is damaged: .*it is no regular file"):
+    with pytest.raises(MythosError, match=r"step-00000001 is damaged: .*it is not a regular file"):
         load(path, blank())
 
 
@@ -353,7 +355,7 @@ def test_fifo_beside_the_listed_shards_is_not_opened(tmp_path):
 
 
 def assert_first_survives(directory: Path, first: Path) -> None:
-    assert checkpoint.complete_checkpoints(directory) == [first]
+    assert complete_checkpoints(directory) == [first]
     assert (directory / "latest").read_text() == first.name
     loaded = blank()
     load(first, loaded)
@@ -402,14 +404,14 @@ def test_full_disk_met_while_writing_leaves_the_previous_one(tmp_path, monkeypat
 def held(monkeypatch) -> Iterator[threading.Event]:
     """Background writes wait until this is set."""
     go = threading.Event()
-    write = checkpoint.save_file
+    write = shards.save_file
 
     def slow(*arguments: Any, **options: Any) -> None:
         if threading.current_thread() is not threading.main_thread():
             assert go.wait(20)
         write(*arguments, **options)
 
-    monkeypatch.setattr(checkpoint, "save_file", slow)
+    monkeypatch.setattr(shards, "save_file", slow)
     yield go
     go.set()
 
@@ -418,14 +420,14 @@ def test_what_changes_after_save_returned_is_not_written(tmp_path, held):
     saving = open_checkpoints(tmp_path, asynchronous=True)
     live, meta = tensors(), {"data": {"row": 1}}
     saving.save(1, live, meta)
-    assert saving.newest is None and not checkpoint.complete_checkpoints(tmp_path)  # it did return before
+    assert saving.newest is None and not complete_checkpoints(tmp_path)  # it did return before
     for value in live.values():
         value.fill_(99)
     meta["data"]["row"] = 99
     held.set()
     saving.wait()
     assert saving.newest == tmp_path / "step-00000001"
-    assert checkpoint.read_meta(saving.newest)["data"] == {"row": 1}
+    assert read_meta(saving.newest)["data"] == {"row": 1}
     loaded = blank()
     saving.load(saving.newest, loaded)
     assert all(torch.equal(loaded[name], value) for name, value in tensors().items())
@@ -447,7 +449,7 @@ def test_each_save_has_the_values_of_its_own_time(tmp_path):
 def test_waiting_save_is_on_disk_on_return(tmp_path):
     saving = open_checkpoints(tmp_path, asynchronous=True)
     saving.save(1, tensors(), {}, wait=True)
-    assert checkpoint.complete_checkpoints(tmp_path) == [tmp_path / "step-00000001"]
+    assert complete_checkpoints(tmp_path) == [tmp_path / "step-00000001"]
     saving.close()
 
 
@@ -457,7 +459,7 @@ def test_error_of_a_background_save_comes_with_the_next_call(tmp_path, monkeypat
     saving.save(1, tensors(), {}, wait=True)
     saving.save(2, tensors(), {})
     assert not saving.failed
-    monkeypatch.setattr(storage, "_sync", _raise(OSError(28, "No space left on device")))
+    monkeypatch.setattr(storage, "fsync", _raise(OSError(28, "No space left on device")))
     held.set()
     calls = {
         "wait": saving.wait,
@@ -471,7 +473,7 @@ def test_error_of_a_background_save_comes_with_the_next_call(tmp_path, monkeypat
     assert_first_survives(tmp_path, tmp_path / "step-00000001")
     saving.save(3, tensors(), {})
     saving.close()
-    assert len(checkpoint.complete_checkpoints(tmp_path)) == 2
+    assert len(complete_checkpoints(tmp_path)) == 2
 
 
 def _raise(error: Exception) -> Any:
@@ -483,7 +485,7 @@ def _raise(error: Exception) -> Any:
 
 def test_failure_is_seen_without_waiting_and_logged_at_the_end(tmp_path, monkeypatch, caplog):
     saving = open_checkpoints(tmp_path, asynchronous=True)
-    monkeypatch.setattr(checkpoint, "save_file", _raise(OSError(5, "Input/output error")))
+    monkeypatch.setattr(shards, "save_file", _raise(OSError(5, "Input/output error")))
     saving.save(1, tensors(), {})
     saving._thread.join(20)
     assert saving.failed
@@ -519,10 +521,10 @@ def test_object_store(url, caplog, tmp_path, monkeypatch, asynchronous):
     for step in (1, 2, 3):
         saving.save(step, {**tensors(), "optim.a.step": torch.tensor(float(step))}, {"tokens": step})
     saving.wait()
-    assert saving.newest == f"{url}/step-00000003" and checkpoint.step_of(saving.newest) == 3
-    assert checkpoint.complete_checkpoints(url) == [f"{url}/step-0000000{step}" for step in (2, 3)]
+    assert saving.newest == f"{url}/step-00000003" and step_of(saving.newest) == 3
+    assert complete_checkpoints(url) == [f"{url}/step-0000000{step}" for step in (2, 3)]
     assert files.cat(f"{root}/latest") == b"step-00000003"
-    assert checkpoint.read_meta(saving.newest)["tokens"] == 3
+    assert read_meta(saving.newest)["tokens"] == 3
     loaded = blank()
     load(saving.newest, loaded)
     assert torch.equal(loaded["model.a"], tensors()["model.a"]) and loaded["optim.a.step"] == 3

@@ -56,25 +56,25 @@ def test_a_run_starts_with_the_loss_of_what_it_starts_from(trained: Trainer, tmp
         export_model(trained.run_dir, source)
     config = config_from_dict(started(trained, tmp_path, source, train__steps=1))
     assert config.model == trained.config.model
-    made = run(config)
-    first, last = read_metrics(made.run_dir / "metrics.jsonl")
+    trainer = run(config)
+    first, last = read_metrics(trainer.run_dir / "metrics.jsonl")
     before = read_metrics(trained.run_dir / "metrics.jsonl")[-1]
     assert (first["step"], first["tokens"], last["step"]) == (0, 0, 1)
     for depth in (1, 3):
         assert first[f"val/loss@{depth}"] == pytest.approx(before[f"val/loss@{depth}"], abs=1e-5)
-    assert made.tokenizer.fingerprint == trained.tokenizer.fingerprint
-    assert [bool(flops) for flops in open_run(made.run_dir).flops] == [False, True]
+    assert trainer.tokenizer.fingerprint == trained.tokenizer.fingerprint
+    assert [bool(flops) for flops in open_run(trainer.run_dir).flops] == [False, True]
 
 
 def test_optimizer_and_data_are_those_of_a_new_run(trained: Trainer, tmp_path: Path) -> None:
-    made = Trainer(config_from_dict(started(trained, tmp_path)))
+    trainer = Trainer(config_from_dict(started(trained, tmp_path)))
     new = Trainer(tiny(trained.run_dir.parent, run__dir=str(tmp_path / "new")))
-    assert all(not value.any() for state in made.optimizer.state.values() for value in state.values())
-    batches = [trainer.loader.next_batch().ids for trainer in (made, new)]
-    assert made.step == 0 and torch.equal(*batches)
-    assert all(torch.equal(tensor, tensors(trained)[name]) for name, tensor in tensors(made).items())
-    for trainer in (made, new):
-        trainer.resources.close()
+    assert all(not value.any() for state in trainer.optimizer.state.values() for value in state.values())
+    batches = [either.loader.next_batch().ids for either in (trainer, new)]
+    assert trainer.step == 0 and torch.equal(*batches)
+    assert all(torch.equal(tensor, tensors(trained)[name]) for name, tensor in tensors(trainer).items())
+    for either in (trainer, new):
+        either.resources.close()
 
 
 def test_it_is_continued_by_the_same_command_without_its_source(trained: Trainer, tmp_path: Path) -> None:
@@ -94,24 +94,24 @@ def test_it_is_continued_by_the_same_command_without_its_source(trained: Trainer
 
 def test_depth_context_halting_and_adapter_may_change(trained: Trainer, tmp_path: Path) -> None:
     changes = {"model__loops": 5, "model__context_length": 128, "data__sequence_length": 128, "model__halting": "gate"}
-    made = Trainer(config_from_dict(started(trained, tmp_path, **changes)))
-    scale, old = tensors(made)["recurrence.adapter.scale"], tensors(trained)["recurrence.adapter.scale"]
+    trainer = Trainer(config_from_dict(started(trained, tmp_path, **changes)))
+    scale, old = tensors(trainer)["recurrence.adapter.scale"], tensors(trained)["recurrence.adapter.scale"]
     assert torch.equal(scale, torch.cat((old, old[2:], old[2:])))  # as the model does beyond its trained loops
-    fresh = tensors_of(RecurrentDepthTransformer(made.config.model).initialize(0))
-    for name, tensor in tensors(made).items():
+    fresh = tensors_of(RecurrentDepthTransformer(trainer.config.model).initialize(0))
+    for name, tensor in tensors(trainer).items():
         expected = fresh if name.startswith("halting.") else tensors(trained)
         assert name.endswith("adapter.scale") or torch.equal(tensor, expected[name]), name
-    told = "\n".join(made.start.told)
+    changes = "\n".join(trainer.start.changes)
     for line in ("context_length: 64 -> 128", "adapter: 3 -> 5 loops", "halting: convergence -> gate", "new: halting."):
-        assert line in told
-    made.resources.close()
+        assert line in changes
+    trainer.resources.close()
 
-    made = Trainer(config_from_dict(started(trained, tmp_path, model__loops=2)))
-    assert torch.equal(tensors(made)["recurrence.adapter.scale"], old[:2])
-    made.resources.close()
-    made = Trainer(config_from_dict(started(trained, tmp_path, model__lora_rank=0)))
-    assert "not taken: recurrence.adapter.down.weight" in "\n".join(made.start.told)
-    made.resources.close()
+    trainer = Trainer(config_from_dict(started(trained, tmp_path, model__loops=2)))
+    assert torch.equal(tensors(trainer)["recurrence.adapter.scale"], old[:2])
+    trainer.resources.close()
+    trainer = Trainer(config_from_dict(started(trained, tmp_path, model__lora_rank=0)))
+    assert "not taken: recurrence.adapter.down.weight" in "\n".join(trainer.start.changes)
+    trainer.resources.close()
 
 
 def with_tokens(folder: Path, vocabulary: dict[str, int], end: str = "<|endoftext|>") -> Path:
@@ -130,19 +130,19 @@ def test_rows_of_shared_tokens_are_kept_by_another_tokenizer(
     order = sorted(known, key=known.__getitem__)
     wanted = {token: row for row, token in enumerate(["<end>", *reversed(order[1:300]), "river", "stone"])}
     changed = with_tokens(tmp_path / "tokens", wanted, "<end>")
-    made = Trainer(config_from_dict(started(trained, tmp_path, tokenizer__name=str(changed))))
-    assert made.model.vocabulary == 384 and made.config.model.vocab_size == 384
-    fresh = tensors_of(RecurrentDepthTransformer(made.config.model).initialize(0))
+    trainer = Trainer(config_from_dict(started(trained, tmp_path, tokenizer__name=str(changed))))
+    assert trainer.model.vocabulary == 384 and trainer.config.model.vocab_size == 384
+    fresh = tensors_of(RecurrentDepthTransformer(trainer.config.model).initialize(0))
     for name in ("embedding.weight",) if tied else ("embedding.weight", "head.weight"):
-        old, new = tensors(trained)[name], tensors(made)[name]
+        old, new = tensors(trained)[name], tensors(trainer)[name]
         for token in order[1:300]:
             assert torch.equal(new[wanted[token]], old[known[token]])
         assert torch.equal(new[0], old[trained.tokenizer.eos_id])
         for token in ("river", "stone"):
             torch.testing.assert_close(new[wanted[token]], old[: len(known)].mean(0))
         assert torch.equal(new[len(wanted) :], fresh[name][len(wanted) :])
-    assert "300 of the tokenizer's 302 tokens" in "\n".join(made.start.told)
-    made.resources.close()
+    assert "300 of the tokenizer's 302 tokens" in "\n".join(trainer.start.changes)
+    trainer.resources.close()
 
 
 def test_tokenizers_with_nothing_in_common_are_refused(trained: Trainer, tmp_path: Path) -> None:

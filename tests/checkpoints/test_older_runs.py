@@ -37,14 +37,14 @@ RULES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 """What trains by today's rules, what an older run may say instead, and the fields that training refuses."""
 
 
-def record(made: Trainer, changes: dict[str, Any]) -> None:
+def record(trainer: Trainer, changes: dict[str, Any]) -> None:
     """Let the run say that it was configured otherwise: in its own file, and in its checkpoints."""
-    file = made.run_dir / "config.yaml"
+    file = trainer.run_dir / "config.yaml"
     values = yaml.safe_load(file.read_text())
     for section, fields in changes.items():
         values[section] |= fields
     file.write_text(yaml.safe_dump(values))
-    for folder in (made.run_dir / "checkpoints").glob("step-*"):
+    for folder in (trainer.run_dir / "checkpoints").glob("step-*"):
         meta = json.loads((folder / META).read_text()) | {"config": values}
         content = json.dumps(meta).encode()
         (folder / META).write_bytes(content)
@@ -54,11 +54,11 @@ def record(made: Trainer, changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize("rule", RULES)
 def test_a_run_that_training_refuses_is_opened_to_use_it(rule: str, tmp_path: Path, capsys: Any) -> None:
     valid, changes, fields = RULES[rule]
-    made = run(tiny(tmp_path, **{**FIXED, **valid}))
-    record(made, changes)
-    folder = str(made.run_dir)
+    trainer = run(tiny(tmp_path, **{**FIXED, **valid}))
+    record(trainer, changes)
+    folder = str(trainer.run_dir)
 
-    for path in (made.run_dir, made.run_dir / "checkpoints" / "step-00000002"):
+    for path in (trainer.run_dir, trainer.run_dir / "checkpoints" / "step-00000002"):
         opened = open_model(path)
         assert opened.run is not None
         for section, values in changes.items():
@@ -73,18 +73,18 @@ def test_a_run_that_training_refuses_is_opened_to_use_it(rule: str, tmp_path: Pa
 
     # To train is another matter: a dry run, resuming, and a new run of the same configuration.
     for arguments in (["--dry-run"], [], ["run.dir=elsewhere"]):
-        assert train.main([str(made.run_dir / "config.yaml"), *arguments]) == 1
+        assert train.main([str(trainer.run_dir / "config.yaml"), *arguments]) == 1
         assert fields in capsys.readouterr().err
     with pytest.raises(MythosError, match=fields):
-        load_config(made.run_dir / "config.yaml")
+        load_config(trainer.run_dir / "config.yaml")
 
 
 def test_a_new_run_starts_from_one_that_training_refuses(tmp_path: Path) -> None:
     """Its own configuration is what counts."""
     valid, changes, fields = RULES["act"]
-    made = run(tiny(tmp_path, **{**FIXED, **valid}))
-    record(made, changes)
-    values = settings(tmp_path, **FIXED, train__init_from=str(made.run_dir), run__dir=str(tmp_path / "new"))
+    trainer = run(tiny(tmp_path, **{**FIXED, **valid}))
+    record(trainer, changes)
+    values = settings(tmp_path, **FIXED, train__init_from=str(trainer.run_dir), run__dir=str(tmp_path / "new"))
     values["model"] = {}
     start = open_start(config_from_dict(values))
     assert start is not None

@@ -15,7 +15,8 @@ import pytest
 import torch
 from fsspec.implementations.local import LocalFileSystem
 
-from mythos.checkpoints.checkpoint import Checkpoints, complete_checkpoints, read_meta
+from mythos.checkpoints.checkpoint import Checkpoints
+from mythos.checkpoints.stored_checkpoint import complete_checkpoints, read_meta
 from mythos.distributed.ranks import Ranks
 from mythos.distributed.run_lock import RunLock
 from mythos.errors import DiskFullError, MythosError
@@ -138,7 +139,7 @@ def test_what_killed_saves_of_other_runs_left_stays(tmp_path):
         (place / f"step-{step:08d}.tmp" / "shard-00001-x.safetensors").write_text("half")
     save(mine, 2)
     assert {path.name for path in place.glob("*.tmp")} == {"step-00000007.tmp"}
-    with pytest.raises(MythosError, match=r"File exists.*step-00000007\.tmp.*Mend that"):
+    with pytest.raises(MythosError, match=r"File exists.*step-00000007\.tmp.*Fix that"):
         save(mine, 7)
     assert (place / "step-00000007.tmp" / "shard-00001-x.safetensors").exists()
 
@@ -234,7 +235,7 @@ def test_another_runs_directory_is_refused(tmp_path):
     first.close()
     for _ in range(2):  # the refusal leaves nothing behind that changes the answer
         message = refuse(tmp_path / "b", place)
-    assert f"{place} holds the checkpoints of another run, the run a in {tmp_path / 'a'}" in message
+    assert f"{place} contains the checkpoints of another run, the run a in {tmp_path / 'a'}" in message
     for way in (
         "checkpoint.dir to a directory of its own",
         "run.resume=",
@@ -253,7 +254,7 @@ def test_another_runs_object_store_is_refused(tmp_path, url):
     save(first, 4)
     begin(tmp_path / "a", url)  # of a job that was killed, the object is left, and its run may go on
     first.close()
-    assert "holds the checkpoints of another run, the run a" in refuse(tmp_path / "b", url)
+    assert "contains the checkpoints of another run, the run a" in refuse(tmp_path / "b", url)
 
 
 def test_a_run_moves_with_its_directory(tmp_path):
@@ -297,12 +298,12 @@ def test_older_runs_go_on_in_their_own_directory(tmp_path):
     for path in [*(tmp_path / "shared").glob("step-*"), *(tmp_path / "usual" / "checkpoints").glob("step-*")]:
         age(path)
     (tmp_path / "usual").rename(tmp_path / "moved")
-    with pytest.raises(MythosError, match=f"shared holds the checkpoints of another run, {tmp_path / 'run'}"):
+    with pytest.raises(MythosError, match=f"shared contains the checkpoints of another run, {tmp_path / 'run'}"):
         Trainer(tiny(tmp_path, train__steps=6, run__dir=str(tmp_path / "b"), **shared))
     for directory, changes in (("run", {**shared, "checkpoint__keep": 1}), ("moved", {})):
-        made = Trainer(tiny(tmp_path, train__steps=6, run__dir=str(tmp_path / directory), **changes))
-        assert made.step == 4
-        made.run()
+        trainer = Trainer(tiny(tmp_path, train__steps=6, run__dir=str(tmp_path / directory), **changes))
+        assert trainer.step == 4
+        trainer.run()
     assert complete_checkpoints(tmp_path / "shared") == [tmp_path / "shared" / "step-00000006"]
 
 
@@ -314,9 +315,9 @@ def test_two_runs_with_one_checkpoint_directory(tmp_path):
     with pytest.raises(MythosError, match="another run, the run tiny in"):
         Trainer(tiny(tmp_path, **second))
     resume = f"{tmp_path}/shared/step-00000002"
-    made = Trainer(tiny(tmp_path, **{**second, "checkpoint__dir": None, "run__resume": resume}))
-    assert made.step == 2
-    made.run()
+    trainer = Trainer(tiny(tmp_path, **{**second, "checkpoint__dir": None, "run__resume": resume}))
+    assert trainer.step == 2
+    trainer.run()
     assert [record["step"] for record in measurements(tmp_path / "second")] == [3, 4]
     assert read_meta(first.checkpoints.newest)["step"] == 2
 
@@ -363,10 +364,10 @@ def test_unusable_places_are_told_before_training(tmp_path, spoil):
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT])
 def test_a_place_that_takes_no_file_is_told_before_training(tmp_path, monkeypatch, number):
-    def refused(path: Path, content: bytes) -> None:
+    def refused(path: Path, content: bytes, **_: bool) -> None:
         raise OSError(number, os.strerror(number), str(path))
 
-    monkeypatch.setattr(storage, "_replace", refused)
+    monkeypatch.setattr(storage, "write_whole", refused)
     full = number in (errno.ENOSPC, errno.EDQUOT)
     with pytest.raises(DiskFullError if full else MythosError, match=os.strerror(number)) as caught:
         Trainer(tiny(tmp_path, checkpoint__dir=str(tmp_path / "place")))
@@ -405,6 +406,6 @@ def test_free_space_is_not_advised_where_it_would_not_help(tmp_path, spoil: Call
     mine = begin(tmp_path / "mine", tmp_path / "place", keep=9)
     save(mine, 1)
     spoil(tmp_path / "place")
-    with pytest.raises(MythosError, match=r"checkpoint of step 2 could not be written .*Mend that") as caught:
+    with pytest.raises(MythosError, match=r"checkpoint of step 2 could not be written .*Fix that") as caught:
         save(mine, 2)
     assert "ree some space" not in str(caught.value) and not isinstance(caught.value, DiskFullError)

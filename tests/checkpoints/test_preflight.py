@@ -37,28 +37,29 @@ def changed(tmp_path: Path, step: int, before: dict[str, Any], after: dict[str, 
 
 def test_more_steps_move_the_learning_rate(tmp_path: Path) -> None:
     """A cosine that had come to its end, 0.1 of the peak, is half way through one of twice the length, at 0.55."""
-    told = changed(tmp_path, 1000, {"train__steps": 1000}, {"train__steps": 2000})
+    warning = changed(tmp_path, 1000, {"train__steps": 1000}, {"train__steps": 2000})
     half = 1e-3 * (0.1 + 0.9 * (1 + math.cos(math.pi * 1000 / 1999)) / 2)
     assert f"{half:.3g}" == "0.00055"
-    assert told is not None and told.startswith("the schedule took 1,000 steps in the checkpoint and takes 2,000 here")
-    assert "at step 1,000 this moves the learning rate from 0.0001 to 0.00055. Set optim.schedule_steps=1000" in told
-    assert "depth" not in told  # which stays what it is
+    assert warning is not None
+    assert warning.startswith("the schedule took 1,000 steps in the checkpoint and takes 2,000 here")
+    assert "at step 1,000 this moves the learning rate from 0.0001 to 0.00055. Set optim.schedule_steps=1000" in warning
+    assert "depth" not in warning  # which stays what it is
 
 
 def test_more_steps_move_depths(tmp_path: Path) -> None:
     ramp = {"shape": "linear", "over": 0.5, "start": 1}
     ramps = {"depth__mean": 9, "depth__backprop": 5, "depth__curriculum": ramp, "depth__backprop_curriculum": ramp}
-    told = changed(tmp_path, 500, ramps | {"train__steps": 1000}, ramps | {"train__steps": 2000})
-    assert told is not None
-    assert "the mean depth from 9 to 5, the loops with gradient from 5 to 3" in told
+    warning = changed(tmp_path, 500, ramps | {"train__steps": 1000}, ramps | {"train__steps": 2000})
+    assert warning is not None
+    assert "the mean depth from 9 to 5, the loops with gradient from 5 to 3" in warning
 
 
 def test_more_steps_move_the_difficulty_of_a_task(tmp_path: Path) -> None:
     task = {"data__kind": "reasoning", "data__path": None, "data__task": {"difficulty": [1, 4], "ramp": 1.0}}
     task |= {"data__sequence_length": 64, "depth__backprop": None, "depth__follow": "difficulty"}
-    told = changed(tmp_path, 80, task | {"train__steps": 100}, task | {"train__steps": 200})
-    assert told is not None
-    assert "the mean depth from 2.5 to 1.5, the highest difficulty from 4 to 2" in told
+    warning = changed(tmp_path, 80, task | {"train__steps": 100}, task | {"train__steps": 200})
+    assert warning is not None
+    assert "the mean depth from 2.5 to 1.5, the highest difficulty from 4 to 2" in warning
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,10 @@ from matplotlib.figure import Figure
 
 from mythos.cli import evaluate, export, sweep
 from mythos.errors import MythosError
-from mythos.evaluation import results as results_module
 from mythos.evaluation.continuations import DepthSetting
-from mythos.evaluation.results import MOST_PANELS, Result, draw, save, table
+from mythos.evaluation.results import Result, save, table
+from mythos.reports import evaluation_plots
+from mythos.reports.evaluation_plots import MOST_PANELS, draw_scores
 from mythos.trainer import Trainer
 from mythos.training.metrics import read_metrics
 from tests.runs import tiny
@@ -150,7 +151,7 @@ def test_a_checkpoint_without_its_tokenizer(trained: Trainer, tmp_path: Path, ca
         assert evaluate.main(["alone/step-00000004"]) == 1
     finally:
         (trained.run_dir / "elsewhere").rename(trained.run_dir / "tokenizer")
-    assert "no tokenizer lies beside it" in capsys.readouterr().err and not Path("evaluation").exists()
+    assert "there is no tokenizer beside it" in capsys.readouterr().err and not Path("evaluation").exists()
 
 
 def test_questions_that_cannot_be_read_stop_a_run_at_once(tmp_path: Path) -> None:
@@ -197,14 +198,14 @@ def test_files(tmp_path: Path) -> None:
 
 def test_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Figure] = []
-    finish = results_module.finish
-    monkeypatch.setattr(results_module, "finish", lambda figure, path: seen.append(figure) or finish(figure, path))
-    assert draw(RESULTS, tmp_path / "a.png").stat().st_size > 5_000
+    finish = evaluation_plots.finish
+    monkeypatch.setattr(evaluation_plots, "finish", lambda figure, path: seen.append(figure) or finish(figure, path))
+    assert draw_scores(RESULTS, tmp_path / "a.png").stat().st_size > 5_000
     first, second = seen[0].axes
     assert (first.get_title(), first.get_ylabel(), second.get_title()) == ("a", "acc", "b")
     line, star = (container.lines[0] for container in first.containers)
     assert (list(line.get_xdata()), list(line.get_ydata())) == ([1, 8], [0.25, 0.5])
     assert (list(star.get_xdata()), list(star.get_ydata())) == ([3.5], [0.375])
     many = [Result(f"task {n}", "acc", DepthSetting(1), 1.0, 0.5, None, 1) for n in range(MOST_PANELS + 3)]
-    draw(many, tmp_path / "b.png")
+    draw_scores(many, tmp_path / "b.png")
     assert len(seen[1].axes) == MOST_PANELS

@@ -419,7 +419,7 @@ def test_several_prompts_and_depths(generate: Callable[..., tuple[int, str, str]
     (tmp_path / "p.txt").write_text("A letter\r\n", newline="")
     single = ("--tokens", "5", "--top-k", "0", "--loops")
     status, out, err = generate("--prompt", "The", "--prompt-file", str(tmp_path / "p.txt"), *single, "1,4")
-    assert status == 0 and "2 x as many tokens as asked for" in err and "2.50 loops per token" in err
+    assert status == 0 and "2 x the requested number of tokens" in err and "2.50 loops per token" in err
     first, second = out.split("== ")[1:]
     assert first.startswith("1 of 2, 1 loop\nThe") and second.startswith("2 of 2, 4 loops\nA letter")
     assert first.partition("\n")[2].strip("\n") == generate("--prompt", "The", *single, "1")[1].strip("\n")

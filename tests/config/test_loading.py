@@ -596,9 +596,9 @@ MERGE_BOMB = "a0: &a0 {x: 1}\n" + "".join(
         ("run: !!python/name:os.system", "could not determine a constructor"),
         ("run: !!set {name}", "allowed: a mapping"),
         ("? [a, {b: c}]\n: 1", "unhashable"),
-        ("run: &a {name: *a}", "an alias refers to what it is in"),
-        ("&a {run: 1, ? *a : 1}", "an alias refers to what it is in"),
-        ("run: &a {<<: *a}", "an alias refers to what it is in"),
+        ("run: &a {name: *a}", "an alias refers to the value that contains it"),
+        ("&a {run: 1, ? *a : 1}", "an alias refers to the value that contains it"),
+        ("run: &a {<<: *a}", "an alias refers to the value that contains it"),
         (BOMB, "stands for more than 100,000 values"),
         (MERGE_BOMB, "stands for more than 100,000 values"),
         (f"run: {levels(80)}", "nested more than 64 deep"),
@@ -658,7 +658,7 @@ def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
     """Opening a FIFO would wait for whoever writes to it."""
     os.mkfifo(tmp_path / "fifo.yaml")
     for path in (tmp_path / "fifo.yaml", Path("/dev/zero")):
-        with pytest.raises(MythosError, match="cannot be read \\(it is no regular file"):
+        with pytest.raises(MythosError, match="cannot be read \\(it is not a regular file"):
             load_config(path)
 
 

@@ -5,7 +5,7 @@ from mythos.config.presets import BPE_VOCAB_SIZE, PRESETS, model_name, preset_co
 from mythos.config.sections import TokenizerConfig
 from mythos.errors import MythosError
 from mythos.model.config import ModelConfig
-from mythos.planning.estimate import count_parameters
+from mythos.planning.flops import count_parameters
 
 # The fields below, and the total in billions.
 PUBLISHED = {

@@ -1,8 +1,13 @@
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.distributed.pool import RankPool
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="package")
@@ -13,3 +18,22 @@ def pool() -> Iterator[RankPool]:
         yield started
     finally:
         started.close()
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., subprocess.Popen]]:
+    """Start programs in Python, given as text, that end with the test whatever happens."""
+    running: list[subprocess.Popen] = []
+
+    def program(source: str, *arguments: object) -> subprocess.Popen:
+        command = [sys.executable, "-u", "-c", source, *map(str, arguments)]
+        pipe = subprocess.PIPE
+        running.append(subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True))
+        return running[-1]
+
+    try:
+        yield program
+    finally:
+        for process in running:
+            process.kill()
+            process.communicate()

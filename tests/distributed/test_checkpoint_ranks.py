@@ -18,8 +18,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from mythos.checkpoints import checkpoint
+from mythos.checkpoints import checkpoint, shards
 from mythos.checkpoints.checkpoint import Checkpoints
+from mythos.checkpoints.stored_checkpoint import complete_checkpoints, read_meta
 from mythos.distributed.ranks import Ranks
 from mythos.errors import MythosError
 from tests.distributed.pool import RankPool
@@ -81,8 +82,8 @@ def whole(tensor: Tensor) -> Tensor:
 
 def assert_equal(tensors: dict[str, Tensor], expected: dict[str, Tensor], where: str) -> None:
     for name, value in expected.items():
-        found = whole(tensors[name])
-        assert found.dtype == value.dtype and torch.equal(found, value), f"{where}: {name}"
+        actual = whole(tensors[name])
+        assert actual.dtype == value.dtype and torch.equal(actual, value), f"{where}: {name}"
 
 
 def said_alike(ranks: Ranks, work: Callable[[], Any]) -> str:
@@ -98,13 +99,13 @@ def fail_once(rank: int, error: Exception) -> None:
     """The next file that the rank writes cannot be written."""
     if dist.get_rank() != rank:
         return
-    write = checkpoint.save_file
+    write = shards.save_file
 
     def fail(*arguments: Any, **options: Any) -> None:
-        checkpoint.save_file = write
+        shards.save_file = write
         raise error
 
-    checkpoint.save_file = fail
+    shards.save_file = fail
 
 
 # The checks, as each process runs them
@@ -122,7 +123,7 @@ def check_every_layout_loads_every_other(directory: Path, layouts: dict[str, Lay
         for saved in layouts:
             checkpoints = layout.open(directory / saved)
             path = checkpoints.find("auto")
-            assert checkpoint.read_meta(path)["layout"] == saved
+            assert read_meta(path)["layout"] == saved
             tensors = layout.hold({key: torch.full_like(value, -1) for key, value in expected.items()})
             checkpoints.load(path, tensors)
             assert_equal(tensors, expected, f"{saved} loaded under {name}")
@@ -218,7 +219,7 @@ def check_failure_of_one_rank_is_everyones(directory: Path, layouts: dict[str, L
 
         text = said_alike(layout.ranks, save)
         assert "rank 2: [Errno 28] No space left on device; the newest complete checkpoint is" in text, text
-        assert [path.name for path in checkpoint.complete_checkpoints(directory / name)] == ["step-00000001"]
+        assert [path.name for path in complete_checkpoints(directory / name)] == ["step-00000001"]
         assert not list((directory / name).glob("*.tmp"))
         checkpoints.save(3, layout.hold(reference()), {}, wait=True)
         assert checkpoints.newest.name == "step-00000003"
@@ -250,7 +251,7 @@ def check_damage_is_found_by_all(directory: Path, layouts: dict[str, Layout]) ->
         for file in (directory / "step-00000001").glob("shard-00002*"):
             file.unlink()
     dist.barrier()
-    assert "no whole checkpoint" in said_alike(layout.ranks, lambda: checkpoints.find("auto"))
+    assert "no undamaged checkpoint" in said_alike(layout.ranks, lambda: checkpoints.find("auto"))
 
 
 def check_tensors_with_rows_missing_are_not_loaded(directory: Path, layouts: dict[str, Layout]) -> None:
@@ -263,7 +264,7 @@ def check_tensors_with_rows_missing_are_not_loaded(directory: Path, layouts: dic
         file.unlink()
     dist.barrier()
     text = said_alike(layout.ranks, lambda: checkpoints.load(checkpoints.newest, tensors))
-    assert "damaged: model.even is there in part only" in text, text
+    assert "damaged: only a part of model.even is stored" in text, text
 
 
 def check_object_store(directory: Path, layouts: dict[str, Layout]) -> None:

@@ -9,8 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mythos.config.sections import Config
-from mythos.distributed.parallel import named_layout
-from mythos.planning.plan import Exchange, collectives, lay_out
+from mythos.distributed.layout import named_layout
+from mythos.planning.collectives import Exchange, collectives
+from mythos.planning.rank_state import rank_state
 from mythos.trainer import Trainer
 from tests.distributed.pool import RankPool
 from tests.runs import tiny
@@ -83,22 +84,22 @@ class Recorder(TorchDispatchMode):
 
 def count(directory: Path, changes: dict[str, Any], first: int, last: int) -> tuple[Config, list[dict[str, Exchange]]]:
     """Collectives of the 0-based steps from `first` to `last`."""
-    made = Trainer(tiny(directory, run__dir=str(directory / "run"), **{**CHANGES, **changes}))
-    told = []
+    trainer = Trainer(tiny(directory, run__dir=str(directory / "run"), **{**CHANGES, **changes}))
+    recorded = []
     for _ in range(last + 1):
-        batch, problem = made.read_ahead()
+        batch, problem = trainer.read_ahead()
         assert batch is not None, problem
         with Recorder() as recorder:
-            made.train_step(batch)
-        made.step += 1
-        told.append(recorder.seen)
-    made.resources.close()
-    return made.config, told[first:]
+            trainer.train_step(batch)
+        trainer.step += 1
+        recorded.append(recorder.seen)
+    trainer.resources.close()
+    return trainer.config, recorded[first:]
 
 
 def planned(config: Config, ranks: int) -> dict[str, Exchange]:
     layout = named_layout(config.parallel, ranks, ranks)
-    return collectives(config, lay_out(config, layout), round(config.depth_mean), config.depth_backprop)
+    return collectives(config, rank_state(config, layout), round(config.depth_mean), config.depth_backprop)
 
 
 @pytest.mark.parametrize("case", CASES)

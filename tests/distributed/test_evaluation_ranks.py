@@ -20,15 +20,15 @@ OPTIONS = ["--loops", "1,4,auto", "--exit-threshold", "0.3", "--micro-batch", "2
 def train(directory: Path, mode: str) -> dict[str, float]:
     """Three steps, and what validation then finds."""
     tasks = [str(directory / "local.jsonl")]
-    made = Trainer(
+    trainer = Trainer(
         tiny(directory, run__dir=str(directory / mode), parallel__mode=mode, eval__tasks=tasks, optim__lr=0.02)
     )
     for _ in range(3):
-        take_step(made)
-    found = made.validate()
-    made.save(wait=True)
-    made.resources.close()
-    return {key: value for key, value in found.items() if "local" in key}
+        take_step(trainer)
+    metrics = trainer.validate()
+    trainer.save(wait=True)
+    trainer.resources.close()
+    return {key: value for key, value in metrics.items() if "local" in key}
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +39,9 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, fl
 
 
 def test_a_sharded_model_in_training(pool: RankPool, single: tuple[Path, dict[str, float]]) -> None:
-    directory, found = single
-    assert len(found) == 4
-    assert pool.run(train, directory, "fsdp", ranks=2) == [found, found]
+    directory, metrics = single
+    assert len(metrics) == 4
+    assert pool.run(train, directory, "fsdp", ranks=2) == [metrics, metrics]
 
 
 def test_the_script(pool: RankPool, single: tuple[Path, dict[str, float]]) -> None:

@@ -31,18 +31,18 @@ def train_and_sample(directory: Path) -> Sampled:
         eval__samples=2,
         eval__sample_tokens=12,
     )
-    made = Trainer(config)
+    trainer = Trainer(config)
     for _ in range(3):
-        take_step(made)
-    made.validate()
-    made.save(wait=True)
-    made.model.eval()
-    [row], _ = generate(made.model, [[5, 9, 2]], 10, sampling=Sampling(temperature=1.0), seed=3, loops=5)
-    made.parallel.reshard()
-    tensors = made.model.state_dict()
+        take_step(trainer)
+    trainer.validate()
+    trainer.save(wait=True)
+    trainer.model.eval()
+    [row], _ = generate(trainer.model, [[5, 9, 2]], 10, sampling=Sampling(temperature=1.0), seed=3, loops=5)
+    trainer.parallel.reshard()
+    tensors = trainer.model.state_dict()
     whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}
-    made.resources.close()
-    return made.samples, row.tokens, whole
+    trainer.resources.close()
+    return trainer.samples, row.tokens, whole
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +69,6 @@ def test_one_process_opens_and_exports_what_two_saved_and_says_the_same(
     [row], _ = generate(opened.model, [[5, 9, 2]], 10, sampling=Sampling(temperature=1.0), seed=3, loops=5)
     assert row.tokens == ids
 
-    made = export_model(directory / "run", tmp_path / "exported", max_shard_size="30KB")
-    loaded = AutoModelForCausalLM.from_pretrained(made.folder).model.state_dict()
-    assert made.files > 2 and all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+    trainer = export_model(directory / "run", tmp_path / "exported", max_shard_size="30KB")
+    loaded = AutoModelForCausalLM.from_pretrained(trainer.folder).model.state_dict()
+    assert trainer.files > 2 and all(torch.equal(loaded[name], tensors[name]) for name in tensors)

@@ -30,21 +30,21 @@ def first_steps(directory: Path, name: str, changes: dict[str, Any]) -> tuple[di
     values["run"] = {"name": name, "dir": str(directory / name)}
     values["model"] = {"loops": 5}
     del values["tokenizer"]
-    made = Trainer(config_from_dict(values))
+    trainer = Trainer(config_from_dict(values))
     start = {
         key: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
-        for key, tensor in tensors_of(made.model).items()
+        for key, tensor in tensors_of(trainer.model).items()
     }
-    losses = [take_step(made).loss.item() for _ in range(3)]
-    made.resources.close()
+    losses = [take_step(trainer).loss.item() for _ in range(3)]
+    trainer.resources.close()
     return start, losses
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("init_from")
-    run(tiny(made, run__dir=str(made / "source"), optim__lr=0.02, **CHANGES))
-    return made
+    trainer = tmp_path_factory.mktemp("init_from")
+    run(tiny(trainer, run__dir=str(trainer / "source"), optim__lr=0.02, **CHANGES))
+    return trainer
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

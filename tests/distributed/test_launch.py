@@ -27,13 +27,13 @@ import json, os, sys
 if sys.argv[1] == "-c":  # the check of the configuration
     os.execv({sys.executable!r}, [{sys.executable!r}, *sys.argv[1:]]) if "CHECK" in os.environ else sys.exit()
 names = (
-    "OMP_NUM_THREADS", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "MYTHOS_ENDED", "PYTORCH_ALLOC_CONF",
+    "OMP_NUM_THREADS", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "MYTHOS_STATUS_FILE", "PYTORCH_ALLOC_CONF",
     "PYTORCH_CUDA_ALLOC_CONF",
 )
 with open(os.environ["RECORD"], "w") as file:
     json.dump({{"arguments": sys.argv[1:], "environment": {{name: os.environ.get(name) for name in names}}}}, file)
 if "ERROR" in os.environ:
-    with open(os.environ["MYTHOS_ENDED"], "w") as file:
+    with open(os.environ["MYTHOS_STATUS_FILE"], "w") as file:
         file.write(os.environ["ERROR"])
 sys.exit(int(os.environ.get("STATUS", "0")))
 """
@@ -136,7 +136,7 @@ def test_processes_on_the_cpu(launch):
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("settings", "expected"),
     [
         ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "PYTORCH_CUDA_ALLOC_CONF": None}),
         (
@@ -152,15 +152,15 @@ def test_processes_on_the_cpu(launch):
     ],
     ids=str,
 )
-def test_segments_of_gpu_memory_grow_unless_the_allocator_was_configured(launch, given, expected):
-    environment = launch.started("--processes", "2", CONFIG, **given)[2]
+def test_segments_of_gpu_memory_grow_unless_the_allocator_was_configured(launch, settings, expected):
+    environment = launch.started("--processes", "2", CONFIG, **settings)[2]
     assert {name: environment[name] for name in expected} == expected
 
 
 def test_arguments_arrive_as_they_are(launch):
-    given = ["run.name=two words", "run.dir=a'b\"c$(touch made)`touch made`*", "--dry-run"]
-    _, arguments, _ = launch.started("--cpu", "1", CONFIG, *given)
-    assert arguments == [CONFIG, *given, "train.device=cpu"]
+    words = ["run.name=two words", "run.dir=a'b\"c$(touch made)`touch made`*", "--dry-run"]
+    _, arguments, _ = launch.started("--cpu", "1", CONFIG, *words)
+    assert arguments == [CONFIG, *words, "train.device=cpu"]
     assert not (launch.directory / "made").exists()
 
 
@@ -231,8 +231,8 @@ def test_error_is_told_below_the_rest(launch):
     result = launch("--cpu", "2", CONFIG, ERROR="error: no such corpus\n", STATUS="7")
     assert (result.returncode, result.stderr) == (7, "starting; processes: 2\nerror: no such corpus\n")
     assert launch("--cpu", "2", CONFIG, ERROR="error: no such corpus\n", STATUS="0").returncode == 1
-    ended = json.loads(launch.record.read_text())["environment"]["MYTHOS_ENDED"]
-    assert not Path(ended).parent.exists()
+    status_file = json.loads(launch.record.read_text())["environment"]["MYTHOS_STATUS_FILE"]
+    assert not Path(status_file).parent.exists()
 
 
 # --- several machines
@@ -343,7 +343,7 @@ with StopRequests(None) as stop:
     world = meet_world("cpu", start_timeout=30, timeout=30)
     ranks, rank = world.ranks, world.rank
     print(f"attempt {attempt} rank {rank} of {ranks.size}: {sys.argv[1:]}\\n", end="", flush=True)
-    while not ranks.max(int(stop.reason is not None)):
+    while not ranks.any(stop.reason is not None)[0]:
         time.sleep(0.05)
         ranks.barrier()
         if attempt == 0 and rank == 1:
@@ -390,7 +390,7 @@ from mythos.distributed.ranks import meet_world
 with StopRequests(None) as stop:
     world = meet_world("cpu", start_timeout=30, timeout=30)
     print("training\\n", end="", flush=True)
-    while not world.ranks.max(int(stop.reason is not None)):
+    while not world.ranks.any(stop.reason is not None)[0]:
         time.sleep(0.05)
     print("saving\\n", end="", flush=True)
     time.sleep(0 if "saved" in sys.argv else 60)
@@ -423,8 +423,8 @@ def test_second_signal_ends_all_at_once(tmp_path, word, status):
     said = log.read_text()
     assert run.returncode == status, said
     assert "Traceback" not in said and "exitcode" not in said
-    told = ["error: SIGTERM again: stopped at once, without saving the last steps"] if status else []
-    assert [line for line in said.splitlines() if line.startswith("error: ")] == told
+    errors = ["error: SIGTERM again: stopped at once, without saving the last steps"] if status else []
+    assert [line for line in said.splitlines() if line.startswith("error: ")] == errors
 
 
 def test_locked_run_directory_ends_with_one_message(tmp_path):

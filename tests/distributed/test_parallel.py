@@ -69,9 +69,9 @@ class Trained(NamedTuple):
 
 
 def train(directory: Path, name: str, changes: dict[str, Any], steps: int = 4) -> Trained:
-    made = Trainer(tiny(directory, run__dir=str(directory / name), **{**CHANGES, **changes}))
+    trainer = Trainer(tiny(directory, run__dir=str(directory / name), **{**CHANGES, **changes}))
     idle = 0
-    forward = made.forward
+    forward = trainer.forward
 
     def counted(*inputs: Any) -> Any:
         nonlocal idle
@@ -79,15 +79,15 @@ def train(directory: Path, name: str, changes: dict[str, Any], steps: int = 4) -
         idle += int((output.expert_load.sum(1) == 0).sum())
         return output
 
-    made.forward = counted
+    trainer.forward = counted
     results = []
     for _ in range(steps):
-        batch, problem = made.read_ahead()
+        batch, problem = trainer.read_ahead()
         assert batch is not None, problem
-        results.append(made.train_step(batch))
-        made.step += 1
-    weights = {name: whole(tensor) for name, tensor in made.state().items()}
-    made.resources.close()
+        results.append(trainer.train_step(batch))
+        trainer.step += 1
+    weights = {name: whole(tensor) for name, tensor in trainer.state().items()}
+    trainer.resources.close()
     return Trained(
         [result.loss.item() for result in results],
         [result.grad_norm.item() for result in results],
@@ -246,20 +246,20 @@ def test_options_of_published_models_equal_one_process(
 def dtypes_in_forward(directory: Path) -> tuple[dict[str, torch.dtype], dict[str, torch.dtype], float]:
     """Every parameter's type while its module computes and while it rests, and the loss of the first step."""
     changes = {"parallel__mode": "fsdp", "train__dtype": "bfloat16", "run__dir": str(directory / "bfloat16")}
-    made = Trainer(tiny(directory, **{**CHANGES, **changes}))
+    trainer = Trainer(tiny(directory, **{**CHANGES, **changes}))
     seen: dict[str, torch.dtype] = {}
-    resting = {name: parameter.dtype for name, parameter in made.model.named_parameters()}
-    for prefix, module in made.model.named_modules():
+    resting = {name: parameter.dtype for name, parameter in trainer.model.named_parameters()}
+    for prefix, module in trainer.model.named_modules():
 
         def note(module: torch.nn.Module, _: Any, prefix: str = prefix) -> None:
             seen.update({f"{prefix}.{name}": p.dtype for name, p in module.named_parameters(recurse=False)})
 
         if list(module.parameters(recurse=False)):
             module.register_forward_pre_hook(note)
-    batch, _ = made.read_ahead()
+    batch, _ = trainer.read_ahead()
     assert batch is not None
-    loss = made.train_step(batch).loss.item()
-    made.resources.close()
+    loss = trainer.train_step(batch).loss.item()
+    trainer.resources.close()
     return seen, resting, loss
 
 
@@ -279,28 +279,28 @@ def accumulation_error(directory: Path, name: str, changes: dict[str, Any]) -> t
     The largest of any parameter, relative to its gradient's norm.
     """
     bfloat16 = {"train__dtype": "bfloat16", "run__dir": str(directory / name)}
-    made = Trainer(tiny(directory, **{**CHANGES, **bfloat16, **changes}))
-    batch, _ = made.read_ahead()
+    trainer = Trainer(tiny(directory, **{**CHANGES, **bfloat16, **changes}))
+    batch, _ = trainer.read_ahead()
     assert batch is not None
-    plan, rows = made.schedule.plan(0), batch.rows.tolist()
+    plan, rows = trainer.schedule.plan(0), batch.rows.tolist()
     order = sorted(range(len(rows)), key=lambda place: -plan.loops[rows[place]])
     micro_batches = [order[start : start + 2] for start in range(0, len(order), 2)]
     types: set[torch.dtype] = set()
 
     def gradients(passes: list[list[int]]) -> dict[str, Tensor]:
         for micro in passes:
-            with made.parallel.accumulating(micro is passes[-1]):
-                made.forward(batch, micro, plan).objective.backward()
-        made.parallel.finish_gradients()
-        found = {n: p.grad for n, p in made.model.named_parameters() if p.grad is not None}
-        types.update(gradient.dtype for gradient in found.values())
-        result = {n: whole(gradient).double() for n, gradient in found.items()}
-        made.optimizer.zero_grad(set_to_none=True)
+            with trainer.parallel.accumulating(micro is passes[-1]):
+                trainer.forward(batch, micro, plan).objective.backward()
+        trainer.parallel.finish_gradients()
+        gradients = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
+        types.update(gradient.dtype for gradient in gradients.values())
+        result = {n: whole(gradient).double() for n, gradient in gradients.items()}
+        trainer.optimizer.zero_grad(set_to_none=True)
         return result
 
     accumulated = gradients(micro_batches)
     one_by_one = [gradients([micro]) for micro in micro_batches]
-    made.resources.close()
+    trainer.resources.close()
     errors = []
     for parameter, gradient in accumulated.items():
         total = torch.stack([each[parameter] for each in one_by_one]).sum(0)

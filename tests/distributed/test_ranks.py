@@ -12,11 +12,13 @@ import psutil
 import pytest
 import torch
 
-from mythos.distributed.parallel import Layout, named_layout
+from mythos.distributed.layout import Layout, named_layout
 from mythos.distributed.ranks import World, join_world
 from mythos.errors import MythosError
-from mythos.planning import plan
-from mythos.planning.estimate import Activations, count_parameters
+from mythos.planning import layout as planning
+from mythos.planning import rank_state
+from mythos.planning.flops import count_parameters
+from mythos.planning.memory import Activations
 from tests.distributed.pool import RankPool
 from tests.runs import tiny
 
@@ -26,10 +28,10 @@ GIB = 2**30
 def talk(directory: Path) -> tuple[Any, ...]:
     world = join_world(tiny(directory, data__streams=4))
     ranks = world.ranks
-    found = (
+    results = (
         ranks.gather({"rank": ranks.rank}),
         ranks.broadcast(10 + ranks.rank),
-        ranks.max(ranks.rank * 2),
+        ranks.any(False, ranks.rank == 2),
         world.sum(torch.tensor([1.5, ranks.rank])).tolist(),
     )
     world.in_turn(lambda: (directory / "order").open("a").write(f"{ranks.rank}\n"))
@@ -37,7 +39,7 @@ def talk(directory: Path) -> tuple[Any, ...]:
     with pytest.raises(MythosError) as caught:
         ranks.agreed(lambda: fail_on(ranks.rank, 1))
     world.leave()
-    return *found, order, str(caught.value)
+    return *results, order, str(caught.value)
 
 
 def fail_on(rank: int, failing: int) -> None:
@@ -46,9 +48,9 @@ def fail_on(rank: int, failing: int) -> None:
 
 
 def test_agreement(pool: RankPool, tmp_path: Path) -> None:
-    for gathered, broadcast, largest, total, order, problem in pool.run(talk, tmp_path, ranks=4):
+    for gathered, broadcast, flags, total, order, problem in pool.run(talk, tmp_path, ranks=4):
         assert gathered == [{"rank": n} for n in range(4)]
-        assert (broadcast, largest, total) == (10, 6, [6.0, 6.0])
+        assert (broadcast, flags, total) == (10, [False, True], [6.0, 6.0])
         assert order[0] == 0 and sorted(order) == [0, 1, 2, 3]
         assert problem == "rank 1: no such file"
 
@@ -56,7 +58,7 @@ def test_agreement(pool: RankPool, tmp_path: Path) -> None:
 def part(directory: Path) -> tuple[int, int]:
     before = threads()
     world = join_world(tiny(directory, data__streams=2))
-    world.ranks.max(1)
+    world.ranks.any(True)
     while_together = threads()
     world.leave()
     return len(while_together - before), len(threads() - before)
@@ -104,7 +106,9 @@ def test_port_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_unreachable_master(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     environment(monkeypatch, 1, 9)  # nobody listens on the discard port
-    with pytest.raises(MythosError, match=r"rank 1 of 2 cannot meet the others at 127.0.0.1:9.*Check MASTER_ADDR"):
+    with pytest.raises(
+        MythosError, match=r"rank 1 of 2 cannot connect to the other ranks at 127.0.0.1:9.*Check MASTER_ADDR"
+    ):
         join_world(tiny(tmp_path, parallel__timeout=2))
 
 
@@ -113,7 +117,9 @@ def test_something_else_at_the_port(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         environment(monkeypatch, 1, silent.getsockname()[1])
-        with pytest.raises(MythosError, match=r"rank 1 of 2 cannot meet.*not a run of processes. Check MASTER_ADDR"):
+        with pytest.raises(
+            MythosError, match=r"rank 1 of 2 cannot connect.*another kind of server listens there. Check MASTER_ADDR"
+        ):
             join_world(tiny(tmp_path, parallel__timeout=0.5))
 
 
@@ -143,11 +149,11 @@ def agree(directory: Path, memory: list[int]) -> tuple[Layout, list[str]]:
     handler = logging.Handler()
     handler.emit = records.append  # type: ignore[method-assign]
     with (
-        patch.object(plan, "memory_of_device", lambda world: memory[world.rank]),
-        patch.object(plan, "step_activations", lambda model, step: Activations(0, 0)),
-        patch.object(plan.logger, "handlers", [handler]),
+        patch.object(planning, "memory_of_device", lambda world: memory[world.rank]),
+        patch.object(rank_state, "step_activations", lambda model, step: Activations(0, 0)),
+        patch.object(planning.logger, "handlers", [handler]),
     ):
-        chosen = plan.agree_on_layout(config, world)
+        chosen = planning.agree_on_layout(config, world)
     world.leave()
     return chosen, [record.getMessage() for record in records]
 
@@ -166,6 +172,10 @@ def test_ranks_agree_on_the_layout_for_the_smallest_device(pool: RankPool, tmp_p
 
 def test_alone_everything_is_at_once() -> None:
     world = World(torch.device("cpu"), *[join_world(tiny(Path(tempfile.gettempdir()))).ranks] * 2)
-    assert world.ranks.gather(1) == [1] and world.ranks.broadcast("a") == "a" and world.ranks.max(3) == 3
+    assert (
+        world.ranks.gather(1) == [1]
+        and world.ranks.broadcast("a") == "a"
+        and world.ranks.any(False, True) == [False, True]
+    )
     assert world.in_turn(lambda: 5) == 5
     world.leave()

@@ -37,31 +37,31 @@ Steps = tuple[list[float], list[dict[int, Tensor]]]
 """The losses of some steps, and the rows of ids of each by their global number."""
 
 
-def take_steps(made: Trainer, until: int, save: bool = False) -> Steps:
+def take_steps(trainer: Trainer, until: int, save: bool = False) -> Steps:
     losses, rows = [], []
-    while made.step < until:
-        batch, problem = made.read_ahead()
+    while trainer.step < until:
+        batch, problem = trainer.read_ahead()
         assert batch is not None, problem
-        losses.append(made.train_step(batch).loss.item())
+        losses.append(trainer.train_step(batch).loss.item())
         rows.append(dict(zip(batch.rows.tolist(), batch.ids, strict=True)))
-        made.step += 1
-        made.tokens += made.config.tokens_per_step
+        trainer.step += 1
+        trainer.tokens += trainer.config.tokens_per_step
     if save:
-        made.position = made.loader.state_dict()
-        made.validate()  # which leaves FSDP's root gathered
-        made.save(wait=False)
+        trainer.position = trainer.loader.state_dict()
+        trainer.validate()  # which leaves FSDP's root gathered
+        trainer.save(wait=False)
     return losses, rows
 
 
 def train_and_save(directory: Path, name: str, changes: dict[str, Any]) -> tuple[Path, Steps]:
     """Save after three steps, in the background, and go on to the sixth meanwhile."""
-    made = Trainer(tiny(directory, run__dir=str(directory / name), **CHANGES, **changes))
-    take_steps(made, SAVED_AFTER, save=True)
-    after = take_steps(made, STEPS)
-    made.checkpoints.wait()
-    made.resources.close()
-    assert made.checkpoints.newest is not None
-    return Path(made.checkpoints.newest), after
+    trainer = Trainer(tiny(directory, run__dir=str(directory / name), **CHANGES, **changes))
+    take_steps(trainer, SAVED_AFTER, save=True)
+    after = take_steps(trainer, STEPS)
+    trainer.checkpoints.wait()
+    trainer.resources.close()
+    assert trainer.checkpoints.newest is not None
+    return Path(trainer.checkpoints.newest), after
 
 
 MUON: dict[str, Any] = {"optim__name": "muon"}
@@ -81,10 +81,10 @@ def test_muon_continues_what_other_layouts_saved(pool: RankPool, tmp_path: Path)
 
 
 def continued(directory: Path, name: str, saved: Path, changes: dict[str, Any]) -> Steps:
-    made = Trainer(tiny(directory, run__dir=str(directory / name), run__resume=str(saved), **CHANGES, **changes))
-    assert made.step == SAVED_AFTER
-    after = take_steps(made, STEPS)
-    made.resources.close()
+    trainer = Trainer(tiny(directory, run__dir=str(directory / name), run__resume=str(saved), **CHANGES, **changes))
+    assert trainer.step == SAVED_AFTER
+    after = take_steps(trainer, STEPS)
+    trainer.resources.close()
     return after
 
 

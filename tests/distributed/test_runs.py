@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from mythos.checkpoints import checkpoint
+from mythos.checkpoints.stored_checkpoint import complete_checkpoints
 from mythos.config.loading import load_config
 from mythos.data.stream import Batch
 from mythos.distributed.parallel import choose_micro_batch
 from mythos.errors import MythosError, TransientError
+from mythos.files.storage import step_of
 from mythos.model.rdt import RDTOutput
 from mythos.trainer import StepResult, Trainer
 from mythos.training.metrics import read_metrics
@@ -49,9 +50,13 @@ def made_on(directory: Path, name: str, **changes: Any) -> Trainer:
 
 
 def run(directory: Path, name: str, changes: dict[str, Any]) -> dict[str, torch.Tensor]:
-    made = made_on(directory, name, **changes)
-    made.run()
-    return {key: value.clone() for key, value in made.model.state_dict().items()} if made.layout.mode == "ddp" else {}
+    trainer = made_on(directory, name, **changes)
+    trainer.run()
+    return (
+        {key: value.clone() for key, value in trainer.model.state_dict().items()}
+        if trainer.layout.mode == "ddp"
+        else {}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -109,26 +114,24 @@ def rank() -> int:
     return int(os.environ["RANK"])
 
 
-def at_step(made: Trainer, step: int, action: Any) -> None:
+def at_step(trainer: Trainer, step: int, action: Any) -> None:
     """Call an action on this rank right before the training step of that number (counted from 0)."""
-    original = made.train_step
+    original = trainer.train_step
 
     def train_step(batch: Batch) -> StepResult:
-        if made.step == step:
+        if trainer.step == step:
             action()
         return original(batch)
 
-    made.train_step = train_step
+    trainer.train_step = train_step
 
 
 def run_signalled(directory: Path, number: int) -> tuple[int, list[int]]:
-    made = made_on(directory, f"signal-{number}", checkpoint__every=0)
+    trainer = made_on(directory, f"signal-{number}", checkpoint__every=0)
     if rank() == 1:
-        at_step(made, 2, lambda: (os.kill(os.getpid(), number), time.sleep(0.2)))
-    made.run()
-    return made.step, [
-        checkpoint.step_of(path) for path in checkpoint.complete_checkpoints(made.run_dir / "checkpoints")
-    ]
+        at_step(trainer, 2, lambda: (os.kill(os.getpid(), number), time.sleep(0.2)))
+    trainer.run()
+    return trainer.step, [step_of(path) for path in complete_checkpoints(trainer.run_dir / "checkpoints")]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
@@ -141,10 +144,10 @@ def test_signal_on_one_rank_stops_and_saves_all(pool: RankPool, single: Path, nu
 
 
 def run_out_of_time(directory: Path) -> tuple[int, list[int]]:
-    made = made_on(directory, "time", train__max_time="3s", checkpoint__every=0)
-    at_step(made, 2, lambda: time.sleep(3))
-    made.run()
-    return made.step, [checkpoint.step_of(p) for p in checkpoint.complete_checkpoints(made.run_dir / "checkpoints")]
+    trainer = made_on(directory, "time", train__max_time="3s", checkpoint__every=0)
+    at_step(trainer, 2, lambda: time.sleep(3))
+    trainer.run()
+    return trainer.step, [step_of(p) for p in complete_checkpoints(trainer.run_dir / "checkpoints")]
 
 
 def test_time_limit_stops_and_saves_all(pool: RankPool, single: Path) -> None:
@@ -153,12 +156,12 @@ def test_time_limit_stops_and_saves_all(pool: RankPool, single: Path) -> None:
 
 
 def run_without_data(directory: Path) -> tuple[str, int]:
-    made = made_on(directory, "data", checkpoint__every=0)
+    trainer = made_on(directory, "data", checkpoint__every=0)
     if rank() == 1:
-        fail_at(made, 4, "shard x cannot be reached")
+        fail_at(trainer, 4, "shard x cannot be reached")
     with pytest.raises(TransientError) as caught:
-        made.run()
-    return str(caught.value), made.step
+        trainer.run()
+    return str(caught.value), trainer.step
 
 
 def test_missing_data_on_one_rank_saves_and_stops_all(pool: RankPool, single: Path) -> None:
@@ -171,27 +174,27 @@ def test_missing_data_on_one_rank_saves_and_stops_all(pool: RankPool, single: Pa
 
 
 def run_spoilt(directory: Path, where: str) -> tuple[list[float], int]:
-    made = made_on(directory, where)
+    trainer = made_on(directory, where)
     if rank() == 1 and where == "loss":
-        forward = made.forward
+        forward = trainer.forward
 
         def spoilt(*inputs: Any) -> RDTOutput:
             output = forward(*inputs)
-            return output._replace(loss=output.loss * math.inf) if made.step == 2 else output
+            return output._replace(loss=output.loss * math.inf) if trainer.step == 2 else output
 
-        made.forward = spoilt
+        trainer.forward = spoilt
     if rank() == 1 and where == "gradient":
-        finish = made.parallel.finish_gradients
+        finish = trainer.parallel.finish_gradients
 
         def spoil() -> None:
             finish()
-            if made.step == 2:
-                made.model.norm.weight.grad.fill_(math.nan)
+            if trainer.step == 2:
+                trainer.model.norm.weight.grad.fill_(math.nan)
 
-        made.parallel.finish_gradients = spoil
-    made.run()
-    weights = [p.detach().double().sum().item() for p in made.model.parameters()]
-    return weights, int(made.skipped)
+        trainer.parallel.finish_gradients = spoil
+    trainer.run()
+    weights = [p.detach().double().sum().item() for p in trainer.model.parameters()]
+    return weights, int(trainer.skipped)
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
@@ -203,20 +206,20 @@ def test_spoilt_step_of_one_rank_is_skipped_by_all(pool: RankPool, single: Path,
 
 def choose(directory: Path, name: str) -> int:
     """Micro-batches of more than 2 rows run out of memory on rank 1, the second of two that hold 8 each."""
-    made = made_on(directory, name, train__micro_batch=4, parallel__mode=name)
-    made.config = made.config.model_copy(
-        update={"train": made.config.train.model_copy(update={"micro_batch": "auto", "global_batch": 16})}
+    trainer = made_on(directory, name, train__micro_batch=4, parallel__mode=name)
+    trainer.config = trainer.config.model_copy(
+        update={"train": trainer.config.train.model_copy(update={"micro_batch": "auto", "global_batch": 16})}
     )
-    forward = made.model.forward
+    forward = trainer.model.forward
 
     def scarce(ids: torch.Tensor, *inputs: Any, **options: Any) -> RDTOutput:
         if len(ids) > 2 and rank() == 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
         return forward(ids, *inputs, **options)
 
-    made.model.forward = scarce
-    chosen = choose_micro_batch(made.config, made.parallel)
-    made.resources.close()
+    trainer.model.forward = scarce
+    chosen = choose_micro_batch(trainer.config, trainer.parallel)
+    trainer.resources.close()
     return chosen
 
 
@@ -227,16 +230,16 @@ def test_micro_batch_that_fits_on_every_rank(pool: RankPool, single: Path) -> No
 
 
 def run_slowly(directory: Path) -> None:
-    made = made_on(directory, "slow", parallel__mode="ddp")
+    trainer = made_on(directory, "slow", parallel__mode="ddp")
     if rank() == 1:
-        forward = made.forward
+        forward = trainer.forward
 
         def slow(*inputs: Any) -> RDTOutput:
             time.sleep(0.3)
             return forward(*inputs)
 
-        made.forward = slow
-    made.run()
+        trainer.forward = slow
+    trainer.run()
 
 
 def test_slow_rank_is_named(pool: RankPool, single: Path) -> None:
@@ -254,12 +257,12 @@ def run_beside_a_lost_rank(directory: Path, how: str) -> str:
     changes: dict[str, Any] = {"checkpoint__asynchronous": False}
     changes |= {"parallel__timeout": 3, "data__patience": 1, "parallel__stall_after": 1}
     changes |= {"parallel__mode": "hsdp", "parallel__shard": 2} if how == "hanging" else {}
-    made = made_on(directory, how, **changes)
+    trainer = made_on(directory, how, **changes)
     if rank() == 1:
-        at_step(made, 3, lambda: os.kill(os.getpid(), signal.SIGKILL if how == "dead" else signal.SIGSTOP))
+        at_step(trainer, 3, lambda: os.kill(os.getpid(), signal.SIGKILL if how == "dead" else signal.SIGSTOP))
     started = time.monotonic()
     with pytest.raises(TransientError) as caught:
-        made.run()
+        trainer.run()
     (directory / how / "message").write_text(str(caught.value))
     assert time.monotonic() - started < 12
     return "told"
@@ -277,4 +280,4 @@ def test_lost_rank_ends_the_others_within_the_timeout(pool: RankPool, single: Pa
     assert message.endswith("step-00000002")
     if how == "hanging":
         stacks = (single / how / "stacks" / "rank-00000.txt").read_text()
-        assert "rank 0 stands still" in stacks and "train_step" in stacks
+        assert "rank 0 has trainer no progress" in stacks and "train_step" in stacks

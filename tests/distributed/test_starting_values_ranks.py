@@ -70,12 +70,12 @@ MODES: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def start(directory: Path, name: str, changes: dict[str, Any]) -> dict[str, Tensor]:
-    made = Trainer(
+    trainer = Trainer(
         tiny(directory, run__dir=str(directory / name), data__streams=4, model__n_experts=6, depth__mean=2, **changes)
     )
-    state = made.model.state_dict()
+    state = trainer.model.state_dict()
     whole = {key: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for key, t in state.items()}
-    made.resources.close()
+    trainer.resources.close()
     return whole
 
 

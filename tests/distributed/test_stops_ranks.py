@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from mythos.checkpoints.checkpoint import complete_checkpoints, step_of
 from mythos.checkpoints.ownership import LOCK
+from mythos.checkpoints.stored_checkpoint import complete_checkpoints
 from mythos.distributed.run_lock import RunLock
 from mythos.errors import MythosError
 from mythos.evaluation import in_training
 from mythos.files import storage
+from mythos.files.storage import step_of
 from mythos.trainer import Trainer
 from mythos.training.metrics import read_metrics
 from tests.distributed.pool import RankPool
@@ -63,7 +64,7 @@ def train(directory: Path, name: str, mode: str) -> None:
 
 
 def stop_while(directory: Path, name: str, mode: str, what: str, asked: int) -> tuple[int, list[int], float]:
-    made = made_on(directory, name, mode)
+    trainer = made_on(directory, name, mode)
     target, function = {
         "validation": (in_training, "validation_metrics"),
         "tasks": (in_training, "choice_metrics"),
@@ -81,11 +82,11 @@ def stop_while(directory: Path, name: str, mode: str, what: str, asked: int) -> 
 
     setattr(target, function, disturbed)
     try:
-        made.run()
+        trainer.run()
     finally:
         setattr(target, function, original)
     seconds = time.monotonic() - began[0] if began else 0.0
-    return made.step, [step_of(path) for path in complete_checkpoints(made.run_dir / "checkpoints")], seconds
+    return trainer.step, [step_of(path) for path in complete_checkpoints(trainer.run_dir / "checkpoints")], seconds
 
 
 @pytest.mark.parametrize(
@@ -105,9 +106,9 @@ def test_a_stop_on_one_rank_interrupts_all(pool: RankPool, directory: Path, mode
     last = read_metrics(directory / name / "metrics.jsonl")[-1]
     assert last["step"] == 3 and not any(key.startswith("val/") for key in last)
     pool.run(train, directory, name, mode, ranks=2)
-    expected, found = measurements(directory / f"whole-{mode}"), measurements(directory / name)
-    assert [record["step"] for record in found] == [1, 2, 3, 4, 5, 6]
-    for record, other in zip(expected, found, strict=True):
+    expected, actual = measurements(directory / f"whole-{mode}"), measurements(directory / name)
+    assert [record["step"] for record in actual] == [1, 2, 3, 4, 5, 6]
+    for record, other in zip(expected, actual, strict=True):
         mine, whole = ({k: v for k, v in r.items() if not k.startswith("straggler/")} for r in (other, record))
         assert mine == whole
 
@@ -121,10 +122,10 @@ def begin(directory: Path, name: str, spoil: str) -> str:
     with pytest.MonkeyPatch.context() as patch:
         if spoil == "no permission" and rank() == 1:
 
-            def refused(path: Path, content: bytes) -> None:
+            def refused(path: Path, content: bytes, **_: bool) -> None:
                 raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
-            patch.setattr(storage, "_replace", refused)
+            patch.setattr(storage, "write_whole", refused)
         if spoil == "not shared":  # one path, and another disk on each machine
             init = storage.LocalStorage.__init__
             patch.setattr(storage.LocalStorage, "__init__", lambda self, root: init(self, root / str(rank())))
@@ -152,7 +153,7 @@ def test_another_runs_place_is_refused_on_all_ranks(pool: RankPool, directory: P
     ("spoil", "message"),
     [
         ("no permission", r"cannot be written there: rank 1: .*Permission denied"),
-        ("not shared", r"what rank 1 writes there is not seen by rank 0.*must share"),
+        ("not shared", r"rank 0 does not see files that rank 1 writes there.*must share"),
     ],
 )
 def test_unusable_places_are_told_on_all_ranks_before_training(

@@ -22,20 +22,20 @@ CHANGES: dict[str, Any] = {
 
 def train(directory: Path, mode: str) -> tuple[list[float], dict[str, float], dict[str, Tensor]]:
     """Three steps: losses, what validation then finds, weights."""
-    made = Trainer(tiny(directory, run__dir=str(directory / mode), parallel__mode=mode, **CHANGES))
+    trainer = Trainer(tiny(directory, run__dir=str(directory / mode), parallel__mode=mode, **CHANGES))
     losses = []
     for _ in range(3):
-        batch, problem = made.read_ahead()
+        batch, problem = trainer.read_ahead()
         assert batch is not None, problem
-        losses.append(made.train_step(batch).loss.item())
-        made.step += 1
-    found = made.validate()
+        losses.append(trainer.train_step(batch).loss.item())
+        trainer.step += 1
+    metrics = trainer.validate()
     state = {
         name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
-        for name, tensor in made.state().items()
+        for name, tensor in trainer.state().items()
     }
-    made.resources.close()
-    return losses, found, state
+    trainer.resources.close()
+    return losses, metrics, state
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +46,9 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[list[f
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_equals_one_process(pool: RankPool, single: tuple[Path, tuple[Any, ...]], mode: str) -> None:
-    directory, (losses, found, weights) = single
-    for their_losses, their_found, their_weights in pool.run(train, directory, mode, ranks=2):
+    directory, (losses, metrics, weights) = single
+    for their_losses, their_metrics, their_weights in pool.run(train, directory, mode, ranks=2):
         torch.testing.assert_close(their_losses, losses, rtol=1e-5, atol=0)
-        assert their_found == pytest.approx(found, rel=1e-4)
+        assert their_metrics == pytest.approx(metrics, rel=1e-4)
         for name, weight in their_weights.items():
             torch.testing.assert_close(weight, weights[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: n + m)

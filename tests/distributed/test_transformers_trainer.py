@@ -33,7 +33,7 @@ def train(folder: Path, size: int, halting: str, options: dict[str, object]) -> 
 )
 def test_two_processes_train_as_one(pool: RankPool, tmp_path: Path, halting: str, options: dict[str, object]) -> None:
     expected, weights = train(tmp_path, 4, halting, options)
-    for losses, found in pool.run(train, tmp_path, 2, halting, options, ranks=2):
+    for losses, weights in pool.run(train, tmp_path, 2, halting, options, ranks=2):
         assert losses == pytest.approx(expected, abs=2e-4)
         for name, value in weights.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-5)

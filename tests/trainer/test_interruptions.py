@@ -14,13 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from mythos import trainer
-from mythos.checkpoints import checkpoint
+from mythos.checkpoints.stored_checkpoint import complete_checkpoints
 from mythos.config.sections import Config
 from mythos.data.pipeline import open_data
 from mythos.data.stream import Batch
 from mythos.errors import MythosError
-from mythos.trainer import Trainer
+from mythos.trainer import StepResult, Trainer
 from tests.runs import documents, losses, measurements, tiny, write_settings
 from tests.trainers import assert_identical, fail_at, run, saved, state_of, take_step
 
@@ -30,49 +29,49 @@ pytestmark = pytest.mark.usefixtures("no_plots")
 # --- updates that are skipped
 
 
-def spoil(made: Trainer, steps: set[int]) -> None:
+def spoil(trainer: Trainer, steps: set[int]) -> None:
     """Make the loss of these steps (counted from 0) NaN, and with it every gradient."""
-    forward = made.forward
+    forward = trainer.forward
 
     def spoilt(*inputs):
         output = forward(*inputs)
-        return output._replace(loss=output.loss * math.nan) if made.step in steps else output
+        return output._replace(loss=output.loss * math.nan) if trainer.step in steps else output
 
-    made.forward = spoilt
+    trainer.forward = spoilt
 
 
 def test_diverged_run_stops_and_saves_nothing_spoilt(tmp_path):
     """Unlogged steps too: a checkpoint of a diverged model would replace the one to go back to."""
-    made = Trainer(tiny(tmp_path, log__every=100, checkpoint__every=2, train__steps=8))
-    spoil(made, {3, 4, 5, 6, 7})
+    trainer = Trainer(tiny(tmp_path, log__every=100, checkpoint__every=2, train__steps=8))
+    spoil(trainer, {3, 4, 5, 6, 7})
     with pytest.raises(MythosError, match=r"the loss is nan.*at step 8.*diverged.*5 updates in a row.*step-00000002"):
-        made.run()
-    assert checkpoint.complete_checkpoints(made.run_dir / "checkpoints") == [saved(made, 2)]
+        trainer.run()
+    assert complete_checkpoints(trainer.run_dir / "checkpoints") == [saved(trainer, 2)]
 
 
 def test_skipped_update_leaves_everything_as_it_was(tmp_path):
     """Weights, moments, step counts and router biases; the run goes on and counts it."""
-    made = Trainer(tiny(tmp_path, train__steps=6, model__router_bias_rate=0.25))
-    spoil(made, {2, 3})
+    trainer = Trainer(tiny(tmp_path, train__steps=6, model__router_bias_rate=0.25))
+    spoil(trainer, {2, 3})
     for _ in range(2):
-        take_step(made)
-    before = {name: tensor.clone() for name, tensor in state_of(made).items()}
+        take_step(trainer)
+    before = {name: tensor.clone() for name, tensor in state_of(trainer).items()}
     for _ in range(2):
-        take_step(made)
-        assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(made).items())
-    result = take_step(made)
-    assert not torch.equal(made.model.embedding.weight, before["model.embedding.weight"])
-    assert made.measure(result)["skipped_steps"] == 2
+        take_step(trainer)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(trainer).items())
+    result = take_step(trainer)
+    assert not torch.equal(trainer.model.embedding.weight, before["model.embedding.weight"])
+    assert trainer.measure(result)["skipped_steps"] == 2
 
 
 def test_spoilt_steps_are_records_without_a_loss(tmp_path):
-    made = Trainer(tiny(tmp_path, train__steps=6))
-    spoil(made, {2})
-    made.run()
-    records = measurements(made.run_dir)
+    trainer = Trainer(tiny(tmp_path, train__steps=6))
+    spoil(trainer, {2})
+    trainer.run()
+    records = measurements(trainer.run_dir)
     assert [record["loss"] is None for record in records] == [False, False, True, False, False, False]
     assert [record["skipped_steps"] for record in records] == [0, 0, 1, 1, 1, 1]
-    assert json.loads((saved(made, 6) / "meta.json").read_text())["skips"]["total"] == 1
+    assert json.loads((saved(trainer, 6) / "meta.json").read_text())["skips"]["total"] == 1
 
 
 def test_finished_run_that_is_extended_goes_on_with_new_data(tmp_path):
@@ -87,12 +86,12 @@ def test_finished_run_that_is_extended_goes_on_with_new_data(tmp_path):
 
 
 def test_skips_and_random_generators_continue(tmp_path):
-    made = Trainer(tiny(tmp_path, train__steps=6, checkpoint__every=2, train__skip_limit=3))
-    spoil(made, {2, 5})
-    at = made.train_step
-    made.train_step = lambda batch: (torch.rand(7), at(batch))[1]
+    trainer = Trainer(tiny(tmp_path, train__steps=6, checkpoint__every=2, train__skip_limit=3))
+    spoil(trainer, {2, 5})
+    at = trainer.train_step
+    trainer.train_step = lambda batch: (torch.rand(7), at(batch))[1]
     with contextlib.suppress(MythosError):
-        made.run()  # which ends with a skipped update
+        trainer.run()  # which ends with a skipped update
     drawn = torch.rand(7)
     continued = Trainer(tiny(tmp_path, train__steps=6, checkpoint__every=2, train__skip_limit=3))
     assert continued.step == 4 and int(continued.skipped) == 1
@@ -104,16 +103,16 @@ def test_skips_and_random_generators_continue(tmp_path):
 def test_rollback_goes_on_with_the_data_that_comes_next(tmp_path):
     """Weights and moments are the checkpoint's again; steps, schedule and data go on."""
     changes = {"train__steps": 9, "train__skip_limit": 2, "train__rollbacks": 1, "checkpoint__every": 2}
-    made = Trainer(tiny(tmp_path, **changes))
-    spoil(made, {3, 4})
-    made.run()
+    trainer = Trainer(tiny(tmp_path, **changes))
+    spoil(trainer, {3, 4})
+    trainer.run()
     other = Trainer(tiny(tmp_path, **changes, run__dir=str(tmp_path / "other")))
     for step in range(9):
         batch, _ = other.read_ahead()
         if step not in (2, 3, 4):  # undone, and skipped
             other.train_step(batch)
         other.step += 1
-    assert_identical(other, made)
+    assert_identical(other, trainer)
 
 
 # --- interruptions
@@ -136,17 +135,17 @@ class Interrupted(Exception):
 
 def interrupt(config: Config, step: int) -> None:
     """Train until `step` is done, then lose everything that is not on disk."""
-    made = Trainer(config)
-    original = made.train_step
+    trainer = Trainer(config)
+    original = trainer.train_step
 
-    def until(batch: Batch) -> trainer.StepResult:
-        if made.step == step:
+    def until(batch: Batch) -> StepResult:
+        if trainer.step == step:
             raise Interrupted
         return original(batch)
 
-    made.train_step = until
+    trainer.train_step = until
     with pytest.raises(Interrupted):
-        made.run()
+        trainer.run()
 
 
 @pytest.fixture(scope="module")
@@ -202,12 +201,12 @@ def test_data_starts_again_on_purpose_only(tmp_path, caplog):
     (tmp_path / "other.jsonl").write_text("".join(json.dumps({"text": f"Other {text}"}) + "\n" for text in documents()))
     with pytest.raises(MythosError, match=r"corpus was .*, is .*data\.on_mismatch=restart"):
         Trainer(tiny(tmp_path, **other))
-    made = Trainer(tiny(tmp_path, **other, data__on_mismatch="restart"))
-    assert made.step == 2 and "the data starts from its beginning" in caplog.text
-    fresh = open_data(made.config, made.run_dir, {}).streams(made.config.run.seed)
-    assert torch.equal(made.loader.next_batch().ids, fresh.next_batch(4).ids)
+    trainer = Trainer(tiny(tmp_path, **other, data__on_mismatch="restart"))
+    assert trainer.step == 2 and "the data starts from its beginning" in caplog.text
+    fresh = open_data(trainer.config, trainer.run_dir, {}).streams(trainer.config.run.seed)
+    assert torch.equal(trainer.loader.next_batch().ids, fresh.next_batch(4).ids)
     # The position saved from here on is in the new data.
-    made.run()
+    trainer.run()
     assert Trainer(tiny(tmp_path, **{**other, "train__steps": 5})).step == 4
 
 
@@ -218,17 +217,17 @@ def test_what_was_trained_is_saved_when_data_fails(tmp_path, every):
     (tmp_path / "whole").mkdir()
     whole = run(tiny(tmp_path / "whole", **changes))
     config = tiny(tmp_path, **changes)
-    made = Trainer(config)
-    fail_at(made, 6, "data: shard x cannot be reached")
+    trainer = Trainer(config)
+    fail_at(trainer, 6, "data: shard x cannot be reached")
     with pytest.raises(MythosError, match=r"shard x cannot be reached\nStopped after step 6, .*step-00000006"):
-        made.run()
+        trainer.run()
     assert_identical(whole, run(config))
 
 
 def test_tokens_are_counted_over_a_change_of_the_batch(tmp_path):
     run(tiny(tmp_path, train__steps=2, train__global_batch=8))
-    made = run(tiny(tmp_path, train__steps=3, train__global_batch=4))
-    assert made.tokens == measurements(made.run_dir)[-1]["tokens"] == (2 * 8 + 4) * 32
+    trainer = run(tiny(tmp_path, train__steps=3, train__global_batch=4))
+    assert trainer.tokens == measurements(trainer.run_dir)[-1]["tokens"] == (2 * 8 + 4) * 32
 
 
 def test_nothing_left_to_train(tmp_path, uninterrupted, capsys):

@@ -83,13 +83,13 @@ class HostRows(list):
         return list(self)
 
 
-def step_without_waiting(made: Trainer) -> tuple[StepResult, set[str]]:
+def step_without_waiting(trainer: Trainer) -> tuple[StepResult, set[str]]:
     """A step, and the operations that it ran."""
-    batch = made.loader.next_batch()
+    batch = trainer.loader.next_batch()
     batch = batch._replace(rows=HostRows(batch.rows.tolist()))
     with NoWaiting() as waiting:
-        result = made.train_step(batch)
-    made.step += 1
+        result = trainer.train_step(batch)
+    trainer.step += 1
     return result, waiting.ran
 
 
@@ -111,21 +111,21 @@ def test_step_waits_for_nothing(tmp_path, monkeypatch, changes):
         grouped_experts, "grouped_product", lambda x, weights, ends: F.grouped_mm(x, weights, offs=ends)
     )
     monkeypatch.setattr(grouped_experts, "grouped_outer", lambda x, y, ends: F.grouped_mm(x.T, y, offs=ends))
-    made = Trainer(tiny(tmp_path, optim__clip=0.1, depth__curriculum={"shape": "none"}, **changes))
-    made.resources.close()
-    weight = made.model.norm.weight
+    trainer = Trainer(tiny(tmp_path, optim__clip=0.1, depth__curriculum={"shape": "none"}, **changes))
+    trainer.resources.close()
+    weight = trainer.model.norm.weight
     for skipped in (False, True, False):
         kept = weight.detach().clone()
         if skipped:
             weight.data[0] = float("nan")
-        result, ran = step_without_waiting(made)
+        result, ran = step_without_waiting(trainer)
         assert result.loss.isnan() == skipped and (skipped or result.grad_norm > 0.1)
         assert len(set(result.plan.loops)) > 1 and max(result.plan.loops) > result.plan.backprop
         weight.data.copy_(kept if skipped else weight)
-    assert int(made.skipped) == 1
+    assert int(trainer.skipped) == 1
     assert "_fused_adamw_" in ran
-    assert ("baddbmm" in ran) == (made.config.optim.name == "muon")
-    assert ("_grouped_mm" in ran) == (made.config.model.core_ffn == "moe")
+    assert ("baddbmm" in ran) == (trainer.config.optim.name == "muon")
+    assert ("_grouped_mm" in ran) == (trainer.config.model.core_ffn == "moe")
 
 
 OPERATIONS = [

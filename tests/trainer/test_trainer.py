@@ -16,19 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mythos.checkpoints.checkpoint import read_meta
+from mythos.checkpoints.stored_checkpoint import read_meta
 from mythos.config.sections import Config
 from mythos.data.pipeline import open_data
 from mythos.distributed.parallel import choose_dtype
 from mythos.model import moe
 from mythos.model.halting import HaltingGate
+from mythos.model.injection import LTIInjection
 from mythos.model.layers import RMSNorm
 from mythos.model.moe import Router
 from mythos.model.rdt import RecurrentDepthTransformer
-from mythos.model.recurrence import LTIInjection, initial_state
+from mythos.model.state import initial_state
 from mythos.trainer import Trainer
 from mythos.training.depth_schedule import DepthSchedule
-from mythos.training.optim import learning_rate
+from mythos.training.lr import learning_rate
 from tests.runs import losses, measurements, tiny
 from tests.trainers import assert_identical, run, saved, state_of, take_step
 
@@ -38,10 +39,10 @@ pytestmark = pytest.mark.usefixtures("no_plots")
 # --- against a reference
 
 
-def reference_run(config: Config, made: Trainer, steps: int) -> tuple[RecurrentDepthTransformer, list[float]]:
+def reference_run(config: Config, trainer: Trainer, steps: int) -> tuple[RecurrentDepthTransformer, list[float]]:
     """AdamW over whole batches, written out: same data, depths and initial states; loss from the logits."""
-    model = RecurrentDepthTransformer(made.config.model).initialize(config.run.seed)
-    streams = open_data(config, made.run_dir, {}).streams(config.run.seed)
+    model = RecurrentDepthTransformer(trainer.config.model).initialize(config.run.seed)
+    streams = open_data(config, trainer.run_dir, {}).streams(config.run.seed)
     schedule = DepthSchedule(config)
     optim = config.optim
     tables = ("embedding.weight", "readout.weight", "recurrence.injection.weight", "recurrence.adapter.scale")
@@ -99,19 +100,19 @@ def test_steps_equal_a_loop_written_out(tmp_path):
         optim__weight_decay=1.0,
         model__router_bias_rate=0.01,
     )
-    made = Trainer(config)
+    trainer = Trainer(config)
     results = []
     for _ in range(4):
-        results.append(take_step(made))
+        results.append(take_step(trainer))
     assert len({tuple(result.plan.loops) for result in results}) > 1, "the curriculum must show"
     assert any(len(set(result.plan.loops)) > 1 for result in results), "rows of one step must differ in depth"
-    model, history = reference_run(config, made, 4)
+    model, history = reference_run(config, trainer, 4)
     for result, expected in zip(results, history, strict=True):
         assert result.loss.item() == pytest.approx(expected, rel=1e-5)
         assert result.grad_norm > 0.7, "clipping must act"
-    for (name, actual), expected in zip(made.model.state_dict().items(), model.state_dict().values(), strict=True):
+    for (name, actual), expected in zip(trainer.model.state_dict().items(), model.state_dict().values(), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
-    assert made.model.recurrence.blocks[0].ffn.router.bias.abs().max() > 0.009
+    assert trainer.model.recurrence.blocks[0].ffn.router.bias.abs().max() > 0.009
 
 
 @pytest.mark.parametrize(
@@ -126,15 +127,15 @@ def test_steps_equal_a_loop_written_out(tmp_path):
 def test_layout_of_the_work_changes_nothing(tmp_path, changes):
     """Accumulation in more micro-batches, or recomputation: same losses, gradients and expert counts."""
     layout = {"train__micro_batch": 8, "optim__eps": 1e-5, **changes}
-    made = Trainer(tiny(tmp_path, train__micro_batch=8, optim__eps=1e-5))
+    trainer = Trainer(tiny(tmp_path, train__micro_batch=8, optim__eps=1e-5))
     other = Trainer(tiny(tmp_path, run__dir=str(tmp_path / "other"), **layout))
     for _ in range(4):
-        one, two = take_step(made), take_step(other)
+        one, two = take_step(trainer), take_step(other)
         for name in ("loss", "grad_norm", "state_norm", "state_delta"):
             assert getattr(two, name).item() == pytest.approx(getattr(one, name).item(), rel=1e-5), name
         assert torch.equal(one.expert_load, two.expert_load)
     for (name, actual), expected in zip(
-        other.model.state_dict().items(), made.model.state_dict().values(), strict=True
+        other.model.state_dict().items(), trainer.model.state_dict().values(), strict=True
     ):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -144,18 +145,18 @@ def test_checkpointing_recomputes(tmp_path):
     calls = []
     for mode in ("none", "selective", "loop"):
         directory = str(tmp_path / mode)
-        made = Trainer(
+        trainer = Trainer(
             tiny(tmp_path, run__dir=directory, parallel__activation_checkpointing=mode, depth__sampling="fixed")
         )
-        made.step = 3  # past the curriculum
+        trainer.step = 3  # past the curriculum
         count = 0
 
         def counted(*_, **__) -> None:
             nonlocal count
             count += 1
 
-        made.model.recurrence.blocks[0].attention.out.register_forward_hook(counted)
-        take_step(made)
+        trainer.model.recurrence.blocks[0].attention.out.register_forward_hook(counted)
+        take_step(trainer)
         calls.append(count)
     micro_batches, loops, carried = 2, 3, 2
     assert calls == [micro_batches * loops, micro_batches * loops, micro_batches * (loops + carried)]
@@ -195,24 +196,24 @@ def test_record_of_a_step(learned):
 
 def test_router_biases_follow_the_load(tmp_path):
     """Counts by hand, from what every router call of the step chose, all micro-batches and loops."""
-    made = Trainer(tiny(tmp_path, model__core_layers=2, model__router_bias_rate=0.25))
-    made.step = 3
+    trainer = Trainer(tiny(tmp_path, model__core_layers=2, model__router_bias_rate=0.25))
+    trainer.step = 3
     chosen: dict[int, list[Tensor]] = {0: [], 1: []}
     hooks = [
         block.ffn.router.register_forward_hook(lambda _, __, out, k=number: chosen[k].append(out[1].flatten()))
-        for number, block in enumerate(made.model.recurrence.blocks)
+        for number, block in enumerate(trainer.model.recurrence.blocks)
     ]
-    result = take_step(made)
+    result = take_step(trainer)
     for hook in hooks:
         hook.remove()
-    record = made.measure(result)
+    record = trainer.measure(result)
     counts = torch.stack([torch.cat(calls).bincount(minlength=4) for calls in chosen.values()])
     assert counts.sum() == 2 * sum(result.plan.loops) * 32 * 2
     assert record["moe/load_max_over_mean"] == pytest.approx(
         max(row.max().item() / (row.sum().item() / 4) for row in counts), rel=1e-12
     )
     assert record["moe/dead_experts"] == (counts == 0).sum()
-    for block, row in zip(made.model.recurrence.blocks, counts.tolist(), strict=True):
+    for block, row in zip(trainer.model.recurrence.blocks, counts.tolist(), strict=True):
         expected = [0.25 * ((sum(row) / 4 > count) - (sum(row) / 4 < count)) for count in row]
         assert block.ffn.router.bias.tolist() == expected
         assert max(expected) > 0 > min(expected)
@@ -313,7 +314,7 @@ class ProductTypes(TorchDispatchMode):
 def test_bfloat16_run(tmp_path, monkeypatch):
     """Finite, near the float32 run; injection, router, the state between loops and the norm before it stay float32."""
     full = run(tiny(tmp_path, run__dir=str(tmp_path / "full"), train__steps=3))
-    made = Trainer(tiny(tmp_path, run__dir=str(tmp_path / "half"), train__steps=3, train__dtype="bfloat16"))
+    trainer = Trainer(tiny(tmp_path, run__dir=str(tmp_path / "half"), train__steps=3, train__dtype="bfloat16"))
     types = ProductTypes()
 
     def traced(owner: Any, name: str, part: str) -> None:
@@ -334,16 +335,16 @@ def test_bfloat16_run(tmp_path, monkeypatch):
     def record(part: str, *tensors: Tensor) -> None:
         outputs.setdefault(part, set()).update(tensor.dtype for tensor in tensors)
 
-    for module in made.model.modules():
+    for module in trainer.model.modules():
         if isinstance(module, RMSNorm):
             module.register_forward_hook(lambda norm, _, out: record("norm for products" if norm.cast else "norm", out))
         elif isinstance(module, Router):
             module.register_forward_hook(lambda _, __, out: record("gates", out[0]))
         elif isinstance(module, LTIInjection):
             module.register_forward_hook(lambda _, inputs, out: record("state", *inputs, *out))
-    made.model.prelude[0].ffn.gate_up.register_forward_hook(lambda _, __, out: record("product", out))
+    trainer.model.prelude[0].ffn.gate_up.register_forward_hook(lambda _, __, out: record("product", out))
     with types:
-        made.run()
+        trainer.run()
     assert outputs == {
         "norm for products": {torch.bfloat16},
         "norm": {torch.float32},
@@ -354,9 +355,9 @@ def test_bfloat16_run(tmp_path, monkeypatch):
     assert types.seen["injection"] == types.seen["router"] == {torch.float32}
     assert types.seen["experts"] == {torch.bfloat16}
     assert torch.bfloat16 in types.seen["elsewhere"]
-    assert all(tensor.dtype == torch.float32 for tensor in state_of(made).values())
-    assert losses(made.run_dir) == pytest.approx(losses(full.run_dir), rel=0.02)
-    assert losses(made.run_dir) != losses(full.run_dir)
+    assert all(tensor.dtype == torch.float32 for tensor in state_of(trainer).values())
+    assert losses(trainer.run_dir) == pytest.approx(losses(full.run_dir), rel=0.02)
+    assert losses(trainer.run_dir) != losses(full.run_dir)
 
 
 @pytest.mark.parametrize(
@@ -392,15 +393,15 @@ def test_compiled_model(tmp_path, monkeypatch, changes):
     torch.compiler.reset()
     plain = Trainer(tiny(tmp_path, train__micro_batch=8, **changes))
     assert not compiled, "on a CPU auto means not"
-    made = Trainer(
+    trainer = Trainer(
         tiny(tmp_path, train__micro_batch=8, train__compile=True, run__dir=str(tmp_path / "compiled"), **changes)
     )
-    model = made.model
+    model = trainer.model
     blocks = [block._call_impl for block in (*model.prelude, *model.coda)]
     assert sorted(map(str, compiled)) == sorted(map(str, [model.recurrence.step, *blocks]))
     for _ in range(3):
-        assert take_step(made).loss.item() == pytest.approx(take_step(plain).loss.item(), rel=1e-4)
-    assert made.model.state_dict().keys() == plain.model.state_dict().keys()
+        assert take_step(trainer).loss.item() == pytest.approx(take_step(plain).loss.item(), rel=1e-4)
+    assert trainer.model.state_dict().keys() == plain.model.state_dict().keys()
     torch.compiler.reset()
 
 
@@ -410,21 +411,21 @@ def test_number_of_graphs(tmp_path, monkeypatch):
     A graph of a pass in full: fullgraph raises at a break.
     """
     graphs: list[int] = []
-    made: Trainer | None = None
+    trainer: Trainer | None = None
 
     def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
-        graphs.append(made.step if made else 0)
+        graphs.append(trainer.step if trainer else 0)
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
     torch.compiler.reset()
     changes = {"model__prelude_layers": 1, "train__global_batch": 16, "train__micro_batch": 6, "train__steps": 50}
-    made = Trainer(tiny(tmp_path, train__compile=True, depth__mean=4, data__mask_documents=True, **changes))
+    trainer = Trainer(tiny(tmp_path, train__compile=True, depth__mean=4, data__mask_documents=True, **changes))
     depths = set()
     for step in range(50):
-        depths.add(take_step(made).plan.loops)
+        depths.add(take_step(trainer).plan.loops)
         if step % 10 == 0:
-            made.validate()
+            trainer.validate()
     torch.compiler.reset()
     assert len(depths) > 40
     print(graphs)
@@ -433,16 +434,16 @@ def test_number_of_graphs(tmp_path, monkeypatch):
 
 def test_gate_that_cannot_learn_is_left_as_it_is(tmp_path, monkeypatch):
     """A loss of the gate that is not a number changes neither gate nor model, and skips no step."""
-    made = Trainer(tiny(tmp_path, model__halting="gate", train__steps=3, depth__curriculum={"shape": "none"}))
-    before = {name: p.clone() for name, p in made.model.halting.named_parameters()}
+    trainer = Trainer(tiny(tmp_path, model__halting="gate", train__steps=3, depth__curriculum={"shape": "none"}))
+    before = {name: p.clone() for name, p in trainer.model.halting.named_parameters()}
     monkeypatch.setattr(HaltingGate, "loss", lambda self, *_: sum(p.sum() for p in self.parameters()) * float("nan"))
     for _ in range(3):
-        assert take_step(made).loss.isfinite()
-    assert int(made.skipped) == 0
-    assert all(p.isfinite().all() for p in made.model.parameters())
-    for name, parameter in made.model.halting.named_parameters():
+        assert take_step(trainer).loss.isfinite()
+    assert int(trainer.skipped) == 0
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+    for name, parameter in trainer.model.halting.named_parameters():
         torch.testing.assert_close(parameter, before[name], rtol=0.01, atol=1e-6)  # but for weight decay
-    made.resources.close()
+    trainer.resources.close()
 
 
 def test_checkpoint_names_the_versions_of_what_is_installed(tmp_path, monkeypatch):
@@ -455,10 +456,10 @@ def test_checkpoint_names_the_versions_of_what_is_installed(tmp_path, monkeypatc
         return original(name)
 
     monkeypatch.setattr(metadata, "version", version)
-    made = Trainer(tiny(tmp_path))
-    made.save(wait=True)
-    made.resources.close()
-    versions = read_meta(saved(made, 0))["versions"]
+    trainer = Trainer(tiny(tmp_path))
+    trainer.save(wait=True)
+    trainer.resources.close()
+    versions = read_meta(saved(trainer, 0))["versions"]
     assert versions["torch"] == original("torch") and versions["python"] == platform.python_version()
     assert "datasets" not in versions
 

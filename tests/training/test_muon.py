@@ -55,7 +55,7 @@ def hidden(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def draw_gradients(model: nn.Module, seed: int) -> dict[str, Tensor]:
-    """Random gradients, by name; copies, for a step uses up those it is given."""
+    """Random gradients, by name; copies, because a step overwrites gradients."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.grad = 0.01 * torch.randn(parameter.shape, generator=generator)
@@ -142,9 +142,9 @@ def test_all_else_is_updated_by_adamw():
     other = RecurrentDepthTransformer(preset_config("mythos_nano", vocab_size=128)).initialize(0)
     adamw = build_optimizer(other, OptimConfig(lr=LR, weight_decay=DECAY))
     for step in range(2):
-        for one, given in ((model, optimizer), (other, adamw)):
+        for one, its_optimizer in ((model, optimizer), (other, adamw)):
             draw_gradients(one, step)
-            given.step()
+            its_optimizer.step()
     matrices, others = hidden(model), dict(other.named_parameters())
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, others[name]) == (name not in matrices), name

@@ -8,7 +8,8 @@ import torch
 from mythos.config.presets import preset_config
 from mythos.config.sections import OptimConfig
 from mythos.model.rdt import RecurrentDepthTransformer
-from mythos.training.optim import build_optimizer, learning_rate
+from mythos.training.lr import learning_rate
+from mythos.training.optim import build_optimizer
 
 
 def test_decay_on_matrices_only():

@@ -1,0 +1,85 @@
+"""Which rank writes which tensor of a checkpoint, and how a rank writes its file."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
+from torch.futures import Future
+
+from mythos.distributed.ranks import Ranks
+from mythos.torch_internals import shard_file_name, shard_metadata
+
+SHARD_PREFIX = "shard-{:05d}-"
+"""How torch.distributed.checkpoint begins the names of a rank's files, counted from 1."""
+
+
+def rank_share(tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """The tensors of which this rank writes its shard. Tensors that several ranks have are divided among these, evenly.
+
+    torch.distributed.checkpoint deduplicates too, but only after everything is copied to the host.
+    """
+    share = {}
+    written: dict[int, list[int]] = {}  # by number of copies: bytes that each of the copies' ranks writes
+    for name in sorted(tensors, key=lambda name: (-tensors[name].nbytes, name)):
+        copies, mine = _copies(tensors[name], ranks)
+        sizes = written.setdefault(copies, [0] * copies)
+        chosen = sizes.index(min(sizes))
+        sizes[chosen] += tensors[name].nbytes
+        if chosen == mine:
+            share[name] = tensors[name]
+    return share
+
+
+def _copies(tensor: Tensor, ranks: Ranks) -> tuple[int, int]:
+    """How many ranks have the same bytes, and which of them this one is."""
+    if not isinstance(tensor, DTensor):
+        return ranks.size, ranks.rank
+    mesh = tensor.device_mesh
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None, "every rank is in the mesh"
+    copies, mine = 1, 0
+    for placement, size, position in zip(tensor.placements, mesh.shape, coordinate, strict=True):
+        if placement.is_replicate():
+            copies, mine = copies * size, mine * size + position
+    return copies, mine
+
+
+class HostPlanner(dcp.DefaultSavePlanner):
+    """Plans by the layout of the live tensors and returns their copies on the host, `host` by name."""
+
+    def __init__(self, host: dict[str, Tensor]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.host = host
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        """The host's copy of a tensor."""
+        return self.host[index.fqn]
+
+
+class ShardWriter(dcp.HuggingFaceStorageWriter):
+    """Writes a file directly from the tensors.
+
+    torch's writer builds the file in memory, twice, and blocks all other threads meanwhile (seconds a gigabyte).
+    """
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's file, if it has any tensors."""
+        tensors: dict[str, Tensor] = {}
+        offsets: dict[str, Sequence[int]] = {}
+        for item in plan.items:
+            tensor = planner.resolve_data(item)
+            assert isinstance(tensor, Tensor) and item.tensor_data is not None, "checkpoints have tensors only"
+            tensors[item.index.fqn] = tensor.contiguous()
+            offsets[item.index.fqn] = item.tensor_data.chunk.offsets
+        if tensors:
+            file = Path(self.path) / shard_file_name(plan.storage_data["shard_index"])
+            save_file(tensors, file, metadata=shard_metadata(offsets))
+        done: Future[list[WriteResult]] = Future()
+        done.set_result([])  # only a consolidated index would need them
+        return done
