@@ -242,7 +242,7 @@ def build_targets(folder: Path) -> list[Target]:
     """All targets; writes their valid files into a folder, which takes some seconds, and checks that they are read."""
     run = _run(folder / "trained")
     exported = folder / "export"
-    assert export_command.main([str(run), str(exported)]) == 0
+    assert export.main([str(run), str(exported)]) == 0
     targets = [*_configurations(folder, exported), *_models(folder, run, exported), *_data(folder, run / "tokenizer")]
     for target in targets:
         target.read(shutil.copytree(target.folder, folder / "copy"))
@@ -307,7 +307,7 @@ def _seal_checkpoint(copy: Path) -> None:
 def _models(folder: Path, run: Path, exported: Path) -> list[Target]:
     [checkpoint] = (run / "checkpoints").glob("step-*")
     parts = folder / "parts"
-    assert export_command.main([str(run), str(parts), "--max-shard-size", "60KB"]) == 0
+    assert export.main([str(run), str(parts), "--max-shard-size", "60KB"]) == 0
     foreign = folder / "foreign"
     foreign.mkdir()
     targets = []
