@@ -9,8 +9,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+from mythos.cli.presets import preset_table
 from mythos.config.checking import allowed, sections, shown
-from mythos.config.presets import preset_table
 from mythos.config.sections import Config
 from mythos.section import Section
 

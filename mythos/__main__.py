@@ -1,4 +1,4 @@
-"""The command `mythos` as `python -m mythos`, also for torchrun: `torchrun ... -m mythos train CONFIG`."""
+"""`python -m mythos` is the command `mythos`, also under torchrun: `torchrun ... -m mythos train CONFIG`."""
 
 import sys
 

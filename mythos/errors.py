@@ -1,4 +1,4 @@
-"""The errors a person can act on."""
+"""Errors that a person can act on, and how messages are shown: short, and without credentials."""
 
 import logging
 import re
@@ -8,9 +8,9 @@ from typing import Any
 
 
 class MythosError(Exception):
-    """Bad input. The message says what was given, what is allowed and what to do; entry points print it and exit 1.
+    """Invalid input. The message says what was given, what is allowed and what to do; entry points print it and exit 1.
 
-    Credentials in the URLs of a message are replaced: it is printed, logged and mailed around.
+    Credentials in the message's URLs are replaced, because messages are printed, logged and mailed.
     """
 
     def __init__(self, *args: object) -> None:
@@ -18,15 +18,15 @@ class MythosError(Exception):
 
 
 class TransientError(MythosError):
-    """What a restart may not meet again: another process was lost, a server did not answer."""
+    """A failure that a restart may avoid: another process was lost, a server did not answer."""
 
 
 class DiskFullError(MythosError):
-    """What free space would mend: a disk is full, or a quota is used up."""
+    """A full disk, or a quota that is used up."""
 
 
 def short_reason(error: BaseException) -> str:
-    """The first line of another library's error, or its type where it says nothing: what fits in a message of ours."""
+    """The first line of another library's error, for a message of ours; the error's type if it has no text."""
     return without_credentials(str(error).splitlines()[0]) if str(error) else type(error).__name__
 
 
@@ -36,16 +36,16 @@ class _WithoutCredentials(logging.Formatter):
 
 
 def log_messages() -> None:
-    """Write warnings and errors of all libraries to standard error, credentials in URLs replaced."""
+    """Write warnings and errors of all libraries to standard error, with the credentials in URLs replaced."""
     handler = logging.StreamHandler()
     handler.setFormatter(_WithoutCredentials("%(levelname)s: %(message)s"))
     logging.basicConfig(handlers=[handler])
 
 
 def without_credentials(value: Any) -> Any:
-    """Plain values with `***` for user names, passwords and whole queries in the URLs of their strings.
+    """Replace user names, passwords and queries in the URLs of a value's strings by `***`.
 
-    Whole queries, because nobody knows all the names under which servers take signatures and tokens.
+    The whole query is replaced, because servers use too many names for signatures and tokens to list them.
     """
     if isinstance(value, dict):
         return {key: without_credentials(item) for key, item in value.items()}
@@ -58,9 +58,9 @@ def without_credentials(value: Any) -> Any:
 
 
 def import_optional(package: str, needed_by: str) -> ModuleType:
-    """Import a package that most runs do without.
+    """Import a package that most runs do not need.
 
-    Raises MythosError that names `needed_by`, a field or a command, and how to install the package.
+    Raises MythosError that names `needed_by` (a field or a command) and the command that installs the package.
     """
     try:
         return import_module(package)

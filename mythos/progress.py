@@ -5,30 +5,35 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from datetime import timedelta
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar, overload
 
 from tqdm import tqdm
 
 T = TypeVar("T")
 
 INTERVAL = 10.0
-"""Seconds between two plain lines: a run of weeks writes some 40 kB an hour."""
+"""Seconds between two plain lines: about 40 kB an hour."""
 
 
-def progress_bar(items: Iterable[T] = (), **options: Any) -> "tqdm[T] | Lines[T]":
-    """tqdm's bar if standard error is a terminal, else plain lines. Takes the options of `Lines` and of tqdm."""
-    if sys.stderr.isatty():
-        return tqdm(items or None, **options)
-    return Lines(items, **options)
+@overload
+def progress_bar(items: Iterable[T], **options: Any) -> "tqdm[T] | Lines[T]": ...
+@overload
+def progress_bar(**options: Any) -> "tqdm[Any] | Lines[Any]": ...
+def progress_bar(items: Iterable[Any] = (), **options: Any) -> "tqdm[Any] | Lines[Any]":
+    """tqdm's bar if standard error is a terminal, else plain lines.
+
+    Takes the options of `Lines` and of tqdm. Without `items`, `total` is required and `update` counts.
+    """
+    return tqdm(items, **options) if sys.stderr.isatty() else Lines(items, **options)
 
 
 class Lines(Generic[T]):
-    """Stands in for tqdm where no terminal is: a line on standard error every INTERVAL seconds.
+    """Replaces tqdm without a terminal: writes a line to standard error every INTERVAL seconds.
 
     Work that takes less than INTERVAL writes nothing. tqdm would write a carriage return and the whole bar ten times a
-    second. Options of tqdm that concern the bar's looks are ignored.
+    second. Options of tqdm that concern only the bar's looks are ignored.
     """
 
     def __init__(
@@ -43,11 +48,12 @@ class Lines(Generic[T]):
         disable: bool = False,
         **_: Any,
     ) -> None:
-        self.items, self.initial, self.n = items, initial, initial
-        self.total = len(items) if total is None and hasattr(items, "__len__") else total
+        self.items, self.initial = items, initial
+        self.n: float = initial
+        self.total = len(items) if total is None and isinstance(items, Sized) else total
         self.desc, self.unit, self.disable = desc, unit, disable
-        self.number = scaled if unit_scale else "{:,}".format
-        self.more = ""
+        self.format_number: Callable[[float], str] = scaled if unit_scale else "{:,}".format
+        self.postfix = ""
         self.started = self.written = time.monotonic()
 
     def __iter__(self) -> Iterator[T]:
@@ -69,15 +75,15 @@ class Lines(Generic[T]):
             self._write()
 
     def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
-        """Say more in the lines to come."""
-        self.more = f" | {s}" if s else ""
+        """Append a text to the lines to come."""
+        self.postfix = f" | {s}" if s else ""
 
     def refresh(self) -> None:
-        """Write a line, if the last one is old."""
+        """Write a line if the last one is old."""
         self.update(0)
 
     def close(self) -> None:
-        """End with a line, if there were any."""
+        """Write a last line if there were any."""
         if self.written > self.started and not self.disable:
             self._write()
         self.disable = True
@@ -85,22 +91,26 @@ class Lines(Generic[T]):
     def _write(self) -> None:
         self.written = time.monotonic()
         seconds, done = self.written - self.started, self.n - self.initial
-        amount = self.number(self.n) if self.total is None else f"{self.number(self.n)}/{self.number(self.total)}"
-        left = "" if not (self.total and done) else f" | ETA {duration(seconds / done * (self.total - self.n))}"
+        amount = self.format_number(self.n)
+        eta = ""
+        if self.total is not None:
+            amount += f"/{self.format_number(self.total)}"
+            if self.total and done:
+                eta = f" | ETA {duration(seconds / done * (self.total - self.n))}"
         if not self.disable:
-            line = f"{self.desc}: {amount} {self.unit} | {duration(seconds)}{left}{self.more}"
+            line = f"{self.desc}: {amount} {self.unit} | {duration(seconds)}{eta}{self.postfix}"
             print(line, file=sys.stderr, flush=True)
 
 
 class Console:
-    """What a training run tells while it trains: a bar on a terminal, elsewhere lines that `grep` and `tail` can read.
+    """A training run's output: a bar on a terminal, elsewhere lines that `grep` and `tail` can read.
 
-    Lines go to standard output. Without a terminal the first logged step has one, every validation, the last step, and
-    between them at most one every INTERVAL seconds.
+    Lines go to standard output. Without a terminal there is a line for the first logged step, every validation and the
+    last step, and between them at most one every INTERVAL seconds.
     """
 
     def __init__(self, shown: bool) -> None:
-        """Tell all, or on ranks other than 0 nothing."""
+        """Show everything; on ranks other than 0 show nothing."""
         self.shown = shown
         self.bar: tqdm[Any] | None = None
         self.first = self.steps = 0
@@ -120,12 +130,12 @@ class Console:
                 self.bar = None
 
     def step_done(self) -> None:
-        """Move the bar on."""
+        """Advance the bar."""
         if self.bar is not None:
             self.bar.update()
 
     def report(self, metrics: dict[str, Any], always: bool) -> None:
-        """Show the record of a logged step: beside the bar, or as a line if `always` or if the last one is old."""
+        """Show the record of a logged step: beside the bar, or as a line if `always` or if the last line is old."""
         if self.bar is not None:
             self.bar.set_postfix_str(" | ".join(measurements(metrics)))
         elif always or time.monotonic() - self.written >= INTERVAL:
@@ -138,18 +148,20 @@ class Console:
     def write(self, text: str) -> None:
         """Write a line, above the bar if there is one.
 
-        Once standard output cannot be written (`| head` has read enough, the disk is full) a run goes on without it.
+        When standard output cannot be written any more (`| head` has read enough, the disk is full) the run continues
+        without it.
         """
         if self.shown:
             try:
                 tqdm.write(text)
                 sys.stdout.flush()
             except OSError:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails once more as it ends
+                # Python flushes standard output as it exits, which would fail once more.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def measurements(metrics: dict[str, Any]) -> list[str]:
-    """The measurements of a record that a person follows, e.g. `loss 3.214`."""
+    """The values of a record that a person follows, e.g. `loss 3.214`."""
     loss, norm = metrics["loss"], metrics["grad_norm"]
     shown = [
         "skipped" if loss is None else f"loss {loss:.3f}",
@@ -162,7 +174,7 @@ def measurements(metrics: dict[str, Any]) -> list[str]:
 
 
 def scaled(number: float) -> str:
-    """A number in three digits with a unit: 2.17M."""
+    """A number with three digits and a unit: 2.17M."""
     for unit in ("", "k", "M", "G"):
         if abs(number) < 999.5 or unit == "G":
             break

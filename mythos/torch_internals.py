@@ -1,7 +1,8 @@
-"""The only place that uses torch's private interfaces, or public ones that differ between torch 2.11 and 2.14.
+"""The only module that uses torch's private interfaces, or public ones that differ between torch 2.11 and 2.14.
 
-Every entry gives the reason for it and what happens on a version without it. All of them were run with torch 2.11.0,
-2.13.0 and 2.14.1 (docs/status.md). tests/test_torch_internals.py fails if another module uses a private name of torch.
+Every entry says why it is needed, and what happens in a version of torch without it. A public function replaces it once
+all supported versions have one. All entries were run with torch 2.11.0, 2.13.0 and 2.14.1 (docs/status.md).
+tests/test_torch_internals.py fails if another module uses a private name.
 """
 
 import copy
@@ -11,7 +12,6 @@ from datetime import timedelta
 from functools import partial
 from inspect import signature
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -21,28 +21,28 @@ from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_leaves as tree_leaves
 
-# FakeTensorMode runs a step on shapes alone, TorchDispatchMode sees every operator of a step, tree_leaves flattens what
-# an operator returns. torch documents all three but exports them from private modules only. No fallback: without them
-# `import mythos.trainer` raises ImportError.
+# FakeTensorMode runs a step on shapes alone, TorchDispatchMode sees every operator of a step, tree_leaves flattens an
+# operator's results. torch documents all three but exports them from private modules only. No fallback: without them
+# `import mythos.trainer` raises ImportError. A public export replaces them.
 
 
-# Attention and matrix products
+# Attention and matmuls
 
 
 def sdpa_backend(query: Tensor, key: Tensor, value: Tensor) -> SDPBackend:
-    """The backend that scaled_dot_product_attention will choose for causal attention of these (B, H, S, d).
+    """The backend that scaled_dot_product_attention will choose for causal attention of these (B, H, S, K).
 
-    Key and value may have fewer heads than the query. No public function tells before the call. Fallback: MATH, so that
-    callers pad as if no fused kernel took the widths.
+    Key and value may have fewer heads than the query. No public function answers this before the call. Fallback: MATH,
+    so that callers pad as if no fused kernel took the widths.
     """
-    choose, fewer = getattr(torch, "_fused_sdp_choice", None), query.shape[1] != key.shape[1]
-    return SDPBackend(choose(query, key, value, is_causal=True, enable_gqa=fewer)) if choose else SDPBackend.MATH
+    choose, grouped = getattr(torch, "_fused_sdp_choice", None), query.shape[1] != key.shape[1]
+    return SDPBackend(choose(query, key, value, is_causal=True, enable_gqa=grouped)) if choose else SDPBackend.MATH
 
 
 ONEDNN_LINEAR: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-"""Matrix product by oneDNN, which torch's compiler emits: eager torch has no other way to oneDNN in float32.
+"""oneDNN's matmul as Inductor emits it: the only way to oneDNN in float32 from eager torch.
 
-None where torch was built without oneDNN.
+None if torch was built without oneDNN.
 """
 
 
@@ -54,13 +54,13 @@ def onednn_matmul(a: Tensor, b: Tensor) -> Tensor:
 def softmax_backward(grad_out: Tensor, probabilities: Tensor) -> Tensor:
     """Gradient of the scores of a softmax over the last dimension, in the type of `probabilities`; any shape.
 
-    The fused ATen kernel that autograd itself calls; the formula in public operators makes two more tensors of this
-    size. No fallback: it raises AttributeError.
+    This is the fused ATen kernel that autograd itself calls. The same formula in public operators allocates two more
+    tensors of this size. No fallback: AttributeError.
     """
     return torch._softmax_backward_data(grad_out, probabilities, -1, probabilities.dtype)
 
 
-# Operators by name, to count FLOPs of; they have no public alias. No fallback: importing this module raises
+# Operators whose FLOPs are counted, by name; they have no public alias. No fallback: importing this module raises
 # AttributeError.
 GROUPED_MM: Any = torch.ops.aten._grouped_mm
 CPU_FLASH: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -78,10 +78,10 @@ def argument_names(operator: Any) -> list[str]:
 
 
 def raw_flop_formula(count: Callable[..., int]) -> Callable[..., int]:
-    """A formula for FlopCounterMode's `custom_mapping` that gets an operator's arguments instead of their shapes.
+    """Mark a formula for FlopCounterMode's `custom_mapping` that takes an operator's arguments instead of their shapes.
 
-    The public `register_flop_formula(..., get_raw=True)` changes the counts of the whole process. Without this marker a
-    formula gets shapes, and fails on them.
+    The public `register_flop_formula(..., get_raw=True)` changes the counts of the whole process. In a torch that
+    ignores this marker the formula gets shapes, and fails on them.
     """
 
     def formula(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
@@ -91,17 +91,25 @@ def raw_flop_formula(count: Callable[..., int]) -> Callable[..., int]:
     return formula
 
 
-# Several tensors in one kernel. torch.optim is written with these; no public function does the same. No fallback.
+# Updates of many tensors in one kernel, with which torch.optim is written; no public function does this. No fallback.
 foreach_copy_: Callable[..., None] = torch._foreach_copy_
 foreach_div_: Callable[..., None] = torch._foreach_div_
 foreach_lerp_: Callable[..., None] = torch._foreach_lerp_
 foreach_mul_: Callable[..., None] = torch._foreach_mul_
 
 
-def storage_address(tensor: Tensor) -> int:
-    """A number for a tensor's storage, unique while it lives.
+def backward_pass_number() -> int:
+    """A number for the backward pass that is running, different for every call of the engine; -1 outside of one.
 
-    The public `data_ptr` is 0 for all fake tensors and all empty ones. No fallback: AttributeError.
+    Public functions tell neither. No fallback: AttributeError.
+    """
+    return torch._C._current_graph_task_id()
+
+
+def storage_address(tensor: Tensor) -> int:
+    """A number that identifies a tensor's storage, unique while the storage is alive.
+
+    The public `data_ptr` is 0 for every fake tensor and every empty one. No fallback: AttributeError.
     """
     return tensor.untyped_storage()._cdata
 
@@ -110,7 +118,7 @@ def storage_address(tensor: Tensor) -> int:
 
 
 def compiler_counters() -> dict[str, Any]:
-    """The compiler's counts in this process, by group and name, for instance `["stats"]["unique_graphs"]`; clearable.
+    """Dynamo's counters in this process, by group and name, such as `["stats"]["unique_graphs"]`; they can be cleared.
 
     torch documents no way to count graphs and graph breaks. No fallback: ImportError.
     """
@@ -120,14 +128,14 @@ def compiler_counters() -> dict[str, Any]:
 
 
 def mark_static(tensor: Tensor, dimensions: int | Sequence[int]) -> None:
-    """Tell the compiler that these dimensions of an input never change. No public name, no fallback: AttributeError."""
+    """Tell Dynamo that these dimensions of an input never change. No public name, no fallback: AttributeError."""
     torch._dynamo.mark_static(tensor, dimensions if isinstance(dimensions, int) else list(dimensions))
 
 
 def allow_many_graphs() -> None:
-    """Let a compiled function have up to 128 graphs in this process, where torch allows 8.
+    """Raise the number of graphs that a compiled function may have in this process from 8 to 128.
 
-    Growing prefixes of rows, passes without gradient and validation each take some, and all blocks of prelude and coda
+    Growing prefixes of rows, passes without gradient and validation each need some, and all blocks of prelude and coda
     share one limit.
     """
     config = torch.compiler.config
@@ -135,18 +143,18 @@ def allow_many_graphs() -> None:
 
 
 def prepare_compiler() -> None:
-    """Set what the compiler does in a process that trains.
+    """Configure the compiler in a process that trains.
 
     Two of the settings have no public name. No fallback: AttributeError.
     """
     allow_many_graphs()
-    # Past the limit torch would run the function operation by operation, and say so in a log line at most.
+    # Past the limit torch would fall back to eager mode, with a log line at most.
     torch.compiler.config.fail_on_recompile_limit_hit = True
-    # Under DDP torch would cut graphs where its buckets end, so that these are sent early. But a loop's gradients are
-    # complete only after its first pass, and graphs that hold attention to documents cannot be cut.
+    # Under DDP torch would split graphs at the ends of its buckets, to send them early. But a loop's gradients are
+    # complete only when the backward pass has reached its first pass, and graphs with flex attention cannot be split.
     torch._dynamo.config.optimize_ddp = False
-    # Backward passes run without autocast. Traced under the forward pass's autocast, gradients that are formed in
-    # float32 (of routers, of the injection) would be rounded to bfloat16.
+    # Backward passes run without autocast. If they were traced under the forward pass's autocast, gradients that are
+    # computed in float32 (of routers, of the injection) would be rounded to bfloat16.
     torch._functorch.config.backward_pass_autocast = "off"
 
 
@@ -154,19 +162,19 @@ class PlannedKernel(NamedTuple):
     """A kernel of a compiled graph."""
 
     extern: bool
-    """A call of an operator: a matrix product, attention, or one of ours. Otherwise fused out of several operations."""
+    """True if it calls an operator (a matmul, attention, or one of ours), false if it fuses several operators."""
     operator: str
-    """Name of the operator; of a fused kernel, the operations in it."""
+    """Name of the operator, or names of the fused operators."""
     size: int
-    """Bytes that it reads and writes."""
+    """Bytes read and written."""
 
 
 def planning_backend(record: Callable[[bool, list[PlannedKernel]], None]) -> Callable[..., Any]:
-    """Backend of torch.compile that plans the kernels of a graph as Inductor does, and writes and builds none.
+    """Backend of torch.compile that plans a graph's kernels as Inductor does, but generates no code.
 
-    `record` is given each graph's kernels, and whether it is a backward pass. Calls run the graphs operation by
-    operation, so that fake tensors can pass through. It replaces the step of Inductor that follows the planning, which
-    has no hook. No fallback: it raises ImportError or AttributeError.
+    `record(backward, kernels)` is called for each graph. Calls of the compiled function run the graphs operator by
+    operator, so that fake tensors pass through. `compile_to_module`, the step of Inductor that follows the planning, is
+    replaced meanwhile, because Inductor has no hook there. No fallback: ImportError or AttributeError.
     """
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
     from torch._inductor.graph import GraphLowering
@@ -183,7 +191,8 @@ def planning_backend(record: Callable[[bool, list[PlannedKernel]], None]) -> Cal
             size = int(node.get_read_write_buffers_sizes())
             if isinstance(node, ExternKernelSchedulerNode):
                 if size:  # 0: one of several results of an operator
-                    kernels.append(PlannedKernel(True, str(node.node.python_kernel_name), size))
+                    operator: Any = node.node
+                    kernels.append(PlannedKernel(True, str(operator.python_kernel_name), size))
             elif not isinstance(node, NopKernelSchedulerNode):
                 origins = {str(origin.target) for part in node.get_nodes() for origin in part.node.get_origins()}
                 kernels.append(PlannedKernel(False, ", ".join(sorted(origins)), size))
@@ -191,24 +200,27 @@ def planning_backend(record: Callable[[bool, list[PlannedKernel]], None]) -> Cal
         raise Planned
 
     def plan_graph(graph: torch.fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
-        runs = copy.deepcopy(graph)  # planning changes it
-        with patch.object(GraphLowering, "compile_to_module", plan_kernels):
-            try:
-                compile_fx_inner(graph, inputs, **options)
-            except Exception as error:
-                # torch wraps what passes through it.
-                if not any(isinstance(cause, Planned) for cause in _causes(error)):
-                    raise
+        unplanned = copy.deepcopy(graph)  # planning changes the graph
+        compile_to_module = GraphLowering.compile_to_module
+        GraphLowering.compile_to_module = plan_kernels  # type: ignore[method-assign, assignment]
+        try:
+            compile_fx_inner(graph, inputs, **options)
+        except Exception as error:
+            # torch wraps exceptions that pass through it.
+            if not any(isinstance(cause, Planned) for cause in _causes(error)):
+                raise
+        finally:
+            GraphLowering.compile_to_module = compile_to_module  # type: ignore[method-assign]
 
         def run(arguments: list[Any]) -> Any:
-            results = runs(*arguments)
-            arguments.clear()  # as the compiler's own code does, so that memory is freed
+            results = unplanned(*arguments)
+            arguments.clear()  # frees memory, as Inductor's generated code does
             return results
 
         run._boxed_call = True  # type: ignore[attr-defined]
         return run
 
-    return partial(compile_fx, inner_compile=plan_graph)
+    return partial(compile_fx, inner_compile=plan_graph)  # type: ignore[arg-type] # a private class as result
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -221,27 +233,27 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def set_timeout(group: dist.ProcessGroup | None, seconds: float) -> None:
-    """Let later collectives of a group (None: the default one) fail after so many seconds.
+    """Set the timeout of later collectives of a group (None: the default group).
 
-    torch 2.14 has `dist.set_timeout` and warns of the private function, the only one before it.
+    torch 2.14 has `dist.set_timeout` and warns of the private function, the only one in earlier versions.
     """
     public = getattr(dist, "set_timeout", None)
     (public or dist.distributed_c10d._set_pg_timeout)(timedelta(seconds=seconds), group)
 
 
 def no_buffer_sync() -> dict[str, bool]:
-    """Options of DistributedDataParallel so that forward passes do not broadcast buffers.
+    """Options that keep DistributedDataParallel from broadcasting buffers in forward passes.
 
     torch 2.13 renamed `broadcast_buffers` to `forward_sync_buffers`, and warns of the old name.
     """
-    known = signature(nn.parallel.DistributedDataParallel).parameters
-    return {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+    parameters = signature(nn.parallel.DistributedDataParallel).parameters
+    return {"forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers": False}
 
 
 def count_ddp_buckets(parameters: Sequence[Tensor], bucket_bytes: int) -> int:
-    """How many buckets DDP packs the gradients of `parameters` into, in this order; tensors may be on the meta device.
+    """Number of buckets that DDP packs the gradients of `parameters` into, in this order; meta tensors are allowed.
 
-    The function that DDP itself calls, with its smaller first bucket. No fallback: AttributeError.
+    Calls the function that DDP itself calls, with its smaller first bucket. No fallback: AttributeError.
     """
     limits = [dist._DEFAULT_FIRST_BUCKET_BYTES, bucket_bytes]
     buckets, _ = dist._compute_bucket_assignment_by_size([p.detach() for p in parameters], limits)
@@ -251,8 +263,8 @@ def count_ddp_buckets(parameters: Sequence[Tensor], bucket_bytes: int) -> int:
 def fsdp_param_groups(module: nn.Module) -> list[Any]:
     """The FSDPParamGroups of a module that `fully_shard` was applied to; only they know the padded sizes of shards.
 
-    Read of a group: mp_policy, mesh_info, post_forward_mesh_info, fsdp_params. torch 2.11 has one group a module or
-    none; later versions have a list.
+    Callers read mp_policy, mesh_info, post_forward_mesh_info and fsdp_params. torch 2.11 has at most one group per
+    module; later versions have a list.
     """
     state = module._get_fsdp_state()  # type: ignore[operator]
     if hasattr(state, "_fsdp_param_groups"):
@@ -261,9 +273,9 @@ def fsdp_param_groups(module: nn.Module) -> list[Any]:
 
 
 def init_fake_processes(size: int) -> None:
-    """Start a default process group of `size` ranks, this one being 0, whose collectives do nothing.
+    """Start a default process group as rank 0 of `size`, whose collectives do nothing.
 
-    torch has the backend for its own tests only. No fallback: ImportError.
+    torch has this backend for its own tests only. No fallback: ImportError.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -274,23 +286,26 @@ def init_fake_processes(size: int) -> None:
 
 
 def shard_file_name(shard_index: int) -> str:
-    """Name of a rank's file in a checkpoint of `dcp.HuggingFaceStorageWriter`, as its reader expects it."""
+    """Name of a rank's file in a checkpoint, as the reader of `dcp.HuggingFaceStorageWriter` expects it.
+
+    The format has no public name. No fallback: ImportError.
+    """
     from torch.distributed.checkpoint import _hf_utils as layout
 
     return layout._gen_file_name(1, 1, shard_index)
 
 
 def shard_metadata(offsets: dict[str, Sequence[int]]) -> dict[str, str]:
-    """Header of such a file: where in the whole tensors its shards begin, by tensor name, one offset a dimension.
+    """Header of such a file: by tensor name, the offset of its shard in each dimension of the whole tensor.
 
-    torch's own writer builds files in memory, twice; ours (`mythos.checkpoints.checkpoint`) needs the format, which
+    torch's own writer builds the file in memory twice; ours (`mythos.checkpoints.checkpoint`) needs the format, which
     has no public name. No fallback: ImportError.
     """
     from torch.distributed.checkpoint import _hf_utils as layout
 
-    places = {name: {layout.SAVED_OFFSETS_KEY: place} for name, place in offsets.items()}
+    shards = {name: {layout.SAVED_OFFSETS_KEY: offset} for name, offset in offsets.items()}
     return {
-        layout.CUSTOM_METADATA_KEY: json.dumps(places),
+        layout.CUSTOM_METADATA_KEY: json.dumps(shards),
         layout.DCP_VERSION_KEY: str(layout.HF_DCP_VERSION),
         layout.FORMAT_KEY: layout.FORMAT_VALUE,
     }

@@ -36,9 +36,9 @@ from mythos.errors import MythosError, TransientError, without_credentials
 from mythos.evaluation.choices import ChoiceTask, EncodedTask, encode_task, read_tasks
 from mythos.evaluation.in_training import Interrupted, Measurement, write_samples
 from mythos.model.rdt import RDTOutput, RecurrentDepthTransformer
-from mythos.model.recurrence import initial_state
-from mythos.planning.estimate import forward_flops
-from mythos.planning.plan import agree_on_layout
+from mythos.model.state import initial_state
+from mythos.planning.flops import forward_flops
+from mythos.planning.layout import agree_on_layout
 from mythos.progress import Console
 from mythos.reports.plots import draw_plots
 from mythos.reports.summary import config_lines, summary, validation_line

@@ -1,4 +1,4 @@
-"""What a run was made with: the versions of Python and of packages."""
+"""Versions of Python and of packages, for the records of runs and exports."""
 
 import platform
 from collections.abc import Iterable
@@ -6,11 +6,11 @@ from importlib import metadata
 
 
 def installed_versions(packages: Iterable[str]) -> dict[str, str]:
-    """Versions of Python and of those packages that are installed, by name."""
+    """Versions by name, of Python and of those packages that are installed."""
     versions = {"python": platform.python_version()}
     for name in packages:
         try:
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # most are optional: a run need not have what it does not use
+        except metadata.PackageNotFoundError:  # many are optional
             continue
     return versions

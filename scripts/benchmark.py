@@ -10,15 +10,27 @@ python scripts/benchmark.py checkpoint [--preset NAME] [--vocabulary N] [--direc
 python scripts/benchmark.py validations [CONFIG.yaml] [key.path=value ...] [--count N]
 
 A SIZE is a preset, or one of those in docs/performance.md: reference, reference-64, wide. Every benchmark prints a
-table and writes its figures, with the machine they are from, to benchmarks/NAME.json.
+table and writes its figures, with a description of the machine, to benchmarks/NAME.json.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from mythos.benchmarks import checkpoint, data, decode, model, scaling, timing, traffic, train, validations
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's path contains only its own folder
+
 from mythos.cli.common import exit_status
+from scripts.benchmarks import (
+    checkpoint,
+    data,
+    decode,
+    model,
+    scaling,
+    timing,
+    traffic,
+    train,
+    validations,
+)
 
 BENCHMARKS = {
     module.__name__.rpartition(".")[2]: module
@@ -26,7 +38,7 @@ BENCHMARKS = {
 }
 
 ALL_CORES = {"data", "checkpoint"}
-"""Benchmarks of work that goes on beside training, which one core would not show."""
+"""Benchmarks of work that runs in parallel with training, which a single core would not show."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,15 +54,15 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("--cores", metavar="N,N,...", help=f"cores to use, a thread on each ({default})")
         command.add_argument("--json", type=Path, metavar="FILE", help=f"where figures go (benchmarks/{name}.json)")
     if arguments and arguments[0] in BENCHMARKS:
-        # Overrides may stand among the options, which a parser with subcommands does not allow in its own.
+        # Allow overrides between options, which a parser with subcommands does not support itself.
         options = commands.choices[arguments[0]].parse_intermixed_args(arguments[1:])
         return exit_status(lambda: measure(arguments[0], options, arguments[1:]))
-    parser.parse_args(arguments)  # tells what is wrong, or helps
+    parser.parse_args(arguments)  # prints help or the error
     return 0
 
 
 def measure(what: str, options: argparse.Namespace, arguments: list[str]) -> None:
-    """Run one benchmark and write its figures. Raises MythosError for whatever cannot be measured."""
+    """Run one benchmark and write its figures. Raises MythosError for anything that cannot be measured."""
     if options.cores is not None:
         timing.pin(timing.core_numbers(options.cores))
     elif what not in ALL_CORES:

@@ -71,7 +71,7 @@ def _instrument_saves(report: Callable[[str], None], plan: Callable[[], dict[str
     """Report the moments of every save, and pause at the one in the plan."""
     from mythos.files import storage
 
-    workspace_before, replace_before = storage.LocalStorage.workspace, storage._replace
+    workspace_before, write_whole_before = storage.LocalStorage.workspace, storage.write_whole
 
     def reach(moment: str, checkpoint: str) -> None:
         step = int(checkpoint.removeprefix("step-").removesuffix(".tmp"))
@@ -83,16 +83,16 @@ def _instrument_saves(report: Callable[[str], None], plan: Callable[[], dict[str
         reach(TMP, name)
         return workspace_before(self, name, needed)
 
-    def replace(path: Path, content: bytes) -> None:
+    def write_whole(path: Path, content: bytes, *, durable: bool) -> None:
         if path.name == storage.META:
             reach(SHARDS, path.parent.name)
         elif path.name == storage.MARKER:
             reach(RENAMED, path.parent.name)
-        replace_before(path, content)
+        write_whole_before(path, content, durable=durable)
         if path.name == storage.MARKER:
             report(f"committed {int(path.parent.name.removeprefix('step-'))}")
 
-    storage.LocalStorage.workspace, storage._replace = workspace, replace
+    storage.LocalStorage.workspace, storage.write_whole = workspace, write_whole
 
 
 def _instrument_training(report: Callable[[str], None], plan: Callable[[], dict[str, Any]], rank: int) -> None:

@@ -289,7 +289,7 @@ class Chaos:
             output = self.run.printed()[printed:].splitlines()
             errors = [line for line in output if line.startswith("error: ")]
             # Where no disk can be filled, the size of a file is limited, which free space does not mend.
-            advice = "Mend that" if "File too large" in "".join(errors) else "Free some space"
+            advice = "Fix that" if "File too large" in "".join(errors) else "Free some space"
             if len(errors) != 1 or not ("could not be written" in errors[0] and advice in errors[0]):
                 raise Failed("the full disk is not reported once and clearly:\n" + "\n".join(errors or output))
 

@@ -2,10 +2,10 @@
 
 python scripts/kill_test.py --kills 50 --seed 0
 
-A run is one or two processes that read their streams as the trainer does, with a pause in place of the model, and
-commit checkpoints of the data's position. A process, all of them, or a data worker is killed with SIGKILL while they
-start, read or commit; the run continues from the newest checkpoint with another number of processes and workers. After
-every kill, each row that was consumed must equal the uninterrupted run's. The exit status is 1 if one does not.
+A run is one or two processes that read their streams as the trainer does, with a pause instead of the model, and commit
+checkpoints of the data's position. One process, all of them, or a data worker is killed with SIGKILL while they start,
+read or commit; the run then continues from the newest checkpoint with another number of processes and workers. After
+every kill, each consumed row must equal the uninterrupted run's. The exit status is 1 if one does not.
 """
 
 import argparse
@@ -43,6 +43,7 @@ from mythos.data.loader import Loader
 from mythos.data.pipeline import open_data
 from mythos.data.stream import count_skipped, merge_states
 from mythos.errors import MythosError
+from mythos.files.local import replacing
 
 WORLD_SIZES = (1, 2)
 WORKERS = (0, 1, 3)
@@ -50,16 +51,16 @@ MOST_PREFETCH = 4
 
 STEP_SECONDS = 0.02
 STEPS_PER_CHECKPOINT = 10
-# Weights take a checkpoint seconds to write; writing in pieces gives kills as much to hit.
+# The weights of a real checkpoint take seconds to write; writing slowly, in pieces, gives kills as long a target.
 COMMIT_PIECES = 10
 COMMIT_SECONDS = 0.2
 AFTERWARDS_SECONDS = 0.05
-"""What the trainer does with the new checkpoint in place, such as removing old ones."""
+"""Duration of work after a commit, such as deleting old checkpoints."""
 
 READING_SECONDS = 1.5
-"""Kills while reading come so long after the first batch, at most."""
+"""Longest time from the first batch to a kill while reading."""
 PATIENCE = 120.0
-"""Seconds for anything that must happen: longer means that a process hangs."""
+"""Seconds after which a process counts as hanging."""
 FINAL_STEPS = 12
 """Steps of the last generation, which is not killed."""
 
@@ -70,11 +71,11 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "pyarrow")
 
 
 class Failed(Exception):
-    """The promise does not hold."""
+    """The run differs from the uninterrupted one, or a process hangs."""
 
 
 class Shape(NamedTuple):
-    """What changes from one generation of a run to the next."""
+    """The settings that change from one generation of a run to the next."""
 
     world_size: int
     workers: int
@@ -89,17 +90,17 @@ def slots(config: Config) -> int:
 def newest(folder: Path) -> dict[str, Any]:
     """The newest checkpoint: ``step``, the ``lengths`` in bytes of the records, and the ``data`` state."""
     path = folder / "checkpoint.json"
-    nothing = {"step": 0, "lengths": [0] * max(WORLD_SIZES), "data": None}
-    return json.loads(path.read_text()) if path.exists() else nothing
+    initial = {"step": 0, "lengths": [0] * max(WORLD_SIZES), "data": None}
+    return json.loads(path.read_text()) if path.exists() else initial
 
 
 def record_path(folder: Path, rank: int) -> Path:
-    """What a rank has consumed: int32 rows of (step, global row, ids)."""
+    """The record of the rows that a rank has consumed: int32 (step, global row, ids)."""
     return folder / f"consumed-{rank}.bin"
 
 
 def consume(folder: Path, generation: Path, rank: int, shape: Shape, last: int | None) -> None:
-    """Continue from the newest checkpoint until killed, or up to step ``last``."""
+    """Continue from the newest checkpoint to step ``last``, or until killed."""
     config = load_config(folder / "config.yaml")
     if shape.world_size > 1:
         dist.init_process_group(
@@ -112,17 +113,17 @@ def consume(folder: Path, generation: Path, rank: int, shape: Shape, last: int |
         workers=shape.workers,
         prefetch=shape.prefetch,
     )
-    found = newest(folder)
-    step = found["step"]
-    if found["data"]:
-        loader.load_state_dict(found["data"])
+    checkpoint = newest(folder)
+    step = checkpoint["step"]
+    if checkpoint["data"]:
+        loader.load_state_dict(checkpoint["data"])
     loader.start()
     with contextlib.ExitStack() as stack:
         stack.callback(loader.close)
         records: dict[int, IO[bytes]] = {}
         for file in range(rank, max(WORLD_SIZES), shape.world_size):
             records[file] = stack.enter_context(record_path(folder, file).open("ab", buffering=0))
-            records[file].truncate(found["lengths"][file])  # what is beyond was consumed after the checkpoint
+            records[file].truncate(checkpoint["lengths"][file])  # drop rows consumed after the checkpoint
         while last is None or step < last:
             batch = loader.next_batch()
             rows = np.column_stack([np.full(len(batch.rows), step), batch.rows.numpy(), batch.ids.numpy()])
@@ -137,18 +138,18 @@ def consume(folder: Path, generation: Path, rank: int, shape: Shape, last: int |
 
 
 def end_with_harness() -> None:
-    """End this process when the harness ends, in whatever way."""
+    """End this process when the harness ends, even if that is killed."""
     os.read(sys.stdin.fileno(), 1)
     os._exit(1)
 
 
 def report(event: str) -> None:
-    """Tell the harness; what is written stays when the process is killed."""
+    """Write an event for the harness; it stays when this process is killed."""
     print(time.monotonic(), event, flush=True)
 
 
 def commit(folder: Path, step: int, state: dict[str, Any], records: dict[int, IO[bytes]]) -> None:
-    """Gather what every rank is at, write it aside, and put it in the place of the last checkpoint."""
+    """Gather the state of all ranks and replace the checkpoint with it, atomically."""
     for record in records.values():
         os.fsync(record.fileno())
     mine = (state, {file: os.fstat(record.fileno()).st_size for file, record in records.items()})
@@ -170,22 +171,16 @@ def commit(folder: Path, step: int, state: dict[str, Any], records: dict[int, IO
 
 
 def replace_slowly(path: Path, content: bytes) -> None:
-    """Replace a file so that at any moment either the old or the new one is there and whole."""
-    aside = path.with_suffix(".aside")
+    """Replace a file atomically, writing it in pieces with pauses."""
     piece = len(content) // COMMIT_PIECES + 1
-    with aside.open("wb", buffering=0) as file:
+    with replacing(path, durable=True) as temporary, temporary.open("wb", buffering=0) as file:
         for start in range(0, len(content), piece):
             file.write(content[start : start + piece])
             time.sleep(COMMIT_SECONDS / COMMIT_PIECES)
-        os.fsync(file.fileno())
-    aside.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    os.fsync(directory)
-    os.close(directory)
 
 
 class Reference:
-    """The uninterrupted run: one process, no workers, no restart; read on as far as it is compared."""
+    """The uninterrupted run: one process, no workers, no restart; read as far as needed."""
 
     def __init__(self, config: Config, folder: Path) -> None:
         self.rows = config.train.global_batch
@@ -211,18 +206,19 @@ class Reference:
 
 
 def check(folder: Path, reference: Reference) -> list[int]:
-    """Compare all that the run has consumed with the reference.
+    """Compare all rows that the run has consumed with the reference.
 
     Returns:
-        rows of every record that were consumed after the newest checkpoint.
+        for every record, the number of rows consumed after the newest checkpoint.
 
     Raises:
-        Failed: the first step and row that differ, are missing, or are there twice; or another data state.
+        Failed: a row differs, is missing, or was consumed twice (the message names the first), or the data state
+            differs.
     """
-    found = newest(folder)
+    checkpoint = newest(folder)
     width = reference.ids(0).shape[1] + 2
     kept, beyond = [], []
-    for rank, length in enumerate(found["lengths"]):
+    for rank, length in enumerate(checkpoint["lengths"]):
         path = record_path(folder, rank)
         content = np.frombuffer(path.read_bytes() if path.exists() else b"", dtype=np.uint8)
         if len(content) < length:
@@ -231,11 +227,12 @@ def check(folder: Path, reference: Reference) -> list[int]:
         kept.append(rows[: length // (4 * width)])
         beyond.append(rows[length // (4 * width) :])
     lineage = np.concatenate(kept)
-    counts = np.bincount(lineage[:, 0] * reference.rows + lineage[:, 1], minlength=found["step"] * reference.rows)
-    wrong = np.flatnonzero(counts != (np.arange(len(counts)) < found["step"] * reference.rows))
+    end = checkpoint["step"]
+    counts = np.bincount(lineage[:, 0] * reference.rows + lineage[:, 1], minlength=end * reference.rows)
+    wrong = np.flatnonzero(counts != (np.arange(len(counts)) < end * reference.rows))
     if len(wrong):
         step, row = divmod(int(wrong[0]), reference.rows)
-        raise Failed(f"step {step}, row {row}: consumed {counts[wrong[0]]} times on the way to step {found['step']}")
+        raise Failed(f"step {step}, row {row}: consumed {counts[wrong[0]]} times on the way to step {end}")
     for rows in (lineage, *beyond):
         rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]
         ids = reference.ids(int(rows[-1, 0]) + 1 if len(rows) else 0)
@@ -244,8 +241,8 @@ def check(folder: Path, reference: Reference) -> list[int]:
             step, row, *got = rows[wrong[0]].tolist()
             want = ids[step * reference.rows + row].tolist()
             raise Failed(f"step {step}, row {row}: consumed {got[:8]}..., the uninterrupted run {want[:8]}...")
-    if found["data"] and found["data"] != reference.state(found["step"]):
-        raise Failed(f"step {found['step']}: the data state differs from the uninterrupted run's")
+    if checkpoint["data"] and checkpoint["data"] != reference.state(end):
+        raise Failed(f"step {end}: the data state differs from the uninterrupted run's")
     return [len(rows) for rows in beyond]
 
 
@@ -268,7 +265,7 @@ class Generation:
                         stdout=events,
                         stderr=errors,
                         env={**os.environ, "OMP_NUM_THREADS": "1"},
-                        start_new_session=True,  # by which its workers are found, also as orphans
+                        start_new_session=True,  # to find its workers by their session, even as orphans
                     )
                 )
 
@@ -276,41 +273,41 @@ class Generation:
         return self.folder / f"rank-{rank}.{what}"
 
     def events(self, rank: int) -> list[tuple[float, str]]:
-        """What the rank has reported, and when."""
+        """The rank's events, with their times."""
         lines = self._log(rank, "events").read_text().splitlines()
         return [(float(time), event) for time, _, event in (line.partition(" ") for line in lines)]
 
     def errors(self) -> str:
-        """What the ranks have written to standard error."""
+        """The end of each rank's standard error."""
         return "\n".join(self._log(rank, "errors").read_text()[-3000:] for rank in range(self.shape.world_size))
 
     def first_batch(self) -> float | None:
         """Seconds from the start until the last rank had its first batch."""
-        told = [self.events(rank) for rank in range(self.shape.world_size)]
-        return max(events[0][0] for events in told) - self.begun if all(told) else None
+        by_rank = [self.events(rank) for rank in range(self.shape.world_size)]
+        return max(events[0][0] for events in by_rank) - self.begun if all(by_rank) else None
 
     def wait(self, until: Callable[[], Any]) -> None:
-        """Wait for something; raises Failed if a rank ends, or nothing happens for too long."""
+        """Wait for a condition; raises Failed if a rank ends, or after PATIENCE seconds."""
         end = time.monotonic() + PATIENCE
         while not until():
             if time.monotonic() > end or any(rank.poll() is not None for rank in self.ranks):
-                raise Failed(f"{self.folder}: a rank hangs, or ended and nobody had killed it\n{self.errors()}")
+                raise Failed(f"{self.folder}: a rank hangs, or ended without having been killed\n{self.errors()}")
             time.sleep(0.02)
 
     def run(self, seconds: float) -> None:
-        """Let it run; raises Failed if a rank ends."""
+        """Let it run for a time; raises Failed if a rank ends."""
         end = time.monotonic() + seconds
         self.wait(lambda: time.monotonic() > end)
 
     def processes(self) -> list[psutil.Process]:
-        """All that still run, orphans included."""
+        """All running processes of this generation, orphans included."""
         sessions = {rank.pid for rank in self.ranks}
-        found = []
+        running = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
                 if os.getsid(process.pid) in sessions and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
+                    running.append(process)
+        return running
 
     def data_workers(self, rank: int) -> list[psutil.Process]:
         """The data workers of a rank."""
@@ -320,7 +317,7 @@ class Generation:
         return []
 
     def end(self) -> float:
-        """End the other ranks as torchrun does when one has failed; seconds until no process is left, or Failed."""
+        """End the other ranks, as torchrun does when one has failed; return the seconds until no process is left."""
         begin = time.monotonic()
         for rank in self.ranks:
             rank.terminate()
@@ -331,7 +328,7 @@ class Generation:
         return time.monotonic() - begin
 
     def destroy(self) -> None:
-        """Leave nothing behind, whatever has happened."""
+        """Kill all processes that are left."""
         for process in self.processes():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -341,28 +338,28 @@ class Generation:
 
 @dataclass
 class Kill:
-    """What one kill met and cost."""
+    """What one kill hit, and its cost."""
 
     run: str
     shape: Shape
     target: str
     phase: str
     renamed: bool
-    """Committing: the new checkpoint was in place already."""
+    """The new checkpoint was already in place (while committing)."""
     gone: float
-    """Seconds until no process was left; for a data worker, from when its rank had ended."""
+    """Seconds until no process was left; after the kill of a data worker, from the end of its rank."""
     noticed: float | None
-    """Seconds until the rank of a killed data worker had ended by itself."""
+    """Seconds until the rank of a killed data worker ended by itself; None for other kills."""
     first_batch: float | None
     tokens_again: int
 
 
 Plan = tuple[Shape, int, str, str]
-"""The shape of a generation, and what its kill aims at: rank, phase and target; what it meets is told afterwards."""
+"""The shape of a generation, and the aim of its kill: rank, phase and target. The phase that it hits may be another."""
 
 
 def plans(draw: random.Random, kills: int, workers: Sequence[int]) -> Iterator[Plan]:
-    """Draw every pair of phase and target equally often, and all else at random."""
+    """Draw every pair of phase and target equally often, and everything else at random."""
     deck: list[tuple[str, str]] = []
     for _ in range(kills):
         if not deck:
@@ -374,17 +371,17 @@ def plans(draw: random.Random, kills: int, workers: Sequence[int]) -> Iterator[P
 
 
 def draw_shape(draw: random.Random, workers: Sequence[int]) -> Shape:
-    """How the next generation reads."""
+    """The shape of the next generation."""
     return Shape(draw.choice(WORLD_SIZES), draw.choice(workers), draw.randint(1, MOST_PREFETCH))
 
 
 def kill_once(run: str, folder: Path, number: int, plan: Plan, reference: Reference, draw: random.Random) -> Kill:
-    """Start a generation, kill it at a random moment of a phase, and check what was consumed."""
+    """Start a generation, kill it at a random moment of a phase, and check the consumed rows."""
     shape, rank, aim, target = plan
     generation = Generation(folder, number, shape)
     try:
         if aim == "start-up":
-            # About as long as it takes on two cores, which all processes share.
+            # About the duration of a start on two cores that all processes share.
             seconds = 2.0 + 0.6 * shape.world_size * (1 + shape.workers)
             if target == TARGETS[2]:
                 generation.wait(lambda: generation.data_workers(rank))
@@ -418,11 +415,11 @@ def kill_once(run: str, folder: Path, number: int, plan: Plan, reference: Refere
             noticed = time.monotonic() - moment
         gone = generation.end()
 
-        told = [event for when, event in generation.events(rank) if when <= moment]
-        phase = told[-1].split()[0] if told else PHASES[0]
-        renamed = phase == "committing" and newest(folder)["step"] == int(told[-1].split()[1])
+        events = [event for when, event in generation.events(rank) if when <= moment]
+        phase = events[-1].split()[0] if events else PHASES[0]
+        renamed = phase == "committing" and newest(folder)["step"] == int(events[-1].split()[1])
         rows = check(folder, reference)
-        # A rank that had no batch yet may have left what an earlier generation had consumed.
+        # The record of a rank without a batch yet may still have rows that an earlier generation consumed.
         again = sum(rows[rank] for rank in range(shape.world_size) if generation.events(rank))
         again *= reference.ids(0).shape[1] - 1
         return Kill(run, shape, target, phase, renamed, gone, noticed, generation.first_batch(), again)
@@ -433,7 +430,7 @@ def kill_once(run: str, folder: Path, number: int, plan: Plan, reference: Refere
 def kill_run(
     name: str, config: Config, folder: Path, kills: int, draw: random.Random, workers: Sequence[int] = WORKERS
 ) -> list[Kill]:
-    """Kill a run so many times, let it end, and compare it with the uninterrupted one.
+    """Kill a run repeatedly, let it end, and compare it with the uninterrupted one.
 
     Raises:
         Failed: they differ, or a process hangs or outlives its rank.
@@ -444,10 +441,10 @@ def kill_run(
     save_config(config, folder / "config.yaml")
     reference = Reference(config, folder)
 
-    done: list[Kill] = []
+    hits: list[Kill] = []
     for number, plan in enumerate(plans(draw, kills, workers)):
         kill = kill_once(name, folder, number, plan, reference, draw)
-        done.append(kill)
+        hits.append(kill)
         shape = f"{kill.shape.world_size} ranks x {kill.shape.workers} workers"
         kept = f"step {newest(folder)['step']} is kept, {kill.tokens_again:,} tokens to read again"
         print(f"{name} {number + 1:3d}/{kills}: {shape}, {kill.target} killed in {kill.phase}; {kept}", flush=True)
@@ -464,9 +461,9 @@ def kill_run(
         raise Failed(f"{folder}: the run ended at step {newest(folder)['step']}, not {step}")
     data = newest(folder)["data"]
     epochs = [position[0] for positions in data["positions"].values() for position in positions.values()]
-    where = f"streams in epochs {min(epochs)} to {max(epochs)}, left out {count_skipped(data) or 'nothing'}"
+    where = f"streams in epochs {min(epochs)} to {max(epochs)}, skipped {count_skipped(data) or 'nothing'}"
     print(f"{name}: {step * config.tokens_per_step:,} tokens of {step} steps equal; {where}", flush=True)
-    return done
+    return hits
 
 
 def summary(kills: list[Kill], seconds: float) -> str:
@@ -505,9 +502,9 @@ def summary(kills: list[Kill], seconds: float) -> str:
 
 
 def generated_config(folder: Path, mixture: bool) -> Config:
-    """A run on a small corpus of parquet, jsonl and txt files, some rows of which cannot be used.
+    """A run on a small corpus of parquet, jsonl and txt files, with some rows that cannot be used.
 
-    It is small so that the streams pass through many epochs, and uneven so that they do it at different times.
+    It is small so that the streams go through many epochs, and uneven so that their epochs end at different times.
     """
     folder.mkdir(parents=True)
     draw = random.Random(0)
@@ -540,9 +537,9 @@ def generated_config(folder: Path, mixture: bool) -> Config:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50, help="how often to kill (%(default)s)")
+    parser.add_argument("--kills", type=int, default=50, help="number of kills (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of moments, targets and shapes (%(default)s)")
-    parser.add_argument("--config", metavar="CONFIG.yaml", help="read this run's data in place of a generated corpus")
+    parser.add_argument("--config", metavar="CONFIG.yaml", help="read this run's data instead of a generated corpus")
     parser.add_argument("--consume", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.consume:
@@ -552,7 +549,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if options.kills < 1:
         parser.error(f"--kills: got {options.kills}; give at least 1")
-    logging.getLogger("mythos").setLevel(logging.ERROR)  # the corpus has rows to leave out, on purpose
+    logging.getLogger("mythos").setLevel(logging.ERROR)  # the corpus has unusable rows on purpose
     begun = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="kills-"))
     draw = random.Random(options.seed)

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Runs the tests with another version of torch, in a virtual environment of its own. scripts/test_with_torch.sh --help
+# Run the tests with another version of torch, in a separate virtual environment: scripts/test_with_torch.sh --help
 set -euo pipefail
 
 usage() {
   cat <<'TEXT'
 scripts/test_with_torch.sh VERSION [--environment DIR] [--python PYTHON] [--with REQUIREMENT]... [-- arguments of pytest]
 
-  VERSION             of torch: 2.11 (its newest release) or 2.11.0; it may lie outside of the range in pyproject.toml
-  --environment DIR   keep the virtual environment there and use it again; otherwise it is temporary
-  --python PYTHON     the interpreter (python3)
-  --with REQUIREMENT  install this too, such as 'transformers==5.10.*'
+  VERSION             version of torch: 2.11 (its newest release) or 2.11.0; also versions that pyproject.toml excludes
+  --environment DIR   keep the virtual environment in DIR and reuse it; by default it is temporary
+  --python PYTHON     interpreter (default: python3)
+  --with REQUIREMENT  also install this, for example 'transformers==5.10.*'
 
-Without arguments of pytest the whole suite runs. The last line has the versions and the figures; the status is pytest's.
-A torch for CUDA takes some 6 GB. pip's own settings apply: PIP_EXTRA_INDEX_URL may name an index of CPU builds.
+Without arguments for pytest the whole suite runs. The last line shows versions and pytest's summary; the exit status is
+pytest's. torch for CUDA needs about 6 GB. pip's settings apply: PIP_EXTRA_INDEX_URL can name an index of CPU builds.
 TEXT
 }
 
@@ -68,7 +68,7 @@ export PYTHONNOUSERSITE=1
 environment=$(cd -- "$environment" && pwd)
 export PATH=$environment/bin:$PATH # tests start python and torchrun by name
 
-# The project's requirements without its range for torch, which pip would hold against VERSION.
+# The project's requirements without torch, whose version range may conflict with VERSION.
 "$environment/bin/python" -c '
 import re, sys, tomllib
 with open(sys.argv[1], "rb") as file:

@@ -1,12 +1,12 @@
-"""Run transformers' own common tests on our class: `ModelTesterMixin`, and `GenerationTesterMixin` where it is there.
+"""Run transformers' own common tests on our class: `ModelTesterMixin` and, if it exists, `GenerationTesterMixin`.
 
-They come with no wheel. The source distribution has the former, and a clone of the repository both:
+The wheel of transformers does not contain them. Its source distribution has the former, a clone of the repository both:
 
     pip download --no-binary :all: --no-deps transformers==VERSION
     tar xzf transformers-*.tar.gz && pip install parameterized
     python scripts/transformers_mixins.py transformers-*/ [pytest's options]
 
-What is skipped, and why, is in `SKIPPED` and in docs/huggingface.md. Exits with pytest's status.
+`SKIPPED` and docs/huggingface.md say which tests are skipped, and why. Exits with pytest's status.
 """
 
 import importlib
@@ -39,7 +39,7 @@ FIELDS: dict[str, Any] = {
     "context_length": 128,
     "halting": "none",
 }
-"""Of the small model, as far as the tests read its sizes."""
+"""Fields of the small model."""
 
 CASES: dict[str, dict[str, Any]] = {
     "TestDense": {},
@@ -57,10 +57,10 @@ CASES: dict[str, dict[str, Any]] = {
         "tie_embeddings": False,
     },
 }
-"""Test classes, and the fields of their models beside `FIELDS`."""
+"""Test classes, and the fields in which their models differ from `FIELDS`."""
 
-NOT_EMBEDDED = "the decode cache and value embeddings are of token ids: no inputs_embeds"
-NOT_A_LAYER = "what is computed again is a pass of the loop, no GradientCheckpointingLayer (tests/hf/test_model.py)"
+NOT_EMBEDDED = "the decode cache and value embeddings need token ids: no inputs_embeds"
+NOT_A_LAYER = "checkpointing recomputes a pass of the loop, not a GradientCheckpointingLayer (tests/hf/test_model.py)"
 CACHED_STATES = "it asks for hidden states together with a cache (assisted decoding: tests/hf/test_generate.py)"
 SKIPPED: dict[str, str] = {
     "test_generate_from_inputs_embeds_0_greedy": NOT_EMBEDDED,
@@ -76,9 +76,9 @@ SKIPPED: dict[str, str] = {
     "test_beam_search_generate_dict_outputs_use_cache": CACHED_STATES,
     "test_greedy_generate_dict_outputs_use_cache": CACHED_STATES,
     "test_past_key_values_format": "a MythosCache keeps all layers and loops in one tensor",
-    "test_model_get_set_embeddings": "the embedding scales its rows: it is no nn.Embedding",
+    "test_model_get_set_embeddings": "the embedding scales its rows, so it is not an nn.Embedding",
 }
-"""Tests that ask for what a mythos model does not offer."""
+"""Tests of features that a mythos model does not have."""
 
 WITHOUT_ATTENTIONS = (
     "test_attention_outputs",
@@ -89,11 +89,11 @@ WITHOUT_ATTENTIONS = (
     "test_retain_grad_hidden_states_attentions",
     "test_sample_generate_dict_output",
 )
-"""Tests that would ask for attention weights, of a model that has some."""
+"""Tests that ask for attention weights if `has_attentions` is true."""
 
 
 class ModelTester:
-    """The small model and the batch that the mixins ask for."""
+    """Provides the small model and the batch that the mixins use."""
 
     batch_size, seq_length, is_training = 3, 7, True
     hidden_size, num_hidden_layers, num_attention_heads = FIELDS["dim"], 2, FIELDS["n_heads"]
@@ -104,9 +104,9 @@ class ModelTester:
         self.fields = {**FIELDS, **fields}
 
     def get_config(self) -> MythosConfig:
-        """Our configuration, of a model small enough."""
+        """The configuration of the small model."""
         config = MythosConfig(**self.fields, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-        config.use_cache = True  # means nothing to us, but tests of caches are skipped without it
+        config.use_cache = True  # unused by mythos, but without it tests of caches are skipped
         return config
 
     def prepare_config_and_inputs_for_common(self) -> tuple[MythosConfig, dict[str, torch.Tensor]]:
@@ -115,8 +115,11 @@ class ModelTester:
         return self.get_config(), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def import_or_stand_in(module: str, mixin: str) -> bool:
-    """Import a module of transformers' tests; where it is not there, one with an empty mixin takes its place."""
+def import_or_replace(module: str, mixin: str) -> bool:
+    """Import a module of transformers' tests; if it is missing, register a module with an empty mixin instead.
+
+    Returns whether the module exists.
+    """
     try:
         importlib.import_module(module)
         return True
@@ -131,10 +134,10 @@ def import_or_stand_in(module: str, mixin: str) -> bool:
 
 
 def build(sources: Path) -> dict[str, type[unittest.TestCase]]:
-    """The test classes by name, of the mixins that are in `sources`."""
+    """Create the test classes from the mixins in `sources`; returns them by name."""
     sys.path.insert(0, str(sources.resolve()))
-    import_or_stand_in("tests.exporters.test_export", "ExportTesterMixin")
-    generation = import_or_stand_in("tests.generation.test_utils", "GenerationTesterMixin")
+    import_or_replace("tests.exporters.test_export", "ExportTesterMixin")
+    generation = import_or_replace("tests.generation.test_utils", "GenerationTesterMixin")
     common = importlib.import_module("tests.test_modeling_common")
     mixins = [common.ModelTesterMixin]
     if generation:
@@ -159,13 +162,13 @@ def build(sources: Path) -> dict[str, type[unittest.TestCase]]:
 
 
 class Plugin:
-    """Hands the test classes to pytest, which finds tests in files."""
+    """Adds the test classes to this file when pytest collects it."""
 
     def __init__(self, cases: dict[str, type[unittest.TestCase]]) -> None:
         self.cases = cases
 
     def pytest_pycollect_makemodule(self, module_path: Path, parent: Any) -> None:
-        """Put the classes where this file is collected."""
+        """Add the classes to the module that pytest imports."""
         vars(importlib.import_module(module_path.stem)).update(self.cases)
 
 

@@ -1,6 +1,6 @@
-"""Damaged inputs for everything that reads a file, and what may come of them: a result or a MythosError, soon.
+"""Fuzzing of everything that reads a file: damaged inputs must give a result or a MythosError, soon.
 
-A target is a folder of sound files and a function that reads it. An input is one of its files with some edits. The test
+A target is a folder of valid files and a function that reads it. An input is one of its files with some edits. The test
 suite draws edits by hypothesis, `scripts/fuzz.py` by a seed; both apply and judge them here.
 """
 
@@ -30,9 +30,9 @@ import yaml
 from safetensors.torch import save_file
 
 from mythos.checkpoints.stored_model import open_model
-from mythos.cli import tokenize
+from mythos.cli import export, tokenize
 from mythos.config.data import DataConfig, FilterConfig
-from mythos.config.inherited import inherited
+from mythos.config.inherited import inherited_sections
 from mythos.config.loading import config_from_dict, load_config
 from mythos.data.corpus import open_corpora
 from mythos.data.tokenizer import Tokenizer
@@ -46,11 +46,11 @@ from tests.hf.published import published
 from tests.runs import documents, settings, tiny, write_settings
 
 MOST_SECONDS = 10.0
-"""Of processor time: the machine may be busy."""
+"""Most processor time (not wall time: the machine may be busy)."""
 HANG_SECONDS = 60
-"""After which reading is interrupted, be the machine as busy as it may."""
+"""Wall time after which reading is interrupted."""
 MOST_BYTES = 200 * 2**20
-"""Of memory beyond what the process had before."""
+"""Most additional memory."""
 
 WORDS = [
     *b"\0 \xff \xef\xbb\xbf \xed\xa0\x80 \\ud800 \\u0000 null ~ true [] {} *a .. / ../x step-1 auto ? ---".split(b" "),
@@ -58,16 +58,15 @@ WORDS = [
     *(b"\n", b"\r", b"\t", b'""', b" " * 300, b"9" * 400, b"9" * 5000, b"[" * 2000, b'{"a":' * 2000, b"- " * 2000),
     *(b"&a [*a]", b"!!int ''", b"!!timestamp x", b"!!binary x", b"!!python/name:os.system", b"<<: *a"),
 ]
-"""What has ended other readers."""
+"""Byte strings that have crashed other readers."""
 VALUES: list[Any] = [
     *(None, True, 0, -1, 1, 3, 2**20, 2**31, 2**40, 2**62, 2**63, 10**30, 0.5, 1e300, float("inf"), float("nan")),
     *("", "x", "\0", "\ud800", "..", "../x", "/etc/hostname", "a" * 5000, [], {}, [[]], {"a": {}}, [None], ["x"] * 100),
 ]
-"""What takes the place of a value of JSON or YAML."""
-
+"""Replacements for a value of JSON or YAML."""
 
 VALUE = re.compile(rb"(?<=: )[^\n,}\]]+|(?<==)[^\n]+")
-"""What looks like the value of a key, in YAML, JSON or an override."""
+"""Matches what looks like the value of a key, in YAML, JSON or an override."""
 
 
 class Edit(NamedTuple):
@@ -75,9 +74,9 @@ class Edit(NamedTuple):
 
     kind: Literal["flip", "insert", "delete", "double", "cut", "word", "value", "key"]
     place: float
-    """In [0, 1): where in the file, or which of its values."""
+    """In [0, 1): position in the file, or in the list of its values."""
     what: int
-    """Which bit, word or value; how many bytes."""
+    """Number of the bit, word or value; number of bytes."""
 
 
 KINDS = Edit.__annotations__["kind"].__args__
@@ -85,16 +84,16 @@ KINDS = Edit.__annotations__["kind"].__args__
 
 @dataclass(frozen=True)
 class Target:
-    """A kind of input, and what reads it."""
+    """A kind of input, and its reader."""
 
     name: str
     folder: Path
     files: tuple[str, ...]
-    """Those that are edited."""
+    """The files that are edited."""
     read: Callable[[Path], object]
     """Reads a copy of the folder."""
     seal: Callable[[Path], None] = lambda folder: None
-    """Brings checksums of a copy up to date, or none of its damage would be looked at."""
+    """Updates the checksums of a copy; otherwise its damage would be refused before it is read."""
 
 
 def _interrupt(*_: object) -> None:
@@ -102,19 +101,19 @@ def _interrupt(*_: object) -> None:
 
 
 class Outcome(contextlib.AbstractContextManager["Outcome"]):
-    """What became of reading one input; an error of whatever class ends here (a panic of Rust is no Exception)."""
+    """The outcome of reading one input. Catches errors of every class (a panic of Rust is no Exception)."""
 
     def __init__(self) -> None:
         self.kind: Literal["result", "refusal", "fault"] = "result"
-        self.told = ""
+        self.message = ""
 
     def __enter__(self) -> "Outcome":
         self._measured = os.access("/proc/self/clear_refs", os.W_OK)
         if self._measured:
-            # Hand freed memory back first: training keeps it (`keep_freed_memory`), and what an input takes of it
-            # would not be seen to grow.
+            # Return freed memory to the system first: training keeps it (`keep_freed_memory`), and growth within it
+            # would not be seen.
             ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")  # the peak of memory begins anew
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak of memory
         signal.signal(signal.SIGALRM, _interrupt)
         signal.alarm(HANG_SECONDS)
         self._resident, self._began = psutil.Process().memory_info().rss, time.process_time()
@@ -131,18 +130,18 @@ class Outcome(contextlib.AbstractContextManager["Outcome"]):
         if self._measured:
             peak = 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
         if error is not None:
-            self.kind, self.told = "refusal", str(error)
-            if not isinstance(error, MythosError) or not self.told:
-                self.kind, self.told = "fault", "".join(traceback.format_exception(kind, error, trace))
+            self.kind, self.message = "refusal", str(error)
+            if not isinstance(error, MythosError) or not self.message:
+                self.kind, self.message = "fault", "".join(traceback.format_exception(kind, error, trace))
         if seconds > MOST_SECONDS:
-            self.kind, self.told = "fault", f"took {seconds:.1f} s\n{self.told}"
+            self.kind, self.message = "fault", f"took {seconds:.1f} s\n{self.message}"
         if peak - self._resident > MOST_BYTES:
-            self.kind, self.told = "fault", f"took {(peak - self._resident) / 2**20:.0f} MB\n{self.told}"
+            self.kind, self.message = "fault", f"took {(peak - self._resident) / 2**20:.0f} MB\n{self.message}"
         return True
 
 
 def try_input(target: Target, file: str, edits: list[Edit], copy: Path) -> Outcome:
-    """Read a target with one of its files edited; `copy` is the folder it is made in, and deleted afterwards."""
+    """Read a target with one of its files edited; the folder `copy` is created for it and deleted afterwards."""
     shutil.copytree(target.folder, copy)
     try:
         (copy / file).write_bytes(edited((copy / file).read_bytes(), edits))
@@ -156,19 +155,19 @@ def try_input(target: Target, file: str, edits: list[Edit], copy: Path) -> Outco
 
 def draw(targets: list[Target], key: str) -> tuple[Target, str, list[Edit]]:
     """An input: a function of the key."""
-    drawn = random.Random(key)
-    target = drawn.choice(targets)
-    # Most of JSON is refused by its syntax alone once bytes are changed: values are changed as often as bytes.
+    generator = random.Random(key)
+    target = generator.choice(targets)
+    # With changed bytes most JSON is refused for its syntax alone, so values are changed as often as bytes.
     weights = [1, 1, 1, 1, 1, 3, 3, 1]
     edits = [
-        Edit(drawn.choices(KINDS, weights)[0], drawn.random(), drawn.randrange(2**16))
-        for _ in range(drawn.choice((1, 1, 2, 5)))
+        Edit(generator.choices(KINDS, weights)[0], generator.random(), generator.randrange(2**16))
+        for _ in range(generator.choice((1, 1, 2, 5)))
     ]
-    return target, drawn.choice(target.files), edits
+    return target, generator.choice(target.files), edits
 
 
 def edited(content: bytes, edits: list[Edit]) -> bytes:
-    """A file's bytes after the edits; those of values apply where it is JSON or YAML, elsewhere a word is put in."""
+    """Apply edits to a file's bytes. Edits of values apply to JSON and YAML; elsewhere they insert a word."""
     for kind, place, what in edits:
         at = int(place * len(content))
         if kind in ("value", "key"):
@@ -176,7 +175,7 @@ def edited(content: bytes, edits: list[Edit]) -> bytes:
             if changed is not None:
                 content = changed
                 continue
-        if kind == "word" and (spans := [found.span() for found in VALUE.finditer(content)]):
+        if kind == "word" and (spans := [match.span() for match in VALUE.finditer(content)]):
             start, end = spans[int(place * len(spans))]
             content = content[:start] + WORDS[what % len(WORDS)] + content[end:]
         elif kind == "flip" and content:
@@ -193,7 +192,7 @@ def edited(content: bytes, edits: list[Edit]) -> bytes:
 
 
 def _other_value(content: bytes, kind: str, place: float, what: int) -> bytes | None:
-    """The content with one of its values replaced, or its key left out; None where it is neither JSON nor YAML."""
+    """The content with one of its values replaced or one of its keys renamed; None if it is neither JSON nor YAML."""
     header, rest = False, b""
     size = int.from_bytes(content[:8], "little")
     if size < len(content) and content[8:9] == b"{":  # safetensors
@@ -223,28 +222,28 @@ def _other_value(content: bytes, kind: str, place: float, what: int) -> bytes | 
 
 
 def _places(data: Any) -> list[tuple[Any, Any]]:
-    """Every list or mapping in a value with each of its keys, of long lists the first 50."""
-    found: list[tuple[Any, Any]] = []
+    """Every list or mapping in a value with each of its keys; of long lists the first 50."""
+    places: list[tuple[Any, Any]] = []
     level, visited = [data], set()
     while level:
         outer = level.pop()
-        if isinstance(outer, dict | list) and id(outer) not in visited:  # an alias of YAML may be in itself
+        if isinstance(outer, dict | list) and id(outer) not in visited:  # a YAML alias may contain itself
             visited.add(id(outer))
             keys = list(outer) if isinstance(outer, dict) else list(range(len(outer)))[:50]
-            found += [(outer, key) for key in keys]
+            places += [(outer, key) for key in keys]
             level += [outer[key] for key in keys]
-    return found
+    return places
 
 
 # Targets
 
 
 def build_targets(folder: Path) -> list[Target]:
-    """All kinds of inputs, their sound files made in a folder, which takes some seconds, and read without an error."""
+    """All targets; writes their valid files into a folder, which takes some seconds, and checks that they are read."""
     run = _run(folder / "trained")
-    export = folder / "export"
-    assert export.main([str(run), str(export)]) == 0
-    targets = [*_configurations(folder, export), *_models(folder, run, export), *_data(folder, run / "tokenizer")]
+    exported = folder / "export"
+    assert export.main([str(run), str(exported)]) == 0
+    targets = [*_configurations(folder, exported), *_models(folder, run, exported), *_data(folder, run / "tokenizer")]
     for target in targets:
         target.read(shutil.copytree(target.folder, folder / "copy"))
         shutil.rmtree(folder / "copy")
@@ -253,12 +252,12 @@ def build_targets(folder: Path) -> list[Target]:
 
 def _run(folder: Path) -> Path:
     folder.mkdir()
-    made = Trainer(tiny(folder, train__steps=1, depth__curriculum={}, eval__batches=1))
-    made.run()
-    return made.run_dir
+    trainer = Trainer(tiny(folder, train__steps=1, depth__curriculum={}, eval__batches=1))
+    trainer.run()
+    return trainer.run_dir
 
 
-def _configurations(folder: Path, export: Path) -> list[Target]:
+def _configurations(folder: Path, exported: Path) -> list[Target]:
     place = folder / "configuration"
     place.mkdir()
     text = yaml.safe_dump({"train": {"steps": 10, "max_time": "3h"}, **settings(folder)})
@@ -272,11 +271,11 @@ def _configurations(folder: Path, export: Path) -> list[Target]:
     (start / "config.yaml").write_text(text)
 
     def overridden(copy: Path) -> object:
-        given = (copy / "overrides.txt").read_bytes().decode("utf-8", "surrogateescape")
-        return load_config("quickstart", given.split("\n"))
+        text = (copy / "overrides.txt").read_bytes().decode("utf-8", "surrogateescape")
+        return load_config("quickstart", text.split("\n"))
 
     def recorded(copy: Path) -> object:
-        with contextlib.suppress(ValueError, RecursionError):  # reading JSON is not what is tried here
+        with contextlib.suppress(ValueError, RecursionError):  # reading JSON is not under test here
             values = json.loads((copy / "meta.json").read_bytes())
             if isinstance(values, dict):
                 return config_from_dict(values, to_train=False)
@@ -286,13 +285,13 @@ def _configurations(folder: Path, export: Path) -> list[Target]:
         Target("configuration", place, ("run.yaml",), lambda copy: load_config(copy / "run.yaml")),
         Target("overrides", place, ("overrides.txt",), overridden),
         Target("recorded configuration", place, ("meta.json",), recorded),
-        Target("init_from (export)", export, ("config.json",), lambda copy: inherited(str(copy), {})),
-        Target("init_from (run)", start, ("config.yaml",), lambda copy: inherited(str(copy), {})),
+        Target("init_from (export)", exported, ("config.json",), lambda copy: inherited_sections(str(copy), {})),
+        Target("init_from (run)", start, ("config.yaml",), lambda copy: inherited_sections(str(copy), {})),
     ]
 
 
 def _seal_checkpoint(copy: Path) -> None:
-    """Sums of what is there, as if the damage had been written so."""
+    """Write the checksums of the damaged files, as if they had been saved like this."""
     with contextlib.suppress(ValueError, RecursionError, AttributeError, TypeError):
         meta = json.loads((copy / META).read_bytes())
         for file in copy.glob("*.safetensors"):
@@ -300,12 +299,12 @@ def _seal_checkpoint(copy: Path) -> None:
             if isinstance(meta["files"].get(file.name), dict):
                 meta["files"][file.name] = {"bytes": len(content), "crc32": zlib.crc32(content)}
         (copy / META).write_text(json.dumps(meta))
-    if (copy / MARKER).stat().st_size > 40:  # the marker itself is what was edited, or not
+    if (copy / MARKER).stat().st_size > 40:  # the marker itself was edited
         return
     (copy / MARKER).write_text(json.dumps({"meta_crc32": zlib.crc32((copy / META).read_bytes())}))
 
 
-def _models(folder: Path, run: Path, export: Path) -> list[Target]:
+def _models(folder: Path, run: Path, exported: Path) -> list[Target]:
     [checkpoint] = (run / "checkpoints").glob("step-*")
     parts = folder / "parts"
     assert export.main([str(run), str(parts), "--max-shard-size", "60KB"]) == 0
@@ -324,7 +323,7 @@ def _models(folder: Path, run: Path, export: Path) -> list[Target]:
         ]
 
     def opened(copy: Path) -> object:
-        named = copy.parent / "step-00000001"  # a checkpoint's name is part of it
+        named = copy.parent / "step-00000001"  # the name of a checkpoint's folder is checked too
         copy.rename(named)
         try:
             return open_model(named)
@@ -334,7 +333,7 @@ def _models(folder: Path, run: Path, export: Path) -> list[Target]:
     shard = "shard-00001-model-00001-of-00001.safetensors"
     tokenizer = ("tokenizer.json", "tokenizer_config.json", "request.json")
     return [
-        Target("exported model", export, ("config.json", "model.safetensors"), open_model),
+        Target("exported model", exported, ("config.json", "model.safetensors"), open_model),
         Target("exported model in parts", parts, ("model.safetensors.index.json",), open_model),
         Target("checkpoint", checkpoint, (META, MARKER, shard), opened, _seal_checkpoint),
         Target("tokenizer", run / "tokenizer", tokenizer, Tokenizer.load),

@@ -153,7 +153,7 @@ def accepted(main: Callable[[list[str]], int], words: list[str], name: str) -> s
             reads = name in ("train", "tokenize") and not getattr(options, "dry_run", False)
             needs |= {"network"} if reads and online(config) else set()
         elif path != STAND_INS["RUN"]:
-            from mythos.benchmarks.steps import configuration
+            from scripts.benchmarks.steps import configuration
 
             configuration(path, overrides)
     return needs

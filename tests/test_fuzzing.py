@@ -1,4 +1,4 @@
-"""Whatever is in a file, reading it gives a result or a MythosError; `scripts/fuzz.py` tries more of the same."""
+"""Reading any file gives a result or a MythosError, whatever is in it; `scripts/fuzz.py` tries more inputs."""
 
 import itertools
 import logging
@@ -26,9 +26,9 @@ EDITS = st.lists(
 
 @pytest.fixture(scope="module")
 def targets(tmp_path_factory: pytest.TempPathFactory, no_plots: None) -> Iterator[list[Target]]:
-    made = build_targets(tmp_path_factory.mktemp("targets"))
-    logging.disable(logging.WARNING)  # of what is left out
-    yield made
+    targets = build_targets(tmp_path_factory.mktemp("targets"))
+    logging.disable(logging.WARNING)  # readers warn about what they skip
+    yield targets
     logging.disable(logging.NOTSET)
 
 
@@ -45,10 +45,10 @@ def test_damaged_files_are_read_or_refused(
     target = targets[choice % len(targets)]
     file = target.files[choice // len(targets) % len(target.files)]
     outcome = try_input(target, file, edits, tmp_path / f"copy{next(NUMBERS)}")
-    assert outcome.kind != "fault", f"{target.name}: {file}: {edits}\n{outcome.told}"
+    assert outcome.kind != "fault", f"{target.name}: {file}: {edits}\n{outcome.message}"
 
 
-# What judges
+# The judge of outcomes
 
 
 def judged(tmp_path: Path, read: Callable[[Path], object]) -> Outcome:
@@ -58,7 +58,7 @@ def judged(tmp_path: Path, read: Callable[[Path], object]) -> Outcome:
 
 
 class Panic(BaseException):
-    """As an extension in Rust raises it."""
+    """Like the exception of a panic in a Rust extension."""
 
 
 def busy(_: Path) -> None:
@@ -84,14 +84,14 @@ def test_outcomes_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (raising(Panic("panicked")), "fault", "panicked"),
         (lambda copy: bytearray(300 * 2**20), "fault", " MB"),
     ]
-    for number, (read, kind, told) in enumerate(expected):
+    for number, (read, kind, part) in enumerate(expected):
         folder = tmp_path / str(number)
         folder.mkdir()
         outcome = judged(folder, read)
-        assert (outcome.kind, told in outcome.told) == (kind, True), outcome.told
+        assert (outcome.kind, part in outcome.message) == (kind, True), outcome.message
     monkeypatch.setattr("tests.fuzzing.MOST_SECONDS", 0.2)
     (tmp_path / "slow").mkdir()
-    assert re.match(r"took 0\.[3-9] s", judged(tmp_path / "slow", busy).told)
+    assert re.match(r"took 0\.[3-9] s", judged(tmp_path / "slow", busy).message)
     with pytest.raises(KeyboardInterrupt):
         (tmp_path / "stop").mkdir()
         judged(tmp_path / "stop", raising(KeyboardInterrupt()))
@@ -130,7 +130,7 @@ def test_an_input_is_a_function_of_seed_and_number(targets: list[Target]) -> Non
     assert set(kinds) == set(KINDS)
 
 
-def test_the_script_counts_and_tells(
+def test_the_script_counts_and_reports(
     targets: list[Target], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def read(copy: Path) -> None:

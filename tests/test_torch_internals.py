@@ -1,4 +1,4 @@
-"""Private interfaces of torch: all in one module, each of which does what it says, on every version."""
+"""Private interfaces of torch: all are in one module, and work on every version."""
 
 import ast
 import warnings
@@ -16,10 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mythos import torch_internals
-from mythos.planning.plan import fake_processes
+from mythos.planning.collectives import fake_processes
 
 ROOT = Path(__file__).parents[1]
-SOURCES = [*sorted((ROOT / "mythos").rglob("*.py")), *sorted((ROOT / "scripts").glob("*.py")), ROOT / "train.py"]
+SOURCES = [*sorted((ROOT / "mythos").rglob("*.py")), *sorted((ROOT / "scripts").rglob("*.py")), ROOT / "train.py"]
 OTHERS = {
     "_asdict": "NamedTuple, documented",
     "_fields": "NamedTuple, documented",
@@ -53,8 +53,8 @@ def defined(tree: ast.AST) -> set[str]:
 
 
 def used(tree: ast.AST) -> list[tuple[int, str]]:
-    """Line and name of each private name that is read off something, imported, or named in a string to getattr."""
-    found = []
+    """Line and name of each private name that is read as an attribute, imported, or passed to getattr."""
+    uses = []
     for node in ast.walk(tree):
         names: list[str] = []
         if isinstance(node, ast.Attribute):
@@ -66,8 +66,8 @@ def used(tree: ast.AST) -> list[tuple[int, str]]:
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "hasattr"):
             text = node.args[1].values[0] if isinstance(node.args[1], ast.JoinedStr) else node.args[1]
             names = [text.value] if isinstance(text, ast.Constant) else []
-        found += [(node.lineno, name) for name in names if private(name)]
-    return found
+        uses += [(node.lineno, name) for name in names if private(name)]
+    return uses
 
 
 def test_private_names_of_libraries_are_used_in_one_module() -> None:
@@ -77,10 +77,10 @@ def test_private_names_of_libraries_are_used_in_one_module() -> None:
         f"{path.relative_to(ROOT)}:{line}: {name}"
         for path, tree in trees.items()
         for line, name in used(tree)
-        if name not in own and name not in OTHERS and path.name != "torch_compat.py"
+        if name not in own and name not in OTHERS and path.name != "torch_internals.py"
     ]
     assert not elsewhere, "private names; wrap those of torch in mythos/torch_internals.py"
-    assert {"_fsdp_param_groups", "_cdata"} <= {name for _, name in used(trees[ROOT / "mythos" / "torch_compat.py"])}
+    assert {"_fsdp_param_groups", "_cdata"} <= {name for _, name in used(trees[ROOT / "mythos" / "torch_internals.py"])}
 
 
 def test_every_way_to_a_private_name_is_seen() -> None:
@@ -98,6 +98,19 @@ def test_every_way_to_a_private_name_is_seen() -> None:
     assert {name for _, name in lines} >= {"_dynamo", "_subclasses", "_functional", "_chosen", "_flash", "_marker"}
     assert {line for line, _ in lines} == {1, 2, 3, 4, 5, 6, 7}
     assert defined(ast.parse(code)) == {"_inherited"}
+
+
+def test_backward_passes_are_told_apart() -> None:
+    numbers: list[int] = []
+    x = torch.ones(2, requires_grad=True)
+    y = x * 2
+    for tensor in (x, y):
+        tensor.register_hook(lambda gradient: numbers.append(torch_internals.backward_pass_number()))
+    for _ in range(2):
+        y.sum().backward(retain_graph=True)
+    first, second = numbers[:2], numbers[2:]
+    assert len(set(first)) == len(set(second)) == 1 and first[0] != second[0] and -1 not in numbers
+    assert torch_internals.backward_pass_number() == -1
 
 
 @pytest.mark.parametrize(("value_dim", "flash"), [(64, True), (32, False)])
@@ -146,7 +159,7 @@ def test_compiler_counters_count_graphs() -> None:
     double = torch.compile(lambda x: x * 2, backend="eager")
     for size in (torch.zeros(2), torch.zeros(3), torch.zeros(2, dtype=torch.float64)):
         double(size)
-    # Another length makes a graph of any length, another type a third one.
+    # Another length compiles a graph for any length, another type a third graph.
     assert counters["stats"]["unique_graphs"] == 3
 
 
@@ -180,7 +193,7 @@ def test_ddp_buckets_of_a_mebibyte_each() -> None:
 
 
 def test_ddp_and_timeouts_take_what_this_torch_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a warning that either is deprecated, and buffers stay each rank's own."""
+    """Neither warns of a deprecated name, and forward passes do not broadcast buffers."""
     model = nn.BatchNorm1d(4)
     with fake_processes(2), warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
@@ -188,7 +201,7 @@ def test_ddp_and_timeouts_take_what_this_torch_has(monkeypatch: pytest.MonkeyPat
         torch_internals.set_timeout(None, 5)
     assert not getattr(ddp, "forward_sync_buffers", ddp.broadcast_buffers)
     calls = []
-    monkeypatch.setattr(dist, "set_timeout", lambda *given: calls.append(given), raising=False)
+    monkeypatch.setattr(dist, "set_timeout", lambda *arguments: calls.append(arguments), raising=False)
     torch_internals.set_timeout(None, 5)
     assert calls == [(timedelta(seconds=5), None)]
 

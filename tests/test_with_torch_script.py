@@ -1,4 +1,4 @@
-"""scripts/test_with_torch.sh: what it installs, what it runs, and what it says last."""
+"""scripts/test_with_torch.sh: the packages it installs, the tests it runs, and its last line."""
 
 import json
 import subprocess
@@ -26,7 +26,7 @@ if arguments[:2] == ["-m", "pytest"]:
     print("FAILED tests/test_one.py - took 3 in 2s\\n2 failed, 5 passed, 1 skipped in 1.25s")
     sys.exit(1)
 """
-"""An interpreter that writes down what it would have been asked to do."""
+"""A fake interpreter that records its arguments."""
 
 
 def run(directory: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:

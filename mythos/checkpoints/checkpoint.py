@@ -45,7 +45,7 @@ from mythos.distributed.collective_errors import collective_failure
 from mythos.distributed.ranks import Ranks
 from mythos.distributed.run_lock import RunLock
 from mythos.errors import DiskFullError, MythosError
-from mythos.files.local import is_full
+from mythos.files.local import is_full, remedy
 from mythos.files.storage import (
     MARKER,
     LocalStorage,
@@ -145,11 +145,9 @@ class Checkpoints:
         try:
             self._agree(lambda: self.storage.probe(f"{key}-{self.ranks.rank}"))
         except MythosError as error:
-            full = isinstance(error, DiskFullError)
-            advice = "Free some space" if full else "Mend that"
-            raise (DiskFullError if full else MythosError)(
-                f"{self.directory}: checkpoints cannot be written there: {error}. {advice}, or set checkpoint.dir "
-                "to another directory."
+            raise (DiskFullError if is_full(error) else MythosError)(
+                f"{self.directory}: checkpoints cannot be written there: {error}. {remedy(error)}, or set "
+                "checkpoint.dir to another directory."
             ) from error
 
     def _check_shared(self, key: str) -> None:
@@ -413,7 +411,7 @@ class Checkpoints:
             finally:
                 # A commit has renamed it already. A directory shared by all ranks is removed by rank 0.
                 if folder is not None and (ranks.main or not isinstance(storage, LocalStorage)):
-                    storage.discard(name, folder)
+                    storage.discard(folder)
         self._newest = storage.address(name)
         if ranks.main:
             try:
@@ -437,7 +435,7 @@ class Checkpoints:
         try:
             result = work()
         except Exception as error:
-            problem, cause = (reason(error), is_full(error) or isinstance(error, DiskFullError)), error
+            problem, cause = (reason(error), is_full(error)), error
         outcomes = self.ranks.gather((problem, result))
         for rank, (problem, _) in enumerate(outcomes):
             if problem is not None:
@@ -463,15 +461,11 @@ class Checkpoints:
             why = reason(error)
             if isinstance(error, CheckpointException):
                 why, cause = first_cause(error), min(error.failures.items())[1][0]
-            full = isinstance(error, DiskFullError) or is_full(cause)
-            advice = (
-                "Free some space (or set checkpoint.dir to another disk, checkpoint.keep lower)"
-                if full
-                else "Mend that (or set checkpoint.dir to another directory)"
-            )
+            full = is_full(cause)
+            elsewhere = "another disk, or lower checkpoint.keep" if full else "another directory"
             raise (DiskFullError if full else MythosError)(
-                f"{what} could not be written to {self.directory}: {why}; {kept}. {advice} and run the same "
-                "command again."
+                f"{what} could not be written to {self.directory}: {why}; {kept}. {remedy(cause)} (or set "
+                f"checkpoint.dir to {elsewhere}) and run the same command again."
             ) from error
 
 

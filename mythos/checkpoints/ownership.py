@@ -10,8 +10,8 @@ from pathlib import Path
 
 from mythos.distributed.run_lock import RunLock
 from mythos.errors import MythosError
-from mythos.files.local import read_regular
 from mythos.files.storage import LocalStorage, Origin, RemoteStorage, Storage
+from mythos.files.text import parse_json, read_json
 
 LOCK = ".checkpoints.lock"
 
@@ -81,8 +81,8 @@ def _is_copy(origin: Origin, run: Run, storage: Storage) -> bool:
     if directory is None or directory == run.directory or _inside(storage, run):
         return False
     try:
-        return json.loads(read_regular(Path(directory) / ".lock")).get("run") == run.id
-    except (OSError, ValueError, AttributeError, RecursionError):
+        return read_json(Path(directory) / ".lock").get("run") == run.id
+    except (OSError, ValueError, AttributeError):
         return False
 
 
@@ -126,7 +126,7 @@ def _remote_lock(storage: RemoteStorage, run: Run) -> Iterator[None]:
     The object remains after a kill; the same run may then continue.
     """
     try:
-        holder = json.loads(storage.read_root(LOCK))
+        holder = parse_json(storage.read(LOCK))
     except (FileNotFoundError, ValueError):
         holder = {}
     if isinstance(holder, dict) and holder.get("id") not in (None, run.id):
@@ -135,8 +135,8 @@ def _remote_lock(storage: RemoteStorage, run: Run) -> Iterator[None]:
             f"{holder.get('pid')} on {holder.get('host')}. Two runs would overwrite each other: give this run another "
             f"checkpoint.dir, or, if that job has been killed and is not to go on, delete {storage.address(LOCK)}"
         )
-    storage.write_root(LOCK, json.dumps({**asdict(run), "host": socket.gethostname(), "pid": os.getpid()}).encode())
+    storage.write(json.dumps({**asdict(run), "host": socket.gethostname(), "pid": os.getpid()}).encode(), LOCK)
     try:
         yield
     finally:
-        storage.remove_root(LOCK)
+        storage.delete(LOCK)

@@ -1,6 +1,6 @@
-"""The command `mythos`: a module for each of its commands, with `parser(prog)` and `main(arguments, prog)`.
+"""The command `mythos`: one module per subcommand, with `parser()` and `main(arguments)`.
 
-These modules import torch, and whatever else takes long, only in what runs a command: help and errors come at once.
+The modules import torch and other slow packages only while a command runs, so that help and errors appear at once.
 """
 
 import argparse
@@ -10,74 +10,64 @@ from types import ModuleType
 
 from mythos import __version__
 from mythos.cli.common import CommandParser
+from mythos.config.checking import suggestion
 
-COMMANDS = {
-    "train": "train",
-    "generate": "generate",
-    "sweep": "sweep",
-    "evaluate": "evaluate",
-    "reasoning": "reasoning",
-    "export": "export",
-    "import": "import_model",
-    "retrofit": "retrofit",
-    "estimate": "estimate",
-    "gpu-check": "gpu_check",
-    "report": "report",
-    "compare": "compare",
-    "presets": "presets",
-    "configs": "configs",
-    "tokenize": "tokenize",
-    "tokenizer": "tokenizer",
-    "completion": "completion",
+GROUPS = {
+    "train a model": ("train", "tokenizer", "tokenize", "configs", "presets"),
+    "use a model": ("generate", "export", "import", "retrofit"),
+    "measure": ("sweep", "evaluate", "reasoning", "estimate", "gpu-check"),
+    "look at runs": ("report", "compare"),
+    "set up the shell": ("completion",),
 }
-"""Commands in the order that they are listed in, and their modules in this package."""
+"""The commands, by what they are for, in the order of the help text."""
+COMMANDS = tuple(name for names in GROUPS.values() for name in names)
 
 USAGE = "mythos COMMAND [arguments]"
-ABOUT = "Pretraining of recurrent-depth (looped) transformers."
-MORE = """`mythos COMMAND --help` explains a command, `mythos train --help SECTION` a section of the configuration, and
-`mythos --version` tells the version."""
+HELP_FOOTER = """`mythos COMMAND --help` explains a command, `mythos train --help SECTION` a section of the
+configuration; `mythos --version` prints the version."""
 
 
 def command(name: str) -> ModuleType:
-    """The module of a command."""
-    return import_module(f"{__name__}.{COMMANDS[name]}")
+    """Import the module of a command."""
+    module = "import_model" if name == "import" else name.replace("-", "_")  # `import` is a keyword
+    return import_module(f"{__name__}.{module}")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The whole command line, every command with its options; commands are run by their own parsers, see `main`."""
-    made = CommandParser(prog="mythos", usage=USAGE)
-    made.add_argument("--version", action="version", version=f"mythos {__version__}", help="the version")
-    commands = made.add_subparsers(metavar="COMMAND")
+    """Build one parser with all commands and options, for shell completion; `main` uses each command's own."""
+    root = CommandParser(prog="mythos", usage=USAGE)
+    root.add_argument("--version", action="version", version=f"mythos {__version__}", help="print the version")
+    commands = root.add_subparsers(metavar="COMMAND")
     for name in COMMANDS:
         own = command(name).parser()
         commands.add_parser(name, parents=[own], add_help=False, help=summary(own), description=own.description)
-    return made
+    return root
 
 
 def summary(parser: argparse.ArgumentParser) -> str:
-    """What a command does, in a line."""
+    """Return the first line of a command's description."""
     return (parser.description or "").partition("\n")[0].rstrip(".")
 
 
 def overview() -> str:
-    """All commands, a line each."""
+    """List all commands by group, one line each."""
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {summary(command(name).parser())}" for name in COMMANDS]
-    return f"usage: {USAGE}\n\n{ABOUT}\n\ncommands:\n" + "\n".join(lines) + f"\n\n{MORE}"
+    lines = [f"usage: {USAGE}", "", "Pretraining of recurrent-depth (looped) transformers.", ""]
+    for group, names in GROUPS.items():
+        lines += [f"{group}:", *(f"  {name:<{width}}  {summary(command(name).parser())}" for name in names), ""]
+    return "\n".join([*lines, HELP_FOOTER])
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 2 for a command that there is not, as for wrong options."""
-    given = sys.argv[1:] if arguments is None else arguments
-    if not given or given[0] in ("--help", "-h"):
+    """Run the command line and return its exit status: 2 for an unknown command, as for unknown options."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("--help", "-h"):
         print(overview())
         return 0
-    if given[0] in COMMANDS:
-        return command(given[0]).main(given[1:])
-    if given[0].startswith("-"):
-        parser().parse_args(given)  # --version, or an option that there is not
-    from mythos.config.checking import suggestion
-
-    told = suggestion(given[0], list(COMMANDS))
-    print(f"error: mythos {given[0]}: there is no such command; {told}", file=sys.stderr)
+    name, *rest = arguments
+    if name in COMMANDS:
+        return command(name).main(rest)
+    if name.startswith("-"):
+        parser().parse_args(arguments)  # prints the version, or reports an unknown option
+    print(f"error: mythos {name}: no such command; {suggestion(name, list(COMMANDS))}", file=sys.stderr)
     return 2

@@ -1,4 +1,4 @@
-"""What the commands have in common: how they end, and how options are read and refused."""
+"""Shared parts of the commands: parsers, options, checks of their values, and exit statuses."""
 
 import argparse
 import contextlib
@@ -8,58 +8,66 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 from mythos.config.checking import shortened, shown
-from mythos.errors import MythosError
+from mythos.errors import MythosError, log_messages
 from mythos.files.text import unusable_text
+from mythos.hf import SHARD_SIZE
 from mythos.section import MOST, MOST_LOOPS
 
 DEVICES = ("auto", "cpu", "cuda")
-"""What --device allows; `mythos.distributed.ranks.choose_device` turns it into a device."""
+"""Values of --device; `mythos.distributed.ranks.choose_device` resolves them."""
 
 
-def share_cores() -> None:
-    """Let threads that wait for others sleep after some microseconds, unless the environment says how they wait.
-
-    OpenMP's threads spin for milliseconds by default. Beside another busy process the thread that all wait for gets
-    no core: training with two threads on two busy cores was 20 times slower (docs/performance.md). OpenMP reads these
-    variables when torch is imported.
-    """
-    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-        os.environ["GOMP_SPINCOUNT"] = "1000"  # GNU's runtime alone; it counts for more than the policy
-
-
-def accept_any_character() -> None:
-    """Let standard output take text in any script: what its encoding does not have (LANG=C) is escaped.
-
-    Otherwise a run of days would end with an error for a character of its last sample.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
-            stream.reconfigure(errors="backslashreplace")
-
-
+# argparse rather than click or typer: no further dependency, help in 0.1 s, overrides (key.path=value) may come between
+# options (`parse_intermixed_args`), and shtab writes the shell completion.
 class CommandParser(argparse.ArgumentParser):
-    """A command line of text: an argument that is no UTF-8, or has a NUL in it, is an error like any other."""
+    """Argument parser that reports arguments that are not UTF-8, or contain NUL, as usage errors."""
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """Parse as usual. Ends the process with status 2 for such an argument, named in ASCII."""
+        """Parse as usual. Exits with status 2 for such an argument and names it in ASCII."""
         for argument in sys.argv[1:] if args is None else args:
             if unusable_text(argument):
                 self.error(f"argument {argument!a}: allowed: text in UTF-8, without the character NUL")
         return super().parse_known_args(args, namespace)
 
 
-def exit_status(action: Callable[[], None]) -> int:
-    """Run what a command is for and return its exit status, with a line on standard error where it did not succeed.
+def command_parser(name: str, description: str | None, **options: Any) -> CommandParser:
+    """Build the parser of `mythos NAME`, which prints the description as it is written."""
+    return CommandParser(
+        prog=f"mythos {name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **options,
+    )
 
-    0 = done, also where what read the output has read enough; 1 = MythosError; 130 = interrupted.
+
+def set_up_process() -> None:
+    """Prepare a process for a command: messages, output encoding, waiting threads. Call before torch is imported."""
+    log_messages()
+    # Escape characters that the output encoding lacks (LANG=C). Otherwise a run of days could end with a
+    # UnicodeEncodeError for one character of its last sample.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+    # Let waiting OpenMP threads sleep after some microseconds, unless the user has chosen. By default they spin for
+    # milliseconds and take the core from the thread they wait for if another process is busy: training with two threads
+    # on two busy cores was 20 times slower (docs/performance.md). OpenMP reads the variables when torch is imported.
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ["GOMP_SPINCOUNT"] = "1000"  # read by GNU's OpenMP only, where it overrides the policy
+
+
+def exit_status(action: Callable[[], None], interrupted: str = "\nstopped") -> int:
+    """Run the action of a command and return its exit status; print errors to standard error.
+
+    0 = success, also if the reader of the output has closed it (`| head`); 1 = MythosError; 130 = interrupted, with the
+    text `interrupted` printed.
     """
-    accept_any_character()
-    share_cores()
+    set_up_process()
     try:
         action()
         sys.stdout.flush()
@@ -67,45 +75,63 @@ def exit_status(action: Callable[[], None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails once more as it ends
+        # Python flushes standard output at exit and would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
-def add_measuring_options(parser: argparse.ArgumentParser, folder: str) -> None:
-    """Options of commands that measure a model and write to `folder` in its run directory.
+class TakesArguments(Protocol):
+    """A parser or a group of its options; argparse has no public type for both."""
 
-    `mythos.evaluation.text.as_in_training` tells what is meant where dtype and micro-batch are not given.
+    def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
+        """Add an argument, as `argparse.ArgumentParser.add_argument`."""
+
+
+def add_device_option(parser: TakesArguments) -> None:
+    """Add --device."""
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="auto (default) = cuda if available")
+
+
+def add_measuring_options(parser: argparse.ArgumentParser, folder: str) -> None:
+    """Add the options of commands that measure a model and write to `folder` in its run directory.
+
+    `mythos.evaluation.text.as_in_training` supplies dtype and micro-batch if they are not set.
     """
-    parser.add_argument("--out", type=Path, metavar="DIR", help=f"folder to write to ({folder}/ in the run directory)")
-    parser.add_argument("--micro-batch", type=int, metavar="N", help="sequences computed at once (as in training)")
-    parser.add_argument("--device", choices=DEVICES, default="auto", help="auto (default) = cuda if there is one")
-    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], help="of matrix products (as in training)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help=f"output folder ({folder}/ in the run directory)")
+    parser.add_argument("--micro-batch", type=int, metavar="N", help="sequences per forward pass (as in training)")
+    add_device_option(parser)
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], help="dtype of matmuls (as in training)")
 
 
 def add_writing_options(parser: argparse.ArgumentParser) -> None:
-    """Options of commands that write a model's weights."""
+    """Add the options of commands that write a model's weights."""
     parser.add_argument("--dtype", default="float32", metavar="TYPE", help="float32 (default) or bfloat16")
     parser.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="most bytes of a file of weights (%(default)s)"
+        "--max-shard-size", default=SHARD_SIZE, metavar="SIZE", help="maximum bytes of a file of weights (%(default)s)"
     )
 
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Tell of an OSError met on writing to a folder as MythosError."""
+    """Raise MythosError for an OSError while writing to a folder."""
     try:
         yield
     except OSError as error:
         raise MythosError(f"{folder} cannot be written: {error}. Give another folder with --out.") from error
 
 
-def whole_numbers(option: str, text: str, besides: str = "") -> list[int]:
-    """Parse 4,1,2 in the order given. `besides` is what else the option allows, for the message.
+def comma_separated(text: str) -> list[str]:
+    """Split `a, b` into its parts, without spaces around them."""
+    return [part.strip() for part in text.split(",")]
 
-    Raises MythosError for anything but numbers from 1 to 65,536, the most loops of a configuration.
+
+def whole_numbers(option: str, text: str, besides: str = "") -> list[int]:
+    """Parse 4,1,2 in this order. `besides` names further allowed values in the message, e.g. "auto, or ".
+
+    Raises MythosError for anything but numbers from 1 to 65,536, the maximum loops of a configuration.
     """
     try:
         values = [int(part) for part in text.split(",")]
@@ -121,7 +147,7 @@ def whole_numbers(option: str, text: str, besides: str = "") -> list[int]:
 
 
 def positive_numbers(option: str, text: str) -> list[float]:
-    """Parse 0.2,0.1 in the order given. Raises MythosError for anything but finite numbers above 0."""
+    """Parse 0.2,0.1 in this order. Raises MythosError for anything but finite numbers above 0."""
     try:
         values = [float(part) for part in text.split(",")]
     except ValueError:
@@ -132,9 +158,9 @@ def positive_numbers(option: str, text: str) -> list[float]:
 
 
 def check_least(options: argparse.Namespace, **least: int) -> None:
-    """Raise MythosError, with the option's name, for a number that is given and below the least: `tokens=1`.
+    """Check minimum values of options, e.g. `tokens=1`; options that are not set (None) pass.
 
-    Also for one above 10**15, and NaN.
+    Raises MythosError with the option's name for a smaller number, one above 10**15, and NaN.
     """
     for name, bound in least.items():
         value = getattr(options, name)

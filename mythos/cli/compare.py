@@ -1,37 +1,35 @@
-"""Compare runs by tokens, by the FLOPs needed and by loops.
+"""Compare runs by tokens, FLOPs and loops.
 
-Writes compare.png (their losses) and compare.csv (a line for each run), and
-prints the table. docs/report.md tells how to read them.
+Writes compare.png (losses) and compare.csv (one line per run), and prints the table. docs/report.md explains them.
 """
 
 import argparse
 from pathlib import Path
 
-from mythos.cli.common import CommandParser, exit_status, writing
+from mythos.cli.common import command_parser, exit_status, writing
 
 
-def parser(prog: str = "mythos compare") -> argparse.ArgumentParser:
-    """The command line."""
-    made = CommandParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("runs", nargs="*", metavar="RUN", help="run directories, or checkpoints step-* in them")
-    made.add_argument("--out", type=Path, default=Path("compare"), metavar="DIR", help="folder to write to (compare/)")
-    return made
+def parser() -> argparse.ArgumentParser:
+    """Build the parser of the command."""
+    parser = command_parser("compare", __doc__)
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="run directories, or checkpoints step-* in them")
+    parser.add_argument("--out", type=Path, default=Path("compare"), metavar="DIR", help="output folder (compare/)")
+    return parser
 
 
-def main(arguments: list[str], prog: str = "mythos compare") -> int:
-    """Run the command line; returns the exit status."""
-    options = parser(prog).parse_args(arguments)
-    return exit_status(lambda: report(options))
+def main(arguments: list[str]) -> int:
+    """Run the command and return its exit status."""
+    return exit_status(lambda: run(parser().parse_args(arguments)))
 
 
-def report(options: argparse.Namespace) -> None:
-    """Read, write, print. Raises MythosError for runs that cannot be read, compared or written about."""
+def run(options: argparse.Namespace) -> None:
+    """Read, compare, write and print. Raises MythosError for runs that cannot be read or compared, and for `--out`."""
     from mythos.reports.comparison import compare
 
     comparison = compare(options.runs)
     with writing(options.out):
-        written = comparison.write(options.out)
+        paths = comparison.write(options.out)
     print(comparison.table())
     for note in comparison.notes():
         print(f"note: {note}")
-    print("\n" + "\n".join(map(str, written)))
+    print("\n" + "\n".join(map(str, paths)))

@@ -4,39 +4,38 @@ bash, in ~/.bashrc:                     eval "$(mythos completion bash)"
 zsh, in ~/.zshrc, after compinit:       eval "$(mythos completion zsh)"
 fish, once:                             mythos completion fish > ~/.config/fish/completions/mythos.fish
 
-The script is fixed: it knows the commands and options of this version, and costs nothing when a command runs.
+The script contains the commands and options of this version; completing does not start mythos.
 """
 
 import argparse
 
-from mythos.cli.common import CommandParser, exit_status
+from mythos.cli.common import command_parser, exit_status
+from mythos.config.loading import packaged_configs
 from mythos.errors import import_optional
 
 SHELLS = ("bash", "zsh", "fish")
+# Metavars of arguments, by what completes them.
 CONFIGS = ("CONFIG", "CONFIG_or_PRESET")
 FILES = ("FILE", "GLOB", "PATH", "RUN_OR_CHECKPOINT", "MODEL")
 FOLDERS = ("DIR", "FOLDER", "RUN")
-"""What arguments are completed with, by what help calls them."""
 
 
-def parser(prog: str = "mythos completion") -> argparse.ArgumentParser:
-    """The command line."""
-    made = CommandParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("shell", choices=SHELLS, help="the shell")
-    return made
+def parser() -> argparse.ArgumentParser:
+    """Build the parser of the command."""
+    parser = command_parser("completion", __doc__)
+    parser.add_argument("shell", choices=SHELLS, help="the shell")
+    return parser
 
 
-def main(arguments: list[str], prog: str = "mythos completion") -> int:
-    """Run the command line; returns the exit status."""
-    options = parser(prog).parse_args(arguments)
-    return exit_status(lambda: print(script(options.shell)))
+def main(arguments: list[str]) -> int:
+    """Run the command and return its exit status."""
+    return exit_status(lambda: print(script(parser().parse_args(arguments).shell)))
 
 
 def script(shell: str) -> str:
-    """The script for a shell, of all commands as they are now."""
+    """Write the completion script of a shell. Raises MythosError if shtab is not installed."""
     shtab = import_optional("shtab", "mythos completion")
-    from mythos.cli import parser as whole
-    from mythos.config.loading import packaged_configs
+    from mythos import cli  # which imports this module
 
     names = " ".join(packaged_configs())
     config = {"bash": "_mythos_configs", "zsh": "_mythos_configs", "fish": "(_mythos_configs)"}
@@ -46,11 +45,11 @@ def script(shell: str) -> str:
         "fish": f"function _mythos_configs\n    string split ' ' '{names}'\n"
         "    __fish_complete_path (commandline -ct)\nend",
     }
-    made = whole()
-    (commands,) = (action for action in made._actions if isinstance(action, argparse._SubParsersAction))
+    root = cli.parser()
+    (commands,) = (action for action in root._actions if isinstance(action, argparse._SubParsersAction))
     for command in commands.choices.values():
         for action in command._actions:
-            for metavars, kind in ((CONFIGS, config), (FILES, shtab.FILE), (FOLDERS, shtab.DIRECTORY)):
+            for metavars, completer in ((CONFIGS, config), (FILES, shtab.FILE), (FOLDERS, shtab.DIRECTORY)):
                 if action.metavar in metavars:
-                    action.complete = kind
-    return shtab.complete(made, shell=shell, preamble=functions)
+                    action.complete = completer
+    return shtab.complete(root, shell=shell, preamble=functions)

@@ -1,33 +1,35 @@
 """List the configurations that come with mythos, or print one to edit it.
 
-`%(prog)s quickstart > my.yaml` copies one. Commands that take a configuration take these names as well.
+`%(prog)s quickstart > my.yaml` copies one. Commands that take a configuration also accept these names.
 """
 
 import argparse
 import itertools
 import re
 
-from mythos.cli.common import CommandParser, exit_status
+from mythos.cli.common import command_parser, exit_status
 from mythos.config.checking import suggestion
 from mythos.config.loading import packaged_configs
 from mythos.errors import MythosError
 
 
-def parser(prog: str = "mythos configs") -> argparse.ArgumentParser:
-    """The command line."""
-    made = CommandParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("config", nargs="?", metavar="NAME", help="the configuration to print (without: list all)")
-    return made
+def parser() -> argparse.ArgumentParser:
+    """Build the parser of the command."""
+    parser = command_parser("configs", __doc__)
+    parser.add_argument("config", nargs="?", metavar="NAME", help="configuration to print (default: list all)")
+    return parser
 
 
-def main(arguments: list[str], prog: str = "mythos configs") -> int:
-    """Run the command line; returns the exit status."""
-    options = parser(prog).parse_args(arguments)
-    return exit_status(lambda: show(options.config))
+def main(arguments: list[str]) -> int:
+    """Run the command and return its exit status."""
+    return exit_status(lambda: run(parser().parse_args(arguments).config))
 
 
-def show(name: str | None) -> None:
-    """Print one as it stands, or all names with what each begins with. Raises MythosError for a name there is not."""
+def run(name: str | None) -> None:
+    """Print the file of one configuration, or all names with their first sentences.
+
+    Raises MythosError for an unknown name.
+    """
     known = packaged_configs()
     if name is None:
         width = max(map(len, known))
@@ -40,6 +42,6 @@ def show(name: str | None) -> None:
 
 
 def first_sentence(text: str) -> str:
-    """Of the comment that a configuration opens with."""
+    """Return the first sentence of the comment at the top of a configuration."""
     comment = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
     return re.split(r"\. |: mythos |\.$", " ".join(line.removeprefix("#").strip() for line in comment))[0]

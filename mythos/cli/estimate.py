@@ -1,59 +1,65 @@
-"""Say what a model costs before it is trained: size, FLOPs, memory, time, money.
+"""Estimate the cost of training a model: size, FLOPs, memory, time, money.
 
-A preset is planned with a vocabulary of 4,096 where it has none, sequences of its context (at most 8,192 tokens),
-micro-batches of one sequence, and 20 tokens for each active parameter; override them like fields of a configuration.
+For a preset assumes a vocabulary of 4,096 if it has none, sequences of its context (at most 8,192 tokens),
+micro-batches of one sequence, and 20 tokens per active parameter; override them like fields of a configuration.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mythos.cli.common import CommandParser, exit_status
+from mythos.cli.common import command_parser, exit_status
 from mythos.config.checking import Problems, apply_override
 from mythos.config.loading import config_from_dict, load_config, packaged_configs
 from mythos.config.presets import BPE_VOCAB_SIZE, PRESETS, preset_config
 from mythos.config.sections import Config
 from mythos.errors import MythosError
 
+if TYPE_CHECKING:
+    from mythos.distributed.parallel import Layout
+    from mythos.planning.budget import Gpu
+    from mythos.planning.rank_state import RankState
+    from mythos.planning.traffic import StepTime
+
 GIB = 2**30
 TOKENS_PER_PARAMETER = 20
-"""Of a run whose length nobody gave (arXiv 2203.15556)."""
+"""Length of a run if none is set (arXiv 2203.15556)."""
 LONGEST = 8192
-"""Tokens of a preset's sequences, unless its context is shorter or another length is given."""
+"""Maximum tokens of a preset's sequences, unless a length is set."""
+PRESET_BATCH = 64
+"""Sequences of a preset's global batch, rounded up to a multiple of the GPUs."""
 
 
-def parser(prog: str = "mythos estimate") -> argparse.ArgumentParser:
-    """The command line, to be parsed intermixed: options may stand between the overrides."""
-    made = CommandParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("config", metavar="CONFIG_or_PRESET", help="configuration of a run, or the name of a preset")
-    made.add_argument("overrides", nargs="*", metavar="key.path=value", help="fields to override")
-    made.add_argument("--gpu", default="H100", help="A100, H100, H200 or B200 (default H100)")
-    made.add_argument("--gpus", type=int, default=8, metavar="N", help="how many (default 8)")
-    made.add_argument("--machine-gpus", type=int, default=8, metavar="N", help="how many on a machine (default 8)")
-    made.add_argument("--tokens", type=float, metavar="N", help="training tokens (default: the run's)")
-    made.add_argument(
-        "--mfu",
-        type=float,
-        metavar="SHARE",
-        help="share of the peak (default: from a model of the traffic)",
+def parser() -> argparse.ArgumentParser:
+    """Build the parser of the command, for `parse_intermixed_args`: options may stand between the overrides."""
+    parser = command_parser("estimate", __doc__)
+    parser.add_argument("config", metavar="CONFIG_or_PRESET", help="configuration of a run, or the name of a preset")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="fields to override")
+    parser.add_argument("--gpu", default="H100", help="A100, H100, H200 or B200 (default H100)")
+    parser.add_argument("--gpus", type=int, default=8, metavar="N", help="number of GPUs (default 8)")
+    parser.add_argument("--machine-gpus", type=int, default=8, metavar="N", help="GPUs per machine (default 8)")
+    parser.add_argument("--tokens", type=float, metavar="N", help="training tokens (default: the run's)")
+    parser.add_argument(
+        "--mfu", type=float, metavar="SHARE", help="share of the peak FLOP/s (default: from a model of memory traffic)"
     )
-    made.add_argument("--price", type=float, metavar="USD", help="of a GPU for an hour (default: a market figure)")
-    made.add_argument("--flops", type=float, metavar="C", help="budget to split (default: that of the run)")
-    made.add_argument("--json", type=Path, metavar="FILE", help="also write every figure there")
-    return made
+    parser.add_argument("--price", type=float, metavar="USD", help="price of a GPU hour (default: a market figure)")
+    parser.add_argument("--flops", type=float, metavar="C", help="budget to split (default: that of the run)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to this file")
+    return parser
 
 
-def main(arguments: list[str], prog: str = "mythos estimate") -> int:
-    """Run the command line; returns the exit status."""
-    options = parser(prog).parse_intermixed_args(arguments)
-    return exit_status(lambda: report(options))
+def main(arguments: list[str]) -> int:
+    """Run the command and return its exit status."""
+    return exit_status(lambda: run(parser().parse_intermixed_args(arguments)))
 
 
-def report(options: argparse.Namespace) -> None:
-    """Print the page, and write the JSON. Raises MythosError like :func:`estimate`, and where it cannot be written."""
+def run(options: argparse.Namespace) -> None:
+    """Print the figures, and write the JSON. Raises MythosError like :func:`estimate`, and for `--json`."""
     figures = estimate(options)
     print(page(figures))
     if options.json:
@@ -66,96 +72,49 @@ def report(options: argparse.Namespace) -> None:
 
 
 def estimate(options: argparse.Namespace) -> dict[str, Any]:
-    """All figures, as JSON takes them: bytes, seconds, US dollars and FLOPs.
+    """Compute all figures as JSON values: bytes, seconds, US dollars and FLOPs.
 
-    Raises MythosError for a GPU or preset that is not known, numbers out of range, or what a configuration refuses.
+    Raises MythosError for an unknown GPU or preset, numbers out of range, and an invalid configuration.
     """
     import torch
 
     from mythos.distributed.parallel import compiles
     from mythos.distributed.ranks import check_fit
     from mythos.model.cache import cache_bytes_per_token
-    from mythos.planning.estimate import (
-        CHECKPOINTING,
-        count_parameters,
-        forward_flops,
-        mean_depths,
-        named_gpu,
-        optimal_split,
-        recomputed_flops,
-        training_run,
-    )
-    from mythos.planning.plan import activations, choose_layout, lay_out, working_memory
-    from mythos.planning.traffic import OPTIMIZER_BYTES, step_time, step_traffic
+    from mythos.planning.budget import named_gpu, optimal_split, training_run
+    from mythos.planning.flops import count_parameters
+    from mythos.planning.layout import choose_layout
+    from mythos.planning.rank_state import rank_state
 
     gpu = named_gpu(options.gpu)
-    for name in ("gpus", "machine_gpus", "tokens", "mfu", "price", "flops"):
-        value = getattr(options, name)
-        if value is not None and not 0 < value < float("inf") and (name != "price" or value != 0):
-            raise MythosError(f"--{name.replace('_', '-')}: got {value}; give a number above 0")
-    if options.mfu is not None and options.mfu > 1:
-        raise MythosError(f"--mfu: got {options.mfu}; it is a share of the peak, at most 1, e.g. 0.4")
-    config = read(options.config, options.overrides, options.gpus, options.tokens)
+    check_numbers(options)
+    config = read_config(options.config, options.overrides, options.gpus, options.tokens)
     check_fit(config, options.gpus)
-    model, length, dtype = config.model, config.data.sequence_length, torch.bfloat16
-    parameters, flops, depths = count_parameters(model), forward_flops(model, length), mean_depths(config)
-    needed = 3 * flops.once + flops.loop * (depths.loops + 2 * depths.backprop)
-    again = {mode: depths.backprop * recomputed_flops(model, length, mode) for mode in CHECKPOINTING}
-    executed = needed + again[config.parallel.activation_checkpointing]
-    tokens = config.train_steps * config.tokens_per_step
+    model, length, tokens = config.model, config.data.sequence_length, config.train_steps * config.tokens_per_step
+    depths = sorted({1, round(config.depth_mean), config.depth_maximum})
+    flops = flops_per_token(config, depths)
+    needed = flops["training_needed"]
+    executed = flops["training_executed"][config.parallel.activation_checkpointing]
 
-    local = min(options.machine_gpus, options.gpus)
-    layout = choose_layout(config, options.gpus, local, gpu.memory)
-    laid = lay_out(config, layout)
-    working = working_memory(config, laid).total
-    memory = {}
-    for mode in CHECKPOINTING:
-        passing = activations(config, layout, mode)
-        total = laid.state + working + passing.peak
-        memory[mode] = {**asdict(passing), "total": total, "fits": total <= gpu.memory}
+    layout = choose_layout(config, options.gpus, min(options.machine_gpus, options.gpus), gpu.memory)
+    state = rank_state(config, layout)
     price = gpu.price if options.price is None else options.price
-    time, utilisation = None, options.mfu
+    seconds_per_token: dict[str, float] | None = None
+    utilisation = options.mfu
     if utilisation is None:
-        rows = max(1, config.train.global_batch // options.gpus)
-        rows = rows if config.train.micro_batch == "auto" else min(rows, config.train.micro_batch)
-        time = step_time(
-            step_traffic(model, length, rows, config.parallel.activation_checkpointing),
-            executed=executed,
-            loops=depths.loops,
-            backprop=depths.backprop,
-            tokens=rows * length,
-            optimizer=OPTIMIZER_BYTES * laid.parameters / 4 * options.gpus / config.tokens_per_step,
-            peak=gpu.peak,
-            bandwidth=gpu.bandwidth,
-            compiled=compiles(config, torch.device("cuda")),
-        )
-        utilisation = executed / (gpu.peak * time.total)
+        time = step_time_per_token(config, gpu, options.gpus, state, executed)
+        seconds_per_token, utilisation = asdict(time), executed / (gpu.peak * time.total)
     run = training_run(tokens, executed, gpu.peak, options.gpus, utilisation, price)
-    loops = sorted({1, round(config.depth_mean), config.depth_maximum})
     return {
         "config": options.config,
-        "parameters": asdict(parameters),
+        "parameters": asdict(count_parameters(model)),
         "sequence_length": length,
-        "flops_per_token": {
-            "forward": {depth: flops.once + depth * flops.loop for depth in loops},
-            "attention_scores_share": attention_share(config),
-            "mean_loops": depths.loops,
-            "mean_backprop": depths.backprop,
-            "training_needed": needed,
-            "training_executed": {mode: needed + more for mode, more in again.items()},
-        },
+        "flops_per_token": flops,
         "layout": {"mode": layout.mode, "replicate": layout.replicate, "shard": layout.shard, "why": layout.why},
         "checkpointing": config.parallel.activation_checkpointing,
         "micro_batch": config.train.micro_batch,
-        "memory": {
-            "parameters": laid.parameters,
-            "gradients": laid.gradients,
-            "optimizer": laid.optimizer,
-            "gathering": working,
-            "device": gpu.memory,
-            "activations": memory,
-        },
-        "cache_bytes_per_token": {depth: cache_bytes_per_token(model, depth, dtype) for depth in loops},
+        "memory": memory_per_gpu(config, layout, state, gpu.memory),
+        "cache_bytes_per_token": {depth: cache_bytes_per_token(model, depth, torch.bfloat16) for depth in depths},
         "run": {
             "gpu": options.gpu.upper(),
             "gpus": options.gpus,
@@ -163,7 +122,7 @@ def estimate(options: argparse.Namespace) -> dict[str, Any]:
             "utilisation": utilisation,
             "model_utilisation": utilisation * needed / executed,
             "compiled": compiles(config, torch.device("cuda")),
-            "seconds_per_token": None if time is None else asdict(time),
+            "seconds_per_token": seconds_per_token,
             "dollars_per_hour": price,
             "tokens": tokens,
             "flops": tokens * needed,
@@ -173,40 +132,103 @@ def estimate(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def check_numbers(options: argparse.Namespace) -> None:
+    """Raise MythosError for numbers that are not finite and above 0; only the price may be 0."""
+    for name in ("gpus", "machine_gpus", "tokens", "mfu", "price", "flops"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < float("inf") and (name != "price" or value != 0):
+            raise MythosError(f"--{name.replace('_', '-')}: got {value}; give a number above 0")
+    if options.mfu is not None and options.mfu > 1:
+        raise MythosError(f"--mfu: got {options.mfu}; it is a share of the peak, at most 1, e.g. 0.4")
+
+
+def flops_per_token(config: Config, depths: Sequence[int]) -> dict[str, Any]:
+    """Compute FLOPs per token, forward by depth and of training by checkpointing mode."""
+    from mythos.planning.budget import mean_depths
+    from mythos.planning.fake_step import CHECKPOINTING, recomputed_flops
+    from mythos.planning.flops import forward_flops
+
+    model, length = config.model, config.data.sequence_length
+    flops, means = forward_flops(model, length), mean_depths(config)
+    needed = flops.training_at(means.loops, means.backprop)
+    return {
+        "forward": {depth: flops.forward(depth) for depth in depths},
+        "attention_scores_share": attention_share(config),
+        "mean_loops": means.loops,
+        "mean_backprop": means.backprop,
+        "training_needed": needed,
+        "training_executed": {
+            mode: needed + means.backprop * recomputed_flops(model, length, mode) for mode in CHECKPOINTING
+        },
+    }
+
+
 def attention_share(config: Config) -> float:
-    """Part of a forward pass at the mean depth that grows with the square of the sequence."""
-    from mythos.planning.estimate import forward_flops
+    """Return the share of a forward pass at the mean depth that grows with the square of the sequence length."""
+    from mythos.planning.flops import forward_flops
 
     flops, short = forward_flops(config.model, config.data.sequence_length), forward_flops(config.model, 1)
-    long_pass, short_pass = (cost.once + config.depth_mean * cost.loop for cost in (flops, short))
+    long_pass, short_pass = (cost.forward(config.depth_mean) for cost in (flops, short))
     return 1 - short_pass / long_pass
 
 
-def read(name: str, overrides: Sequence[str], gpus: int, tokens: float | None) -> Config:
-    """The configuration of a file or a preset, with the vocabulary and the length of the run settled."""
-    given = {override.partition("=")[0] for override in overrides}
-    if tokens is not None and (twice := given & {"train.steps", "train.tokens"}):
-        raise MythosError(f"--tokens and {min(twice)}: both say how long the run is; give one of them")
-    if name in PRESETS:
-        model = preset_config(name)
-        batch = gpus * -(-64 // gpus)
-        data: dict[str, Any] = {
-            "model": {"preset": name},
-            "data": {"streams": batch, "sequence_length": min(model.context_length, LONGEST)},
-            "train": {"global_batch": batch, "micro_batch": 1, "steps": 1},
-        }
-        problems = Problems(name, Config)
-        for override in overrides:
-            data = apply_override(data, override, problems)
-        problems.raise_any()
-        if tokens is None and not given & {"train.steps", "train.tokens"}:
-            from mythos.planning.estimate import count_parameters
+def memory_per_gpu(config: Config, layout: Layout, state: RankState, capacity: int) -> dict[str, Any]:
+    """Compute the bytes on each GPU: state, gathered parameters, and activations by checkpointing mode."""
+    from mythos.planning.fake_step import CHECKPOINTING
+    from mythos.planning.rank_state import activations, working_memory
 
-            tokens = float(TOKENS_PER_PARAMETER * count_parameters(model).active)
-        if tokens is not None or ("train.tokens" in given and "train.steps" not in given):
-            data["train"].pop("steps", None)
-            data["train"].setdefault("tokens", 1)
-        config = config_from_dict(data)
+    working = working_memory(config, state).total
+    by_mode = {}
+    for mode in CHECKPOINTING:
+        passes = activations(config, layout, mode)
+        total = state.total + working + passes.peak
+        by_mode[mode] = {**asdict(passes), "total": total, "fits": total <= capacity}
+    return {
+        "parameters": state.parameters,
+        "gradients": state.gradients,
+        "optimizer": state.optimizer,
+        "gathering": working,
+        "device": capacity,
+        "activations": by_mode,
+    }
+
+
+def step_time_per_token(config: Config, gpu: Gpu, gpus: int, state: RankState, executed: float) -> StepTime:
+    """Estimate the seconds per token of a step from a model of its memory traffic; `executed` is FLOPs per token."""
+    import torch
+
+    from mythos.distributed.parallel import compiles
+    from mythos.planning.budget import mean_depths
+    from mythos.planning.traffic import OPTIMIZER_BYTES, step_time, step_traffic
+
+    length, micro_batch, means = config.data.sequence_length, config.train.micro_batch, mean_depths(config)
+    rows = max(1, config.train.global_batch // gpus)
+    rows = rows if micro_batch == "auto" else min(rows, micro_batch)
+    return step_time(
+        step_traffic(config.model, length, rows, config.parallel.activation_checkpointing),
+        executed=executed,
+        loops=means.loops,
+        backprop=means.backprop,
+        tokens=rows * length,
+        # 4 bytes a parameter; each GPU updates its shard once per step of all GPUs.
+        optimizer=OPTIMIZER_BYTES * state.parameters / 4 * gpus / config.tokens_per_step,
+        peak=gpu.peak,
+        bandwidth=gpu.bandwidth,
+        compiled=compiles(config, torch.device("cuda")),
+    )
+
+
+def read_config(name: str, overrides: Sequence[str], gpus: int, tokens: float | None) -> Config:
+    """Load a configuration or build one for a preset, with a definite vocabulary and length of the run."""
+    overridden = {override.partition("=")[0] for override in overrides}
+    if tokens is not None and (lengths := overridden & {"train.steps", "train.tokens"}):
+        raise MythosError(f"--tokens and {min(lengths)}: both set the length of the run; give one of them")
+    if name in PRESETS:
+        if tokens is None and not overridden & {"train.steps", "train.tokens"}:
+            from mythos.planning.flops import count_parameters
+
+            tokens = float(TOKENS_PER_PARAMETER * count_parameters(preset_config(name)).active)
+        config = preset_run(name, overrides, gpus, by_tokens=tokens is not None)
     elif not Path(name).exists() and not name.endswith((".yaml", ".yml")) and name not in packaged_configs():
         raise MythosError(
             f"{name} is neither a file nor a preset nor a configuration that comes with mythos; presets: "
@@ -223,13 +245,32 @@ def read(name: str, overrides: Sequence[str], gpus: int, tokens: float | None) -
     return config
 
 
+def preset_run(name: str, overrides: Sequence[str], gpus: int, by_tokens: bool) -> Config:
+    """Build the configuration of a run of a preset; `by_tokens` if tokens, not steps, will set its length."""
+    batch = gpus * -(-PRESET_BATCH // gpus)
+    data: dict[str, Any] = {
+        "model": {"preset": name},
+        "data": {"streams": batch, "sequence_length": min(preset_config(name).context_length, LONGEST)},
+        "train": {"global_batch": batch, "micro_batch": 1, "steps": 1},
+    }
+    problems = Problems(name, Config)
+    for override in overrides:
+        data = apply_override(data, override, problems)
+    problems.raise_any()
+    overridden = {override.partition("=")[0] for override in overrides}
+    if by_tokens or ("train.tokens" in overridden and "train.steps" not in overridden):
+        data["train"].pop("steps", None)
+        data["train"].setdefault("tokens", 1)
+    return config_from_dict(data)
+
+
 def duration(seconds: float) -> str:
-    """In days, or in hours where these are few."""
+    """Write a time in days, or in hours below two days."""
     return f"{seconds / 86400:,.2f} days" if seconds >= 172_800 else f"{seconds / 3600:,.2f} hours"
 
 
 def utilisation_source(run: dict[str, Any]) -> str:
-    """Where the assumed utilisation is from."""
+    """Say where the assumed utilisation comes from."""
     time = run["seconds_per_token"]
     if time is None:
         return "by --mfu"
@@ -241,7 +282,7 @@ def utilisation_source(run: dict[str, Any]) -> str:
 
 
 def page(figures: dict[str, Any]) -> str:
-    """The figures for people."""
+    """Write the figures as text for a terminal."""
     flops, memory, run, split = (figures[name] for name in ("flops_per_token", "memory", "run", "split"))
     layout, parameters = figures["layout"], figures["parameters"]
     state = {name: memory[name] for name in ("parameters", "gradients", "optimizer", "gathering") if memory[name]}
@@ -263,9 +304,9 @@ def page(figures: dict[str, Any]) -> str:
         f"micro-batches of {figures['micro_batch']}",
         *(f"  {name:<20}{size / GIB:>12,.3f}" for name, size in state.items()),
         *(
-            f"  activations, {mode:<10}{passing['peak'] / GIB:>9,.3f}   in all {passing['total'] / GIB:,.3f}"
-            f"{'' if passing['fits'] else ', does not fit'}{' (configured)' * (mode == figures['checkpointing'])}"
-            for mode, passing in memory["activations"].items()
+            f"  activations, {mode:<10}{passes['peak'] / GIB:>9,.3f}   in all {passes['total'] / GIB:,.3f}"
+            f"{'' if passes['fits'] else ', does not fit'}{' (configured)' * (mode == figures['checkpointing'])}"
+            for mode, passes in memory["activations"].items()
         ),
         "decode cache, bytes per token in bfloat16: "
         + ", ".join(
@@ -279,7 +320,7 @@ def page(figures: dict[str, Any]) -> str:
         f"FLOPs executed ({run['model_utilisation']:.0%} for those needed), {utilisation_source(run)}; "
         f"${run['dollars_per_hour']:g} an hour (--price)",
         "",
-        f"a budget of {split['flops']:.2e} FLOPs is spent best at {split['loops']:.1f} mean loops and "
+        f"the best split of a budget of {split['flops']:.2e} FLOPs: {split['loops']:.1f} mean loops and "
         f"{split['tokens']:.2e} tokens",
         "  after arXiv 2604.12946 (mu* ~ C^0.40, D* ~ C^0.78, fitted to dense models of 140M and 370M)",
     ]

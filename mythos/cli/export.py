@@ -1,48 +1,49 @@
 """Export a trained model for transformers.
 
-FOLDER then holds config.json, model.safetensors, the tokenizer's files and a model card, and nothing of the training;
-AutoModelForCausalLM loads it wherever mythos is installed and imported.
+Writes config.json, model.safetensors, the tokenizer's files and a model card to FOLDER, without the training state.
+AutoModelForCausalLM opens the folder wherever mythos is installed and imported.
 """
 
 import argparse
 
-from mythos.cli.common import CommandParser, add_writing_options, exit_status
-from mythos.errors import log_messages
+from mythos.cli.common import add_writing_options, command_parser, exit_status
 
 
-def parser(prog: str = "mythos export") -> argparse.ArgumentParser:
-    """The command line."""
-    made = CommandParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("path", metavar="RUN_OR_CHECKPOINT", help="run directory, checkpoint step-XXXXXXXX, or export")
-    made.add_argument("folder", metavar="FOLDER", help="new or empty folder to write")
-    add_writing_options(made)
-    made.add_argument(
+def parser() -> argparse.ArgumentParser:
+    """Build the parser of the command."""
+    parser = command_parser("export", __doc__)
+    parser.add_argument("path", metavar="RUN_OR_CHECKPOINT", help="run directory, checkpoint step-XXXXXXXX, or export")
+    parser.add_argument("folder", metavar="FOLDER", help="new or empty output folder")
+    add_writing_options(parser)
+    parser.add_argument(
         "--push",
         metavar="OWNER/NAME",
-        help="then upload to this repository of the hub, made private if it is not there",
+        help="also upload to this repository of the hub; a new one is created as private",
     )
-    return made
+    return parser
 
 
-def main(arguments: list[str], prog: str = "mythos export") -> int:
-    """Run the command line; returns the exit status."""
-    log_messages()
-    options = parser(prog).parse_args(arguments)
-    return exit_status(lambda: run(options))
+def main(arguments: list[str]) -> int:
+    """Run the command and return its exit status."""
+    return exit_status(lambda: run(parser().parse_args(arguments)))
 
 
 def run(options: argparse.Namespace) -> None:
-    """Export, and upload if that is asked for. Raises MythosError for bad input."""
-    # Only now: they take seconds to import.
+    """Export the model, and upload it with --push. Raises MythosError for bad input."""
     from mythos.hf.export import export_model, push
 
-    made = export_model(
+    export = export_model(
         options.path,
         options.folder,
         dtype=options.dtype,
         max_shard_size=options.max_shard_size,
         name=options.push,
     )
-    print(f"{options.folder}: {made.source} at step {made.step}, {made.files} file{'s' * (made.files > 1)} of weights")
+    print(f"{options.folder}: {export.source} at step {export.step}, {count_files(export.files)}")
     if options.push:
         print(push(options.folder, options.push))
+
+
+def count_files(count: int) -> str:
+    """Write the number of files of weights."""
+    return f"{count} file{'s' * (count > 1)} of weights"

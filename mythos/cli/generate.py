@@ -1,41 +1,60 @@
 """Continue text with a trained model."""
 
+from __future__ import annotations
+
 import argparse
 import io
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mythos.cli.common import DEVICES, CommandParser, check_least, exit_status, whole_numbers
-from mythos.errors import MythosError, log_messages
+from mythos.cli.common import (
+    TakesArguments,
+    add_device_option,
+    check_least,
+    command_parser,
+    exit_status,
+    whole_numbers,
+)
+from mythos.errors import MythosError
+
+if TYPE_CHECKING:
+    from mythos.checkpoints.stored_model import OpenedModel
+    from mythos.generation.sampling import Sampling
+    from mythos.generation.text import Depth, Piece, TextGeneration
 
 EXAMPLES = """
 examples:
-  %(prog)s runs/quickstart --prompt "The river"           as deep as the model finds useful, token by token
+  %(prog)s runs/quickstart --prompt "The river"           loops per token as the halting rule decides
   %(prog)s runs/quickstart --prompt "2 + 2 =" --loops 16  16 loops for every token
   %(prog)s runs/quickstart --prompt "I" --loops 1,4,16    the same prompt at three depths, in one batch
   %(prog)s runs/quickstart --prompt "A" --prompt "B"      two prompts in one batch
   %(prog)s runs/quickstart --prompt-file book.txt --show-depth --html depth.html
   echo "Once upon a time" | %(prog)s runs/quickstart --prompt-file -
 
-Text goes to standard output, all else to standard error.
+Text goes to standard output, everything else to standard error.
 """
 
 
-def parser(prog: str = "mythos generate") -> argparse.ArgumentParser:
-    """The command line."""
-    made = CommandParser(
-        prog=prog,
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s PATH [--prompt TEXT] [--loops N|auto] [options]",
+def parser() -> argparse.ArgumentParser:
+    """Build the parser of the command."""
+    parser = command_parser(
+        "generate", __doc__, epilog=EXAMPLES, usage="%(prog)s PATH [--prompt TEXT] [--loops N|auto] [options]"
     )
-    made.add_argument("path", metavar="PATH", help="run directory, checkpoint step-XXXXXXXX, or exported folder")
-    what = made.add_argument_group("what to continue (without any, the model begins a new document)")
-    # One list for both, so that prompts keep the order that they were given in.
-    what.add_argument(
+    parser.add_argument("path", metavar="PATH", help="run directory, checkpoint step-XXXXXXXX, or exported folder")
+    _add_prompt_options(parser.add_argument_group("prompts (without any, the model begins a new document)"))
+    _add_depth_options(parser.add_argument_group("depth"))
+    _add_sampling_options(parser.add_argument_group("sampling"))
+    _add_output_options(parser.add_argument_group("output and device"))
+    return parser
+
+
+def _add_prompt_options(group: TakesArguments) -> None:
+    # Both options append to one list, which keeps the order of the command line.
+    group.add_argument(
         "--prompt",
         dest="prompts",
         action="append",
@@ -44,147 +63,117 @@ def parser(prog: str = "mythos generate") -> argparse.ArgumentParser:
         metavar="TEXT",
         help="beginning of a text; repeatable",
     )
-    what.add_argument(
+    group.add_argument(
         "--prompt-file",
         dest="prompts",
         action="append",
         type=lambda name: ("--prompt-file", name),
         default=[],
         metavar="FILE",
-        help="the same from a file, its last line break left out; - is standard input; repeatable",
+        help="prompt from a file, without its last line break; - is standard input; repeatable",
     )
-    what.add_argument("--tokens", type=int, default=128, metavar="N", help="most tokens to generate (%(default)s)")
-    what.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    group.add_argument("--tokens", type=int, default=128, metavar="N", help="maximum new tokens (%(default)s)")
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
 
-    depth = made.add_argument_group("depth")
-    depth.add_argument(
+
+def _add_depth_options(group: TakesArguments) -> None:
+    group.add_argument(
         "--loops",
         default="auto",
         metavar="N|auto",
-        help="loops of every token; auto (default) = at most the training mean, as the halting rule decides; N,M,... = "
-        "one per prompt, or one prompt at each",
+        help="loops of every token; auto (default) = up to the training mean, by the halting rule; N,M,... = one per "
+        "prompt, or one prompt at each",
     )
-    depth.add_argument(
+    group.add_argument(
         "--halting", metavar="RULE", help="stop a token before its last loop by this rule (default: the model's)"
     )
-    depth.add_argument("--exit-threshold", type=float, metavar="X", help="of the halting rule (default: the rule's)")
-    depth.add_argument(
-        "--cache-loops", type=int, metavar="M", help="keep keys and values of the last M loops only (all)"
+    group.add_argument(
+        "--exit-threshold", type=float, metavar="X", help="threshold of the halting rule (default: the rule's)"
+    )
+    group.add_argument(
+        "--cache-loops", type=int, metavar="M", help="cache keys and values of the last M loops only (all)"
     )
 
-    how = made.add_argument_group("sampling")
-    how.add_argument("--temperature", type=float, default=0.8, metavar="X", help="0 = the likeliest (%(default)s)")
-    how.add_argument("--top-k", type=int, metavar="K", help="of the K likeliest; 0 = of all (40, or all there are)")
-    how.add_argument("--top-p", type=float, metavar="P", help="of the likeliest that hold this share (off)")
-    how.add_argument("--min-p", type=float, metavar="P", help="of those at least P times the likeliest's share (off)")
-    how.add_argument(
+
+def _add_sampling_options(group: TakesArguments) -> None:
+    group.add_argument("--temperature", type=float, default=0.8, metavar="X", help="0 = most likely (%(default)s)")
+    group.add_argument("--top-k", type=int, metavar="K", help="sample from the K most likely; 0 = all (40)")
+    group.add_argument("--top-p", type=float, metavar="P", help="sample from the most likely with total share P (off)")
+    group.add_argument("--min-p", type=float, metavar="P", help="minimum share, relative to the most likely (off)")
+    group.add_argument(
         "--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: fewer repetitions (%(default)s)"
     )
-    how.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the first prompt, then N + 1, ... (%(default)s)"
+    group.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the first prompt; N + 1, ... of the next (%(default)s)"
     )
 
-    where = made.add_argument_group("output and device")
-    where.add_argument(
-        "--show-depth", action="store_true", help="colour the text by the loops of each token (in brackets without)"
+
+def _add_output_options(group: TakesArguments) -> None:
+    group.add_argument(
+        "--show-depth",
+        action="store_true",
+        help="colour the text by the loops of each token (or write them in brackets)",
     )
-    where.add_argument("--html", metavar="FILE", help="write the text, coloured by loops, as a web page")
-    where.add_argument("--device", choices=DEVICES, default="auto", help="auto (default) = cuda if there is one")
-    where.add_argument(
+    group.add_argument("--html", metavar="FILE", help="write the text, coloured by loops, as a web page")
+    add_device_option(group)
+    group.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
-        help="of matrix products; auto = bfloat16 on GPUs that have it, float32 elsewhere",
+        help="dtype of matmuls; auto = bfloat16 on GPUs that support it, float32 elsewhere",
     )
-    where.add_argument(
-        "--prefill-chunk", type=int, default=512, metavar="N", help="prompt tokens computed at once (%(default)s)"
+    group.add_argument(
+        "--prefill-chunk", type=int, default=512, metavar="N", help="prompt tokens per forward pass (%(default)s)"
     )
-    where.add_argument(
+    group.add_argument(
         "--compile",
         action="store_true",
-        help="first compile the step from token to token, about a minute; for one number of loops without halting",
+        help="compile the decoding step first, about a minute; for one number of loops without halting",
     )
-    return made
 
 
-def main(arguments: list[str], prog: str = "mythos generate") -> int:
-    """Run the command line; returns the exit status."""
-    log_messages()
-    options = parser(prog).parse_args(arguments)
+def main(arguments: list[str]) -> int:
+    """Run the command and return its exit status."""
+    options = parser().parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a model may say what the terminal's encoding lacks
+        sys.stdout.reconfigure(errors="replace")  # a model may write characters that the terminal's encoding lacks
     return exit_status(lambda: run(options))
 
 
 def run(options: argparse.Namespace) -> None:
     """Open the model, generate, print and write. Raises MythosError for bad input."""
+    # Check the options before importing torch, which takes seconds.
     loops = parse_loops(options.loops)
     check_values(options)
     prompts = read_prompts(options.prompts)
-    # Only now: torch takes seconds to import, and a misspelt option should be told at once.
     import torch
 
     from mythos.checkpoints.stored_model import open_model
     from mythos.distributed.parallel import choose_dtype
     from mythos.distributed.ranks import choose_device
-    from mythos.generation import depth_view
-    from mythos.generation.depth_view import coloured, harmless, in_loops, numbered
-    from mythos.generation.sampling import Sampling
-    from mythos.generation.text import Piece, check_counts, choose_depth, generate_text
-    from mythos.model.halting import HALTING_RULES
+    from mythos.generation.depth_view import histogram, html_page, write_page
+    from mythos.generation.text import check_counts, choose_depth, generate_text
+    from mythos.model.config import HALTING_RULES
 
-    try:
-        sampling = Sampling(
-            repetition_penalty=options.repetition_penalty,
-            temperature=options.temperature,
-            top_k=options.top_k or None,
-            top_p=options.top_p,
-            min_p=options.min_p,
-        )
-    except ValueError as error:
-        raise MythosError(str(error)) from error
-    if options.halting is not None and options.halting not in HALTING_RULES:
-        raise MythosError(f"--halting: got {options.halting!r}; allowed: {', '.join(HALTING_RULES)}")
+    sampling = chosen_sampling(options)
+    if options.halting is not None and options.halting not in HALTING_RULES.names:
+        raise MythosError(f"--halting: got {options.halting!r}; allowed: {', '.join(HALTING_RULES.names)}")
     if loops is not None:
         check_counts(len(loops), len(prompts))
     device = choose_device(options.device, option="--device")
-    automatic = options.dtype == "auto" and device.type == "cpu"  # small products, that a cast makes slower
-    dtype = torch.float32 if automatic else choose_dtype(options.dtype, device)
+    # On a CPU decoding's small matmuls are slower in bfloat16, with its casts, than in float32.
+    use_float32 = options.dtype == "auto" and device.type == "cpu"
+    dtype = torch.float32 if use_float32 else choose_dtype(options.dtype, device)
     opened = open_model(options.path, device)
     if options.top_k is None and opened.tokenizer is not None:
         sampling = replace(sampling, top_k=min(40, opened.tokenizer.size))
     depth = choose_depth(opened, loops, options.halting, options.exit_threshold)
-    most = max(depth.limits)
-    if options.compile and (depth.rule is not None or len(set(depth.limits)) > 1):
-        given = "a halting rule that stops tokens" if depth.rule is not None else "several depths"
-        raise MythosError(f"--compile: got {given}; allowed: as many loops for all (--loops N, --halting none)")
-    if most > 8 * opened.mean_loops:
-        print(
-            f"warning: {in_loops(most)} for a model trained with {opened.mean_loops} on average: time and cache grow "
-            "with every loop",
-            file=sys.stderr,
-        )
+    if options.compile:
+        check_compilable(depth)
+    warn_of_many_loops(opened, max(depth.limits))
 
-    terminal = sys.stdout.isatty()
-    colours = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    streaming = len(prompts) == len(depth.limits) == 1
-    unsaid = [prompts[0] or ""] if streaming else []
-
-    def shown(piece: Piece) -> str:
-        if terminal:
-            piece = Piece(harmless(piece.text), piece.loops)
-        if options.show_depth:
-            return coloured(piece, most) if colours else numbered(piece)
-        return piece.text
-
-    def on_piece(row: int, piece: Piece) -> None:
-        if streaming:
-            print("".join(unsaid) + shown(piece), end="", flush=True)
-            unsaid.clear()
-
-    if options.show_depth and colours:
-        print(depth_view.terminal_legend(most) + "\n", file=sys.stderr)
-    made = generate_text(
+    output = TextOutput(prompts, depth, options.show_depth)
+    generation = generate_text(
         opened,
         prompts,
         options.tokens,
@@ -193,39 +182,122 @@ def run(options: argparse.Namespace) -> None:
         seed=options.seed,
         stops=options.stop,
         dtype=dtype,
-        on_piece=on_piece,
+        on_piece=output.on_piece,
         prefill_chunk=options.prefill_chunk,
         cache_loops=options.cache_loops,
         compiled=options.compile,
     )
-    if streaming:
-        print("".join(unsaid))
-    else:
-        for number, row in enumerate(made.rows, start=1):
-            deep = f", {in_loops(row.limit)}" if len(depth.limits) > 1 else ""
-            print(f"== {number} of {len(made.rows)}{deep}\n{row.prompt}{''.join(map(shown, row.pieces))}\n")
-    sys.stdout.flush()
-    print(f"\n{made.summary()}", file=sys.stderr)
+    output.finish(generation)
+    print(f"\n{generation.summary()}", file=sys.stderr)
     if options.show_depth:
-        print(depth_view.histogram(made), file=sys.stderr)
+        print(histogram(generation), file=sys.stderr)
     if options.html:
         name = opened.run.run.name if opened.run else Path(opened.source).name
-        depth_view.write_page(Path(options.html), depth_view.html_page(made, f"{name}, step {opened.step}"))
+        write_page(Path(options.html), html_page(generation, f"{name}, step {opened.step}"))
         print(f"page: {options.html}", file=sys.stderr)
 
 
+class TextOutput:
+    """Print generated text: a single row piece by piece as it is generated, several rows at the end."""
+
+    def __init__(self, prompts: list[str | None], depth: Depth, show_depth: bool) -> None:
+        """Choose the form of the text; print the legend of the colours, if they are used."""
+        from mythos.generation.depth_view import terminal_legend
+
+        most_loops = max(depth.limits)
+        is_terminal = sys.stdout.isatty()
+        colours = is_terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        if show_depth and colours:
+            print(terminal_legend(most_loops) + "\n", file=sys.stderr)
+        self.several_depths = len(depth.limits) > 1
+        self.streams = len(prompts) == len(depth.limits) == 1
+        # Printed with the first piece, so that standard output stays empty if generation is refused.
+        self.pending_prompt = (prompts[0] or "") if self.streams else ""
+        self.shown = _formatter(most_loops, is_terminal, show_depth, colours)
+
+    def on_piece(self, row: int, piece: Piece) -> None:
+        """Print a piece, if text is streamed."""
+        if self.streams:
+            print(self.pending_prompt + self.shown(piece), end="", flush=True)
+            self.pending_prompt = ""
+
+    def finish(self, generation: TextGeneration) -> None:
+        """End the streamed text, or print all rows."""
+        from mythos.generation.depth_view import in_loops
+
+        if self.streams:
+            print(self.pending_prompt)
+        else:
+            for number, row in enumerate(generation.rows, start=1):
+                loops = f", {in_loops(row.limit)}" if self.several_depths else ""
+                text = row.prompt + "".join(map(self.shown, row.pieces))
+                print(f"== {number} of {len(generation.rows)}{loops}\n{text}\n")
+        sys.stdout.flush()
+
+
+def _formatter(most_loops: int, is_terminal: bool, show_depth: bool, colours: bool) -> Callable[[Piece], str]:
+    from mythos.generation.depth_view import coloured, harmless, numbered
+    from mythos.generation.text import Piece
+
+    def shown(piece: Piece) -> str:
+        if is_terminal:
+            piece = Piece(harmless(piece.text), piece.loops)
+        if show_depth:
+            return coloured(piece, most_loops) if colours else numbered(piece)
+        return piece.text
+
+    return shown
+
+
+def chosen_sampling(options: argparse.Namespace) -> Sampling:
+    """Return the sampling settings. Raises MythosError for values out of range."""
+    from mythos.generation.sampling import Sampling
+
+    try:
+        return Sampling(
+            repetition_penalty=options.repetition_penalty,
+            temperature=options.temperature,
+            top_k=options.top_k or None,
+            top_p=options.top_p,
+            min_p=options.min_p,
+        )
+    except ValueError as error:
+        raise MythosError(str(error)) from error
+
+
+def check_compilable(depth: Depth) -> None:
+    """Raise MythosError unless all tokens run the same number of loops, as the compiled decoding step does."""
+    if depth.rule is not None or len(set(depth.limits)) > 1:
+        cause = "a halting rule that stops tokens" if depth.rule is not None else "several depths"
+        raise MythosError(f"--compile: got {cause}; allowed: as many loops for all (--loops N, --halting none)")
+
+
+def warn_of_many_loops(opened: OpenedModel, most_loops: int) -> None:
+    """Warn of more than 8 times the training mean."""
+    from mythos.generation.depth_view import in_loops
+
+    if most_loops > 8 * opened.mean_loops:
+        print(
+            f"warning: {in_loops(most_loops)} for a model trained with {opened.mean_loops} on average: time and cache "
+            "grow with every loop",
+            file=sys.stderr,
+        )
+
+
 def parse_loops(text: str) -> list[int] | None:
-    """The numbers of --loops, or None for auto. Raises MythosError for anything else."""
+    """Parse --loops, with None for auto. Raises MythosError for anything else."""
     return None if text == "auto" else whole_numbers("--loops", text, besides="auto, or ")
 
 
 def check_values(options: argparse.Namespace) -> None:
-    """Raise MythosError for values that no model could take, before one is loaded."""
+    """Raise MythosError for values that no model accepts, before one is loaded."""
     check_least(options, tokens=1, top_k=0, seed=0, cache_loops=1, prefill_chunk=1)
     threshold = options.exit_threshold
     if threshold is not None:
         if options.halting == "none":
-            raise MythosError(f"--exit-threshold {threshold:g}: there is no halting rule that it could be for (none)")
+            raise MythosError(
+                f"--exit-threshold: got {threshold:g} and --halting none, which has no threshold; leave out one of them"
+            )
         if not 0 < threshold < float("inf"):
             raise MythosError(f"--exit-threshold: got {threshold:g}; allowed: a number above 0 (act: at most 1)")
         if options.halting == "act" and threshold > 1:
@@ -242,13 +314,13 @@ def check_values(options: argparse.Namespace) -> None:
             raise MythosError(f"--html: there is no folder {page.parent}")
 
 
-def read_prompts(given: list[tuple[str, str]]) -> list[str | None]:
-    """The prompts of (option, value) in their order, files read; [None] where there are none.
+def read_prompts(values: list[tuple[str, str]]) -> list[str | None]:
+    """Read the prompts from pairs of option and value, in order; return [None] if there are none.
 
     Raises MythosError for a file that cannot be read, and for an empty prompt.
     """
     prompts: list[str | None] = []
-    for option, value in given:
+    for option, value in values:
         source, text = option, value
         if option == "--prompt-file":
             try:

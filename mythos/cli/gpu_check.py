@@ -1,32 +1,34 @@
 """Check on this machine's GPUs what only a GPU can show, and write a report.
 
 Kernels against references, waits and recompiles, training against the CPU, memory against the plan, speed, decoding,
-several GPUs: each check as expected, measured, verdict (ok, off, failed, not run). Needs no network and no data, and
-goes on after each failure. Without a GPU the same checks run on the CPU at tiny size. Exit status 1 if a check is off
-or failed.
+several GPUs. Each check has an expected and a measured value and a verdict (ok, off, failed, not run). Needs no network
+and no data, and continues after a failure. Without a GPU the same checks run on the CPU at tiny size. The exit status
+is 1 if a check is off or failed.
 """
 
 import argparse
 from pathlib import Path
 
-from mythos.cli.common import CommandParser, exit_status
+from mythos.cli.common import command_parser, exit_status
 from mythos.errors import MythosError
 
 MINUTES = 8.0
 
 
-def parser(prog: str = "mythos gpu-check") -> argparse.ArgumentParser:
-    """The command line."""
-    made = CommandParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--out", type=Path, metavar="DIR", default=Path("gpu-check"), help="for the report (%(default)s)")
-    made.add_argument("--minutes", type=float, metavar="N", default=MINUTES, help="for all checks (%(default)g)")
-    made.add_argument("--list", action="store_true", help="print the checks and what is expected, and run none")
-    return made
+def parser() -> argparse.ArgumentParser:
+    """Build the parser of the command."""
+    parser = command_parser("gpu-check", __doc__)
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", default=Path("gpu-check"), help="folder of the report (%(default)s)"
+    )
+    parser.add_argument("--minutes", type=float, metavar="N", default=MINUTES, help="time for all checks (%(default)g)")
+    parser.add_argument("--list", action="store_true", help="print the checks with their expected values; run none")
+    return parser
 
 
-def main(arguments: list[str], prog: str = "mythos gpu-check") -> int:
-    """Run the command line; returns the exit status."""
-    options = parser(prog).parse_args(arguments)
+def main(arguments: list[str]) -> int:
+    """Run the command and return its exit status."""
+    options = parser().parse_args(arguments)
     unexpected = False
 
     def run() -> None:
@@ -37,9 +39,9 @@ def main(arguments: list[str], prog: str = "mythos gpu-check") -> int:
 
 
 def check(options: argparse.Namespace) -> bool:
-    """Run or list the checks; returns whether one is off or failed.
+    """Run or list the checks; return whether one is off or failed.
 
-    Raises MythosError for minutes that are not above 0, and for a folder that cannot be written.
+    Raises MythosError if the minutes are not above 0, or the folder cannot be written.
     """
     from mythos.gpu_check.catalog import table
     from mythos.gpu_check.report import Report

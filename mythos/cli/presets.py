@@ -2,26 +2,60 @@
 
 import argparse
 
-from mythos.cli.common import CommandParser, exit_status
+from mythos.cli.common import command_parser, exit_status
+from mythos.config.presets import BPE_VOCAB_SIZE, PRESETS, preset_config
+
+UNITS = (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3))
 
 
-def parser(prog: str = "mythos presets") -> argparse.ArgumentParser:
-    """The command line."""
-    return CommandParser(
-        prog=prog,
-        description=f"{__doc__}\n\nmodel.preset takes one of them, and `mythos estimate` tells what it costs.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def parser() -> argparse.ArgumentParser:
+    """Build the parser of the command."""
+    return command_parser(
+        "presets", f"{__doc__}\n\nSet one as model.preset; `mythos estimate` computes the cost of its training."
     )
 
 
-def main(arguments: list[str], prog: str = "mythos presets") -> int:
-    """Run the command line; returns the exit status."""
-    parser(prog).parse_args(arguments)
-    return exit_status(list_presets)
+def main(arguments: list[str]) -> int:
+    """Run the command and return its exit status."""
+    parser().parse_args(arguments)
+    return exit_status(lambda: print(preset_table()))
 
 
-def list_presets() -> None:
-    """Print the table."""
-    from mythos.config.presets import preset_table  # which builds them all, with torch
+def preset_table() -> str:
+    """Describe every preset in a line: dimensions, total parameters, and active parameters per token at one loop."""
+    from mythos.planning.flops import count_parameters
 
-    print(preset_table())
+    rows = [("preset", "total", "active", "dim", "layers", "attention", "core", "loops", "context", "vocab")]
+    for name in PRESETS:
+        config = preset_config(name)
+        vocabulary = BPE_VOCAB_SIZE if config.vocab_size == "auto" else config.vocab_size
+        count = count_parameters(config.model_copy(update={"vocab_size": vocabulary}))
+        core = (
+            f"{config.n_experts} experts, top {config.experts_per_token}"
+            if config.core_ffn == "moe"
+            else config.core_ffn
+        )
+        rows.append(
+            (
+                name,
+                in_units(count.total),
+                in_units(count.active),
+                str(config.dim),
+                f"{config.prelude_layers}+{config.core_layers}+{config.coda_layers}",
+                config.attention,
+                core,
+                str(config.loops),
+                str(config.context_length),
+                str(config.vocab_size),
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    note = f"active: per token at one loop; layers: prelude+core+coda; vocab auto is counted as {BPE_VOCAB_SIZE}."
+    return "\n".join([*lines, "", note])
+
+
+def in_units(count: int) -> str:
+    """Write a count of parameters in three significant digits and a unit: 1.06B."""
+    unit, size = next((unit, size) for unit, size in UNITS if count >= 0.9995 * size)  # 0.9995 rounds to 1.00
+    return f"{count / size:#.3g}".rstrip(".") + unit

@@ -1,54 +1,55 @@
 """Put loops into a dense pretrained model.
 
-SOURCE is a folder, or OWNER/NAME on the hub, with a LlamaForCausalLM or one like it. Layers are counted from 0; those
-that are not named are left out. At one loop the result computes what its layers compute one after the other. OUT then
-holds what `mythos export` writes, and train.yaml, which trains it on with growing loops: mythos train OUT/train.yaml.
-Nothing of the source is run.
+SOURCE is a folder, or OWNER/NAME on the hub, with a LlamaForCausalLM or a similar model. Layers are counted from 0;
+layers in none of the three parts are dropped. At one loop the result computes the chosen layers in sequence. Writes the
+same files as `mythos export` to OUT, and train.yaml to continue training with a growing number of loops:
+mythos train OUT/train.yaml. No code of the source runs.
 """
 
 import argparse
 
-from mythos.cli.common import CommandParser, add_writing_options, exit_status
-from mythos.errors import MythosError, log_messages
+from mythos.cli.common import add_writing_options, command_parser, exit_status
+from mythos.errors import MythosError
 
 
-def parser(prog: str = "mythos retrofit") -> argparse.ArgumentParser:
-    """The command line."""
-    made = CommandParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("source", metavar="SOURCE", help="folder, or OWNER/NAME on the hub")
-    made.add_argument("folder", metavar="OUT", help="new or empty folder to write")
-    made.add_argument("--prelude", required=True, metavar="LAYERS", help="run once before the loop: 0-3, 0,1,4 or none")
-    made.add_argument("--core", required=True, metavar="LAYERS", help="looped")
-    made.add_argument("--coda", required=True, metavar="LAYERS", help="run once after the loop, or none")
-    made.add_argument("--loops", type=int, default=4, metavar="N", help="mean loops of training (%(default)s)")
-    made.add_argument(
-        "--decay", type=float, metavar="A", help="share of a state that the next loop starts from (docs/finetuning.md)"
+def parser() -> argparse.ArgumentParser:
+    """Build the parser of the command."""
+    parser = command_parser("retrofit", __doc__)
+    parser.add_argument("source", metavar="SOURCE", help="folder, or OWNER/NAME on the hub")
+    parser.add_argument("folder", metavar="OUT", help="new or empty output folder")
+    parser.add_argument("--prelude", required=True, metavar="LAYERS", help="layers before the loop: 0-3, 0,1,4 or none")
+    parser.add_argument("--core", required=True, metavar="LAYERS", help="looped layers")
+    parser.add_argument("--coda", required=True, metavar="LAYERS", help="layers after the loop, or none")
+    parser.add_argument("--loops", type=int, default=4, metavar="N", help="mean loops of training (%(default)s)")
+    parser.add_argument(
+        "--decay",
+        type=float,
+        metavar="A",
+        help="share of the previous state that enters each loop (docs/finetuning.md)",
     )
-    made.add_argument("--revision", metavar="NAME", help="commit, branch or tag of the repository")
-    made.add_argument(
-        "--tokenizer", metavar="SOURCE", help="folder or OWNER/NAME of the tokenizer (what lies with the weights)"
+    parser.add_argument("--revision", metavar="NAME", help="commit, branch or tag of the repository")
+    parser.add_argument(
+        "--tokenizer", metavar="SOURCE", help="folder or OWNER/NAME of the tokenizer (the one beside the weights)"
     )
-    add_writing_options(made)
-    return made
+    add_writing_options(parser)
+    return parser
 
 
-def main(arguments: list[str], prog: str = "mythos retrofit") -> int:
-    """Run the command line; returns the exit status."""
-    log_messages()
-    options = parser(prog).parse_args(arguments)
-    return exit_status(lambda: run(options))
+def main(arguments: list[str]) -> int:
+    """Run the command and return its exit status."""
+    return exit_status(lambda: run(parser().parse_args(arguments)))
 
 
 def run(options: argparse.Namespace) -> None:
-    """Retrofit. Raises MythosError for bad input."""
-    numbers = [layer_numbers(f"--{part}", getattr(options, part)) for part in ("prelude", "core", "coda")]
-    # Only now: it takes seconds to import.
+    """Retrofit the model. Raises MythosError for bad input."""
+    # Checked before transformers is imported, which takes seconds.
+    parts = [layer_numbers(f"--{part}", getattr(options, part)) for part in ("prelude", "core", "coda")]
     from mythos.hf.retrofit import DECAY, TRAIN_FILE, Layers, retrofit
 
-    made = retrofit(
+    model = retrofit(
         options.source,
         options.folder,
-        Layers(*numbers),
+        Layers(*parts),
         loops=options.loops,
         decay=DECAY if options.decay is None else options.decay,
         revision=options.revision,
@@ -56,10 +57,10 @@ def run(options: argparse.Namespace) -> None:
         dtype=options.dtype,
         max_shard_size=options.max_shard_size,
     )
-    dropped = ", ".join(map(str, made.dropped))
-    left_out = f"; left out: layer{'s' * (len(made.dropped) > 1)} {dropped}" if dropped else ""
-    print(f"{options.folder}: {options.source}, {made.architecture}{left_out}")
-    print(f"next: mythos train {made.exported.folder / TRAIN_FILE}")
+    dropped = ", ".join(map(str, model.dropped))
+    left_out = f"; left out: layer{'s' * (len(model.dropped) > 1)} {dropped}" if dropped else ""
+    print(f"{options.folder}: {options.source}, {model.architecture}{left_out}")
+    print(f"next: mythos train {model.exported.folder / TRAIN_FILE}")
 
 
 def layer_numbers(option: str, text: str) -> list[int]:

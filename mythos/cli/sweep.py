@@ -1,7 +1,7 @@
-"""Measure what every loop of a trained model is worth, and what halting saves of them.
+"""Measure the loss after every loop of a trained model, and the loops that halting saves.
 
-Writes step-XXXXXXXX.png, .csv and .json to sweep/ in the run directory, and prints them as tables. docs/depth.md tells
-how to read them.
+Writes step-XXXXXXXX.png, .csv and .json to sweep/ in the run directory, and prints the tables. docs/depth.md explains
+them.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mythos.cli.common import (
-    CommandParser,
     add_measuring_options,
     check_least,
+    comma_separated,
+    command_parser,
     exit_status,
     positive_numbers,
     whole_numbers,
@@ -28,39 +29,39 @@ if TYPE_CHECKING:
     from mythos.evaluation.depth_sweep import DepthSweep, HaltingPoint
 
 
-def parser(prog: str = "mythos sweep") -> argparse.ArgumentParser:
-    """The command line."""
-    made = CommandParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("path", metavar="RUN_OR_CHECKPOINT", help="run directory, checkpoint step-*, or exported model")
-    made.add_argument(
+def parser() -> argparse.ArgumentParser:
+    """Build the parser of the command."""
+    parser = command_parser("sweep", __doc__)
+    parser.add_argument("path", metavar="RUN_OR_CHECKPOINT", help="run directory, checkpoint step-*, or exported model")
+    parser.add_argument(
         "--loops",
         type=partial(whole_numbers, "--loops"),
         metavar="N,N,...",
-        help="loops to measure the loss at (1, 2, 4, ... and the training mean, up to 8 times the mean)",
+        help="loop counts to measure (1, 2, 4, ... and the training mean, up to 8 times the mean)",
     )
-    made.add_argument("--sequences", type=int, metavar="N", help="validation sequences (as many as in training)")
-    made.add_argument("--rules", type=names, metavar="RULE,...", help="halting rules (all that the model can follow)")
-    made.add_argument(
+    parser.add_argument("--sequences", type=int, metavar="N", help="validation sequences (as many as in training)")
+    parser.add_argument(
+        "--rules", type=comma_separated, metavar="RULE,...", help="halting rules (all that the model supports)"
+    )
+    parser.add_argument(
         "--thresholds",
         type=partial(positive_numbers, "--thresholds"),
         metavar="X,X,...",
-        help="exit thresholds of the one rule that is given",
+        help="exit thresholds, for a single rule",
     )
-    made.add_argument(
-        "--most", type=int, metavar="N", help="loops after which a rule stops in any case (the training mean)"
-    )
-    made.add_argument("--data", metavar="GLOB", help="text files to measure on (the run's validation set)")
-    add_measuring_options(made, "sweep")
-    return made
+    parser.add_argument("--most", type=int, metavar="N", help="maximum loops under a halting rule (the training mean)")
+    parser.add_argument("--data", metavar="GLOB", help="text files to measure on (the run's validation set)")
+    add_measuring_options(parser, "sweep")
+    return parser
 
 
-def main(arguments: list[str], prog: str = "mythos sweep") -> int:
-    """Run the command line; returns the exit status."""
-    return exit_status(lambda: sweep(parser(prog).parse_args(arguments)))
+def main(arguments: list[str]) -> int:
+    """Run the command and return its exit status."""
+    return exit_status(lambda: run(parser().parse_args(arguments)))
 
 
-def sweep(options: argparse.Namespace) -> None:
-    """Open, measure, write and print. Raises MythosError for what cannot be opened, measured or written."""
+def run(options: argparse.Namespace) -> None:
+    """Open, measure, write and print. Raises MythosError if one of these is impossible."""
     check_least(options, sequences=1, most=1, micro_batch=1)
     if options.thresholds and (options.rules is None or len(options.rules) != 1):
         raise MythosError("--thresholds: name the one rule they are for, e.g. --rules convergence --thresholds 0.2,0.1")
@@ -75,8 +76,8 @@ def sweep(options: argparse.Namespace) -> None:
     opened = open_model(options.path, device)
     if opened.run and opened.run.depth.follow == "difficulty":
         raise MythosError(
-            f"{options.path}: got a run on depth.follow difficulty, which has no one depth to compare the others with; "
-            "`mythos reasoning` measures it, by difficulty and loops"
+            f"{options.path}: got a run on depth.follow difficulty, which has no single training depth to compare "
+            "with; `mythos reasoning` measures it, by difficulty and loops"
         )
     fixed = opened.model.config.injection == "none"
     mean = 1 if fixed else opened.mean_loops
@@ -88,7 +89,7 @@ def sweep(options: argparse.Namespace) -> None:
     out = options.out or (run_directory(options.path) or Path()) / "sweep"
     data = validation_data(opened, options.data, options.sequences)
     dtype, micro_batch = as_in_training(opened, device, options.dtype, options.micro_batch)
-    result = depth_sweep(
+    sweep = depth_sweep(
         opened.model,
         data,
         depths=loops,
@@ -103,15 +104,15 @@ def sweep(options: argparse.Namespace) -> None:
     stem = out / f"step-{opened.step:08d}"
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        written = [*result.save(stem, about), draw_sweep(result, out / f"{stem.name}.png")]
-    print(report(result))
-    print("\nwritten  " + "\n         ".join(map(str, written)))
+        paths = [*sweep.save(stem, about), draw_sweep(sweep, out / f"{stem.name}.png")]
+    print(report(sweep))
+    print("\nwritten  " + "\n         ".join(map(str, paths)))
 
 
 def chosen_rules(
     opened: OpenedModel, names: list[str] | None, thresholds: list[float] | None
 ) -> list[tuple[str, float]]:
-    """Rules and thresholds as the options say. Raises MythosError for what the model cannot follow."""
+    """Return the halting rules with their thresholds. Raises MythosError if the model does not support them."""
     from mythos.evaluation.depth_sweep import sweep_rules
     from mythos.model.halting import halting_rule
 
@@ -130,7 +131,7 @@ def chosen_rules(
 
 
 def report(sweep: DepthSweep) -> str:
-    """The sweep as tables for a terminal."""
+    """Write the sweep as tables for a terminal."""
     lines = [f"\n{sweep.sequences} sequences of {sweep.sequence_length} tokens", ""]
     lines += ["  loops      loss  perplexity  bits/byte  log |h|   change"]
     for depth in sweep.read_out:
@@ -139,25 +140,25 @@ def report(sweep: DepthSweep) -> str:
             f"  {depth.loops:5d}  {depth.loss:8.4f}  {depth.perplexity:10.2f}  {cell(depth.bits_per_byte, '9.4f')}  "
             f"{depth.state_norm:7.3f}  {depth.state_delta:7.1e}{mark}"
         )
-    lines += ["", f"  {told_fit(sweep)}"]
+    lines += ["", f"  {fit_line(sweep)}"]
     if sweep.halting:
-        full = next((depth.loss for depth in sweep.read_out if depth.loops == sweep.mean_loops), None)
+        loss_at_mean = next((depth.loss for depth in sweep.read_out if depth.loops == sweep.mean_loops), None)
         lines += ["", f"  rule               threshold  loops  saved  perplexity  to {sweep.mean_loops} loops"]
-        lines += [halting_line(point, full) for point in sweep.halting]
+        lines += [halting_line(point, loss_at_mean) for point in sweep.halting]
     return "\n".join(lines)
 
 
-def halting_line(point: HaltingPoint, full: float | None) -> str:
-    """A line of the table of rules; `full` is the loss at the training mean."""
-    change = "" if full is None else f"{math.expm1(point.loss - full):+.2%}"
+def halting_line(point: HaltingPoint, loss_at_mean: float | None) -> str:
+    """Write a line of the table of halting rules, with the change of perplexity from the training mean."""
+    change = "" if loss_at_mean is None else f"{math.expm1(point.loss - loss_at_mean):+.2%}"
     return (
         f"  {point.rule:17}  {point.threshold:9.4g}  {point.loops:5.2f}  {point.saved:5.0%}  {point.perplexity:10.2f}  "
         f"{change:>10}{'  <- default' if point.default else ''}"
     )
 
 
-def told_fit(sweep: DepthSweep) -> str:
-    """The fit in words."""
+def fit_line(sweep: DepthSweep) -> str:
+    """Describe the fit of the loss by loops."""
     fit = sweep.fit
     if fit is None:
         return "no fit of L(T): it takes four depths with finite losses up to the least one"
@@ -166,10 +167,5 @@ def told_fit(sweep: DepthSweep) -> str:
 
 
 def cell(value: float | None, form: str) -> str:
-    """A number, or as much space as it takes."""
+    """Format a number, or an empty cell of the same width for None."""
     return " " * int(form.partition(".")[0]) if value is None else f"{value:{form}}"
-
-
-def names(text: str) -> list[str]:
-    """Parse convergence,gate."""
-    return [part.strip() for part in text.split(",")]

@@ -1,6 +1,6 @@
-"""Tokenize the corpus of a run ahead of training: token shards that data.kind: tokens reads.
+"""Tokenize the corpus of a run ahead of training, into token shards that data.kind: tokens reads.
 
-Interrupted in whatever way, the same command goes on after the parts that are finished.
+After an interruption of any kind, the same command continues after the finished parts.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import ctypes
 import multiprocessing
 import os
 import signal
-import sys
 import time
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -19,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from mythos.cli.common import CommandParser
+from mythos.cli.common import command_parser, exit_status
 from mythos.config.loading import load_config
 from mythos.config.sections import Config
-from mythos.errors import MythosError, log_messages
+from mythos.errors import MythosError
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -30,64 +29,62 @@ if TYPE_CHECKING:
     from mythos.data.token_writer import TokenWriter
     from mythos.progress import Lines
 
-REFRESH = 0.5  # seconds
+REFRESH = 0.5
+"""Seconds between updates of the progress bar."""
 VALIDATION_SHARE = 0.05
-"""Share of the documents, by content hash, whose tokens keep their bytes: the most that can be held out."""
+"""Share of the documents, by content hash, stored with their byte counts: the most that runs can hold out."""
 
 
-def parser(prog: str = "mythos tokenize") -> argparse.ArgumentParser:
-    """The command line, to be parsed intermixed: options may stand between the overrides."""
-    made = CommandParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("config", metavar="CONFIG", help="a run's configuration: its data and tokenizer sections")
-    made.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes of the configuration")
-    made.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write or to continue")
-    made.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (%(default)s)")
-    made.add_argument("--source", metavar="NAME", help="of a mixture: the source to tokenize")
-    made.add_argument(
+def parser() -> argparse.ArgumentParser:
+    """Build the parser of the command, for `parse_intermixed_args`: options may stand between the overrides."""
+    parser = command_parser("tokenize", __doc__)
+    parser.add_argument("config", metavar="CONFIG", help="a run's configuration: its data and tokenizer sections")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="fields to override")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write or to continue")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (%(default)s)")
+    parser.add_argument("--source", metavar="NAME", help="of a mixture: the source to tokenize")
+    parser.add_argument(
         "--validation-share",
         type=float,
         metavar="SHARE",
-        help="the most that data.validation.fraction can be set to in runs on these tokens (data.validation.fraction, "
-        f"and at least {VALIDATION_SHARE})",
+        help="upper bound of data.validation.fraction in runs on these tokens (default: the configuration's "
+        f"data.validation.fraction, at least {VALIDATION_SHARE})",
     )
-    return made
+    return parser
 
 
-def main(arguments: list[str], prog: str = "mythos tokenize") -> int:
-    """Run the command line; returns the exit status."""
-    log_messages()
-    made = parser(prog)
-    options = made.parse_intermixed_args(arguments)
+def main(arguments: list[str]) -> int:
+    """Run the command and return its exit status."""
+    command = parser()
+    options = command.parse_intermixed_args(arguments)
     if options.workers < 1:
-        made.error(f"--workers: got {options.workers}; give at least 1")
+        command.error(f"--workers: got {options.workers}; give at least 1")
     if options.validation_share is not None and not 0 <= options.validation_share <= 1:
-        made.error(f"--validation-share: got {options.validation_share:g}; give 0 to 1")
-    try:
-        tokenize(load_config(options.config, options.overrides), options)
-    except MythosError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on after the parts that are finished", file=sys.stderr)
-        return 130
-    return 0
+        command.error(f"--validation-share: got {options.validation_share:g}; give 0 to 1")
+    return exit_status(
+        lambda: tokenize(load_config(options.config, options.overrides), options),
+        interrupted="stopped; the same command continues after the finished parts",
+    )
 
 
 def tokenize(config: Config, options: argparse.Namespace) -> None:
-    """Write what is missing of the folder and print how to use it."""
+    """Write the missing parts of the folder and print how to use it."""
     from mythos.data.tokens import TOKENIZER
     from mythos.progress import progress_bar
 
     writer = open_writer(config, options)
     parts = writer.begin()
-    done = sum(map(len, writer.parts)) - sum(len(writer.parts[part]) for part in parts)
+    finished_shards = sum(map(len, writer.parts)) - sum(len(writer.parts[part]) for part in parts)
     if parts:
-        with progress_bar(total=len(writer.corpus.shards), initial=done, unit="shard", desc="tokenizing") as bar:
+        bar: tqdm[Any] | Lines[Any] = progress_bar(
+            total=len(writer.corpus.shards), initial=finished_shards, unit="shard", desc="tokenizing"
+        )
+        with bar:
             write_parts(writer, parts, min(options.workers, len(parts)), bar)
     totals = writer.finish()["totals"]
     left_out = ", ".join(f"{kind} {count:,}" for kind, count in totals["skipped"].items())
     print(f"{options.out}: {totals['documents']:,} documents, {totals['tokens']:,} tokens; left out: {left_out or 0}")
-    print("In place of the text, a configuration (for a mixture, a source) gives:\n")
+    print("To read the tokens instead of the text, a configuration (or a source of a mixture) gives:\n")
     sections = {
         "data": {"kind": "tokens", "path": str(options.out.resolve())},
         "tokenizer": {"name": str(options.out.resolve() / TOKENIZER)},
@@ -114,16 +111,16 @@ def open_writer(config: Config, options: argparse.Namespace) -> TokenWriter:
         raise MythosError(f"--source: got {options.source or 'none'}; give one of {', '.join(names)}")
     if data.named_sources[name].kind == "tokens":
         raise MythosError("data.kind: tokens are tokenized already. Give a configuration that reads text.")
-    if data.sources and config.tokenizer.name != "bpe":  # which is trained on the text of all sources
+    if data.sources and config.tokenizer.name != "bpe":
+        # Open the one source only. A bpe is trained on the text of all of them.
         data = data.model_copy(update={"sources": {name: data.sources[name]}})
-    before = (read_header(options.out) or {}).get("source", {})
-    data = pin_revisions(data, {**before, "sources": {name: before}})
+    pinned = (read_header(options.out) or {}).get("source", {})
+    data = pin_revisions(data, {**pinned, "sources": {name: pinned}})
     corpora = open_corpora(data)
-    run_has_one = (config.run_dir / TOKENIZER).is_dir()
     tokenizer = load_tokenizer(
         config.tokenizer,
         weighted(data, corpora),
-        run_dir=config.run_dir if run_has_one else None,
+        run_dir=config.run_dir if (config.run_dir / TOKENIZER).is_dir() else None,
         cache_dir=cache_directory(data),
         holdout_fraction=holdout_fraction(data),
     )
@@ -134,27 +131,27 @@ def open_writer(config: Config, options: argparse.Namespace) -> TokenWriter:
 
 
 def write_parts(writer: TokenWriter, parts: list[int], workers: int, bar: tqdm[Any] | Lines[Any]) -> None:
-    """Write parts in worker processes, none of which is left when this returns or raises.
+    """Write parts in worker processes, all of which have ended when this returns or raises.
 
     Raises:
         MythosError: a part cannot be read or written, or a worker died.
     """
-    from mythos.data.processes import START_METHOD, signals_held
+    from mythos.data.processes import START_METHOD, signals_blocked
 
     context = multiprocessing.get_context(START_METHOD)
-    counts = context.Array(ctypes.c_uint64, 3)
+    counts: Any = context.Array(ctypes.c_uint64, 3)  # typeshed has c_uint64 as elements; ctypes returns int
     pool = ProcessPoolExecutor(workers, context, _begin_worker, (writer, counts))
-    begin, shards = time.monotonic(), bar.n
+    start, first_shards = time.monotonic(), bar.n
     try:
-        with signals_held(signal.SIGINT):
+        with signals_blocked(signal.SIGINT):  # Ctrl-C reaches this process only, which then ends the workers
             pending = {pool.submit(_write, part) for part in parts}
         while pending:
             done, pending = wait(pending, REFRESH, FIRST_EXCEPTION)
-            # Read without the lock, which a worker that is killed may have taken with it.
-            finished, documents, tokens = counts.get_obj()
-            rate = tokens / (time.monotonic() - begin)
+            # Read without the lock: a killed worker may never have released it.
+            shards, documents, tokens = counts.get_obj()
+            rate = tokens / (time.monotonic() - start)
             bar.set_postfix_str(f"{documents:,} documents, {tokens:,} tokens, {rate:,.0f} tokens/s", refresh=False)
-            bar.update(shards + finished - bar.n)
+            bar.update(first_shards + shards - bar.n)
             bar.refresh()
             for part in done:
                 part.result()
@@ -163,12 +160,18 @@ def write_parts(writer: TokenWriter, parts: list[int], workers: int, bar: tqdm[A
             child.terminate()
         if isinstance(error, BrokenProcessPool):
             raise MythosError(
-                "a worker process died; out of memory? Give fewer --workers; the same command goes on after the parts "
-                "that are finished."
+                "a worker process died; out of memory? Give fewer --workers; the same command continues after the "
+                "finished parts."
             ) from error
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+# State of a worker process, set by `_begin_worker`: the pool passes arguments to workers only through its initializer.
+_writer: TokenWriter
+_counts: Any
+"""Shards, documents and tokens that all workers have written."""
 
 
 def _begin_worker(writer: TokenWriter, counts: Any) -> None:

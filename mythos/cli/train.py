@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 
-from mythos.cli.common import CommandParser, accept_any_character, check_least, share_cores
+from mythos.cli.common import check_least, command_parser, set_up_process
 from mythos.config.loading import describe, load_config
 from mythos.distributed.launch_status import (
     STATUS_FILE,
@@ -14,70 +14,88 @@ from mythos.distributed.launch_status import (
     exit_status_of_ended_launch,
     launch_status,
 )
-from mythos.errors import MythosError, TransientError, log_messages
+from mythos.errors import MythosError, TransientError
 from mythos.files.local import advise, is_full
 
+STOPPED = "stopped; the same command continues from the newest checkpoint, if there is one"
 
-def parser(prog: str = "mythos train") -> argparse.ArgumentParser:
-    """The command line, to be parsed intermixed: options may stand between the overrides."""
-    made = CommandParser(
-        prog=prog,
+
+def parser() -> argparse.ArgumentParser:
+    """Build the parser of the command, for `parse_intermixed_args`: options may stand between the overrides."""
+    parser = command_parser(
+        "train",
+        __doc__,
         usage="%(prog)s CONFIG [key.path=value ...] [options]",
-        description=__doc__,
         epilog=describe(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
     )
-    made.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file, or a name that `mythos configs` lists")
-    made.add_argument("overrides", nargs="*", metavar="key.path=value", help="fields to override, e.g. train.steps=100")
-    made.add_argument(
-        "--help", "-h", nargs="?", const="", metavar="SECTION", help="this text, or the fields of a section"
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file, or a name from `mythos configs`")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.path=value", help="fields to override, e.g. train.steps=100"
     )
-    made.add_argument("--list-presets", action="store_true", help="the named model sizes, as `mythos presets`")
-    dry = made.add_argument_group("what a run amounts to, on other processes than these too")
-    dry.add_argument(
+    parser.add_argument(
+        "--help", "-h", nargs="?", const="", metavar="SECTION", help="show this text, or the fields of a section"
+    )
+    parser.add_argument("--list-presets", action="store_true", help="list the model sizes, as `mythos presets`")
+    dry_run = parser.add_argument_group("plan a run, also for other processes than these")
+    dry_run.add_argument(
         "--dry-run",
         action="store_true",
         help="check the configuration, print size, FLOPs, memory and collectives, and stop",
     )
-    dry.add_argument(
+    dry_run.add_argument(
         "--ranks", type=int, metavar="N", help="processes of --dry-run (one, or as many as torchrun starts)"
     )
-    dry.add_argument("--machine-ranks", type=int, metavar="M", help="of them on each machine (8)")
-    dry.add_argument("--device-memory", type=float, metavar="GIB", help="memory of a device (80)")
-    return made
+    dry_run.add_argument("--machine-ranks", type=int, metavar="M", help="processes per machine (8)")
+    dry_run.add_argument("--device-memory", type=float, metavar="GIB", help="memory of a device (80)")
+    return parser
 
 
-def main(arguments: list[str], prog: str = "mythos train") -> int:
-    """Run the command line; returns the exit status."""
-    log_messages()
-    accept_any_character()
-    share_cores()
+def main(arguments: list[str]) -> int:
+    """Run the command and return its exit status."""
+    set_up_process()
     if launch_status() is not LaunchStatus.RUNNING:  # torchrun has started this process once more
         return exit_status_of_ended_launch()
     if STATUS_FILE in os.environ:
         signal.signal(signal.SIGTERM, stop_before_training)
-    options = parser(prog).parse_intermixed_args(arguments)
+    options = parser().parse_intermixed_args(arguments)
     try:
-        if options.help is not None:
-            print(describe(options.help) if options.help else parser(prog).format_help(), end="\n" * bool(options.help))
-            return 0
-        if options.list_presets:
-            from mythos.config.presets import preset_table
+        run(options)
+    except TransientError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            os._exit(1)  # threads that wait for lost processes would keep this one alive and delay the restart
+        return 1
+    except MythosError as error:
+        return end(str(error))
+    except KeyboardInterrupt:
+        print(STOPPED, file=sys.stderr)
+        return 130
+    return 0
 
-            print(preset_table())
-            return 0
-        if options.config is None:
-            raise MythosError(
-                f"no configuration given; usage: {prog} CONFIG [key.path=value ...]\nTry quickstart, or --help."
-            )
-        imagined = {name: getattr(options, name) for name in ("ranks", "machine_ranks", "device_memory")}
-        given = [f"--{name.replace('_', '-')}" for name, value in imagined.items() if value is not None]
-        if given and not options.dry_run:
-            raise MythosError(f"{', '.join(given)}: only for --dry-run; ./launch.sh starts several processes")
-        check_least(options, ranks=1, machine_ranks=1, device_memory=0)
-        config = load_config(options.config, options.overrides)
-        # Only now: torch takes seconds to import, and a misspelt key should be told at once.
+
+def run(options: argparse.Namespace) -> None:
+    """Print help or a plan, or train. Raises MythosError for bad input and files that cannot be read or written."""
+    if options.help is not None:
+        print(describe(options.help) if options.help else parser().format_help().rstrip("\n"))
+        return
+    if options.list_presets:
+        from mythos.cli.presets import preset_table
+
+        print(preset_table())
+        return
+    if options.config is None:
+        raise MythosError(
+            "no configuration given; usage: mythos train CONFIG [key.path=value ...]\nTry quickstart, or --help."
+        )
+    planned = {name: getattr(options, name) for name in ("ranks", "machine_ranks", "device_memory")}
+    planned_options = [f"--{name.replace('_', '-')}" for name, value in planned.items() if value is not None]
+    if planned_options and not options.dry_run:
+        raise MythosError(f"{', '.join(planned_options)}: only for --dry-run; ./launch.sh starts several processes")
+    check_least(options, ranks=1, machine_ranks=1, device_memory=0)
+    config = load_config(options.config, options.overrides)
+    # torch is imported after these checks: it takes seconds, and a misspelt key is reported at once.
+    try:
         if options.dry_run:
             from mythos.planning.plan import plan
 
@@ -88,25 +106,13 @@ def main(arguments: list[str], prog: str = "mythos train") -> int:
             from mythos.trainer import Trainer
 
             Trainer(config).run()
-    except TransientError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            os._exit(1)  # threads that still wait for lost processes would keep this one, and so the restart
-        return 1
-    except MythosError as error:
-        return end(str(error))
     except OSError as error:
         if error.filename is None and not is_full(error):
             raise
-        # Writing to a file that is open tells no name; the files that a run keeps open are in its directory.
-        return end(advise(error) if error.filename else f"run directory {config.run_dir}: {advise(error)}")
-    except KeyboardInterrupt:
-        print(STOPPED, file=sys.stderr)
-        return 130
-    return 0
-
-
-STOPPED = "stopped; the same command continues from the newest checkpoint, if there is one"
+        # An error of writing to an open file has no name; the files that a run keeps open are in its directory.
+        raise MythosError(
+            advise(error) if error.filename else f"run directory {config.run_dir}: {advise(error)}"
+        ) from error
 
 
 def stop_before_training(number: int, _: object) -> None:
@@ -120,7 +126,7 @@ def stop_before_training(number: int, _: object) -> None:
 
 
 def end(message: str) -> int:
-    """Print an error that would be met again; under torchrun once for all processes, which are not restarted."""
+    """Print an error that a restart would meet again; under torchrun once for all processes, and without a restart."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return end_launch(message)
     print(f"error: {message}", file=sys.stderr)

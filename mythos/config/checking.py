@@ -1,4 +1,4 @@
-"""Plain values checked against a tree of configuration sections: every problem is collected, none raised early."""
+"""Check plain values against a tree of configuration sections and collect every problem before raising."""
 
 import difflib
 import json
@@ -16,22 +16,27 @@ from mythos.files.plain_yaml import MOST_BYTES, OTHER_NUMBER, load_yaml
 from mythos.files.text import MOST_NESTED, read_text, unusable_text
 from mythos.section import Section
 
+Contradiction = tuple[tuple[str, ...], str]
+"""Dotted paths of fields, and why their values cannot be used together."""
+
 PLAIN_TEXT = "text without the character NUL and without halves of surrogate pairs"
 MOST_PROBLEMS = 50
-"""That one message tells."""
+"""Problems listed in one message."""
+# 3e-4 and 1e9: YAML 1.1 reads an exponent without a decimal point as text.
 _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
 class _Flow(yaml.SafeDumper):
-    """Writes sections as mappings."""
+    """Write sections as mappings, and values of any other class as text."""
 
 
 _Flow.add_multi_representer(Section, lambda dumper, section: dumper.represent_dict(section.model_dump(mode="json")))
-_Flow.add_representer(None, lambda dumper, value: dumper.represent_str(str(value)))  # whatever else there is
+# The stubs do not know that None stands for all other classes.
+_Flow.add_representer(None, lambda dumper, value: dumper.represent_str(str(value)))  # type: ignore[arg-type]
 
 
 class Problems:
-    """What is wrong with a configuration: a line for each problem, and the dotted paths that have been reported."""
+    """Problems of a configuration: one line each, and the dotted paths that have been reported."""
 
     def __init__(self, source: str, root: type[Section]) -> None:
         """Start empty; ``source`` (a file name) opens the final message, ``root`` is the whole schema."""
@@ -47,7 +52,7 @@ class Problems:
             self.lines.append(f"{path}: {message}")
 
     def add_contradiction(self, paths: Sequence[str], message: str) -> None:
-        """Report values that cannot hold together, unless one of them has been reported itself."""
+        """Report values that cannot be used together, unless one of their paths has been reported itself."""
         if not any(path == known or path.startswith(f"{known}.") for path in paths for known in self.paths):
             self.lines.append(f"{', '.join(paths)}: {message}")
 
@@ -62,16 +67,16 @@ class Problems:
 
 
 def read_yaml(path: Path, problems: Problems) -> dict[str, Any]:
-    """Read the mapping in a YAML file and report its duplicate keys, of which PyYAML silently keeps the last.
+    """Read the mapping in a YAML file and report duplicate keys, of which PyYAML silently keeps the last.
 
-    Numbers are decimal: 0100 and 0x10 are texts. Raises MythosError if the file cannot be read, is empty or too large,
-    or is not a YAML mapping of bounded depth.
+    Numbers are decimal: 0100 and 0x10 are read as text. Raises MythosError if the file cannot be read, is empty or too
+    large, or is not a YAML mapping of bounded depth.
     """
     try:
         text = read_text(path, MOST_BYTES)
+    except UnicodeDecodeError as error:
+        raise MythosError(f"{path}: not valid YAML: {error}; save it as UTF-8") from error
     except (OSError, ValueError) as error:
-        if isinstance(error, UnicodeDecodeError):
-            raise MythosError(f"{path}: not valid YAML: {error}; save it as UTF-8") from error
         reason = error.strerror if isinstance(error, OSError) else error
         raise MythosError(f"{path}: cannot be read ({reason}); give the path of a YAML file") from error
     try:
@@ -84,8 +89,8 @@ def read_yaml(path: Path, problems: Problems) -> dict[str, Any]:
         raise MythosError(
             f"{path}: got {shown(data)}; allowed: a mapping of sections; `mythos configs quickstart` prints an example"
         )
-    assert tree is not None
-    for key, line in _duplicates(tree, "", set()):
+    assert tree is not None  # load_yaml returns a tree with every value but None
+    for key, line in _duplicate_keys(tree, "", set()):
         problems.add(key, f"given again in line {line}; keep one of them")
     return data
 
@@ -99,12 +104,13 @@ def apply_override(data: dict[str, Any], override: str, problems: Problems) -> d
     try:
         value, _ = load_yaml(text)
     except (yaml.YAMLError, ValueError):
-        value = text  # for instance *.txt, which YAML takes for an alias
-    section, _, name = path.rpartition(".")
-    kind = dict(sections(problems.root)).get(section)
-    schema = kind.model_json_schema()["properties"].get(name, {}) if kind else {}
-    if "text" in [allowed(option) for option in _options(schema)] and not isinstance(value, str | list | dict | None):
-        value = text  # run.name=7 is a name
+        value = text  # for instance *.txt, which YAML reads as an alias
+    section_path, _, name = path.rpartition(".")
+    section = dict(sections(problems.root)).get(section_path)
+    schema = section.model_json_schema()["properties"].get(name, {}) if section else {}
+    accepts_text = "text" in [allowed(option) for option in _options(schema)]
+    if accepts_text and not isinstance(value, str | list | dict | None):
+        value = text  # run.name=7 is the text 7
     for keys, leaf in _leaves(path.split("."), value):
         try:
             data = _replaced(data, keys, leaf)
@@ -114,7 +120,7 @@ def apply_override(data: dict[str, Any], override: str, problems: Problems) -> d
 
 
 def valid_values(section: type[Section], data: Any, problems: Problems, prefix: str = "") -> dict[str, Any]:
-    """Return the values that are valid each on its own, converted; report the others and leave them out."""
+    """Convert and return the values that are valid by themselves; report and leave out the others."""
     if data is None:  # a section whose every line is commented out
         return {}
     if not isinstance(data, dict):
@@ -125,11 +131,7 @@ def valid_values(section: type[Section], data: Any, problems: Problems, prefix: 
     for name, value in data.items():
         path = f"{prefix}{shortened(str(name))}"
         if name not in section.model_fields:
-            if len(problems.lines) > MOST_PROBLEMS:  # suggestions take long
-                problems.add(path, "unknown")
-                continue
-            elsewhere = [f"{other}.{name}" for other, kind in sections(problems.root) if name in kind.model_fields]
-            problems.add(path, f"unknown; {suggestion(str(name), list(section.model_fields), elsewhere)}")
+            problems.add(path, _unknown(str(name), section, problems))
             continue
         kind = section.model_fields[name].annotation
         if _is_section(kind):
@@ -164,10 +166,9 @@ def sections(root: type[Section], prefix: str = "") -> Iterator[tuple[str, type[
 
 
 def allowed(schema: dict[str, Any], value: Any = None) -> str:
-    """Say in words what a field's JSON schema accepts.
+    """Say in words which values a field's JSON schema accepts.
 
-    Maxima from 1,000 on only keep what is computed from a number within machine arithmetic: they are told where
-    `value` is above them.
+    Maxima from 1,000 on only protect arithmetic (`mythos.section`): they are named if `value` exceeds them.
     """
     if "anyOf" in schema:
         return " or ".join(allowed(option, value) for option in schema["anyOf"])
@@ -175,21 +176,14 @@ def allowed(schema: dict[str, Any], value: Any = None) -> str:
         return " | ".join(schema.get("enum") or [schema["const"]])
     kind = schema.get("type", "")
     if kind == "array":
-        given = value if isinstance(value, list) else []
-        if "prefixItems" in schema:
-            items = [
-                allowed(item, given[n] if n < len(given) else None) for n, item in enumerate(schema["prefixItems"])
-            ]
-            return f"list of {len(items)}: {', '.join(items)}"
-        above = [item for item in given if _above(item, schema["items"].get("maximum", math.inf))]
-        return f"list of ({allowed(schema['items'], above[0] if above else None)})"
+        return _allowed_list(schema, value if isinstance(value, list) else [])
     if kind == "object":
         return "mapping of names to sections"
     words = {"string": "text", "boolean": "true or false"}.get(kind, kind)
     if "examples" in schema:
         words += f" such as {' or '.join(schema['examples'])}"
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-    if schema.get("maximum", 0) >= 1000 and not _above(value, schema["maximum"]):
+    if schema.get("maximum", 0) >= 1000 and not _exceeds(value, schema["maximum"]):
         del signs["maximum"]
     bounds = " ".join(
         f"{sign} {schema[key] if abs(schema[key]) < 10**10 else format(schema[key], 'g')}"
@@ -199,8 +193,19 @@ def allowed(schema: dict[str, Any], value: Any = None) -> str:
     return f"{words} {bounds}".strip()
 
 
-def _above(value: Any, bound: float) -> bool:
-    """Whether a value, or the text of one (1e30), is a number above a bound."""
+def _allowed_list(schema: dict[str, Any], values: list[Any]) -> str:
+    if "prefixItems" in schema:
+        items = [
+            allowed(item, values[index] if index < len(values) else None)
+            for index, item in enumerate(schema["prefixItems"])
+        ]
+        return f"list of {len(items)}: {', '.join(items)}"
+    excessive = [item for item in values if _exceeds(item, schema["items"].get("maximum", math.inf))]
+    return f"list of ({allowed(schema['items'], excessive[0] if excessive else None)})"
+
+
+def _exceeds(value: Any, bound: float) -> bool:
+    """Whether a value, or a number written as text (1e30), is finite and above a bound."""
     if isinstance(value, str) and _EXPONENT.fullmatch(value):
         return float(value) > bound
     return isinstance(value, int | float) and bound < value < math.inf
@@ -210,7 +215,7 @@ def shown(value: Any) -> str:
     """Write a value as YAML would, shortened."""
     if isinstance(value, str | bool | None):
         text = json.dumps(value, ensure_ascii=unusable_text(value))
-    elif isinstance(value, list | tuple | dict | Section) and len(text := str(value)) <= 2000:  # else YAML takes long
+    elif isinstance(value, list | tuple | dict | Section) and len(text := str(value)) <= 2000:  # PyYAML is slow
         text = yaml.dump(value, Dumper=_Flow, default_flow_style=True, sort_keys=False, allow_unicode=True, width=1e9)
         text = text.removesuffix("\n")
     else:
@@ -219,14 +224,21 @@ def shown(value: Any) -> str:
 
 
 def shortened(text: str) -> str:
-    """A text for a message, cut at 80 characters."""
+    """Cut a text at 80 characters for a message."""
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def suggestion(name: str, names: Sequence[str], elsewhere: Sequence[str] = ()) -> str:
-    """Point at the nearest of the valid names, or at paths where the name is valid, or list the valid names."""
+    """Suggest the nearest of the valid names, or a path where the name is valid, or list the valid names."""
     nearest = difflib.get_close_matches(name, names, n=1) or elsewhere
     return f"did you mean {nearest[0]}?" if nearest else f"allowed: {', '.join(names)}"
+
+
+def _unknown(name: str, section: type[Section], problems: Problems) -> str:
+    if len(problems.lines) > MOST_PROBLEMS:  # difflib is slow, and this line will not be shown
+        return "unknown"
+    elsewhere = [f"{path}.{name}" for path, other in sections(problems.root) if name in other.model_fields]
+    return f"unknown; {suggestion(name, list(section.model_fields), elsewhere)}"
 
 
 def _is_section(annotation: Any) -> TypeGuard[type[Section]]:
@@ -234,11 +246,12 @@ def _is_section(annotation: Any) -> TypeGuard[type[Section]]:
 
 
 def _named_sections(annotation: Any) -> type[Section] | None:
-    """The section that a field of the type dict[str, Section] holds by names of the user's choice."""
+    """The section class of a field of type dict[str, Section], whose keys the user chooses."""
     return get_args(annotation)[1] if get_origin(annotation) is dict else None
 
 
-def _duplicates(node: yaml.Node, prefix: str, visited: set[int]) -> Iterator[tuple[str, int]]:
+def _duplicate_keys(node: yaml.Node, prefix: str, visited: set[int]) -> Iterator[tuple[str, int]]:
+    """Yield the path and line of every repeated key; ``visited`` holds the ids of mappings seen through aliases."""
     if not isinstance(node, yaml.MappingNode) or id(node) in visited:
         return
     visited.add(id(node))
@@ -250,7 +263,7 @@ def _duplicates(node: yaml.Node, prefix: str, visited: set[int]) -> Iterator[tup
         if path in seen:
             yield path, key.start_mark.line + 1
         seen.add(path)
-        yield from _duplicates(value, f"{path}.", visited)
+        yield from _duplicate_keys(value, f"{path}.", visited)
 
 
 def _leaves(keys: list[str], value: Any) -> Iterator[tuple[list[str], Any]]:
@@ -262,7 +275,10 @@ def _leaves(keys: list[str], value: Any) -> Iterator[tuple[list[str], Any]]:
 
 
 def _replaced(data: dict[str, Any], keys: list[str], value: Any, prefix: str = "") -> dict[str, Any]:
-    """Return a copy with one value replaced, because a YAML anchor may share the original between sections."""
+    """Return a copy with one value replaced; a YAML anchor may share the original between sections.
+
+    Raises KeyError with the path of a value that is not a mapping and cannot be entered.
+    """
     key, *rest = keys
     if rest:
         inner = data.get(key)
@@ -277,7 +293,7 @@ def _options(schema: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _converted(schema: dict[str, Any], value: Any) -> Any:
-    """Convert what YAML reads otherwise than it is meant: 3e-4 and none as text, tuples as lists."""
+    """Convert values that YAML reads as another type: 3e-4 and none as text, tuples as lists."""
     options = _options(schema)
     types = {option.get("type") for option in options}
     if isinstance(value, str) and value.lower() == "none" and "null" in types:

@@ -1,4 +1,4 @@
-"""What a run takes from the configuration of the model that it starts from (train.init_from), read without torch."""
+"""Configuration that a run takes over from the model that it starts from (train.init_from), read without torch."""
 
 import contextlib
 from collections.abc import Mapping
@@ -18,80 +18,84 @@ RUN_FILE = "config.yaml"
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
 
+ModelAndTokenizer = tuple[dict[str, Any], dict[str, Any] | None]
+"""The fields of the model section, and of the tokenizer section if there is a tokenizer."""
 
-def inherited(source: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The sections `model` and `tokenizer` of a run with these values, completed by those of a model on a disk.
 
-    The source takes the place of the preset: fields that the run names are kept. Its tokenizer is taken where the run
-    is on text and names none; a run that names one has as many token ids as that has. Once a run has a checkpoint, what
-    it began with is read from its own directory: it can be continued when the source has changed or is gone.
+def inherited_sections(source: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Complete the sections `model` and `tokenizer` of a run from a model on disk.
 
-    Raises MythosError where the source is no model that mythos has written, or its configuration cannot be read.
+    `source` is train.init_from, `values` are the run's own settings. The source replaces the preset: fields that the
+    run sets are kept. Its tokenizer is used if the run is on text and names none; a run that names one gets as many
+    token ids as that tokenizer has. Once a run has a checkpoint, the sections are read from its own directory, so it
+    can continue after the source has changed or is gone.
+
+    Raises MythosError if the source was not written by mythos, or its configuration cannot be read.
     """
-    run, own = values.get("run", {}), values.get("tokenizer", {})
+    run, own_tokenizer = values.get("run", {}), values.get("tokenizer", {})
     run_dir = Path(run.get("dir") or f"runs/{run.get('name', 'debug')}")
     checkpoints = values.get("checkpoint", {}).get("dir") or run_dir / "checkpoints"
-    model, tokenizer = _begun(run_dir, checkpoints, source) or _stored(source)
+    model, tokenizer = _from_own_run(run_dir, checkpoints, source) or _from_source(source)
     try:
         ModelConfig.model_validate(model)
     except ValidationError as error:
-        told = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise MythosError(f"the configuration in {source} is damaged: {told}") from error
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise MythosError(f"the configuration in {source} is damaged: {problems}") from error
     if values.get("data", {}).get("kind") == "reasoning":
         tokenizer = None
-    elif own:
+    elif own_tokenizer:
         model["vocab_size"], tokenizer = "auto", None
     sections = {"model": {**model, **values.get("model", {})}}
     return sections if tokenizer is None else sections | {"tokenizer": tokenizer}
 
 
-Sections = tuple[dict[str, Any], dict[str, Any] | None]
-"""The model section, and the tokenizer's, if there is one."""
-
-
-def _begun(run_dir: Path, checkpoints: str | Path, source: str) -> Sections | None:
-    """What the run in a directory began with, if it began from this source and has a checkpoint since."""
-    with contextlib.suppress(Exception):  # of a file or a remote file system: then the source is read, or told of
+def _from_own_run(run_dir: Path, checkpoints: str | Path, source: str) -> ModelAndTokenizer | None:
+    """Read the sections of the run itself, if it started from this source and has a checkpoint."""
+    # Any failure here is no error: the source is read instead, and reports what is wrong with it.
+    with contextlib.suppress(Exception):
         if open_storage(checkpoints).complete():
-            saved, _ = load_yaml(read_text(run_dir / RUN_FILE))
-            began = saved["train"].get("init_from")
-            if began is not None and Path(began) == Path(source):  # however its separators are written
-                return _model_fields(saved["model"]), saved["tokenizer"]
+            config, _ = load_yaml(read_text(run_dir / RUN_FILE))
+            init_from = config["train"].get("init_from")
+            if init_from is not None and Path(init_from) == Path(source):  # equal but for redundant separators
+                return _model_fields(config["model"]), config["tokenizer"]
     return None
 
 
-def _stored(source: str) -> Sections:
-    """The sections of a run directory, a checkpoint or an export."""
-    folder = Path(source)
+def _from_source(source: str) -> ModelAndTokenizer:
+    """Read the sections of a run directory, a checkpoint or an export."""
+    folder, is_local = Path(source), "://" not in source
     try:
-        if "://" not in source and (folder / CONFIG_FILE).is_file():
-            section, places = read_json(folder / CONFIG_FILE), [folder]
-            if section.get("model_type") != MODEL_TYPE:
+        if is_local and (folder / CONFIG_FILE).is_file():
+            model, tokenizers = read_json(folder / CONFIG_FILE), [folder]
+            if model.get("model_type") != MODEL_TYPE:
                 raise MythosError(
-                    f"{source} is a model of type {section.get('model_type')!r}, not of mythos: "
-                    "`mythos import` makes published looped models ours, `mythos retrofit` dense ones"
+                    f"{source} is a model of type {model.get('model_type')!r}, not of mythos: `mythos import` converts "
+                    "published looped models, `mythos retrofit` dense ones"
                 )
-        elif "://" not in source and (folder / RUN_FILE).is_file():
-            section = load_yaml(read_text(folder / RUN_FILE))[0]["model"]
-            places = [folder / "tokenizer"]
+        elif is_local and (folder / RUN_FILE).is_file():
+            model, tokenizers = load_yaml(read_text(folder / RUN_FILE))[0]["model"], [folder / "tokenizer"]
         else:
-            storage, name = locate(source)
-            if not storage.exists(name, MARKER):
-                raise MythosError(
-                    f"{source} is neither a run directory (with {RUN_FILE}), nor a complete "
-                    f"checkpoint (checkpoints/step-XXXXXXXX, with a file '{MARKER}'), nor an exported folder (with "
-                    f"{CONFIG_FILE})"
-                )
-            saved = parse_json(storage.read(name, META))["config"]
-            section, run = saved["model"], saved["run"]
-            places = [] if "://" in source else [folder.absolute().parent.parent / "tokenizer"]
-            places.append(Path(run["dir"] or f"runs/{run['name']}") / "tokenizer")
-        tokenizer = next((place for place in places if (place / TOKENIZER_FILE).is_file()), None)
-        return _model_fields(section), None if tokenizer is None else {"name": str(tokenizer)}
+            model, tokenizers = _from_checkpoint(source)
+        tokenizer = next((path for path in tokenizers if (path / TOKENIZER_FILE).is_file()), None)
+        return _model_fields(model), None if tokenizer is None else {"name": str(tokenizer)}
     except MythosError:
         raise
     except Exception as error:  # libraries of remote file systems share no base class
         raise MythosError(f"{source} cannot be read: {short_reason(error)}") from error
+
+
+def _from_checkpoint(source: str) -> tuple[dict[str, Any], list[Path]]:
+    """Read a checkpoint's model section, and the folders where its tokenizer may be."""
+    storage, name = locate(source)
+    if not storage.exists(name, MARKER):
+        raise MythosError(
+            f"{source} is neither a run directory (with {RUN_FILE}), nor a complete checkpoint "
+            f"(checkpoints/step-XXXXXXXX, with a file '{MARKER}'), nor an exported folder (with {CONFIG_FILE})"
+        )
+    config = parse_json(storage.read(name, META))["config"]
+    run = config["run"]
+    beside = [] if "://" in source else [Path(source).absolute().parent.parent / "tokenizer"]
+    return config["model"], [*beside, Path(run["dir"] or f"runs/{run['name']}") / "tokenizer"]
 
 
 def _model_fields(section: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The whole configuration: one YAML file a run, overridden by key=value, every error reported at once."""
+"""Load the whole configuration: one YAML file per run, overrides by key=value, every problem reported at once."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,25 +17,27 @@ from mythos.config.checking import (
     suggestion,
     valid_values,
 )
-from mythos.config.contradictions import contradictions, training_contradictions
-from mythos.config.inherited import inherited
+from mythos.config.inherited import inherited_sections
 from mythos.config.presets import PRESETS
+from mythos.config.rules import contradictions, training_contradictions
 from mythos.config.sections import Config
 from mythos.errors import MythosError
+from mythos.files.local import write_whole
 from mythos.model.config import ModelConfig
 from mythos.section import Section
 
 
 def packaged_configs() -> dict[str, Path]:
-    """The configurations that come with the package, by name: the files of configs/."""
-    folder = Path(__file__).parents[1] / "configs"  # in a checkout a link to configs/; an installation has its own
+    """Return the configurations that come with the package, by name: the files of configs/."""
+    # In a checkout a link to configs/; an installation has a folder of its own.
+    folder = Path(__file__).parents[1] / "configs"
     return {path.stem: path for path in sorted(folder.glob("*.yaml"), key=lambda path: path.stem)}
 
 
 def config_file(name: str) -> Path:
-    """The file that `name` means: a path, or the name of a packaged configuration where there is no such file.
+    """Resolve a path, or the name of a packaged configuration if no file has that name.
 
-    Raises MythosError for a name, without a folder or an ending, that is neither.
+    Raises MythosError for a name, without folder or suffix, that is neither.
     """
     path, packaged = Path(name), packaged_configs()
     if path.exists() or path.name != name or path.suffix:
@@ -51,13 +53,11 @@ def config_file(name: str) -> Path:
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, to_train: bool = True) -> Config:
     """Read a YAML file, apply ``key.path=value`` overrides, fill in the preset, and check everything.
 
-    ``path`` may be the name of a packaged configuration instead (:func:`config_file`).
+    ``path`` may be the name of a packaged configuration (:func:`config_file`). Values of overrides are YAML
+    (``eval.loops=[1,4]``, ``depth.mean=null``); ``3e-4`` and ``1e9`` are numbers. Set ``to_train`` to false to use a
+    trained run: rules that only training needs are skipped, because the run may be older than they are.
 
-    Values of overrides are YAML (``eval.loops=[1,4]``, ``depth.mean=null``); ``3e-4`` and ``1e9`` are numbers.
-    With ``to_train`` false, for a run that has been trained and is to be used, rules that only training needs are not
-    applied: the run may be older than they are.
-
-    Raises MythosError with one line for every problem found.
+    Raises MythosError with one line per problem.
     """
     problems = Problems(str(path), Config)
     data = read_yaml(config_file(str(path)), problems)
@@ -69,27 +69,25 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, to_train: bo
 def config_from_dict(data: Mapping[str, Any], *, to_train: bool = True) -> Config:
     """Build the configuration from plain values, as ``load_config`` does from a file.
 
-    Raises MythosError with one line for every problem found.
+    Raises MythosError with one line per problem.
     """
     return _build(dict(data), Problems("configuration", Config), to_train)
 
 
 def dump_config(config: Config) -> str:
-    """Every field as YAML that ``load_config`` reads back as an equal object."""
+    """Write every field as YAML, from which ``load_config`` builds an equal object."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    """Write :func:`dump_config` to a file."""
-    aside = Path(path).with_suffix(".yaml.tmp")
-    aside.write_text(dump_config(config), encoding="utf-8")
-    aside.replace(path)
+    """Write :func:`dump_config` to a file, whole or not at all."""
+    write_whole(Path(path), dump_config(config))
 
 
 def describe(section: str | None = None) -> str:
     """Explain the configuration: its sections, or every field of one section with type, default and meaning.
 
-    ``section`` is a name such as ``model`` or ``depth.curriculum``. Raises MythosError if there is none of that name.
+    ``section`` is a name such as ``model`` or ``depth.curriculum``. Raises MythosError for an unknown name.
     """
     known = dict(sections(Config))
     if section is None:
@@ -120,31 +118,16 @@ def _summary(section: type[Section]) -> str:
 
 
 def _build(data: dict[str, Any], problems: Problems, to_train: bool) -> Config:
-    """Check every field alone, complete the valid ones from preset and defaults, and check them together."""
-    values = valid_values(Config, data, problems)
-    model = values.setdefault("model", {})
-    preset = model.get("preset", ModelConfig.model_fields["preset"].default)
-    start, unknown = values.get("train", {}).get("init_from"), False
-    if start is not None and "preset" not in model:
-        try:
-            values |= inherited(start, values)
-        except MythosError as error:
-            problems.add("train.init_from", str(error))
-            unknown = True
-    elif preset in PRESETS:
-        values["model"] = {**PRESETS[preset], **model}
-    else:
-        problems.add("model.preset", f"got {shown(preset)}; {suggestion(preset, list(PRESETS))}")
-        unknown = True
-    if unknown:  # what would have been set, so nothing left at a default may count as a contradiction
-        problems.paths |= {f"model.{name}" for name in ModelConfig.model_fields if name not in model}
+    """Check each field by itself, fill in preset and defaults, then check the fields against each other."""
+    values = _with_model(valid_values(Config, data, problems), problems)
     if values["model"].get("injection") == "none":
         values.setdefault("eval", {}).setdefault("loops", [1])
     try:
         config = Config.model_validate(values)
-    except ValidationError as error:  # of what is inherited: all else has been validated
+    except ValidationError as error:  # in an inherited section: all other values have been validated
         for one in error.errors():
-            problems.add(".".join(map(str, one["loc"])), f"of {start}: {one['msg']}")
+            path = ".".join(map(str, one["loc"]))
+            problems.add(path, f"in {values.get('train', {}).get('init_from')}: {one['msg']}")
         problems.raise_any()
         raise
     if config.data.kind == "reasoning" and config.model.vocab_size == "auto":
@@ -157,3 +140,21 @@ def _build(data: dict[str, Any], problems: Problems, to_train: bool) -> Config:
             problems.add_contradiction(paths, message)
     problems.raise_any()
     return config
+
+
+def _with_model(values: dict[str, Any], problems: Problems) -> dict[str, Any]:
+    """Fill in the model from train.init_from or the preset, and the tokenizer from train.init_from."""
+    model = values.get("model", {})
+    preset = model.get("preset", ModelConfig.model_fields["preset"].default)
+    init_from = values.get("train", {}).get("init_from")
+    try:
+        if init_from is not None and "preset" not in model:
+            return values | inherited_sections(init_from, values)
+        if preset in PRESETS:
+            return values | {"model": {**PRESETS[preset], **model}}
+        problems.add("model.preset", f"got {shown(preset)}; {suggestion(preset, list(PRESETS))}")
+    except MythosError as error:
+        problems.add("train.init_from", str(error))
+    # The model is unknown, so a field left at its default must not be reported as a contradiction.
+    problems.paths |= {f"model.{name}" for name in ModelConfig.model_fields if name not in model}
+    return values | {"model": model}

@@ -1,18 +1,16 @@
-"""Named model sizes: what ``model.preset`` stands for, before other model fields override it."""
+"""Named model sizes: the fields that ``model.preset`` sets, unless other model fields override them."""
 
 from typing import Any
 
 from mythos.errors import MythosError
 from mythos.model.config import ModelConfig
 
-_UNITS = (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3))
-
 BPE_VOCAB_SIZE = 4096
-"""Token ids that presets with ``vocab_size: auto`` are counted with: the default size of the trained tokenizer."""
+"""Vocabulary assumed for presets with ``vocab_size: auto``: the default size of the trained tokenizer."""
 
 
 def _mythos(dim: int, kv_heads: int, experts: int, shared: int, top_k: int, expert_dim: int) -> dict[str, Any]:
-    """Fields that the published sizes have in common or that follow from their dimensions."""
+    """Fields that the published sizes share, or that follow from their dimensions."""
     return {
         "dim": dim,
         "attention": "mla",
@@ -32,7 +30,7 @@ def _mythos(dim: int, kv_heads: int, experts: int, shared: int, top_k: int, expe
 
 
 def _dense_core(layers: int, dim: int) -> dict[str, Any]:
-    """Fields of a looped dense-core size (arXiv 2604.12946); prelude, core and coda have ``layers`` each."""
+    """Fields of a looped dense-core size (arXiv 2604.12946): ``layers`` each in prelude, core and coda."""
     return {
         "vocab_size": 50_304,
         "dim": dim,
@@ -91,7 +89,7 @@ _LOOPED["1b3"] = _dense_core(8, 1536)
 _PARCAE = {"140m": _parcae(2, 768), "370m": _parcae(4, 1024), "770m": _parcae(6, 1280), "1b3": _parcae(8, 1536)}
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # Run anywhere. Query and key heads are as wide as value heads, which fused attention on CPU needs.
+    # Small enough to run anywhere. Fused attention on CPU needs query and key heads as wide as value heads.
     "mythos_nano": {},
     "mythos_tiny": {
         "dim": 256,
@@ -128,7 +126,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "loops": 8,
         "lora_rank": 16,
     },
-    # The published seven.
+    # The seven published sizes.
     "mythos_1b": {
         **_mythos(2048, kv_heads=4, experts=64, shared=2, top_k=4, expert_dim=2048),
         **_layers(2),
@@ -171,18 +169,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         **_latents(kv=1024, q=4096, rope=64, nope=128, v=128),
         **_run(loops=64, context=1_000_000, lora=256, theta=2e6, vocab=100_000),
     },
-    # Looped dense cores, and fixed-depth baselines of as many parameters whose core runs once.
+    # Looped dense cores, and fixed-depth baselines with as many parameters whose core runs once.
     **{f"looped_{size}": fields for size, fields in _LOOPED.items()},
     **{f"dense_{size}": {**fields, **_NO_LOOP} for size, fields in _LOOPED.items()},
-    # What `mythos import` imports.
+    # Published models that `mythos import` converts.
     **{f"parcae_{size}": fields for size, fields in _PARCAE.items()},
 }
 
 
 def preset_config(name: str, **overrides: Any) -> ModelConfig:
-    """Build the model configuration of a preset, with fields replaced by name.
+    """Build the model configuration of a preset, with fields overridden by name.
 
-    Raises MythosError for a preset that does not exist.
+    Raises MythosError for an unknown preset.
     """
     if name not in PRESETS:
         raise MythosError(f"preset {name!r} does not exist; allowed: {', '.join(PRESETS)}")
@@ -190,46 +188,9 @@ def preset_config(name: str, **overrides: Any) -> ModelConfig:
 
 
 def model_name(config: ModelConfig) -> str:
-    """The preset of a model, and how many fields differ from it beside the vocabulary, which a tokenizer may settle."""
-    if config.preset not in PRESETS:  # of the model that a run starts from
+    """Name the preset of a model, and how many fields differ from it, not counting the size of the vocabulary."""
+    if config.preset not in PRESETS:  # inherited from train.init_from
         return config.preset
     preset = preset_config(config.preset, vocab_size=config.vocab_size)
     changed = sum(getattr(config, name) != value for name, value in preset)
     return config.preset + (f" with {changed} field{'s' * (changed > 1)} changed" if changed else "")
-
-
-def preset_table() -> str:
-    """Describe every preset in a line: dimensions, and parameters in all and active for a token at one loop."""
-    # Imported here because torch takes seconds and checking a configuration does not need it.
-    from mythos.planning.estimate import count_parameters
-
-    rows = [("preset", "total", "active", "dim", "layers", "attention", "core", "loops", "context", "vocab")]
-    for name in PRESETS:
-        config = preset_config(name)
-        automatic = config.vocab_size == "auto"
-        count = count_parameters(config.model_copy(update={"vocab_size": BPE_VOCAB_SIZE}) if automatic else config)
-        core = f"{config.n_experts} experts, top {config.experts_per_token}" if config.core_ffn == "moe" else "dense"
-        rows.append(
-            (
-                name,
-                _short(count.total),
-                _short(count.active),
-                str(config.dim),
-                f"{config.prelude_layers}+{config.core_layers}+{config.coda_layers}",
-                config.attention,
-                core,
-                str(config.loops),
-                str(config.context_length),
-                str(config.vocab_size),
-            )
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    note = f"active: used by a token at one loop; layers: prelude+core+coda; vocab auto is counted as {BPE_VOCAB_SIZE}."
-    return "\n".join([*lines, "", note])
-
-
-def _short(count: int) -> str:
-    """Three significant digits and a unit: 1.06B."""
-    unit, size = next((unit, size) for unit, size in _UNITS if count >= 0.9995 * size)
-    return f"{count / size:#.3g}".rstrip(".") + unit

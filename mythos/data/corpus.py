@@ -1,4 +1,4 @@
-"""Where documents come from: shards whose rows can be read from any one on, and what is left out of them."""
+"""Corpora: documents in shards that can be read from any row on, and the rules by which rows are skipped."""
 
 import glob
 import hashlib
@@ -8,76 +8,79 @@ import re
 from collections.abc import Iterator, Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mythos.config.data import DataConfig, FilterConfig, SourceConfig
 from mythos.data import embedded
-from mythos.data.cache import digest
 from mythos.data.formats import EXTENSIONS, READ_ERRORS, Broken, File, Piece, Reader, Unreadable, local_file
 from mythos.data.hub import resolve_hub
+from mythos.data.json_cache import digest
 from mythos.data.remote import Unreachable, is_remote, readings, remote_files
 from mythos.errors import MythosError, short_reason, without_credentials
 from mythos.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
-# With shards dealt evenly to within one, this many per stream keep the streams' epochs within a quarter of each other.
+# If every stream gets equally many shards to within one, this many per stream keep the lengths of the streams' epochs
+# within a quarter of each other.
 SHARDS_PER_STREAM = 4
 
-# Shards whose bad documents are told by name, in each process; metrics.jsonl counts all.
+# Shards per process for which a skipped document is logged; metrics.jsonl counts all.
 MOST_WARNINGS = 3
 
-# Read at most to learn which columns there are, where none of the first records has those asked for.
+# Most bytes read in search of records that have the requested columns.
 COLUMNS_BYTES = 16 * 2**20
 
-# A line of jsonl may have so many times the bytes of the longest document, and so many more. As escapes in JSON the
-# text of any language takes at most three times as many bytes as in UTF-8; the rest is for other keys.
+# The longest allowed line of jsonl has LINE_FACTOR times the bytes of the longest document, plus LINE_BYTES. Written as
+# JSON escapes, text of any language takes at most three times its bytes of UTF-8; LINE_BYTES is for other keys.
 LINE_FACTOR = 3
 LINE_BYTES = 16 * 2**20
 
 _COMMIT = re.compile("[0-9a-f]{40}")
 
+S = TypeVar("S", bound=SourceConfig)
+
 LENGTH = "length"
-"""Name under which data.filters means the characters of the text instead of a column."""
+"""Name in data.filters that stands for the number of characters of the text, not for a column."""
 
 
 class Skipped(Enum):
-    """Why a row, or the rest of a shard, gives no document."""
+    """Why a row, or the rest of a shard, yields no document."""
 
     FILTERED = "filtered_documents"
-    """A filter does not let it pass."""
+    """A filter rejects it."""
     DOCUMENT = "skipped_documents"
     """Null, empty, not text, undecodable or too long."""
     SHARD = "skipped_shards"
-    """The shard cannot be read any further (of a whole parquet file: the row group)."""
+    """The rest of the shard (in a whole parquet file: of the row group) cannot be read."""
 
 
 class Corpus:
-    """Documents of parquet (a shard is a row group, or a file where files are many), jsonl and txt files.
+    """Documents of parquet, jsonl and txt files.
 
-    jsonl and txt files are cut into pieces of 1 MiB (of more beyond 100 GB); jsonl.gz files are one shard each, and
-    passed over up to the position where a run resumes. In a txt file documents are separated by blank lines. Text is
-    UTF-8, with or without a byte order mark. A key that a record lacks is null, as are columns other than the text in a
-    txt file.
+    A shard is a row group of a parquet file (a whole file if there are many), a piece of 1 MiB (more beyond 100 GB in
+    total) of a jsonl or txt file, or a whole jsonl.gz file, which a resumed run has to skip through from its beginning.
+    In a txt file documents are separated by blank lines. Text is UTF-8, with or without a byte order mark. A key that a
+    record lacks is null, and so are all columns but the text in a txt file.
 
     Args:
         files: local paths or URLs, with their sizes.
         text_column: column or key of the text.
-        filters: what columns must hold.
-        on_error: ``fail`` raises where a document or shard cannot be used, ``skip`` leaves it out.
+        filters: conditions on columns, by name.
+        on_error: ``fail`` raises at a document or shard that cannot be used, ``skip`` skips it.
         max_document_bytes: longest document, in bytes of UTF-8.
-        minimum_shards: with at least so many parquet files, a file is a shard.
-        patience: seconds that a remote file may be unreachable.
-        cache_dir: where the layout of remote files is kept.
+        minimum_shards: from this number of parquet files on, each file is one shard.
+        patience: seconds for which a remote file may be unreachable.
+        cache_dir: where the layout of remote files is cached.
         what: the configuration's field that named the files, for messages.
 
     Attributes:
-        shards: what each shard is called in messages.
-        sizes: about how many bytes each shard holds, uncompressed.
-        fingerprint: identifies the corpus; a saved position is meaningful in a corpus of the same fingerprint only.
+        shards: name of each shard, for messages.
+        sizes: about how many bytes each shard has, uncompressed.
+        fingerprint: identifies the corpus; a saved position is valid only in a corpus of the same fingerprint.
 
     Raises:
-        MythosError: an unknown extension, an empty corpus, files of which none has the columns asked for, or
+        MythosError: an unknown extension, an empty corpus, files none of which has the requested columns, or
             (``on_error: fail``) a file that cannot be read.
     """
 
@@ -105,7 +108,7 @@ class Corpus:
         self.shards: list[str] = []
         whole = len(files) >= minimum_shards
         total = sum(file.size for file in files)
-        # Quick on a disk; over a network a footer of megabytes is read of every file, the first time.
+        # Fast on a disk; over a network this reads a footer of megabytes of every file, the first time.
         for file in progress_bar(files, desc="looking into files", unit="file", delay=3, leave=False):
             if not file.path.endswith(EXTENSIONS):
                 raise MythosError(f"{what}: {file.path} has an unknown extension; allowed are {', '.join(EXTENSIONS)}.")
@@ -119,7 +122,7 @@ class Corpus:
         self.sizes = [piece.size for piece in self._pieces]
         if not self._pieces:
             raise MythosError(
-                f"{what}: the corpus is empty: none of the {len(files)} files (first: {files[0].path}) holds a "
+                f"{what}: the corpus is empty: none of the {len(files)} files (first: {files[0].path}) contains a "
                 "readable document. Give files with text in them."
             )
         self._require_columns(list(dict.fromkeys(piece.file for piece in self._pieces)))
@@ -127,11 +130,11 @@ class Corpus:
         self.fingerprint = digest([_identity(files), text_column, rules, max_document_bytes, len(self._pieces)])
 
     def read(self, shard: int, row: int = 0, step: int = 1) -> Iterator[tuple[int, str | Skipped]]:
-        """Yield the number and the text of rows ``row, row + step, ...`` of a shard, or why there is none.
+        """Yield the numbers of rows ``row, row + step, ...`` of a shard with their text, or with why there is none.
 
         Raises:
-            MythosError: with ``on_error: fail``, a document or shard that cannot be used; the message names it.
-            Unreachable: a remote file that was unreachable for longer than ``data.patience``.
+            MythosError: with ``on_error: fail``, a document or shard cannot be used; the message names it.
+            Unreachable: a remote file was unreachable for longer than ``data.patience``.
         """
         try:
             for index, values in self._reader.rows(self._pieces[shard], row, step, self._columns):
@@ -146,14 +149,13 @@ class Corpus:
         if isinstance(values, Unreadable):
             return self._reject_document(shard, row, values.reason)
         text, *others = values
-        if isinstance(text, bytes):  # a binary column of parquet: files of some writers do not say that it is text
+        if isinstance(text, bytes):  # a binary column of parquet: some writers do not mark text as such
             try:
                 text = text.decode()
             except UnicodeDecodeError as error:
                 return self._reject_document(shard, row, str(error))
-        for name, value in zip(self._columns[1:], others, strict=True):
-            if not self._passes(name, value):
-                return Skipped.FILTERED
+        if not all(map(self._passes, self._columns[1:], others)):
+            return Skipped.FILTERED
         if not isinstance(text, str):
             return self._reject_document(shard, row, f"its text is {'null' if text is None else type(text).__name__}")
         try:
@@ -176,12 +178,15 @@ class Corpus:
             return True
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise MythosError(
-                f"data.filters.{name}: min and max need numbers, and the column holds {value!r}. Use one_of instead."
+                f"data.filters.{name}: min and max need numbers, and the column contains {value!r}. Use one_of instead."
             )
         return (rule.min is None or value >= rule.min) and (rule.max is None or value <= rule.max)
 
     def _require_columns(self, files: list[File]) -> None:
-        """Refuse columns that none of the files has, in whatever order their records come."""
+        """Raise MythosError for a requested column that no record of any file has.
+
+        Stops with a warning after COLUMNS_BYTES: reading a whole corpus would take too long.
+        """
         missing, known = dict.fromkeys(self._columns), set[str]()
         read = 0
         for file in files:
@@ -195,68 +200,73 @@ class Corpus:
                         return
                     if read > COLUMNS_BYTES:
                         logger.warning(
-                            "data: none of the first records of %s and what follows it has %s; a record without it is "
-                            "left out. Check data.text_column and data.filters.",
+                            "data: none of the first records of %s and the files after it has %s; records without it "
+                            "are skipped. Check data.text_column and data.filters.",
                             without_credentials(files[0].path),
                             ", ".join(map(repr, missing)),
                         )
                         return
             except READ_ERRORS as error:
                 self._reject(f"data: {file.path}", short_reason(error))
-        for name in missing if known else ():  # files without any record are told when they are read
+        for name in missing if known else ():  # without any record, reading reports what is wrong with the files
             field = "data.text_column" if name == self._text_column else f"data.filters.{name}"
             where = files[0].path + (f" (like the {len(files) - 1} other files)" if len(files) > 1 else "")
             raise MythosError(
                 f"{field}: {where} has no column {name!r}; it has {', '.join(sorted(known))}. Give the name of "
-                "a column that is there."
+                "one of these."
             )
 
     def _reject_document(self, shard: int, row: int, reason: str) -> Skipped:
         where = f"data: {self.shards[shard]}, row {row} cannot be used"
         if self.on_error == "fail":
             raise MythosError(
-                f"{where}: {reason}. Repair it, or set data.on_error: skip to leave such documents out and count them."
+                f"{where}: {reason}. Repair it, or set data.on_error: skip to skip and count such documents."
             )
         if shard not in self._warned and len(self._warned) < MOST_WARNINGS:
             self._warned.add(shard)
             last = len(self._warned) == MOST_WARNINGS
-            others = "others from now on, counted in metrics.jsonl," if last else "others of this shard"
-            logger.warning("%s and is left out, as %s will be: %s", where, others, reason)
+            others = "Others from now on" if last else "Others of this shard"
+            logger.warning(
+                "%s and is skipped: %s. %s will be skipped without a message; metrics.jsonl counts them",
+                where,
+                reason,
+                others,
+            )
         return Skipped.DOCUMENT
 
     def _reject(self, where: str, reason: str) -> None:
         if self.on_error == "fail":
             raise MythosError(
-                f"{where} cannot be read: {reason}. Repair or remove it, or set data.on_error: skip to leave "
-                "unreadable shards out and count them."
+                f"{where} cannot be read: {reason}. Repair or remove it, or set data.on_error: skip to skip and count "
+                "unreadable shards."
             )
-        logger.warning("%s cannot be read and is left out: %s", without_credentials(where), reason)
+        logger.warning("%s cannot be read and is skipped: %s", without_credentials(where), reason)
 
 
 def open_corpora(config: DataConfig) -> dict[str, Corpus]:
-    """Open the training corpora by the names of their sources, except the pre-tokenized ones.
+    """Open the training corpora, by the names of their sources; pre-tokenized sources have none.
 
-    Files named by ``data.validation.path`` are left out.
+    Files that ``data.validation.path`` names too are excluded.
 
     Raises:
-        MythosError: nothing matches, or what matches cannot be used; the message names it.
+        MythosError: no file matches, or a matching file cannot be used; the message names it.
     """
     named = config.named_sources.items()
     return {name: open_corpus(config, source) for name, source in named if source.kind != "tokens"}
 
 
 def pin_revisions(config: DataConfig, saved: Mapping[str, Any]) -> DataConfig:
-    """Replace the revision of every hub source by a commit: the one that ``saved`` names, else the newest of it.
+    """Replace the revision of every hub source by a commit: the one that ``saved`` names, else the revision's newest.
 
     Args:
         config: the data section; a revision that is a commit already stays.
-        saved: the data section, as plain values, of the run that is continued, or nothing.
+        saved: the data section of the run that is continued, as plain values; empty for a new run.
 
     Raises:
         MythosError: a dataset cannot be found or reached.
     """
 
-    def pinned(source: SourceConfig, before: Mapping[str, Any]) -> SourceConfig:
+    def pinned(source: S, before: Mapping[str, Any]) -> S:
         if source.kind != "hub" or _COMMIT.fullmatch(source.revision or ""):
             return source
         revision = before.get("revision") if before.get("dataset") == source.dataset else None
@@ -274,7 +284,7 @@ def pin_revisions(config: DataConfig, saved: Mapping[str, Any]) -> DataConfig:
 
 
 def weighted(config: DataConfig, corpora: Mapping[str, Corpus]) -> list[tuple[Corpus, float]]:
-    """The corpora with the weights of their sources, for what is made of all their text."""
+    """The corpora with the weights of their sources."""
     return [(corpus, getattr(config.named_sources[name], "weight", 1.0)) for name, corpus in corpora.items()]
 
 
@@ -282,17 +292,17 @@ def open_corpus(config: DataConfig, source: SourceConfig) -> Corpus:
     """Open one source of text.
 
     Raises:
-        MythosError: nothing matches, or what matches cannot be used; the message names it.
+        MythosError: no file matches, or a matching file cannot be used; the message names it.
     """
     what = "data.dataset" if source.kind == "hub" else "data.path"
     if source.kind == "embedded":
         files = [local_file(str(path)) for path in embedded.gather(cache_directory(config))]
     elif source.kind == "hub":
         assert source.dataset is not None
-        found = resolve_hub(
+        dataset = resolve_hub(
             source.dataset, source.subset, source.split, source.revision, cache_directory(config), config.patience
         )
-        files = [File(*file) for file in found.files]
+        files = [File(*file) for file in dataset.files]
     else:
         files = _without_validation(_matching_files(source.path, what, config.patience), config)
     return Corpus(
@@ -309,14 +319,14 @@ def open_corpus(config: DataConfig, source: SourceConfig) -> Corpus:
 
 
 def open_validation(config: DataConfig, option: str | None = None) -> Corpus | None:
-    """Open the files of ``data.validation.path``, or return None where validation is held out of the corpus itself.
+    """Open the files of ``data.validation.path``; None if validation is a held-out share of the corpus itself.
 
     Args:
         config: the data section.
-        option: what messages call the field where a script's option gave it.
+        option: the command-line option that gave the path, for messages; None for the configuration.
 
     Raises:
-        MythosError: nothing matches, or what matches cannot be used; the message names it.
+        MythosError: no file matches, or a matching file cannot be used; the message names it.
     """
     if not config.validation.path:
         return None
@@ -333,22 +343,22 @@ def open_validation(config: DataConfig, option: str | None = None) -> Corpus | N
 
 
 def holdout_fraction(config: DataConfig) -> float:
-    """Share of the training corpus that is held out by content hash: 0 where validation has files of its own."""
+    """Share of the training corpus that is held out by content hash: 0 if validation has files of its own."""
     return 0.0 if config.validation.path else config.validation.fraction
 
 
 def cache_directory(config: DataConfig) -> Path:
-    """Where gathered corpora, file lists, validation sets and trained tokenizers are kept."""
+    """The folder for gathered corpora, file lists, validation sets and trained tokenizers."""
     return Path(config.cache_dir or os.environ.get("MYTHOS_CACHE") or "~/.cache/mythos").expanduser()
 
 
 def content_hash(text: str) -> int:
-    """64 bits of a document's stripped text, by which it is held out or not: duplicates stay together."""
+    """A hash of a document's stripped text, 64 bits. It decides whether the document is held out, so copies agree."""
     return int.from_bytes(hashlib.blake2b(text.strip().encode(), digest_size=8).digest(), "big")
 
 
 def holdout_limit(fraction: float) -> int:
-    """Documents whose :func:`content_hash` is below this are held out."""
+    """The bound of :func:`content_hash` below which documents are held out."""
     return int(fraction * 2**64)
 
 
@@ -358,17 +368,20 @@ def is_held_out(text: str, fraction: float) -> bool:
 
 
 def source_identity(corpus: str, tokenizer: str, holdout_fraction: float) -> dict[str, Any]:
-    """What a position in a source belongs to; the same for text and for the tokens made of it."""
+    """Identifies the data in which a saved position is valid; the same for text and for its pre-tokenized form."""
     return {"corpus": corpus, "tokenizer": tokenizer, "holdout_fraction": holdout_fraction}
 
 
 def in_fixed_order(shards: int) -> list[int]:
-    """The shards in an order that depends on neither their names nor a seed, for what reads a corpus's beginning."""
+    """The shards in a pseudo-random order that depends on neither names nor a seed.
+
+    For readers of a part of the corpus (tokenizer, validation), for which the first files may not be typical.
+    """
     return sorted(range(shards), key=lambda shard: hashlib.blake2b(str(shard).encode()).digest())
 
 
 def _identity(files: list[File]) -> list[list[Any]]:
-    """Names and sizes; a local corpus that is moved to another folder stays what it is."""
+    """Names and sizes; names of local files are relative, so that a corpus may be moved to another folder."""
     if any(is_remote(file.path) for file in files):
         return [list(file) for file in files]
     base = os.path.commonpath([os.path.dirname(os.path.abspath(file.path)) for file in files])
@@ -386,7 +399,7 @@ def _without_validation(files: list[File], config: DataConfig) -> list[File]:
     if not training:
         raise MythosError("data.path: every file is also matched by data.validation.path; none is left to train on.")
     if len(training) < len(files):
-        logger.warning("data.path: %d files of data.validation.path are left out", len(files) - len(training))
+        logger.warning("data.path: skipping %d files of data.validation.path", len(files) - len(training))
     return training
 
 
@@ -397,9 +410,9 @@ def _matching_files(patterns: str | list[str] | None, key: str, patience: float)
         if is_remote(pattern):
             matches = [File(*file) for file in remote_files(pattern, patience)]
         else:
-            found = _local_paths(os.path.expanduser(pattern))
-            matches = [local_file(file) for file in found if os.path.isfile(file)]
-            if not matches and any(map(os.path.isdir, found)):
+            paths = _local_paths(os.path.expanduser(pattern))
+            matches = [local_file(path) for path in paths if os.path.isfile(path)]
+            if not matches and any(map(os.path.isdir, paths)):
                 raise MythosError(f"{key}: {pattern} is a folder. Give a glob of its files: {pattern}/*.parquet.")
         if not matches:
             raise MythosError(
@@ -413,7 +426,7 @@ def _matching_files(patterns: str | list[str] | None, key: str, patience: float)
 
 
 def _local_paths(pattern: str) -> list[str]:
-    """What a glob matches. Names that exist stand for themselves, whatever characters of a glob they hold."""
+    """Paths that match a glob. A name that exists matches itself even if it contains a glob's characters."""
     if os.path.lexists(pattern):
         return [pattern]
     return [path for reading in readings(pattern, os.path.lexists) for path in glob.glob(reading, recursive=True)]

@@ -1,8 +1,8 @@
-"""English documentation text that is already on the machine, so that a first run needs no network.
+"""The embedded corpus: English documentation that is already on the machine, so that a first run needs no network.
 
-Sources are Python's help topics and the docstrings of the standard library and of this project's installed
-dependencies. Files are read as text, never imported. A docstring is found by a lexer of string literals instead of
-Python's parser: the same text in a tenth of the time.
+It consists of Python's help topics and of the docstrings of the standard library and of this project's installed
+dependencies. Files are read as text, never imported. A lexer of string literals extracts the docstrings: it yields the
+same text as Python's parser in a tenth of the time.
 """
 
 import ast
@@ -19,18 +19,19 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from packaging.requirements import Requirement
 
 from mythos.errors import MythosError
+from mythos.files.local import replacing
 from mythos.progress import progress_bar
 
 VERSION = 1
-"""Part of the cache key: raise it when the gathered text changes."""
+"""Part of the cache key: increase it when the gathered text changes."""
 
-# The project's own requirements; theirs are followed from here. Not read from this project's metadata, so that the
-# text is the same whether the project is installed or run from a checkout.
+# This project's requirements, from which all dependencies are followed. Not read from its metadata, so that the text
+# is the same whether the project is installed or run from a checkout.
 ROOTS = [
     "torch",
     "datasets",
@@ -48,16 +49,17 @@ ROOTS = [
 ]
 
 ROW_GROUPS = 128
+# In characters.
 MINIMUM_DOCSTRING = 120
 MINIMUM_DOCUMENT = 500
 MAXIMUM_DOCUMENT = 4000
 MINIMUM_PARAGRAPH = 50
 
-# Tests hold text that is there to be processed, vendored copies repeat other packages.
+# Tests contain text that is input, not documentation; vendored copies repeat other packages.
 SKIPPED_FOLDERS = {"tests", "test", "testing", "_vendor", "vendor", "vendored", "site-packages", "dist-packages"}
 
-# Every branch begins with a fixed character, which lets the search skip quickly from one to the next. Comments and
-# short strings are matched so that quotes inside them open nothing.
+# Comments, triple-quoted strings, other strings. Every alternative begins with a fixed character, so that the search is
+# fast. Comments and short strings are matched so that quotes inside them do not open a string.
 STRINGS = re.compile(
     r"""\#[^\n]*"""
     r"""|(?P<long>\"{3}(?:[^"\\]++|\\.|"(?!""))*+"{3}|'{3}(?:[^'\\]++|\\.|'(?!''))*+'{3})"""
@@ -77,7 +79,7 @@ STOPWORDS = frozenset(
     )
 )
 
-# What a paragraph must contain for the pattern to be tried, the pattern, and what is put in its place.
+# (text that a paragraph must contain for the pattern to be tried, pattern, replacement)
 MARKUP = (
     (":`~", re.compile(r":[a-z:+-]+:`~[^`]*?([^`.]+)`"), r"`\1`"),  # :class:`~torch.nn.Linear` -> `Linear`
     (":`", re.compile(r":[a-z:+-]+:`([^`<]*?)\s*(?:<[^`>]*>)?`"), r"`\1`"),  # :func:`text <target>` -> `text`
@@ -104,10 +106,10 @@ ODD = re.compile(r"https?:|\\[a-z]|[{}|<>=_#@]{2}|\$\w|::|\bTODO\b|\bFIXME\b|>>>
 
 
 def gather(cache_dir: Path, progress: bool = True) -> list[Path]:
-    """Gather the text once and return the parquet files (columns ``text``, ``source``; at least 64 row groups).
+    """Gather the text, or find it in the cache; return the parquet files (columns ``text``, ``source``).
 
-    A file is kept per version of Python, of the packages and of this module, and written under a temporary name, so
-    that an interrupted gathering leaves nothing that could be taken for a complete one.
+    They have at least 64 row groups. The cached file's name depends on the versions of Python, of the packages and of
+    this module. It is written atomically.
 
     Raises:
         MythosError: the cache folder cannot be written, or there is almost no text.
@@ -121,59 +123,58 @@ def gather(cache_dir: Path, progress: bool = True) -> list[Path]:
     documents = collect(packages, progress)
     if len(documents) < ROW_GROUPS:
         raise MythosError(
-            f"data.kind: embedded found {len(documents)} documents in the {len(packages)} installed packages, "
+            f"data.kind: embedded: the {len(packages)} installed packages contain {len(documents)} documents, "
             "too few to train on. Use data.kind: files."
         )
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    # In random order row groups, and with them the streams, hold alike text.
+    # Shuffled, so that all row groups, and with them all streams, get the same mixture of text.
     random.Random(0).shuffle(documents)
     table = pa.table({"text": [text for text, _ in documents], "source": [source for _, source in documents]})
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_suffix(f".{random.SystemRandom().getrandbits(32):08x}.tmp")
-        try:
+        with replacing(target, unique=True) as temporary:
             pq.write_table(table, temporary, compression="zstd", row_group_size=-(-len(documents) // ROW_GROUPS))
-            temporary.rename(target)
-        finally:
-            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise MythosError(
-            f"data.cache_dir: {cache_dir} cannot be written: {error}. Set data.cache_dir or $MYTHOS_CACHE to a folder "
-            "that can."
+            f"data.cache_dir: {cache_dir} cannot be written: {error}. Set data.cache_dir or $MYTHOS_CACHE to another "
+            "folder."
         ) from error
     return [target]
 
 
 def dependencies() -> list[str]:
-    """Names of the installed distributions this project needs, directly and through others, sorted."""
-    found: set[str] = set()
+    """Names of the installed distributions that this project needs, directly and indirectly, sorted."""
+    installed: set[str] = set()
     wanted = list(ROOTS)
     while wanted:
         name = re.sub(r"[-_.]+", "-", wanted.pop()).lower()
-        if name in found:
+        if name in installed:
             continue
         try:
             requirements = [Requirement(line) for line in metadata.requires(name) or []]
         except metadata.PackageNotFoundError:
             continue
-        found.add(name)
+        installed.add(name)
         wanted += [r.name for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
-    return sorted(found)
+    return sorted(installed)
 
 
 def collect(packages: list[str], progress: bool = True) -> list[tuple[str, str]]:
-    """Documents and their sources ("package module"), without repeated paragraphs, in a fixed order."""
+    """Documents with their sources ("package module"), without repeated paragraphs, in a fixed order."""
+    from pydoc_data.topics import topics
+
     seen: set[bytes] = set()
     files = [*_standard_library(), *(file for package in packages for file in _package_files(package))]
-    topics = (_unseen(list(prose(topic)), seen) for topic in _topics())
-    documents = [(text, "python topics") for text in _merge(topics)]
+    documents = [
+        (text, "python topics") for text in _merge(_unseen(list(prose(topic)), seen) for topic in topics.values())
+    ]
     # Spawned, not forked: the caller may have started threads.
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        found = pool.map(_docstrings, [path for _, _, path in files], chunksize=128)
+        by_file = pool.map(_docstrings, [path for _, _, path in files], chunksize=128)
         bar = progress_bar(
-            found, total=len(files), desc="gathering documentation text", unit="file", disable=not progress
+            by_file, total=len(files), desc="gathering documentation text", unit="file", disable=not progress
         )
         for (package, module, _), docstrings in zip(files, bar, strict=True):
             new = (_unseen(paragraphs, seen) for paragraphs in docstrings)
@@ -187,7 +188,7 @@ def _docstrings(path: Path) -> list[list[str]]:
 
 
 def literals(source: str) -> Iterator[str]:
-    """Values of the triple-quoted strings in Python source, where docstrings and documentation tables are."""
+    """Values of the triple-quoted strings in Python source: docstrings and documentation tables."""
     for match in STRINGS.finditer(source):
         token = match["long"]
         if token is None or len(token) < MINIMUM_DOCSTRING:
@@ -219,29 +220,23 @@ def _package_files(package: str) -> list[tuple[str, str, Path]]:
     return [(package, _module(file), Path(str(file.locate()))) for file in sorted(files)]
 
 
-def _wanted(path: Path) -> bool:
+def _wanted(path: PurePath) -> bool:
     return not SKIPPED_FOLDERS.intersection(path.parts) and path.parts[0] != "pydoc_data"
 
 
-def _module(path: Path) -> str:
+def _module(path: PurePath) -> str:
     return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
 
 
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:  # listed by a package but not there
+    except OSError:  # in a package's list of files but missing
         return ""
 
 
-def _topics() -> list[str]:
-    from pydoc_data.topics import topics
-
-    return list(topics.values())
-
-
 def _unseen(paragraphs: list[str], seen: set[bytes]) -> list[str]:
-    """The paragraphs of a docstring without those seen before; nothing if little is left."""
+    """A docstring's paragraphs without those seen before; empty if little remains."""
     kept = []
     for paragraph in paragraphs:
         digest = hashlib.blake2b("".join(WORDS.findall(paragraph.lower())).encode(), digest_size=12).digest()
@@ -252,7 +247,7 @@ def _unseen(paragraphs: list[str], seen: set[bytes]) -> list[str]:
 
 
 def prose(docstring: str) -> Iterator[str]:
-    """English paragraphs of a docstring, each on one line, markup reduced; no code, tables, signatures, formulas."""
+    """English paragraphs of a docstring, one line each, markup reduced; no code, tables, signatures, formulas."""
     for lines in _units(inspect.cleandoc(docstring).splitlines()):
         paragraph = " ".join(line.strip() for line in lines)
         if len(paragraph) >= MINIMUM_PARAGRAPH and paragraph[-1] in ENDINGS and (text := _clean(paragraph)):
@@ -261,7 +256,7 @@ def prose(docstring: str) -> Iterator[str]:
 
 @lru_cache(maxsize=2**16)  # packages repeat the descriptions of their parameters hundreds of times
 def _clean(paragraph: str) -> str:
-    """The paragraph without markup, or nothing if it is not prose."""
+    """The paragraph without markup; empty if it is not prose."""
     for trigger, pattern, replacement in MARKUP:
         if trigger in paragraph:
             paragraph = pattern.sub(replacement, paragraph)
@@ -280,12 +275,12 @@ def is_prose(paragraph: str) -> bool:
 
 
 def _units(lines: list[str]) -> Iterator[list[str]]:
-    """Cut lines into paragraphs, list items and descriptions; leave out fences, literal blocks, headings."""
+    """Cut lines into paragraphs, list items and descriptions; drop fenced code, literal blocks and headings."""
     unit: list[str] = []
     indent = 0
     literal: int | None = None  # lines indented deeper than this belong to a literal block
     fenced = False
-    example = False  # of an interactive session, with what it prints, up to a blank line
+    example = False  # inside an interactive session and its output, up to a blank line
     for line in [*lines, ""]:
         stripped = line.strip()
         depth = len(line) - len(line.lstrip())
@@ -307,7 +302,7 @@ def _units(lines: list[str]) -> Iterator[list[str]]:
         if unit and (not stripped or starts_new or example):
             yield unit
             unit = []
-        if stripped.startswith(".. "):  # a directive and what is indented below it
+        if stripped.startswith(".. "):  # a directive and the indented lines below it
             literal = depth
             continue
         if example or stripped.startswith(("+--", "|")):
@@ -322,7 +317,7 @@ def _units(lines: list[str]) -> Iterator[list[str]]:
 
 
 def _merge(docstrings: Iterable[list[str]]) -> Iterator[str]:
-    """Join the docstrings of one module into documents of 500 to 4,000 characters; what is left over is dropped."""
+    """Join the docstrings of one module into documents of 500 to 4,000 characters; a shorter remainder is dropped."""
     pending = ""
     for paragraphs in docstrings:
         for paragraph in paragraphs:

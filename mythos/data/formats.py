@@ -1,8 +1,7 @@
-"""Files of documents: how each format is cut into shards, and read from any row of a shard on."""
+"""File formats of documents: how a file is cut into shards, and how a shard is read from any row on."""
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import sys
@@ -12,11 +11,12 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from gzip import GzipFile
 from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from mythos.data.cache import digest, keep, kept
+from mythos.data.json_cache import digest, load_cached, store_cached
 from mythos.data.remote import is_remote, open_remote
 from mythos.errors import short_reason, without_credentials
 from mythos.files.local import open_regular
@@ -26,36 +26,36 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 try:
     from pyarrow import ArrowException
-except ModuleNotFoundError:  # training on tasks, which are made on the way, and `mythos gpu-check` read no files
+except ModuleNotFoundError:  # training on generated tasks and `mythos gpu-check` read no files and need no pyarrow
 
     class ArrowException(Exception):  # type: ignore[no-redef]
-        """Of pyarrow, which is not installed."""
+        """Stands in for pyarrow's error if pyarrow is not installed."""
 
 
 EXTENSIONS = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".txt")
 
-# Lines are cut at this many bytes, so that a resumed run passes over at most this much; or at more, where that many
-# pieces would take seconds to deal.
+# Files of lines are cut into pieces of this many bytes, so that a resumed run skips over at most this much. Beyond
+# MOST_PIECES the pieces get larger, because dealing more of them to streams would take seconds.
 PIECE_BYTES = 2**20
 MOST_PIECES = 100_000
 
-# Lines are read this many bytes at a time, so that one without an end takes no more memory than the longest allowed.
+# Lines are read this many bytes at a time, so that a line without an end takes no more memory than the longest allowed.
 LINE_BLOCK = 2**20
 
-# Rows decoded at once: every stream keeps a batch, and together they should not outgrow the processor's cache.
+# Rows decoded at once: every stream holds a batch, and together they should fit the processor's cache.
 PARQUET_BATCH = 16
 
-# About what text is compressed to: a part in so many.
+# Typical ratio of text to compressed text.
 COMPRESSION = 3
 
-# Footers kept per process. One of 700 row groups takes megabytes, and reading it again from a hub a request of as many.
+# Footers kept per process. One of 700 row groups has megabytes, which would be downloaded again.
 FOOTERS_KEPT = 16
 
-# Decoded row groups kept per process, where several streams share them; each in batches of about 2 MiB.
+# Bytes of decoded row groups kept per process for the streams that share them, in batches of about 2 MiB.
 GROUPS_KEPT_BYTES = 32 * 2**20
 SHARED_BATCH_BYTES = 2 * 2**20
 
-# pyarrow raises its own errors for damaged files, UnicodeError for names that are not UTF-8, and OverflowError for
+# For damaged files pyarrow raises its own errors, UnicodeError for names that are not UTF-8, and OverflowError for
 # counts that do not fit its integers.
 READ_ERRORS: tuple[type[Exception], ...] = (
     OSError,
@@ -65,10 +65,10 @@ READ_ERRORS: tuple[type[Exception], ...] = (
     UnicodeError,
     OverflowError,
 )
-# pyarrow raises these where a stored value has no counterpart in Python: text that is not UTF-8 and dates outside of
-# the years 1 to 9999 (ValueError, OverflowError), time zones nobody knows (KeyError), structs with two equal keys.
+# pyarrow raises these for stored values that Python cannot represent: text that is not UTF-8 and dates outside of
+# the years 1 to 9999 (ValueError, OverflowError), unknown time zones (KeyError), structs with two equal keys.
 _VALUE_ERRORS: tuple[type[Exception], ...] = (ValueError, OverflowError, KeyError, TypeError, ArrowException)
-_OTHER_ENCODINGS = (BOM_UTF16_LE, BOM_UTF16_BE, BOM_UTF32_BE)  # that of UTF-32, little-endian, begins as UTF-16's does
+_OTHER_ENCODINGS = (BOM_UTF16_LE, BOM_UTF16_BE, BOM_UTF32_BE)  # little-endian UTF-32's mark begins with UTF-16's
 
 
 class File(NamedTuple):
@@ -80,7 +80,7 @@ class File(NamedTuple):
 
 @dataclass(frozen=True)
 class Piece:
-    """A shard: a row group of a parquet file or all of it (``start`` None), or what starts in a range of bytes.
+    """A shard: one row group of a parquet file, all of them (``start`` None), or the lines that start in a byte range.
 
     ``size`` is about its number of bytes, uncompressed.
     """
@@ -97,32 +97,34 @@ class Piece:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A row that is there but cannot be used (invalid JSON, not UTF-8, longer than a line may be)."""
+    """A row that exists but cannot be used (invalid JSON, not UTF-8, longer than the limit)."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Broken:
-    """The rest of a shard (of a whole parquet file: of a row group) cannot be read."""
+    """The rest of a shard (for a whole parquet file: of a row group) cannot be read."""
 
     reason: str
 
 
 Row = tuple[int, list[Any] | Unreadable | Broken]
-"""Row number, and the values of the columns asked for."""
+"""Row number, and the values of the requested columns."""
+
+Lines = IO[bytes] | GzipFile
 
 
 class Reader:
     """Cuts files into pieces and reads their rows.
 
     Args:
-        patience: seconds that a remote file may be unreachable.
-        cache_dir: where the layout of remote parquet files is kept, which their footers of megabytes tell.
-        longest_line: bytes of the longest line (of txt: document) that is read; longer ones are Unreadable.
+        patience: seconds for which a remote file may be unreachable.
+        cache_dir: where the layout of remote parquet files is cached, whose footers take megabytes to read.
+        longest_line: bytes of the longest line (txt: document) that is read; longer ones are Unreadable.
 
-    Every method raises :class:`mythos.data.remote.Unreachable` when that has passed, and ``READ_ERRORS`` (except
-    :meth:`rows`, which yields Broken instead) for a file that is damaged.
+    Every method raises :class:`mythos.data.remote.Unreachable` once ``patience`` has passed, and, except :meth:`rows`,
+    which yields Broken instead, ``READ_ERRORS`` for a damaged file.
     """
 
     def __init__(self, patience: float, cache_dir: Path | None = None, longest_line: int = 2**26) -> None:
@@ -136,7 +138,7 @@ class Reader:
         return {**self.__dict__, "_footers": OrderedDict(), "_groups": OrderedDict()}
 
     def open(self, file: File) -> IO[bytes]:
-        """Open for reading from any position."""
+        """Open a file for reading; it is seekable."""
         return open_remote(file.path, file.size, self.patience) if is_remote(file.path) else open_regular(file.path)
 
     def columns(self, file: File) -> Iterator[tuple[list[str], int]]:
@@ -161,38 +163,37 @@ class Reader:
             if whole:
                 return [Piece(file, None, 0, COMPRESSION * file.size)]
             return [Piece(file, group, 0, size) for group, size in enumerate(self._layout(file)[1]) if size]
-        if file.path.endswith(".gz"):  # cannot be entered in the middle
+        if file.path.endswith(".gz"):  # can only be read from its beginning
             return [Piece(file, None, 0, COMPRESSION * file.size)] if file.size else []
         cut = max(PIECE_BYTES, total // MOST_PIECES)
-        ends = [(start, min(start + cut, file.size)) for start in range(0, file.size, cut)]
-        return [Piece(file, start, end, end - start) for start, end in ends]
+        ranges = [(start, min(start + cut, file.size)) for start in range(0, file.size, cut)]
+        return [Piece(file, start, end, end - start) for start, end in ranges]
 
     def rows(self, piece: Piece, row: int, step: int, columns: list[str]) -> Iterator[Row]:
-        """Yield rows ``row, row + step, ...`` of a piece; Broken where it cannot be read on."""
+        """Yield rows ``row, row + step, ...`` of a piece; Broken where it cannot be read any further."""
         if piece.file.path.endswith(".parquet"):
             yield from self._parquet_rows(piece, row, step, columns)
             return
-        done = row
-        text = piece.file.path.endswith(".txt")
+        is_text = piece.file.path.endswith(".txt")
         try:
             with self._lines(piece.file) as lines:
-                # Skipped rows are not parsed: a resumed run passes over them at the speed of the disk.
-                documents = (_paragraphs if text else _filled_lines)(lines, piece, self.longest_line)
+                # Skipped rows are not parsed: a resumed run skips over them at the speed of the disk.
+                documents = (_paragraphs if is_text else _filled_lines)(lines, piece, self.longest_line)
                 for document in islice(documents, row, None, step):
                     if isinstance(document, Unreadable):
-                        yield done, document
+                        yield row, document
                     else:
-                        yield done, _decode(document, columns) if text else _record(document, columns)
-                    done += step
+                        yield row, _decode(document, columns) if is_text else _record(document, columns)
+                    row += step
         except READ_ERRORS as error:
-            yield done, Broken(short_reason(error))
+            yield row, Broken(short_reason(error))
 
     def _layout(self, file: File) -> tuple[list[str], list[int]]:
         """Columns, and bytes of every row group (0 for one without rows), of a parquet file."""
         path = None
         if self.cache_dir and is_remote(file.path):
             path = self.cache_dir / "layouts" / f"{digest(file)}.json"
-            if layout := kept(path):
+            if layout := load_cached(path):
                 return layout["columns"], layout["bytes"]
         with self._parquet(file) as parquet:
             meta = parquet.metadata
@@ -200,7 +201,7 @@ class Reader:
         groups = [meta.row_group(group) for group in range(meta.num_row_groups)]
         sizes = [group.total_byte_size if group.num_rows else 0 for group in groups]
         if path:
-            keep(path, {"columns": columns, "bytes": sizes})
+            store_cached(path, {"columns": columns, "bytes": sizes})
         return columns, sizes
 
     @contextmanager
@@ -216,41 +217,40 @@ class Reader:
             yield parquet
 
     def _parquet_rows(self, piece: Piece, row: int, step: int, columns: list[str]) -> Iterator[Row]:
-        done = row
         try:
             with self._parquet(piece.file) as parquet:
                 _require_columns(parquet.schema_arrow.names, columns)
                 groups = range(parquet.num_row_groups) if piece.start is None else [piece.start]
-                first = 0
+                first = 0  # the group's first row
                 for group in groups:
                     end = first + parquet.metadata.row_group(group).num_rows
                     try:
-                        if done < end:
-                            for values in self._group_rows(parquet, piece.file, group, done - first, step, columns):
-                                yield done, values
-                                done += step
-                            if done < end:
-                                raise ArrowException(f"it ends before row {done - first} of {end - first}")
+                        if row < end:
+                            for values in self._group_rows(parquet, piece.file, group, row - first, step, columns):
+                                yield row, values
+                                row += step
+                            if row < end:
+                                raise ArrowException(f"it ends before row {row - first} of {end - first}")
                     except READ_ERRORS as error:
-                        if done < end:
-                            yield done, Broken(f"row group {group}: {short_reason(error)}")
-                            done += -(-(end - done) // step) * step  # on to the first wanted row of the next group
+                        if row < end:
+                            yield row, Broken(f"row group {group}: {short_reason(error)}")
+                            row += -(-(end - row) // step) * step  # to the first wanted row of the next group
                     first = end
         except READ_ERRORS as error:
-            yield done, Broken(short_reason(error))
+            yield row, Broken(short_reason(error))
 
     def _group_rows(
         self, parquet: pq.ParquetFile, file: File, group: int, row: int, step: int, columns: list[str]
     ) -> Iterator[list[Any] | Unreadable]:
         """Values of rows ``row, row + step, ...`` of a row group.
 
-        Both ways decode in batches and pick rows as Python values. Arrow's own selection of rows has no kernel for
-        some types (string_view) and joins what it selects into one array, which more than 2 GiB of text do not fit.
+        Rows are picked from decoded batches as Python values. Arrow's own selection of rows has no kernel for some
+        types (string_view), and it joins the selected rows into one array, which overflows at 2 GiB of text.
         """
         batches: Iterable[pa.RecordBatch]
         if step == 1:
             batches = self._batches(parquet, group, columns, PARQUET_BATCH)
-        else:  # other streams share this row group: those of this process find it decoded
+        else:  # other streams share this row group: keep it decoded for those of this process
             key = (file, group)
             if key not in self._groups:
                 meta = parquet.metadata.row_group(group)
@@ -265,18 +265,18 @@ class Reader:
             if row >= len(batch):
                 row -= len(batch)
                 continue
-            taken = [_values(batch.column(name), row, step) for name in columns]
-            for values in zip(*taken, strict=True):
+            by_column = [_values(batch.column(name), row, step) for name in columns]
+            for values in zip(*by_column, strict=True):
                 yield next((value for value in values if isinstance(value, Unreadable)), None) or list(values)
                 row += step
             row -= len(batch)
 
     def _batches(self, parquet: pq.ParquetFile, group: int, columns: list[str], rows: int) -> Iterator[pa.RecordBatch]:
-        """A row group in batches of about so many rows.
+        """A row group in batches of about ``rows`` rows, or of more if its columns have large dictionaries.
 
-        Each batch has a copy of the dictionaries of its columns: with a large one, batches are as large, or copying
-        would take most of the time. Its size is that in a first batch, because pyarrow ends the process at damage in
-        what the footer says of columns.
+        Every batch has a copy of the dictionaries, so batches are made at least as large as these; otherwise copying
+        would take most of the time. The size of a dictionary is measured in a first batch: reading it from damaged
+        column metadata in the footer can crash the process inside pyarrow.
         """
 
         def batches(rows: int) -> Iterator[pa.RecordBatch]:
@@ -290,9 +290,9 @@ class Reader:
             rows = max(rows, min(meta.num_rows, meta.num_rows * dictionary // max(meta.total_byte_size, 1)))
         return batches(rows)
 
-    def _lines(self, file: File) -> IO[bytes]:
+    def _lines(self, file: File) -> Lines:
         handle = self.open(file)
-        return gzip.GzipFile(fileobj=handle) if file.path.endswith(".gz") else handle  # type: ignore[return-value]
+        return GzipFile(fileobj=handle) if file.path.endswith(".gz") else handle
 
 
 def _bytes(batches: list[pa.RecordBatch]) -> int:
@@ -311,7 +311,7 @@ def _values(column: pa.Array, row: int, step: int) -> list[Any]:
         try:
             return column.slice(row).to_pylist()
         except _VALUE_ERRORS:
-            pass  # one by one below, to find which
+            pass  # convert one by one below, to learn which value fails
     return [_value(column, index) for index in range(row, len(column), step)]
 
 
@@ -323,6 +323,7 @@ def _value(column: pa.Array, index: int) -> Any:
 
 
 def _parse_json(line: bytes) -> Any:
+    # Not files.text.parse_json, which also walks through the value: this runs for every document.
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:  # ValueError covers JSONDecodeError and UnicodeDecodeError
@@ -337,17 +338,17 @@ def _record(line: bytes, columns: list[str]) -> list[Any] | Unreadable:
 
 
 def _decode(document: bytes, columns: list[str]) -> list[Any] | Unreadable:
-    """The text, and null for the columns that plain text does not have."""
+    """The text of a plain text document, and null for all other columns."""
     if b"\0" in document:
-        return Unreadable("it holds NUL bytes, so it is no text, or text in UTF-16; text must be UTF-8")
+        return Unreadable("it contains NUL bytes: it is binary, or text in UTF-16; text must be UTF-8")
     try:
         return [document.decode(), *[None] * (len(columns) - 1)]
     except UnicodeDecodeError as error:
         return Unreadable(str(error))
 
 
-def _filled_lines(lines: IO[bytes], piece: Piece, longest: int) -> Iterator[bytes | Unreadable]:
-    """The non-blank lines that start inside the piece (of a whole file: all)."""
+def _filled_lines(lines: Lines, piece: Piece, longest: int) -> Iterator[bytes | Unreadable]:
+    """The non-blank lines that start inside the piece (for a whole file: all)."""
     for position, line in _lines_from(lines, piece, longest):
         if piece.start is not None and position >= piece.end:
             return
@@ -355,11 +356,11 @@ def _filled_lines(lines: IO[bytes], piece: Piece, longest: int) -> Iterator[byte
             yield line
 
 
-def _paragraphs(lines: IO[bytes], piece: Piece, longest: int) -> Iterator[bytes | Unreadable]:
-    """Runs of non-blank lines whose first starts inside the piece; the last may go on behind it."""
+def _paragraphs(lines: Lines, piece: Piece, longest: int) -> Iterator[bytes | Unreadable]:
+    """Runs of non-blank lines that start inside the piece; the last may continue beyond its end."""
     document: list[bytes] = []
     size = 0
-    # The first lines may belong to a document that starts before the piece.
+    # Whether the lines are to be skipped: the first may belong to a document that starts before the piece.
     outside = _in_paragraph(lines, piece.start or 0)
     for position, line in _lines_from(lines, piece, longest):
         if isinstance(line, bytes) and not line.strip():
@@ -371,7 +372,7 @@ def _paragraphs(lines: IO[bytes], piece: Piece, longest: int) -> Iterator[bytes 
             size += longest + 1 if isinstance(line, Unreadable) else len(line)
             if size > longest:
                 yield _too_long(longest)
-                document, size, outside = [], 0, True  # what is left of it is passed over
+                document, size, outside = [], 0, True  # skip its remaining lines
             elif isinstance(line, bytes):
                 document.append(line)
         if not document and position >= piece.end:
@@ -380,8 +381,8 @@ def _paragraphs(lines: IO[bytes], piece: Piece, longest: int) -> Iterator[bytes 
         yield b"".join(document)
 
 
-def _in_paragraph(lines: IO[bytes], position: int) -> bool:
-    """Whether the line that holds the byte before ``position`` has text."""
+def _in_paragraph(lines: Lines, position: int) -> bool:
+    """Whether the line that contains the byte before ``position`` has text."""
     if not position:
         return False
     begin = end = position - 1
@@ -389,12 +390,14 @@ def _in_paragraph(lines: IO[bytes], position: int) -> bool:
         lines.seek(0)
         if lines.read(len(BOM_UTF8)) == BOM_UTF8:
             begin, end = len(BOM_UTF8), 0
+    # Forwards to the end of the line.
     lines.seek(begin)
     while part := lines.readline(LINE_BLOCK):
         if part.strip():
             return True
         if part.endswith(b"\n"):
             break
+    # Backwards to its beginning, in blocks that double in size.
     size = 64
     while end:
         start = max(end - size, 0)
@@ -408,16 +411,16 @@ def _in_paragraph(lines: IO[bytes], position: int) -> bool:
     return False
 
 
-def _lines_from(lines: IO[bytes], piece: Piece, longest: int) -> Iterator[tuple[int, bytes | Unreadable]]:
-    """Position and content of every line from the piece's start on, a byte order mark of UTF-8 left out.
+def _lines_from(lines: Lines, piece: Piece, longest: int) -> Iterator[tuple[int, bytes | Unreadable]]:
+    """Position and content of every line from the piece's start on, without a byte order mark of UTF-8.
 
-    It goes on behind the piece's end, except after a line that was passed over: no document can be under way there.
+    It continues beyond the piece's end, except after a line that was too long: no document can continue after it.
 
     Raises UnicodeError for a file that begins with the byte order mark of another encoding.
     """
     position = piece.start or 0
     end = sys.maxsize if piece.start is None else piece.end
-    if position:  # the line that runs into the start belongs to what is before
+    if position:  # a line that crosses the start belongs to the piece before
         lines.seek(position - 1)
         position += _pass_line(lines, end - position + 1) - 1
         if position >= end:
@@ -434,7 +437,7 @@ def _lines_from(lines: IO[bytes], piece: Piece, longest: int) -> Iterator[tuple[
                 size += len(part)
                 ended = part.endswith(b"\n")
             line = b"".join(parts) if size <= longest else b""
-            del parts
+            del parts  # as large as the line
         if size > longest:
             yield position, _too_long(longest)
             size += 0 if ended else _pass_line(lines, end - position - size)
@@ -445,11 +448,11 @@ def _lines_from(lines: IO[bytes], piece: Piece, longest: int) -> Iterator[tuple[
         position += size
 
 
-def _pass_line(lines: IO[bytes], most: int) -> int:
-    """Read on to the next line, or ``most`` bytes and more where it is farther; return the number of bytes passed.
+def _pass_line(lines: Lines, most: int) -> int:
+    """Skip to the next line, or ``most`` bytes and a little more if it is farther away; return the bytes skipped.
 
-    Behind the end of its piece nobody asks where the next line is: each piece of a file that is one line would read all
-    that follows it.
+    The limit is the end of the piece. Without it, each piece of a file that is one long line would read the rest of
+    the file.
     """
     size = 0
     while size < most and (part := lines.readline(LINE_BLOCK)):
@@ -468,7 +471,7 @@ def _without_mark(line: bytes) -> bytes:
 
 def _too_long(longest: int) -> Unreadable:
     return Unreadable(
-        f"it has more than {longest:,} bytes without an end; raise data.max_document_bytes if these are one document"
+        f"it has more than {longest:,} bytes without an end; raise data.max_document_bytes if this is one document"
     )
 
 

@@ -1,4 +1,4 @@
-"""Hub datasets: which files, at which commit, a subset and split are made of."""
+"""Hub datasets: find the commit and the files of a subset and split."""
 
 import glob
 import os
@@ -12,14 +12,14 @@ from urllib.parse import quote
 
 from huggingface_hub import constants
 
-from mythos.data.cache import digest, keep, kept
 from mythos.data.formats import EXTENSIONS
+from mythos.data.json_cache import digest, load_cached, store_cached
 from mythos.data.remote import Unreachable, hub_json, hub_tree, hub_url, open_remote
 from mythos.errors import MythosError, import_optional, short_reason
 
-# Where a dataset says which files its subsets and splits are made of.
+# Files in which a dataset declares the files of its subsets and splits.
 DECLARATIONS = ("README.md", ".huggingface.yaml")
-# Says nothing of files, and cannot be read when it is empty.
+# Declares no files, and `datasets` fails on an empty one.
 LEGACY = "dataset_infos.json"
 CONVERTED = "The hub may hold a conversion to parquet: data.revision=refs/convert/parquet."
 
@@ -40,27 +40,27 @@ class HubFiles:
 def resolve_hub(
     dataset: str, subset: str | None, split: str, revision: str | None, cache_dir: Path, patience: float
 ) -> HubFiles:
-    """Find the files of a hub dataset, or of a local folder in the layout of one, the way ``datasets`` finds them.
+    """Find the files of a hub dataset, or of a local folder with the layout of one, by the rules of ``datasets``.
 
-    The list is kept in ``cache_dir``: with a commit for ``revision`` it is found there without a request.
+    The list is cached in ``cache_dir``; for a ``revision`` that is a commit this saves all requests.
 
     Args:
         dataset: NAMESPACE/NAME on the hub, or a folder.
-        subset: name of a configuration; None for the default one.
+        subset: name of a configuration; None for the default.
         split: such as train.
         revision: branch, tag or commit; None for the main branch. Ignored for a folder.
-        cache_dir: where lists are kept.
+        cache_dir: folder of cached lists.
         patience: seconds without an answer after which to give up.
 
     Raises:
-        MythosError: no such dataset, revision, subset or split, or files that cannot be read; it names the field.
+        MythosError: no such dataset, revision, subset or split, or files of other formats; it names the field.
         Unreachable: the hub gave no answer within ``patience`` seconds.
     """
     if os.path.isdir(os.path.expanduser(dataset)):
         folder = Path(dataset).expanduser().resolve()
         if glob.escape(str(folder)) == str(folder):
             paths = _select(folder, dataset, subset, split)
-        else:  # `datasets` takes the folder's own name for a pattern, so it is shown a copy of another name
+        else:  # `datasets` reads the folder's name as a glob, so it gets a copy of the tree under another name
             tree = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
             declarations = {name: (folder / name).read_bytes() for name in DECLARATIONS if name in tree}
             paths = _select_of(tree, declarations, dataset, subset, split)
@@ -68,10 +68,10 @@ def resolve_hub(
     if revision is None or not re.fullmatch("[0-9a-f]{40}", revision):
         revision = _commit(dataset, revision, patience)
     path = cache_dir / "hub" / f"{digest([dataset, subset, split, revision])}.json"
-    sizes = kept(path)
+    sizes = load_cached(path)
     if sizes is None:
         sizes = _list(dataset, subset, split, revision, patience)
-        keep(path, sizes)
+        store_cached(path, sizes)
     return HubFiles(revision, [(hub_url("dataset", dataset, revision, path), size) for path, size in sizes.items()])
 
 
@@ -101,7 +101,7 @@ def _commit(dataset: str, revision: str | None, patience: float) -> str:
 
 
 def _list(dataset: str, subset: str | None, split: str, revision: str, patience: float) -> dict[str, int]:
-    """Path in the repository -> bytes, of the files of the subset and split."""
+    """Path in the repository -> bytes, for the files of the subset and split."""
     with _naming_fields(dataset, revision):
         tree = hub_tree("dataset", dataset, revision, "", patience)
         declarations = {
@@ -109,21 +109,21 @@ def _list(dataset: str, subset: str | None, split: str, revision: str, patience:
             for path in DECLARATIONS
             if path in tree
         }
-    # `datasets` asks the hub with retries and timeouts of its own, which know no patience. It treats a folder by the
-    # same rules, so it is shown one.
+    # `datasets` itself would ask the hub with its own retries and timeouts, whatever the patience. It applies the same
+    # rules to a local folder, so it gets one.
     return {path: tree[path] for path in _select_of(tree, declarations, dataset, subset, split)}
 
 
 def _select_of(
     tree: Iterable[str], declarations: Mapping[str, bytes], dataset: str, subset: str | None, split: str
 ) -> list[str]:
-    """What :func:`_select` takes of a folder with these paths, shown with empty files but for the declarations."""
+    """Apply :func:`_select` to a temporary folder with these paths; all files but the declarations are empty."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary).resolve()
         for path in tree:
             file = folder / path
             if ".." in file.parts or not file.is_relative_to(folder):
-                raise MythosError(f"data.dataset: {dataset} holds a file {path}, outside of its own folder.")
+                raise MythosError(f"data.dataset: {dataset} contains a file {path}, outside of its own folder.")
             if path == LEGACY:
                 continue
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -132,8 +132,8 @@ def _select_of(
 
 
 def _select(folder: Path, dataset: str, subset: str | None, split: str) -> list[str]:
-    """Paths in a folder of the files that ``datasets`` takes for the subset and split, sorted."""
-    datasets = import_optional("datasets", "data.kind: hub")  # here because it takes a second
+    """Paths in a folder of the files that ``datasets`` assigns to the subset and split, sorted."""
+    datasets = import_optional("datasets", "data.kind: hub")  # imported late: it takes a second
 
     with tempfile.TemporaryDirectory() as cache:
         try:
@@ -141,14 +141,14 @@ def _select(folder: Path, dataset: str, subset: str | None, split: str) -> list[
             chosen = subset or datasets.get_dataset_default_config_name(str(folder))
             if chosen in subsets:
                 splits = datasets.load_dataset_builder(str(folder), chosen, cache_dir=cache).config.data_files or {}
-        except Exception as error:  # those of datasets, of fsspec and of the YAML header share no base class
+        except Exception as error:  # errors of datasets, fsspec and the YAML header share no base class
             raise MythosError(
-                f"data.dataset: the files of {dataset} cannot be told: {short_reason(error)}. Check its README.md, or "
-                f"name the files with data.kind: files. {CONVERTED}"
+                f"data.dataset: the files of {dataset} cannot be determined: {short_reason(error)}. Check its "
+                f"README.md, or name the files with data.kind: files. {CONVERTED}"
             ) from error
     if chosen not in subsets:
-        given = f"{dataset} has no subset {subset}" if subset else f"{dataset} has no default subset"
-        raise MythosError(f"data.subset: {given}; it has {_some(subsets)}. Choose one of them.")
+        problem = f"no subset {subset}" if subset else "no default subset"
+        raise MythosError(f"data.subset: {dataset} has {problem}; it has {_some(subsets)}. Choose one of them.")
     if split not in splits:
         raise MythosError(
             f"data.split: {dataset}, subset {chosen}, has no split {split}; it has {_some(map(str, splits))}. "
@@ -158,20 +158,20 @@ def _select(folder: Path, dataset: str, subset: str | None, split: str) -> list[
     for file in files:
         if not file.is_relative_to(folder):
             raise MythosError(
-                f"data.dataset: {dataset}, subset {chosen}, is made of files elsewhere ({file}). Name them with "
+                f"data.dataset: {dataset}, subset {chosen}, refers to files elsewhere ({file}). Name them with "
                 "data.kind: files."
             )
         if not file.name.endswith(EXTENSIONS):
             raise MythosError(
-                f"data.dataset: {dataset}, subset {chosen}, holds {file.relative_to(folder).as_posix()}; what can be "
-                f"read is {', '.join(EXTENSIONS)}. {CONVERTED}"
+                f"data.dataset: {dataset}, subset {chosen}, contains {file.relative_to(folder).as_posix()}; "
+                f"readable formats are {', '.join(EXTENSIONS)}. {CONVERTED}"
             )
     return [file.relative_to(folder).as_posix() for file in files]
 
 
 @contextmanager
 def _naming_fields(dataset: str, revision: str) -> Iterator[None]:
-    """Say which field is wrong when the hub refuses."""
+    """Name the wrong field in errors of the hub."""
     try:
         yield
     except Unreachable:

@@ -1,4 +1,4 @@
-"""Batches read and tokenized ahead of training by worker processes, with the state of what has been consumed."""
+"""Batches that worker processes read and tokenize ahead of training; the saved state is that of consumed batches."""
 
 import atexit
 import multiprocessing
@@ -15,21 +15,21 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from mythos.data.processes import START_METHOD, begin_worker, signals_held
+from mythos.data.processes import START_METHOD, begin_worker, signals_blocked
 from mythos.data.stream import Batch, TokenStreams, merge_states
 from mythos.data.tasks import TaskStreams
 from mythos.errors import MythosError
 
 REQUESTS_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
-# Workers hand over the steps of about so many tokens at once: one by one, small steps would cost more than their text.
-# Not more, because the first batch waits for all of them.
+# A worker sends the steps of about this many tokens in one message: for small steps sent one by one, the messages would
+# cost more than tokenizing. Not more than that, because the first batch waits for the whole message.
 ITEM_TOKENS = 2**14
 MOST_ITEM_STEPS = 16
 
 
 class _Share(NamedTuple):
-    """A worker's part of a batch, and where its streams stand after it."""
+    """A worker's part of a batch, and the state of its streams after it."""
 
     ids: np.ndarray
     rows: np.ndarray
@@ -37,7 +37,7 @@ class _Share(NamedTuple):
 
 
 class _Shares(IterableDataset):
-    """The endless shares of the worker process that iterates, some steps at a time; a problem comes as the last one."""
+    """The endless shares of the worker process that iterates, as lists of ``steps``; an error is the last item."""
 
     def __init__(self, streams: TokenStreams | TaskStreams, slots: int, steps: int) -> None:
         self.streams = streams
@@ -55,21 +55,21 @@ class _Shares(IterableDataset):
                 if len(item) == self.steps:
                     yield item
                     item = []
-        except MythosError as error:  # raised here, the message would be buried in a traceback
+        except MythosError as error:  # raised in the worker, its message would be buried in a traceback
             yield [*item, error]
 
 
 class Loader:
-    """The batches of this rank's streams, in order, whatever number of worker processes reads them.
+    """The batches of this rank's streams, the same whatever number of worker processes reads them.
 
-    Each worker holds a share of the rank's streams and is ``prefetch`` steps ahead. The state is that of the batches
-    handed out: what workers have read beyond is read again by the next process.
+    Each worker reads a share of the rank's streams, ``prefetch`` steps ahead. The state is that of the batches handed
+    out; a resumed run reads again what workers had prefetched.
 
     Args:
         streams: this rank's streams.
         slots: sequences of every stream in a batch.
-        workers: worker processes, at most one a stream; 0 reads in this process.
-        prefetch: batches that workers are ahead.
+        workers: worker processes, at most one per stream; 0 reads in this process.
+        prefetch: batches that workers read ahead.
 
     Raises:
         MythosError: the number of processes does not divide the number of streams.
@@ -93,15 +93,15 @@ class Loader:
         self._ready: deque[tuple[_Share | MythosError, ...]] = deque()
 
     def start(self) -> None:
-        """Start the workers, so that they read while the caller does something else; the first batch does it too."""
+        """Start the workers early, to read while the caller sets up; otherwise the first batch starts them."""
         if not self.workers or self._items is not None:
             return
         others = set(multiprocessing.active_children())
-        with warnings.catch_warnings(), signals_held(*REQUESTS_TO_STOP), _child_signals():
-            warnings.simplefilter("ignore", UserWarning)  # more workers than cores: the user's to decide
+        with warnings.catch_warnings(), signals_blocked(*REQUESTS_TO_STOP), _child_signals():
+            warnings.simplefilter("ignore", UserWarning)  # about more workers than cores, which the user chose
             self._items = iter(self._data_loader())
         self._processes = set(multiprocessing.active_children()) - others
-        # At its end, multiprocessing sends workers SIGTERM, which these do not see, and then waits for them.
+        # At exit, multiprocessing would send workers SIGTERM, which they have blocked, and then wait for them.
         atexit.register(self.close)
 
     def _data_loader(self) -> DataLoader:
@@ -109,7 +109,7 @@ class Loader:
             _Shares(self.streams, self.slots, self._item_steps),
             batch_size=None,
             num_workers=self.workers,
-            # Two at least: one to be read while the other waits to be fetched.
+            # At least two: one being read while the other waits to be fetched.
             prefetch_factor=max(2, -(-self.prefetch // self._item_steps)),
             multiprocessing_context=START_METHOD,
             worker_init_fn=_begin_worker,
@@ -128,12 +128,14 @@ class Loader:
             self._state = self.streams.state_dict()
             return batch
         if not self._ready:
-            # Each worker's item holds as many steps, unless it ends with a problem.
+            # The workers' items have equally many steps, except one that ends with an error; padding with None comes
+            # after it and is never reached.
             self._ready.extend(zip_longest(*(self._next_item() for _ in range(self.workers))))
-        shares = self._ready[0]
-        for problem in shares:
-            if isinstance(problem, MythosError):
-                raise problem
+        shares: list[_Share] = []
+        for share in self._ready[0]:
+            if isinstance(share, MythosError):
+                raise share
+            shares.append(share)
         self._ready.popleft()
         self._state = self._state | merge_states([share.state for share in shares])
         return self.streams.batch(
@@ -160,27 +162,27 @@ class Loader:
         return self._state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly after the batch that ``state`` was taken after; raises as :class:`TokenStreams` does."""
+        """Continue exactly after the batch after which ``state`` was saved; raises as :class:`TokenStreams` does."""
         self.close()
         self.streams.load_state_dict(state)
         self._state = self.streams.state_dict()
 
     def close(self) -> None:
-        """End the workers. A loader that is not closed ends them when its process ends, in whatever way."""
+        """End the workers. If a loader is not closed, they end with its process."""
         atexit.unregister(self.close)
         self._ready.clear()
         self._items = None  # the iterator of a DataLoader ends its workers when it is dropped
         for process in self._processes:
-            process.kill()  # one that has not ended within the library's five seconds: it does not see SIGTERM
+            process.kill()  # in case it has not ended within torch's five seconds: it blocks SIGTERM
         self._processes.clear()
 
 
 @contextmanager
 def _child_signals() -> Iterator[None]:
-    """torch's handler of a child's end in force, which raises RuntimeError.
+    """Enable torch's SIGCHLD handler, which raises RuntimeError when a worker dies, within the block only.
 
-    It must be while a batch is waited for: a worker that was killed in the middle of handing one over would never
-    complete it. It must not be at other times: it would raise in the middle of an optimizer step or of a save.
+    It is needed while this process waits for a batch: a worker that was killed while sending one never completes it. At
+    other times it would raise in the middle of an optimizer step or of a save.
     """
     global _torch_handler
     if threading.current_thread() is not threading.main_thread():
@@ -193,7 +195,7 @@ def _child_signals() -> Iterator[None]:
         yield
     finally:
         if _torch_handler is None and signal.getsignal(signal.SIGCHLD) is not before:
-            _torch_handler = signal.getsignal(signal.SIGCHLD)  # torch sets it once, with a process's first workers
+            _torch_handler = signal.getsignal(signal.SIGCHLD)  # torch installs it once, for a process's first workers
         signal.signal(signal.SIGCHLD, before)
 
 

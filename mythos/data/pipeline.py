@@ -1,4 +1,4 @@
-"""Everything between a configuration and the streams of tokens that it describes, put together in one place."""
+"""From a configuration to its data: corpora, tokenizer, sources, streams and the validation set."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +18,7 @@ class Data(NamedTuple):
     """Opened training data.
 
     Attributes:
-        config: the data section, hub datasets pinned to commits.
+        config: the data section, with hub datasets pinned to commits.
         tokenizer: the run's.
         sources: sources and their weights by name.
     """
@@ -28,7 +28,7 @@ class Data(NamedTuple):
     sources: dict[str, tuple[Source, float]]
 
     def streams(self, seed: int, rank: int = 0, world_size: int = 1) -> TokenStreams:
-        """The streams of a rank, at the beginning of the data."""
+        """A rank's streams, at the beginning of the data."""
         return TokenStreams(
             self.sources,
             streams=self.config.streams,
@@ -44,9 +44,9 @@ class Data(NamedTuple):
         return config.tokens_per_step
 
     def validation(self, sequences: int, option: str | None = None) -> ValidationSet:
-        """Held-out sequences; raises MythosError if there is not text for one.
+        """Held-out sequences; raises MythosError if there is not enough text for one.
 
-        `option` is what messages call `data.validation.path` where a script's option gave it.
+        `option` is the command-line option that gave `data.validation.path`, for messages.
         """
         return validation_set(
             open_validation_sources(self.config, self.sources, self.tokenizer, option),
@@ -60,13 +60,13 @@ class Data(NamedTuple):
 
 
 class TaskData(NamedTuple):
-    """A reasoning task in the place of text.
+    """A reasoning task instead of text.
 
     Attributes:
         config: the data section.
         slots: sequences of a stream in a step.
         steps: steps of the schedule.
-        tokenizer: there is none.
+        tokenizer: always None.
     """
 
     config: DataConfig
@@ -75,7 +75,7 @@ class TaskData(NamedTuple):
     tokenizer: None = None
 
     def streams(self, seed: int, rank: int = 0, world_size: int = 1) -> TaskStreams:
-        """The streams of a rank, at the beginning."""
+        """A rank's streams, at the beginning."""
         return TaskStreams(
             self.config.task,
             streams=self.config.streams,
@@ -94,7 +94,7 @@ class TaskData(NamedTuple):
         return self.config.streams * sum(task.targets(difficulty) for difficulty in difficulties)
 
     def validation(self, sequences: int) -> TaskSet:
-        """Sequences that training does not see, as many for every stream: of each difficulty in turn, hardest first."""
+        """Sequences that training does not see, equally many per stream, of all difficulties, the hardest first."""
         low, high = self.config.task.difficulty
         difficulties = [low + index % (high - low + 1) for index in range(sequences // self.config.streams)]
         hardest_first = sorted(difficulties, reverse=True)
@@ -102,16 +102,16 @@ class TaskData(NamedTuple):
 
 
 def open_data(config: Config, run_dir: Path | None, saved: Mapping[str, Any], progress: bool = True) -> Data | TaskData:
-    """Open corpora, then the tokenizer (which may be trained on them), then the sources of both.
+    """Open the corpora, then the tokenizer, which may be trained on them, then the sources, which need both.
 
     Args:
         config: the run's configuration.
-        run_dir: folder whose tokenizer is used, or that it is written to; None for neither.
-        saved: the data section, as plain values, of the run that is continued, or nothing.
+        run_dir: folder from which a saved tokenizer is loaded, or else to which it is saved; None for neither.
+        saved: the data section of the run that is continued, as plain values; empty for a new run.
         progress: show bars.
 
     Raises:
-        MythosError: data that cannot be found, read or tokenized as the configuration says.
+        MythosError: the data cannot be found, read or tokenized as configured.
     """
     if config.data.kind == "reasoning":
         return TaskData(config.data, config.train.global_batch // config.data.streams, config.schedule_steps)

@@ -1,4 +1,4 @@
-"""Worker processes that read and tokenize: one thread each, unmoved by signals, and gone when their parent is."""
+"""Worker processes that read and tokenize: single-threaded, shielded from signals, ended with their parent."""
 
 import gc
 import multiprocessing
@@ -11,20 +11,20 @@ from multiprocessing import resource_tracker
 
 from mythos.errors import log_messages
 
-# Forked, a worker would hold locks of threads (of the tokenizer, of CUDA) that do not exist in it.
+# A forked worker could inherit locks held by threads (of the tokenizer, of CUDA) that do not exist in it.
 START_METHOD = "spawn"
 
 
 def begin_worker() -> None:
-    """Set up the present process as a worker; to be called first in it."""
+    """Set up this process as a worker; the first call in it."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # Work is divided among processes, which share the cores.
+    # The cores are shared by the processes, so each uses one thread.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    with suppress(ModuleNotFoundError):  # which a run on tasks, that reads no files, does not need
+    with suppress(ModuleNotFoundError):  # a run on generated tasks reads no files and needs no pyarrow
         import pyarrow as pa
 
         pa.set_cpu_count(1)
-    # What was imported stays: looking through it for garbage again and again takes 2% of the time.
+    # Imported modules stay alive: searching them for garbage again and again would take 2% of the time.
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000)
@@ -32,7 +32,7 @@ def begin_worker() -> None:
 
 
 def _end_with_parent() -> None:
-    """End this process when its parent ends, even by SIGKILL and in the middle of a read that waits for a server."""
+    """End this process when its parent ends, even if that is killed, or if a read here is waiting for a server."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -40,13 +40,14 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def signals_held(*numbers: signal.Signals) -> Iterator[None]:
-    """These signals never reach processes started in here; this one sees them afterwards.
+def signals_blocked(*numbers: signal.Signals) -> Iterator[None]:
+    """Block signals while processes are started, which inherit the mask; this process gets the signals afterwards.
 
-    A terminal sends Ctrl-C to all processes of a job, and a scheduler SIGTERM or SIGUSR1: a run that then saves must
-    not lose those that read for it.
+    A terminal sends Ctrl-C to all processes of a job, and a scheduler SIGTERM or SIGUSR1: a run that then saves a
+    checkpoint still needs its workers.
     """
-    resource_tracker.ensure_running()  # started by the first worker, it would let the signal through
+    # Started here, because one started later by the first worker would unblock the signals.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield

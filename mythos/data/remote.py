@@ -1,13 +1,12 @@
-"""Files that are read over a network, by byte ranges, through faults that pass.
+"""Remote files, read by byte ranges, with retries for transient network faults.
 
-Own requests rather than fsspec's or huggingface_hub's: those retry a fixed number of times whatever the patience,
-list repositories without a timeout, and hand a body that is shorter than asked to the reader, as if data were corrupt.
+This module sends its own requests. Those of fsspec and huggingface_hub retry a fixed number of times whatever the
+patience, list repositories without a timeout, and return a body that is shorter than requested as if it were complete.
 """
 
 import errno
 import glob
 import io
-import json
 import logging
 import os
 import random
@@ -27,6 +26,7 @@ from huggingface_hub.errors import HfUriError
 from huggingface_hub.utils import httpx, parse_ratelimit_headers
 
 from mythos.errors import MythosError, short_reason, without_credentials
+from mythos.files.text import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -36,14 +36,14 @@ FIRST_DELAY = 0.5  # seconds
 LONGEST_DELAY = 30.0  # seconds
 WARN_EVERY = 30.0  # seconds
 BUFFER_BYTES = 2**20
-LEAST_RATE = 2**15  # bytes a second; a server that stays below it is as good as gone, and another attempt may do better
-PAGE_BYTES = 2**17  # about what a page of a listing has, 1,000 files
-MOST_PAGE_BYTES = 2**26  # and what it never has
+LEAST_RATE = 2**15  # bytes a second; a server below it is treated as unreachable: another attempt may be faster
+PAGE_BYTES = 2**17  # typical page of a listing, 1,000 files
+MOST_PAGE_BYTES = 2**26  # a longer answer is not a listing
 MOST_REDIRECTS = 5  # the hub needs two: a renamed repository, then the store of its large files
-LONGEST_ASKED_WAIT = 10.0**6  # seconds; what is asked for beyond is no number to calculate with
+LONGEST_ASKED_WAIT = 10.0**6  # seconds; larger requests are cut to this, before they overflow arithmetic
 
 _TRANSIENT_STATUS = (408, 425, 429)  # and 500 and above
-# What the network does under other libraries' file systems; their errors share no base class. (module, class)
+# Network errors of other libraries' file systems, which share no base class: (module, class).
 _FOREIGN = {
     ("aiohttp", "ClientError"),
     ("botocore", "HTTPClientError"),
@@ -53,13 +53,13 @@ _FOREIGN = {
 _LOCAL_FAULTS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 _LOCAL_CODES = (errno.ENOSPC, errno.EROFS, errno.EMFILE, errno.ENFILE)
 
-# Not the global generator: waiting must not change what a seeded run draws.
+# Not the global generator: a retry must not change what a seeded run draws.
 _jitter = random.SystemRandom()
 _last_warning = -WARN_EVERY
 
 
 class Unreachable(MythosError):
-    """Something stayed unreachable for longer than the patience; nothing is wrong with the data."""
+    """A server stayed unreachable for longer than the patience; nothing is wrong with the data."""
 
 
 def is_remote(path: str) -> bool:
@@ -68,19 +68,19 @@ def is_remote(path: str) -> bool:
 
 
 def persist(action: Callable[[], T], what: str, patience: float) -> T:
-    """Run an action again until the network lets it through.
+    """Run an action, and retry it after transient network faults.
 
-    Waits grow from 0.5 to 30 s, with jitter; where the server says how long to wait (Retry-After, the hub's RateLimit),
-    at least that long.
+    Waits grow from 0.5 to 30 s, with jitter, and are at least as long as the server asks for (Retry-After, the hub's
+    RateLimit).
 
     Args:
-        action: what to do; run again from its start after each transient failure.
-        what: names it in messages, with its URL.
-        patience: seconds from the beginning of the first failed attempt on; a last attempt is made when they are over.
+        action: the action; a retry runs it from its start.
+        what: its name in messages, with its URL.
+        patience: seconds from the start of the first failed attempt to the last retry.
 
     Raises:
-        Unreachable: it still failed when the patience was over.
-        MythosError: it can never succeed (not found, access refused).
+        Unreachable: the last retry failed.
+        MythosError: it cannot succeed (not found, access refused).
     """
     what = without_credentials(what)
     first_failure: float | None = None
@@ -110,7 +110,7 @@ def persist(action: Callable[[], T], what: str, patience: float) -> T:
 def remote_files(pattern: str, patience: float) -> list[tuple[str, int]]:
     """Expand a URL or a glob of URLs to sorted (url, size in bytes).
 
-    hf:// and the file systems of fsspec (s3://, gs://, ...) can be globbed; http(s):// names one file.
+    Globs work for hf:// and the file systems of fsspec (s3://, gs://, ...); http(s):// names one file.
 
     Raises:
         MythosError: nothing matches, the URL is malformed, or the package that reads its scheme is not installed.
@@ -133,12 +133,12 @@ def remote_files(pattern: str, patience: float) -> list[tuple[str, int]]:
 
 
 def open_remote(url: str, size: int, patience: float) -> io.BufferedReader:
-    """Open a remote file of known size for reading; it is seekable and nothing is fetched before the first read.
+    """Open a remote file of known size for reading. It is seekable; the first request is that of the first read.
 
-    A read beyond 1 MiB is one request for exactly these bytes; smaller ones come from a buffer of 1 MiB.
+    A read of more than 1 MiB is one request for exactly these bytes; smaller ones go through a buffer of 1 MiB.
 
-    Reading raises Unreachable when a range could not be had within ``patience`` seconds, and MythosError when the file
-    is gone, refused, or no longer of this size.
+    Reading raises Unreachable if a range did not arrive within ``patience`` seconds, and MythosError if the file is
+    missing, access is refused, or its size has changed.
     """
     return _RemoteReader(_RemoteFile(url, size, patience))
 
@@ -172,11 +172,11 @@ def hub_json(route: str, patience: float) -> tuple[Any, str]:
         patience: seconds.
 
     Raises:
-        MythosError: it does not exist or is not accessible; ``__cause__`` holds the answer.
+        MythosError: it does not exist or is not accessible; the ``response`` of ``__cause__`` is the answer.
         Unreachable: no answer within ``patience`` seconds.
     """
     url = constants.ENDPOINT + route if route.startswith("/") else route
-    # Another host may name the next page, but the token is the hub's.
+    # The next page may be on another host, which must not get the hub's token.
     is_hub = _origin(httpx.URL(url)) == _origin(httpx.URL(constants.ENDPOINT))
 
     def ask() -> tuple[Any, str]:
@@ -187,8 +187,8 @@ def hub_json(route: str, patience: float) -> tuple[Any, str]:
                 raise MythosError(f"{url}: the answer has more than {MOST_PAGE_BYTES} bytes; this is no hub")
             following = response.links.get("next", {}).get("url", "")
             try:
-                return json.loads(data), str(response.url.join(following)) if following else ""
-            except (ValueError, RecursionError) as error:  # half an answer, or the page of a proxy
+                return parse_json(data), str(response.url.join(following)) if following else ""
+            except ValueError as error:  # a truncated answer, or the page of a proxy
                 raise OSError(f"the answer is not JSON: {short_reason(error)}") from error
 
         return _get(url, _headers(is_hub), PAGE_BYTES, patience, read)
@@ -197,7 +197,7 @@ def hub_json(route: str, patience: float) -> tuple[Any, str]:
 
 
 class _RemoteFile(io.RawIOBase):
-    """Reads byte ranges; knows its position and its size, and keeps no data."""
+    """An unbuffered reader of byte ranges."""
 
     def __init__(self, url: str, size: int, patience: float) -> None:
         self.name = url
@@ -207,12 +207,12 @@ class _RemoteFile(io.RawIOBase):
         self._fetch = _range_reader(url, size, patience)
 
     def fetch(self, start: int, length: int) -> bytes:
-        """Exactly these bytes, however often they must be asked for."""
+        """Exactly these bytes, with retries."""
 
         def action() -> bytes:
             data = self._fetch(start, length)
             if len(data) != length:
-                raise OSError(f"the answer holds {len(data)} of {length} bytes")
+                raise OSError(f"the answer has {len(data)} of {length} bytes")
             return data
 
         return persist(action, f"{self.name}, bytes {start} to {start + length}", self._patience)
@@ -242,7 +242,7 @@ class _RemoteFile(io.RawIOBase):
 
 
 class _RemoteReader(io.BufferedReader):
-    """Makes a large read one request: the base class would ask for what exceeds whole buffers by itself."""
+    """Sends one request for a large read; the base class would send a second for the rest beyond whole buffers."""
 
     raw: _RemoteFile
 
@@ -261,7 +261,7 @@ class _RemoteReader(io.BufferedReader):
 
 
 def _range_reader(url: str, size: int, patience: float) -> Callable[[int, int], bytes]:
-    """What reads ``length`` bytes from ``start`` on, in one attempt."""
+    """A function that reads ``length`` bytes from ``start`` on, in one attempt."""
     scheme = url.partition("://")[0].lower()
     if scheme in ("http", "https"):
         return lambda start, length: _http_range(url, url, size, start, length, _headers(), patience)
@@ -272,7 +272,7 @@ def _range_reader(url: str, size: int, patience: float) -> Callable[[int, int], 
     filesystem, path = _fsspec(url)
 
     def read(start: int, length: int) -> bytes:
-        # Only file systems that run on an event loop take a limit, and only these talk to servers.
+        # Only file systems that run on an event loop take a timeout, and only these talk to servers.
         limit = {"timeout": _limit(length, patience)} if filesystem.async_impl else {}
         return filesystem.cat_file(path, start=start, end=start + length, **limit)
 
@@ -295,8 +295,8 @@ def _http_range(
             )
         if int(place[2]) != size:
             raise MythosError(
-                f"{url} holds {place[2]} bytes where {size} were listed: it was changed on the server. Restore it, or "
-                "start a run with a name of its own."
+                f"{url} has {place[2]} bytes where {size} were listed: it was changed on the server. Restore it, or "
+                "start a new run (another run.name)."
             )
         if int(place[1]) != start:
             raise OSError(f"the answer begins at byte {place[1]}")
@@ -308,7 +308,7 @@ def _http_range(
 def _http_size(url: str, patience: float) -> int:
     def read(response: httpx.Response) -> int:
         total = re.fullmatch(r"bytes (?:0-0|\*)/([0-9]{1,18})", response.headers.get("Content-Range", ""))
-        if response.status_code in (206, 416) and total:  # 416 is what an empty file answers
+        if response.status_code in (206, 416) and total:  # an empty file answers 416
             return int(total[1])
         response.raise_for_status()
         raise MythosError(f"{url}: the server does not serve byte ranges. Download the file and give its path instead.")
@@ -317,10 +317,10 @@ def _http_size(url: str, patience: float) -> int:
 
 
 def _get(url: str, headers: dict[str, str], length: int, patience: float, read: Callable[[httpx.Response], T]) -> T:
-    """Ask once for about ``length`` bytes and return what ``read`` makes of the answer.
+    """Send one request for about ``length`` bytes and return ``read`` of the response.
 
-    The library's timeouts start again with each byte that arrives, in the headers as in the body. So the exchange runs
-    in a thread, which is waited for only so long; closing its connection ends it. Raises TimeoutError.
+    httpx's timeouts restart with each byte that arrives, in headers and body. So the exchange runs in a thread, for
+    which this one waits a limited time; closing the connection then ends that thread. Raises TimeoutError.
     """
     session = _session(os.getpid())
 
@@ -343,18 +343,18 @@ def _get(url: str, headers: dict[str, str], length: int, patience: float, read: 
 
 
 def _grace(patience: float) -> float:
-    """Seconds that a server may take for what is no data: to be connected, to begin to answer."""
+    """Seconds that a server may take to accept a connection, or to begin to answer."""
     return max(min(constants.HF_HUB_DOWNLOAD_TIMEOUT, patience), 0.5)
 
 
 def _limit(length: int, patience: float) -> float:
-    """Seconds that an exchange of so many bytes may take: three waits (connection, redirect, answer), and the data."""
+    """Seconds that an exchange may take: a grace for connection, redirect and answer each, and time for the data."""
     return 3 * _grace(patience) + length / LEAST_RATE
 
 
 @contextmanager
 def _answer(session: httpx.Client, url: str, headers: dict[str, str], patience: float) -> Iterator[httpx.Response]:
-    """The answer at the end of all redirects, its body not yet read.
+    """The response after all redirects, its body not yet read.
 
     Raises MythosError for a redirect from https to anything else, and for too many.
     """
@@ -368,14 +368,14 @@ def _answer(session: httpx.Client, url: str, headers: dict[str, str], patience: 
                 response.history = history
                 yield response
                 return
-            _body(response, response.iter_raw(), BUFFER_BYTES, patience)  # so that the connection can be used again
+            _body(response, response.iter_raw(), BUFFER_BYTES, patience)  # so that the connection can be reused
         finally:
             response.close()
         history.append(response)
         if request.url.scheme == "https" != following.url.scheme:
             raise MythosError(
-                f"{url} redirects from https to {following.url}, which others on the way could read and change. Give "
-                "the address of the file itself."
+                f"{url} redirects from https to {following.url}, which others on the network could read and change. "
+                "Give the address of the file itself."
             )
         if _origin(request.url) != _origin(following.url):
             following.headers.pop("Authorization", None)
@@ -388,7 +388,7 @@ def _origin(url: httpx.URL) -> tuple[str, str, int | None]:
 
 
 def _body(response: httpx.Response, chunks: Iterable[bytes], most: int, patience: float) -> bytes:
-    """The body, or its first bytes where it has more than ``most``; raises OSError where it comes too slowly."""
+    """The body, cut after the chunk that exceeds ``most`` bytes; raises OSError if it arrives too slowly."""
     began = time.monotonic()
     grace = _grace(patience)
     data = bytearray()
@@ -416,25 +416,25 @@ def _hub_glob(pattern: str, patience: float) -> list[tuple[str, int]]:
     revision = place.revision or constants.DEFAULT_REVISION
     folder = re.split(r"[*?\[]", place.path_in_repo)[0].rpartition("/")[0]
     tree = hub_tree(place.type, place.id, revision, folder, patience)
-    known = {place.path_in_repo} & tree.keys() or [
+    paths = {place.path_in_repo} & tree.keys() or [
         path
         for reading in readings(place.path_in_repo, lambda start: any(path.startswith(start) for path in tree))
         for path in filter(re.compile(glob_translate(reading)).match, tree)
     ]
-    return [(hub_url(place.type, place.id, revision, path), tree[path]) for path in sorted(set(known))]
+    return [(hub_url(place.type, place.id, revision, path), tree[path]) for path in sorted(set(paths))]
 
 
 def readings(pattern: str, exists: Callable[[str], bool]) -> list[str]:
-    """The globs that a pattern may mean: names that exist stand for themselves, whatever characters they hold.
+    """The globs for which a pattern may stand: leading folders that exist are literal, even with a glob's characters.
 
     Args:
         pattern: a path with or without characters of a glob.
-        exists: whether there is a folder of that path, which ends with a slash.
+        exists: whether there is a folder of this path, which ends with a slash.
     """
     literal, rest = "", pattern
     while "/" in rest and exists(start := literal + rest[: rest.index("/") + 1]):
         literal, rest = start, pattern[len(start) :]
-    # Behind the first folder that does not exist a bracket may be either.
+    # After the first folder that does not exist, a bracket may be a glob or literal.
     return [glob.escape(literal) + reading for reading in {rest, rest.replace("[", "[[]")}]
 
 
@@ -449,12 +449,11 @@ def _fsspec_glob(pattern: str, patience: float) -> list[tuple[str, int]]:
 
     def ask() -> list[tuple[str, int]]:
         filesystem.invalidate_cache()
-        found: dict[str, Any] = {}
+        entries: dict[str, Any] = {}
         for reading in readings(path, filesystem.exists) if "[" in path else [path]:
-            found |= filesystem.glob(reading, detail=True)
-        return [
-            (filesystem.unstrip_protocol(name), info["size"]) for name, info in found.items() if info["type"] == "file"
-        ]
+            entries |= filesystem.glob(reading, detail=True)
+        files = {name: info["size"] for name, info in entries.items() if info["type"] == "file"}
+        return [(filesystem.unstrip_protocol(name), size) for name, size in files.items()]
 
     return persist(ask, pattern, patience)
 
@@ -466,24 +465,25 @@ def _fsspec(url: str) -> tuple[Any, str]:
         return fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
         raise MythosError(
-            f"{url} cannot be read: {short_reason(error)}. Install what that says, or copy the files to a local folder."
+            f"{url} cannot be read: {short_reason(error)}. Install the package that this names, or copy the files to a "
+            "local folder."
         ) from error
 
 
 @cache
 def _session(process: int) -> httpx.Client:
-    """One pool of connections a process; a forked one must not talk on its parent's."""
+    """One pool of connections per process; a forked one must not use its parent's."""
     return httpx.Client(timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
 
 
 def _headers(is_hub: bool = False) -> dict[str, str]:
     if is_hub and constants.is_offline_mode():
         raise MythosError(
-            "HF_HUB_OFFLINE is set, so the hub is not asked. Unset it, or use local files (data.kind: files)."
+            "HF_HUB_OFFLINE is set, so the hub is not used. Unset it, or use local files (data.kind: files)."
         )
     headers = {"Accept-Encoding": "identity"}  # a compressed body would not have the length of the range
     if is_hub:
-        # Not the library's build_hf_headers, which asks the hub for a list of agents and may wait for it for ever.
+        # Not huggingface_hub's build_hf_headers: it requests a list of agents from the hub, without a timeout.
         headers["User-Agent"] = f"mythos; hf_hub/{huggingface_hub.__version__}"
         if not constants.HF_HUB_DISABLE_IMPLICIT_TOKEN and (token := get_token()):
             headers["Authorization"] = f"Bearer {token}"
@@ -491,7 +491,7 @@ def _headers(is_hub: bool = False) -> dict[str, str]:
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """An error and what caused it: libraries wrap those of the network in errors of their own."""
+    """An error and its causes: libraries wrap network errors in their own."""
     chain = [error]
     while (cause := chain[-1].__cause__) is not None and cause not in chain:
         chain.append(cause)
@@ -510,7 +510,7 @@ def _is_transient(error: BaseException) -> bool:
         return False
     for link in chain:
         if status := _status(link):
-            # Behind a redirect 403 means that the signed address is too old; the next attempt gets a fresh one.
+            # After a redirect 403 means that the signed address has expired; the next attempt gets a fresh one.
             expired = status == 403 and getattr(getattr(link, "response", None), "history", None)
             return status >= 500 or status in _TRANSIENT_STATUS or bool(expired)
     if any(type(link).__name__ == "OfflineModeIsEnabled" for link in chain):
@@ -529,7 +529,7 @@ def _is_network_fault(error: BaseException) -> bool:
 
 
 def _raise_permanent(error: BaseException, what: str) -> None:
-    """Raise what a person can act on for the known errors that no waiting heals."""
+    """Raise a MythosError with advice for known errors that no retry cures; return for others."""
     status = next(filter(None, map(_status, _chain(error))), None)
     if isinstance(error, MythosError):
         return
@@ -556,7 +556,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _asked_wait(error: BaseException) -> float:
-    """Seconds that the server asks to be left alone; 0 where it does not."""
+    """Seconds that the server asks to wait before a retry; 0 if it does not ask."""
     for link in _chain(error):
         headers = getattr(getattr(link, "response", None), "headers", None) or getattr(link, "headers", None)
         if not headers:
@@ -569,7 +569,7 @@ def _asked_wait(error: BaseException) -> float:
             if re.fullmatch("[0-9]+", value):
                 return min(float(value), LONGEST_ASKED_WAIT)
             return max(0.0, parsedate_to_datetime(value).timestamp() - time.time()) if value else 0.0
-        except (ValueError, TypeError, OverflowError, OSError):  # neither a number nor a date, or one of no calendar
+        except (ValueError, TypeError, OverflowError, OSError):  # neither a number nor a possible date
             return 0.0
     return 0.0
 

@@ -1,4 +1,4 @@
-"""Documents as token ids: what streams walk, whether text is tokenized on the way or was before."""
+"""Sources of tokenized documents, which streams read: text tokenized on the fly, or pre-tokenized shards."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,7 +20,7 @@ from mythos.data.corpus import (
 from mythos.data.tokenizer import Tokenizer
 from mythos.data.tokens import TokenSource
 
-# Documents tokenized by one call: nearly as fast as more, and little to wait for at the start.
+# Documents tokenized by one call: nearly as fast as more, with a short wait for the first batch.
 TOKENIZE_DOCUMENTS = 16
 
 
@@ -28,9 +28,9 @@ class Source(Protocol):
     """Shards of tokenized documents.
 
     Attributes:
-        shards: what each shard is called in messages.
-        sizes: how much text each shard holds, in any unit; streams are given about as much each.
-        identity: what a saved position belongs to, plain values: corpus, tokenizer, share held out.
+        shards: name of each shard, for messages.
+        sizes: amount of text in each shard, in any unit; every stream is dealt about as much.
+        identity: the data in which a saved position is valid, as plain values: corpus, tokenizer, share held out.
     """
 
     shards: list[str]
@@ -42,17 +42,17 @@ class Source(Protocol):
         ...
 
     def held_out(self) -> Iterator[tuple[list[int], list[int]]]:
-        """Yield the ids (without end-of-document token) and their exact bytes of text, of every held-out document."""
+        """Yield, for every held-out document, its ids (no end-of-document token) and the exact bytes of each."""
         ...
 
 
 class TextSource:
-    """A corpus, tokenized as it is read.
+    """A corpus that is tokenized as it is read; see :class:`Source`.
 
     Args:
         corpus: the documents.
-        tokenizer: what they are tokenized with.
-        holdout_fraction: share of documents left to validation, by content hash.
+        tokenizer: the run's.
+        holdout_fraction: share of documents reserved for validation, by content hash.
     """
 
     def __init__(self, corpus: Corpus, tokenizer: Tokenizer, holdout_fraction: float) -> None:
@@ -89,7 +89,7 @@ class TextSource:
                 yield index, np.array(ids, dtype=np.int32)
 
     def held_out(self) -> Iterator[tuple[list[int], list[int]]]:
-        """Yield the ids (without end-of-document token) and their exact bytes of text, of every held-out document."""
+        """Yield, for every held-out document, its ids (no end-of-document token) and the exact bytes of each."""
         for shard in in_fixed_order(len(self.shards)):
             for _, document in self.corpus.read(shard):
                 if isinstance(document, str) and content_hash(document) < self._limit:
@@ -107,7 +107,7 @@ def open_sources(
         tokenizer: the run's.
 
     Raises:
-        MythosError: pre-tokenized shards that are missing, damaged or of another tokenizer.
+        MythosError: pre-tokenized shards are missing, damaged or of another tokenizer.
     """
     holdout = holdout_fraction(config)
     sources: dict[str, tuple[Source, float]] = {}
@@ -126,9 +126,9 @@ def open_validation_sources(
     tokenizer: Tokenizer,
     option: str | None = None,
 ) -> dict[str, tuple[Source, float]]:
-    """Sources whose ``held_out`` documents are the validation set: the training sources, or files of its own.
+    """Sources whose ``held_out`` documents form the validation set: the training sources, or separate files.
 
-    `option` is what messages call the field that names these where a script's option gave it.
+    `option` is the command-line option that named the files, for messages; None for the configuration.
     """
     corpus = open_validation(config, option)
     return dict(sources) if corpus is None else {"validation": (TextSource(corpus, tokenizer, 1.0), 1.0)}

@@ -17,23 +17,23 @@ from mythos.data.corpus import SHARDS_PER_STREAM, Skipped
 from mythos.data.source import Source
 from mythos.errors import MythosError
 
-# Rows of a mixture that are drawn together: the weights hold in each block to within one row.
+# Rows of a mixture whose sources are drawn together: the shares in each block equal the weights to within one row.
 MIXTURE_BLOCK = 256
 
 
 class DifferentData(MythosError):
-    """A saved position is in other data than the configuration's."""
+    """A saved position belongs to other data than the configuration's."""
 
 
 class Batch(NamedTuple):
-    """Sequences of this rank, in ascending order of their global row.
+    """Sequences of this rank, in ascending order of their rows in the global batch.
 
     Attributes:
         ids: int64 (rows, sequence_length + 1); inputs are ``ids[:, :-1]``, targets ``ids[:, 1:]``.
-        document_ids: int32 (rows, sequence_length), the document of every input counted from 0 in each row, or None.
-            An end-of-document token belongs to the document that it ends.
-        rows: int64 (rows,), row g of the global batch: slot g // streams of stream g % streams.
-        targets: int64 (rows, sequence_length), -100 where nothing is asked for, or None: the next ids.
+        document_ids: int32 (rows, sequence_length), number of each input's document, counted from 0 in each row, or
+            None. An end-of-document token belongs to the document that it ends.
+        rows: int64 (rows,), rows of the global batch; row g is slot g // streams of stream g % streams.
+        targets: int64 (rows, sequence_length), -100 for positions without a target; None if targets are the next ids.
     """
 
     ids: Tensor
@@ -43,7 +43,7 @@ class Batch(NamedTuple):
 
 
 class Position(NamedTuple):
-    """A document of a stream: the epoch, the place in that epoch's order of its parts, and the row in the part."""
+    """Position of a document in a stream: epoch, index into that epoch's order of the parts, row in the part."""
 
     epoch: int
     part: int
@@ -61,9 +61,9 @@ class Part(NamedTuple):
 def deal_parts(sizes: Sequence[int], streams: int, seed: int) -> list[list[Part]]:
     """Deal the shards to the streams, each row of each shard to exactly one stream.
 
-    Parts go, the largest first and equal ones in an order drawn by the seed, to the stream that has least. Where whole
-    shards leave some stream with a quarter of the fair share more than another, so that its epochs would be that much
-    longer, large shards are split into parts of every k-th row, as few as it takes.
+    Greedy: the parts go, largest first (equal ones in an order drawn by the seed), to the stream with the least data.
+    If whole shards would leave two streams more than a quarter of the fair share apart, so that the epochs of one would
+    be that much longer, large shards are split into parts of every k-th row, with the smallest k that suffices.
 
     Args:
         sizes: size of every shard, in bytes or any other unit.
@@ -73,24 +73,25 @@ def deal_parts(sizes: Sequence[int], streams: int, seed: int) -> list[list[Part]
     Returns:
         the parts of every stream.
     """
-    # Whole numbers (sizes in thousandths), so that the deal is the same on every machine.
+    # Integers (sizes in thousandths), so that the result is the same on every machine.
     sizes = [1000 * max(size, 1) for size in sizes]
     total = sum(sizes)
     for parts_per_stream in range(1, SHARDS_PER_STREAM + 1):
+        # Split every shard so that its parts have at most the fair share / parts_per_stream.
         steps = [-(-size * parts_per_stream * streams // total) for size in sizes]
         parts = [
             (-size // step, Part(shard, first, step))
             for shard, (size, step) in enumerate(zip(sizes, steps, strict=True))
             for first in range(step)
         ]
-        drawn = [parts[index] for index in permutation(len(parts), f"deal/{seed}")]
+        shuffled = [parts[index] for index in permutation(len(parts), f"deal/{seed}")]
         dealt: list[list[Part]] = [[] for _ in range(streams)]
-        least = [(0, stream) for stream in range(streams)]
-        for negative_size, part in sorted(drawn, key=lambda sized: sized[0]):
-            load, stream = least[0]
+        heap = [(0, stream) for stream in range(streams)]  # (size dealt so far, stream)
+        for negative_size, part in sorted(shuffled, key=lambda sized: sized[0]):
+            load, stream = heap[0]
             dealt[stream].append(part)
-            heapreplace(least, (load - negative_size, stream))
-        loads = [load for load, _ in least]
+            heapreplace(heap, (load - negative_size, stream))
+        loads = [load for load, _ in heap]
         if max(loads) - min(loads) <= total // (SHARDS_PER_STREAM * streams):
             break
     return dealt
@@ -99,8 +100,8 @@ def deal_parts(sizes: Sequence[int], streams: int, seed: int) -> list[list[Part]
 def permutation(size: int, key: str) -> list[int]:
     """A permutation of 0..size-1 that depends on the key alone.
 
-    Sorted by hash and not by a random generator, whose sequence may change with the library's version: a run that
-    resumes after an upgrade must go on with the same order.
+    It sorts by hash: a library's random generator may change with its version, and a run that resumes after an upgrade
+    must continue in the same order.
     """
     return sorted(range(size), key=lambda index: _hash(f"{key}/{index}"))
 
@@ -110,11 +111,11 @@ def _hash(key: str) -> bytes:
 
 
 def drawn_source(weights: tuple[float, ...], seed: int, row: int) -> int:
-    """Index of the source that a row of a mixture is taken from: a function of the arguments alone.
+    """Index of the source from which a row of a mixture is taken: a function of the arguments alone.
 
     ``row`` counts global rows since the start of the run: sequence n of stream s is row n * streams + s. Rows are drawn
-    in blocks of 256 by stratified sampling with one random offset, so that each block holds the weights to within one
-    row and none is favoured in the long run.
+    in blocks of 256 by stratified sampling with one random offset, so that the shares in each block equal the weights
+    to within one row, and exactly in expectation.
     """
     block, place = divmod(row, MIXTURE_BLOCK)
     strata, offset = _mixture_block(seed, block)
@@ -130,7 +131,7 @@ def _mixture_block(seed: int, block: int) -> tuple[list[int], float]:
 
 
 class Walk:
-    """One endless walk over parts of a source: every epoch in a new order, every document once."""
+    """An endless reader of a stream's parts of one source: every document once per epoch, each epoch in a new order."""
 
     def __init__(self, name: str, index: int, parts: list[Part], source: Source, seed: int) -> None:
         self.name = name
@@ -141,22 +142,22 @@ class Walk:
         self.seek(Position(0, 0, 0), 0, Counter())
 
     def seek(self, position: Position, offset: int, skipped: Mapping[str, int]) -> None:
-        """Continue at token ``offset`` of the document at ``position``, before which rows were left out."""
+        """Continue at token ``offset`` of the document at ``position``; ``skipped`` counts rows skipped before it."""
         self._start = position
         self._offset = offset
         self._available = -offset
         self._skipped = Counter(skipped)
         self._queue: deque[tuple[Position, np.ndarray, dict[str, int]]] = deque()
-        # Made when first needed: a walk that has not begun can be sent to another process.
+        # Created at the first `take`: generators cannot be pickled, and walks are sent to worker processes.
         self._documents: Iterator[tuple[Position, np.ndarray, dict[str, int]]] | None = None
 
     def tell(self) -> tuple[Position, int, dict[str, int]]:
-        """Position of the next token that :meth:`take` has not consumed, and what was left out before it."""
+        """Position and offset of the next token to consume, and counts of the rows skipped before it, by kind."""
         position, _, skipped = self._queue[0] if self._queue else (self._start, None, dict(self._skipped))
         return position, self._offset, skipped
 
     def take(self, count: int) -> np.ndarray:
-        """Consume ``count`` tokens and return them together with the one that follows, int32 (count + 1,)."""
+        """Consume ``count`` tokens; return them and the token after them, int32 (count + 1,)."""
         if self._documents is None:
             self._documents = self._walk(self._start)
         while self._available < count + 1:
@@ -180,7 +181,9 @@ class Walk:
 
     def _walk(self, start: Position) -> Iterator[tuple[Position, np.ndarray, dict[str, int]]]:
         epoch, part, row = start
-        found = True  # what came before the start is not known to be nothing
+        # Whether this epoch has had a document. A resumed epoch may have had some before the start, so finding none in
+        # the rest of it is no error.
+        any_document = True
         while True:
             order = permutation(len(self._parts), f"epoch/{self._seed}/{self._index}/{epoch}")
             for place in range(part, len(order)):
@@ -189,21 +192,21 @@ class Walk:
                     if isinstance(document, Skipped):
                         self._skipped[document.value] += 1
                         continue
-                    found = True
+                    any_document = True
                     yield Position(epoch, place, (index - first) // step), document, dict(self._skipped)
                 row = 0
-            if not found:
+            if not any_document:
                 raise MythosError(
                     f"data: stream {self._index} has read all of its {len(self._parts)} parts of {self.name} and found "
-                    f"no training document (left out so far: {dict(self._skipped)}). Give more text, or set "
+                    f"no training document (skipped so far: {dict(self._skipped)}). Give more text, or set "
                     "data.streams lower than the number of documents, or check data.text_column, data.filters and "
                     "data.validation.fraction."
                 )
-            epoch, part, found = epoch + 1, 0, False
+            epoch, part, any_document = epoch + 1, 0, False
 
 
 class _Stream:
-    """One stream: a walk over every source, and the count of sequences by which a mixture chooses among them."""
+    """One stream: a walk over every source, and the number of sequences taken, which selects a mixture's source."""
 
     def __init__(self, index: int, walks: list[Walk]) -> None:
         self.index = index
@@ -212,23 +215,23 @@ class _Stream:
 
 
 class TokenStreams:
-    """Endless packed sequences, the same global batches at every world size.
+    """Endless packed sequences; the global batches are the same at every world size.
 
-    ``streams`` logical streams each own a fixed share of every source's documents (:func:`deal_parts`) and walk it once
-    per epoch of their own, so that over an epoch of all streams every training document is read exactly once.
-    Documents end with the end-of-document token and are packed without padding; the last id of a sequence is the first
-    of what the stream takes next from that source, so every token but the very first is a target exactly once. With
-    several sources, each sequence comes from one (:func:`drawn_source`).
+    Each logical stream owns a fixed share of every source's documents (:func:`deal_parts`) and reads it once per epoch
+    of its own, so that in an epoch of all streams every training document is read exactly once. Documents end with the
+    end-of-document token and are packed without padding. The last id of a sequence is also the first of the stream's
+    next sequence from that source, so every token but the very first is a target exactly once. With several sources,
+    each sequence comes from one (:func:`drawn_source`).
 
-    Stream i belongs to rank i % world_size. A rank's share is divided among worker processes in the same way: worker w
-    of W on rank r holds what rank r + w * world_size of world_size * W would.
+    Stream i belongs to rank i % world_size. A rank's streams are divided among its worker processes in the same way:
+    worker w of W on rank r has those that rank r + w * world_size of world_size * W would have.
 
     Args:
         sources: sources and their weights by name.
-        streams: number S of streams.
+        streams: number of streams.
         sequence_length: inputs of a sequence.
         seed: seed of the order.
-        eos_id: end-of-document token, given to number the documents of every sequence; None leaves them out.
+        eos_id: end-of-document token, needed to number the documents of every sequence; None = no document ids.
         rank: this process.
         world_size: number of processes.
     """
@@ -266,7 +269,7 @@ class TokenStreams:
         }
 
     def share(self, worker: int, workers: int) -> "TokenStreams":
-        """The streams of one of this rank's worker processes, at the position of these."""
+        """The streams of one of this rank's worker processes, at the same position."""
         share = TokenStreams(
             self.sources,
             streams=self.streams,
@@ -283,12 +286,12 @@ class TokenStreams:
         """Consume ``slots`` sequences of each of these streams: int32 ids (rows, L + 1), and int64 rows (rows,).
 
         Raises:
-            MythosError: a stream without training documents, or (``on_error: fail``) one that cannot be read.
+            MythosError: a stream has no training documents, or (``on_error: fail``) cannot be read.
         """
-        taken = np.stack([self._next_sequences(stream, slots) for stream in self._local], axis=1)
+        sequences = np.stack([self._next_sequences(stream, slots) for stream in self._local], axis=1)
         indices = np.array([stream.index for stream in self._local])
         rows = np.arange(slots)[:, None] * self.streams + indices
-        return taken.reshape(-1, self.sequence_length + 1), rows.reshape(-1)
+        return sequences.reshape(-1, self.sequence_length + 1), rows.reshape(-1)
 
     def next_batch(self, slots: int) -> Batch:
         """Consume ``slots`` sequences of each of these streams: slots x streams / world_size rows.
@@ -299,7 +302,7 @@ class TokenStreams:
         return self.batch(*self.next_ids(slots))
 
     def batch(self, ids: np.ndarray, rows: np.ndarray) -> Batch:
-        """What :meth:`next_ids` of these streams, or of their shares, returned, as a batch in the order of the rows."""
+        """Turn results of :meth:`next_ids`, of these streams or of all their shares, into a batch ordered by row."""
         order = np.argsort(rows, kind="stable")
         tokens = torch.from_numpy(ids[order].astype(np.int64))
         documents = None if self.eos_id is None else number_documents(tokens, self.eos_id)
@@ -317,30 +320,30 @@ class TokenStreams:
 
     @property
     def skipped(self) -> dict[str, int]:
-        """What these streams have left out since the start of the run, by kind of :class:`Skipped`."""
+        """Rows that these streams have skipped since the start of the run, by kind of :class:`Skipped`."""
         return count_skipped(self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
-        """Position after what :meth:`next_batch` has returned, of these streams; plain JSON.
+        """Position of these streams after the last :meth:`next_batch`; plain JSON.
 
-        By stream: ``sequences`` consumed, ``positions`` as [epoch, part, row, tokens of that row consumed] by source,
-        and what was ``skipped`` by source. :func:`merge_states` joins the states of several ranks; together they load
-        at any world size.
+        By stream: ``sequences`` consumed; by source ``positions`` [epoch, part, row, tokens of that row consumed] and
+        numbers of rows ``skipped``. :func:`merge_states` joins the states of all ranks into one that loads at any world
+        size.
         """
         state: dict[str, Any] = {"sequences": {}, "positions": {}, "skipped": {}}
         for stream in self._local:
             key = str(stream.index)
-            told = {walk.name: walk.tell() for walk in stream.walks}
+            by_source = {walk.name: walk.tell() for walk in stream.walks}
             state["sequences"][key] = stream.sequences
-            state["positions"][key] = {name: [*position, offset] for name, (position, offset, _) in told.items()}
-            state["skipped"][key] = {name: skipped for name, (_, _, skipped) in told.items()}
+            state["positions"][key] = {name: [*position, offset] for name, (position, offset, _) in by_source.items()}
+            state["skipped"][key] = {name: skipped for name, (_, _, skipped) in by_source.items()}
         return {**self.identity, **state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly after the batch that ``state`` was taken after. The weights of a mixture may have changed.
+        """Continue exactly after the batch after which ``state`` was saved. The weights of a mixture may have changed.
 
         Raises:
-            DifferentData: the state is of other sources, another tokenizer, seed or number of streams.
+            DifferentData: the state belongs to other sources, another tokenizer, seed or number of streams.
             MythosError: it lacks some of these streams.
         """
         different = list(_differences(state, self.identity))
@@ -367,19 +370,19 @@ def _differences(saved: dict[str, Any], here: dict[str, Any]) -> Iterator[str]:
     for key in ("streams", "seed"):
         if saved.get(key) != here[key]:
             yield f"{key} was {saved.get(key)}, is {here[key]}"
-    then, now = saved.get("sources", {}), here["sources"]
-    if then.keys() != now.keys():
-        yield f"sources were {', '.join(then) or 'none'}, are {', '.join(now)}"
+    before, now = saved.get("sources", {}), here["sources"]
+    if before.keys() != now.keys():
+        yield f"sources were {', '.join(before) or 'none'}, are {', '.join(now)}"
         return
     for name, identity in now.items():
-        of = f" of {name}" if len(now) > 1 else ""
+        of_source = f" of {name}" if len(now) > 1 else ""
         for key, value in identity.items():
-            if then[name].get(key) != value:
-                yield f"{key}{of} was {then[name].get(key)}, is {value}"
+            if before[name].get(key) != value:
+                yield f"{key}{of_source} was {before[name].get(key)}, is {value}"
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Join the states of ranks or workers that hold different streams."""
+    """Join the states of ranks or workers, each with its own streams."""
     merged = dict(states[0])
     for key in ("sequences", "positions", "skipped"):
         merged[key] = {stream: value for state in states for stream, value in state[key].items()}
@@ -387,15 +390,15 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def count_skipped(state: dict[str, Any]) -> dict[str, int]:
-    """Rows left out since the start of the run, by kind of :class:`Skipped`, over the streams of a state."""
+    """Rows skipped since the start of the run by all streams of a state, by kind of :class:`Skipped`."""
     total: Counter[str] = Counter()
-    for of_stream in state["skipped"].values():
-        for of_source in of_stream.values():
-            total.update(of_source)
+    for by_source in state["skipped"].values():
+        for counts in by_source.values():
+            total.update(counts)
     return dict(total)
 
 
 def number_documents(ids: Tensor, eos_id: int) -> Tensor:
-    """Count, for every input, the ends of documents before it: int32 (rows, L) from ids (rows, L + 1)."""
+    """Number of documents that end before each input: int32 (rows, L) from ids (rows, L + 1)."""
     ends = (ids[:, :-1] == eos_id).int()
     return (ends.cumsum(1) - ends).int()

@@ -1,6 +1,9 @@
-"""Sequences of reasoning tasks, each a pure function of a key: their answers take a known number of sequential steps.
+"""Generated sequences of reasoning tasks, whose answers take a known number of sequential steps.
 
-Token 0 fills up sequences and is never asked for. All sequences of a call are made at once, in NumPy.
+A sequence is a function of a key alone. All sequences of a call are generated at once, in NumPy. Token 0 is padding and
+never a target.
+
+Shape suffixes: R rows (sequences), L tokens and Q queries of a sequence, N symbols, W tokens of an expression.
 """
 
 import hashlib
@@ -20,6 +23,7 @@ from mythos.data.stream import Batch
 from mythos.errors import MythosError
 from mythos.model import IGNORE_INDEX
 
+# Increment and multipliers of SplitMix64.
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
@@ -29,7 +33,7 @@ class Sequences(NamedTuple):
 
     Attributes:
         inputs: int32 (rows, length).
-        targets: int32 (rows, length): the answer where one is asked for, -100 elsewhere.
+        targets: int32 (rows, length): the answer at positions that are asked for one, -100 elsewhere.
     """
 
     inputs: np.ndarray
@@ -39,8 +43,8 @@ class Sequences(NamedTuple):
 def mixed(values: np.ndarray) -> np.ndarray:
     """64 well-mixed bits of every value: uint64 to uint64 of the same shape (the finaliser of SplitMix64).
 
-    Written out and not taken from a library's generator, whose sequence may change with its version: a run that resumes
-    after an upgrade must go on with the same sequences.
+    Written out here, because a library's generator may change with its version, and a run that resumes after an upgrade
+    must continue with the same sequences.
     """
     with np.errstate(over="ignore"):
         values = values + _GOLDEN
@@ -50,7 +54,7 @@ def mixed(values: np.ndarray) -> np.ndarray:
 
 
 class Draws:
-    """Independent random bits for every row, in the order in which they are asked for.
+    """Independent random bits for every row. Each call draws new ones, so the order of calls matters.
 
     Args:
         keys: uint64 (rows,); equal keys draw equally.
@@ -77,18 +81,18 @@ class Draws:
 
 
 def make_sequences(task: TaskConfig, keys: np.ndarray, difficulty: int, length: int) -> Sequences:
-    """One sequence for each key.
+    """Generate one sequence for each key.
 
     Args:
-        task: what is asked for.
+        task: the task.
         keys: uint64 (rows,).
-        difficulty: number of sequential steps, any from 1 on that ``length`` holds.
-        length: tokens of a sequence; shorter ones are filled up at the end, or, where the steps follow one another in
-            the text (permutations, addition), with tokens of the task before and after, as many of each as it happens:
-            how much stands before a question must not tell its difficulty.
+        difficulty: number of sequential steps, at least 1.
+        length: tokens of a sequence. Longer than needed, it is padded at the end. In permutations and addition, whose
+            steps follow one another in the text, it is filled with random tokens of the task before and after the
+            questions instead, a random number of each: the number before a question must not reveal its difficulty.
 
     Raises:
-        ValueError: the text cannot ask for this difficulty, or the length does not hold it.
+        ValueError: the text cannot ask for this difficulty, or does not fit the length.
     """
     if not 1 <= difficulty <= task.hardest:
         raise ValueError(f"{task.name} of difficulty {difficulty}: it can be from 1 to {task.hardest}")
@@ -97,110 +101,116 @@ def make_sequences(task: TaskConfig, keys: np.ndarray, difficulty: int, length: 
             f"{task.name} of difficulty {difficulty} in {length} tokens: it takes {task.length(difficulty)}"
         )
     draws = Draws(keys)
-    inputs = np.zeros((len(keys), length), np.int32)
-    targets = np.full((len(keys), length), IGNORE_INDEX, np.int32)
-    _MAKERS[task.name](task, draws, difficulty, inputs, targets)
+    inputs_RL = np.zeros((len(keys), length), np.int32)
+    targets_RL = np.full((len(keys), length), IGNORE_INDEX, np.int32)
+    _GENERATORS[task.name](task, draws, difficulty, inputs_RL, targets_RL)
     if task.name in ("permutations", "addition"):
-        moved = draws.integers(length - task.length(difficulty) + 1, 1)  # from before the questions to behind them
-        order = (np.arange(length) + moved) % length
-        inputs, targets = (np.take_along_axis(array, order, axis=1) for array in (inputs, targets))
-    return Sequences(inputs, targets)
+        # The questions are at the end: rotate by a random number of the filling tokens before them.
+        moved_R1 = draws.integers(length - task.length(difficulty) + 1, 1)
+        order_RL = (np.arange(length) + moved_R1) % length
+        inputs_RL, targets_RL = (np.take_along_axis(array, order_RL, axis=1) for array in (inputs_RL, targets_RL))
+    return Sequences(inputs_RL, targets_RL)
 
 
-def _hops(task: TaskConfig, draws: Draws, difficulty: int, inputs: np.ndarray, targets: np.ndarray) -> None:
-    """Pairs of a symbol and its image, one token each, in random order; perhaps the number; the symbols to start from.
+def _hops(task: TaskConfig, draws: Draws, difficulty: int, inputs_RL: np.ndarray, targets_RL: np.ndarray) -> None:
+    """Follow a random permutation: its pairs (symbol, image), one token each, in random order, then the queries.
 
-    Tokens: symbols from 1, pairs after them, then what tells the number.
+    Before the queries there may be a token for the number of hops (`tell: number`), or after each query one mark per
+    hop (`tell: marks`). Tokens: 1.. symbols, then pairs, then marks or numbers.
     """
     size, symbol = task.symbols, 1
     pair = symbol + size
-    told = pair + size**2
-    image = draws.permutations(size)
-    order = draws.permutations(size)
-    start = draws.permutations(size)[:, : task.queries]
-    inputs[:, :size] = pair + order * size + np.take_along_axis(image, order, axis=1)
+    marker = pair + size**2
+    image_RN = draws.permutations(size)
+    order_RN = draws.permutations(size)
+    start_RQ = draws.permutations(size)[:, : task.queries]
+    inputs_RL[:, :size] = pair + order_RN * size + np.take_along_axis(image_RN, order_RN, axis=1)
     end = size
     if task.tell == "number":
-        inputs[:, end] = told + difficulty - 1
+        inputs_RL[:, end] = marker + difficulty - 1
         end += 1
-    # A query and, where hops are told by marks, so many of them; the last of these tokens is answered, or each mark is.
+    # A query has 1 token and, with marks, one more per hop. The last of these is answered, or (`ask: steps`) each mark.
     step = 1 + difficulty * (task.tell == "marks")
-    inputs[:, end : end + task.queries * step] = told
-    inputs[:, end : end + task.queries * step : step] = symbol + start
-    reached = start
+    inputs_RL[:, end : end + task.queries * step] = marker
+    inputs_RL[:, end : end + task.queries * step : step] = symbol + start_RQ
+    reached_RQ = start_RQ
     for hop in range(1, difficulty + 1):
-        reached = np.take_along_axis(image, reached, axis=1)
+        reached_RQ = np.take_along_axis(image_RN, reached_RQ, axis=1)
         if hop == difficulty or task.ask == "steps":
             answered = end + min(hop, step - 1)
-            targets[:, answered : end + task.queries * step : step] = symbol + reached
+            targets_RL[:, answered : end + task.queries * step : step] = symbol + reached_RQ
 
 
-def _mano(task: TaskConfig, draws: Draws, difficulty: int, inputs: np.ndarray, targets: np.ndarray) -> None:
-    """A random prefix expression of + - *, then the token that asks for its value.
+def _mano(task: TaskConfig, draws: Draws, difficulty: int, inputs_RL: np.ndarray, targets_RL: np.ndarray) -> None:
+    """Evaluate a random prefix expression of + - *, followed by the token = that asks for its value.
 
-    After Mano of the Physics of Language Models. Tokens: numbers from 1, then + - * and =. Each operation splits those
-    that are left evenly at random between its operands.
+    After Mano of the Physics of Language Models. Tokens: numbers from 1, then + - * and =. The operations below each
+    operation are split between its operands uniformly at random.
     """
-    rows, width = len(inputs), 2 * difficulty + 1
+    rows, width = len(inputs_RL), 2 * difficulty + 1
     number, operation = 1, 1 + task.modulus
-    values = draws.integers(task.modulus, width)
-    operations = draws.integers(3, width)
-    splits = draws.bits(width)
-    row = np.arange(rows)
-    # From the left: operations still to be written in each operand that is open.
-    stack, top = np.zeros((rows, width + 1), np.int64), np.zeros(rows, np.int64)
+    values_RW = draws.integers(task.modulus, width)
+    operations_RW = draws.integers(3, width)
+    splits_RW = draws.bits(width)
+    row_R = np.arange(rows)
+    # Left to right: a stack of the open operands, each with the number of operations still to be written in it.
+    stack, top_R = np.zeros((rows, width + 1), np.int64), np.zeros(rows, np.int64)
     stack[:, 0] = difficulty
-    is_operation = np.zeros((rows, width), bool)
+    is_operation_RW = np.zeros((rows, width), bool)
     for place in range(width):
-        left = stack[row, top]
-        inner = left > 0
-        is_operation[:, place] = inner
-        first = (splits[:, place] % np.maximum(left, 1).astype(np.uint64)).astype(np.int64)
-        stack[row, top] = np.where(inner, left - 1 - first, 0)  # the second operand, unless this one is complete
-        top += np.where(inner, 1, -1)
-        stack[row[inner], top[inner]] = first[inner]
-    inputs[:, :width] = np.where(is_operation, operation + operations, number + values)
-    # From the right: values of the operands that are complete.
-    held, depth = np.zeros((rows, width + 1), np.int64), np.zeros(rows, np.int64)
+        left_R = stack[row_R, top_R]
+        inner_R = left_R > 0
+        is_operation_RW[:, place] = inner_R
+        first_R = (splits_RW[:, place] % np.maximum(left_R, 1).astype(np.uint64)).astype(np.int64)
+        stack[row_R, top_R] = np.where(inner_R, left_R - 1 - first_R, 0)  # of the second operand; 0 after a number
+        top_R += np.where(inner_R, 1, -1)
+        stack[row_R[inner_R], top_R[inner_R]] = first_R[inner_R]
+    inputs_RL[:, :width] = np.where(is_operation_RW, operation + operations_RW, number + values_RW)
+    # Right to left: a stack of the values of complete operands.
+    results, depth_R = np.zeros((rows, width + 1), np.int64), np.zeros(rows, np.int64)
     for place in reversed(range(width)):
-        inner = is_operation[:, place]
-        a, b = held[row, depth - 1], held[row, depth - 2]
-        result = np.choose(operations[:, place], [a + b, a - b, a * b]) % task.modulus
-        depth += np.where(inner, -1, 1)
-        held[row, depth - 1] = np.where(inner, result, values[:, place])
-    inputs[:, width] = operation + 3
-    targets[:, width] = number + held[:, 0]
+        inner_R = is_operation_RW[:, place]
+        a_R, b_R = results[row_R, depth_R - 1], results[row_R, depth_R - 2]
+        result_R = np.choose(operations_RW[:, place], [a_R + b_R, a_R - b_R, a_R * b_R]) % task.modulus
+        depth_R += np.where(inner_R, -1, 1)
+        results[row_R, depth_R - 1] = np.where(inner_R, result_R, values_RW[:, place])
+    inputs_RL[:, width] = operation + 3
+    targets_RL[:, width] = number + results[:, 0]
 
 
-def _permutations(task: TaskConfig, draws: Draws, difficulty: int, inputs: np.ndarray, targets: np.ndarray) -> None:
-    """Elements in front; words, each of a token that begins it and its elements.
+def _permutations(
+    task: TaskConfig, draws: Draws, difficulty: int, inputs_RL: np.ndarray, targets_RL: np.ndarray
+) -> None:
+    """Multiply elements of a symmetric group: random elements as filling, then words, each a begin token and elements.
 
-    Asked for is the product of each word, at its end, or of each beginning of it too. As windows, there are elements
-    only, and asked for is the product of as many as the difficulty at each of the last elements. Tokens: elements from
-    1, then the beginning. The product of g and h is g first, then h.
+    The target is the product of each word, at its end, or (`ask: steps`) that of each of its prefixes. With `ask:
+    windows` there are elements only, and the target at each of the last `queries` elements is the product of the
+    `difficulty` elements up to it. Tokens: elements from 1, then the begin token. The product of g and h is g first,
+    then h.
     """
     element, begin = 1, 1 + task.elements
-    inputs[:] = element + draws.integers(task.elements, inputs.shape[1])
+    inputs_RL[:] = element + draws.integers(task.elements, inputs_RL.shape[1])
     table = multiplication_table(int(task.group[1]))
     if task.ask == "windows":
-        windows = np.lib.stride_tricks.sliding_window_view(inputs - element, difficulty, axis=1)[:, -task.queries :]
-        product = np.zeros(windows.shape[:2], np.int64)  # element 0 is the identity
+        windows = np.lib.stride_tricks.sliding_window_view(inputs_RL - element, difficulty, axis=1)
+        windows = windows[:, -task.queries :]  # (R, Q, difficulty)
+        product_RQ = np.zeros(windows.shape[:2], np.int64)  # element 0 is the identity
         for place in range(difficulty):
-            product = table[product, windows[:, :, place]]
-        targets[:, -task.queries :] = element + product
+            product_RQ = table[product_RQ, windows[:, :, place]]
+        targets_RL[:, -task.queries :] = element + product_RQ
         return
-    words, answers = _parts(inputs, task.queries, difficulty), _parts(targets, task.queries, difficulty)
+    words, answers = _parts(inputs_RL, task.queries, difficulty), _parts(targets_RL, task.queries, difficulty)
     words[:, :, 0] = begin
-    product = np.zeros(words.shape[:2], np.int64)
+    product_RQ = np.zeros(words.shape[:2], np.int64)
     for place in range(1, difficulty + 1):
-        product = table[product, words[:, :, place] - element]
+        product_RQ = table[product_RQ, words[:, :, place] - element]
         if place == difficulty or task.ask == "steps":
-            answers[:, :, place] = element + product
+            answers[:, :, place] = element + product_RQ
 
 
-def _parts(sequences: np.ndarray, count: int, size: int) -> np.ndarray:
-    """The ends of the sequences as so many parts of 1 + size tokens: a view (rows, count, 1 + size)."""
-    return sequences[:, sequences.shape[1] - count * (1 + size) :].reshape(-1, count, 1 + size)
+def _parts(sequences_RL: np.ndarray, count: int, size: int) -> np.ndarray:
+    """The last tokens of every sequence as `count` parts of 1 + size tokens: a view (rows, count, 1 + size)."""
+    return sequences_RL[:, sequences_RL.shape[1] - count * (1 + size) :].reshape(-1, count, 1 + size)
 
 
 @cache
@@ -211,28 +221,29 @@ def multiplication_table(points: int) -> np.ndarray:
     return np.array([[index[tuple(h[g[point]] for point in range(points))] for h in elements] for g in elements])
 
 
-def _addition(task: TaskConfig, draws: Draws, difficulty: int, inputs: np.ndarray, targets: np.ndarray) -> None:
-    """Digits in front; sums, each of a token that begins it and its numbers, the least digit first.
+def _addition(task: TaskConfig, draws: Draws, difficulty: int, inputs_RL: np.ndarray, targets_RL: np.ndarray) -> None:
+    """Add numbers: random digits as filling, then sums, each a begin token and its numbers, least digit first.
 
-    Asked for are the digits of a sum modulo 10^digits, at those of its last number, or of the sum so far at those of
-    each. Tokens: digits from 1, then the beginning.
+    The targets are the digits of the sum modulo 10^digits, at the digits of the last number, or (`ask: steps`) those of
+    the sum so far at the digits of each number. Tokens: digits from 1, then the begin token.
     """
     digit, begin, width = 1, 11, task.digits
-    inputs[:] = digit + draws.integers(10, inputs.shape[1])
-    sums, answers = (_parts(array, task.queries, width * difficulty) for array in (inputs, targets))
+    inputs_RL[:] = digit + draws.integers(10, inputs_RL.shape[1])
+    sums, answers = (_parts(array, task.queries, width * difficulty) for array in (inputs_RL, targets_RL))
     sums[:, :, 0] = begin
     powers = 10 ** np.arange(width)
+    # (R, Q, difficulty): the sum of the numbers up to each.
     totals = ((sums[:, :, 1:] - digit).reshape(-1, task.queries, difficulty, width) @ powers).cumsum(-1)
-    found = (digit + totals[..., None] // powers % 10).reshape(-1, task.queries, difficulty * width)
-    asked = found.shape[-1] if task.ask == "steps" else width
-    answers[:, :, -asked:] = found[:, :, -asked:]
+    digits = (digit + totals[..., None] // powers % 10).reshape(-1, task.queries, difficulty * width)
+    asked = digits.shape[-1] if task.ask == "steps" else width
+    answers[:, :, -asked:] = digits[:, :, -asked:]
 
 
-_MAKERS = {"hops": _hops, "mano": _mano, "permutations": _permutations, "addition": _addition}
+_GENERATORS = {"hops": _hops, "mano": _mano, "permutations": _permutations, "addition": _addition}
 
 
 def hardest(task: TaskConfig, step: int, steps: int) -> int:
-    """The highest difficulty that a step draws from; the ramp is a share of `steps`."""
+    """The highest difficulty drawn at a step; the ramp is a share of `steps`."""
     low, high = task.difficulty
     if step < task.ramp * steps:
         return low + int(step / (task.ramp * steps) * (high - low + 1))
@@ -240,9 +251,9 @@ def hardest(task: TaskConfig, step: int, steps: int) -> int:
 
 
 def slot_difficulties(task: TaskConfig, slots: int, seed: int, step: int, steps: int) -> list[int]:
-    """Difficulty of every slot of a step, shared by all streams: a function of the arguments alone.
+    """Difficulty of every slot of a step, the same for all streams: a function of the arguments alone.
 
-    The ramp is a share of `steps`. The slots of a step are drawn by stratified sampling in random order, as depths are.
+    The ramp is a share of `steps`. The slots of a step are drawn by stratified sampling in random order, like depths.
     """
     low, high = task.difficulty[0], hardest(task, step, steps)
     random = Random(f"difficulty/{seed}/{step}")
@@ -255,7 +266,7 @@ class TaskSet(NamedTuple):
 
     Attributes:
         ids: int64 (n, length).
-        targets: int64 (n, length), -100 where nothing is asked for.
+        targets: int64 (n, length), -100 for positions without a target.
         difficulties: int64 (n,).
     """
 
@@ -265,44 +276,45 @@ class TaskSet(NamedTuple):
 
 
 def task_set(task: TaskConfig, difficulties: Sequence[int], count: int, length: int, name: str) -> TaskSet:
-    """``count`` sequences of each of the difficulties, in their order: a function of the arguments alone.
+    """Generate ``count`` sequences of each of the difficulties, in their order: a function of the arguments alone.
 
     Args:
-        task: what is asked for.
-        difficulties: those wanted; may repeat.
+        task: the task.
+        difficulties: may repeat.
         count: sequences of each entry.
         length: tokens of a sequence.
-        name: sets of another name are drawn independently, as are those of training (a small task repeats itself).
+        name: sets of different names are drawn independently, and independently of training. (In a small task equal
+            sequences may still come up by chance.)
     """
-    made = [
+    parts = [
         make_sequences(task, sequence_keys(f"{name}/{index}", np.arange(count)), difficulty, length)
         for index, difficulty in enumerate(difficulties)
     ]
     return TaskSet(
-        torch.from_numpy(np.concatenate([sequences.inputs for sequences in made]).astype(np.int64)),
-        torch.from_numpy(np.concatenate([sequences.targets for sequences in made]).astype(np.int64)),
+        torch.from_numpy(np.concatenate([sequences.inputs for sequences in parts]).astype(np.int64)),
+        torch.from_numpy(np.concatenate([sequences.targets for sequences in parts]).astype(np.int64)),
         torch.tensor(difficulties).repeat_interleave(count),
     )
 
 
 def sequence_keys(name: str, numbers: np.ndarray) -> np.ndarray:
-    """Keys of numbered sequences: uint64, as many as the numbers, other ones for every name."""
+    """Keys of numbered sequences, uint64, different for every name."""
     base = np.frombuffer(hashlib.blake2b(name.encode(), digest_size=8).digest(), "<u8")
     return mixed(base) + numbers.astype(np.uint64)
 
 
 class TaskStreams:
-    """Endless sequences of a task, the same global batches at every world size.
+    """Endless sequences of a task; the global batches are the same at every world size.
 
     Sequence n of stream s is a function of (task, seed, n, s); its difficulty is that of slot n % slots of step
-    n // slots (:func:`slot_difficulties`). Stream i belongs to rank i % world_size, and shares are divided as
-    :class:`mythos.data.stream.TokenStreams` divides them.
+    n // slots (:func:`slot_difficulties`). Streams are divided among ranks and workers as in
+    :class:`mythos.data.stream.TokenStreams`.
 
     Args:
-        task: what is asked for.
-        streams: number S of streams.
+        task: the task.
+        streams: number of streams.
         slots: sequences of every stream in a step.
-        steps: steps of the schedule, which the ramp of the difficulty is a share of.
+        steps: steps of the schedule; the ramp of the difficulty is a share of them.
         sequence_length: tokens of a sequence.
         seed: seed of the sequences.
         rank: this process.
@@ -340,7 +352,7 @@ class TaskStreams:
         }
 
     def share(self, worker: int, workers: int) -> "TaskStreams":
-        """The streams of one of this rank's worker processes, at the position of these."""
+        """The streams of one of this rank's worker processes, at the same position."""
         share = TaskStreams(
             self.task,
             streams=self.streams,
@@ -360,35 +372,35 @@ class TaskStreams:
         step, first = divmod(self._consumed, slots)
         assert first == 0
         self._consumed += slots
-        made = []
+        batch = []
         for slot, difficulty in enumerate(slot_difficulties(self.task, slots, self.seed, step, self.steps)):
             numbers = (step * slots + slot) * self.streams + self._local
             keys = sequence_keys(f"train/{self.seed}", numbers)
-            made.append(np.stack(make_sequences(self.task, keys, difficulty, self.sequence_length), axis=1))
+            batch.append(np.stack(make_sequences(self.task, keys, difficulty, self.sequence_length), axis=1))
         rows = np.arange(slots)[:, None] * self.streams + self._local
-        return np.concatenate(made), rows.reshape(-1)
+        return np.concatenate(batch), rows.reshape(-1)
 
     def next_batch(self, slots: int) -> Batch:
         """Consume a step of these streams: slots x streams / world_size rows."""
         return self.batch(*self.next_ids(slots))
 
     def batch(self, ids: np.ndarray, rows: np.ndarray) -> Batch:
-        """What :meth:`next_ids` of these streams, or of their shares, returned, as a batch in the order of the rows."""
+        """Turn results of :meth:`next_ids`, of these streams or of all their shares, into a batch ordered by row."""
         order = np.argsort(rows, kind="stable")
         inputs, targets = torch.from_numpy(ids[order].astype(np.int64)).unbind(1)
         return Batch(F.pad(inputs, (0, 1)), None, torch.from_numpy(rows[order]), targets)
 
     def state_dict(self) -> dict[str, Any]:
-        """Position after what :meth:`next_batch` has returned; plain JSON that ``merge_states`` joins."""
+        """Position after the last :meth:`next_batch`; plain JSON that ``merge_states`` joins."""
         consumed = {str(stream): self._consumed for stream in self._local.tolist()}
         return {**self.identity, "sequences": consumed, "positions": {}, "skipped": {}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly after the batch that ``state`` was taken after.
+        """Continue exactly after the batch after which ``state`` was saved.
 
         Raises:
-            MythosError: the state is of another task or seed, or of other batches, or it lacks some of these streams.
-                What a step holds depends on its number, so there is no reading such data from its beginning.
+            MythosError: the state belongs to another task, seed or batch size, or it lacks some of these streams. The
+                sequences of a step depend on its number, so `data.on_mismatch=restart` cannot apply here.
         """
         different = [
             f"{name} was {state.get(name)}, is {value}"

@@ -1,15 +1,13 @@
-"""Tokenizing a corpus into the folder that :mod:`mythos.data.tokens` describes."""
+"""Tokenize a corpus into a folder of token shards; :mod:`mythos.data.tokens` describes the format."""
 
-import os
 import re
 import shutil
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -25,25 +23,24 @@ from mythos.data.tokens import (
     TOKENIZER,
     Shard,
     array_path,
-    aside,
+    read_checked,
     read_header,
     read_index,
-    read_json,
-    write_json,
+    write_checked,
 )
 from mythos.errors import MythosError, short_reason, without_credentials
-from mythos.files.local import is_full
+from mythos.files.local import remedy, replacing
 
 LEFT_FILE = re.compile(r"((plan|index|\d{5,})\.json|\d{5,}\.(tokens|documents|bytes)\.npy)\.\d+\.tmp")
 LEFT_FOLDER = re.compile(rf"\.{TOKENIZER}\.\d+")
-"""What a killed run leaves, by name; the number is its process."""
+"""Names of the temporary files and folders that a killed process leaves; the number is arbitrary."""
 
-# A restart with other workers must find the same parts, so their size depends on the corpus alone: a few hundred parts
-# for most corpora, and little to do again after an interruption of large ones.
+# The parts must be the same after a restart with another number of workers, so their size depends on the corpus alone:
+# about WANTED_PARTS parts, and at most LARGEST_PART shards in a part, so that an interruption loses little work.
 WANTED_PARTS = 256
 LARGEST_PART = 64
 
-# What is tokenized by one call: enough to be fast, and little memory.
+# Tokenized by one call: enough to be fast, and little memory.
 BATCH_ROWS = 256
 BATCH_CHARACTERS = 2**20
 
@@ -51,21 +48,21 @@ BATCH_CHARACTERS = 2**20
 class TokenWriter:
     """Writes a corpus as token shards, part by part, in any order and by any number of processes.
 
-    A file gets its name when it is whole, ``index.json`` after all others. It holds the format's version, the corpus'
+    All files are written atomically, ``index.json`` after all others. It contains the format's version, the corpus'
     fingerprint and description, the tokenizer, the dtype of tokens, the validation share, totals, and a :class:`Shard`
     for every shard of the corpus.
 
     Args:
         corpus: the documents.
-        tokenizer: what they are tokenized with.
-        directory: the folder.
-        source: where the corpus is from, for the index.
+        tokenizer: the tokenizer.
+        directory: the folder to write.
+        source: description of the corpus, for the index.
         validation_share: share of the documents that can be held out later.
 
     Attributes:
         parts: the shards of every part.
 
-    Every method raises MythosError where the folder cannot be written.
+    Every method raises MythosError if the folder cannot be written.
     """
 
     def __init__(
@@ -97,22 +94,22 @@ class TokenWriter:
         }
 
     def begin(self) -> list[int]:
-        """Prepare the folder and return the parts that are not finished; none if the folder is complete.
+        """Prepare the folder and return the unfinished parts; none if the folder is complete.
 
         Raises:
-            MythosError: the folder holds something else, or was begun with another corpus, tokenizer or share.
+            MythosError: the folder contains something else, or was begun with another corpus, tokenizer or share.
         """
         with self._writing():
             self.directory.mkdir(parents=True, exist_ok=True)
             before = read_header(self.directory)
             if before is None:
                 if set(self.directory.iterdir()) - set(self.directory.glob(f"{PLAN}.*.tmp")):
-                    raise MythosError(f"--out: {self.directory} holds something else. Give a new or empty folder.")
-                write_json(self.directory / PLAN, self._header)
+                    raise MythosError(f"--out: {self.directory} contains something else. Give a new or empty folder.")
+                write_checked(self.directory / PLAN, self._header)
             else:
                 self._require_same(before)
                 self._header |= {"source": before["source"]}
-            for path in self.directory.iterdir():  # what a killed run left, by the names that it gives
+            for path in self.directory.iterdir():  # what a killed process left
                 if LEFT_FILE.fullmatch(path.name) and path.is_file():
                     path.unlink()
                 elif LEFT_FOLDER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
@@ -121,74 +118,69 @@ class TokenWriter:
                 self._reopen()
             if not (self.directory / TOKENIZER).is_dir():
                 self.tokenizer.save(self.directory / TOKENIZER)
-            return [part for part in range(len(self.parts)) if not self._is_finished(part)]
+            parts = range(len(self.parts))
+            return [part for part in parts if not (self._part_path(part).exists() and self._has_arrays(part))]
 
     def write_part(self, part: int, report: Callable[[int, int, int], None] = lambda *_: None) -> None:
-        """Tokenize the shards of a part; ``report`` is called with the shards, documents and tokens done since.
+        """Tokenize the shards of a part; ``report`` gets the shards, documents and tokens done since its last call.
 
         Raises:
             MythosError: as :meth:`mythos.data.corpus.Corpus.read`.
         """
-        with self._writing(), ExitStack() as stack:
-            tokens, entries, sizes = (
-                stack.enter_context(_ArrayFile(array_path(self.directory, part, kind), dtype))
-                for kind, dtype in (("tokens", self.dtype), ("documents", ENTRY), ("bytes", np.dtype("<u4")))
-            )
+        with self._writing():
             shards = []
-            for shard in self.parts[part]:
-                shards.append(self._write_shard(shard, part, tokens, entries, sizes, report)._asdict())
-                report(1, 0, 0)
-            for file in (tokens, entries, sizes):
-                file.commit()
-            write_json(self._part_path(part), {"shards": shards})
+            with ExitStack() as stack:
+                tokens, entries, sizes = (
+                    stack.enter_context(_open_array(array_path(self.directory, part, kind), dtype))
+                    for kind, dtype in (("tokens", self.dtype), ("documents", ENTRY), ("bytes", np.dtype("<u4")))
+                )
+                for shard in self.parts[part]:
+                    shards.append(self._write_shard(shard, part, tokens, entries, sizes, report)._asdict())
+                    report(1, 0, 0)
+            write_checked(self._part_path(part), {"shards": shards})
 
     def finish(self) -> dict[str, Any]:
         """Write the index of the finished parts and return it."""
         with self._writing():
             if not (self.directory / INDEX).exists():
-                shards = [shard for part in range(len(self.parts)) for shard in self._finished(part)]
+                paths = map(self._part_path, range(len(self.parts)))
+                shards = [shard for path in paths for shard in read_checked(path)["shards"]]
                 skipped: Counter[str] = Counter()
                 for shard in shards:
                     skipped.update(shard["skipped"])
                 totals = {key: sum(shard[key] for shard in shards) for key in ("documents", "tokens")}
                 index = {**self._header, "totals": {**totals, "skipped": dict(skipped)}, "shards": shards}
-                write_json(self.directory / INDEX, index)
+                write_checked(self.directory / INDEX, index)
             for path in (self.directory / PLAN, *map(self._part_path, range(len(self.parts)))):
                 path.unlink(missing_ok=True)
             return read_index(self.directory)
 
     def _require_same(self, before: dict[str, Any]) -> None:
-        for what, then, now in (
+        for what, old, new in (
             ("corpus", before["corpus"], self.corpus.fingerprint),
             ("tokenizer", before["tokenizer"]["fingerprint"], self.tokenizer.fingerprint),
             ("validation share", before["validation_share"], self._header["validation_share"]),
         ):
-            if then != now:
+            if old != new:
                 raise MythosError(
-                    f"--out: {self.directory} was begun with another {what} ({then}, now {now}). Give the "
-                    "configuration and options that it was begun with, or another folder."
+                    f"--out: {self.directory} was begun with another {what} ({old}, now {new}). Give the "
+                    "configuration and options with which it was begun, or another folder."
                 )
 
     def _reopen(self) -> None:
-        """Make a complete folder that lacks files an unfinished one, so that these parts alone are written again."""
+        """Turn a complete folder that lacks files into an unfinished one, so that only its lost parts are rewritten."""
         shards = read_index(self.directory)["shards"]
         missing = [part for part in range(len(self.parts)) if not self._has_arrays(part)]
         for part in range(len(self.parts)):
             if part not in missing:
                 kept = [shard for shard in shards if shard["part"] == part]
-                write_json(self._part_path(part), {"shards": kept})
+                write_checked(self._part_path(part), {"shards": kept})
         if missing:
-            write_json(self.directory / PLAN, self._header)
+            write_checked(self.directory / PLAN, self._header)
             (self.directory / INDEX).unlink()
-
-    def _is_finished(self, part: int) -> bool:
-        return self._part_path(part).exists() and self._has_arrays(part)
 
     def _has_arrays(self, part: int) -> bool:
         return all(array_path(self.directory, part, kind).exists() for kind in ("tokens", "documents", "bytes"))
-
-    def _finished(self, part: int) -> list[dict[str, Any]]:
-        return read_json(self._part_path(part))["shards"]
 
     def _part_path(self, part: int) -> Path:
         return self.directory / f"{part:05}.json"
@@ -206,26 +198,26 @@ class TokenWriter:
         entries.crc32 = sizes.crc32 = documents = 0
         skipped: Counter[str] = Counter()
         for batch in self._batches(shard):
-            start, found = tokens.count, 0
+            start, written = tokens.count, 0
             encoded = self._encoded([text for text, _ in batch if isinstance(text, str)])
-            values = []
+            values: list[tuple[int, int, int, int, int]] = []  # as ENTRY
             for document, broke_at in batch:
                 if isinstance(document, Skipped):
-                    # A break is one, however many rows it costs.
+                    # A break counts once, however many rows it costs.
                     row = entries.count + len(values) - first_row
                     skipped[document.value] += document is not Skipped.SHARD or row == broke_at
                     values.append((tokens.count, 0, 0, broke_at, STATUS[document]))
                     continue
-                key, ids, of_text = next(encoded)
+                key, ids, token_bytes = next(encoded)
                 array = np.array([*ids, self.tokenizer.eos_id], self.dtype)
-                values.append((tokens.count, len(array), zlib.crc32(array), key, 0))
+                values.append((tokens.count, len(array), zlib.crc32(array.data), key, 0))
                 tokens.append(array)
-                if of_text is not None:
-                    sizes.append(np.array(of_text, sizes.dtype))
-                found += 1
+                if token_bytes is not None:
+                    sizes.append(np.array(token_bytes, sizes.dtype))
+                written += 1
             entries.append(np.array(values, ENTRY))
-            documents += found
-            report(0, found, tokens.count - start)
+            documents += written
+            report(0, written, tokens.count - start)
         return Shard(
             name=self.corpus.shards[shard],
             part=part,
@@ -254,7 +246,7 @@ class TokenWriter:
             yield batch
 
     def _rows(self, shard: int) -> Iterator[tuple[str | Skipped, int]]:
-        """Every row in order, and of rows that a break costs, the row of the break."""
+        """Every row in order; for rows lost to a break in the shard, also the row of the break."""
         done = broke_at = 0
         for row, document in self.corpus.read(shard):
             for _ in range(done, row):
@@ -278,55 +270,44 @@ class TokenWriter:
         try:
             yield
         except OSError as error:
-            todo = "Make room" if is_full(error) else "Mend that"
             raise MythosError(
-                f"--out: {self.directory} cannot be written: {short_reason(error)}. {todo} or give another folder; "
-                "the same command goes on after the parts that are finished."
+                f"--out: {self.directory} cannot be written: {short_reason(error)}. {remedy(error)} or give another "
+                "folder; the same command continues after the finished parts."
             ) from error
 
 
 class _ArrayFile:
-    """A one-dimensional .npy file that grows, and has its name only when it is whole.
+    """A one-dimensional .npy file that grows.
 
     Attributes:
         count: items so far.
-        crc32: of what was appended since it was last set to 0.
+        crc32: checksum of the items appended since it was last set to 0.
     """
 
-    def __init__(self, path: Path, dtype: np.dtype) -> None:
-        self.path = path
+    def __init__(self, file: BinaryIO, dtype: np.dtype) -> None:
+        self.file = file
         self.dtype = dtype
         self.count = self.crc32 = 0
-        self._aside = aside(path)
-        self._file = open(self._aside, "wb")  # noqa: SIM115 - closed by __exit__
-        self._write_header()
 
     def append(self, items: np.ndarray) -> None:
         data = items.tobytes()
-        self._file.write(data)
+        self.file.write(data)
         self.crc32 = zlib.crc32(data, self.crc32)
         self.count += len(items)
 
-    def commit(self) -> None:
-        self._file.seek(0)
-        self._write_header()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._aside.replace(self.path)
-
-    def __enter__(self) -> "_ArrayFile":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with suppress(OSError):  # on a full disk, closing fails as writing did
-            self._file.close()
-        self._aside.unlink(missing_ok=True)
-
-    def _write_header(self) -> None:
-        # NumPy leaves room in the header for any number of items.
+    def write_header(self) -> None:
+        # NumPy pads headers, so that one with a larger number of items has the same size.
         descr = np.lib.format.dtype_to_descr(self.dtype)
         header = {"descr": descr, "fortran_order": False, "shape": (self.count,)}
-        np.lib.format.write_array_header_1_0(self._file, header)
+        self.file.seek(0)
+        np.lib.format.write_array_header_1_0(self.file, header)
+
+
+@contextmanager
+def _open_array(path: Path, dtype: np.dtype) -> Iterator[_ArrayFile]:
+    """Write an array atomically; it appears under its name at the end of the block."""
+    with replacing(path, unique=True, durable=True) as temporary, temporary.open("wb") as file:
+        array = _ArrayFile(file, dtype)
+        array.write_header()
+        yield array
+        array.write_header()  # with the final number of items

@@ -1,4 +1,4 @@
-"""Text to token ids and back, by any Hugging Face tokenizer or a byte-level BPE trained on the corpus."""
+"""Tokenizers: any fast Hugging Face tokenizer, or a byte-level BPE trained on the corpus."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# Set before the library is loaded: without it the first fork after a batch prints a warning and turns threads off.
+# Set before the library is imported: otherwise the first fork after a batch warns and disables its threads.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 from tokenizers import Tokenizer as Backend
@@ -18,58 +18,61 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mythos.config.inherited import TOKENIZER_FILE
 from mythos.config.sections import TokenizerConfig
-from mythos.data.cache import digest
 from mythos.data.corpus import Corpus, in_fixed_order, is_held_out
+from mythos.data.json_cache import digest
 from mythos.errors import MythosError, short_reason
-from mythos.files.local import check_regular_files, is_full
+from mythos.files.local import check_regular_files, remedy, replacing_folder
 from mythos.files.text import read_json, unusable_text
 from mythos.model.config import padded_vocab_size
 from mythos.progress import progress_bar
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
 END_OF_DOCUMENT = "<|endoftext|>"
 MINIMUM_BPE_SIZE = 384
 MOST_IDS = 2**22
-"""Token ids of a tokenizer; the largest that are published have about a million."""
+"""Upper bound of token ids; the largest published tokenizers have about a million."""
 
-# More text than this changes the merges of a small vocabulary very little.
+# Text to train a BPE on; more changes the merges of a small vocabulary very little.
 BPE_TRAINING_BYTES = 20 * 10**6
 
-# What the run asked for, kept beside the tokenizer to refuse a run directory of another configuration.
+# The configuration that a saved tokenizer was made for, to refuse a run directory of another configuration.
 REQUEST_FILE = "request.json"
 
-# Tells apart tokenizers that share a vocabulary but cut differently.
+# Part of the fingerprint: distinguishes tokenizers that share a vocabulary but split text differently.
 PROBE = "The loop's depth, 12345.678 times; naïve café 深い\n\n    return x += 1\tEND don't STOP"
 
 
 class Tokenizer:
-    """A fast tokenizer without special tokens, truncation or padding, and with one end-of-document id.
+    """A fast tokenizer that adds no special tokens, truncation or padding, and has one end-of-document id.
+
+    Text that spells a control token (the end-of-document token or another added token, marked as special or not) is
+    encoded as ordinary text, so that the ids of control tokens occur only where this project puts them. Added tokens of
+    white space (runs of spaces, say) are ordinary text and are encoded as the tokenizer does it.
 
     Attributes:
-        eos_id: the end-of-document token: ``<|endoftext|>`` if the tokenizer has it, else its eos token. Text that
-            spells this token, or another added token, is encoded as ordinary text, whether the tokenizer marks it as
-            special or not: the ids of control tokens stand only where this project puts them. Added tokens that are
-            white space (runs of spaces, say) are ordinary text themselves and are encoded as the tokenizer does it.
+        eos_id: the end-of-document token: ``<|endoftext|>`` if the tokenizer has it, else its eos token.
         size: highest id + 1.
-        backend: the tokenizer of the library ``tokenizers``, as it encodes data.
+        backend: the tokenizer of the library ``tokenizers``, set up for encoding data.
         padded_size: ``size`` rounded up to a multiple of 128.
         fingerprint: identifies vocabulary, end-of-document token and segmentation.
-        request: the configuration the tokenizer came from.
+        request: the configuration that the tokenizer was made for.
 
     Raises:
         MythosError: no fast implementation, no end-of-document token, or one that is a character of ordinary text.
     """
 
-    def __init__(self, fast: "PreTrainedTokenizerFast", request: dict[str, Any]) -> None:
+    def __init__(self, fast: "PreTrainedTokenizerBase", request: dict[str, Any]) -> None:
+        from transformers import PreTrainedTokenizerFast
+
         name = request["name"]
-        if not getattr(fast, "is_fast", False):
-            raise MythosError(f"tokenizer.name: {name} has no fast implementation. Take one that has a tokenizer.json.")
+        if not isinstance(fast, PreTrainedTokenizerFast):
+            raise MythosError(f"tokenizer.name: {name} has no fast implementation. Use one that has a tokenizer.json.")
         self.request = request
-        self._fast = fast
+        self._fast: PreTrainedTokenizerFast = fast
         self.backend: Backend = _with_added_tokens_special(fast.backend_tokenizer)
         self.backend.no_truncation()
         self.backend.no_padding()
@@ -79,7 +82,7 @@ class Tokenizer:
         if eos_id is None:
             raise MythosError(
                 f"tokenizer.name: {name} has no end-of-document token (neither {END_OF_DOCUMENT} nor an eos token). "
-                "Take a tokenizer that has one, or tokenizer.name: bpe."
+                "Use a tokenizer that has one, or tokenizer.name: bpe."
             )
         self.eos_id: int = eos_id
         self._spelled = self._spelled_out(name)
@@ -89,7 +92,7 @@ class Tokenizer:
         self.fingerprint: str = hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy in another process encodes, and needs no import of transformers for it, which takes seconds."""
+        """A copy in another process only encodes, which saves it the import of transformers, of seconds."""
         return {**self.__dict__, "_fast": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -97,12 +100,12 @@ class Tokenizer:
         self.backend.encode_special_tokens = True
 
     def _spelled_out(self, name: str) -> dict[int, list[int]]:
-        """Control tokens that the vocabulary of the model holds as well, each with the ids of its single characters.
+        """Control tokens that are encoded as such in text after all, each with the ids of its single characters.
 
-        No setting of the library keeps a Unigram or word-level model from finding such a token in text. Raises
-        MythosError where a single character is such a token.
+        That happens if the model's own vocabulary has the token: no setting of the library keeps a Unigram or
+        word-level model from matching it. Raises MythosError if a single character is such a token.
         """
-        # What becomes of any unknown text is no control token, although it may be marked as one.
+        # The token for unknown text is not a control token, although it may be marked as one.
         model = json.loads(self.backend.to_str())["model"]
         unknown = (model.get("unk_token"), model.get("unk_id"))
         control: dict[int, str] = {
@@ -123,7 +126,7 @@ class Tokenizer:
                 if number in spelled:
                     raise MythosError(
                         f"tokenizer.name: {name} has {control[number]!r} both as a control token and as a character of "
-                        "text, which could not be told apart. Take another tokenizer, or tokenizer.name: bpe."
+                        "text, which could not be told apart. Use another tokenizer, or tokenizer.name: bpe."
                     )
         return spelled
 
@@ -138,15 +141,15 @@ class Tokenizer:
         return [[part for number in ids for part in self._spelled.get(number, [number])] for ids in encoded]
 
     def encode_with_bytes(self, text: str) -> tuple[list[int], list[int]]:
-        """Token ids, and for each the UTF-8 bytes of ``text`` it accounts for; the bytes add up to the whole text.
+        """Token ids, and the number of UTF-8 bytes of ``text`` for which each accounts; they add up to the whole text.
 
-        A character that spans several tokens counts for the first of them; text the tokenizer drops counts for the
-        token that follows it, or for the last one. Text that gives no token at all gives no bytes.
+        A character that spans several tokens counts for the first of them; text that the tokenizer drops counts for the
+        next token, or for the last one. A text without any token has no bytes.
         """
         encoding = self.backend.encode(text, add_special_tokens=False)
-        ends: list[int] = []
-        done = 0
-        total = 0
+        ends: list[int] = []  # bytes of text up to the end of each token
+        done = 0  # characters counted
+        total = 0  # their bytes
         for _, end in encoding.offsets:
             if end > done:
                 total += len(text[done:end].encode())
@@ -169,51 +172,48 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, special tokens included."""
-        return self._fast.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = self._fast.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)  # a list of texts only for lists of lists
+        return text
 
     def save(self, directory: Path | str) -> None:
-        """Write the tokenizer as a folder that Hugging Face and :meth:`load` read; an existing one is replaced.
+        """Write the tokenizer as a folder that Hugging Face and :meth:`load` can read; replaces an existing tokenizer.
 
         Raises:
-            MythosError: the folder cannot be written.
+            MythosError: the folder cannot be written, or is not a tokenizer that this project has written.
         """
         directory = Path(directory)
-        temporary = directory.with_name(f".{directory.name}.{os.getpid()}")
         if os.path.lexists(directory) and not _replaceable(directory):
             raise MythosError(
                 f"tokenizer: {directory} is in the way: it is no folder that mythos has written (with {REQUEST_FILE}). "
                 "Move it away, or give another folder (run.dir, data.cache_dir or $MYTHOS_CACHE)."
             )
-        # How this process encodes is no part of the tokenizer that others load.
+        # A setting for encoding data in this process, not a part of the tokenizer that others load.
         self.backend.encode_special_tokens = False
         try:
-            shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed and had the same number
-            temporary.mkdir(parents=True)
-            # First from here: of a full disk, the library that writes it tells no more than an Exception.
-            (temporary / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
-            self._fast.save_pretrained(str(temporary))
-            (temporary / REQUEST_FILE).write_text(json.dumps(self.request))
-            if directory.exists():
-                shutil.rmtree(directory)
-            temporary.rename(directory)
+            with replacing_folder(directory) as temporary:
+                # Written here first, because the library reports a full disk as a plain Exception.
+                (temporary / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+                self._fast.save_pretrained(str(temporary))
+                (temporary / REQUEST_FILE).write_text(json.dumps(self.request))
+                if directory.exists():
+                    shutil.rmtree(directory)
         except OSError as error:
-            todo = "Make room" if is_full(error) else "Mend that"
             raise MythosError(
-                f"tokenizer: {directory} cannot be written: {error}. {todo} or give another folder (run.dir, "
+                f"tokenizer: {directory} cannot be written: {error}. {remedy(error)} or give another folder (run.dir, "
                 "data.cache_dir or $MYTHOS_CACHE)."
             ) from error
         finally:
             self.backend.encode_special_tokens = True
-            shutil.rmtree(temporary, ignore_errors=True)
 
     @classmethod
     def load(cls, name: Path | str) -> "Tokenizer":
-        """Load a saved tokenizer or any Hugging Face tokenizer by hub id or path; code on the hub is never run.
+        """Load a saved tokenizer, or any Hugging Face tokenizer by hub id or path; code from the hub is never run.
 
         Raises:
             MythosError: it cannot be found, reached or used.
         """
-        # Imported here because it costs a second or more.
+        # Imported late because it takes a second or more.
         from transformers import AutoTokenizer
 
         if Path(name).is_dir():
@@ -225,12 +225,12 @@ class Tokenizer:
         request = _read_request(saved) if saved.is_file() else {"name": str(name)}
         try:
             _check_ids(Path(name))
-            # Not given, the answer would be asked for on the terminal.
+            # Without trust_remote_code the library would ask on the terminal.
             fast = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
             return cls(fast, request)
         except MythosError:
             raise
-        except Exception as error:  # hub, network and format errors share no base class
+        except Exception as error:  # errors of the hub, the network and the format share no base class
             reason = short_reason(error)
             raise MythosError(
                 f"tokenizer.name: {name} cannot be loaded: {reason}. Give a Hugging Face id (needs the network or its "
@@ -239,7 +239,7 @@ class Tokenizer:
 
 
 def _replaceable(directory: Path) -> bool:
-    """Whether a folder is one of ours, or empty."""
+    """Whether a folder is a tokenizer that this project has written, or empty."""
     if directory.is_symlink() or not directory.is_dir():
         return False
     return (directory / REQUEST_FILE).is_file() or not any(directory.iterdir())
@@ -254,22 +254,27 @@ def load_tokenizer(
     holdout_fraction: float = 0.0,
     progress: bool = True,
 ) -> Tokenizer:
-    """The tokenizer of a run: that of the run directory if there is one, else trained (bpe) or loaded by name.
+    """The tokenizer of a run: the one saved in ``run_dir`` if there is one, else trained (bpe) or loaded by name.
 
-    With a ``run_dir`` the tokenizer is also written to ``run_dir/tokenizer``. A bpe is trained on documents of the
-    corpora, by their weights, that :func:`mythos.data.corpus.is_held_out` leaves to training, and cached by corpora,
-    size and share held out.
+    With a ``run_dir`` the tokenizer is also written to ``run_dir/tokenizer``. A bpe is trained on the documents of the
+    corpora, in proportion to their weights, that are not held out (:func:`mythos.data.corpus.is_held_out`); it is
+    cached by corpora, size and share held out.
 
     Raises:
-        MythosError: the run directory's tokenizer is not what the configuration asks for, or none can be made.
+        MythosError: the run directory's tokenizer is not the configured one, or none can be trained or loaded.
     """
-    request = _request(config)
-    kept = run_dir / "tokenizer" if run_dir else None
-    if kept and kept.is_dir():
-        tokenizer = Tokenizer.load(kept)
-        if tokenizer.request != request and (config.name == "bpe" or not _same(tokenizer, config.name)):
+    request: dict[str, Any] = {"name": config.name}
+    if config.name == "bpe":
+        request["vocab_size"] = config.vocab_size
+    saved = run_dir / "tokenizer" if run_dir else None
+    if saved and saved.is_dir():
+        tokenizer = Tokenizer.load(saved)
+        # Another name may stand for the same tokenizer: the copy beside pre-tokenized text, for example.
+        if tokenizer.request != request and (
+            config.name == "bpe" or Tokenizer.load(config.name).fingerprint != tokenizer.fingerprint
+        ):
             raise MythosError(
-                f"tokenizer: {kept} was made for {tokenizer.request}, the configuration asks for {request}. Give the "
+                f"tokenizer: {saved} was made for {tokenizer.request}, the configuration asks for {request}. Give the "
                 "run another run.dir, or the former tokenizer settings."
             )
         return tokenizer
@@ -285,18 +290,18 @@ def load_tokenizer(
             documents = training_documents(corpora, holdout_fraction)
             tokenizer = train_bpe(documents, config.vocab_size, progress=progress)
             tokenizer.save(cached)
-    if kept:
-        tokenizer.save(kept)
+    if saved:
+        tokenizer.save(saved)
     return tokenizer
 
 
 def training_documents(corpora: Sequence[tuple[Corpus, float]], holdout_fraction: float) -> Iterator[str]:
-    """Documents that are not held out, of every corpus in proportion to its weight in characters.
+    """Documents that are not held out, interleaved so that each corpus has its weight's share of the characters.
 
     Within a corpus they come shard by shard, in an order that does not depend on names.
     """
     readers = [_documents(corpus, holdout_fraction) for corpus, _ in corpora]
-    shares = {index: 0.0 for index in range(len(readers))}
+    shares = {index: 0.0 for index in range(len(readers))}  # characters so far / weight
     while shares:
         index = min(shares, key=shares.__getitem__)
         document = next(readers[index], None)
@@ -318,7 +323,7 @@ def train_bpe(documents: Iterator[str], vocab_size: int, *, progress: bool = Tru
     """Train a byte-level BPE (every byte has a token, so any text round-trips) on about 20 MB of documents.
 
     Raises:
-        MythosError: fewer than 384 tokens are asked for, or there is no text.
+        MythosError: ``vocab_size`` is below 384, or there is no text.
     """
     if vocab_size < MINIMUM_BPE_SIZE:
         raise MythosError(
@@ -341,7 +346,7 @@ def train_bpe(documents: Iterator[str], vocab_size: int, *, progress: bool = Tru
         bar.total = read
         bar.refresh()
     if not texts:
-        raise MythosError("data: the corpus has no document with text in it; nothing to train a tokenizer on.")
+        raise MythosError("data: the corpus has no document with text to train a tokenizer on.")
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -359,15 +364,11 @@ def train_bpe(documents: Iterator[str], vocab_size: int, *, progress: bool = Tru
     return tokenizer
 
 
-def _same(tokenizer: Tokenizer, name: str) -> bool:
-    """Whether a name means what a run has already: the copy beside its pre-tokenized text, say."""
-    return Tokenizer.load(name).fingerprint == tokenizer.fingerprint
-
-
 def _with_added_tokens_special(backend: Backend) -> Backend:
-    """The same tokenizer, or a copy in which every added token but white space is marked as special.
+    """The tokenizer, or a copy in which every added token but white space is marked as special.
 
-    ``encode_special_tokens`` makes text of special tokens only. A copy, because the marks are saved with a tokenizer.
+    Needed because ``encode_special_tokens``, which encodes tokens spelled in text as text, applies to special tokens
+    only. A copy, because the marks would be saved with the tokenizer.
     """
     plain = [token.content for token in backend.get_added_tokens_decoder().values() if not token.special]
     if all(map(_is_ordinary, plain)):
@@ -389,14 +390,14 @@ def _read_request(path: Path) -> dict[str, Any]:
             raise ValueError("it names no tokenizer")
     except (OSError, ValueError) as error:
         raise MythosError(
-            f"tokenizer: {path} cannot be read: {short_reason(error)}. Restore it, or delete it if the folder's other "
-            "files are a tokenizer that others made."
+            f"tokenizer: {path} cannot be read: {short_reason(error)}. Restore it, or delete it if the folder is a "
+            "tokenizer from elsewhere."
         ) from error
     return request
 
 
 def _check_ids(folder: Path) -> None:
-    """Raise ValueError for a token whose id is above any vocabulary: the library keeps a table up to the highest id."""
+    """Raise ValueError for an absurdly high token id: the library allocates a table up to the highest id."""
     file = folder / TOKENIZER_FILE
     if not file.is_file():
         return
@@ -410,17 +411,12 @@ def _check_ids(folder: Path) -> None:
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Refuse a model whose embedding has no row for some token.
+    """Raise MythosError if ``vocab_size``, padded to a multiple of 128, is smaller than the tokenizer.
 
-    Raises:
-        MythosError: ``vocab_size``, padded to a multiple of 128, is smaller than the tokenizer.
+    The model's embedding would have no row for some tokens.
     """
     if padded_vocab_size(vocab_size) < tokenizer.size:
         raise MythosError(
             f"model.vocab_size: {vocab_size} is smaller than the tokenizer ({tokenizer.request['name']}), which has "
-            f"{tokenizer.size} ids. Set model.vocab_size: auto, or take another tokenizer."
+            f"{tokenizer.size} ids. Set model.vocab_size: auto, or use another tokenizer."
         )
-
-
-def _request(config: TokenizerConfig) -> dict[str, Any]:
-    return {"name": "bpe", "vocab_size": config.vocab_size} if config.name == "bpe" else {"name": config.name}

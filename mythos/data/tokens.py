@@ -1,20 +1,19 @@
-"""Documents tokenized ahead of training: folders of memory-mapped token shards, and how they are read.
+"""Pre-tokenized documents: the format of folders of token shards, and their memory-mapped reader.
 
-A folder holds ``index.json`` (see :class:`mythos.data.token_writer.TokenWriter`), ``tokenizer/`` and, for every part
-(consecutive shards of the corpus), three one-dimensional arrays:
+A folder contains ``index.json`` (see :class:`mythos.data.token_writer.TokenWriter`), ``tokenizer/`` and, for every part
+(a range of consecutive shards of the corpus), three one-dimensional arrays:
 
-- ``00000.tokens.npy``: uint16, or uint32 where ids need it; documents back to back, each with its end-of-document
+- ``00000.tokens.npy``: uint16, or uint32 if an id needs it; documents back to back, each with its end-of-document
   token.
-- ``00000.documents.npy``: an entry (``ENTRY``) for every row of the corpus, those without a document included.
-- ``00000.bytes.npy``: uint32, how many bytes of text each token stands for, end-of-document tokens left out; of the
-  documents that may be held out for validation.
+- ``00000.documents.npy``: an entry (``ENTRY``) for every row of the corpus, including rows without a document.
+- ``00000.bytes.npy``: uint32, bytes of text of each token (end-of-document tokens have no entry), only for documents
+  that may be held out for validation.
 
-Everything is little-endian and can be read by ``numpy.load(..., mmap_mode="r", allow_pickle=False)``.
+All arrays are little-endian and can be read by ``numpy.load(..., mmap_mode="r", allow_pickle=False)``.
 """
 
 import json
 import logging
-import os
 import struct
 import tokenize
 import zlib
@@ -27,7 +26,8 @@ import numpy as np
 from mythos.data.corpus import Skipped, holdout_limit, in_fixed_order, source_identity
 from mythos.data.tokenizer import Tokenizer
 from mythos.errors import MythosError, short_reason
-from mythos.files.local import open_regular, read_regular
+from mythos.files.local import open_regular, write_whole
+from mythos.files.text import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -42,21 +42,24 @@ ENTRY = np.dtype(
         ("start", "<u8"),  # first token in the part
         ("tokens", "<u4"),  # with the end-of-document token
         ("crc32", "<u4"),  # of the tokens as they are stored
-        ("hash", "<u8"),  # content_hash; after a break in the shard: the row that it broke at
+        ("hash", "<u8"),  # content_hash; for rows lost to a break in the shard: the row of the break
         ("status", "u1"),  # 0 = a document, else a value of STATUS
     ]
 )
 STATUS = {Skipped.FILTERED: 1, Skipped.DOCUMENT: 2, Skipped.SHARD: 3}
 SKIPPED = {status: skipped for skipped, status in STATUS.items()}
 
-# What is copied out of the maps at once. They are closed after it: pages that were read through an open map count as
-# memory of the process, although the system can take them back.
+# Rows and tokens copied out of the maps at once; then the maps are closed, because pages read through an open map count
+# as memory of the process, although the system could reclaim them.
 WINDOW_ROWS = 32
 WINDOW_TOKENS = 2**16
+# Array items per step of a checksum.
 CHECKED_ITEMS = 2**16
 
+MOST_INDEX_BYTES = 2**30
+"""Largest index.json. A shard takes about 400 bytes, and a corpus may have 100,000 shards and more."""
 
-# NumPy parses a header as Python, and tokenizes it where that fails.
+# NumPy parses a header as Python, and tokenizes it if that fails.
 HEADER_ERRORS: tuple[type[Exception], ...] = (
     OSError,
     EOFError,
@@ -73,25 +76,25 @@ HEADER_ERRORS: tuple[type[Exception], ...] = (
 
 
 class _Damaged(Exception):
-    """Names a file of a folder and what is wrong with it."""
+    """A file of a folder is damaged; the message names the file and the damage."""
 
 
 class Shard(NamedTuple):
-    """A shard of the corpus in a part.
+    """A shard of the corpus, as index.json describes it.
 
     Attributes:
-        name: what the corpus calls it.
-        part: number of the part.
-        first_row: first entry in the part's ``documents``.
-        rows: number of entries.
-        crc32: of the entries.
-        first_size: first entry in the part's ``bytes``.
+        name: its name in the corpus.
+        part: number of its part.
+        first_row: index of its first entry in the part's ``documents``.
+        rows: number of entries there.
+        crc32: checksum of these entries.
+        first_size: index of its first entry in the part's ``bytes``.
         sizes: number of entries there.
-        sizes_crc32: of the entries there.
-        documents: rows with a document.
-        tokens: with end-of-document tokens.
-        skipped: what was left out, by kind of :class:`mythos.data.corpus.Skipped`.
-        size: that of the corpus, by which shards are dealt to streams.
+        sizes_crc32: checksum of these entries.
+        documents: number of rows with a document.
+        tokens: number of tokens, end-of-document tokens included.
+        skipped: numbers of skipped rows, by kind of :class:`mythos.data.corpus.Skipped`.
+        size: the shard's size in the corpus, by which shards are dealt to streams.
     """
 
     name: str
@@ -109,20 +112,21 @@ class Shard(NamedTuple):
 
 
 class TokenSource:
-    """Documents of a folder of token shards, the same in the same order as from the text that they were made of.
+    """Documents of a folder of token shards: the same, in the same order, as when the text is tokenized on the fly.
 
-    A document's checksum is compared when it is read, that of a shard's entries when the shard is first opened in a
+    A document's checksum is verified when it is read, that of a shard's entries when the shard is first opened in a
     process. Memory does not grow with the corpus: maps are open only while a window of documents is copied.
 
     Args:
         directory: the folder.
         tokenizer: the run's.
-        holdout_fraction: share of documents left to validation, by content hash.
-        on_error: ``fail`` raises at damage; ``skip`` leaves out a document whose tokens are damaged, or a shard whose
-            files cannot be read.
+        holdout_fraction: share of documents reserved for validation, by content hash.
+        on_error: ``fail`` raises at damage; ``skip`` skips a document whose tokens are damaged, or a shard whose files
+            cannot be read.
 
     Raises:
-        MythosError: no complete folder of this format, another tokenizer, or a fraction above what the folder keeps.
+        MythosError: the folder is incomplete, of another format or another tokenizer, or the fraction exceeds the
+            share for which the folder stores bytes.
     """
 
     def __init__(self, directory: Path, tokenizer: Tokenizer, holdout_fraction: float, on_error: str) -> None:
@@ -158,34 +162,35 @@ class TokenSource:
     def read(self, shard: int, row: int, step: int) -> Iterator[tuple[int, np.ndarray | Skipped]]:
         """Yield rows ``row, row + step, ...`` that are not held out: int32 ids with the end-of-document token.
 
-        A shard that broke off when it was tokenized goes on breaking off behind its last row, as most kinds of file do.
+        If the shard could not be read to its end when it was tokenized, a read beyond the last row reports the break
+        too, as readers of most file formats do.
 
         Raises:
             MythosError: with ``on_error: fail``, damage; the message names the file and the shard.
         """
         rows = self._index[shard].rows
-        told = -1  # the row of the break that was yielded last
+        reported = -1  # row of the last reported break: a break is reported once, however many rows it costs
         try:
             self._verify(shard, "documents")
             while row < rows:
                 for status, key, ids in self._window(shard, row, step):
                     if status:
-                        if status != STATUS[Skipped.SHARD] or key != told:
+                        if status != STATUS[Skipped.SHARD] or key != reported:
                             yield row, SKIPPED[status]
-                        told = key if status == STATUS[Skipped.SHARD] else told
+                        reported = key if status == STATUS[Skipped.SHARD] else reported
                     elif ids is not None:
                         yield row, ids
                     row += step
             if self._index[shard].skipped.get(Skipped.SHARD.value):
                 last = self._entries(shard, rows - 1, rows)[0]
-                if last["status"] == STATUS[Skipped.SHARD] and last["hash"] != told:
+                if last["status"] == STATUS[Skipped.SHARD] and last["hash"] != reported:
                     yield row, Skipped.SHARD
         except _Damaged as error:
             self._reject(shard, error)
             yield row, Skipped.SHARD
 
     def held_out(self) -> Iterator[tuple[list[int], list[int]]]:
-        """Yield the ids (without end-of-document token) and their exact bytes of text, of every held-out document.
+        """Yield, for every held-out document, its ids (no end-of-document token) and the exact bytes of each.
 
         Raises:
             MythosError: as :meth:`read`.
@@ -214,7 +219,7 @@ class TokenSource:
                 size += count
 
     def _window(self, shard: int, row: int, step: int) -> Iterator[tuple[int, int, np.ndarray | None]]:
-        """Status, hash and ids (None: held out, or no document) of the next wanted rows."""
+        """Status, hash and ids (None: held out, or no document) of the next rows of the walk."""
         part, rows = self._index[shard].part, self._index[shard].rows
         entries = self._entries(shard, row, min(rows, row + WINDOW_ROWS * step), step)
         tokens = self._map(part, "tokens")
@@ -233,16 +238,16 @@ class TokenSource:
         return iter(window)
 
     def _ids(self, shard: int, tokens: np.ndarray, entry: np.void) -> np.ndarray | None:
-        """A document's int32 ids; None, after a warning, if they are damaged and documents may be left out."""
+        """A document's int32 ids; None, after a warning, if they are damaged and ``on_error`` is ``skip``."""
         start = int(entry["start"])
         stored = tokens[start : start + int(entry["tokens"])]
-        if zlib.crc32(stored) == entry["crc32"]:
+        if zlib.crc32(stored.data) == entry["crc32"]:
             return stored.astype(np.int32)
         self._reject(shard, _Damaged(f"{self._path(shard, 'tokens')}: checksum differs at token {start}"))
         return None
 
     def _verify(self, shard: int, kind: str) -> None:
-        """Compare a checksum of the shard once; raises _Damaged if it differs."""
+        """Verify a checksum of the shard, once per process; raises _Damaged if it differs."""
         if (kind, shard) in self._verified:
             return
         entry = self._index[shard]
@@ -253,7 +258,8 @@ class TokenSource:
         )
         crc32 = 0
         for start in range(first, first + count, CHECKED_ITEMS):
-            crc32 = zlib.crc32(self._copy(entry.part, kind, start, min(start + CHECKED_ITEMS, first + count)), crc32)
+            items = self._copy(entry.part, kind, start, min(start + CHECKED_ITEMS, first + count))
+            crc32 = zlib.crc32(items.data, crc32)
         if crc32 != expected:
             raise _Damaged(f"{self._path(shard, kind)}: checksum differs")
         self._verified.add((kind, shard))
@@ -268,13 +274,13 @@ class TokenSource:
     def _map(self, part: int, kind: str) -> np.ndarray:
         path = array_path(self.directory, part, kind)
         try:
-            open_regular(path).close()  # NumPy would wait for a FIFO
-            # Not numpy.load, which also opens archives and pickles, by their first bytes.
+            open_regular(path).close()  # refuses a FIFO, for which NumPy would wait
+            # Not numpy.load, which also opens archives and pickles, recognized by their first bytes.
             array = np.lib.format.open_memmap(path, mode="r")
         except HEADER_ERRORS as error:
             raise _Damaged(f"{path}: {short_reason(error)}") from error
         if array.dtype != self._dtypes[kind] or array.ndim != 1:
-            raise _Damaged(f"{path}: holds {array.ndim}-dimensional {array.dtype}")
+            raise _Damaged(f"{path}: contains {array.ndim}-dimensional {array.dtype}")
         return array
 
     def _path(self, shard: int, kind: str) -> Path:
@@ -286,22 +292,22 @@ class TokenSource:
             files = self.directory / f"{self._index[shard].part:05}.*"
             raise MythosError(
                 f"{where}. Remove {files} and run {TOKENIZE} as before to write these files again, or set "
-                "data.on_error: skip to leave out what is damaged."
+                "data.on_error: skip to skip damaged documents."
             ) from error
         if shard not in self._warned:
             self._warned.add(shard)
-            logger.warning("%s; what is damaged of this shard is left out", where)
+            logger.warning("%s; damaged documents of this shard are skipped", where)
 
 
 def read_header(directory: Path) -> dict[str, Any] | None:
-    """What a folder is, or will be when it is complete; None for one that is not begun.
+    """The index of a complete folder, or the plan of an incomplete one; None for a folder with neither.
 
     Raises:
         MythosError: it is damaged, or of another format.
     """
     for name in (INDEX, PLAN):
         if (directory / name).exists():
-            return read_json(directory / name)
+            return read_checked(directory / name)
     return None
 
 
@@ -318,16 +324,16 @@ def read_index(directory: Path) -> dict[str, Any]:
         raise MythosError(f"data.path: {directory} has no {INDEX}. Give a folder that {TOKENIZE} wrote.")
     if not (directory / INDEX).exists():
         raise MythosError(
-            f"data.path: {directory} is not complete: it has no {INDEX}. Run {TOKENIZE} as before; it goes on where it "
-            "was interrupted."
+            f"data.path: {directory} is not complete: it has no {INDEX}. Run {TOKENIZE} as before; it continues where "
+            "it was interrupted."
         )
     return header
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A mapping that :func:`write_json` wrote; raises MythosError if it is another, or of another format."""
+def read_checked(path: Path) -> dict[str, Any]:
+    """Read a mapping that :func:`write_checked` wrote; raises MythosError if it is damaged, or of another format."""
     try:
-        value = json.loads(read_regular(path))
+        value = read_json(path, MOST_INDEX_BYTES)
         if isinstance(value, dict) and value.get("format", FORMAT) != FORMAT:
             raise MythosError(
                 f"{path} has format {value['format']}, this version reads {FORMAT}. Tokenize the corpus again with "
@@ -335,21 +341,16 @@ def read_json(path: Path) -> dict[str, Any]:
             )
         if not isinstance(value, dict) or value.pop("crc32", None) != _checksum(value):
             raise ValueError("checksum differs")
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise MythosError(
             f"{path} cannot be read: {short_reason(error)}. Restore it, or tokenize the corpus again with {TOKENIZE}."
         ) from error
     return value
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a mapping with its checksum, under its name only when it is whole; raises OSError."""
-    temporary = aside(path)
-    try:
-        temporary.write_text(json.dumps({**value, "crc32": _checksum(value)}, indent=1) + "\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def write_checked(path: Path, value: dict[str, Any]) -> None:
+    """Write a mapping with its checksum, atomically; raises OSError."""
+    write_whole(path, json.dumps({**value, "crc32": _checksum(value)}, indent=1) + "\n", unique=True)
 
 
 def _checksum(value: dict[str, Any]) -> int:
@@ -359,8 +360,3 @@ def _checksum(value: dict[str, Any]) -> int:
 def array_path(directory: Path, part: int, kind: str) -> Path:
     """The file of a part's ``tokens``, ``documents`` or ``bytes``."""
     return directory / f"{part:05}.{kind}.npy"
-
-
-def aside(path: Path) -> Path:
-    """Where this process writes what will be ``path``."""
-    return path.with_name(f"{path.name}.{os.getpid()}.tmp")

@@ -1,22 +1,21 @@
-"""The validation set: the same documents, packed the same way, at every start of every run on the same data."""
+"""The validation set: held-out documents, packed identically at every start of every run on the same data."""
 
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mythos.data.cache import digest
+from mythos.data.json_cache import digest
 from mythos.data.source import Source
 from mythos.data.stream import number_documents
 from mythos.errors import MythosError
+from mythos.files.local import replacing
 from mythos.progress import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -29,7 +28,7 @@ class ValidationSet:
     Attributes:
         ids: int64 (n, sequence_length + 1).
         document_ids: int32 (n, sequence_length) or None, see :class:`mythos.data.stream.Batch`.
-        bytes: int64 (n,), exact UTF-8 bytes of each row's targets; end-of-document tokens count 0.
+        bytes: int64 (n,), UTF-8 bytes of each row's targets; end-of-document tokens count 0.
     """
 
     ids: Tensor
@@ -47,19 +46,19 @@ def validation_set(
     cache_dir: Path | None = None,
     option: str | None = None,
 ) -> ValidationSet:
-    """Pack the first held-out documents of every source, in an order fixed by the source alone.
+    """Pack the first held-out documents of every source, in an order that depends on the source alone.
 
     Args:
-        sources: sources and their weights by name; each gives its share of the sequences.
-        sequences: how many sequences to return; fewer if there is no more text.
+        sources: sources and their weights by name; each contributes sequences in proportion to its weight.
+        sequences: number of sequences; fewer are returned if there is not enough text.
         sequence_length: inputs of a sequence.
         eos_id: end-of-document token.
         mask_documents: number the documents of every sequence.
-        cache_dir: where the packed set is kept, because finding it means reading 1 / fraction times as much text.
-        option: what messages call the script's option that gave the text; None = the configuration's section.
+        cache_dir: where the packed set is cached, because collecting it means reading 1 / fraction times as much text.
+        option: the command-line option that named the text, for messages; None for the configuration.
 
     Raises:
-        MythosError: not enough text for one sequence.
+        MythosError: there is not enough text for one sequence.
     """
     identity = {name: [source.identity, weight] for name, (source, weight) in sources.items()}
     key = digest([identity, sequences, sequence_length, eos_id])
@@ -79,9 +78,9 @@ def _pack(
     shares = _shares(sequences, [weight for _, weight in sources.values()])
     rows, sizes = [], []
     for (source, _), share in zip(sources.values(), shares, strict=True):
-        of_rows, of_sizes = _pack_source(source, share, length, eos_id)
-        rows += of_rows
-        sizes += of_sizes
+        source_rows, source_sizes = _pack_source(source, share, length, eos_id)
+        rows += source_rows
+        sizes += source_sizes
     if not rows and option is not None:
         raise MythosError(f"{option}: the text does not fill one sequence of {length} tokens. Give files with more.")
     if not rows:
@@ -90,24 +89,27 @@ def _pack(
             "data.validation.fraction, give files in data.validation.path, or lower data.sequence_length."
         )
     if len(rows) < sequences:
-        called = option or "data.validation"
-        logger.warning("%s: text for %d of %d sequences; using these", called, len(rows), sequences)
+        field = option or "data.validation"
+        logger.warning("%s: text for %d of %d sequences; using these", field, len(rows), sequences)
     return {"ids": torch.tensor(rows, dtype=torch.int32), "bytes": torch.tensor(sizes)}
 
 
 def _shares(sequences: int, weights: list[float]) -> list[int]:
-    """Whole numbers in proportion to the weights that add up to the sequences."""
+    """Integers in proportion to the weights that add up to the sequences."""
     ends = [round(sequences * end / sum(weights)) for end in accumulate(weights)]
     return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def _pack_source(source: Source, sequences: int, length: int, eos_id: int) -> tuple[list[list[int]], list[int]]:
-    """Rows of ids (length + 1), and the bytes of each row's targets."""
+    """Rows of ids (length + 1), and the bytes of each row's targets.
+
+    Row n starts at token n * length of the concatenated documents, so neighbouring rows share one token.
+    """
     wanted = sequences * length + 1
     ids: list[int] = []
     sizes: list[int] = []
     if sequences:
-        # Quick on local files; a small share of a large hub dataset takes a while to find.
+        # Fast for local files; collecting a small share of a large hub dataset takes a while.
         with progress_bar(
             total=wanted, desc="collecting validation text", unit="token", unit_scale=True, delay=3
         ) as bar:
@@ -118,9 +120,8 @@ def _pack_source(source: Source, sequences: int, length: int, eos_id: int) -> tu
                 if len(ids) >= wanted:
                     break
     starts = range(0, min(sequences * length, len(ids) - length), length)
-    return [ids[start : start + length + 1] for start in starts], [
-        sum(sizes[start + 1 : start + length + 1]) for start in starts
-    ]
+    rows = [ids[start : start + length + 1] for start in starts]
+    return rows, [sum(sizes[start + 1 : start + length + 1]) for start in starts]
 
 
 def _load(path: Path | None) -> dict[str, Tensor] | None:
@@ -129,16 +130,14 @@ def _load(path: Path | None) -> dict[str, Tensor] | None:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        logger.warning("%s is damaged (%s) and is made again", path, error)
+        logger.warning("%s is damaged (%s) and is packed again", path, error)
         return None
 
 
-def _save(path: Path, tensors: dict[str, Any]) -> None:
-    aside = path.with_suffix(f".{os.getpid()}.tmp")
+def _save(path: Path, tensors: dict[str, Tensor]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, aside)
-        aside.replace(path)
-    except OSError as error:  # it can be made again at the next start
+        with replacing(path, unique=True) as temporary:
+            save_file(tensors, temporary)
+    except (OSError, SafetensorError) as error:  # the next start packs it again
         logger.warning("data.cache_dir: %s could not be written: %s", path, error)
-        aside.unlink(missing_ok=True)

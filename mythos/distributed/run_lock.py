@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from mythos.errors import MythosError
+from mythos.files.text import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -103,8 +104,8 @@ class RunLock:
         """The entry of the last process that locked the file."""
         file.seek(0)
         try:
-            holder = json.loads(file.read())
-        except (ValueError, RecursionError):
+            holder = parse_json(file.read())
+        except ValueError:
             return {}
         return holder if isinstance(holder, dict) else {}
 

@@ -1,4 +1,4 @@
-"""Multiple choice from local files, as lm-evaluation-harness scores it."""
+"""Multiple-choice questions from local files, scored as in lm-evaluation-harness."""
 
 import logging
 import math
@@ -20,45 +20,45 @@ from mythos.model.rdt import RecurrentDepthTransformer
 logger = logging.getLogger(__name__)
 
 MOST_BYTES = 2**30
-"""Of a file of questions."""
+"""Maximum size of a file of questions."""
 EXAMPLE = '{"query": "Two and two make", "choices": ["four", "five"], "gold": 0}'
 
 
 class Question(NamedTuple):
-    """A question and its choices, of which one is right."""
+    """A question and its choices, one of which is right."""
 
     query: str
     choices: list[str]
     gold: int
-    """Number of the right choice, from 0."""
+    """Index of the right choice."""
 
 
 @dataclass(frozen=True)
 class ChoiceTask:
-    """Questions of one file."""
+    """The questions of one file."""
 
     name: str
-    """The file's, without its extension."""
+    """The file's name without its extension."""
     questions: list[Question]
 
 
 def read_tasks(paths: Sequence[str], *, what: str, limit: int | None = None) -> list[ChoiceTask]:
-    """Read files of questions, one JSON object a line with the keys query, choices and gold; others are ignored.
+    """Read files of questions: one JSON object per line with the keys query, choices and gold; others are ignored.
 
     Args:
         paths: files named *.jsonl.
-        what: the field or option that names them, for messages.
-        limit: most questions of each, from its beginning.
+        what: the configuration field or option with the paths, for error messages.
+        limit: read only so many questions from the start of each file.
 
     Raises:
-        MythosError: a file that cannot be read or has no questions, a line that is no question, with its number, or
-            two files of one name.
+        MythosError: a file cannot be read or has no questions, a line is not a question, or two files have the same
+            name.
     """
     names = Counter(Path(path).stem for path in paths)
     for path in paths:
         if names[Path(path).stem] > 1:
             raise MythosError(
-                f"{what}: two files are called {Path(path).stem}, as their scores would be; rename one of them"
+                f"{what}: two files have the name {Path(path).stem}, and their scores would too; rename one of them"
             )
     return [ChoiceTask(Path(path).stem, _read(path, what, limit)) for path in paths]
 
@@ -81,7 +81,7 @@ def _read(path: str, what: str, limit: int | None) -> list[Question]:
 
 
 def _question(values: Any) -> Question:
-    """Raises ValueError for what is no question."""
+    """Raises ValueError if the values are no question."""
     if not isinstance(values, dict):
         raise ValueError(f"got {type(values).__name__}, not an object")
     missing = [name for name in Question._fields if name not in values]
@@ -101,18 +101,18 @@ def _question(values: Any) -> Question:
 
 @dataclass(frozen=True)
 class EncodedTask:
-    """A task as requests for likelihoods: all choices of the first question, then of the next, ..."""
+    """A task as requests for likelihoods: all choices of the first question, then of the second, and so on."""
 
     task: ChoiceTask
     requests: list[Request]
 
 
 def encode_task(task: ChoiceTask, tokenizer: Tokenizer, context_length: int) -> EncodedTask:
-    """Make requests of questions: a choice follows its query after a space.
+    """Encode questions as requests; the continuation of a query is a space and the choice.
 
-    Queries that do not fit in the context lose their beginning, which is told as a warning.
+    A query that does not fit in the context loses its beginning, with a warning.
 
-    Raises MythosError for a choice that alone does not fit.
+    Raises MythosError for a choice that does not fit by itself.
     """
     texts = [(question.query, f" {choice}") for question in task.questions for choice in question.choices]
     try:
@@ -120,32 +120,34 @@ def encode_task(task: ChoiceTask, tokenizer: Tokenizer, context_length: int) -> 
     except MythosError as error:
         raise MythosError(f"{task.name}: {error}") from error
     if cut:
-        told = f"{cut} of {len(texts)} prompts do not fit in the context of {context_length} tokens"
-        logger.warning("%s: %s and lose their beginning", task.name, told)
+        logger.warning(
+            "%s: %d of %d prompts do not fit in the context of %d tokens and lose their beginning",
+            *(task.name, cut, len(texts), context_length),
+        )
     return EncodedTask(task, requests)
 
 
 class ChoiceScores(NamedTuple):
-    """How often the likeliest choice is the right one."""
+    """How often the likeliest choice is right."""
 
     acc: float
     acc_norm: float
-    """With likelihoods divided by the characters of the choice."""
+    """Accuracy with log-likelihoods divided by the number of characters of the choice."""
     loops: float
-    """Of a position, on average over the choices."""
+    """Mean loops of a position over the choices."""
 
 
 def choice_scores(task: ChoiceTask, scores: Sequence[Score]) -> ChoiceScores:
-    """Accuracies from the scores of all choices. Of equal likelihoods the first counts, as in the harness.
+    """Accuracies from the scores of all choices. Of equal likelihoods the first wins, as in the harness.
 
-    NaN where a likelihood is NaN, of which none is the largest.
+    NaN if any likelihood is NaN.
     """
     ends = list(accumulate(len(question.choices) for question in task.questions))
     right = normalised = 0.0
     for question, end in zip(task.questions, ends, strict=True):
-        found = [score.log_likelihood for score in scores[end - len(question.choices) : end]]
-        by_length = [likelihood / len(choice) for likelihood, choice in zip(found, question.choices, strict=True)]
-        right += found.index(max(found)) == question.gold
+        likelihoods = [score.log_likelihood for score in scores[end - len(question.choices) : end]]
+        by_length = [likelihood / len(choice) for likelihood, choice in zip(likelihoods, question.choices, strict=True)]
+        right += likelihoods.index(max(likelihoods)) == question.gold
         normalised += by_length.index(max(by_length)) == question.gold
     count = len(task.questions)
     if any(math.isnan(score.log_likelihood) for score in scores):
@@ -165,16 +167,16 @@ def choice_metrics(
 ) -> dict[str, float]:
     """For metrics.jsonl: `val/<task>_acc@<loops>` and `val/<task>_acc_norm@<loops>` at each of `depths`.
 
-    The questions are divided over the ranks, which all get the result. `check` is that of `score_requests`.
+    Collective: the questions are divided over the ranks, and all get the result. See `score_requests` for `check`.
     """
     settings = [DepthSetting(loops) for loops in depths]
     metrics = {}
     for encoded in tasks:
-        scored = score_requests(
+        by_setting = score_requests(
             model, encoded.requests, settings, micro_batch=micro_batch, world=world, autocast=autocast, check=check
         )
-        for setting, scores in zip(settings, scored, strict=True):
-            found = choice_scores(encoded.task, scores)
-            for name in ("acc", "acc_norm"):
-                metrics[f"val/{encoded.task.name}_{name}@{setting.loops}"] = getattr(found, name)
+        for setting, scores in zip(settings, by_setting, strict=True):
+            accuracies = choice_scores(encoded.task, scores)
+            metrics[f"val/{encoded.task.name}_acc@{setting.loops}"] = accuracies.acc
+            metrics[f"val/{encoded.task.name}_acc_norm@{setting.loops}"] = accuracies.acc_norm
     return metrics

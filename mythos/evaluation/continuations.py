@@ -1,4 +1,4 @@
-"""How likely a model finds continuations of prompts, at several depths at once."""
+"""Log-likelihoods of continuations of prompts, at several depths at once."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -13,9 +13,10 @@ from mythos.config.checking import shown
 from mythos.data.tokenizer import Tokenizer
 from mythos.distributed.ranks import World
 from mythos.errors import MythosError
+from mythos.evaluation.validation import right_rows
 from mythos.model import IGNORE_INDEX
 from mythos.model.cache import DecodeCache
-from mythos.model.halting import THRESHOLDS, halting_rule
+from mythos.model.halting import default_threshold, halting_rule
 from mythos.model.layers import autocast_dtype
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.progress import progress_bar
@@ -23,10 +24,10 @@ from mythos.progress import progress_bar
 
 @dataclass(frozen=True)
 class DepthSetting:
-    """How deep a model is run: every position alike, or until a rule of halting stops it."""
+    """The depth of a model: the same number of loops at every position, or a halting rule."""
 
     loops: int
-    """Of every position; with a rule, the most."""
+    """Loops of every position; with a rule, the maximum."""
     rule: str | None = None
     threshold: float | None = None
 
@@ -41,108 +42,112 @@ def choose_settings(
     rule: str | None = None,
     thresholds: Sequence[float] = (),
 ) -> list[DepthSetting]:
-    """What to measure a model at: the given loops, and for None (auto) the training mean under a rule of halting.
+    """The settings to measure a model at: one per loop count, and for None (auto) one per threshold.
 
-    `rule` defaults to the model's own, `thresholds` to the rule's. Without a rule auto is the training mean.
+    auto stops positions by a halting rule, after at most the training mean. `rule` defaults to the model's own,
+    `thresholds` to the rule's. If there is no rule, auto is the training mean.
 
-    Raises ValueError for loops or rules that the model cannot run, or a threshold out of range.
+    Raises ValueError for loops or rules that the model does not support, or a threshold out of range.
     """
     settings = []
+    rule_default: list[float | None] = [None]
     for count in loops:
         model.check_loops(mean_loops if count is None else count, 1)
         if count is not None:
             settings.append(DepthSetting(count))
             continue
         name = model.config.halting if rule is None else rule
-        for threshold in thresholds or [None]:
+        for threshold in thresholds or rule_default:
             if halting_rule(model, name, threshold) is None:
                 settings.append(DepthSetting(mean_loops))
             else:
-                settings.append(DepthSetting(mean_loops, name, THRESHOLDS[name] if threshold is None else threshold))
+                settings.append(
+                    DepthSetting(mean_loops, name, default_threshold(name) if threshold is None else threshold)
+                )
     return list(dict.fromkeys(settings))
 
 
 class Request(NamedTuple):
-    """Token ids whose likelihood is asked for, after others; together at most one more than the context."""
+    """Token ids to score, after a context; together at most one token more than the model's context."""
 
     context: list[int]
-    """At least one."""
+    """At least one id."""
     continuation: list[int]
 
 
 class Score(NamedTuple):
-    """A request's answer."""
+    """The result of a request."""
 
     log_likelihood: float
-    """Of the continuation, in nats."""
+    """Log-likelihood of the continuation, nats."""
     greedy: bool
-    """Whether each of its tokens is the likeliest."""
+    """Whether greedy decoding gives the continuation: each of its tokens is the likeliest."""
     loops: float
-    """Of a position, on average."""
+    """Mean loops of a position."""
 
 
 def encode_requests(
     tokenizer: Tokenizer, texts: Sequence[tuple[str, str]], context_length: int
 ) -> tuple[list[Request], int]:
-    """Contexts and continuations as token ids, and how many contexts were cut to fit.
+    """Encode pairs of context and continuation; also returns how many contexts were cut to fit.
 
-    As lm-evaluation-harness does it: both are tokenized together, spaces that end the context belong to the
-    continuation, an empty context is the end of a document, and a context that does not fit loses its beginning.
-    Where a token of the whole text spans the boundary the continuation is tokenized alone: the harness would take what
-    stands after as many tokens as the context has, which is another text, or none.
+    As in lm-evaluation-harness, both are tokenized together, trailing spaces of the context belong to the continuation,
+    an empty context is the end-of-document token, and a context that does not fit loses its beginning. If a token of
+    the whole text spans the boundary, the continuation is tokenized by itself. (The harness skips as many tokens as the
+    context has, and so scores another text or none.)
 
-    Raises MythosError for a continuation that is empty, that has no tokens of its own, or that leaves less than half of
+    Raises MythosError for a continuation that is empty, that has no token of its own, or that leaves less than half of
     the model's context to a context that does not fit.
     """
     pairs = []
     for context, continuation in texts:
-        kept = context.rstrip()
-        pairs.append((kept, context[len(kept) :] + continuation))
+        stripped = context.rstrip()
+        pairs.append((stripped, context[len(stripped) :] + continuation))
     contexts = tokenizer.encode_batch([context for context, _ in pairs])
     wholes = tokenizer.encode_batch([context + continuation for context, continuation in pairs])
     requests, cut = [], 0
-    for (kept, text), context, whole in zip(pairs, contexts, wholes, strict=True):
-        continuation = whole[len(context) :]
-        if whole[: len(context)] != context:
-            [continuation] = tokenizer.encode_batch([text])
-            # Some tokenizers begin every text with a space, or drop what does not begin a word.
-            if tokenizer.decode([*context, *continuation]) != tokenizer.decode(whole):
+    for (context, continuation), context_ids, whole_ids in zip(pairs, contexts, wholes, strict=True):
+        ids = whole_ids[len(context_ids) :]
+        if whole_ids[: len(context_ids)] != context_ids:
+            [ids] = tokenizer.encode_batch([continuation])
+            # Some tokenizers start every text with a space, or drop characters that do not start a word.
+            if tokenizer.decode([*context_ids, *ids]) != tokenizer.decode(whole_ids):
                 raise MythosError(
-                    f"the continuation {shown(text)} of {shown(kept)} shares a token with it, and this tokenizer has "
-                    "no tokens for it alone: end the context, or begin the continuation, at a word"
+                    f"the continuation {shown(continuation)} of {shown(context)} shares a token with it, and this "
+                    "tokenizer has no tokens for it alone: end the context, or begin the continuation, at a word"
                 )
-        if not continuation:
-            rule = "give text that the tokenizer does not drop" if text else "give text that is not empty"
-            raise MythosError(f"the continuation {shown(text)} has no token of its own: {rule}")
-        request = fit(context or [tokenizer.eos_id], continuation, context_length)
-        cut += len(request.context) < len(context)
+        if not ids:
+            remedy = "give text that the tokenizer does not drop" if continuation else "give text that is not empty"
+            raise MythosError(f"the continuation {shown(continuation)} has no token of its own: {remedy}")
+        request = fit(context_ids or [tokenizer.eos_id], ids, context_length)
+        cut += len(request.context) < len(context_ids)
         requests.append(request)
     return requests, cut
 
 
 def fit(context: list[int], continuation: list[int], context_length: int) -> Request:
-    """A request whose context has lost as much of its beginning as does not fit.
+    """A request with the beginning of its context cut off as far as it does not fit.
 
-    Raises MythosError for a continuation that alone does not fit, and for one that would leave less than half of the
-    model's context to a context that has to be cut: its score would be the answer to another question.
+    Raises MythosError for a continuation that does not fit by itself. Also for one that leaves less than half of the
+    model's context to a context that must be cut: the score would be for a different question.
     """
     if len(continuation) > context_length:
         raise MythosError(
             f"a continuation of {len(continuation)} tokens: the model's context is {context_length} "
-            "(model.context_length), and one token stands before it; give shorter ones"
+            "(model.context_length), and one token precedes it; give shorter ones"
         )
     room = context_length + 1 - len(continuation)
     if len(context) > room < least_prompt(context_length):
         raise MythosError(
             f"a continuation of {len(continuation)} tokens leaves {room} of its prompt's {len(context)}: the model's "
-            f"context is {context_length} (model.context_length), of which a prompt that is cut keeps at least half; "
+            f"context is {context_length} (model.context_length), and a prompt that is cut keeps at least half; "
             "give shorter ones"
         )
     return Request(context[-room:], continuation)
 
 
 def least_prompt(context_length: int) -> int:
-    """Tokens that a prompt which has to be cut keeps at least: half of the model's context."""
+    """Minimum number of tokens of a prompt that must be cut: half of the model's context."""
     return -(-context_length // 2)
 
 
@@ -159,41 +164,42 @@ def score_requests(
 ) -> list[list[Score]]:
     """The scores of all requests, in their order, for each setting.
 
-    All settings of equal loops are read out of one run of the deepest; each rule is a run of its own. Batches are
-    formed of requests of like length and dealt to the ranks, which all get the whole result: one process and many
-    compute the same batches. Rules need the whole model on every rank. `check` is called before every batch, as often
-    on every rank; what it raises ends the scoring.
+    One run of the deepest setting gives the scores of all settings without a rule; each setting with a rule is a
+    separate run, and needs the whole model on every rank. Collective: requests of similar length form batches, which
+    are divided over the ranks. The batches do not depend on the number of ranks, and all ranks get the whole result.
+    `check` is called before every batch, equally often on every rank; an exception from it ends the scoring.
     """
     order = sorted(range(len(requests)), key=lambda index: -sum(map(len, requests[index])))
     batches = [order[start : start + micro_batch] for start in range(0, len(order), micro_batch)]
     mine = range(world.rank, len(batches), world.size)
-    found: dict[int, list[Score]] = {}
+    by_request: dict[int, list[Score]] = {}
+    bar: Any
     with (
         autocast,
         progress_bar(total=len(batches), unit="batch", desc="scoring", disable=not progress, leave=False) as bar,
     ):
         for turn in range(-(-len(batches) // world.size)):
             check()
-            # A rank without a batch left runs one that does not count: under FSDP the others need it.
+            # A rank without a batch left repeats the first one, uncounted: under FSDP the others wait for it.
             batch = batches[mine[turn] if turn < len(mine) else 0]
             scores = score_batch(model, [requests[index] for index in batch], settings)
             if turn < len(mine):
-                found |= zip(batch, scores, strict=True)
+                by_request |= zip(batch, scores, strict=True)
             bar.update(world.size)
-    for part in world.ranks.gather(found):
-        found |= part
-    return [[found[index][number] for index in range(len(requests))] for number in range(len(settings))]
+    for part in world.ranks.gather(by_request):
+        by_request |= part
+    return [[by_request[index][number] for index in range(len(requests))] for number in range(len(settings))]
 
 
-# Every batch has another shape, and blocks that training compiled would be compiled for each of them.
+# Every batch has another shape, and blocks compiled for training would be recompiled for each of them.
 @torch.compiler.set_stance("force_eager")
 @torch.no_grad()
 def score_batch(
     model: RecurrentDepthTransformer, requests: Sequence[Request], settings: Sequence[DepthSetting]
 ) -> list[list[Score]]:
-    """For each request its score at every setting, computed as one batch."""
+    """The scores of one batch: for each request its score at every setting."""
     lengths = [len(context) + len(continuation) - 1 for context, continuation in requests]
-    # Padding stands on the right, where no token sees it.
+    # Padding is on the right, where no token attends to it.
     ids = torch.zeros(len(requests), max(lengths), dtype=torch.int64)
     targets, mask = torch.full_like(ids, IGNORE_INDEX), torch.zeros_like(ids, dtype=torch.bool)
     for row, (length, (context, continuation)) in enumerate(zip(lengths, requests, strict=True)):
@@ -202,16 +208,16 @@ def score_batch(
         mask[row, :length] = True
     device = model.embedding.weight.device
     ids, targets, mask = ids.to(device), targets.to(device), mask.to(device)
-    by_setting = list(_measured(model, ids, targets, mask, settings))
+    by_setting = list(_score_by_setting(model, ids, targets, mask, settings))
     return [list(scores) for scores in zip(*by_setting, strict=True)]
 
 
-def _measured(
+def _score_by_setting(
     model: RecurrentDepthTransformer, ids: Tensor, targets: Tensor, mask: Tensor, settings: Sequence[DepthSetting]
 ) -> Iterator[list[Score]]:
-    """The scores of a batch's rows, for one setting after the other."""
-    alike = sorted({setting.loops for setting in settings if setting.rule is None})
-    readouts = model.read_depths(ids, targets, alike, judged=True) if alike else []
+    """The scores of a batch's rows, one setting after the other; tensors are (B, S)."""
+    depths = sorted({setting.loops for setting in settings if setting.rule is None})
+    readouts = model.read_depths(ids, targets, depths, judged=True) if depths else []
     by_loops = {readout.loops: readout for readout in readouts}
     counts = mask.sum(1)
     for setting in settings:
@@ -223,9 +229,9 @@ def _measured(
             dtype = autocast_dtype(model.head_weight)
             cache = DecodeCache(model.config, len(ids), loops=setting.loops, dtype=dtype, device=ids.device)
             rule = halting_rule(model, setting.rule, setting.threshold)
-            found = model.extend(ids, cache, mask=mask, loops=setting.loops, halting=rule, logits="all")
-            losses = F.cross_entropy(found.logits.transpose(1, 2), targets, ignore_index=IGNORE_INDEX, reduction="none")
-            right, loops = found.logits.argmax(-1) == targets, found.loops.sum(1)
-        greedy = (right | (targets == IGNORE_INDEX)).all(1)
+            logits, used = model.extend(ids, cache, mask=mask, loops=setting.loops, halting=rule, logits="all")
+            losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORE_INDEX, reduction="none")
+            right, loops = logits.argmax(-1) == targets, used.sum(1)
+        greedy = right_rows(right, targets)
         numbers = torch.stack((-losses.double().sum(1), greedy.double(), loops / counts), dim=1)
-        yield [Score(likelihood, bool(all_right), depth) for likelihood, all_right, depth in numbers.tolist()]
+        yield [Score(likelihood, bool(is_greedy), depth) for likelihood, is_greedy, depth in numbers.tolist()]

@@ -1,4 +1,4 @@
-"""What every loop is worth: loss by depth, its fit, and what rules of halting make of it."""
+"""The depth sweep: loss by number of loops, a fitted law, and the trade-off of halting rules."""
 
 import csv
 import json
@@ -21,20 +21,21 @@ from mythos.distributed.ranks import World
 from mythos.errors import MythosError, short_reason
 from mythos.files.text import read_json
 from mythos.model import IGNORE_INDEX
-from mythos.model.attention import document_starts
+from mythos.model.attention.context import document_starts
 from mythos.model.cache import DecodeCache
-from mythos.model.halting import HALTING_RULES, THRESHOLDS, HaltingRule, halting_rule
+from mythos.model.halting import HaltingRule, default_threshold, halting_rule, usable_rules
 from mythos.model.layers import autocast_dtype
-from mythos.model.rdt import RecurrentDepthTransformer, add_load, chosen_overlap, state_measures
-from mythos.model.recurrence import LoopState
+from mythos.model.moe import core_class
+from mythos.model.rdt import RecurrentDepthTransformer
+from mythos.model.state import LoopState, add_load, chosen_overlap, state_measures
 from mythos.progress import progress_bar
 
 HARM = 0.01
-"""Nats (1% of perplexity) that the deepest loss may lie above the least one before more loops count as harmful."""
+"""Nats (1% of perplexity) by which the deepest loss may exceed the lowest before more loops count as harmful."""
 SMALLEST_FIT = 4
-"""Depths that the fit of three parameters needs at least."""
+"""Minimum number of depths for the fit, which has three parameters."""
 MULTIPLES = (4.0, 2.0, 1.0, 0.5, 0.25)
-"""What a rule's default threshold is multiplied by for its points, as far as the rule allows."""
+"""Thresholds of a sweep as multiples of the rule's default; those that the rule does not allow are skipped."""
 
 
 @dataclass(frozen=True)
@@ -42,18 +43,18 @@ class DepthFit:
     """L(T) = limit + amplitude exp(-rate T), the loss in nats after T loops (arXiv 2604.12946)."""
 
     limit: float
-    """L_inf: what ever more loops approach, nats."""
+    """L_inf: the limit of the loss for many loops, nats."""
     amplitude: float
     """Z, nats."""
     rate: float
-    """z: each loop leaves exp(-z) of the distance to the limit."""
+    """z: each loop multiplies the distance to the limit by exp(-z)."""
     residual: float
-    """Root of the mean squared difference to the losses fitted, nats."""
+    """Root mean squared error of the fit, nats."""
     loops: list[int]
-    """The depths fitted."""
+    """The depths that were fitted."""
 
     def loss(self, loops: float) -> float:
-        """The law's loss after so many loops, nats."""
+        """The loss after so many loops by the law, nats."""
         return self.limit + self.amplitude * math.exp(-self.rate * loops)
 
     def __str__(self) -> str:
@@ -63,7 +64,7 @@ class DepthFit:
 
 @dataclass(frozen=True)
 class LoopMeasures:
-    """What one pass of the core does to all positions and, where it was read out, what they lose if it is the last."""
+    """Measurements of one pass of the core over all positions; the loss, if read out, is that of stopping after it."""
 
     loops: int
     loss: float | None
@@ -75,56 +76,56 @@ class LoopMeasures:
     state_delta: float
     """Mean of ||h_t - h_{t-1}|| / ||h_t||."""
     load_max_over_mean: float | None
-    """Tokens of the busiest expert over the mean, in the layer where that is largest; None for a dense core."""
+    """Tokens of the busiest expert over the mean, maximum over layers; None for a dense core."""
     expert_overlap: float | None
-    """Share of the chosen experts that the pass before chose too; None for a dense core and the first pass."""
+    """Share of the chosen experts that the previous pass also chose; None for a dense core and the first pass."""
 
 
 @dataclass(frozen=True)
 class HaltingPoint:
-    """A rule at a threshold: what it costs and what it saves."""
+    """A halting rule at a threshold: its loss and its savings."""
 
     rule: str
     threshold: float
     default: bool
-    """Whether inference takes it unless told otherwise."""
+    """Whether inference uses it by default."""
     loss: float
     perplexity: float
     bits_per_byte: float | None
     loops: float
-    """Mean over positions of the loops run."""
+    """Mean loops of a position."""
     saved: float
-    """Share of the most loops that was not run."""
+    """Share of the maximum number of loops that was not run."""
     exits: list[int]
-    """Positions that stopped after 1, 2, ... loops; the last number holds those that went on to the end."""
+    """Number of positions that stopped after 1, 2, ... loops; the last also counts those that did not halt."""
 
 
 @dataclass(frozen=True)
 class DepthSweep:
-    """A model measured at every depth and under rules of halting, on one set of sequences."""
+    """A model measured at every depth and with halting rules, on one set of sequences."""
 
     mean_loops: int
-    """The training mean."""
+    """Mean number of loops in training."""
     sequences: int
     sequence_length: int
     loops: list[LoopMeasures]
-    """After 1, 2, ... loops."""
+    """Measurements after 1, 2, ... loops."""
     fit: DepthFit | None
     halting: list[HaltingPoint]
 
     @property
     def read_out(self) -> list[LoopMeasures]:
-        """The depths whose loss was measured, shallowest first."""
+        """The entries of `loops` with a loss, shallowest first."""
         return [measures for measures in self.loops if measures.loss is not None]
 
     def save(self, stem: Path, about: Mapping[str, Any]) -> list[Path]:
-        """Write STEM.json, with `about` before the numbers, and STEM.csv, a line a depth and a line a threshold."""
+        """Write STEM.json, with `about` before the numbers, and STEM.csv, one line per depth and per threshold."""
         content = {**about, **asdict(self)}
-        described = LoopMeasures, HaltingPoint
-        columns = dict.fromkeys(field.name for kind in described for field in fields(kind) if field.name != "exits")
-        rows = [asdict(point) for point in (*self.loops, *self.halting)]
+        kinds = LoopMeasures, HaltingPoint
+        columns = dict.fromkeys(field.name for kind in kinds for field in fields(kind) if field.name != "exits")
+        rows = [*map(asdict, self.loops), *map(asdict, self.halting)]
         table, document = stem.with_name(stem.name + ".csv"), stem.with_name(stem.name + ".json")
-        document.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        document.write_text(json.dumps(finite(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
         with table.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
             writer.writeheader()
@@ -133,7 +134,7 @@ class DepthSweep:
 
     @classmethod
     def load(cls, document: Path) -> tuple["DepthSweep", dict[str, Any]]:
-        """The sweep of a STEM.json, and what the file says about it. Raises MythosError if it is not one of `save`."""
+        """Read a STEM.json: the sweep and `about`. Raises MythosError if `save` did not write it."""
         try:
             values = read_json(document)
             about = {key: values.pop(key) for key in values.keys() - {field.name for field in fields(cls)}}
@@ -146,43 +147,43 @@ class DepthSweep:
 
 
 class Rows(NamedTuple):
-    """Sequences on the model's device."""
+    """A batch of sequences on the model's device."""
 
     ids: Tensor
     """(B, S) int64."""
     targets: Tensor
     """(B, S) int64, -100 where there is none."""
     documents: Tensor | None
-    """(B, S) int, see `RecurrentDepthTransformer.forward`."""
+    """(B, S) int, see `RecurrentDepthTransformer.forward`; None if each row is one document."""
 
 
 def sweep_depths(mean_loops: int, times: int = 8) -> list[int]:
-    """The depths of a sweep: powers of two up to so many times the training mean, the mean, and the end."""
+    """The depths of a sweep: powers of two up to `times` the training mean, the mean, and the deepest."""
     deepest = times * mean_loops
     return sorted({*(2**n for n in range(deepest.bit_length())), mean_loops, deepest})
 
 
 def default_rule(model: RecurrentDepthTransformer) -> tuple[str, float] | None:
-    """Name and threshold of the rule that inference takes unless told otherwise."""
+    """Name and threshold of the rule that inference uses by default; None if it uses none."""
     name = model.config.halting
-    return None if name == "none" else (name, THRESHOLDS[name])
+    return None if name == "none" else (name, default_threshold(name))
 
 
 def sweep_rules(model: RecurrentDepthTransformer, names: Sequence[str] | None = None) -> list[tuple[str, float]]:
-    """The named rules, or all that the model can follow, each at thresholds around its default.
+    """The named rules, or all that the model supports, each at thresholds around its default.
 
-    Raises ValueError for the name of a rule that there is not, or that the model cannot follow.
+    Raises ValueError for a rule that does not exist or that the model does not support.
     """
     if model.config.injection == "none":
         return []
     for name in names or []:
         halting_rule(model, name)
-    names = [name for name in HALTING_RULES if _follows(model, name)] if names is None else names
-    points = [(name, multiple * THRESHOLDS[name]) for name in names if name != "none" for multiple in MULTIPLES]
-    return [(name, threshold) for name, threshold in points if _follows(model, name, threshold)]
+    names = usable_rules(model) if names is None else names
+    points = [(name, multiple * default_threshold(name)) for name in names if name != "none" for multiple in MULTIPLES]
+    return [(name, threshold) for name, threshold in points if _supports(model, name, threshold)]
 
 
-def _follows(model: RecurrentDepthTransformer, name: str, threshold: float | None = None) -> bool:
+def _supports(model: RecurrentDepthTransformer, name: str, threshold: float | None = None) -> bool:
     try:
         return halting_rule(model, name, threshold) is not None
     except ValueError:
@@ -208,29 +209,31 @@ def depth_sweep(
         data: the sequences.
         depths: loops after which the loss is measured.
         mean_loops: the training mean.
-        rules: rules of halting and their thresholds.
-        most: loops after which a rule's positions stop in any case (default the training mean).
+        rules: halting rules and their thresholds.
+        most: maximum number of loops with a rule (default the training mean).
         micro_batch: sequences computed at once.
-        autocast: what the model runs in.
+        autocast: the context to run the model in.
         progress: show a bar.
 
     Raises:
-        ValueError: a depth below 1, or above 1 for a fixed-depth model; a rule or threshold that the model has not.
+        ValueError: a depth below 1, or above 1 for a fixed-depth model; a rule or threshold that the model does not
+            support.
     """
     most = mean_loops if most is None else most
     model.check_loops(sorted([*depths, most], reverse=True), len(depths) + 1)
-    chosen = [halting_rule(model, name, threshold) for name, threshold in rules]
+    halting_rules = [halting_rule(model, name, threshold) for name, threshold in rules]
     batches = list(batches_of(data, micro_batch, model.head_weight.device))
     size = text_bytes(data)
     total = len(batches) * (max(depths) + most * len(rules))
+    bar: Any
     with autocast, progress_bar(total=total, unit="loop", desc="depth sweep", disable=not progress) as bar:
         loops = measure_loops(model, batches, depths, size, bar.update)
         halting = []
-        for (name, threshold), rule in zip(rules, chosen, strict=True):
+        for (name, threshold), rule in zip(rules, halting_rules, strict=True):
             bar.set_postfix_str(f"{name} {threshold:g}")
             sums = adaptive_sums(model, batches, rule, most, bar.update)
             default = (name, threshold) == default_rule(model)
-            halting.append(HaltingPoint(name, threshold, default, *halting_measures(sums, size)))
+            halting.append(HaltingPoint(name, threshold, default, **halting_measures(sums, size)._asdict()))
     rows, length = len(data.ids), batches[0].ids.shape[1]
     fit = fit_losses({measures.loops: measures.loss for measures in loops if measures.loss is not None})
     return DepthSweep(mean_loops, rows, length, loops, fit, halting)
@@ -244,14 +247,14 @@ def measure_loops(
     size: int,
     advance: Callable[[int], Any] = lambda _: None,
 ) -> list[LoopMeasures]:
-    """Run every position for the most loops: state and experts of every pass, and the losses after `depths`.
+    """Run every position for the largest of `depths`; measure every pass, and the loss after each of `depths`.
 
-    `size` is the text's in bytes. `advance` is called with the loops done after every batch.
+    `size` is the size of the text in bytes. `advance` is called with the number of loops after every batch.
     """
     depths = sorted(set(depths))
     deepest, config, device = depths[-1], model.config, model.head_weight.device
-    routed = config.core_ffn == "moe"
-    # By pass, summed over rows: norm and change of the state, and overlap of the experts.
+    routed = core_class(config).routes
+    # By pass, summed over rows: state norm, state change, expert overlap.
     states = torch.zeros(deepest, 3, dtype=torch.float64, device=device)
     load = torch.zeros(deepest, config.core_layers, 1, config.n_experts, dtype=torch.int64, device=device)
     losses = torch.zeros(len(depths), dtype=torch.float64, device=device)
@@ -274,13 +277,14 @@ def measure_loops(
         tokens += int((targets != IGNORE_INDEX).sum())
         advance(deepest)
 
-    read_out = dict(zip(depths, losses.tolist(), strict=True))
+    predictions = {depth: prediction(loss, tokens, size) for depth, loss in zip(depths, losses.tolist(), strict=True)}
+    not_read_out: dict[str, Any] = dict.fromkeys(Prediction._fields)
     by_expert = load.squeeze(2).double()
     balance = (by_expert.amax(-1) / by_expert.mean(-1)).amax(-1).tolist()
     return [
         LoopMeasures(
             loop,
-            *(prediction(read_out[loop], tokens, size) if loop in read_out else (None, None, None)),
+            **(predictions[loop]._asdict() if loop in predictions else not_read_out),
             state_norm=norm,
             state_delta=delta,
             load_max_over_mean=balance[loop - 1] if routed else None,
@@ -298,10 +302,10 @@ def adaptive_sums(
     most: int,
     advance: Callable[[int], Any] = lambda _: None,
 ) -> Tensor:
-    """Run every position until the rule stops it, at the latest after `most` loops.
+    """Run every position until the rule stops it, at most `most` loops.
 
-    Returns (2 + most,) float64: the summed loss in nats, the number of targets, and the positions that stopped after
-    1, 2, ..., `most` loops.
+    Returns (2 + most,) float64: the summed loss in nats, the number of targets, and the number of positions that
+    stopped after 1, 2, ..., `most` loops.
     """
     sums = torch.zeros(2 + most, dtype=torch.float64, device=model.head_weight.device)
     for ids, targets, documents in batches:
@@ -322,43 +326,43 @@ def adaptive_losses(
     rule: HaltingRule | None,
     loops: int,
 ) -> tuple[Tensor, Tensor]:
-    """Losses (B, S) float32 in nats and loops run (B, S) int64, each position stopping where the rule says.
+    """Losses (B, S) float32 in nats and loops (B, S) int64, with every position stopped by the rule.
 
-    Shapes as in :class:`Rows`; `loops` is the most that a position runs. It is the computation of generation: a
-    position that has halted serves its last keys and values to those that go on.
+    Shapes as in :class:`Rows`; `loops` is the maximum for a position. This is the computation of generation: deeper
+    loops of other positions attend to the last keys and values of a position that has halted.
     """
     losses = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
     used = torch.zeros_like(ids)
-    # To the cache, a document is a row.
-    for rows, columns, mask in document_groups(torch.zeros_like(ids) if documents is None else documents):
+    # Each document is a row of the cache.
+    for rows_NL, columns_NL, mask_NL in document_groups(torch.zeros_like(ids) if documents is None else documents):
         dtype = autocast_dtype(model.head_weight)
-        cache = DecodeCache(model.config, len(mask), loops=loops, dtype=dtype, device=ids.device)
-        result = model.extend(ids[rows, columns], cache, mask=mask, loops=loops, halting=rule, logits="all")
-        rows, columns = rows[mask], columns[mask]
+        cache = DecodeCache(model.config, len(mask_NL), loops=loops, dtype=dtype, device=ids.device)
+        result = model.extend(ids[rows_NL, columns_NL], cache, mask=mask_NL, loops=loops, halting=rule, logits="all")
+        rows, columns = rows_NL[mask_NL], columns_NL[mask_NL]  # packed: the tokens only
         losses[rows, columns] = F.cross_entropy(
-            result.logits[mask], targets[rows, columns], ignore_index=IGNORE_INDEX, reduction="none"
+            result.logits[mask_NL], targets[rows, columns], ignore_index=IGNORE_INDEX, reduction="none"
         )
-        used[rows, columns] = result.loops[mask]
+        used[rows, columns] = result.loops[mask_NL]
     return losses, used
 
 
 def document_groups(documents: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Gather the documents of rows (B, S) int, runs of equal ids, into groups of like length.
+    """Group the documents of rows (B, S) int, which are runs of equal ids, by similar length.
 
-    Yields, for n documents of at most L tokens, row and column of each token, int64, and where there is one: three
-    tensors (n, L). No group has more than B x S places.
+    Yields for N documents of at most L tokens three tensors (N, L): row and column of each token, int64, and a mask
+    that is True at tokens. A group has at most B x S entries, padding included.
     """
-    device, places, length = documents.device, documents.numel(), documents.shape[1]
+    device, most_entries, length = documents.device, documents.numel(), documents.shape[1]
     rows, starts = (document_starts(documents) == torch.arange(length, device=device)).nonzero().unbind(1)
     ends = torch.where(rows[1:] == rows[:-1], starts[1:], length)
     lengths = torch.cat((ends, ends.new_tensor([length]))) - starts
-    left = lengths.argsort(descending=True)
-    while len(left):
-        longest = int(lengths[left[0]])
-        group, left = left[: places // longest], left[places // longest :]
-        order = torch.arange(longest, device=device)
-        columns = (starts[group, None] + order).clamp(max=length - 1)
-        yield rows[group, None].expand_as(columns), columns, order < lengths[group, None]
+    remaining = lengths.argsort(descending=True)
+    while len(remaining):
+        longest = int(lengths[remaining[0]])
+        group, remaining = remaining[: most_entries // longest], remaining[most_entries // longest :]
+        offsets = torch.arange(longest, device=device)
+        columns = (starts[group, None] + offsets).clamp(max=length - 1)
+        yield rows[group, None].expand_as(columns), columns, offsets < lengths[group, None]
 
 
 def adaptive_metrics(
@@ -371,11 +375,12 @@ def adaptive_metrics(
     autocast: AbstractContextManager[Any],
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """The default rule of halting on validation data, for metrics.jsonl; empty where there is none, or a single loop.
+    """The default halting rule on validation data, for metrics.jsonl; empty without a rule or with a single loop.
 
-    `val/auto_loss` in nats, `val/auto_loops`, the mean loops run by a position, and `val/auto_saved`, the share of
-    `most` loops that was not run. The rows are divided over the ranks, which all get the result; each needs the whole
-    model. `check` is called before every micro-batch, as often on every rank; what it raises ends the measurement.
+    Returns `val/auto_loss` in nats, `val/auto_loops`, the mean loops of a position, and `val/auto_saved`, the share of
+    `most` loops that was not run. Collective: the rows are divided over the ranks, and all get the result; each needs
+    the whole model. `check` is called before every micro-batch, equally often on every rank; an exception from it ends
+    the measurement.
     """
     rule = halting_rule(model)
     if rule is None or most == 1:
@@ -383,15 +388,15 @@ def adaptive_metrics(
     batches = batches_of(data, micro_batch, world.device, range(world.rank, len(data.ids), world.size))
 
     def checked() -> Iterator[Rows]:
-        # The first rank has the most rows. One whose rows are done goes on checking, for the others wait for it there.
+        # Rank 0 has the most rows. A rank without rows left continues to call `check`, which is collective.
         for _ in range(0, -(-len(data.ids) // world.size), micro_batch):
             check()
             yield from islice(batches, 1)
 
     with autocast:
         sums = world.sum(adaptive_sums(model, checked(), rule, most))
-    loss, _, _, loops, saved, _ = halting_measures(sums, text_bytes(data))
-    return {"val/auto_loss": loss, "val/auto_loops": loops, "val/auto_saved": saved}
+    measures = halting_measures(sums, text_bytes(data))
+    return {"val/auto_loss": measures.loss, "val/auto_loops": measures.loops, "val/auto_saved": measures.saved}
 
 
 def fit_metrics(losses: Mapping[int, float]) -> dict[str, float]:
@@ -399,13 +404,13 @@ def fit_metrics(losses: Mapping[int, float]) -> dict[str, float]:
     fit = fit_losses(losses)
     if fit is None:
         return {}
-    return {f"val/fit_{name}": getattr(fit, name) for name in ("limit", "amplitude", "rate", "residual")}
+    return {f"val/fit_{name}": value for name, value in asdict(fit).items() if name != "loops"}
 
 
 def batches_of(
     data: ValidationSet | TaskSet, size: int, device: torch.device, rows: Sequence[int] | None = None
 ) -> Iterator[Rows]:
-    """The given rows (default all) in their order, `size` at a time."""
+    """Batches of `size` of these rows (default: all), in order."""
     rows = range(len(data.ids)) if rows is None else rows
     for start in range(0, len(rows), size):
         chosen = list(rows[start : start + size])
@@ -418,32 +423,54 @@ def batches_of(
 
 
 def text_bytes(data: ValidationSet | TaskSet) -> int:
-    """Bytes of all targets; 0 where they are no text."""
+    """Bytes of all targets; 0 if they are not text."""
     return 0 if isinstance(data, TaskSet) else int(data.bytes.sum())
 
 
-def halting_measures(sums: Tensor, size: int) -> tuple[float, float, float | None, float, float, list[int]]:
-    """What `adaptive_sums` amount to, as the last fields of `HaltingPoint`, for a text of `size` bytes."""
+class HaltingMeasures(NamedTuple):
+    """The fields of a `HaltingPoint` that are measured."""
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float | None
+    loops: float
+    saved: float
+    exits: list[int]
+
+
+def halting_measures(sums: Tensor, size: int) -> HaltingMeasures:
+    """Means from the result of `adaptive_sums`, for a text of `size` bytes."""
     loss, tokens, *exits = sums.tolist()
     loops = sum(loop * count for loop, count in enumerate(exits, start=1)) / sum(exits)
-    return *prediction(loss, tokens, size), loops, 1 - loops / len(exits), [int(count) for count in exits]
+    saved = 1 - loops / len(exits)
+    return HaltingMeasures(*prediction(loss, tokens, size), loops, saved, [int(count) for count in exits])
 
 
-def prediction(loss: float, tokens: float, size: int) -> tuple[float, float, float | None]:
-    """Loss of a target in nats, perplexity, and bits per byte, from the summed loss; None for targets without bytes."""
+class Prediction(NamedTuple):
+    """How well targets are predicted."""
+
+    loss: float
+    """Mean over targets, nats."""
+    perplexity: float
+    bits_per_byte: float | None
+    """None if the targets are not text."""
+
+
+def prediction(loss: float, tokens: float, size: int) -> Prediction:
+    """From the summed loss in nats over so many tokens, for a text of `size` bytes (0: no text)."""
     mean = loss / tokens
-    perplexity = math.exp(mean) if mean < 700 else math.inf
-    return mean, perplexity, loss / math.log(2) / size if size else None
+    perplexity = math.exp(mean) if mean < 700 else math.inf  # exp overflows a float64 above 709
+    return Prediction(mean, perplexity, loss / math.log(2) / size if size else None)
 
 
 def fit_losses(losses: Mapping[int, float]) -> DepthFit | None:
-    """Least squares of L(T) = limit + amplitude exp(-rate T) on the losses in nats by number of loops.
+    """Least-squares fit of L(T) = limit + amplitude exp(-rate T) to the losses in nats by number of loops.
 
-    The law never turns. Where the deepest loss lies more than `HARM` above the least, what follows the least is
-    therefore left out. None where fewer than four losses remain.
+    The law is monotonic. If the deepest loss exceeds the lowest by more than `HARM`, the depths after the lowest are
+    left out. None if fewer than four losses remain.
 
-    By variable projection: given the rate, the law is a straight line in exp(-rate T), so that one number is left to
-    search for.
+    Method: variable projection. For a fixed rate the law is a straight line in exp(-rate T), so only the rate has to be
+    searched for.
     """
     curve = sorted(losses.items())
     lowest = min(range(len(curve)), key=lambda i: (not math.isfinite(curve[i][1]), curve[i][1]))
@@ -452,7 +479,7 @@ def fit_losses(losses: Mapping[int, float]) -> DepthFit | None:
     if len(curve) < SMALLEST_FIT or not all(math.isfinite(loss) for _, loss in curve):
         return None
     loops, observed = (np.array(values, dtype=np.float64) for values in zip(*curve, strict=True))
-    # Beyond these rates the law is a straight line in T, or a step after the first loop, and data cannot tell which.
+    # Below `low` the law is a straight line in T, above `high` a step after the first loop: the rate has no effect.
     low, high = 0.01 / (loops[-1] - loops[0]), 12.0 / (loops[1] - loops[0])
     rates = np.geomspace(low, high, 400)
     for _ in range(8):
@@ -461,9 +488,9 @@ def fit_losses(losses: Mapping[int, float]) -> DepthFit | None:
         slopes = (centred @ distance) / (centred**2).sum(1)
         errors = ((distance - slopes[:, None] * centred) ** 2).mean(1)
         best = int(errors.argmin())
-        found = float(rates[best]), float(slopes[best]), float(basis[best].mean()), float(errors[best])
+        rate, slope = float(rates[best]), float(slopes[best])
+        level, error = float(basis[best].mean()), float(errors[best])
         rates = np.geomspace(rates[max(best - 1, 0)], rates[min(best + 1, len(rates) - 1)], 400)
-    rate, slope, level, error = found
     return DepthFit(
         limit=float(observed.mean()) - slope * level,
         amplitude=slope * math.exp(rate * loops[0]),
@@ -473,10 +500,10 @@ def fit_losses(losses: Mapping[int, float]) -> DepthFit | None:
     )
 
 
-def _finite(value: Any) -> Any:
-    """The same plain data with None for what JSON has no number for."""
+def finite(value: Any) -> Any:
+    """The same plain data with None in place of infinities and NaN, which JSON lacks."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

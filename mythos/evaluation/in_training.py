@@ -1,4 +1,4 @@
-"""What a run measures of its model while it trains: validation, tasks and samples, all of which a stop interrupts."""
+"""Measurements of a run while it trains: validation, tasks and samples. A stop request interrupts any of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,18 +15,19 @@ from mythos.distributed.stop import StopRequests
 from mythos.evaluation.choices import EncodedTask, choice_metrics
 from mythos.evaluation.depth_sweep import adaptive_metrics, fit_metrics
 from mythos.evaluation.reasoning import task_metrics
-from mythos.evaluation.validation import losses_by_depth, validation_metrics
+from mythos.evaluation.validation import validation_metrics
 from mythos.generation.sampling import Sampling
 from mythos.generation.tokens import generate
+from mythos.training.metrics import losses_by_depth
 
 
 class Interrupted(Exception):
-    """A stop was asked for while the model was measured. All ranks raise it together, and nothing is half measured."""
+    """A stop was requested during a measurement. All ranks raise it together; partial results are discarded."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What is measured, and by what. Its methods are collective."""
+    """Everything that a measurement needs. Its methods are collective."""
 
     config: Config
     parallel: ParallelModel
@@ -37,8 +38,8 @@ class Measurement:
     stop: StopRequests
 
     def measure(self) -> dict[str, float]:
-        """Validation loss and answers at several depths. Raises Interrupted."""
-        config = self.config
+        """Validation loss and scores of tasks at several depths. Raises Interrupted."""
+        config, model, depths = self.config, self.parallel.model, self.config.eval.loops
         common: dict[str, Any] = {
             "micro_batch": self.micro_batch,
             "world": self.parallel.world,
@@ -46,52 +47,56 @@ class Measurement:
             "check": self.check,
         }
         follows = config.depth.follow == "difficulty"
-        measure = task_metrics if isinstance(self.data, TaskSet) else validation_metrics
         mean_loops = round(config.depth_mean)
-        main_depth = None if follows else mean_loops
-        metrics = measure(self.parallel.model, self.data, depths=config.eval.loops, main_depth=main_depth, **common)
-        if not follows:  # where each sequence has its own depth, one for all says nothing
+        if isinstance(self.data, TaskSet):
+            main_depth = None if follows else mean_loops
+            metrics = task_metrics(model, self.data, depths=depths, main_depth=main_depth, **common)
+        else:
+            metrics = validation_metrics(model, self.data, depths=depths, main_depth=mean_loops, **common)
+        if not follows:  # a fit needs one depth for all sequences
             metrics |= fit_metrics(losses_by_depth(metrics))
-        # Where positions halt, ranks run different numbers of passes, and those that share the model must not.
+        # With halting, ranks run different numbers of passes: impossible if they share the model's parameters.
         if not follows and not self.parallel.layout.sharded:
-            metrics |= adaptive_metrics(self.parallel.model, self.data, most=mean_loops, **common)
-        return metrics | choice_metrics(self.parallel.model, self.tasks, depths=config.eval.loops, **common)
+            metrics |= adaptive_metrics(model, self.data, most=mean_loops, **common)
+        return metrics | choice_metrics(model, self.tasks, depths=depths, **common)
 
     def samples(self) -> list[str]:
-        """Texts after eval.prompts, on the ranks that draw them: rank 0, under FSDP all. Raises Interrupted."""
-        # Under FSDP a forward pass takes all ranks; they draw the same.
-        drawing = self.tokenizer is not None and (self.parallel.world.ranks.main or self.parallel.layout.sharded)
+        """Continuations of eval.prompts, on the ranks that generate: rank 0, or all under FSDP. Raises Interrupted."""
+        # Under FSDP a forward pass needs all ranks; they generate the same text.
+        generating = self.tokenizer is not None and (self.parallel.world.ranks.main or self.parallel.layout.sharded)
         texts = []
         for index in range(self.config.eval.samples):
-            if drawing:
+            if generating:
                 texts.append(self._sample(index))
-            self.check()  # a text that was cut short is not kept
+            self.check()  # discards a text that a stop cut short
         return texts
 
     def check(self) -> None:
-        """Raise Interrupted on all ranks if any has been asked to stop."""
-        if self._agreed_to_stop():
+        """Raise Interrupted on all ranks if any of them received a stop request."""
+        if self._any_stop_requested():
             raise Interrupted
 
-    def _agreed_to_stop(self) -> bool:
-        (stopping,) = self.parallel.world.ranks.any(self._asked_to_stop())
+    def _any_stop_requested(self) -> bool:
+        (stopping,) = self.parallel.world.ranks.any(self._stop_requested())
         return stopping
 
-    def _asked_to_stop(self) -> bool:
+    def _stop_requested(self) -> bool:
         return self.stop.reason is not None
 
     def _sample(self, index: int) -> str:
-        """Text after one of eval.prompts, at the mean depth; the same draw at every step."""
+        """A continuation of one of eval.prompts, at the mean depth; the same draws at every step."""
         assert self.tokenizer is not None
         config, tokenizer = self.config, self.tokenizer
         prompt = config.eval.prompts[index % len(config.eval.prompts)]
-        # Of a prompt that leaves no room in the context, the end is continued.
+        # A prompt that leaves no room in the context loses its beginning.
         room = max(1, config.model.context_length - config.eval.sample_tokens)
         ids = (tokenizer.encode_batch([prompt])[0] or [tokenizer.eos_id])[-room:]
-        # Under FSDP no rank may stop before the others.
-        stopping = self._agreed_to_stop if self.parallel.layout.sharded else self._asked_to_stop
+        sharded = self.parallel.layout.sharded
+        # Under FSDP all ranks must stop at the same token: they agree on a stop request, and generate past the end of
+        # the document, because logits may differ in the last bit between ranks.
+        stopping = self._any_stop_requested if sharded else self._stop_requested
         with self.parallel.autocast:
-            [drawn], _ = generate(
+            [continuation], _ = generate(
                 self.parallel.model,
                 [ids],
                 config.eval.sample_tokens,
@@ -99,14 +104,13 @@ class Measurement:
                 seed=config.run.seed + index,
                 vocabulary=tokenizer.size,
                 loops=round(config.depth_mean),
-                # Nor should their logits differ in the last bit.
-                stop_ids=() if self.parallel.layout.sharded else (tokenizer.eos_id,),
+                stop_ids=() if sharded else (tokenizer.eos_id,),
                 on_token=lambda *_: stopping(),
             )
-        return tokenizer.decode(ids + list(takewhile(lambda token: token != tokenizer.eos_id, drawn.tokens)))
+        return tokenizer.decode(ids + list(takewhile(lambda token: token != tokenizer.eos_id, continuation.tokens)))
 
 
 def write_samples(texts: Sequence[str], path: Path) -> None:
-    """Write texts to a file, whose folder is made. Raises OSError."""
+    """Write texts to a file and create its folder. Raises OSError."""
     path.parent.mkdir(exist_ok=True)
     path.write_text("\n\n".join(texts) + "\n", encoding="utf-8")

@@ -15,14 +15,14 @@ from torch import Tensor
 from mythos.config.data import TaskConfig
 from mythos.data.tasks import TaskSet, task_set
 from mythos.distributed.ranks import World
+from mythos.evaluation.validation import right_rows
 from mythos.model import IGNORE_INDEX
-from mythos.model.rdt import RecurrentDepthTransformer
-from mythos.reports.plots import finish
+from mythos.model.rdt import DepthReadout, RecurrentDepthTransformer
 
 BEYOND = (1.2, 1.6, 2, 3, 4, 6)
-"""Difficulties that are asked for beyond the hardest of training, as multiples of it."""
+"""Difficulties beyond the hardest of training to measure by default, as multiples of it."""
 BATCH = 256
-"""Sequences that are computed at once."""
+"""Sequences computed at once."""
 
 
 def task_metrics(
@@ -36,73 +36,70 @@ def task_metrics(
     autocast: AbstractContextManager[Any],
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Mean loss of the answers in nats a token, and the share of sequences whose answer is right in all its tokens.
+    """Mean loss of the answers in nats per token, and the share of sequences with every answer token right.
 
-    As `val/loss@<loops>` and `val/accuracy@<loops>` after each of `depths` loops, and as `val/loss` and `val/accuracy`
-    at `main_depth` loops, or, where it is None, at as many as each sequence's difficulty. The rows, hardest first and
-    of each difficulty a multiple of the processes, are divided over the ranks, and every rank gets the whole result.
-    `check` is called before every pass, as often on every rank; what it raises ends the measurement.
+    Returns `val/loss@<loops>` and `val/accuracy@<loops>` for each of `depths`, and `val/loss` and `val/accuracy` at
+    `main_depth` loops; if that is None, with as many loops as each sequence's difficulty. Collective: the rows are
+    divided over the ranks, and all get the result. They must be ordered hardest first, and their number at each
+    difficulty must be a multiple of the number of ranks. `check` is called before every pass, equally often on every
+    rank; an exception from it ends the measurement.
     """
     depths = sorted({*depths, *([] if main_depth is None else [main_depth])})
-    wanted: list[int | None] = [*depths, *([None] if main_depth is None else [])]
-    sums = torch.zeros(len(wanted), 2, dtype=torch.float64, device=world.device)
+    # None: as many loops as the difficulty of each sequence.
+    passes: list[int | None] = [*depths, *([None] if main_depth is None else [])]
+    sums = torch.zeros(len(passes), 2, dtype=torch.float64, device=world.device)
     mine = range(world.rank, len(data.ids), world.size)
     for start in range(0, len(mine), micro_batch):
         chosen = list(mine[start : start + micro_batch])
         ids, targets = data.ids[chosen].to(world.device), data.targets[chosen].to(world.device)
-        for number, depth in enumerate(wanted):
+        for number, depth in enumerate(passes):
             check()
-            # Ranks run alike, as FSDP needs it: theirs are rows of the same difficulties.
+            # All ranks run the same loops, as FSDP requires: their rows have the same difficulties.
             loops = data.difficulties[chosen].tolist() if depth is None else depth
             with torch.no_grad(), autocast:
                 logits = model(ids, loops=loops).logits
             losses = F.cross_entropy(
                 logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
             )
-            right = rows_right(logits.argmax(-1) == targets, targets)
+            right = right_rows(logits.argmax(-1) == targets, targets).sum()
             sums[number] += torch.stack([losses.double().sum(), right.double()])
     tokens = int((data.targets != IGNORE_INDEX).sum())
     metrics: dict[str, float] = {}
-    for depth, (loss, right) in zip(wanted, world.sum(sums).tolist(), strict=True):
-        found = {"val/loss": loss / tokens, "val/accuracy": right / len(data.ids)}
+    for depth, (loss_sum, right_count) in zip(passes, world.sum(sums).tolist(), strict=True):
+        values = {"val/loss": loss_sum / tokens, "val/accuracy": right_count / len(data.ids)}
         if depth is not None:
-            metrics |= {f"{name}@{depth}": value for name, value in found.items()}
+            metrics |= {f"{name}@{depth}": value for name, value in values.items()}
         if depth == main_depth:
-            metrics |= found
+            metrics |= values
     return metrics
-
-
-def rows_right(right: Tensor, targets: Tensor) -> Tensor:
-    """Rows (B, S) whose answer is right in all of its tokens; `right` (B, S) bool tells of each token. Scalar int64."""
-    return (right | (targets == IGNORE_INDEX)).all(-1).sum()
 
 
 @dataclass(frozen=True)
 class AccuracyMap:
-    """How often a model is right, by difficulty and loops."""
+    """Accuracy of a model by difficulty and loops."""
 
     name: str
     task: str
     step: int
-    """Optimizer steps the model was trained for."""
+    """Optimizer steps of the model's training."""
     trained: tuple[int, int]
-    """Fewest and most steps in training."""
+    """Smallest and largest difficulty in training."""
     difficulties: list[int]
     loops: list[int]
     sequences: int
-    """Of each difficulty; the same ones at every number of loops and for every model of the task."""
+    """Sequences of each difficulty; the same ones at every number of loops and for every model of the task."""
     accuracy: list[list[float]]
-    """For each difficulty, at each number of loops."""
+    """One row per difficulty, one column per number of loops."""
 
     def at(self, difficulty: int, loops: int) -> float:
-        """One entry. Raises ValueError if it was not measured."""
+        """The accuracy at one difficulty and number of loops. Raises ValueError if it was not measured."""
         return self.accuracy[self.difficulties.index(difficulty)][self.loops.index(loops)]
 
     def write(self, path: Path) -> list[Path]:
-        """Write the map to `path` with .png, .csv and .json added; returns what was written."""
+        """Write the map to `path` with .csv and .json appended to its name; returns both paths."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Not with_suffix: what follows a dot in a run's name belongs to the name.
-        picture, table, values = (path.with_name(f"{path.name}.{kind}") for kind in ("png", "csv", "json"))
+        # Not with_suffix, which would replace the part of a run's name after a dot.
+        table, values = (path.with_name(f"{path.name}.{kind}") for kind in ("csv", "json"))
         with table.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["difficulty", "loops", "accuracy", "sequences"])
@@ -111,10 +108,10 @@ class AccuracyMap:
                     (difficulty, loops, value, self.sequences) for loops, value in zip(self.loops, row, strict=True)
                 )
         values.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        return [draw_maps([self], picture), table, values]
+        return [table, values]
 
     def table(self) -> str:
-        """The map in percent, as text; the difficulties of training are marked."""
+        """The map in percent as text, with * at the difficulties of training."""
         corner = "difficulty \\ loops"
         lines = [f"{corner:>18}" + "".join(f"{loops:>7}" for loops in self.loops)]
         for difficulty, row in zip(self.difficulties, self.accuracy, strict=True):
@@ -124,7 +121,7 @@ class AccuracyMap:
 
 
 def usual_difficulties(task: TaskConfig) -> list[int]:
-    """Those of training, and some up to six times the hardest of them, as far as the task's text can tell them."""
+    """The difficulties of training, and some up to six times the hardest, as far as the task can express them."""
     low, high = task.difficulty
     beyond = {round(high * factor) for factor in BEYOND}
     return sorted({*range(low, high + 1), *(difficulty for difficulty in beyond if difficulty <= task.hardest)})
@@ -141,20 +138,20 @@ def accuracy_map(
     sequences: int,
     length: int,
 ) -> AccuracyMap:
-    """Ask a model in eval mode for answers to one query each.
+    """Measure a model in eval mode on sequences with one query each.
 
     Args:
-        model: on the device it computes on; it computes as its parameters are, in float32.
-        task: what is asked for.
-        name: what the map is called.
-        step: steps the model was trained for.
-        difficulties: increasing.
-        loops: increasing; [1] for a fixed-depth model.
-        sequences: of each difficulty.
-        length: tokens of a sequence, where the difficulty does not take more.
+        model: on the device it computes on, in the type of its parameters.
+        task: the task; the number of queries is set to 1.
+        name: the map's name.
+        step: optimizer steps of the model's training.
+        difficulties: ascending.
+        loops: ascending; [1] for a fixed-depth model.
+        sequences: number of sequences of each difficulty.
+        length: tokens of a sequence, unless the difficulty needs more.
 
     Raises:
-        ValueError: a difficulty that the task's vocabulary cannot tell.
+        ValueError: a difficulty that the task's vocabulary cannot express.
     """
     task = task.model_copy(update={"queries": 1, "ask": "end" if task.ask == "steps" else task.ask})
     device = model.embedding.weight.device
@@ -165,28 +162,12 @@ def accuracy_map(
         for ids, targets in zip(data.ids.split(BATCH), data.targets.split(BATCH), strict=True):
             ids, targets = ids.to(device), targets.to(device)
             readouts = model.read_depths(ids, targets, loops, judged=True)
-            right += torch.stack([rows_right(readout.right, targets) for readout in readouts]).cpu()
+            right += torch.stack([_count_right(readout, targets) for readout in readouts]).cpu()
         accuracy.append([count / sequences for count in right.tolist()])
     return AccuracyMap(name, task.name, step, task.difficulty, list(difficulties), list(loops), sequences, accuracy)
 
 
-def draw_maps(maps: Sequence[AccuracyMap], path: Path) -> Path:
-    """Draw maps side by side as a PNG; a line parts the difficulties of training from harder ones."""
-    from matplotlib.figure import Figure  # takes a second, and only reports draw
-
-    widths = [1.2 + 0.45 * len(one.loops) for one in maps]
-    tallest = max(len(one.difficulties) for one in maps)
-    figure = Figure(figsize=(sum(widths) + 1.5, 1.5 + 0.4 * tallest), layout="constrained")
-    panels = figure.subplots(1, len(maps), squeeze=False, width_ratios=widths)[0]
-    for axes, one in zip(panels, maps, strict=True):
-        image = axes.imshow(one.accuracy, vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower")
-        axes.set(title=one.name, xlabel="loops", ylabel="difficulty")
-        axes.set_xticks(range(len(one.loops)), list(map(str, one.loops)))
-        axes.set_yticks(range(len(one.difficulties)), list(map(str, one.difficulties)))
-        axes.axhline(sum(d <= one.trained[1] for d in one.difficulties) - 0.5, color="red", linewidth=1)
-        for y, row in enumerate(one.accuracy):
-            for x, value in enumerate(row):
-                color = "black" if value > 0.6 else "white"
-                axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=color)
-    figure.colorbar(image, ax=list(panels), label="accuracy")
-    return finish(figure, path)
+def _count_right(readout: DepthReadout, targets: Tensor) -> Tensor:
+    """Number of rows with every target right, scalar int64."""
+    assert readout.right is not None, "judged=True was requested"
+    return right_rows(readout.right, targets).sum()

@@ -1,4 +1,4 @@
-"""Scores of a model by task and depth: as a table, as files, as a picture."""
+"""Scores of a model by task and depth, as a table and as files."""
 
 import csv
 import json
@@ -10,13 +10,8 @@ from typing import Any
 
 from mythos.evaluation.choices import ChoiceScores, ChoiceTask
 from mythos.evaluation.continuations import DepthSetting
+from mythos.evaluation.depth_sweep import finite
 from mythos.evaluation.text import TextScores
-from mythos.reports.plots import finish, loop_axis
-
-MOST_PANELS = 12
-"""Panels of a picture; files and table hold all scores."""
-WIDTH = 3
-"""Panels side by side."""
 
 
 @dataclass(frozen=True)
@@ -27,35 +22,34 @@ class Result:
     metric: str
     setting: DepthSetting
     mean_loops: float
-    """Loops of a position, on average over what the task was measured on."""
+    """Mean loops of a position, over the samples of the task."""
     value: float
     stderr: float | None
-    """Standard error, where the metric has one."""
+    """Standard error; None if the metric has none."""
     samples: int | None
-    """Questions, documents or sequences."""
+    """Number of questions, documents or sequences."""
 
 
-def choice_results(task: ChoiceTask, found: ChoiceScores, setting: DepthSetting) -> list[Result]:
-    """Both accuracies."""
+def choice_results(task: ChoiceTask, scores: ChoiceScores, setting: DepthSetting) -> list[Result]:
+    """Both accuracies of a task."""
     count = len(task.questions)
     results = []
-    for metric in ("acc", "acc_norm"):
-        share = getattr(found, metric)
+    for metric, share in (("acc", scores.acc), ("acc_norm", scores.acc_norm)):
         error = math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else None
-        results.append(Result(task.name, metric, setting, found.loops, share, error, count))
+        results.append(Result(task.name, metric, setting, scores.loops, share, error, count))
     return results
 
 
-def text_results(name: str, found: TextScores, setting: DepthSetting, sequences: int) -> list[Result]:
-    """Bits per byte and perplexity."""
+def text_results(name: str, scores: TextScores, setting: DepthSetting, sequences: int) -> list[Result]:
+    """Bits per byte and perplexity of a text."""
     return [
-        Result(name, metric, setting, found.loops, getattr(found, metric), None, sequences)
-        for metric in ("bits_per_byte", "perplexity")
+        Result(name, "bits_per_byte", setting, scores.loops, scores.bits_per_byte, None, sequences),
+        Result(name, "perplexity", setting, scores.loops, scores.perplexity, None, sequences),
     ]
 
 
 def rows_of(results: Sequence[Result]) -> dict[tuple[str, str], dict[DepthSetting, Result]]:
-    """The results by task and metric, and then by setting, in the order that they come in."""
+    """The results by (task, metric) and then by setting, in the order of the input."""
     rows: dict[tuple[str, str], dict[DepthSetting, Result]] = {}
     for result in results:
         rows.setdefault((result.task, result.metric), {})[result.setting] = result
@@ -63,19 +57,19 @@ def rows_of(results: Sequence[Result]) -> dict[tuple[str, str], dict[DepthSettin
 
 
 def table(results: Sequence[Result]) -> str:
-    """A line for each task and metric, a column for each setting; where positions halt, their mean loops as well."""
+    """One line per task and metric, one column per setting; with a halting rule also the mean loops per task."""
     settings = list(dict.fromkeys(result.setting for result in results))
     widths = [max(9, len(str(setting)) + 2) for setting in settings]
     lines = [["task", "metric"]]
     numbers = [[str(setting) for setting in settings]]
     before = None
-    for (task, metric), found in rows_of(results).items():
+    for (task, metric), by_setting in rows_of(results).items():
         if task != before and any(setting.rule for setting in settings):
             lines.append([task, "mean loops"])
-            numbers.append([f"{found[setting].mean_loops:.2f}" for setting in settings])
+            numbers.append([f"{by_setting[setting].mean_loops:.2f}" for setting in settings])
             before = task
         lines.append(["" if task == before else task, metric])
-        numbers.append([f"{found[setting].value:.4f}" for setting in settings])
+        numbers.append([f"{by_setting[setting].value:.4f}" for setting in settings])
         before = task
     first, second = (max(len(line[column]) for line in lines) for column in (0, 1))
     return "\n".join(
@@ -86,13 +80,12 @@ def table(results: Sequence[Result]) -> str:
 
 
 def save(results: Sequence[Result], stem: Path, about: Mapping[str, Any]) -> list[Path]:
-    """Write STEM.json, with `about` before the results, and STEM.csv, a line a result."""
+    """Write STEM.json, with `about` before the results, and STEM.csv, one line per result; returns both paths."""
     flat = []
     for result in results:
-        values = asdict(result)
+        values = finite(asdict(result))
         setting = values.pop("setting")
-        finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
-        flat.append({"task": finite.pop("task"), "metric": finite.pop("metric"), **setting, **finite})
+        flat.append({"task": values.pop("task"), "metric": values.pop("metric"), **setting, **values})
     document, sheet = stem.with_name(stem.name + ".json"), stem.with_name(stem.name + ".csv")
     content = {**about, "results": flat}
     document.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -101,36 +94,3 @@ def save(results: Sequence[Result], stem: Path, about: Mapping[str, Any]) -> lis
         writer.writeheader()
         writer.writerows(flat)
     return [document, sheet]
-
-
-def draw(results: Sequence[Result], path: Path) -> Path:
-    """Draw score against loops, a panel for each task and metric; returns the path.
-
-    Equal loops are a line, rules of halting are stars at their mean loops; bars are standard errors.
-    """
-    from matplotlib.figure import Figure  # takes a second, and only scripts draw
-
-    rows = list(rows_of(results).items())[:MOST_PANELS]
-    columns = min(WIDTH, len(rows))
-    lines = -(-len(rows) // columns)
-    figure = Figure(figsize=(4.5 * columns, 3.2 * lines), layout="constrained")
-    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
-    for axes, ((task, metric), found) in zip(panels, rows, strict=False):
-        alike = sorted(
-            (result for result in found.values() if result.setting.rule is None), key=lambda one: one.mean_loops
-        )
-        axes.set(title=task, xlabel="loops", ylabel=metric)
-        axes.grid(alpha=0.3)
-        if alike:
-            places, errors = [result.mean_loops for result in alike], [result.stderr or 0.0 for result in alike]
-            axes.errorbar(
-                places, [result.value for result in alike], errors, fmt="o-", color="black", label="all alike"
-            )
-        for number, result in enumerate(result for result in found.values() if result.setting.rule is not None):
-            place = [result.mean_loops], [result.value], [result.stderr or 0.0]
-            axes.errorbar(*place, fmt="*", color=f"C{number}", markersize=12, label=str(result.setting))
-        loop_axis(axes, [result.setting.loops for result in alike])
-        axes.legend(fontsize="x-small")
-    for axes in panels[len(rows) :]:
-        axes.remove()
-    return finish(figure, path)

@@ -22,23 +22,24 @@ from mythos.evaluation.depth_sweep import adaptive_sums, batches_of, halting_mea
 from mythos.evaluation.validation import validation_metrics
 from mythos.model.halting import halting_rule
 from mythos.model.rdt import RecurrentDepthTransformer
+from mythos.training.metrics import losses_by_depth
 
 SEQUENCES, LENGTH = 64, 1024
-"""Sequences that are measured and tokens of each, at most, where no run says how many."""
+"""Number of sequences and maximum tokens of each, for a model without a run configuration."""
 MICRO_BATCH = 8
-"""Sequences computed at once where no run says how many."""
+"""Sequences computed at once, for a model without a run configuration."""
 
 
 def validation_data(opened: OpenedModel, files: str | None, sequences: int | None) -> ValidationSet | TaskSet:
-    """The run's validation set as its trainer makes it, or one of the same shape from other files.
+    """The validation set that the run's trainer uses, or one of the same shape from other files.
 
     Args:
         opened: the model.
-        files: a glob of parquet, jsonl or txt files, which messages call --data; None = the run's own.
-        sequences: how many; None = as many as in training.
+        files: a glob of parquet, jsonl or txt files (`--data` in messages); None = the run's own data.
+        sequences: number of sequences; None = as many as in training.
 
     Raises:
-        MythosError: no text, or none that this model can be measured on.
+        MythosError: there is no text, or the model has no tokenizer for it.
     """
     run = opened.run
     if sequences is None:
@@ -49,8 +50,9 @@ def validation_data(opened: OpenedModel, files: str | None, sequences: int | Non
         raise MythosError("--data: an exported model knows no data; give text files, e.g. --data 'texts/*.txt'")
     if run is not None and run.data.kind == "reasoning":
         if files is not None:
-            raise MythosError("--data: the run was trained on a reasoning task, which is made on the way; leave it out")
-        return open_data(run, None, {}).validation(max(sequences, run.data.streams))  # as many of every stream
+            raise MythosError("--data: the run was trained on a reasoning task, which generates its data; leave it out")
+        # At least one sequence from every stream.
+        return open_data(run, None, {}).validation(max(sequences, run.data.streams))
     data = run.data if run else DataConfig(sequence_length=min(opened.model.config.context_length, LENGTH))
     if files is not None:
         data = data.model_copy(update={"validation": ValidationConfig(path=files)})
@@ -62,31 +64,31 @@ def validation_data(opened: OpenedModel, files: str | None, sequences: int | Non
 def as_in_training(
     opened: OpenedModel, device: torch.device, dtype: str | None, micro_batch: int | None
 ) -> tuple[torch.dtype, int]:
-    """Type of matrix products and sequences computed at once: as given, else as in the model's training."""
+    """Matmul type and micro-batch: the arguments, or the values used in the model's training."""
     train = opened.run.train if opened.run else None
     micro_batch = micro_batch or (train.micro_batch if train and train.micro_batch != "auto" else MICRO_BATCH)
     return choose_dtype(dtype or (train.dtype if train else "auto"), device), micro_batch
 
 
 def require_tokenizer(opened: OpenedModel) -> Tokenizer:
-    """The model's tokenizer. Raises MythosError where there is none."""
+    """The model's tokenizer. Raises MythosError if it has none."""
     if opened.tokenizer is not None:
         return opened.tokenizer
     if opened.run is not None and opened.run.data.kind == "reasoning":
         raise MythosError(f"{opened.source} is of a reasoning run, which knows no text: use `mythos reasoning`")
     raise MythosError(
-        f"{opened.source}: no tokenizer lies beside it, so no text can be measured. Give the run directory, or copy "
-        "its folder tokenizer/ beside the folder that the checkpoint lies in."
+        f"{opened.source}: there is no tokenizer beside it, so no text can be measured. Give the run directory, or "
+        "copy its folder tokenizer/ beside the folder that contains the checkpoint."
     )
 
 
 class TextScores(NamedTuple):
-    """What a model makes of text."""
+    """How well a model predicts a text."""
 
     bits_per_byte: float
     perplexity: float
     loops: float
-    """Of a position, on average."""
+    """Mean loops of a position."""
 
 
 def text_scores(
@@ -98,19 +100,19 @@ def text_scores(
     world: World,
     autocast: AbstractContextManager[Any],
 ) -> list[TextScores]:
-    """Measure the same sequences at each setting. The rows are divided over the ranks, which all get the result."""
+    """Measure the same sequences at each setting. Collective: ranks share the rows, and all get the result."""
     size, tokens = text_bytes(data), data.ids[:, 1:].numel()
-    alike = sorted({setting.loops for setting in settings if setting.rule is None})
-    losses: dict[str, float] = {}
-    if alike:
-        losses = validation_metrics(
-            model, data, depths=alike, main_depth=alike[-1], micro_batch=micro_batch, world=world, autocast=autocast
+    depths = sorted({setting.loops for setting in settings if setting.rule is None})
+    losses: dict[int, float] = {}
+    if depths:
+        metrics = validation_metrics(
+            model, data, depths=depths, main_depth=depths[-1], micro_batch=micro_batch, world=world, autocast=autocast
         )
+        losses = losses_by_depth(metrics)
     scores = []
     for setting in settings:
         if setting.rule is None:
-            total = losses[f"val/loss@{setting.loops}"] * tokens
-            _, perplexity, bits = prediction(total, tokens, size)
+            _, perplexity, bits = prediction(losses[setting.loops] * tokens, tokens, size)
             loops = float(setting.loops)
         else:
             rule = halting_rule(model, setting.rule, setting.threshold)
@@ -118,7 +120,8 @@ def text_scores(
             with autocast:
                 mine = batches_of(data, micro_batch, world.device, rows)
                 sums = world.sum(adaptive_sums(model, mine, rule, setting.loops))
-            _, perplexity, bits, loops, _, _ = halting_measures(sums, size)
+            measures = halting_measures(sums, size)
+            perplexity, bits, loops = measures.perplexity, measures.bits_per_byte, measures.loops
         assert bits is not None
         scores.append(TextScores(bits, perplexity, loops))
     return scores

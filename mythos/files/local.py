@@ -1,24 +1,33 @@
-"""Local files: only regular ones are opened, and only a full disk is called full."""
+"""Local files: open regular files only, write files whole, tell a full disk from other faults."""
 
 import errno
 import os
+import random
+import shutil
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from mythos.errors import DiskFullError
+
 FULL = (errno.ENOSPC, errno.EDQUOT)
-"""Error numbers that free space would mend: the disk is full, or the user's quota is."""
+"""Error numbers that free space would cure: the disk is full, or the user's quota is used up."""
 
 _FULL_TEXTS = tuple(os.strerror(number) for number in FULL)
 
+# Not the global generator: writing a file must not change what a seeded run draws.
+_random = random.SystemRandom()
+
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """Open a file to read its bytes.
+    """Open a regular file, or a link to one, for reading bytes.
 
-    Raises OSError for what is not a regular file (or a link to one): opening a FIFO waits until something writes to it,
-    and a device may never end.
+    Raises OSError for anything else: opening a FIFO blocks until something writes to it, and a device may never end.
     """
-    # Looked at before it is opened, because opening a device may do something; and after, because it may have changed.
+    # Checked before opening, because opening a device can have side effects, and after, because the path may have
+    # changed in between.
     _require_regular(path, os.stat(path))
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
@@ -30,15 +39,15 @@ def open_regular(path: str | Path) -> BinaryIO:
 
 
 def read_regular(path: str | Path) -> bytes:
-    """The content of a file. Raises OSError as :func:`open_regular`."""
+    """Read a whole file. Raises OSError as :func:`open_regular`."""
     with open_regular(path) as file:
         return file.read()
 
 
 def check_regular_files(folder: str | Path) -> None:
-    """Raise OSError if a folder holds anything but regular files, links to them, and folders.
+    """Raise OSError if a folder contains anything but regular files, links to them, and folders.
 
-    For folders whose files another library opens.
+    Call it before another library opens the folder's files.
     """
     for path in Path(folder).iterdir():
         if path.exists() and not path.is_dir():
@@ -49,22 +58,87 @@ def _require_regular(path: str | Path, status: os.stat_result) -> None:
     if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(status.st_mode):
-        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+
+
+@contextmanager
+def replacing(path: Path, *, unique: bool = False, durable: bool = False) -> Iterator[Path]:
+    """Replace a file atomically: yield a temporary path beside it, and rename that to `path` at the end of the block.
+
+    Readers see the old file or the new one, never half of it. If the block raises, the temporary file is deleted.
+
+    Args:
+        path: the file to write.
+        unique: draw a name for the temporary file (`NAME.1234.tmp` instead of `NAME.tmp`), because other processes may
+            write the same file at the same time.
+        durable: fsync the file before the rename and its folder after it, so that it survives a loss of power.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    number = f".{_random.getrandbits(32)}" if unique else ""
+    temporary = path.with_name(f"{path.name}{number}.tmp")
+    try:
+        yield temporary
+        if durable:
+            fsync(temporary)
+        temporary.replace(path)
+        if durable:
+            fsync(path.parent)
+    finally:
+        with suppress(OSError):  # after the rename there is no such file
+            temporary.unlink()
+
+
+def write_whole(path: Path, content: bytes | str, *, unique: bool = False, durable: bool = False) -> None:
+    """Write a file atomically, text as UTF-8; see :func:`replacing` for the options. Raises OSError."""
+    with replacing(path, unique=unique, durable=durable) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Write a folder atomically: yield a temporary folder beside `path`, and rename it at the end of the block.
+
+    At the end `path` must be absent or empty. If the block raises, the temporary folder is deleted. Raises OSError.
+    """
+    temporary = path.with_name(f".{path.name}.{_random.getrandbits(32)}")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def fsync(path: Path) -> None:
+    """Force a file or a folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def is_full(error: BaseException | None) -> bool:
-    """Whether an error, or what caused it, is a full disk or an exhausted quota.
+    """Whether an error, or an error that caused it, is a full disk or an exhausted quota.
 
-    Libraries in other languages pass the system's error on as text alone, so the text counts too.
+    Libraries written in other languages pass on the system's error as text only, so the text is searched too.
     """
     while error is not None:
-        if (isinstance(error, OSError) and error.errno in FULL) or any(text in str(error) for text in _FULL_TEXTS):
+        if isinstance(error, DiskFullError) or (isinstance(error, OSError) and error.errno in FULL):
+            return True
+        if any(text in str(error) for text in _FULL_TEXTS):
             return True
         error = error.__cause__
     return False
 
 
+def remedy(error: BaseException) -> str:
+    """The advice for a file that cannot be written, to begin a sentence: "Free some space", or "Fix that"."""
+    return "Free some space" if is_full(error) else "Fix that"
+
+
 def advise(error: OSError) -> str:
-    """What to tell of a file that a run cannot read or write: the cause, and what to do about it."""
-    todo = "Free some space" if is_full(error) else "Mend that"
-    return f"{error}. {todo} and run the same command again; checkpoints are intact"
+    """The message for a file that a run cannot read or write: the cause and the advice."""
+    return f"{error}. {remedy(error)} and run the same command again; checkpoints are intact"

@@ -1,12 +1,10 @@
-"""Where checkpoints lie: a local directory, or a URL of fsspec (s3://, gs://, memory://, ...).
+"""Storage of checkpoints: a local directory, or a folder of an object store at an fsspec URL (s3://, gs://, ...).
 
-Both kinds keep one promise: a checkpoint `step-N` counts once the file `committed` is in it, which is written last.
+In both a checkpoint `step-N` counts as complete once it contains the file `committed`, which is written last.
 """
 
 import contextlib
 import errno
-import json
-import logging
 import os
 import re
 import shutil
@@ -18,181 +16,203 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from mythos.errors import MythosError, short_reason
-from mythos.files.local import open_regular
-
-logger = logging.getLogger(__name__)
+from mythos.files.local import fsync, open_regular, write_whole
+from mythos.files.text import parse_json
 
 MARKER = "committed"
 META = "meta.json"
 LATEST = "latest"
 DAMAGED = "damaged"
-"""What the marker is renamed to once the checkpoint was found damaged."""
+"""New name of the marker of a checkpoint that turned out to be damaged."""
 OWNER = "owner"
-"""File of a directory that is being written: the id of the run that does. Later meta.json and the marker name it."""
+"""File in a directory that is being written: the id of the writing run. Later meta.json and the marker contain it."""
 
 WRITTEN = re.compile(r"shard-\d{5,}-.*\.safetensors|meta\.json|committed|damaged|owner|(meta\.json|committed)\.tmp")
-"""Names of the files that this project writes into the directory of a checkpoint; no others are ever deleted."""
+"""Names of the files that this project writes into a checkpoint's directory. Files of other names are never deleted."""
 
 BLOCK_BYTES = 1 << 20
-"""Read at once for a checksum; zlib lets other threads run meanwhile."""
+"""Read at once for a checksum; zlib releases Python's lock meanwhile."""
 
 
 class Origin(NamedTuple):
-    """Who wrote a checkpoint, as its files tell: meta.json, the marker, and while it is written the file `owner`.
+    """Who wrote a checkpoint, according to meta.json, the marker and the file `owner`.
 
-    One of them may be damaged, so what each tells counts.
+    The union of what the files say, because one of them may be damaged.
     """
 
     runs: set[str]
-    """Ids of runs; none in checkpoints of versions that knew no ids."""
+    """Ids of runs; empty for checkpoints of versions without ids."""
     steps: set[int]
     meta: dict[str, Any]
-    """meta.json; empty where it cannot be read."""
+    """meta.json; empty if it cannot be read."""
 
 
 class Storage(ABC):
-    """A folder of checkpoints. Methods raise OSError, or what the library of a remote file system raises.
+    """A folder of checkpoints. Methods raise OSError, or the errors of a remote file system's library.
 
-    What is deleted is this run's own: a directory (no link to one) whose name is exactly `step-NNNNNNNN`, whose files
-    are :attr:`owned` and, where it is complete, name that step; and in it, files of the names that checkpoints have.
+    Paths are given as parts below the folder: `("step-00000001", "meta.json")`, or `("latest",)`.
+
+    A run deletes only its own checkpoints: a directory (not a link) named exactly `step-NNNNNNNN` whose files say that
+    :attr:`owned` run wrote them and, if it is complete, name that step. In it, only files with the names of a
+    checkpoint's are deleted.
     """
 
     def __init__(self) -> None:
         self.owned: Callable[[Origin], bool] = lambda origin: not origin.runs
-        """Whether what :meth:`origin` tells is this run; at first, what tells of no run."""
-        self._known: set[str] = set()  # this run's, as pruning found: a remote one need not be read at every save
+        """Whether an origin is this run. Until it is set, any checkpoint without a run's id counts as this run's."""
+        self._own: set[str] = set()  # names known to be this run's: a remote one need not be read at every save
+
+    # What the two kinds of storage do differently
 
     @abstractmethod
     def address(self, name: str) -> Path | str:
-        """Where the checkpoint `name` is, as people give it."""
+        """The path or URL of a checkpoint."""
 
     @abstractmethod
     def names(self) -> list[str]:
-        """Every name that is exactly step-NNNNNNNN, complete or not."""
+        """Every name of the form step-NNNNNNNN, complete or not."""
 
     @abstractmethod
     def is_directory(self, name: str) -> bool:
-        """Whether a name is a directory of this storage itself, not a link or a file."""
+        """Whether a name is a directory of this storage, not a link or a file."""
 
     @abstractmethod
     def files(self, name: str) -> list[str]:
-        """Names of what is in a checkpoint's directory; empty where there is none."""
+        """Names of the entries of a checkpoint's directory; empty if there is no directory."""
 
     @abstractmethod
-    def probe(self, key: str) -> None:
-        """Write the file `.probe-<key>`, so that what forbids writing is known before it costs anything."""
+    def exists(self, *path: str) -> bool:
+        """Whether there is such a file."""
 
     @abstractmethod
-    def probed(self, key: str) -> bool:
-        """Whether this process sees the file that :meth:`probe` wrote, maybe on another machine."""
+    def open(self, *path: str) -> contextlib.AbstractContextManager[BinaryIO]:
+        """Open a file for reading; raises FileNotFoundError, and OSError for what is not a regular file."""
 
     @abstractmethod
-    def end_probe(self, key: str) -> None:
-        """Delete the file that :meth:`probe` wrote."""
+    def write(self, content: bytes, *path: str) -> None:
+        """Write a small file, atomically and durably; creates the storage's folder if necessary."""
+
+    @abstractmethod
+    def delete(self, *path: str) -> None:
+        """Delete a file, if it exists."""
+
+    @abstractmethod
+    def delete_folder(self, name: str) -> None:
+        """Delete the empty directory of a checkpoint, if the file system has directories and allows it."""
 
     @abstractmethod
     def require_space(self, needed: int) -> None:
-        """Raise OSError if it is known that so many bytes do not fit."""
-
-    @abstractmethod
-    def exists(self, name: str, file: str) -> bool:
-        """Whether the checkpoint has that file."""
-
-    @abstractmethod
-    def open(self, name: str, file: str) -> contextlib.AbstractContextManager[BinaryIO]:
-        """A file of a checkpoint, to read."""
+        """Raise OSError if there is known to be room for fewer than `needed` bytes."""
 
     @abstractmethod
     def prepare(self, name: str, needed: int, run: str | None) -> None:
-        """Make room for a checkpoint of `needed` bytes in all; one process does, before any writes.
+        """Prepare a checkpoint of `needed` bytes in total by the run of this id: delete remains of killed saves.
 
-        `run` is the id of the run that writes it.
+        One process calls it before any process writes. Raises OSError if there is too little room, or if the place is
+        taken by what another run wrote.
         """
 
     @abstractmethod
     def workspace(self, name: str, needed: int) -> Path:
-        """The local directory in which this process writes its files of the checkpoint, `needed` bytes."""
+        """The local directory to which this process writes its files of the checkpoint, `needed` bytes."""
 
     @abstractmethod
     def deliver(self, name: str, file: Path) -> None:
-        """Bring a file of the workspace to where it outlives a loss of power."""
+        """Move a file from the workspace to durable storage."""
 
     @abstractmethod
     def size(self, name: str, file: str) -> int:
-        """Bytes of a delivered file, as the process that commits sees them."""
+        """Bytes of a delivered file, as the committing process sees it."""
 
     @abstractmethod
     def commit(self, name: str, meta: bytes, marker: bytes) -> None:
-        """Make the delivered files a checkpoint, the marker last; one process does."""
-
-    @abstractmethod
-    def discard(self, name: str, workspace: Path) -> None:
-        """Drop what :meth:`workspace` gave, whatever state it is in."""
-
-    @abstractmethod
-    def remove(self, name: str) -> None:
-        """Delete a checkpoint of this run, if it exists; one that is interrupted here no longer counts as complete.
-
-        What is not this run's stays as it is.
-        """
+        """Turn the delivered files into a checkpoint, writing the marker last. One process calls it."""
 
     @abstractmethod
     def demote(self, name: str) -> None:
-        """Let a damaged checkpoint count no more: the next one that is written takes its place."""
+        """Rename the marker of a damaged checkpoint: it no longer counts, and the next save takes its place."""
 
-    @abstractmethod
+    # What follows from it
+
+    def probe(self, key: str) -> None:
+        """Write the file `.probe-<key>`, to find out before training whether saves will be possible."""
+        self.write(b"-", f".probe-{key}")
+
+    def probed(self, key: str) -> bool:
+        """Whether this process sees the file that :meth:`probe` wrote, perhaps on another machine."""
+        return self.exists(f".probe-{key}")
+
+    def end_probe(self, key: str) -> None:
+        """Delete the file that :meth:`probe` wrote."""
+        self.delete(f".probe-{key}")
+
+    def discard(self, workspace: Path) -> None:
+        """Delete a workspace, in whatever state it is."""
+        shutil.rmtree(workspace, ignore_errors=True)
+
     def point(self, name: str) -> None:
         """Name the newest complete checkpoint in the file `latest`."""
+        self.write(name.encode(), LATEST)
+
+    def read(self, *path: str) -> bytes:
+        """Read a whole file. Raises as :meth:`open`."""
+        with self.open(*path) as stream:
+            return stream.read()
 
     def complete(self) -> list[str]:
         """Names of the committed checkpoints, oldest first."""
         return sorted((name for name in self.names() if self.exists(name, MARKER)), key=step_of)
 
-    def read(self, name: str, file: str) -> bytes:
-        """A whole file of a checkpoint."""
-        with self.open(name, file) as stream:
-            return stream.read()
-
     def origin(self, name: str) -> Origin | None:
-        """Who wrote a checkpoint; None for a directory without any file that could tell."""
+        """Who wrote a checkpoint; None for a directory without any of the files that say so."""
         runs: set[str] = set()
-        steps: set[Any] = set()
+        steps: set[int] = set()
         meta: dict[str, Any] = {}
-        told = False
+        documented = False
         for file in (META, OWNER, DAMAGED, MARKER):
             try:
                 content = self.read(name, file)
-                values = {"run": content.decode()} if file == OWNER else json.loads(content)
+                values = {"run": content.decode()} if file == OWNER else parse_json(content)
             except FileNotFoundError:
                 continue
-            except (OSError, ValueError, RecursionError):
+            except (OSError, ValueError):
                 values = None
-            told = True
+            documented = True
             if isinstance(values, dict):
                 meta = values if file == META else meta
                 runs |= {run} if (run := run_id(values)) else set()
                 steps |= {step} if isinstance(step := values.get("step"), int) else set()
-        return Origin(runs, steps, meta) if told else None
+        return Origin(runs, steps, meta) if documented else None
 
     def is_own(self, name: str) -> bool:
-        """Whether a checkpoint may be deleted by this run; see the class."""
+        """Whether this run may delete a checkpoint; see the class. Anybody may delete an empty directory."""
         if not self.is_directory(name):
             return False
         origin = self.origin(name)
-        if origin is None:  # of a killed save by a version that knew no ids: shards alone
-            return self.owned(Origin(set(), set(), {})) and all(map(WRITTEN.fullmatch, self.files(name)))
-        # A complete one under another step's name is somebody's copy.
+        if origin is None:  # nothing but shards: a save that was killed, by a version without ids
+            files = self.files(name)
+            return not files or (self.owned(Origin(set(), set(), {})) and all(map(WRITTEN.fullmatch, files)))
+        # A complete checkpoint under the name of another step is a copy that somebody made.
         copied = bool(origin.steps) and step_of(name) not in origin.steps
         return self.owned(origin) and not (copied and is_step(name) and self.exists(name, MARKER))
 
-    def prune(self, keep: int, keep_every: int) -> None:
-        """Remove all but the newest `keep` checkpoints and multiples of `keep_every`, and all that is not complete.
+    def remove(self, name: str) -> None:
+        """Delete a checkpoint if it is this run's; interrupted, it leaves one that no longer counts as complete."""
+        if not self.is_own(name):
+            return
+        for file in deletion_order(self.files(name)):
+            self.delete(name, file)
+        if not self.files(name):  # files that somebody else has put there stay
+            self.delete_folder(name)
 
-        Of those that are this run's; others do not count.
+    def prune(self, keep: int, keep_every: int) -> None:
+        """Delete this run's checkpoints except the newest `keep` complete ones and the multiples of `keep_every`.
+
+        Checkpoints of other runs are neither counted nor deleted.
         """
         names = self.names()
-        self._known = {name for name in names if name in self._known or self.is_own(name)}
-        complete = sorted((name for name in self._known if self.exists(name, MARKER)), key=step_of)
+        self._own = {name for name in names if name in self._own or self.is_own(name)}
+        complete = sorted((name for name in self._own if self.exists(name, MARKER)), key=step_of)
         kept = {*complete[-keep:], *(name for name in complete if keep_every and step_of(name) % keep_every == 0)}
         for name in names:
             if name not in kept:
@@ -200,122 +220,108 @@ class Storage(ABC):
 
 
 class LocalStorage(Storage):
-    """A directory that all processes share: written aside, forced to disk, renamed, marked."""
+    """A directory that all processes share. A checkpoint is written to `step-N.tmp`, fsynced, renamed, marked."""
 
     def __init__(self, root: Path) -> None:
         super().__init__()
         self.root = root
 
+    def _path(self, *path: str) -> Path:
+        return self.root.joinpath(*path)
+
     def address(self, name: str) -> Path:
         """The checkpoint's directory."""
-        return self.root / name
+        return self._path(name)
 
     def names(self) -> list[str]:
-        """Every name that is exactly step-NNNNNNNN, complete or not."""
+        """Every directory entry named step-NNNNNNNN."""
         return [path.name for path in self.root.glob("step-*") if is_step(path.name)]
 
     def is_directory(self, name: str) -> bool:
         """Whether a name is a directory, not a link or a file."""
-        path = self.root / name
-        return path.is_dir() and not path.is_symlink()
+        return self._path(name).is_dir() and not self._path(name).is_symlink()
 
     def files(self, name: str) -> list[str]:
-        """Names of what is in a checkpoint's directory; empty where there is none."""
-        path = self.root / name
-        return [entry.name for entry in path.iterdir()] if path.is_dir() else []
+        """Names of the entries of a checkpoint's directory."""
+        return os.listdir(self._path(name)) if self._path(name).is_dir() else []
 
-    def exists(self, name: str, file: str) -> bool:
-        """Whether the checkpoint has that file."""
-        return (self.root / name / file).exists()
+    def exists(self, *path: str) -> bool:
+        """Whether there is such a file."""
+        return self._path(*path).exists()
 
-    def open(self, name: str, file: str) -> BinaryIO:
-        """A file of a checkpoint, to read; raises OSError for what is not a regular file."""
-        return open_regular(self.root / name / file)
+    def open(self, *path: str) -> BinaryIO:
+        """Open a regular file for reading."""
+        return open_regular(self._path(*path))
+
+    def write(self, content: bytes, *path: str) -> None:
+        """Write a small file, then fsync it and its directory."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        write_whole(self._path(*path), content, durable=True)
+
+    def delete(self, *path: str) -> None:
+        """Unlink a file."""
+        self._path(*path).unlink(missing_ok=True)
+
+    def delete_folder(self, name: str) -> None:
+        """Remove an empty directory."""
+        with contextlib.suppress(OSError):  # somebody has put a file into it in the meantime
+            self._path(name).rmdir()
 
     def probe(self, key: str) -> None:
-        """Make the directory, and write a file into it as saves will."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        for path in (self.root / LATEST, self.root / f"{LATEST}.tmp"):
+        """Write the probe; raises OSError too where `latest`, which every save writes, is a directory."""
+        for path in (self._path(LATEST), self._path(f"{LATEST}.tmp")):
             if path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, "Is a directory, where a file is to be written", str(path))
-        _replace(self.root / f".probe-{key}", b"")
-
-    def probed(self, key: str) -> bool:
-        """Whether this process sees the file that a probe wrote."""
-        return (self.root / f".probe-{key}").exists()
-
-    def end_probe(self, key: str) -> None:
-        """Delete the file that a probe wrote."""
-        (self.root / f".probe-{key}").unlink(missing_ok=True)
+        super().probe(key)
 
     def require_space(self, needed: int) -> None:
-        """Raise OSError if the disk has too little room."""
+        """Raise OSError if the disk has fewer bytes free."""
         require_space(self.root, needed)
 
     def prepare(self, name: str, needed: int, run: str | None) -> None:
-        """Remove what killed saves of this run left; raises OSError where the disk has too little room."""
+        """Delete this run's `step-*.tmp`, check the free space, and create the workspace with its owner's id."""
         self.root.mkdir(parents=True, exist_ok=True)
-        for left in self.root.glob("step-*.tmp"):
-            if is_step(left.name.removesuffix(".tmp")):
-                self.remove(left.name)
+        for path in self.root.glob("step-*.tmp"):
+            if is_step(path.name.removesuffix(".tmp")):
+                self.remove(path.name)
         require_space(self.root, needed)
-        aside = self._aside(name)
-        aside.mkdir()
+        workspace = self._path(f"{name}.tmp")
+        workspace.mkdir()
         if run is not None:
-            (aside / OWNER).write_text(run)
+            (workspace / OWNER).write_text(run)
 
     def workspace(self, name: str, needed: int) -> Path:
-        """A directory beside the checkpoint's own, the same for all processes."""
-        return self._aside(name)
-
-    def _aside(self, name: str) -> Path:
-        return self.root / f"{name}.tmp"
+        """A directory beside the checkpoint's, the same for all processes."""
+        return self._path(f"{name}.tmp")
 
     def deliver(self, name: str, file: Path) -> None:
-        """Force the file to disk."""
-        _sync(file)
+        """Fsync the file, which is on the shared disk already."""
+        fsync(file)
 
     def size(self, name: str, file: str) -> int:
-        """Bytes of a delivered file."""
-        return (self._aside(name) / file).stat().st_size
+        """Bytes of a file in the workspace."""
+        return self._path(f"{name}.tmp", file).stat().st_size
 
     def commit(self, name: str, meta: bytes, marker: bytes) -> None:
-        """Write meta.json, rename, mark; each forced to disk before the next."""
-        aside, final = self._aside(name), self.root / name
-        _replace(aside / META, meta)
-        (aside / OWNER).unlink(missing_ok=True)  # meta.json tells it now
+        """Write meta.json, rename the workspace, write the marker; each is fsynced before the next."""
+        workspace, final = self._path(f"{name}.tmp"), self._path(name)
+        self.write(meta, workspace.name, META)
+        self.delete(workspace.name, OWNER)  # meta.json contains the id now
         self.remove(name)  # only now that its replacement is whole
         if os.path.lexists(final):
             raise FileExistsError(errno.EEXIST, "In the way, and not written by this run: move it away", str(final))
-        aside.rename(final)
-        _sync(self.root)
-        _replace(final / MARKER, marker)
+        workspace.rename(final)
+        fsync(self.root)
+        self.write(marker, name, MARKER)
         self.point(name)
-
-    def discard(self, name: str, workspace: Path) -> None:
-        """Delete the directory that all processes wrote to."""
-        shutil.rmtree(workspace, ignore_errors=True)
-
-    def remove(self, name: str) -> None:
-        """Delete a checkpoint of this run, its marker first and what tells whose it is last."""
-        if not self.is_directory(name):
-            return
-        for file in deletion_order(self.files(name)) if self.is_own(name) else []:
-            (self.root / name / file).unlink()
-        with contextlib.suppress(OSError):  # it is not empty: what somebody else has put there stays
-            (self.root / name).rmdir()
 
     def demote(self, name: str) -> None:
         """Rename the marker."""
-        (self.root / name / MARKER).rename(self.root / name / DAMAGED)
-
-    def point(self, name: str) -> None:
-        """Replace the file `latest` as a whole."""
-        _replace(self.root / LATEST, name.encode())
+        self._path(name, MARKER).rename(self._path(name, DAMAGED))
 
 
 class RemoteStorage(Storage):
-    """A folder of an object store: files are written locally, checked, then put there; nothing can be renamed."""
+    """A folder of an object store. Files are written locally, checked, then uploaded; nothing can be renamed."""
 
     def __init__(self, url: str) -> None:
         import fsspec
@@ -330,138 +336,102 @@ class RemoteStorage(Storage):
                 "s3fs for s3://, gcsfs for gs://, adlfs for abfs://), or use a directory"
             ) from error
 
-    def _path(self, *parts: str) -> str:
-        return "/".join((self.root.rstrip("/"), *parts))
+    def _path(self, *path: str) -> str:
+        return "/".join((self.root.rstrip("/"), *path))
 
     def address(self, name: str) -> str:
         """The checkpoint's URL."""
         return f"{self.url.rstrip('/')}/{name}"
 
     def names(self) -> list[str]:
-        """Every name that is exactly step-NNNNNNNN, complete or not."""
+        """Every folder named step-NNNNNNNN."""
         self.fs.invalidate_cache()
-        found = (path.rstrip("/").rpartition("/")[2] for path in self.fs.glob(self._path("step-*")))
-        return sorted(name for name in found if is_step(name))
+        return sorted(filter(is_step, map(_last_part, self.fs.glob(self._path("step-*")))))
 
     def is_directory(self, name: str) -> bool:
         """Whether a name is a folder, not a link or an object; some file systems of fsspec have links."""
         try:
-            about = self.fs.info(self._path(name))
+            info = self.fs.info(self._path(name))
         except FileNotFoundError:
             return False
-        return about["type"] == "directory" and not about.get("islink")
+        return info["type"] == "directory" and not info.get("islink")
 
     def files(self, name: str) -> list[str]:
-        """Names of what is in a checkpoint's folder; empty where there is none."""
+        """Names of the objects in a checkpoint's folder."""
         self.fs.invalidate_cache()
         try:
-            found = self.fs.ls(self._path(name), detail=False)
+            return list(map(_last_part, self.fs.ls(self._path(name), detail=False)))
         except (FileNotFoundError, NotADirectoryError):
             return []
-        return [path.rstrip("/").rpartition("/")[2] for path in found]
 
-    def probe(self, key: str) -> None:
-        """Put an object, as saves will."""
-        self.write_root(f".probe-{key}", b"-")
-
-    def probed(self, key: str) -> bool:
-        """Whether this process sees the object that a probe put."""
+    def exists(self, *path: str) -> bool:
+        """Whether there is such an object."""
         self.fs.invalidate_cache()
-        return self.fs.exists(self._path(f".probe-{key}"))
+        return self.fs.exists(self._path(*path))
 
-    def end_probe(self, key: str) -> None:
-        """Delete the object that a probe put."""
-        self.remove_root(f".probe-{key}")
+    def open(self, *path: str) -> contextlib.AbstractContextManager[BinaryIO]:
+        """Open an object for reading."""
+        self.fs.invalidate_cache()
+        return self.fs.open(self._path(*path), "rb")
+
+    def write(self, content: bytes, *path: str) -> None:
+        """Put a small object."""
+        self.fs.makedirs(self._path(*path[:-1]), exist_ok=True)
+        self.fs.pipe_file(self._path(*path), content)
+
+    def delete(self, *path: str) -> None:
+        """Delete an object."""
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.rm_file(self._path(*path))
+
+    def delete_folder(self, name: str) -> None:
+        """Delete an empty folder; object stores have none."""
+        with contextlib.suppress(OSError, NotImplementedError):
+            self.fs.rmdir(self._path(name))
 
     def require_space(self, needed: int) -> None:
-        """Nothing is known of the room in an object store."""
-
-    def exists(self, name: str, file: str) -> bool:
-        """Whether the checkpoint has that file."""
-        return self.fs.exists(self._path(name, file))
-
-    def open(self, name: str, file: str) -> contextlib.AbstractContextManager[BinaryIO]:
-        """A file of a checkpoint, to read."""
-        return self.fs.open(self._path(name, file), "rb")
+        """Check nothing: the room in an object store is not known."""
 
     def prepare(self, name: str, needed: int, run: str | None) -> None:
-        """Remove what an earlier or interrupted checkpoint of this name left; its files would be read with the new.
-
-        Raises FileExistsError where another run's checkpoint has the name.
-        """
+        """Delete an earlier or interrupted checkpoint of this name, whose files would be read with the new ones."""
         self.remove(name)
         if self.files(name):
             raise FileExistsError(errno.EEXIST, "In the way, and not written by this run", self.address(name))
         if run is not None:
-            self.fs.makedirs(self._path(name), exist_ok=True)
-            self.fs.pipe_file(self._path(name, OWNER), run.encode())
+            self.write(run.encode(), name, OWNER)
 
     def workspace(self, name: str, needed: int) -> Path:
-        """A temporary directory of this process (in TMPDIR); raises OSError where there is too little room."""
+        """A temporary directory of this process (in TMPDIR); raises OSError if there is too little room."""
         require_space(Path(tempfile.gettempdir()), needed)
         return Path(tempfile.mkdtemp(prefix=f"mythos-{name}-"))
 
     def deliver(self, name: str, file: Path) -> None:
-        """Put the file into the store."""
+        """Upload the file and delete the local one."""
         self.fs.makedirs(self._path(name), exist_ok=True)
         self.fs.put_file(str(file), self._path(name, file.name))
         file.unlink()
 
     def size(self, name: str, file: str) -> int:
-        """Bytes of a delivered file."""
+        """Bytes of an uploaded object."""
         self.fs.invalidate_cache()
         return self.fs.size(self._path(name, file))
 
     def commit(self, name: str, meta: bytes, marker: bytes) -> None:
         """Put meta.json, then the marker."""
-        self.fs.pipe_file(self._path(name, META), meta)
-        if self.exists(name, OWNER):
-            self.fs.rm_file(self._path(name, OWNER))
-        self.fs.pipe_file(self._path(name, MARKER), marker)
+        self.write(meta, name, META)
+        self.delete(name, OWNER)  # meta.json contains the id now
+        self.write(marker, name, MARKER)
         self.point(name)
-
-    def discard(self, name: str, workspace: Path) -> None:
-        """Delete the temporary directory; files that reached the store are removed with the next checkpoint."""
-        shutil.rmtree(workspace, ignore_errors=True)
-
-    def remove(self, name: str) -> None:
-        """Delete a checkpoint of this run, its marker first and what tells whose it is last."""
-        if not self.is_own(name):
-            return
-        for file in deletion_order(self.files(name)):
-            self.fs.rm_file(self._path(name, file))
-        # Object stores have no folders, and others refuse to delete one that is not empty.
-        with contextlib.suppress(OSError, NotImplementedError):
-            self.fs.rmdir(self._path(name))
 
     def demote(self, name: str) -> None:
         """Rename the marker."""
         self.fs.mv(self._path(name, MARKER), self._path(name, DAMAGED))
 
-    def point(self, name: str) -> None:
-        """Replace the object `latest`."""
-        self.write_root(LATEST, name.encode())
-
-    def read_root(self, file: str) -> bytes:
-        """An object beside the checkpoints. Raises FileNotFoundError where there is none."""
-        self.fs.invalidate_cache()
-        return self.fs.cat_file(self._path(file))
-
-    def write_root(self, file: str, content: bytes) -> None:
-        """Put an object beside the checkpoints."""
-        self.fs.makedirs(self.root, exist_ok=True)
-        self.fs.pipe_file(self._path(file), content)
-
-    def remove_root(self, file: str) -> None:
-        """Delete an object beside the checkpoints, if it exists."""
-        with contextlib.suppress(FileNotFoundError):
-            self.fs.rm_file(self._path(file))
-
 
 def open_storage(directory: str | Path) -> Storage:
-    """The storage of a directory or a URL. Raises MythosError for a URL of a kind that is not known or not installed.
+    """The storage of a directory, a file:// URL, or another URL.
 
-    `file://` is a directory.
+    Raises MythosError for a kind of URL that is unknown or whose package is not installed.
     """
     scheme, separator, rest = str(directory).partition("://")
     if not separator:
@@ -470,7 +440,7 @@ def open_storage(directory: str | Path) -> Storage:
 
 
 def locate(path: str | Path) -> tuple[Storage, str]:
-    """The storage that a checkpoint lies in, and its name there."""
+    """The storage that contains a checkpoint, and the checkpoint's name in it."""
     text = str(path).rstrip("/")
     if "://" not in text:
         return LocalStorage(Path(text).parent), Path(text).name
@@ -490,29 +460,34 @@ def step_name(step: int) -> str:
 
 
 def run_id(values: dict[str, Any]) -> str | None:
-    """The id of the run in meta.json, which tells more of it, or in the marker; None where there is none."""
+    """The id of the run in meta.json (`run.id`) or in a marker (`run`); None if there is none."""
     run = values.get("run")
     run = run.get("id") if isinstance(run, dict) else run
     return run if isinstance(run, str) else None
 
 
 def deletion_order(files: Iterable[str]) -> list[str]:
-    """The files of a checkpoint that this project wrote, its marker first, what tells whose it is last.
+    """The files of a checkpoint that this project wrote: its marker first, the files that name its run last.
 
-    A deletion that is interrupted then leaves what does not count and is still known to be this run's.
+    An interrupted deletion then leaves a checkpoint that does not count as complete and is still known to be this
+    run's.
     """
-    last = (MARKER, "", OWNER, META)
+    order = (MARKER, "", OWNER, META)
     written = [file for file in files if WRITTEN.fullmatch(file)]
-    return sorted(written, key=lambda file: last.index(file if file in last else ""))
+    return sorted(written, key=lambda file: order.index(file if file in order else ""))
 
 
 def step_of(path: str | Path) -> int:
-    """The step in the name of a checkpoint, or of the directory that it is written to."""
-    return int(str(path).rstrip("/").rpartition("/")[2].removeprefix("step-").removesuffix(".tmp"))
+    """The step in the name of a checkpoint or of its workspace."""
+    return int(_last_part(str(path)).removeprefix("step-").removesuffix(".tmp"))
+
+
+def _last_part(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[2]
 
 
 def checksum(stream: BinaryIO) -> dict[str, int]:
-    """Size and CRC-32 of what can be read from a stream: `{"bytes": ..., "crc32": ...}`."""
+    """Size and CRC-32 of the rest of a stream: `{"bytes": ..., "crc32": ...}`."""
     size = value = 0
     while block := stream.read(BLOCK_BYTES):
         size, value = size + len(block), zlib.crc32(block, value)
@@ -524,20 +499,3 @@ def require_space(directory: Path, needed: int) -> None:
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise OSError(errno.ENOSPC, f"{needed:,} bytes are needed and {free:,} are free in {directory}")
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a small file that is there as a whole or not at all, and force it to disk with its directory."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_bytes(content)
-    _sync(aside)
-    aside.replace(path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Small files of text and JSON that anybody may have written or damaged: read whole, within limits."""
+"""Read small text and JSON files that anybody may have written or damaged, within limits of size and depth."""
 
 import json
 from pathlib import Path
@@ -7,15 +7,17 @@ from typing import Any
 from mythos.files.local import open_regular
 
 MOST_BYTES = 64 * 2**20
-"""Of a file that is read whole. The largest that this project writes, an index of all tensors, takes some MB."""
+"""Largest file that is read whole. The largest that this project writes, an index of all tensors, has a few MB."""
 MOST_NESTED = 64
-"""Levels of lists and mappings in each other. Ours have 6; what walks through them recurses."""
+"""Deepest nesting of lists and mappings. Ours have 6 levels; functions that walk through values recurse."""
 
 
 def read_bytes(path: Path | str, most: int = MOST_BYTES) -> bytes:
-    """A regular file whole.
+    """Read a whole regular file.
 
-    Raises OSError as `open_regular`, ValueError for a file of more than `most` bytes.
+    Raises:
+        OSError: as `open_regular`.
+        ValueError: the file has more than `most` bytes.
     """
     with open_regular(path) as file:
         content = file.read(most + 1)
@@ -25,19 +27,19 @@ def read_bytes(path: Path | str, most: int = MOST_BYTES) -> bytes:
 
 
 def read_text(path: Path | str, most: int = MOST_BYTES) -> str:
-    """A file of UTF-8 without its byte order mark, which some editors put in front. Raises as `read_bytes`."""
+    """Read a file of UTF-8, without the byte order mark that some editors write. Raises as `read_bytes`."""
     return read_bytes(path, most).decode("utf-8-sig")
 
 
-def read_json(path: Path | str) -> Any:
-    """The value in a JSON file. Raises as `read_bytes`, and ValueError for anything else than JSON."""
-    return parse_json(read_bytes(path))
+def read_json(path: Path | str, most: int = MOST_BYTES) -> Any:
+    """Read the value in a JSON file. Raises as `read_bytes` and `parse_json`."""
+    return parse_json(read_bytes(path, most))
 
 
 def parse_json(content: bytes | str) -> Any:
-    """The value of a JSON text, in UTF-8 with or without a byte order mark.
+    """The value of a JSON text; bytes are UTF-8 with or without a byte order mark.
 
-    Raises ValueError for anything else, and for values nested in each other more than 64 deep.
+    Raises ValueError if it is not JSON, or is nested more than 64 levels deep.
     """
     text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
     try:
@@ -59,7 +61,10 @@ def parse_json(content: bytes | str) -> Any:
 
 
 def unusable_text(value: Any) -> bool:
-    """Whether a text in a value, or in the lists and mappings in it, can be neither a name nor written as UTF-8."""
+    """Whether a string in a value, or in its lists and mappings, has a NUL or a surrogate.
+
+    Such strings can neither name a file nor be written as UTF-8.
+    """
     if isinstance(value, str):
         return "\0" in value or any("\ud800" <= character <= "\udfff" for character in value)
     if isinstance(value, dict):

@@ -1,61 +1,69 @@
-"""Text coloured by the loops that each piece took: for a terminal, and as a page of HTML."""
+"""Shows the loops of each piece of generated text as a colour: on a terminal, and as an HTML page."""
 
 import html
 from collections.abc import Sequence
 from pathlib import Path
 
 from mythos.errors import MythosError
+from mythos.files.local import write_whole
 from mythos.generation.text import Piece, TextGeneration
 
-PALETTE = ((39, "#9ecbff"), (44, "#8ee3e0"), (78, "#9be8b0"), (154, "#d3ee8a"), (220, "#ffe08a"), (208, "#ffbe85"))
-PALETTE += ((203, "#ff9a8f"),)
-"""From few loops to many: a colour of a terminal's 256, and a background of a page."""
+PALETTE = (
+    (39, "#9ecbff"),
+    (44, "#8ee3e0"),
+    (78, "#9be8b0"),
+    (154, "#d3ee8a"),
+    (220, "#ffe08a"),
+    (208, "#ffbe85"),
+    (203, "#ff9a8f"),
+)
+"""From few loops to many: a colour of a 256-colour terminal, and a background colour of a page."""
 
-# Escape sequences that a model makes up must not reach a terminal.
+# Control characters as visible symbols: a model may generate escape sequences, which must not reach a terminal.
 CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
 CONTROL |= dict.fromkeys(range(128, 160), 0xFFFD)
 
 
 def shade(loops: int, most: int) -> int:
-    """Index of the palette's colour for so many loops of `most`."""
+    """Index in the palette of a loop count from 1 to `most`."""
     return round((min(loops, most) - 1) / max(1, most - 1) * (len(PALETTE) - 1))
 
 
 def harmless(text: str) -> str:
-    """The text with control characters, other than line breaks and tabs, shown as symbols."""
+    """The text with control characters other than line breaks and tabs replaced by symbols."""
     return text.translate(CONTROL)
 
 
 def coloured(piece: Piece, most: int) -> str:
-    """The piece in the colour of its loops."""
+    """The piece in the terminal colour of its loops."""
     return f"\x1b[38;5;{PALETTE[shade(piece.loops, most)][0]}m{piece.text}\x1b[0m"
 
 
 def numbered(piece: Piece) -> str:
-    """The piece with its loops in brackets, for where there are no colours."""
+    """The piece followed by its loops in brackets, for output without colours."""
     return f"{piece.text}[{piece.loops}]"
 
 
 def in_loops(loops: int) -> str:
-    """The number with its noun."""
+    """The number with its noun: `1 loop`, `2 loops`."""
     return f"{loops} loop" if loops == 1 else f"{loops} loops"
 
 
 def legend(most: int) -> list[int]:
-    """The loop counts that a legend names: each, or about as many as there are colours."""
+    """Loop counts to show in a legend: all of them, or about as many as there are colours."""
     if most <= 2 * len(PALETTE):
         return list(range(1, most + 1))
     return sorted({1 + round(n * (most - 1) / (len(PALETTE) - 1)) for n in range(len(PALETTE))})
 
 
 def terminal_legend(most: int) -> str:
-    """A line that tells the colours."""
+    """The legend as one line for a terminal."""
     return "loops: " + " ".join(coloured(Piece(str(loops), loops), most) for loops in legend(most))
 
 
-def histogram(made: TextGeneration, width: int = 40) -> str:
-    """How many tokens took how many loops, a line for each."""
-    counts = made.loops
+def histogram(generation: TextGeneration, width: int = 40) -> str:
+    """Number of tokens by loops, one line per loop count."""
+    counts = generation.loops
     largest = max(counts.values(), default=1)
     return "\n".join(
         f"{loops:6d} {'loop ' if loops == 1 else 'loops'}  {count:6d}  {'#' * round(width * count / largest)}".rstrip()
@@ -74,27 +82,28 @@ footer { color: #555; white-space: pre-wrap; font-size: 14px }
 """
 
 
-def html_page(made: TextGeneration, title: str) -> str:
-    """A page that needs nothing else: every prompt with its continuation, the legend, and what it took."""
-    most = max((row.limit for row in made.rows), default=1)
+def html_page(generation: TextGeneration, title: str) -> str:
+    """A self-contained page: every prompt with its continuation, the legend, and the summary."""
+    most = max((row.limit for row in generation.rows), default=1)
     colours = "\n".join(f".d{n} {{ background: {colour} }}" for n, (_, colour) in enumerate(PALETTE))
     texts = "\n".join(
         f'<p class="text"><span class="prompt">{html.escape(row.prompt)}</span>{spans(row.pieces, most)}</p>'
-        for row in made.rows
+        for row in generation.rows
     )
-    occurred = sorted(made.loops)
-    named = occurred if len(occurred) <= 8 else legend(most)
-    scale = " ".join(f'<span class="d{shade(loops, most)}">{loops}</span>' for loops in named)
+    occurring = sorted(generation.loops)
+    legend_loops = occurring if len(occurring) <= 8 else legend(most)
+    scale = " ".join(f'<span class="d{shade(loops, most)}">{loops}</span>' for loops in legend_loops)
     return (
         f'<!doctype html>\n<html>\n<head>\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'
         f"<style>{STYLE}{colours}\n</style>\n</head>\n<body>\n<h1>{html.escape(title)}</h1>\n"
         f'<p class="legend">loops: {scale}</p>\n{texts}\n'
-        f"<footer>{html.escape(made.summary())}\n\n{html.escape(histogram(made))}</footer>\n</body>\n</html>\n"
+        f"<footer>{html.escape(generation.summary())}\n\n{html.escape(histogram(generation))}</footer>\n"
+        "</body>\n</html>\n"
     )
 
 
 def spans(pieces: Sequence[Piece], most: int) -> str:
-    """The pieces as HTML; the loops of each are its tooltip."""
+    """The pieces as HTML, each with its loops as tooltip."""
     return "".join(
         f'<span class="d{shade(piece.loops, most)}" title="{in_loops(piece.loops)}">{html.escape(harmless(piece.text))}'
         "</span>"
@@ -103,11 +112,8 @@ def spans(pieces: Sequence[Piece], most: int) -> str:
 
 
 def write_page(path: Path, page: str) -> None:
-    """Write the page as a whole. Raises MythosError if it cannot be written."""
-    aside = path.with_name(f".{path.name}.tmp")
+    """Write the page, complete or not at all. Raises MythosError if it cannot be written."""
     try:
-        aside.write_text(page, encoding="utf-8", errors="replace")
-        aside.replace(path)
+        write_whole(path, page.encode("utf-8", errors="replace"))
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise MythosError(f"{path} cannot be written: {error}; give another file") from error

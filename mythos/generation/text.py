@@ -1,4 +1,4 @@
-"""Text continued by a model: prompts in, pieces of text out as they come, each with the loops that it took."""
+"""Continue text with a model: prompts in, pieces of text out as they are complete, each with its number of loops."""
 
 import re
 import time
@@ -21,94 +21,95 @@ from mythos.model.rdt import RecurrentDepthTransformer
 
 
 class Piece(NamedTuple):
-    """Text of one token, or of several that only together make characters."""
+    """Text of one token, or of several tokens that form characters only together."""
 
     text: str
     loops: int
-    """Loops of the token, the most where there are several."""
+    """Loops of the token; of several tokens, the largest."""
 
 
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
-"""Name of a token that is one byte, in tokenizers with byte fallback (Llama 2, Mistral, Gemma)."""
+"""Name of a single-byte token in tokenizers with byte fallback (Llama 2, Mistral, Gemma)."""
 
 
 class PieceStream:
-    """Makes complete pieces of text of one row's ids, held back while they may become a stop string.
+    """Turns the ids of one row into complete pieces of text, which wait while they may become part of a stop string.
 
-    The pieces together are the text that the prompt's and the row's ids make, without the prompt's.
+    The pieces together are the decoded text of prompt and row, without the text of the prompt.
 
     Attributes:
-        pieces: what was handed out so far.
-        stopped: whether a stop string was met; the text ends before it.
+        pieces: the pieces returned so far.
+        stopped: whether a stop string occurred; the text ends before it.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str]) -> None:
         self.tokenizer, self.stops = tokenizer, stops
         self.ids = list(prompt)
-        self._start, self._told = 0, len(self.ids)
-        """Ids from `_start` on are decoded together; the text of those before `_told` is known."""
+        self._start, self._decoded = 0, len(self.ids)
+        """Ids from `_start` on are decoded together; the text of those before `_decoded` is known."""
         self.pieces: list[Piece] = []
         self.stopped = False
-        self._held: list[Piece] = []
+        self._waiting: list[Piece] = []
         self._loops = 0
 
     def push(self, token: int, loops: int) -> list[Piece]:
-        """Add an id; returns the pieces that are complete now and cannot belong to a stop string."""
-        if self._start == 0 and self._told == len(self.ids) and self._is_byte(token):
-            # Bytes side by side are decoded together, and those of the prompt are characters already.
+        """Add an id; returns the pieces that are now complete and cannot be part of a stop string."""
+        if self._start == 0 and self._decoded == len(self.ids) and self._is_byte(token):
+            # Adjacent byte tokens would be decoded together, but those of the prompt are complete characters.
             while self.ids and self._is_byte(self.ids[-1]):
                 self.ids.pop()
-            self._told = len(self.ids)
+            self._decoded = len(self.ids)
         self.ids.append(token)
         self._loops = max(self._loops, loops)
         text = "" if self._is_byte(token) else self._new_text()
         if not text or text.endswith("\ufffd"):
-            return []  # what comes next may make another character of the bytes at the end
-        self._tell(text)
-        held = "".join(piece.text for piece in self._held)
-        found = [place for stop in self.stops if (place := held.find(stop)) >= 0]
-        if found:
+            return []  # the next token may complete the character that these bytes begin
+        self._enqueue(text)
+        waiting = "".join(piece.text for piece in self._waiting)
+        stop_starts = [start for stop in self.stops if (start := waiting.find(stop)) >= 0]
+        if stop_starts:
             self.stopped = True
-            return self._release(min(found))
-        return self._release(len(held) - beginning_of_any(held, self.stops))
+            return self._release(min(stop_starts))
+        return self._release(len(waiting) - partial_stop(waiting, self.stops))
 
     def finish(self) -> list[Piece]:
-        """What is left at the end: text held back, and U+FFFD for bytes that no character came of."""
+        """The remaining pieces: text that was waiting, and U+FFFD for bytes that form no character."""
         if self.stopped:
             return []
         rest = self._new_text()
         if rest:
-            self._tell(rest)
-        return self._release(sum(len(piece.text) for piece in self._held))
+            self._enqueue(rest)
+        return self._release(sum(len(piece.text) for piece in self._waiting))
 
     def _is_byte(self, token: int) -> bool:
         name = self.tokenizer.backend.id_to_token(token)
         return name is not None and BYTE_TOKEN.fullmatch(name) is not None
 
     def _new_text(self) -> str:
-        """Text of the ids that are not told yet, decoded after some that are: a first token may lose its space."""
-        known = self.tokenizer.decode(self.ids[self._start : self._told])
+        """Text of the ids after `_decoded`, decoded with some ids before them: alone, a token may lose its space."""
+        known = self.tokenizer.decode(self.ids[self._start : self._decoded])
         return self.tokenizer.decode(self.ids[self._start :])[len(known) :]
 
-    def _tell(self, text: str) -> None:
-        self._held.append(Piece(text, self._loops))
+    def _enqueue(self, text: str) -> None:
+        self._waiting.append(Piece(text, self._loops))
         self._loops = 0
-        self._start, self._told = self._told, len(self.ids)
+        self._start, self._decoded = self._decoded, len(self.ids)
 
     def _release(self, characters: int) -> list[Piece]:
+        """Return the first waiting characters as pieces; a piece may be split."""
         released: list[Piece] = []
         while characters > 0:
-            text, loops = self._held.pop(0)
+            text, loops = self._waiting.pop(0)
             if len(text) > characters:
-                self._held.insert(0, Piece(text[characters:], loops))
+                self._waiting.insert(0, Piece(text[characters:], loops))
             released.append(Piece(text[:characters], loops))
             characters -= len(text)
         self.pieces += released
         return released
 
 
-def beginning_of_any(text: str, stops: Sequence[str]) -> int:
-    """Length of the longest end of `text` that one of `stops` begins with, short of the whole stop."""
+def partial_stop(text: str, stops: Sequence[str]) -> int:
+    """Length of the longest suffix of `text` that is a proper prefix of one of `stops`."""
     lengths = (n for stop in stops for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n]))
     return max(lengths, default=0)
 
@@ -119,10 +120,10 @@ class TextRow:
 
     prompt: str
     limit: int
-    """Most loops that its tokens could take."""
+    """Maximum number of loops of its tokens."""
     pieces: list[Piece] = field(default_factory=list)
     loops: list[int] = field(default_factory=list)
-    """Of every token, stop strings included."""
+    """Loops of every token, including the tokens of a stop string."""
     end: End = "length"
 
     @property
@@ -133,41 +134,44 @@ class TextRow:
 
 @dataclass
 class TextGeneration:
-    """What was generated, and what it took."""
+    """The generated text, with times and memory."""
 
     rows: list[TextRow]
     prompt_tokens: int
     first_seconds: float
-    """From the start to the first token: the prompts' share."""
+    """Time to the first token, spent on the prompts."""
     seconds: float
     cache_bytes: int
     halting: bool = False
-    """Whether a token could stop before its last loop."""
+    """Whether tokens could stop before their last loop."""
 
     @property
     def tokens(self) -> int:
-        """Generated, over all rows."""
+        """Number of generated tokens over all rows."""
         return sum(len(row.loops) for row in self.rows)
 
     @property
     def loops(self) -> Counter[int]:
-        """How many tokens took how many loops."""
+        """Number of tokens by loops."""
         return Counter(loops for row in self.rows for loops in row.loops)
 
     @property
     def mean_loops(self) -> float:
-        """Loops of a token on average; 0 if there is none."""
+        """Mean loops of a token; 0 without tokens."""
         return sum(depth * count for depth, count in self.loops.items()) / max(1, self.tokens)
 
     @property
     def tokens_per_second(self) -> float:
-        """Generated tokens a second over all rows, prompts apart where there is more than their first token."""
+        """Generated tokens per second over all rows.
+
+        The prompts' time is left out if any row has more than one token.
+        """
         later = self.tokens - sum(bool(row.loops) for row in self.rows)
         count, seconds = (later, self.seconds - self.first_seconds) if later else (self.tokens, self.seconds)
         return count / max(seconds, 1e-9)
 
     def summary(self) -> str:
-        """Two lines: speed, and depth and memory."""
+        """Two lines: speed and ends; loops and memory."""
         most = sum(row.limit * len(row.loops) for row in self.rows) / max(1, self.tokens)
         saved = f" of {most:.3g} ({1 - self.mean_loops / most:.0%} saved)" if self.halting and most else ""
         ends = Counter(ENDS[row.end] for row in self.rows)
@@ -180,7 +184,7 @@ class TextGeneration:
 
 
 ENDS: dict[End, str] = {
-    "length": "as many tokens as asked for",
+    "length": "the requested number of tokens",
     "context": "the model's context is full",
     "stop": "end of document",
     "callback": "stop string",
@@ -188,14 +192,14 @@ ENDS: dict[End, str] = {
 
 
 def in_mib(size: int) -> str:
-    """Bytes in words."""
+    """Bytes as text in KiB, MiB or GiB."""
     if size >= 2**30:
         return f"{size / 2**30:.1f} GiB"
     return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"
 
 
 class Depth(NamedTuple):
-    """How deep each row may go, and what may stop it before."""
+    """Maximum number of loops of each row, and the rule that may stop it earlier."""
 
     limits: list[int]
     rule: HaltingRule | None
@@ -204,15 +208,15 @@ class Depth(NamedTuple):
 def choose_depth(
     opened: OpenedModel, loops: Sequence[int] | None, rule: str | None = None, threshold: float | None = None
 ) -> Depth:
-    """The most loops of each row, and the halting rule.
+    """The maximum number of loops of each row, and the halting rule.
 
-    `loops` None (auto) is the training mean, and a rule decides what of it is run: `rule`, or the model's default.
-    Given loops are run in full, unless a rule or a threshold asks for halting, or the model was trained with act.
+    With `loops` None (auto) the maximum is the training mean, and `rule` or the model's own rule may stop earlier.
+    Explicit loops run in full, unless a rule or a threshold is passed or the model was trained with act.
 
-    Raises MythosError for a rule that is unknown or that the model cannot follow, or a threshold out of range.
+    Raises MythosError for a rule that is unknown or that the model does not support, or a threshold out of range.
     """
     try:
-        # What act reads out is the average that its probabilities make: a part of the model, not a choice.
+        # An act model outputs an average weighted by its halting probabilities: its rule is part of the model.
         averaged = opened.model.config.halting == "act"
         halts = loops is None or rule is not None or threshold is not None or averaged
         chosen = halting_rule(opened.model, rule, threshold) if halts else None
@@ -236,22 +240,16 @@ def generate_text(
 ) -> TextGeneration:
     """Continue every prompt in one batch, calling `on_piece(row, piece)` as text is complete.
 
-    A prompt of None begins a new document. `depth.limits` has a number for all rows, or one for each; where there is
-    one prompt and several limits, it is continued at each of them, by the same draws. Otherwise row n has the seed
-    `seed + n`. A row ends at the end of the document, at any of `stops` (left out), after `max_tokens`, or where the
-    context is full. Matrix products are in `dtype`; `options` go to `mythos.generation.tokens.generate`.
+    A prompt of None starts a new document. `depth.limits` has one number for all rows, or one per row. One prompt with
+    several limits is continued at each of them with the same seed; otherwise row n has the seed `seed + n`. A row ends
+    at the end of the document, before any of `stops`, after `max_tokens`, or when the context is full. Matmuls are in
+    `dtype`; `options` are passed to `mythos.generation.tokens.generate`.
 
     Raises:
         MythosError: a model without tokenizer, an empty prompt or stop string, a prompt longer than the context,
-            numbers out of range, or a cache that memory has no room for.
+            numbers out of range, or a cache larger than the free memory.
     """
-    tokenizer, model = opened.tokenizer, opened.model
-    if tokenizer is None:
-        if opened.run is not None and opened.run.data.kind == "reasoning":
-            raise MythosError(
-                f"{opened.source} is of a reasoning run, which has no text to continue: use `mythos reasoning`"
-            )
-        raise MythosError(f"{opened.source} has no tokenizer: it was not trained on text, or its folder was not copied")
+    tokenizer, model = _tokenizer(opened), opened.model
     if "" in stops:
         raise MythosError("a stop string is empty: give at least one character")
     seeds = [seed + row for row in range(len(prompts))]
@@ -267,11 +265,12 @@ def generate_text(
         for prompt, limit, stream in zip(prompts, limits, streams, strict=True)
     ]
     start = time.perf_counter()
-    first: list[float] = []
+    first_seconds: float | None = None
 
     def on_token(row: int, token: int, loops: int) -> bool:
-        if not first:
-            first.append(time.perf_counter() - start)
+        nonlocal first_seconds
+        if first_seconds is None:
+            first_seconds = time.perf_counter() - start
         rows[row].loops.append(loops)
         for piece in streams[row].push(token, loops):
             on_piece(row, piece)
@@ -279,7 +278,7 @@ def generate_text(
 
     try:
         with autocast_to(dtype, model.embedding.weight.device):
-            made, cache_bytes = generate(
+            continuations, cache_bytes = generate(
                 model,
                 ids,
                 max_tokens,
@@ -296,21 +295,32 @@ def generate_text(
         raise MythosError(str(error)) from error
     seconds = time.perf_counter() - start
     for index, (row, stream) in enumerate(zip(rows, streams, strict=True)):
-        row.end = made[index].end
+        row.end = continuations[index].end
         for piece in stream.finish():
             on_piece(index, piece)
     halting = depth.rule is not None or model.config.halting == "act"
-    return TextGeneration(rows, sum(map(len, ids)), first[0] if first else seconds, seconds, cache_bytes, halting)
+    first_seconds = seconds if first_seconds is None else first_seconds
+    return TextGeneration(rows, sum(map(len, ids)), first_seconds, seconds, cache_bytes, halting)
+
+
+def _tokenizer(opened: OpenedModel) -> Tokenizer:
+    if opened.tokenizer is not None:
+        return opened.tokenizer
+    if opened.run is not None and opened.run.data.kind == "reasoning":
+        raise MythosError(
+            f"{opened.source} is of a reasoning run, which has no text to continue: use `mythos reasoning`"
+        )
+    raise MythosError(f"{opened.source} has no tokenizer: it was not trained on text, or its folder was not copied")
 
 
 def check_counts(limits: int, prompts: int) -> None:
-    """Raise MythosError where so many loop counts are neither for one prompt, nor one, nor as many as the prompts."""
+    """Raise MythosError unless there is one prompt, one loop count, or one loop count per prompt."""
     if limits != 1 and prompts not in (1, limits):
         raise MythosError(f"{limits} loop counts for {prompts} prompts: give one, or one per prompt")
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that are free on the device."""
+    """Free bytes on the device."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
@@ -318,7 +328,7 @@ def _check_room(
     model: RecurrentDepthTransformer, rows: int, length: int, loops: int, dtype: torch.dtype, cache_loops: int | None
 ) -> None:
     if min(rows, length, loops, 1 if cache_loops is None else cache_loops) < 1:
-        return  # which generate tells
+        return  # `generate` raises the error
     length = min(length, model.config.context_length)
     needed = cache_bytes_needed(model.config, rows, length, loops, dtype, cache_loops)
     free = available_memory(model.embedding.weight.device)
@@ -335,7 +345,7 @@ def _encode(tokenizer: Tokenizer, prompt: str | None, context: int) -> list[int]
         return [tokenizer.eos_id]
     ids = tokenizer.encode_batch([prompt])[0]
     if not ids:
-        raise MythosError("a prompt is empty: give some text, or no prompt at all to begin a new document")
+        raise MythosError("a prompt is empty: give some text, or no prompt at all to start a new document")
     if len(ids) > context:
         raise MythosError(
             f"the prompt {prompt[:30]!r}... has {len(ids)} tokens, and the model's context is {context}: shorten it"

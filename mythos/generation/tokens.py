@@ -1,4 +1,4 @@
-"""Continue token ids with a model: batched, cached, every row with its own prompt, loops, seed and end."""
+"""Continue token ids with a model: batched and cached; every row has its own prompt, loops, seed and end."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -23,14 +23,14 @@ OnToken = Callable[[int, int, int], bool | None]
 
 @dataclass
 class Continuation:
-    """What was generated after one prompt."""
+    """The tokens generated after one prompt."""
 
     tokens: list[int] = field(default_factory=list)
     """Ids, without the prompt and without the stop id."""
     loops: list[int] = field(default_factory=list)
-    """For each token, the loops that the position which predicted it ran."""
+    """For each token, the loops of the position that predicted it."""
     end: End = "length"
-    """Why it ends: so many tokens were asked for, prompt and tokens fill the context, a stop id, or the callback."""
+    """Why it ended: the requested number of tokens, a full context, a stop id, or the callback."""
 
 
 class Generation(NamedTuple):
@@ -38,7 +38,43 @@ class Generation(NamedTuple):
 
     rows: list[Continuation]
     cache_bytes: int
-    """Most that the decode cache took."""
+    """Largest size of the decode cache."""
+
+
+@dataclass
+class _Batch:
+    """The rows that are still generating. `select` removes the others from everything that has a row each."""
+
+    model: RecurrentDepthTransformer
+    cache: DecodeCache
+    halting: HaltingRule | None
+    compiled: bool
+    vocabulary: int
+    rows: list[int]
+    """Indices of the rows in the prompts."""
+    limits: list[int]
+    """Most loops of each row."""
+    uniforms: Tensor | None
+    """(rows, most tokens) float64: the random numbers of each row; None if the likeliest token is taken."""
+    seen: Tensor | None
+    """(rows, V) bool: ids that occurred in each row; None without a repetition penalty."""
+
+    def extend(self, ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Run ids (rows, S); returns logits (rows, V) at the last position, and the loops (rows,) that it ran."""
+        extension = self.model.extend(
+            ids, self.cache, mask=mask, loops=self.limits, halting=self.halting, compiled=self.compiled
+        )
+        return extension.logits[:, : self.vocabulary], extension.loops[:, -1]
+
+    def select(self, indices: list[int], tokens: Tensor) -> Tensor:
+        """Keep some of the rows; returns their entries of `tokens`, (rows,)."""
+        self.cache.select(indices)
+        self.rows = [self.rows[index] for index in indices]
+        self.limits = [self.limits[index] for index in indices]
+        chosen = torch.tensor(indices, device=tokens.device)
+        self.uniforms = None if self.uniforms is None else self.uniforms[chosen]
+        self.seen = None if self.seen is None else self.seen[chosen]
+        return tokens[chosen]
 
 
 @torch.no_grad()
@@ -60,101 +96,105 @@ def generate(
 ) -> Generation:
     """Generate up to `max_tokens` ids after each of the prompts, which may differ in length.
 
-    Prompt and continuation together are at most `model.config.context_length` ids. Rows leave the batch as they end.
-    The host waits for the device once a token, beside what `model.extend` needs to know.
+    Prompt and continuation together are at most `model.config.context_length` ids. A row that ends leaves the batch.
+    The host waits for the device once per token, apart from the synchronisation in `model.extend`.
 
     Args:
-        model: in eval mode. Under FSDP all ranks must call alike, and nothing that may differ in the last bit of a
-            logit may end a row or a loop: no `stop_ids`, no `on_token` that returns True, no `halting`.
-        prompts: ids of each row, at least one a row.
-        max_tokens: most ids generated for a row.
-        sampling: how tokens are drawn; default `Sampling()`.
-        seed: one for each row, or the first row's, the others following it by ones. What a row draws depends on its own
-            seed and logits, not on the batch that it is in.
-        loops: most passes of the core, for all rows or for each (default config.loops).
-        halting: rule by which a position may stop before; see `mythos.model.halting`.
-        stop_ids: ids that end a row and are left out.
+        model: in eval mode. Under FSDP all ranks must make the same calls, and logits may differ in the last bit
+            between ranks, so nothing that depends on logits may end a row or a loop: no `stop_ids`, no `on_token` that
+            returns True, no `halting`.
+        prompts: ids of each row, at least one per row.
+        max_tokens: maximum number of ids generated per row.
+        sampling: distribution of the next token; default `Sampling()`.
+        seed: one seed per row, or the seed of row 0, in which case row n has `seed + n`. The draws of a row depend on
+            its own seed and logits, not on the rest of the batch.
+        loops: maximum number of loops, for all rows or one per row (default config.loops).
+        halting: rule by which a position may stop earlier; see `mythos.model.halting`.
+        stop_ids: ids that end a row; they are not part of its tokens.
         on_token: called with (row, id, loops) for each generated id, in order; True ends the row after it.
-        vocabulary: only ids below it are drawn (default config.vocab_size): rows that pad the embedding mean no text.
+        vocabulary: only smaller ids are drawn (default config.vocab_size): the rest of the embedding is padding.
         prefill_chunk: positions of the prompts that are computed at once.
         cache_loops: see `mythos.model.cache.DecodeCache`.
-        compiled: run the tokens after the prompts by torch.compile, where all rows run as many loops and nothing halts;
-            see `mythos.model.rdt.RecurrentDepthTransformer.extend`.
+        compiled: use torch.compile for the tokens after the prompts, if all rows run the same number of loops and no
+            rule halts them; see `mythos.model.rdt.RecurrentDepthTransformer.extend`.
 
     Raises:
-        ValueError: no prompts, an empty one, one longer than the context, ids outside of the vocabulary, loops below 1,
-            counts that do not fit the rows, or logits that are not finite.
+        ValueError: no prompts, an empty prompt or one longer than the context, ids outside of the vocabulary, loops
+            below 1, a number of seeds or loops other than the number of rows, or logits that are not finite.
     """
-    config, device = model.config, model.embedding.weight.device
     sampling = sampling or Sampling()
-    vocabulary = int(config.vocab_size) if vocabulary is None else vocabulary
+    vocabulary = int(model.config.vocab_size) if vocabulary is None else vocabulary
     _check(model, prompts, max_tokens, vocabulary, stop_ids, prefill_chunk)
     sampling.check_vocabulary(vocabulary)
-    rows = len(prompts)
-    limits = _per_row("loops", config.loops if loops is None else loops, rows)
-    model.check_loops(sorted(limits, reverse=True), rows)
-    seeds = list(range(seed, seed + rows)) if isinstance(seed, int) else _per_row("seed", seed, rows)
+    limits = _per_row("loops", model.config.loops if loops is None else loops, len(prompts))
+    model.check_loops(sorted(limits, reverse=True), len(prompts))
+    seeds = list(range(seed, seed + len(prompts))) if isinstance(seed, int) else _per_row("seed", seed, len(prompts))
 
-    made = [Continuation() for _ in prompts]
-    budgets = [min(max_tokens, config.context_length - len(prompt)) for prompt in prompts]
-    for row, budget in zip(made, budgets, strict=True):
-        row.end = "length" if budget == max_tokens else "context"
-    live = [row for row in range(rows) if budgets[row] > 0]
-    if not live:
-        return Generation(made, 0)
-    noise = None if sampling.greedy else uniforms([seeds[row] for row in live], max(budgets)).to(device)
-    seen = _seen([prompts[row] for row in live], vocabulary, device) if sampling.repetition_penalty != 1 else None
+    budgets = [min(max_tokens, model.config.context_length - len(prompt)) for prompt in prompts]
+    continuations = [Continuation(end="length" if budget == max_tokens else "context") for budget in budgets]
+    rows = [row for row, budget in enumerate(budgets) if budget > 0]
+    if not rows:
+        return Generation(continuations, 0)
+    chosen = [prompts[row] for row in rows]
+    row_limits = [limits[row] for row in rows]
+    device = model.embedding.weight.device
+    random_numbers = None if sampling.greedy else uniforms([seeds[row] for row in rows], max(budgets)).to(device)
+    seen = _seen(chosen, vocabulary, device) if sampling.repetition_penalty != 1 else None
     cache = DecodeCache(
-        config,
-        len(live),
-        loops=max(limits[row] for row in live),
+        model.config,
+        len(rows),
+        loops=max(row_limits),
         dtype=autocast_dtype(model.embedding.weight),
         device=device,
         block=CACHE_BLOCK,
         cache_loops=cache_loops,
     )
+    batch = _Batch(model, cache, halting, compiled, vocabulary, rows, row_limits, random_numbers, seen)
+    logits, depths = _prefill(batch, chosen, prefill_chunk)
+    return _decode(batch, logits, depths, continuations, budgets, sampling, stop_ids, on_token)
 
-    def extend(ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        found = model.extend(
-            ids, cache, mask=mask, loops=[limits[row] for row in live], halting=halting, compiled=compiled
-        )
-        return found.logits[:, :vocabulary], found.loops[:, -1]
 
-    logits, depths = _prefill(extend, [prompts[row] for row in live], prefill_chunk, device)
-    cache_bytes = cache.bytes
-    for count in range(max(budgets)):
-        place = logits.new_zeros(len(live), dtype=torch.float64) if noise is None else noise[:, count]
-        tokens = sampling.draw(logits, place, seen)
-        sound = logits.isfinite().all(-1)
+def _decode(
+    batch: _Batch,
+    logits: Tensor,
+    depths: Tensor,
+    continuations: list[Continuation],
+    budgets: Sequence[int],
+    sampling: Sampling,
+    stop_ids: Collection[int],
+    on_token: OnToken | None,
+) -> Generation:
+    """Generate token by token from the logits (rows, V) of the prompts and the loops (rows,) that gave them."""
+    cache_bytes = batch.cache.bytes
+    for step in range(max(budgets)):
+        uniform = logits.new_zeros(len(batch.rows)) if batch.uniforms is None else batch.uniforms[:, step]
+        tokens = sampling.draw(logits, uniform, batch.seen)
+        finite = logits.isfinite().all(-1)
         kept = []
-        for index, (token, depth, finite) in enumerate(torch.stack((tokens, depths, sound), dim=1).tolist()):
-            row = live[index]
-            if not finite:
+        # One transfer to the host for all three.
+        for index, (token, depth, is_finite) in enumerate(torch.stack((tokens, depths, finite), dim=1).tolist()):
+            row = batch.rows[index]
+            if not is_finite:
                 raise ValueError("the logits are not finite: the weights are damaged, or training has diverged")
             if token in stop_ids:
-                made[row].end = "stop"
+                continuations[row].end = "stop"
                 continue
-            made[row].tokens.append(token)
-            made[row].loops.append(depth)
+            continuations[row].tokens.append(token)
+            continuations[row].loops.append(depth)
             if on_token is not None and on_token(row, token, depth):
-                made[row].end = "callback"
-            elif count + 1 < budgets[row]:
+                continuations[row].end = "callback"
+            elif step + 1 < budgets[row]:
                 kept.append(index)
         if not kept:
             break
-        if len(kept) < len(live):
-            # Now, not when many have ended: a batch with gaps is gathered in every layer and loop of every token.
-            cache.select(kept)
-            live = [live[index] for index in kept]
-            chosen = torch.tensor(kept, device=device)
-            tokens = tokens[chosen]
-            noise = None if noise is None else noise[chosen]
-            seen = None if seen is None else seen[chosen]
-        if seen is not None:
-            seen.scatter_(1, tokens.unsqueeze(1), True)
-        logits, depths = extend(tokens.unsqueeze(1), None)
-        cache_bytes = max(cache_bytes, cache.bytes)
-    return Generation(made, cache_bytes)
+        if len(kept) < len(batch.rows):
+            # At once, not when many rows have ended: with gaps in the batch every layer would gather its rows.
+            tokens = batch.select(kept, tokens)
+        if batch.seen is not None:
+            batch.seen.scatter_(1, tokens.unsqueeze(1), True)
+        logits, depths = batch.extend(tokens.unsqueeze(1))
+        cache_bytes = max(cache_bytes, batch.cache.bytes)
+    return Generation(continuations, cache_bytes)
 
 
 def cache_bytes_needed(
@@ -165,31 +205,29 @@ def cache_bytes_needed(
     dtype: torch.dtype = torch.float32,
     cache_loops: int | None = None,
 ) -> int:
-    """Bytes that `generate` takes for the cache of rows that become `length` tokens long, at up to `loops` loops."""
+    """Bytes of the cache in `generate` for rows of up to `length` tokens at up to `loops` loops."""
     blocks = -(-min(length, config.context_length) // CACHE_BLOCK)
-    held = 2 * blocks - 1  # to grow by a block it is copied, and both are there
-    return rows * held * CACHE_BLOCK * cache_bytes_per_token(config, min(loops, cache_loops or loops), dtype)
+    allocated = 2 * blocks - 1  # to grow by one block the cache is copied, and both copies exist for a moment
+    return rows * allocated * CACHE_BLOCK * cache_bytes_per_token(config, min(loops, cache_loops or loops), dtype)
 
 
-def _prefill(
-    extend: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]],
-    prompts: Sequence[Sequence[int]],
-    chunk: int,
-    device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    """Run the prompts in pieces, padded on the left so that all end in the last one; returns its logits and loops."""
-    longest = max(map(len, prompts))
+def _prefill(batch: _Batch, prompts: Sequence[Sequence[int]], chunk: int) -> tuple[Tensor, Tensor]:
+    """Run the prompts in chunks and return the logits and loops of the last chunk.
+
+    The prompts are padded on the left, so that all of them end in the last chunk.
+    """
+    device, longest = batch.model.embedding.weight.device, max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[False] * (longest - len(prompt)) + [True] * len(prompt) for prompt in prompts])
     for start in range(0, longest, chunk):
-        piece = mask[:, start : start + chunk]
-        whole = bool(piece.all())
-        found = extend(ids[:, start : start + chunk].to(device), None if whole else piece.to(device))
-    return found
+        part = mask[:, start : start + chunk]
+        no_padding = bool(part.all())
+        result = batch.extend(ids[:, start : start + chunk].to(device), None if no_padding else part.to(device))
+    return result
 
 
 def _seen(prompts: Sequence[Sequence[int]], vocabulary: int, device: torch.device) -> Tensor:
-    """(B, V) bool: the ids of each prompt."""
+    """(rows, V) bool: the ids of each prompt."""
     seen = torch.zeros(len(prompts), vocabulary, dtype=torch.bool)
     for row, prompt in zip(seen, prompts, strict=True):
         row[list(prompt)] = True

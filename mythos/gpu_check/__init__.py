@@ -1,6 +1,6 @@
-"""`mythos gpu-check`: what only a GPU can show, measured in one go, each check against what is expected of it.
+"""`mythos gpu-check`: measure in one go what only a GPU can show, and compare each figure with its expected value.
 
-`catalog` lists the checks, `runner` runs them stage by stage in processes of their own, `stage` is such a process,
-`report` writes what came out. All other modules are the checks themselves. `catalog`, `runner` and `report` do not
-import torch: whatever is broken, the report gets written.
+`catalog` lists the checks, `runner` runs them stage by stage in separate processes, `stage` is such a process, and
+`report` writes the results. The other modules are the checks themselves. `catalog`, `runner` and `report` do not import
+torch, so that the report is written even if torch is broken.
 """

@@ -1,25 +1,25 @@
-"""Decoding with a cache: the right tokens, and how fast."""
+"""Decoding with a cache: whether its tokens are right, and its speed."""
 
 from collections.abc import Iterator
-from functools import cache, partial
+from functools import cache
 
 import torch
 
-from mythos.benchmarks.timing import timed
 from mythos.config.presets import preset_config
 from mythos.generation.sampling import Sampling
 from mythos.generation.tokens import Generation, generate
 from mythos.gpu_check.result import Result, Setting, judged
 from mythos.gpu_check.runs import TINY
+from mythos.gpu_check.timed_steps import timed
 from mythos.model.halting import HaltingRule, halting_rule
 from mythos.model.layers import autocast_to
 from mythos.model.rdt import RecurrentDepthTransformer
 
 PRESET = "mythos_small"
 NOISE = 0.02
-"""Standard deviation of weights that start at zero, so that no part of the model is silent."""
+"""Standard deviation of the noise that replaces weights which start at zero, so that every part of the model counts."""
 NEAR = 1e-3
-"""Logits that are no further apart may change places by rounding."""
+"""Tokens whose logits differ by no more than this may change places by rounding."""
 
 
 def sizes(setting: Setting) -> tuple[int, int, int]:
@@ -28,14 +28,15 @@ def sizes(setting: Setting) -> tuple[int, int, int]:
 
 
 def greedy(setting: Setting) -> Iterator[Result]:
-    """Tokens per second, and each token against the whole forward pass over all before it."""
+    """Measure tokens per second, and compare each token with a whole forward pass over all tokens before it."""
     rows, prompt, tokens = sizes(setting)
     rates = {}
     for dtype in ("bfloat16", "float32"):
         decode(setting, dtype, tokens=2)
-        rates[dtype] = rows * tokens / timed(partial(decode, setting, dtype), setting.device).wall
-    told = ", ".join(f"{rate:,.0f} in {dtype}" for dtype, rate in rates.items())
-    yield judged(True, f"{told}; {rows} rows, {model(setting).config.loops} loops")
+        _, seconds = timed_decode(setting, dtype)
+        rates[dtype] = rows * tokens / seconds
+    speeds = ", ".join(f"{rate:,.0f} in {dtype}" for dtype, rate in rates.items())
+    yield judged(True, f"{speeds}; {rows} rows, {model(setting).config.loops} loops")
 
     generated = torch.tensor([row.tokens for row in decode(setting, "float32").rows])
     ids = torch.cat((torch.tensor(prompts(setting)), generated), dim=1)
@@ -45,61 +46,55 @@ def greedy(setting: Setting) -> Iterator[Result]:
     logits = logits[:, prompt - 1 :, : int(model(setting).config.vocab_size)].cpu()
     chosen = logits.gather(-1, generated.unsqueeze(-1)).squeeze(-1)
     short = logits.amax(-1) - chosen
-    differing = int((short > NEAR).sum())
     alike = int((logits.argmax(-1) == generated).sum())
-    told = f"{alike} of {generated.numel()} tokens alike; logits of the others short by at most {short.max():.1e}"
-    yield judged(differing == 0, told)
+    measured = f"{alike} of {generated.numel()} tokens alike; logits of the others short by at most {short.max():.1e}"
+    yield judged(not (short > NEAR).any(), measured)
 
 
 def halting(setting: Setting) -> Iterator[Result]:
-    """All loops for all positions, against a rule that lets them stop."""
+    """Compare all loops for all positions with a rule that lets positions halt."""
     rule = halting_rule(model(setting), "convergence")
     loops = 2 * max(4, model(setting).config.loops)  # more than are needed
     decode(setting, "bfloat16", rule=rule, loops=loops, tokens=2)
-    whole = timed(lambda: decode(setting, "bfloat16", loops=loops), setting.device).wall
-    halted: list[Generation] = []
-    part = timed(lambda: halted.append(decode(setting, "bfloat16", rule=rule, loops=loops)), setting.device).wall
-    counts = [count for row in halted[0].rows for count in row.loops]
+    _, all_loops_seconds = timed_decode(setting, "bfloat16", loops=loops)
+    halted, seconds = timed_decode(setting, "bfloat16", rule=rule, loops=loops)
+    counts = [count for row in halted.rows for count in row.loops]
     mean = sum(counts) / len(counts)
-    told = f"{mean:.2f} loops of {loops}, {part / whole:.2f} of the time"
-    yield judged(mean < loops and (part < whole or not setting.cuda), told)
+    measured = f"{mean:.2f} loops of {loops}, {seconds / all_loops_seconds:.2f} of the time"
+    yield judged(mean < loops and (seconds < all_loops_seconds or not setting.cuda), measured)
 
 
 def compiled(setting: Setting) -> Iterator[Result]:
-    """The step from token to token as one graph."""
+    """Compare decoding whose step from token to token is one graph with eager decoding."""
     rows, _, tokens = sizes(setting)
     decode(setting, "float32", compiled=True)
-    made: list[Generation] = []
-    fast = timed(lambda: made.append(decode(setting, "float32", compiled=True)), setting.device).wall
-    slow = timed(lambda: made.append(decode(setting, "float32")), setting.device).wall
-    told = f"{rows * tokens / fast:,.0f} in float32, {slow / fast:.2f} times eager"
-    yield judged(fast < slow or not setting.cuda, told)
-    one, other = ([row.tokens for row in generation.rows] for generation in made)
-    first = [
-        next((n for n, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), None)
-        for x, y in zip(one, other, strict=True)
-    ]
-    differing = [place for place in first if place is not None]
-    # After a token that differs by rounding the row goes another way: rows count, and not tokens.
-    told = (
-        f"{rows - len(differing)} of {rows} rows alike{f', others up to token {min(differing)}' if differing else ''}"
-    )
-    yield judged(len(differing) <= rows // 8, told)
+    graph, graph_seconds = timed_decode(setting, "float32", compiled=True)
+    eager, eager_seconds = timed_decode(setting, "float32")
+    measured = f"{rows * tokens / graph_seconds:,.0f} in float32, {eager_seconds / graph_seconds:.2f} times eager"
+    yield judged(graph_seconds < eager_seconds or not setting.cuda, measured)
+    # After one token that differs by rounding the rest of its row differs, so count rows and not tokens.
+    first_differing = []
+    for graph_row, eager_row in zip(graph.rows, eager.rows, strict=True):
+        pairs = enumerate(zip(graph_row.tokens, eager_row.tokens, strict=True))
+        first_differing += [place for place, (a, b) in pairs if a != b][:1]
+    others = f", others up to token {min(first_differing)}" if first_differing else ""
+    measured = f"{rows - len(first_differing)} of {rows} rows alike{others}"
+    yield judged(len(first_differing) <= rows // 8, measured)
 
 
 @cache
 def model(setting: Setting) -> RecurrentDepthTransformer:
-    """The preset with weights none of which are zero."""
+    """The preset with random weights, none of which are zero."""
     config = preset_config(PRESET, vocab_size=4096)
     if not setting.cuda:
         config = preset_config(PRESET, **{name: size for name, size in TINY.items() if name != "q_lora_rank"})
-    built = RecurrentDepthTransformer(config).initialize(0)
+    rdt = RecurrentDepthTransformer(config).initialize(0)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in built.parameters():
+        for parameter in rdt.parameters():
             if not parameter.any():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * NOISE)
-    return built.to(setting.device).eval()
+    return rdt.to(setting.device).eval()
 
 
 def prompts(setting: Setting) -> list[list[int]]:
@@ -120,13 +115,19 @@ def decode(
 ) -> Generation:
     """Generate greedily after the prompts."""
     count = sizes(setting)[2] if tokens is None else tokens
+    greedily = Sampling(temperature=0)
     with autocast_to(getattr(torch, dtype), setting.device):
         return generate(
-            model(setting),
-            prompts(setting),
-            count,
-            sampling=Sampling(temperature=0),
-            loops=loops,
-            halting=rule,
-            compiled=compiled,
+            model(setting), prompts(setting), count, sampling=greedily, loops=loops, halting=rule, compiled=compiled
         )
+
+
+def timed_decode(
+    setting: Setting, dtype: str, *, rule: HaltingRule | None = None, compiled: bool = False, loops: int | None = None
+) -> tuple[Generation, float]:
+    """The result of :func:`decode`, and the seconds it took."""
+    results: list[Generation] = []
+    work = timed(
+        lambda: results.append(decode(setting, dtype, rule=rule, compiled=compiled, loops=loops)), setting.device
+    )
+    return results[0], work.wall

@@ -1,4 +1,4 @@
-"""What the other checks run on."""
+"""Hardware and versions."""
 
 import platform
 import shutil
@@ -14,33 +14,34 @@ from mythos.gpu_check.result import Result, Setting, judged, not_run
 
 OLDEST_SM = (8, 0)
 TORCH = ((2, 11), (2, 14))
-"""Oldest and newest that is tested."""
+"""Oldest and newest tested version."""
 PYTHON = ((3, 11), (3, 13))
 OLDEST_CUDNN = 91500
-"""torch prefers cuDNN's attention on SM90 and SM100 from 9.15 on."""
+"""From 9.15 on torch prefers cuDNN's attention on SM90 and SM100."""
 
 
 def gpus(setting: Setting) -> Iterator[Result]:
-    """Names, multiprocessors, memory and power limits."""
+    """Report names, multiprocessors, memory and power limits."""
     if not setting.cuda:
         yield _no_gpu()
         return
-    told, oldest = [], (99, 0)
+    descriptions, oldest = [], (99, 0)
     limits = nvidia_smi("power.limit").splitlines()
     for index in range(torch.cuda.device_count()):
-        found = torch.cuda.get_device_properties(index)
-        oldest = min(oldest, (found.major, found.minor))
+        gpu = torch.cuda.get_device_properties(index)
+        oldest = min(oldest, (gpu.major, gpu.minor))
         power = f", {limits[index].strip()}" if index < len(limits) else ""
-        told.append(
-            f"{found.name}, SM{found.major}{found.minor}, {found.multi_processor_count} multiprocessors, "
-            f"{found.total_memory / 2**30:.1f} GiB{power}"
+        descriptions.append(
+            f"{gpu.name}, SM{gpu.major}{gpu.minor}, {gpu.multi_processor_count} multiprocessors, "
+            f"{gpu.total_memory / 2**30:.1f} GiB{power}"
         )
-    same = f"{len(told)} x {told[0]}" if len(set(told)) == 1 else "; ".join(told)
-    yield judged(oldest >= OLDEST_SM, same)
+    alike = len(set(descriptions)) == 1
+    text = f"{len(descriptions)} x {descriptions[0]}" if alike else "; ".join(descriptions)
+    yield judged(oldest >= OLDEST_SM, text)
 
 
 def _no_gpu() -> Result:
-    """Why there is none, where a driver says that there should be one."""
+    """Not run without a GPU; off, with the reason, if the driver lists a GPU that torch cannot use."""
     names = nvidia_smi("name").replace("\n", ", ")
     if not names:
         return not_run("no GPU: every check runs on the CPU at tiny size")
@@ -55,7 +56,7 @@ def _no_gpu() -> Result:
 
 
 def versions(setting: Setting) -> Iterator[Result]:
-    """Versions of everything below mythos."""
+    """Report versions of torch, CUDA, Triton and Python."""
     release = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     yield judged(TORCH[0] <= release <= TORCH[1], torch.__version__)
 
@@ -63,14 +64,14 @@ def versions(setting: Setting) -> Iterator[Result]:
         cudnn = torch.backends.cudnn.version() or 0
         nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else "none"
         driver = nvidia_smi("driver_version").partition("\n")[0] or "unknown (no nvidia-smi)"
-        found = f"CUDA {torch.version.cuda}, cuDNN {cudnn}, NCCL {nccl}, driver {driver}"
-        yield judged(cudnn >= OLDEST_CUDNN and nccl != "none", found)
+        nvidia = f"CUDA {torch.version.cuda}, cuDNN {cudnn}, NCCL {nccl}, driver {driver}"
+        yield judged(cudnn >= OLDEST_CUDNN and nccl != "none", nvidia)
     else:
         yield not_run(f"no GPU; torch is built for CUDA {torch.version.cuda or 'none'}")
 
     triton, compiler = package("triton"), shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    found = f"Triton {triton or 'missing'}, C compiler {compiler or 'missing'}"
-    yield judged(bool(triton and compiler), found) if setting.cuda else not_run(f"no GPU; {found}")
+    compilers = f"Triton {triton or 'missing'}, C compiler {compiler or 'missing'}"
+    yield judged(bool(triton and compiler), compilers) if setting.cuda else not_run(f"no GPU; {compilers}")
 
     python = tuple(map(int, platform.python_version_tuple()[:2]))
     yield judged(
@@ -81,7 +82,7 @@ def versions(setting: Setting) -> Iterator[Result]:
 
 
 def package(name: str) -> str:
-    """An installed package's version; empty if it is missing."""
+    """The version of an installed package; empty if it is missing."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -89,21 +90,21 @@ def package(name: str) -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, in brackets; empty where there is none."""
+    """The checkout's commit in brackets; empty outside a checkout."""
     folder = Path(mythos.__file__).parents[1]
-    found = output(["git", "-C", str(folder), "describe", "--always", "--dirty"]) if (folder / ".git").exists() else ""
-    return f" ({found})" if found else ""
+    name = output(["git", "-C", str(folder), "describe", "--always", "--dirty"]) if (folder / ".git").exists() else ""
+    return f" ({name})" if name else ""
 
 
 def nvidia_smi(field: str) -> str:
-    """A field of every GPU, a line each; empty where there is no nvidia-smi."""
+    """A field of every GPU, one line each; empty without nvidia-smi."""
     return output(["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"])
 
 
 def output(command: list[str]) -> str:
-    """What a program prints; empty where it is missing, fails or does not end."""
+    """The output of a program; empty if it is missing, fails or takes more than 20 s."""
     try:
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        finished = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return ran.stdout.strip() if ran.returncode == 0 else ""
+    return finished.stdout.strip() if finished.returncode == 0 else ""

@@ -1,4 +1,4 @@
-"""Every kernel that `mythos.model.ops.device_choice` chooses, against float64 on the CPU, forward and backward."""
+"""The kernels that `mythos.model.ops.device_choice` chooses, forward and backward, against float64 on the CPU."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -11,26 +11,26 @@ from torch.nn.attention.flex_attention import BlockMask
 from mythos.gpu_check import references
 from mythos.gpu_check.catalog import TOLERANCES
 from mythos.gpu_check.result import Result, Setting, judged
-from mythos.model import attention as model_attention
 from mythos.model import layers
 from mythos.model import loss as model_loss
+from mythos.model.attention import context as model_attention
 from mythos.model.config import ModelConfig
 from mythos.model.ops import device_choice
 from mythos.model.ops import grouped_experts as model_experts
 from mythos.torch_internals import sdpa_backend
 
 SIZES = {True: {"length": 1000, "rows": 2, "tokens": 1024}, False: {"length": 200, "rows": 2, "tokens": 48}}
-"""By whether there is a GPU. Lengths are no multiples of flex attention's blocks."""
+"""Sizes with and without a GPU. Lengths are not multiples of flex attention's blocks."""
 GROUPS = (0, 1, 0, 3, 0.6, 0, 17, 1.0)
-"""Rows of each expert, and shares of the rows that are left: empty, tiny and large ones."""
+"""Rows of each expert: an int is a number of rows, a float a share of the rows that are left."""
 KEEPS_SCORES = ("math", "error")
-"""Names of SDPA's backends that keep all S x S scores, or are none."""
+"""Suffixes of the names of SDPA's backends that keep all S x S scores, or do not run."""
 
 
 def attention(
     setting: Setting, *, kind: str, heads: int, kv_heads: int, dim: int, value_dim: int, dtype: str
 ) -> Iterator[Result]:
-    """Causal attention, or within documents, with gradients of queries, keys and values."""
+    """Check attention, causal or within documents, with gradients of queries, keys and values."""
     sizes = SIZES[setting.cuda]
     rows, length = sizes["rows"], sizes["length"]
     shapes = [(rows, length, heads, dim), (rows, length, kv_heads, dim), (rows, length, kv_heads, value_dim)]
@@ -41,7 +41,7 @@ def attention(
     visible = (position[:, None] >= position).unsqueeze(0)
     documents = None
     if kind == "documents":
-        # Boundaries of one row differ from the other's, and lie within blocks and on their edges.
+        # Each row has other boundaries, within flex attention's blocks and on their edges.
         documents = torch.stack([(position * (row + 3) // length + position // 128) for row in range(rows)]).int()
         visible = visible & (documents[:, :, None] == documents[:, None, :])
     context = model_attention.attention_context(
@@ -50,11 +50,11 @@ def attention(
         setting.device,
         None if documents is None else documents.to(setting.device),
     )
-    there = on_device(setting, inputs)
+    device_inputs = on_device(setting, inputs)
     expected = references.with_gradients(references.attention, doubles(inputs), upstream.double(), [visible])
-    measured = references.with_gradients(model_attention.attend, there, upstream.to(setting.device), [context])
-    if documents is not None:  # the active rows of a loop are a prefix
-        query, key, value = (tensor[:1] for tensor in there)
+    measured = references.with_gradients(model_attention.attend, device_inputs, upstream.to(setting.device), [context])
+    if documents is not None:  # a loop passes only its first, active rows
+        query, key, value = (tensor[:1] for tensor in device_inputs)
         measured.append(model_attention.attend(query, key, value, context.first_rows(1)))
         expected.append(expected[0][:1])
 
@@ -68,7 +68,7 @@ def attention(
 
 
 def choice(setting: Setting, shapes: Sequence[tuple[int, ...]], dtype: str) -> str:
-    """The kernel that causal attention is given to, as `attend` chooses it; shapes (B, S, H, d) of q, k, v."""
+    """The kernel that `attend` chooses for causal attention of query, key and value of these shapes (B, S, H, K)."""
     device, kind = setting.device, getattr(torch, dtype)
     (_, length, heads, dim), (*_, kv_heads, _), (*_, value_dim) = shapes
     if device_choice.causal_by_products(device, kind, length):
@@ -80,39 +80,38 @@ def choice(setting: Setting, shapes: Sequence[tuple[int, ...]], dtype: str) -> s
             torch.empty(1, count, length, width, device=device, dtype=kind, requires_grad=True)
             for count, width in zip((heads, kv_heads, kv_heads), widths, strict=True)
         )
-        found = sdpa_backend(query, key, value)
+        backend = sdpa_backend(query, key, value)
     where = "SM{}{}".format(*torch.cuda.get_device_capability(device)) if setting.cuda else "CPU"
-    return f"SDPA on {where}{', padded' * padded}: {found.name.lower().removesuffix('_attention')}"
+    return f"SDPA on {where}{', padded' * padded}: {backend.name.lower().removesuffix('_attention')}"
 
 
 def grouped(setting: Setting, *, dtype: str) -> Iterator[Result]:
-    """Products of the rows of each expert, and the outer products that their gradient is made of."""
+    """Check the grouped matmuls of experts, and those of their weights' gradient."""
     counts = group_sizes(SIZES[setting.cuda]["tokens"])
     width, hidden = 64, 96
     ends = torch.tensor(counts).cumsum(0).int()
     x, y = random_values((sum(counts), width), dtype, 0), random_values((sum(counts), hidden), dtype, 1)
     weights = random_values((len(counts), width, hidden), dtype, 2)
-    x_there, y_there, weights_there = on_device(setting, [x, y, weights])
-    there = ends.to(setting.device)
+    device_x, device_y, device_weights, device_ends = on_device(setting, [x, y, weights, ends])
 
     pieces = [piece.double() for piece in x.split(counts)]
     expected = torch.cat([piece @ weight for piece, weight in zip(pieces, weights.double(), strict=True)])
-    yield compared([model_experts.grouped_product(x_there, weights_there, there)], [expected], dtype)
+    yield compared([model_experts.grouped_product(device_x, device_weights, device_ends)], [expected], dtype)
     outer = torch.stack([one.T @ other.double() for one, other in zip(pieces, y.split(counts), strict=True)])
-    measured = model_experts.grouped_outer(x_there, y_there, there)
+    measured = model_experts.grouped_outer(device_x, device_y, device_ends)
     empty = [number for number, count in enumerate(counts) if count == 0]
     clean = not measured[empty].any()
     result = compared([measured], [outer], dtype)
-    told = result.measured if clean else f"{result.measured}; empty experts are not zero"
-    yield judged(result.verdict == "ok" and clean, told)
+    note = "" if clean else "; empty experts are not zero"
+    yield judged(result.verdict == "ok" and clean, result.measured + note)
 
 
 def experts(setting: Setting, *, dtype: str) -> Iterator[Result]:
-    """Routed experts: output, and gradients of the input, the gates and both weights."""
+    """Check routed experts: output, and gradients of the input, the gates and both weights."""
     kind = getattr(torch, dtype)
     tokens, width, hidden = SIZES[setting.cuda]["tokens"] // 2, 32, 48
     counts = group_sizes(tokens)
-    # Two experts a token: the first by the sizes above, the second the one after it that is not empty.
+    # Each token has two experts: the first by the counts above, the second is the next that is not empty.
     first = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     used = [number for number, count in enumerate(counts) if count]
     following = torch.tensor([used[(used.index(number) + 1) % len(used)] for number in first.tolist()])
@@ -129,13 +128,13 @@ def experts(setting: Setting, *, dtype: str) -> Iterator[Result]:
         return model_experts.run_experts(x, gates, chosen, weights)
 
     expected = references.with_gradients(references.experts, doubles(inputs), upstream.double(), [chosen])
-    there = [tensor.to(setting.device) for tensor in inputs]
-    measured = references.with_gradients(run, there, upstream.to(setting.device), [chosen.to(setting.device)])
+    arguments = [chosen.to(setting.device)]
+    measured = references.with_gradients(run, on_device(setting, inputs), upstream.to(setting.device), arguments)
     yield compared(measured, expected, dtype)
 
 
 def part(setting: Setting, *, what: str, dtype: str) -> Iterator[Result]:
-    """RMSNorm, the gated unit, rotary positions and the head's loss."""
+    """Check RMSNorm, the gated unit, rotary positions or the head's loss."""
     autocast = layers.autocast_to(getattr(torch, dtype), setting.device)
     yield {"RMSNorm": _norm, "gated": _gated, "rotary positions": _rope, "cross-entropy": _loss}[what](
         setting, dtype, autocast
@@ -166,8 +165,7 @@ def _rope(setting: Setting, dtype: str, autocast: AbstractContextManager[Any]) -
     x, upstream = (random_values((2, 100, 4, 64), dtype, seed) for seed in (0, 1))
     table = layers.rope_table(100, 64, 10_000.0, setting.device)
     expected = references.with_gradients(references.rotated, doubles([x]), upstream.double(), [10_000.0])
-    there = on_device(setting, [x])
-    measured = references.with_gradients(layers.apply_rope, there, upstream.to(setting.device), table)
+    measured = references.with_gradients(layers.apply_rope, on_device(setting, [x]), upstream.to(setting.device), table)
     return compared(measured, expected, dtype)
 
 
@@ -178,14 +176,16 @@ def _loss(setting: Setting, dtype: str, autocast: AbstractContextManager[Any]) -
     targets = torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(2))
     targets[::3] = -100
     expected = references.with_gradients(references.cross_entropy, doubles([hidden, weight]), None, [targets])
-    there = [tensor.to(setting.device) for tensor in (hidden, weight)]
+    inputs = on_device(setting, [hidden, weight])
     with autocast:
-        measured = references.with_gradients(model_loss.summed_cross_entropy, there, None, [targets.to(setting.device)])
+        measured = references.with_gradients(
+            model_loss.summed_cross_entropy, inputs, None, [targets.to(setting.device)]
+        )
     return compared(measured, expected, dtype)
 
 
 def group_sizes(rows: int) -> list[int]:
-    """GROUPS for a number of rows."""
+    """The rows of each expert, by GROUPS; they add up to `rows`."""
     sizes, left = [], rows - sum(size for size in GROUPS if isinstance(size, int))
     for size in GROUPS:
         sizes.append(size if isinstance(size, int) else round(left * size))
@@ -194,24 +194,24 @@ def group_sizes(rows: int) -> list[int]:
 
 
 def random_values(shape: Sequence[int], dtype: str, seed: int) -> Tensor:
-    """Normal values on the CPU, in a type: what is compared starts from the same rounded numbers."""
+    """Normal values on the CPU, rounded to `dtype`, so that kernel and reference start from the same numbers."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator).to(getattr(torch, dtype))
 
 
 def doubles(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The same in float64."""
+    """The tensors in float64."""
     return [tensor.double() for tensor in tensors]
 
 
 def on_device(setting: Setting, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The same on the device."""
+    """The tensors on the device."""
     return [tensor.to(setting.device) for tensor in tensors]
 
 
 def compared(measured: Sequence[Tensor], expected: Sequence[Tensor], dtype: str, how: str = "") -> Result:
-    """Output and gradients against the reference."""
-    found = references.errors(measured, expected)
-    gradients = f", gradients {', '.join(f'{error:.1e}' for error in found[1:])}" if len(found) > 1 else ""
-    told = f"output {found[0]:.1e}{gradients}{f'; {how}' if how else ''}"
-    return judged(max(found) <= TOLERANCES[dtype], told)
+    """Judge output and gradients against the reference by TOLERANCES."""
+    errors = references.errors(measured, expected)
+    gradients = f", gradients {', '.join(f'{error:.1e}' for error in errors[1:])}" if len(errors) > 1 else ""
+    text = f"output {errors[0]:.1e}{gradients}{f'; {how}' if how else ''}"
+    return judged(max(errors) <= TOLERANCES[dtype], text)

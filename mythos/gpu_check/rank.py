@@ -1,4 +1,4 @@
-"""One of several processes that train: `python -m mythos.gpu_check.rank FOLDER count|profile`, started by `ranks`.
+"""One of several training processes: `python -m mythos.gpu_check.rank FOLDER count|profile`, started by `ranks`.
 
 It reads config.yaml in the folder and writes RANK.json.
 """
@@ -18,27 +18,27 @@ from mythos.config.sections import Config
 from mythos.gpu_check import traces
 from mythos.gpu_check.runs import next_step
 from mythos.torch_internals import TorchDispatchMode
-from mythos.trainer import Trainer
+from mythos.trainer import StepResult, Trainer
 from mythos.training.depth_schedule import DepthSchedule
 
 STEPS = 3
 
 
 @dataclass
-class Taken:
-    """What the steps of a process came to."""
+class RankResult:
+    """Measurements of one process."""
 
-    losses: list[float]
-    norms: list[float]
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
     gathers: dict[str, int] = field(default_factory=dict)
     """All-gathers of a step, by its loops."""
     sending: float = 0.0
-    """Microseconds of NCCL's kernels in a step; 0 where there was no profile."""
+    """Microseconds of NCCL's kernels in a step; 0 without a profile."""
     hidden: float = 0.0
-    """Microseconds of them during which other kernels ran."""
+    """The part of `sending` during which other kernels ran."""
 
 
-class Gathers(TorchDispatchMode):
+class GatherCounter(TorchDispatchMode):
     """Counts all-gathers of tensors."""
 
     def __init__(self) -> None:
@@ -50,37 +50,40 @@ class Gathers(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def take_steps(config: Config, profiled: bool = False) -> Taken:
-    """Train for a few steps as a run does; then profile one, or take one of half as many loops."""
+def take_steps(config: Config, profiled: bool = False) -> RankResult:
+    """Train for STEPS steps; then profile one more step, or count the all-gathers of one with half the loops."""
     trainer = Trainer(config)
-    taken = Taken([], [])
+    result = RankResult()
+
+    def counted_step(loops: float) -> StepResult:
+        with GatherCounter() as counter:
+            step = next_step(trainer)
+        result.gathers[f"{loops:g}"] = counter.count
+        return step
+
     try:
         for _ in range(STEPS):
-            with Gathers() as counter:
-                result = next_step(trainer)
-            taken.gathers[f"{config.depth_mean:g}"] = counter.count
-            taken.losses.append(result.loss.item())
-            taken.norms.append(result.grad_norm.item())
+            step = counted_step(config.depth_mean)
+            result.losses.append(step.loss.item())
+            result.norms.append(step.grad_norm.item())
         if profiled:
             torch.cuda.synchronize()
             with profile(activities=[ProfilerActivity.CUDA]) as trace:
                 next_step(trainer)
                 torch.cuda.synchronize()
-            taken.sending, taken.hidden = traces.overlap(traces.kernels(trace.events()))
+            result.sending, result.hidden = traces.overlap(traces.kernels(trace.events()))
         else:
             depth = config.depth.model_copy(update={"mean": config.depth_mean / 2})
             trainer.schedule = DepthSchedule(config.model_copy(update={"depth": depth}))
-            with Gathers() as counter:
-                next_step(trainer)
-            taken.gathers[f"{config.depth_mean / 2:g}"] = counter.count
+            counted_step(config.depth_mean / 2)
     finally:
         trainer.resources.close()
     trainer.world.leave()
-    return taken
+    return result
 
 
 if __name__ == "__main__":
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     folder = Path(sys.argv[1])
-    found = take_steps(load_config(folder / "config.yaml"), sys.argv[2] == "profile")
-    (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(asdict(found)))
+    measurements = take_steps(load_config(folder / "config.yaml"), sys.argv[2] == "profile")
+    (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(asdict(measurements)))

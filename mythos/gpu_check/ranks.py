@@ -1,4 +1,4 @@
-"""Several processes, one a GPU (on a CPU two, over gloo), against one."""
+"""Several processes (one per GPU; on a CPU two, over gloo) against one."""
 
 import json
 import os
@@ -9,43 +9,44 @@ import sys
 import time
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from mythos.config.loading import save_config
 from mythos.config.sections import Config
-from mythos.gpu_check.rank import STEPS, Taken, take_steps
+from mythos.gpu_check.rank import STEPS, RankResult, take_steps
 from mythos.gpu_check.result import Result, Setting, judged, not_run
 from mythos.gpu_check.runs import task_run
 
 CLOSE = 1e-4
 """Largest relative difference of a loss or a norm: float32, summed in another order."""
 SECONDS = 150.0
-"""Longest that the processes may take."""
+"""Time limit of the processes."""
 
 
 def size_of(setting: Setting) -> int:
-    """Number of processes: 4 or 2 GPUs, and 2 on a CPU; 1 where there is one GPU."""
+    """Number of processes: 4 or 2 GPUs, 1 if there is one GPU; 2 on a CPU."""
     gpus = torch.cuda.device_count() if setting.cuda else 2
     return 4 if gpus >= 4 else 2 if gpus >= 2 else 1
 
 
 def parity(setting: Setting, *, mode: str) -> Iterator[Result]:
-    """Losses and gradient norms of the first steps."""
+    """Compare losses and gradient norms of the first steps."""
     size = size_of(setting)
     if size == 1:
         yield not_run("one GPU")
         return
     measured = launched(setting, mode)[0]
-    expected = alone(setting)
+    expected = single(setting)
     pairs = [*zip(measured.losses, expected.losses, strict=True), *zip(measured.norms, expected.norms, strict=True)]
     error = max(abs(a - b) / abs(b) for a, b in pairs)
     yield judged(error <= CLOSE, f"within {error:.1e} on {size} {'GPUs' if setting.cuda else 'processes (gloo)'}")
 
 
 def gathers(setting: Setting) -> Iterator[Result]:
-    """All-gathers of a step at two depths."""
+    """Count the all-gathers of a step at two depths."""
     if size_of(setting) == 1:
         yield not_run("one GPU")
         return
@@ -54,23 +55,23 @@ def gathers(setting: Setting) -> Iterator[Result]:
 
 
 def overlap(setting: Setting) -> Iterator[Result]:
-    """Share of the time of NCCL's kernels during which others ran too."""
+    """Measure the share of the time of NCCL's kernels during which other kernels run."""
     if size_of(setting) == 1:
         yield not_run("one GPU")
         return
     if not setting.cuda:
         yield not_run("only GPUs communicate while they compute")
         return
-    everyone = launched(setting, "fsdp", "mythos_small")
-    shares = [taken.hidden / taken.sending for taken in everyone if taken.sending]
+    ranks = launched(setting, "fsdp", "mythos_small")
+    shares = [rank.hidden / rank.sending for rank in ranks if rank.sending]
     if not shares:
-        raise RuntimeError("the profiler saw no kernel of NCCL")
-    sending = max(taken.sending for taken in everyone) / 1e3
-    yield judged(True, f"{min(shares):.0%} of {sending:.1f} ms a step, mythos_small on {len(everyone)} GPUs")
+        raise RuntimeError("the profiler recorded no kernel of NCCL")
+    sending = max(rank.sending for rank in ranks) / 1e3
+    yield judged(True, f"{min(shares):.0%} of {sending:.1f} ms a step, mythos_small on {len(ranks)} GPUs")
 
 
 def config_of(setting: Setting, name: str, mode: str, preset: str = "") -> Config:
-    """A run in a folder that is empty, of the same batches for every number of processes."""
+    """Configure a run in an empty folder; every number of processes gets the same batches."""
     folder = setting.scratch / name
     shutil.rmtree(folder, ignore_errors=True)
     changes: dict[str, Any] = {
@@ -82,7 +83,7 @@ def config_of(setting: Setting, name: str, mode: str, preset: str = "") -> Confi
         "parallel__mode": mode,
         "parallel__start_timeout": SECONDS,
         "parallel__timeout": SECONDS,
-        # An element's first update is lr x its gradient's sign otherwise, and rounding decides signs near zero.
+        # With a tiny eps the first update of a weight is lr times its gradient's sign, which rounding decides near 0.
         "optim__eps": 1e-5,
     }
     if mode == "hsdp":
@@ -94,16 +95,16 @@ def config_of(setting: Setting, name: str, mode: str, preset: str = "") -> Confi
 
 
 @cache
-def alone(setting: Setting) -> Taken:
-    """What one process, this one, comes to."""
+def single(setting: Setting) -> RankResult:
+    """Measurements of a run in one process, which is this one."""
     return take_steps(config_of(setting, "alone", "single"))
 
 
 @cache
-def launched(setting: Setting, mode: str, preset: str = "") -> list[Taken]:
-    """What each of several processes comes to.
+def launched(setting: Setting, mode: str, preset: str = "") -> list[RankResult]:
+    """Measurements of each of several processes.
 
-    Raises RuntimeError, with the last lines of the one that failed first, where they do not all end well.
+    Raises RuntimeError if one fails or exceeds SECONDS, with the last lines of the output of the first that failed.
     """
     name, size = f"{mode}{preset}", size_of(setting)
     config = config_of(setting, name, mode, preset)
@@ -135,19 +136,22 @@ def launched(setting: Setting, mode: str, preset: str = "") -> list[Taken]:
         for child in children:
             child.kill()
             child.wait()
-    if any(codes) or None in codes:
-        # One that failed says why; those that waited for it do not.
-        rank = next((rank for rank, code in enumerate(codes) if code), codes.index(None) if None in codes else 0)
-        lines = (folder / f"{rank}.log").read_text(errors="replace").strip().splitlines()
-        why = f"ended with {codes[rank]}" if codes[rank] is not None else f"did not end within {SECONDS:g} s"
-        raise RuntimeError(
-            f"rank {rank} of {size} {why}: {lines[-1] if lines else 'it printed nothing'}\n" + "\n".join(lines[-30:])
-        )
-    return [Taken(**json.loads((folder / f"{rank}.json").read_text())) for rank in range(size)]
+    if any(code != 0 for code in codes):
+        raise RuntimeError(_failure(folder, codes))
+    return [RankResult(**json.loads((folder / f"{rank}.json").read_text())) for rank in range(size)]
+
+
+def _failure(folder: Path, codes: list[int | None]) -> str:
+    # Prefer a process that failed over those that were still waiting for it.
+    rank = next((rank for rank, code in enumerate(codes) if code), codes.index(None) if None in codes else 0)
+    lines = (folder / f"{rank}.log").read_text(errors="replace").strip().splitlines()
+    why = f"ended with {codes[rank]}" if codes[rank] is not None else f"did not end within {SECONDS:g} s"
+    last = lines[-1] if lines else "it printed nothing"
+    return "\n".join([f"rank {rank} of {len(codes)} {why}: {last}", *lines[-30:]])
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
+    """A TCP port that no process listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

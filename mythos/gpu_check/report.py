@@ -1,4 +1,4 @@
-"""The report: a line for each check, written anew after each, so that a crash leaves what was found."""
+"""The report: a line for each check. It is rewritten after each check, so a crash loses nothing."""
 
 import json
 from collections import Counter
@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from mythos.files.local import write_whole
 from mythos.gpu_check.result import Verdict
 
 
 @dataclass(frozen=True)
 class Line:
-    """One check as it came out."""
+    """The result of one check."""
 
     stage: str
     name: str
@@ -19,15 +20,15 @@ class Line:
     measured: str
     verdict: Verdict
     device: str = ""
-    """cpu or cuda; empty where no process got so far."""
+    """cpu or cuda; empty if no process reached the check."""
     detail: str = ""
-    """Traceback, or the last lines of what the process printed."""
+    """A traceback, or the last lines that the process printed."""
 
 
 class Report:
-    """Lines so far, in `report.md` and `report.json` of a folder; `show` is given each new line for the console.
+    """Writes results to `report.md` and `report.json` in a folder, and passes a line for the console to `show`.
 
-    Raises OSError where the folder cannot be written.
+    Raises OSError if the folder cannot be written.
     """
 
     def __init__(self, folder: Path, show: Callable[[str], None] = print) -> None:
@@ -45,22 +46,23 @@ class Report:
 
     @property
     def unexpected(self) -> bool:
-        """Whether a check failed, or was not as expected."""
+        """Whether a check is failed or off."""
         return any(line.verdict in ("failed", "off") for line in self.lines)
 
     def summary(self) -> str:
-        """How many lines have which verdict."""
+        """The number of lines by verdict."""
         counts = Counter(line.verdict for line in self.lines)
         return ", ".join(f"{counts[verdict]} {verdict}" for verdict in ("ok", "off", "failed", "not run"))
 
     def write(self) -> None:
         """Replace both files, each at once."""
         lines = [asdict(line) for line in self.lines]
-        replace(self.folder / "report.json", json.dumps({"summary": self.summary(), "lines": lines}, indent=1) + "\n")
-        replace(self.folder / "report.md", self.page())
+        content = json.dumps({"summary": self.summary(), "lines": lines}, indent=1)
+        write_whole(self.folder / "report.json", content + "\n")
+        write_whole(self.folder / "report.md", self.page())
 
     def page(self) -> str:
-        """The report as Markdown: the table, then what went wrong in full."""
+        """The report as Markdown: a table, then the details of checks that went wrong."""
         rows = [
             f"| {line.stage} | {cell(line.name)} | {cell(line.expected)} | {cell(first_line(line.measured))}"
             f"{f' ({line.device})' if line.device else ''} | {line.verdict} |"
@@ -77,18 +79,11 @@ class Report:
 
 
 def first_line(text: str) -> str:
-    """The first line, at most 300 characters: compilers' messages fill pages."""
+    """The first line, cut to 300 characters, because a compiler's message can fill pages."""
     line = text.strip().partition("\n")[0]
     return line if len(line) <= 300 else line[:297] + "..."
 
 
 def cell(text: str) -> str:
-    """A cell of a Markdown table."""
+    """Escape text for a cell of a Markdown table."""
     return text.replace("|", "\\|")
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a file so that there is the old one or the new one at any moment, never half of it."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)

@@ -1,4 +1,4 @@
-"""What a check gets and what it gives back."""
+"""A check's input (`Setting`) and output (`Result`)."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     import torch
 
 SCRATCH = "gpu-check-files"
-"""Folder in the report's for runs and whatever else a check writes."""
+"""Subfolder of the report's folder for runs and other files of checks."""
 RATES = "rates.json"
 PROFILE = "profile.txt"
 
@@ -19,37 +19,37 @@ class Result(NamedTuple):
     """Outcome of one check."""
 
     verdict: Verdict
-    """ok = as expected, off = measured, but not as expected, failed = no measurement, not run = says why."""
+    """ok: as expected. off: measured, but not as expected. failed: no measurement. not run: `measured` says why."""
     measured: str
     """The figure with its unit, or the reason."""
 
 
 def judged(as_expected: bool, measured: str) -> Result:
-    """A measurement, ok or off."""
+    """A measurement: ok or off."""
     return Result("ok" if as_expected else "off", measured)
 
 
 def not_run(reason: str) -> Result:
-    """A check that this machine cannot make."""
+    """A check that cannot run on this machine."""
     return Result("not run", reason)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Where a stage runs."""
+    """Device, folders and deadline of a stage."""
 
     device: "torch.device"
     out: Path
-    """Folder of the report."""
+    """The report's folder."""
     deadline: float
-    """Seconds of `time.time()` by which the stage should end."""
+    """`time.time()` at which the stage should end."""
 
     @property
     def scratch(self) -> Path:
-        """Folder for runs and other files."""
+        """Folder for runs and other files of checks."""
         return self.out / SCRATCH
 
     @property
     def cuda(self) -> bool:
-        """Whether this is a GPU. On a CPU all sizes are tiny: then the script is tested, and not the hardware."""
+        """Whether the device is a GPU. On a CPU all sizes are tiny: that tests the checks, not the hardware."""
         return self.device.type == "cuda"

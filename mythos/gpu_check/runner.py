@@ -1,4 +1,4 @@
-"""Runs the checks in processes of their own, which may die or hang, and reports every one of them."""
+"""Run the checks in separate processes, which may die or hang, and report every check."""
 
 import contextlib
 import json
@@ -18,28 +18,28 @@ from mythos.gpu_check.stage import CONTEXT_LOST, OUT_OF_TIME
 
 CATALOG = "mythos.gpu_check.catalog"
 GRACE = 60.0
-"""Seconds that a task may go on when all time is over."""
+"""Seconds that a task may continue after the total time is over."""
 PATIENCE = 6.0
-"""A task that takes so many times what it should, and at least GRACE, hangs."""
+"""A task counts as hanging after this many times its expected seconds, and at least GRACE."""
 START_SECONDS = 300.0
-"""Longest that a process may import packages and start the GPU: disks of clusters may be cold."""
+"""Limit for importing packages and starting the GPU; a cluster's file system may be slow at first."""
 KILL_SECONDS = 30.0
-"""Longest that a killed process is waited for."""
+"""Limit of the wait for a killed process."""
 PRINTED_LINES = 40
-"""Lines of what a process printed that go into the report where it dies."""
+"""Last lines of the processes' output that the report quotes when a process dies."""
 
 
 class Runner:
-    """Runs all tasks and fills a report.
+    """Runs all tasks and adds their results to a report.
 
     Args:
-        report: what is filled.
-        minutes: for all stages.
-        catalog: name of the module that has STAGES.
+        report: receives the results.
+        minutes: time for all stages.
+        catalog: name of the module that defines STAGES.
         grace: see GRACE.
         patience: see PATIENCE.
 
-    Raises OSError where the report's folder cannot be written.
+    Raises OSError if the report's folder cannot be written.
     """
 
     def __init__(
@@ -58,23 +58,25 @@ class Runner:
         stages: tuple[Stage, ...] = import_module(catalog).STAGES
         self.tasks: list[tuple[Stage, Task]] = [(stage, task) for stage in stages for task in stage.tasks]
         self.task = -1
-        """Number of the task that runs, or ran last; -1 before the first."""
-        self.given = 0
-        """Its checks that have lines."""
-        self.begun = time.time()
+        """Number of the task that runs or ran last; -1 before the first."""
+        self.reported = 0
+        """Checks of that task that are in the report."""
+        self.started = time.time()
+        """When the task, or its process, began."""
         self.device = ""
         folder = report.folder / SCRATCH
         folder.mkdir(exist_ok=True)
         self.events, self.log = folder / "events.jsonl", folder / "log.txt"
-        # What an earlier call left is not added to.
+        # Remove the results of an earlier call.
         for path in (self.events, self.log):
             path.write_text("")
         for path in (report.folder / PROFILE, folder / RATES):
             path.unlink(missing_ok=True)
         self.read = 0
+        """Bytes of `events` that have been read."""
 
     def run(self) -> None:
-        """Run the tasks; ends its process where this one is told to end (SIGTERM)."""
+        """Run all tasks; on SIGTERM end the process that runs them."""
         before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         try:
             self.run_tasks()
@@ -82,14 +84,14 @@ class Runner:
             signal.signal(signal.SIGTERM, before)
 
     def run_tasks(self) -> None:
-        """Run the tasks. A process that dies or hangs costs the task it was at; another one goes on with the next."""
+        """Run all tasks. If a process dies or hangs, its task fails and another process continues with the next."""
         first = 0
         while first < len(self.tasks):
             how = self.process(first) if time.time() < self.end else f"{OUT_OF_TIME}, give more --minutes"
             if self.task < first:
-                # It began nothing, so the next one would not either.
+                # The process started no task, so another process would not either.
                 for number in range(first, len(self.tasks)):
-                    self.task, self.given = number, 0
+                    self.task, self.reported = number, 0
                     self.give_up(how, detailed=number == first)
                 return
             self.give_up(how)
@@ -97,25 +99,25 @@ class Runner:
 
     @property
     def checks(self) -> tuple[Check, ...]:
-        """Checks of the task that runs."""
+        """Checks of the current task."""
         return self.tasks[self.task][1].checks
 
     def give_up(self, reason: str, detailed: bool = True) -> None:
-        """Report what the task that runs has not given."""
+        """Report the remaining checks of the current task as failed or not run."""
         verdict = "not run" if reason.startswith(OUT_OF_TIME) else "failed"
         detail = self.printed() if detailed and verdict == "failed" else ""
-        while self.given < len(self.checks):
+        while self.reported < len(self.checks):
             self.add({"verdict": verdict, "measured": reason, "detail": detail})
 
     def process(self, first: int) -> str:
-        """Run tasks from number `first` on in a process; returns how it ended, for the tasks that it has not done."""
+        """Run tasks from number `first` on in a new process; returns why there are no more results."""
         command = [sys.executable, "-m", "mythos.gpu_check.stage", "--catalog", self.catalog]
         command += ["--out", str(self.report.folder), "--events", str(self.events)]
         command += ["--first", str(first), "--end", str(self.end)]
-        self.begun = time.time()
+        self.started = time.time()
         with self.log.open("a", encoding="utf-8") as log:
             try:
-                # A session of its own, so that the processes that it starts end with it.
+                # A session of its own, so that `end` also kills the processes that it starts.
                 child = subprocess.Popen(command, stdout=log, stderr=log, env=environment(), start_new_session=True)
             except OSError as error:
                 return f"no process can be started: {error}"
@@ -141,9 +143,9 @@ class Runner:
         return f"the process ended with status {child.returncode}"
 
     def overdue(self, first: int) -> str:
-        """Why the process must end now; "" if it need not."""
+        """Why the process must end now; empty if it may continue."""
         now = time.time()
-        ran = now - self.begun
+        ran = now - self.started
         seconds = self.tasks[self.task][1].seconds if self.task >= first else START_SECONDS / self.patience
         if ran > max(self.grace, self.patience * seconds):
             return f"it hangs: ended after {ran:.0f} s, where about {seconds:g} were expected"
@@ -152,32 +154,32 @@ class Runner:
         return ""
 
     def take_events(self) -> None:
-        """Report what the process has told since last time."""
+        """Report the results that the process has written since the last call."""
         text = self.events.read_bytes()[self.read :]
         whole = text[: text.rfind(b"\n") + 1]
         self.read += len(whole)
         for row in whole.splitlines():
             event = json.loads(row)
             if "task" in event:
-                self.task, self.given = event["task"], 0
-                self.begun, self.device = time.time(), event["device"]
+                self.task, self.reported = event["task"], 0
+                self.started, self.device = time.time(), event["device"]
             else:
                 self.add(event)
 
     def add(self, event: dict[str, Any]) -> None:
-        """Report the next check of the task that runs."""
-        check, stage = self.checks[self.given], self.tasks[self.task][0].name
-        self.given += 1
-        found = (event["measured"], event["verdict"], self.device, event["detail"])
-        self.report.add(Line(stage, check.name, check.expected, *found))
+        """Report the next check of the current task."""
+        check, stage = self.checks[self.reported], self.tasks[self.task][0].name
+        self.reported += 1
+        outcome = (event["measured"], event["verdict"], self.device, event["detail"])
+        self.report.add(Line(stage, check.name, check.expected, *outcome))
 
     def printed(self) -> str:
-        """The last lines that the processes printed."""
+        """The last lines of the processes' output."""
         return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-PRINTED_LINES:])
 
 
 def environment() -> dict[str, str]:
-    """Of a stage's process: no network, and none of torchrun's variables, should this one run under it."""
+    """Environment of a stage's process: no network, and none of the variables that torchrun sets."""
     of_torchrun = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(of_torchrun)}
     root = str(Path(__file__).parents[2])
@@ -186,8 +188,8 @@ def environment() -> dict[str, str]:
 
 
 def end(child: subprocess.Popen[bytes]) -> None:
-    """Kill a process and those that it started."""
+    """Kill a process and the processes that it started."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child.pid, signal.SIGKILL)
-    with contextlib.suppress(subprocess.TimeoutExpired):  # one that is stuck in the driver does not end
+    with contextlib.suppress(subprocess.TimeoutExpired):  # a process stuck in the driver cannot be killed
         child.wait(KILL_SECONDS)

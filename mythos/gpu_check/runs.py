@@ -1,26 +1,22 @@
-"""Small runs for the checks: configurations, and the trainer's own steps."""
+"""Configurations of small runs for the checks, and one step of a run."""
 
-import logging
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mythos.benchmarks.steps import configuration
+from mythos.checkpoints.preflight import resolve_vocabulary
 from mythos.config.loading import config_from_dict
 from mythos.config.presets import preset_config
 from mythos.config.sections import Config
-from mythos.data.stream import Batch
 from mythos.distributed.layout import Layout
 from mythos.errors import MythosError
 from mythos.gpu_check.result import Result, Setting, not_run
-from mythos.planning.plan import activations, lay_out
+from mythos.planning.rank_state import activations, rank_state
 from mythos.trainer import StepResult, Trainer
 
-logger = logging.getLogger(__name__)
-
-ALONE = Layout("single", 1, 1, "one process")
+SINGLE = Layout("single", 1, 1, "one process")
 TINY: dict[str, int] = {
     "vocab_size": 384,
     "dim": 64,
@@ -41,58 +37,44 @@ TINY: dict[str, int] = {
     "lora_rank": 2,
     "context_length": 256,
 }
-"""What stands for every preset on a CPU: a model that keeps the preset's layers, attention and kind of core."""
+"""Sizes that every preset gets on a CPU; it keeps its layers, its attention and its kind of core."""
 
 
-def steps_of(setting: Setting, preset: str, rows: int, *changes: str) -> Config:
-    """A preset in steps of one micro-batch of `rows` sequences, as long as its context and at most 4,096 tokens.
+def steps_of(setting: Setting, preset: str, rows: int, **changes: Any) -> Config:
+    """Configure a preset in steps of one micro-batch of `rows` sequences, of its context or at most 4,096 tokens.
 
-    `changes` are overrides, `key.path=value`. On a CPU everything is tiny: TINY, and 2 sequences of 64 tokens.
+    `changes` are fields with `__` for the dot, such as `train__compile=True`. On a CPU the model has the sizes of TINY
+    and a step 2 sequences of 64 tokens.
     """
     published = preset_config(preset)
     length, loops = min(published.context_length, 4096), published.loops
-    sizes: list[str] = []
+    model: dict[str, Any] = {"preset": preset}
     if not setting.cuda:
         rows, length, loops = 2, 64, TINY["loops"]
-        # A part that the preset does not have it does not get.
-        sizes = [f"model.{name}={size}" for name, size in TINY.items() if getattr(published, name) != 0]
-        sizes.append(f"tokenizer.vocab_size={TINY['vocab_size']}")
-    overrides = [
-        *sizes,
-        f"data.sequence_length={length}",
-        f"data.streams={rows}",
-        f"train.global_batch={rows}",
-        f"train.micro_batch={rows}",
-        f"train.device={setting.device.type}",
-        f"train.dtype={'bfloat16' if setting.cuda else 'float32'}",
-        f"depth.mean={loops}",
-        f"depth.maximum={2 * loops}",
-        "train.compile=false",
-    ]
-    return configuration(preset, [*overrides, *changes])
-
-
-def planned_bytes(config: Config) -> tuple[int, int]:
-    """What `mythos train --dry-run` plans: memory in all, and what of it is beyond weights, gradients and moments."""
-    beyond = activations(config, ALONE).peak
-    return lay_out(config, ALONE).state + beyond, beyond
-
-
-def too_large(setting: Setting, planned: int) -> Result | None:
-    """That a step does not fit on the GPU, where it does not."""
-    if not setting.cuda:
-        return None
-    room = torch.cuda.get_device_properties(setting.device).total_memory
-    if planned <= 0.95 * room:
-        return None
-    return not_run(f"does not fit: {planned / 2**30:.1f} GiB planned of {room / 2**30:.1f}")
+        # Skip the sizes of parts that the preset does not have.
+        model |= {name: size for name, size in TINY.items() if getattr(published, name) != 0}
+    values: dict[str, Any] = {
+        "model": model,
+        "tokenizer": {} if setting.cuda else {"vocab_size": TINY["vocab_size"]},
+        "data": {"sequence_length": length, "streams": rows},
+        "depth": {"mean": loops, "maximum": 2 * loops},
+        "train": {
+            "steps": 1000,
+            "global_batch": rows,
+            "micro_batch": rows,
+            "device": setting.device.type,
+            "dtype": "bfloat16" if setting.cuda else "float32",
+            "compile": False,
+        },
+    }
+    return resolve_vocabulary(_config(values, changes), 0)
 
 
 def task_run(setting: Setting, folder: Path, **changes: Any) -> Config:
-    """A run on sequences that are made on the way; `train__steps=4` changes a field.
+    """Configure a run on the task `permutations`, whose sequences are generated; `changes` as in `steps_of`.
 
-    The initial state is zero, because the noise of a GPU's generator is not a CPU's. Everything else, starting weights,
-    data and depths, is the same on every device.
+    The initial state is zero, because a GPU's random generator draws other noise than a CPU's. Everything else
+    (starting weights, data and depths) is the same on every device.
     """
     values: dict[str, Any] = {
         "run": {"name": "gpu-check", "dir": str(folder)},
@@ -106,15 +88,23 @@ def task_run(setting: Setting, folder: Path, **changes: Any) -> Config:
         },
         "depth": {"mean": 4, "backprop": 2},
         "optim": {"warmup": 0.0, "lr": 1e-3},
-        "train": {"global_batch": 32, "micro_batch": 16, "dtype": "float32", "device": setting.device.type},
+        "train": {
+            "global_batch": 32 if setting.cuda else 8,
+            "micro_batch": 16 if setting.cuda else 4,
+            "dtype": "float32",
+            "device": setting.device.type,
+            "compile": False,
+        },
         "eval": {"every": 0, "batches": 2, "loops": [1, 4], "samples": 0},
         "checkpoint": {"every": 0},
         "log": {"every": 1},
     }
     if not setting.cuda:
         values["model"] |= {name: size for name, size in TINY.items() if name not in ("vocab_size", "q_lora_rank")}
-        values["train"] |= {"global_batch": 8, "micro_batch": 4}
-    values["train"].setdefault("compile", False)
+    return _config(values, changes)
+
+
+def _config(values: dict[str, Any], changes: dict[str, Any]) -> Config:
     for path, value in changes.items():
         *sections, field = path.split("__")
         section = values
@@ -124,9 +114,24 @@ def task_run(setting: Setting, folder: Path, **changes: Any) -> Config:
     return config_from_dict(values)
 
 
+def planned_bytes(config: Config) -> tuple[int, int]:
+    """Memory that `mythos train --dry-run` plans: in total, and its part beyond weights, gradients and moments."""
+    beyond = activations(config, SINGLE).peak
+    return rank_state(config, SINGLE).total + beyond, beyond
+
+
+def too_large(setting: Setting, planned: int) -> Result | None:
+    """The result of a check whose step of `planned` bytes does not fit on the GPU; None if it fits."""
+    if not setting.cuda:
+        return None
+    memory = torch.cuda.get_device_properties(setting.device).total_memory
+    if planned <= 0.95 * memory:
+        return None
+    return not_run(f"does not fit: {planned / 2**30:.1f} GiB planned of {memory / 2**30:.1f}")
+
+
 def next_step(trainer: Trainer) -> StepResult:
-    """One step as the loop of a run takes it. Raises MythosError where there is no data."""
-    batch: Batch | None
+    """Read a batch and train on it, as a run does. Raises MythosError if there is no data."""
     batch, problem = trainer.read_ahead()
     if batch is None:
         raise MythosError(problem or "no data")
@@ -136,5 +141,5 @@ def next_step(trainer: Trainer) -> StepResult:
 
 
 def seconds_left(setting: Setting) -> float:
-    """Of the stage's time."""
+    """Seconds until the stage should end."""
     return setting.deadline - time.time()

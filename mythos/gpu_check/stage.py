@@ -1,8 +1,8 @@
-"""The process that makes the checks: `python -m mythos.gpu_check.stage`, started by `runner`.
+"""The process that runs checks: `python -m mythos.gpu_check.stage`, started by `runner`.
 
-It appends a JSON object a line to a file: {"task": 3} when a task begins, then one with `verdict` and `measured` for
-each of its checks. On a GPU it ends with the stage, so that the next one finds clean memory and compilers; and where an
-illegal memory access has destroyed the GPU's context, which answers nothing more. `runner` then starts another one.
+It appends lines of JSON to a file: {"task": 3} when a task begins, then one with `verdict` and `measured` for each of
+its checks. On a GPU it ends with the stage, so that the next stage starts with empty memory and fresh compilers. It
+also ends if the GPU's context is lost, after an illegal memory access for instance. `runner` then starts another one.
 """
 
 import argparse
@@ -21,12 +21,12 @@ from mythos.gpu_check.catalog import Stage, Task
 from mythos.gpu_check.result import Result, Setting, not_run
 
 CONTEXT_LOST = 70
-"""Exit status where the GPU's context is destroyed."""
+"""Exit status if the GPU's context is lost."""
 OUT_OF_TIME = "out of time"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run tasks from number `--first` on, counted over all stages."""
+    """Run the tasks from number `--first` on, counted over all stages; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m mythos.gpu_check.stage", description=__doc__)
     parser.add_argument("--catalog", required=True, help="module that has STAGES")
     parser.add_argument("--out", type=Path, required=True)
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = prepare()
     with options.events.open("a", encoding="utf-8") as file:
 
-        def tell(event: dict[str, Any]) -> None:
+        def emit(event: dict[str, Any]) -> None:
             file.write(json.dumps(event) + "\n")
             file.flush()
 
@@ -49,12 +49,13 @@ def main(arguments: list[str] | None = None) -> int:
             tasks = [(index, task) for index, task in tasks if index >= options.first]
             if not tasks:
                 continue
+            # Divide the remaining time by the shares of this stage's remaining tasks and of the later stages.
             share = stage.share * len(tasks) / len(stage.tasks)
             share /= share + sum(later.share for later in stages[place + 1 :])
             setting = Setting(device, options.out, time.time() + share * max(0.0, options.end - time.time()))
             for index, task in tasks:
-                tell({"task": index, "device": device.type})
-                if perform(setting, task, tell):
+                emit({"task": index, "device": device.type})
+                if perform(setting, task, emit):
                     return CONTEXT_LOST
             if setting.cuda:
                 break
@@ -62,52 +63,52 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def prepare() -> Any:
-    """The device, with torch set up for exact comparisons. Returns a torch.device."""
+    """Set torch up for exact comparisons; returns the torch.device to use."""
     import torch
 
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", 0) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    # TF32 would round float32's factors to 10 bits.
+    # TF32 would round the operands of float32 matmuls to 10 bits.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if not cuda:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 0)) or torch.get_num_threads())
-        # Inductor takes a C++ compiler a minute a model: a CPU tries what is traced, and not the code that comes of it.
+        # Compiling Inductor's C++ takes a minute per model, so on a CPU only Dynamo's tracing is checked.
         torch.compile = functools.partial(torch.compile, backend="eager")
     return device
 
 
-def perform(setting: Setting, task: Task, tell: Callable[[dict[str, Any]], None]) -> bool:
-    """Make a task's checks and tell their results; returns whether the GPU's context is lost."""
-    given = 0
+def perform(setting: Setting, task: Task, emit: Callable[[dict[str, Any]], None]) -> bool:
+    """Run a task and emit one result for each of its checks; returns whether the GPU's context is lost."""
+    reported = 0
 
-    def give(result: Result, detail: str = "") -> None:
-        nonlocal given
-        tell({"verdict": result.verdict, "measured": result.measured, "detail": detail})
-        given += 1
+    def report(result: Result, detail: str = "") -> None:
+        nonlocal reported
+        emit({"verdict": result.verdict, "measured": result.measured, "detail": detail})
+        reported += 1
 
     try:
         for result in results(setting, task):
-            if given < len(task.checks):
-                give(result)
-        if given < len(task.checks):
-            raise RuntimeError(f"the check gave {given} results of {len(task.checks)}")
-    except BaseException as error:  # torch's checkpoints raise some that are no Exception
-        told, detail = problem(error), traceback.format_exc()
-        while given < len(task.checks):
-            give(Result("failed", told), detail)
-        # The traceback holds the frames, and these the tensors that the next task needs room for.
+            if reported < len(task.checks):
+                report(result)
+        if reported < len(task.checks):
+            raise RuntimeError(f"the check gave {reported} results of {len(task.checks)}")
+    except BaseException as error:  # torch.distributed.checkpoint raises errors that are not an Exception
+        reason, detail = problem(error), traceback.format_exc()
+        while reported < len(task.checks):
+            report(Result("failed", reason), detail)
+        # The traceback keeps frames alive, and these keep tensors, whose memory the next task needs.
         traceback.clear_frames(error.__traceback__)
     return release(setting)
 
 
 def results(setting: Setting, task: Task) -> Iterator[Result]:
-    """What a task yields; that there is no time for it, where there is not."""
+    """Run a task and yield its results; `not run` if it is not for CPUs or there is no time."""
     if not (setting.cuda or task.on_cpu):
         yield from (not_run("at tiny size on a CPU, one of a kind is run") for _ in task.checks)
         return
-    # On a CPU all is tiny and takes seconds.
+    # On a CPU sizes are tiny, and a task takes seconds.
     needed = task.seconds if setting.cuda else min(task.seconds, 5.0)
     if setting.deadline - time.time() < needed:
         yield from (not_run(f"{OUT_OF_TIME}, give more --minutes") for _ in task.checks)
@@ -120,13 +121,13 @@ def results(setting: Setting, task: Task) -> Iterator[Result]:
 
 
 def problem(error: BaseException) -> str:
-    """An error in words."""
+    """Describe an error."""
     kind = type(error).__name__
     return f"out of memory: {error}" if kind == "OutOfMemoryError" else f"{kind}: {error}" if str(error) else kind
 
 
 def release(setting: Setting) -> bool:
-    """Free what a task has left on the GPU; returns whether its context is lost."""
+    """Free a task's memory on the GPU; returns whether its context is lost."""
     if not setting.cuda:
         return False
     import gc

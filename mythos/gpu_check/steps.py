@@ -1,4 +1,4 @@
-"""A training step as a whole: whether it waits for the device, and how often it is compiled."""
+"""Whether a training step waits for the device, and how often it is compiled."""
 
 import shutil
 import traceback
@@ -8,21 +8,22 @@ from pathlib import Path
 import torch
 
 import mythos
-from mythos.benchmarks.steps import Steps
 from mythos.gpu_check.catalog import LAST_NEW_GRAPH, MOST_GRAPHS, RECOMPILE_STEPS
 from mythos.gpu_check.result import Result, Setting, judged, not_run
 from mythos.gpu_check.runs import next_step, steps_of, task_run
+from mythos.gpu_check.timed_steps import Steps
+from mythos.model.ops import grouped_experts
 from mythos.torch_internals import compiler_counters
 from mythos.trainer import Trainer
 
 WARM_UP = 3
 GROUPED_KERNEL = ((9, 0), (10, 0))
-"""SMs on which `F.grouped_mm` is one kernel (see `mythos.model.ops.device_choice`); elsewhere it waits for the host."""
+"""SMs on which `F.grouped_mm` is one kernel; elsewhere it waits for the host (`mythos.model.ops.device_choice`)."""
 
 
 def waits(setting: Setting, *, preset: str, compiled: bool) -> Iterator[Result]:
-    """Steps during which torch refuses every operation that waits for the device."""
-    with Steps(steps_of(setting, preset, 4, f"train.compile={str(compiled).lower()}")) as steps:
+    """Run steps while torch raises an error at every operator that waits for the device."""
+    with Steps(steps_of(setting, preset, 4, train__compile=compiled)) as steps:
         for _ in range(WARM_UP):
             steps()
         if not setting.cuda:
@@ -47,7 +48,7 @@ def waits(setting: Setting, *, preset: str, compiled: bool) -> Iterator[Result]:
 
 
 def where(error: BaseException) -> tuple[str, bool]:
-    """The innermost line of mythos that an error came from, and whether it came by way of the experts' products."""
+    """The innermost line of mythos in an error's traceback, and whether the experts' matmuls are in the traceback."""
     folder = Path(mythos.__file__).parent
     frames = [
         frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(folder)
@@ -56,34 +57,32 @@ def where(error: BaseException) -> tuple[str, bool]:
         return "an unknown place", False
     last = frames[-1]
     place = f"{Path(last.filename).relative_to(folder.parent)}:{last.lineno} ({last.line})"
-    return place, any(Path(frame.filename).name == "experts.py" for frame in frames)
+    return place, any(frame.filename == grouped_experts.__file__ for frame in frames)
 
 
 def recompiles(setting: Setting) -> Iterator[Result]:
-    """A compiled run whose sequences' depths change at every step, with validations half way and at the end."""
+    """Count graphs of a compiled run whose depths change at every step, validated half way and at the end."""
     steps = RECOMPILE_STEPS if setting.cuda else 8
     torch.compiler.reset()
     counters = compiler_counters()
     counters.clear()
     folder = setting.scratch / "recompiles"
     shutil.rmtree(folder, ignore_errors=True)
-    config = task_run(setting, folder, train__compile=True, train__steps=steps)
-    trainer = Trainer(config)
-    seen = last = 0
+    trainer = Trainer(task_run(setting, folder, train__compile=True, train__steps=steps))
+    graphs = last_step = 0
     try:
         for step in range(1, steps + 1):
             next_step(trainer)
             if step in (steps // 2, steps):
                 trainer.validate()
-            graphs = counters["stats"]["unique_graphs"]
-            if graphs > seen:
-                seen, last = graphs, step
+            if counters["stats"]["unique_graphs"] > graphs:
+                graphs, last_step = counters["stats"]["unique_graphs"], step
     finally:
         trainer.resources.close()
-    if not seen:
+    if not graphs:
         raise RuntimeError("train.compile=true, but nothing was compiled")
-    yield judged(seen <= MOST_GRAPHS, f"{seen} in {steps} steps")
-    yield judged(last <= LAST_NEW_GRAPH, f"step {last} of {steps}")
+    yield judged(graphs <= MOST_GRAPHS, f"{graphs} in {steps} steps")
+    yield judged(last_step <= LAST_NEW_GRAPH, f"step {last_step} of {steps}")
     breaks = counters["graph_break"]
-    told = "; ".join(f"{count} x {reason.strip().splitlines()[0]}" for reason, count in breaks.most_common(3))
-    yield judged(not breaks, f"{sum(breaks.values())}{f': {told}' if told else ''}")
+    reasons = "; ".join(f"{count} x {reason.strip().splitlines()[0]}" for reason, count in breaks.most_common(3))
+    yield judged(not breaks, f"{sum(breaks.values())}{f': {reasons}' if reasons else ''}")

@@ -1,4 +1,4 @@
-"""What a profiler's trace says of a GPU's time."""
+"""Where a GPU's time goes, from a profiler's trace."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -12,12 +12,12 @@ KINDS = {
         *("::baddbmm", "::matmul", "::linear"),
     ),
 }
-"""Parts of the names of kernels, and of operators on a CPU, in lower case; the first kind that fits counts."""
+"""Parts of the lower-case names of kernels (on a CPU: operators), by kind; the first kind that matches counts."""
 COMMUNICATION = ("nccl",)
 
 
 class Span(NamedTuple):
-    """A kernel that ran."""
+    """One run of a kernel."""
 
     name: str
     start: float
@@ -26,7 +26,7 @@ class Span(NamedTuple):
 
 
 def kernels(events: Iterable[Any]) -> list[Span]:
-    """The kernels among a profiler's events, without the marks that span several of them."""
+    """The kernels among a profiler's events, without annotations that span several kernels."""
     return [
         Span(event.name, event.time_range.start, event.time_range.end)
         for event in events
@@ -37,15 +37,15 @@ def kernels(events: Iterable[Any]) -> list[Span]:
 
 
 def kind(name: str) -> str:
-    """What a kernel is for."""
+    """The kind of a kernel: a key of KINDS, or others."""
     name = name.lower()
     if name.startswith("triton_") and not name.startswith("triton_tem_"):
-        return "others"  # Inductor names elementwise kernels after the products that they stand beside as well
+        return "others"  # Inductor puts the names of neighbouring matmuls into those of elementwise kernels
     return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "others")
 
 
 def union(spans: Iterable[Span]) -> list[tuple[float, float]]:
-    """Times during which at least one of the kernels ran, disjoint and in order."""
+    """Intervals during which at least one of the kernels ran, disjoint and sorted."""
     merged: list[tuple[float, float]] = []
     for span in sorted(spans, key=lambda span: span.start):
         if merged and span.start <= merged[-1][1]:
@@ -55,23 +55,23 @@ def union(spans: Iterable[Span]) -> list[tuple[float, float]]:
     return merged
 
 
-def length(times: Iterable[tuple[float, float]]) -> float:
-    """Sum of disjoint times."""
-    return sum(end - start for start, end in times)
+def length(intervals: Iterable[tuple[float, float]]) -> float:
+    """Total length of disjoint intervals."""
+    return sum(end - start for start, end in intervals)
 
 
 def shares(spans: Sequence[Span]) -> dict[str, float]:
-    """Share of the time from the first kernel to the last that each kind took, and that no kernel ran (`gaps`)."""
+    """Share of the time between first and last kernel, by kind; during `gaps` no kernel ran."""
     busy = union(spans)
     whole = busy[-1][1] - busy[0][0]
-    found = {"products": 0.0, "attention": 0.0, "others": 0.0}
+    by_kind = {"products": 0.0, "attention": 0.0, "others": 0.0}
     for span in spans:
-        found[kind(span.name)] += (span.end - span.start) / whole
-    return {**found, "gaps": 1 - length(busy) / whole}
+        by_kind[kind(span.name)] += (span.end - span.start) / whole
+    return {**by_kind, "gaps": 1 - length(busy) / whole}
 
 
 def overlap(spans: Sequence[Span]) -> tuple[float, float]:
-    """Microseconds of communication, and of those during which other kernels ran as well."""
+    """Microseconds of communication, and the part of them during which other kernels ran."""
     sends = [span for span in spans if any(part in span.name.lower() for part in COMMUNICATION)]
     others = [span for span in spans if span not in set(sends)]
     sending = length(union(sends))

@@ -1,6 +1,6 @@
-"""Runs of the trainer: against a CPU's losses, killed and resumed, and saved while training goes on.
+"""Runs of the trainer: compared with a CPU's losses, killed and resumed, and saved while training continues.
 
-As a program, `python -m mythos.gpu_check.training CONFIG.yaml`, it is the run that is killed.
+`python -m mythos.gpu_check.training CONFIG.yaml` is the run that is killed.
 """
 
 import contextlib
@@ -16,28 +16,26 @@ from pathlib import Path
 
 import torch
 
-from mythos import trainer as training
-from mythos.benchmarks.steps import Steps
-from mythos.benchmarks.timing import timed
 from mythos.config.loading import load_config, save_config
 from mythos.config.sections import Config
 from mythos.gpu_check.catalog import TRAINING_STEPS
 from mythos.gpu_check.result import Result, Setting, judged, not_run
 from mythos.gpu_check.runs import steps_of, task_run
+from mythos.gpu_check.timed_steps import Steps, timed
 from mythos.trainer import Trainer
 from mythos.training.metrics import read_metrics
 
 FIRST, LAST = 10, 20
-"""Steps that are compared one by one, and those whose mean is: rounding errors grow, and routing turns them into
-others, but where training arrives at does not depend on them."""
+"""The first steps are compared one by one, of the last steps only the mean loss: rounding errors grow, and change which
+experts are chosen, but training ends at about the same loss."""
 CLOSE = {"float32": (1e-3, 0.03), "bfloat16": (2e-2, 0.06)}
-"""Largest relative difference of a loss among the first steps, and of the mean of the last."""
+"""Largest relative difference of a loss of the first steps, and of the mean of the last steps."""
 START_SECONDS = 120.0
-"""Longest that a run may take until its first step."""
+"""Limit of the time until the step at which a run is killed."""
 
 
 def against_cpu(setting: Setting, *, dtype: str) -> Iterator[Result]:
-    """The same run on this device and, in float32, on the CPU."""
+    """Compare a run on this device with the same run on the CPU in float32."""
     if not setting.cuda and dtype == "float32":
         yield not_run("the CPU is the reference")
         return
@@ -47,13 +45,13 @@ def against_cpu(setting: Setting, *, dtype: str) -> Iterator[Result]:
 
 
 def resumed(setting: Setting) -> Iterator[Result]:
-    """A run that is killed half way and started again, against one that is not."""
+    """Compare a run that is killed half way and started again with one that is not."""
     steps = steps_in(setting)
     expected = losses(setting, setting.device.type, "float32")
     config = run_of(setting, "killed", setting.device.type, "float32", every=steps // 4)
-    # Resumed here, and begun in a process of its own, which can be killed.
+    # The run starts in another process, which can be killed, and is resumed in this one.
     kill_at(config, setting.scratch / "killed.yaml", steps // 2)
-    run(config)
+    Trainer(config).run()
     records = read_metrics(config.run_dir / "metrics.jsonl")
     starts = [record["resumed_from"] for record in records if "resumed_from" in record]
     measured = [record["loss"] for record in records]
@@ -67,7 +65,7 @@ def resumed(setting: Setting) -> Iterator[Result]:
 
 
 def asynchronous_save(setting: Setting) -> Iterator[Result]:
-    """Steps of mythos_small while its checkpoint is written, which is then read back."""
+    """Time steps of mythos_small while its checkpoint is written, then read the checkpoint back."""
     config = steps_of(setting, "mythos_small", 4)
     with Steps(config) as steps:
         trainer, device = steps.trainer, setting.device
@@ -84,12 +82,12 @@ def asynchronous_save(setting: Setting) -> Iterator[Result]:
         trainer.checkpoints.wait()
         whole = time.perf_counter() - began
         size = sum(tensor.nbytes for tensor in saved.values())
-        told = (
+        measured = (
             f"{size / 2**30:.3g} GiB in {whole:.2f} s, of which training waited {blocked:.2f} s; {len(during)} steps "
             f"meanwhile, {statistics.median(during):.3f} s each, {before:.3f} s before"
         )
-        # The time of a CPU that writes and computes says nothing.
-        yield judged(not setting.cuda or statistics.median(during) < 1.5 * before, told)
+        # A CPU both computes and writes, so its time is not judged.
+        yield judged(not setting.cuda or statistics.median(during) < 1.5 * before, measured)
 
         assert trainer.checkpoints.newest is not None
         trainer.checkpoints.load(trainer.checkpoints.newest, trainer.state())
@@ -98,12 +96,12 @@ def asynchronous_save(setting: Setting) -> Iterator[Result]:
 
 
 def steps_in(setting: Setting) -> int:
-    """Steps of a run."""
+    """Steps of a compared run."""
     return TRAINING_STEPS if setting.cuda else 12
 
 
 def run_of(setting: Setting, name: str, device: str, dtype: str, every: int = 0) -> Config:
-    """The configuration of a run in a folder that is empty."""
+    """Configure a run in an empty folder."""
     folder = setting.scratch / name
     shutil.rmtree(folder, ignore_errors=True)
     return task_run(
@@ -120,20 +118,14 @@ def run_of(setting: Setting, name: str, device: str, dtype: str, every: int = 0)
 def losses(setting: Setting, device: str, dtype: str) -> list[float]:
     """Losses of all steps of an uninterrupted run."""
     config = run_of(setting, f"{device}-{dtype}", device, dtype)
-    run(config)
+    Trainer(config).run()
     return [record["loss"] for record in read_metrics(config.run_dir / "metrics.jsonl")]
 
 
-def run(config: Config) -> None:
-    """Train, or continue, without drawing plots, for which a package may be missing."""
-    training.draw_plots = lambda *_: []
-    Trainer(config).run()
-
-
 def kill_at(config: Config, file: Path, step: int) -> None:
-    """Train in another process, and kill it once it has logged a step.
+    """Train in another process, and kill it once it has logged `step` steps.
 
-    Raises RuntimeError where it ends before.
+    Raises RuntimeError if the process ends before, or takes longer than START_SECONDS.
     """
     save_config(config, file)
     log = file.with_suffix(".log")
@@ -156,16 +148,15 @@ def kill_at(config: Config, file: Path, step: int) -> None:
 def close(
     measured: list[float], expected: list[float], each: float, mean: float, first: int = FIRST, last: int = LAST
 ) -> Result:
-    """Whether two curves agree: relative differences of the first losses, and of the mean of the last."""
+    """Judge a loss curve: first losses must be within `each` (relative), the mean of the last ones within `mean`."""
     if len(measured) != len(expected) or not all(loss is not None and math.isfinite(loss) for loss in measured):
         return judged(False, f"{len(measured)} losses for {len(expected)}, or some are not finite: {measured[:3]} ...")
     early = max(abs(a - b) / abs(b) for a, b in zip(measured[:first], expected[:first], strict=True))
     ends = [statistics.fmean(curve[-last:]) for curve in (measured, expected)]
     late = abs(ends[0] - ends[1]) / ends[1]
-    told = f"first {min(first, len(measured))} within {early:.1e}, mean of the last {last} within {late:.1e}"
-    told += f" ({ends[0]:.4f} and {ends[1]:.4f})"
-    return judged(early <= each and late <= mean, told)
+    text = f"first {min(first, len(measured))} within {early:.1e}, mean of the last {last} within {late:.1e}"
+    return judged(early <= each and late <= mean, f"{text} ({ends[0]:.4f} and {ends[1]:.4f})")
 
 
 if __name__ == "__main__":
-    run(load_config(sys.argv[1]))
+    Trainer(load_config(sys.argv[1])).run()

@@ -1,7 +1,7 @@
-"""transformers integration: configuration, model and cache, and export in its format.
+"""transformers integration: configuration, model, cache, and export in transformers' format.
 
-Importing `mythos` is enough for transformers' Auto classes to know them (see `mythos.hf.auto_classes`). The names
-below are imported on first use, because transformers' models take seconds to import.
+`import mythos` registers the classes below with transformers' Auto classes (see `mythos.hf.auto_classes`). They are
+imported on first use, because transformers' model modules take seconds to import.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -13,12 +13,15 @@ if TYPE_CHECKING:
 
 __all__ = ["MythosCache", "MythosConfig", "MythosForCausalLM"]
 
-HOMES = {"MythosCache": "mythos.hf.cache", "MythosConfig": "mythos.hf.config", "MythosForCausalLM": "mythos.hf.model"}
+MODULES = {"MythosCache": "mythos.hf.cache", "MythosConfig": "mythos.hf.config", "MythosForCausalLM": "mythos.hf.model"}
+
+SHARD_SIZE = "5GB"
+"""Default size limit of one weight file. Defined here so that the command line can show it without importing torch."""
 
 
 def __getattr__(name: str) -> Any:
-    if name not in HOMES:
+    if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(HOMES[name]), name)
+    return getattr(import_module(MODULES[name]), name)

@@ -1,4 +1,4 @@
-"""The decode cache as transformers handles caches: a column for every id that was given, padding included."""
+"""The decode cache in the form that transformers expects: one column per input id, padding included."""
 
 import copy
 from collections.abc import Sequence
@@ -16,17 +16,17 @@ from mythos.model.rdt import RecurrentDepthTransformer
 
 
 class MythosCache(Cache):
-    """Keys and values of every layer and loop, of the ids that a batch was given so far.
+    """Keys and values of every layer and loop for the ids of a batch so far.
 
-    Made empty; the first forward pass gives it its rows. `mythos.model.cache.DecodeCache` keeps the entries, of tokens
-    only. transformers counts columns of a padded batch, and so does this class.
+    It starts empty; the first forward pass allocates the rows. The entries are in a `mythos.model.cache.DecodeCache`,
+    which stores tokens only. transformers counts columns of a padded batch, so this class also keeps the padding mask.
     """
 
     def __init__(self) -> None:
         super().__init__(layers=[])
         self.decode: DecodeCache | None = None
         self.columns = 0
-        """Ids that every row was given, with padding."""
+        """Ids processed in every row, padding included."""
         self.mask: Tensor | None = None
         """(B, columns) bool, True at tokens; None while there was no padding."""
 
@@ -34,7 +34,7 @@ class MythosCache(Cache):
         return f"{type(self).__name__}({self.columns} columns)"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MythosCache":
-        # The entries remember the model that they are of, which is not to be copied.
+        # Not the default deep copy: the entries refer to the model, which must not be copied.
         copied = MythosCache()
         copied.columns = self.columns
         copied.mask = None if self.mask is None else self.mask.clone()
@@ -43,8 +43,8 @@ class MythosCache(Cache):
             copied.decode.select(range(len(self.decode.lengths)))
         return copied
 
-    def of(self, model: RecurrentDepthTransformer, rows: int, loops: int) -> DecodeCache:
-        """What the entries are kept in, made if there is nothing yet."""
+    def allocated(self, model: RecurrentDepthTransformer, rows: int, loops: int) -> DecodeCache:
+        """The underlying cache; allocated for `rows` rows and `loops` loops if it does not exist yet."""
         if self.decode is None:
             self.decode = DecodeCache(
                 model.config,
@@ -57,7 +57,7 @@ class MythosCache(Cache):
         return self.decode
 
     def advance(self, columns: int, mask: Tensor | None) -> None:
-        """Count columns that were added; mask is (B, columns) bool, True at tokens, None where all are."""
+        """Count new columns; mask is (B, columns) bool, True at tokens, or None if all of them are tokens."""
         if mask is not None and self.mask is None:
             self.mask = mask.new_ones(len(mask), self.columns)
         if self.mask is not None:
@@ -65,17 +65,17 @@ class MythosCache(Cache):
         self.columns += columns
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns that the cache has seen."""
+        """Number of columns in the cache."""
         return self.columns
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """Most tokens of a row; -1 before the first forward pass."""
+        """Maximum number of tokens in a row; -1 before the first forward pass."""
         return -1 if self.decode is None else self.decode.config.context_length
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take the last columns away: -n takes n. A positive number is what remains, as it was before 5.24.
+        """Remove the last columns: -n removes n. A positive number is the length to keep, as before transformers 5.24.
 
-        Raises ValueError for more columns than there are.
+        Raises ValueError for more columns than the cache has.
         """
         columns = tokens_to_remove if tokens_to_remove > 0 else self.columns + tokens_to_remove
         if not 0 <= columns <= self.columns:
@@ -90,15 +90,15 @@ class MythosCache(Cache):
         self.columns = columns
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Keep these rows, (n,) int64, in this order; one may be kept more than once."""
+        """Keep these rows, (n,) int64, in this order; a row may occur more than once."""
         self._select(beam_idx.tolist())
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """The same."""
+        """Same as `reorder_cache`, under the name that contrastive and assisted decoding call."""
         self._select(indices.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Keep every row so many times."""
+        """Repeat every row `repeats` times."""
         if self.decode is not None:
             self._select([row for row in range(len(self.decode.lengths)) for _ in range(repeats)])
 
@@ -108,25 +108,25 @@ class MythosCache(Cache):
             self.mask = None if self.mask is None else self.mask[list(rows)]
 
     def reset(self) -> None:
-        """Forget all; the cache may then be given any rows."""
+        """Clear the cache. The next forward pass may have any number of rows."""
         self.decode, self.mask, self.columns = None, None, 0
 
     @property
     def is_croppable(self) -> bool:
-        """Whether cropping leaves what was there before."""
+        """True: cropping restores the earlier state exactly."""
         return True
 
     @property
     def is_initialized(self) -> bool:
-        """Whether it has rows."""
+        """Whether the rows are allocated."""
         return self.decode is not None
 
     @property
     def is_sliding(self) -> list[bool]:
-        """Of one layer, in place of all."""
+        """One entry that applies to all layers."""
         return [False]
 
     @property
     def is_linear(self) -> list[bool]:
-        """Of one layer, in place of all."""
+        """One entry that applies to all layers."""
         return [False]

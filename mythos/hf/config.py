@@ -1,16 +1,17 @@
-"""The configuration that transformers reads: every field of the model section, under our names and under theirs."""
+"""The configuration that transformers reads: every field of the model section, under our names and transformers'."""
 
 from typing import Any, ClassVar
 
 from pydantic import ValidationError
 from transformers import AutoConfig, PreTrainedConfig
 
+from mythos.hf.auto_classes import register_model
 from mythos.model.config import ModelConfig, model_contradictions
 
 DEFAULT_VOCABULARY = 32_000
-"""Token ids where none are told: `auto` is the size of a tokenizer, and a configuration alone has none."""
+"""Default number of token ids. The model section's default, `auto`, needs a tokenizer, which a configuration lacks."""
 
-WITHOUT_PLACE: dict[str, tuple[Any, ...]] = {
+UNSUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {
     "attention_bias": (None, False),
     "mlp_bias": (None, False),
     "attention_dropout": (None, 0),
@@ -23,20 +24,20 @@ WITHOUT_PLACE: dict[str, tuple[Any, ...]] = {
     "rope_scaling": (None,),
     "hidden_act": (None,),
 }
-"""What other models' configurations set and no field of ours is, and the values that ask for nothing."""
+"""Fields of other models' configurations that ours does not have, and the values that switch the feature off."""
 
 
 class MythosConfig(PreTrainedConfig):
     """Configuration of a `MythosForCausalLM`.
 
     Args:
-        mean_loops: loops that a forward pass runs unless told otherwise: the mean of training (default: `loops`).
+        mean_loops: default number of loops of a forward pass: the mean of training (default: `loops`).
         step: optimizer steps of pretraining.
-        versions: what the weights were exported with.
-        kwargs: any field of `mythos.model.config.ModelConfig`, or transformers' name for it (see `attribute_map`);
-            what else `PreTrainedConfig` takes.
+        versions: package versions that the weights were exported with.
+        kwargs: any field of `mythos.model.config.ModelConfig`, under its name or transformers' (see `attribute_map`);
+            also any other argument of `PreTrainedConfig`.
 
-    Raises ValueError for fields that the model section would refuse, telling all of them.
+    Raises ValueError for fields that the model section would refuse, listing all of them.
     """
 
     model_type = "mythos"
@@ -60,24 +61,23 @@ class MythosConfig(PreTrainedConfig):
         versions: dict[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
-        given = {self.attribute_map.get(name, name): value for name, value in kwargs.items()}
+        values = {self.attribute_map.get(name, name): value for name, value in kwargs.items()}
         defaults = {"vocab_size": DEFAULT_VOCABULARY}
         for name, field in ModelConfig.model_fields.items():
-            setattr(self, name, given.pop(name, defaults.get(name, field.default)))
+            setattr(self, name, values.pop(name, defaults.get(name, field.default)))
         self.mean_loops = self.loops if mean_loops is None else mean_loops
         self.step = step
         self.versions = versions or {}
-        super().__init__(**given)
+        super().__init__(**values)
         self.section()
-        # Registers the model with AutoModelForCausalLM. Not before: whoever asks transformers for a tokenizer only
-        # would wait for its models, too.
-        import mythos.hf.model  # noqa: F401
+        # Not at import: a program that only loads a tokenizer would then import all of transformers' model code.
+        register_model()
 
     @property
     def num_hidden_layers(self) -> int:
-        """Blocks with weights of their own; those of the core run once a loop. Set by its three parts.
+        """Blocks with their own weights (core blocks run once per loop): prelude, core and coda layers together.
 
-        Raises ValueError where another number than their sum is set.
+        Setting it raises ValueError unless the number is that sum.
         """
         return self.prelude_layers + self.core_layers + self.coda_layers
 
@@ -85,14 +85,14 @@ class MythosConfig(PreTrainedConfig):
     def num_hidden_layers(self, layers: int) -> None:
         if layers != self.num_hidden_layers:
             raise ValueError(
-                f"num_hidden_layers: got {layers}, and prelude_layers, core_layers and coda_layers add up to "
+                f"num_hidden_layers: got {layers}, but prelude_layers, core_layers and coda_layers add up to "
                 f"{self.num_hidden_layers}; set those three instead"
             )
 
     def section(self) -> ModelConfig:
-        """The model section that these fields make.
+        """The model section with these fields.
 
-        Raises ValueError for values that it would refuse.
+        Raises ValueError for values that the section refuses, listing all of them.
         """
         problems = []
         try:
@@ -100,19 +100,19 @@ class MythosConfig(PreTrainedConfig):
         except ValidationError as error:
             problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         else:
-            problems = [f"{', '.join(fields)}: {told}" for fields, told in model_contradictions(section)]
+            problems = [f"{', '.join(fields)}: {message}" for fields, message in model_contradictions(section)]
             if section.vocab_size == "auto":
                 problems.append("vocab_size: got auto; allowed: the number of token ids")
-        for name, nothing in WITHOUT_PLACE.items():
-            if getattr(self, name, None) not in nothing:
+        for name, neutral_values in UNSUPPORTED_FIELDS.items():
+            if getattr(self, name, None) not in neutral_values:
                 problems.append(
-                    f"{name}: got {getattr(self, name)!r}; a mythos model has no such choice: leave it out; its own "
-                    "fields are rope_theta, dense_ffn and the others of the model section"
+                    f"{name}: got {getattr(self, name)!r}; a mythos model has no such option: leave it out. Its own "
+                    "fields are those of the model section, such as rope_theta and dense_ffn"
                 )
         if not isinstance(self.mean_loops, int) or self.mean_loops < 1:
             problems.append(f"mean_loops: got {self.mean_loops!r}; allowed: a whole number, at least 1")
         if problems:
-            raise ValueError("this is no configuration of a mythos model: " + "; ".join(problems))
+            raise ValueError("this is no valid configuration of a mythos model: " + "; ".join(problems))
         return section
 
 

@@ -1,7 +1,6 @@
-"""A trained model as a folder that transformers loads, and on the Hugging Face hub."""
+"""Export of a trained model as a folder that transformers loads, and upload to the Hugging Face hub."""
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,8 +15,9 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 from mythos.checkpoints.stored_model import INDEX_FILE, PREFIX, StoredModel, run_directory, stored_model, tensors_of
 from mythos.data.tokenizer import PROBE, REQUEST_FILE, Tokenizer
 from mythos.errors import MythosError, short_reason
-from mythos.files.local import is_full
+from mythos.files.local import remedy, replacing_folder
 from mythos.files.storage import require_space
+from mythos.hf import SHARD_SIZE
 from mythos.hf.card import model_card
 from mythos.hf.config import MythosConfig
 from mythos.hf.model import MythosForCausalLM, float32_tensors
@@ -25,25 +25,24 @@ from mythos.training.metrics import read_metrics
 from mythos.versions import installed_versions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-SHARD_SIZE = "5GB"
 SHARD_NAMES = "model{suffix}.safetensors"
 CARD_FILE = "README.md"
 TOKENIZER_CONFIG = "tokenizer_config.json"
-LOADED_HERE = ("is_local", "local_files_only", "name_or_path")
-"""What a tokenizer's configuration says of how it was loaded on this machine."""
+LOCAL_KEYS = ("is_local", "local_files_only", "name_or_path")
+"""Keys of a tokenizer's configuration that describe how it was loaded on this machine."""
 PACKAGES = ("mythos-rdt", "torch", "safetensors", "transformers")
-"""Whose versions an export tells."""
+"""Packages whose versions are recorded in an export."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was exported."""
+    """The result of an export."""
 
     folder: Path
     source: str
     step: int
     files: int
-    """Files of weights."""
+    """Number of weight files."""
 
 
 def export_model(
@@ -54,21 +53,21 @@ def export_model(
     max_shard_size: int | str = SHARD_SIZE,
     name: str | None = None,
 ) -> Exported:
-    """Write a run, checkpoint or export as a folder for transformers, whole or not at all.
+    """Write a run, checkpoint or export as a folder for transformers; the folder appears complete or not at all.
 
-    Of the weights no more than one file's is in memory at a time.
+    At most one weight file is in memory at a time.
 
     Args:
-        path: what `mythos.checkpoints.stored_model.open_model` opens.
+        path: anything that `mythos.checkpoints.stored_model.open_model` opens.
         folder: new or empty.
-        dtype: type that weights are stored in, `float32` or `bfloat16`; see `mythos.hf.model.float32_tensors` for
-            those that stay float32.
-        max_shard_size: most bytes of a file of weights, or as text: `500MB`, `5GB`. A larger tensor gets its own.
-        name: what the model card calls the model (default: the folder's name).
+        dtype: type of the stored weights, `float32` or `bfloat16`; see `mythos.hf.model.float32_tensors` for those
+            that stay float32.
+        max_shard_size: maximum size of a weight file, in bytes or as text: `500MB`, `5GB`. A larger tensor gets its
+            own file.
+        name: name of the model in its card (default: the folder's name).
 
     Raises:
-        MythosError: the folder has something in it or cannot be written, a type or size that is not known, or what
-            `open_model` raises.
+        MythosError: the folder is not empty or cannot be written, the type or size is invalid, or `open_model` fails.
     """
     folder = check_destination(folder, dtype)
     with stored_model(path) as stored:
@@ -76,10 +75,10 @@ def export_model(
 
 
 def check_destination(folder: str | Path, dtype: str) -> Path:
-    """The folder, if something can be written there; before anything is read.
+    """The folder as a path; call it before anything is read.
 
     Raises:
-        MythosError: it has something in it or no name, or the type is not known.
+        MythosError: the folder is not empty or has no name, or the type is invalid.
     """
     folder = Path(folder)
     if dtype not in DTYPES:
@@ -99,33 +98,30 @@ def write_export(
     max_shard_size: int | str,
     texts: Mapping[str, str] | None = None,
 ) -> Exported:
-    """Write a stored model to a new or empty folder, with this card and further texts by file; see `export_model`.
+    """Write a stored model to a new or empty folder, with this card and further text files by name.
+
+    See `export_model`.
 
     Raises:
-        MythosError: the folder cannot be written, or the size is not known.
+        MythosError: the folder cannot be written, or the size is invalid.
     """
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed and had the same number
-        aside.mkdir()
-        tokenizer = None if stored.tokenizer is None else _write_tokenizer(stored, aside)
-        _config(stored, DTYPES[dtype]).save_pretrained(aside)
-        _generation_config(stored, tokenizer).save_pretrained(aside)
-        for file, text in {CARD_FILE: card, **(texts or {})}.items():
-            (aside / file).write_text(text, encoding="utf-8")
-        files = _write_weights(stored, aside, DTYPES[dtype], max_shard_size)
-        aside.replace(folder)
+        with replacing_folder(folder) as temporary:
+            tokenizer = None if stored.tokenizer is None else _write_tokenizer(stored.tokenizer, stored, temporary)
+            _config(stored, DTYPES[dtype]).save_pretrained(temporary)
+            _generation_config(stored, tokenizer).save_pretrained(temporary)
+            for file, text in {CARD_FILE: card, **(texts or {})}.items():
+                (temporary / file).write_text(text, encoding="utf-8")
+            files = _write_weights(stored, temporary, DTYPES[dtype], max_shard_size)
     except (OSError, SafetensorError) as error:
-        todo = "Make room" if is_full(error) else "Mend that"
-        raise MythosError(f"{folder} cannot be written: {error}. {todo} or give another folder.") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        raise MythosError(f"{folder} cannot be written: {error}. {remedy(error)} or give another folder.") from error
     return Exported(folder, stored.source, stored.step, files)
 
 
 def push(folder: str | Path, repository: str) -> str:
-    """Upload an exported folder to a repository of the hub, OWNER/NAME, made private if it is not there; its URL.
+    """Upload an exported folder to the hub repository OWNER/NAME and return its URL.
+
+    A repository that does not exist is created as a private one.
 
     Raises:
         MythosError: the hub cannot be reached or refuses.
@@ -135,15 +131,15 @@ def push(folder: str | Path, repository: str) -> str:
         url = api.create_repo(repository, private=True, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Export")
         return str(url)
-    except Exception as error:  # of the network, of the hub, of a name that is none
+    except Exception as error:  # network, hub and name errors share no base class
         raise MythosError(
-            f"{folder} is exported, but {repository} cannot be uploaded to: {short_reason(error)}. Log in by `hf auth "
+            f"{folder} is exported, but the upload to {repository} failed: {short_reason(error)}. Log in by `hf auth "
             f"login` or $HF_TOKEN, then run `hf upload {repository} {folder}`."
         ) from error
 
 
 def _write_weights(stored: StoredModel, folder: Path, dtype: torch.dtype, max_shard_size: int | str) -> int:
-    """Read and write the tensors file by file; returns how many files that makes."""
+    """Read and write the tensors one file at a time; returns the number of files."""
     whole = float32_tensors(stored.model)
     planned = {
         name: torch.empty(tensor.shape, dtype=torch.float32 if name in whole else dtype, device="meta")
@@ -162,10 +158,10 @@ def _write_weights(stored: StoredModel, folder: Path, dtype: torch.dtype, max_sh
     for file, names in plan.filename_to_tensors.items():
         tensors = {name: torch.empty(planned[name].shape) for name in names}
         stored.read(tensors)
-        for name in names:  # one after the other: only one is there in both types
+        for name in names:  # one by one, so that only one tensor is in memory in both types
             tensors[name] = tensors[name].to(planned[name].dtype)
         save_file({PREFIX + name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
-        del tensors  # before the next file's are made
+        del tensors  # free them before the next file's are allocated
     if plan.is_sharded:
         weight_map = {PREFIX + name: file for name, file in plan.tensor_to_filename.items()}
         index = {"metadata": plan.metadata, "weight_map": weight_map}
@@ -173,23 +169,22 @@ def _write_weights(stored: StoredModel, folder: Path, dtype: torch.dtype, max_sh
     return len(plan.filename_to_tensors)
 
 
-def _write_tokenizer(stored: StoredModel, folder: Path) -> Tokenizer:
-    """Write the tokenizer so that AutoTokenizer encodes as training did, pads on the left and knows the context."""
-    assert stored.tokenizer is not None
-    tokenizer = Tokenizer.load(stored.tokenizer)
-    aside = folder / "tokenizer"
-    tokenizer.save(aside)
-    fast = AutoTokenizer.from_pretrained(aside, trust_remote_code=False)
+def _write_tokenizer(source: Path, stored: StoredModel, folder: Path) -> Tokenizer:
+    """Write the tokenizer so that AutoTokenizer encodes as in training, pads on the left and knows the context."""
+    tokenizer = Tokenizer.load(source)
+    temporary = folder / "tokenizer"
+    tokenizer.save(temporary)
+    fast = AutoTokenizer.from_pretrained(temporary, trust_remote_code=False)
     if fast(PROBE).input_ids != tokenizer.encode_batch([PROBE])[0]:
-        # It puts tokens before or after a text, which no sequence of training had.
+        # It adds tokens before or after a text, which training did not.
         backend = fast.backend_tokenizer
         backend.post_processor = None
         fast = PreTrainedTokenizerFast(tokenizer_object=backend, **fast.special_tokens_map)
     fast.save_pretrained(folder)
-    shutil.copy(aside / REQUEST_FILE, folder)
-    shutil.rmtree(aside)
+    shutil.copy(temporary / REQUEST_FILE, folder)
+    shutil.rmtree(temporary)
     values = json.loads((folder / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
-    for key in LOADED_HERE:
+    for key in LOCAL_KEYS:
         values.pop(key, None)
     values |= {"padding_side": "left", "model_max_length": stored.model.config.context_length}
     (folder / TOKENIZER_CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
@@ -197,12 +192,13 @@ def _write_tokenizer(stored: StoredModel, folder: Path) -> Tokenizer:
 
 
 def _card(stored: StoredModel, path: str | Path, name: str) -> str:
-    """The card: made from the run, or that of the export which is exported again."""
+    """The card: generated from the run, or copied if an export is exported again."""
     if stored.run is None:
         card = Path(stored.source) / CARD_FILE
         return card.read_text(encoding="utf-8") if card.is_file() else model_card(stored, name, [])
-    places = (run_directory(path), run_directory(stored.source), run_directory(stored.run.run_dir))
-    run_dir = next((place for place in places if place is not None), None)
+    # A checkpoint may be outside of its run directory, or the run directory may have been moved.
+    candidates = (run_directory(path), run_directory(stored.source), run_directory(stored.run.run_dir))
+    run_dir = next((directory for directory in candidates if directory is not None), None)
     return model_card(stored, name, [] if run_dir is None else read_metrics(run_dir / "metrics.jsonl"))
 
 
@@ -220,8 +216,8 @@ def _config(stored: StoredModel, dtype: torch.dtype) -> MythosConfig:
 def _generation_config(stored: StoredModel, tokenizer: Tokenizer | None) -> GenerationConfig:
     if tokenizer is None:
         return GenerationConfig()
-    # Ids that the model has and the tokenizer has not are no text.
+    # The model's vocabulary may be larger than the tokenizer's: the extra ids have no text.
     unused = list(range(tokenizer.size, int(stored.model.config.vocab_size)))
-    # An empty prompt begins a document, as in training: after the end of another.
+    # An empty prompt starts a new document, which in training follows the end of another.
     end = tokenizer.eos_id
     return GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end, suppress_tokens=unused or None)

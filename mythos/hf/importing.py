@@ -1,7 +1,5 @@
-"""Published looped models as exports of ours: `mythos.hf.importers` knows the architectures."""
+"""Imports published looped models as exports of ours; `mythos.hf.importers` has the architectures."""
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,25 +12,28 @@ from mythos.checkpoints.stored_model import StoredModel, tensors_of
 from mythos.config.inherited import MODEL_TYPE, TOKENIZER_FILE
 from mythos.data.tokenizer import END_OF_DOCUMENT, Tokenizer
 from mythos.errors import MythosError, short_reason
+from mythos.hf import SHARD_SIZE
 from mythos.hf.card import model_card
-from mythos.hf.export import SHARD_SIZE, Exported, check_destination, write_export
-from mythos.hf.foreign import ForeignModel, foreign_model, located, read_values
+from mythos.hf.export import Exported, check_destination, write_export
+from mythos.hf.foreign import ForeignModel, foreign_model, local_folder, read_values
 from mythos.hf.importers import architecture_of
-from mythos.hf.importers.architecture import Architecture, Mapped, Read, Values
+from mythos.hf.importers.architecture import Architecture, MappedModel, Read, Values
 from mythos.model.rdt import RecurrentDepthTransformer
 
 SMALLEST_SHARE = 0.9
-"""Of a model's token ids, those that its tokenizer has at least: tables are padded, but not by more."""
+"""Smallest share of a model's vocabulary that its tokenizer covers: tables are padded, but never by a tenth."""
+MOST_PROBLEMS = 8
+"""Problems listed in an error message."""
 
 
 @dataclass(frozen=True)
 class Imported:
-    """What was imported."""
+    """The result of an import."""
 
     exported: Exported
     architecture: str
     tokenizer: bool
-    """Whether a tokenizer came with it."""
+    """Whether a tokenizer was imported too."""
 
 
 def import_model(
@@ -44,138 +45,153 @@ def import_model(
     dtype: str = "float32",
     max_shard_size: int | str = SHARD_SIZE,
 ) -> Imported:
-    """Write a published looped model as `mythos.hf.export.export_model` writes ours, whole or not at all.
+    """Write a published looped model in the format of `mythos.hf.export.export_model`.
 
-    Its weights are read tensor by tensor, and those of one file written are in memory at a time.
+    The folder appears complete or not at all. Weights are read tensor by tensor; at most one written file is in memory.
 
     Args:
-        source: a folder, or OWNER/NAME of a repository of the hub.
+        source: a folder, or OWNER/NAME of a hub repository.
         folder: new or empty.
         revision: commit, branch or tag of the repository.
-        tokenizer: folder or repository (default: what lies with the weights; for a repository also the one that the
-            architecture's models share).
-        dtype: see `export_model`. bfloat16 rounds what the import has scaled.
+        tokenizer: folder or repository (default: the one beside the weights; for a repository, otherwise the one that
+            all models of the architecture share).
+        dtype: see `export_model`. bfloat16 rounds weights that the import has scaled.
         max_shard_size: see `export_model`.
 
     Raises:
-        MythosError: the folder has something in it or cannot be written; the source cannot be read, is of an
-            architecture that is not known, or of a variant that ours has no equal of; tensors are missing, left over or
-            of other shapes; or the tokenizer cannot be used, or is of another model.
+        MythosError: the folder is not empty or cannot be written; the source cannot be read, is of an unknown
+            architecture or of a variant that our model cannot represent; tensors are missing, left over or of another
+            shape; or the tokenizer cannot be loaded or belongs to another model.
     """
     folder = check_destination(folder, dtype)
-    place = located(source, revision)
-    architecture = _told(place, read_values(place))
-    with foreign_model(place) as foreign, TemporaryDirectory() as aside:
+    source_folder = local_folder(source, revision)
+    architecture = recognised(source_folder, read_values(source_folder))
+    if tokenizer is None and (source_folder / TOKENIZER_FILE).is_file():
+        tokenizer = source_folder
+    elif tokenizer is None and not Path(source).is_dir():
+        tokenizer = architecture.tokenizer
+    with foreign_model(source_folder) as foreign, TemporaryDirectory() as temporary:
         mapped = map_foreign(foreign, architecture)
-        found = tokenizer
-        if found is None and (place / TOKENIZER_FILE).is_file():
-            found = place
-        elif found is None and not Path(source).is_dir():
-            found = architecture.tokenizer
-        prepared = None if found is None else prepare_tokenizer(found, architecture, mapped, Path(aside) / "tokenizer")
-        with stored_foreign(foreign, mapped, prepared, str(source)) as stored:
-            text = model_card(stored, folder.name, [])
-            text += f"\n## Source\n\nImported from `{source if place != Path(source) else place.name}` "
-            text += f"({architecture.name}); the results are the same.\n"
-            exported = write_export(stored, folder, text, dtype, max_shard_size)
+        prepared = None
+        if tokenizer is not None:
+            prepared = prepare_tokenizer(tokenizer, architecture, mapped, Path(temporary) / "tokenizer")
+        stored = stored_foreign(foreign, mapped, prepared, str(source))
+        card = model_card(stored, folder.name, [])
+        card += f"\n## Source\n\nImported from `{public_name(source)}` ({architecture.name}); it computes the same.\n"
+        exported = write_export(stored, folder, card, dtype, max_shard_size)
     return Imported(exported, architecture.name, prepared is not None)
 
 
-def _told(place: Path, values: Values) -> Architecture:
+def public_name(source: str | Path) -> str:
+    """A source as an export may name it: of a folder the name only, no path of this machine."""
+    return Path(source).name if Path(source).is_dir() else str(source)
+
+
+def recognised(folder: Path, values: Values) -> Architecture:
+    """The architecture of a model in `folder`. Raises MythosError for a mythos model and unknown architectures."""
     if values.get("model_type") == MODEL_TYPE:
-        raise MythosError(f"{place} is a mythos model already: give it to the other commands as it is")
+        raise MythosError(f"{folder} is a mythos model already: give it to the other commands as it is")
     try:
         return architecture_of(values)
     except MythosError as error:
-        raise MythosError(f"{place} is of {error}") from error
+        raise MythosError(f"{folder} is of {error}") from error
     except (TypeError, ValueError, AttributeError, LookupError) as error:
-        raise MythosError(f"{place}: its config.json has values of other kinds: {error}") from error
+        raise MythosError(f"{folder}: its config.json has values of unexpected types: {error}") from error
 
 
-def map_foreign(foreign: ForeignModel, architecture: Architecture) -> Mapped:
-    """How the model's tensors become ours, if all of them do and none is missing.
+def map_foreign(foreign: ForeignModel, architecture: Architecture) -> MappedModel:
+    """How to compute our tensors from a foreign model.
 
-    Raises MythosError telling everything that is not as it should be.
+    Raises MythosError listing tensors that are missing, left over, of another shape or with other contents.
     """
-    held = len(foreign.shapes)
-    for name, count in foreign.values.items():  # before as many names as that are made
-        if name.startswith(("n_layers", "num_hidden_layers")) and isinstance(count, int) and count > held:
-            raise MythosError(f"{foreign.folder}: its config.json says {name} {count}, and there are {held} tensors")
+    count = len(foreign.shapes)
+    # A damaged config.json may ask for billions of layers: check before listing their names.
+    for name, layers in foreign.values.items():
+        if name.startswith(("n_layers", "num_hidden_layers")) and isinstance(layers, int) and layers > count:
+            raise MythosError(f"{foreign.folder}: its config.json says {name} {layers}, and there are {count} tensors")
     try:
         mapped = architecture.map(foreign.values)
     except MythosError as error:
         raise MythosError(f"{foreign.folder}: {error}") from error
     except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as error:
-        raise MythosError(f"{foreign.folder}: its config.json has values of other kinds: {error}") from error
-    with torch.device("meta"):
-        ours = {name: tuple(t.shape) for name, t in tensors_of(RecurrentDepthTransformer(mapped.config)).items()}
-    used = {name for made in mapped.made.values() for name in made.names}
-    problems = [f"{name} is not used" for name in sorted(foreign.shapes.keys() - used - mapped.unused)]
-    problems += [f"{name} is missing" for name in sorted(used - foreign.shapes.keys())]
-    problems += [f"nothing is there for our {name}" for name in sorted(ours.keys() - mapped.made.keys())]
-    problems += [f"our model has no {name}" for name in sorted(mapped.made.keys() - ours.keys())]
-    for name, made in mapped.made.items():
-        if name not in ours or not set(made.names) <= foreign.shapes.keys():
-            continue
-        given = {part: foreign.shapes[part] for part in made.names}
-        try:
-            with torch.device("meta"):
-                shape = tuple(made.make(*(torch.empty(part) for part in given.values())).shape)
-        except (RuntimeError, ValueError, IndexError):
-            shape = None
-        if shape != ours[name]:
-            told = ", ".join(f"{part} is {size}" for part, size in given.items())
-            problems.append(f"{told}, which does not make our {name}, {ours[name]}")
+        raise MythosError(f"{foreign.folder}: its config.json has values of unexpected types: {error}") from error
+    problems = tensor_problems(foreign, mapped)
     if not problems:
         checks = [check for name, check in mapped.checks.items() if name in foreign.shapes]
         try:
-            problems = [told for check in checks if (told := check(_float32(foreign))) is not None]
+            problems = [problem for check in checks if (problem := check(_float32(foreign))) is not None]
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            problems = [f"a tensor is of another shape: {short_reason(error)}"]
+            problems = [f"a tensor has another shape: {short_reason(error)}"]
     if problems:
-        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        more = f" and {len(problems) - MOST_PROBLEMS} more" if len(problems) > MOST_PROBLEMS else ""
         raise MythosError(
             f"{foreign.folder} is not the {architecture.name} that its config.json describes: "
-            f"{'; '.join(problems[:8])}{more}"
+            f"{'; '.join(problems[:MOST_PROBLEMS])}{more}"
         )
     return mapped
+
+
+def tensor_problems(foreign: ForeignModel, mapped: MappedModel) -> list[str]:
+    """Names and shapes that do not match, from shapes alone."""
+    with torch.device("meta"):
+        ours = {name: tuple(t.shape) for name, t in tensors_of(RecurrentDepthTransformer(mapped.config)).items()}
+    used = {name for derived in mapped.tensors.values() for name in derived.sources}
+    problems = [f"{name} is not used" for name in sorted(foreign.shapes.keys() - used - mapped.unused)]
+    problems += [f"{name} is missing" for name in sorted(used - foreign.shapes.keys())]
+    problems += [f"nothing corresponds to our {name}" for name in sorted(ours.keys() - mapped.tensors.keys())]
+    problems += [f"our model has no {name}" for name in sorted(mapped.tensors.keys() - ours.keys())]
+    for name, derived in mapped.tensors.items():
+        if name not in ours or not set(derived.sources) <= foreign.shapes.keys():
+            continue
+        shapes = {source: foreign.shapes[source] for source in derived.sources}
+        try:
+            with torch.device("meta"):
+                shape = tuple(derived.compute(*(torch.empty(size) for size in shapes.values())).shape)
+        except (RuntimeError, ValueError, IndexError):
+            shape = None
+        if shape != ours[name]:
+            sizes = ", ".join(f"{source} is {size}" for source, size in shapes.items())
+            problems.append(f"{sizes}, which does not give our {name}, {ours[name]}")
+    return problems
 
 
 def _float32(foreign: ForeignModel) -> Read:
     return lambda name: foreign.read(name).float()
 
 
-@contextlib.contextmanager
-def stored_foreign(foreign: ForeignModel, mapped: Mapped, tokenizer: Path | None, source: str) -> Iterator[StoredModel]:
-    """The model as if it were one of ours on a disk."""
+def stored_foreign(foreign: ForeignModel, mapped: MappedModel, tokenizer: Path | None, source: str) -> StoredModel:
+    """The foreign model with the interface of a stored model of ours."""
     with torch.device("meta"):
         model = RecurrentDepthTransformer(mapped.config).eval()
     read = _float32(foreign)
 
     def fill(tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items():
-            made = mapped.made[name]
-            tensor.copy_(made.make(*map(read, made.names)))
+            derived = mapped.tensors[name]
+            tensor.copy_(derived.compute(*map(read, derived.sources)))
 
-    yield StoredModel(model, fill, tokenizer, mapped.mean_loops, 0, None, source)
+    return StoredModel(model, fill, tokenizer, mapped.mean_loops, 0, None, source)
 
 
-def prepare_tokenizer(name: str | Path, architecture: Architecture, mapped: Mapped, folder: Path) -> Path:
-    """Write a tokenizer of somebody else's so that ours loads it, and look whether it is the model's."""
-    place = located(name, tokenizer_only=True)
-    called = place.name if Path(name).is_dir() else str(name)  # no path of this machine goes into an export
+def prepare_tokenizer(source: str | Path, architecture: Architecture, mapped: MappedModel, folder: Path) -> Path:
+    """Write a foreign tokenizer to `folder` in our format and return the folder.
+
+    Raises MythosError if it cannot be loaded, or if its size shows that it belongs to another model.
+    """
+    source_folder = local_folder(source, tokenizer_only=True)
     try:
-        fast = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-    except Exception as error:  # formats of many kinds share no base class
-        raise MythosError(f"tokenizer {name} cannot be loaded: {short_reason(error)}") from error
+        fast = AutoTokenizer.from_pretrained(source_folder, trust_remote_code=False)
+    except Exception as error:  # the many formats share no base class of errors
+        raise MythosError(f"tokenizer {source} cannot be loaded: {short_reason(error)}") from error
     vocabulary = fast.get_vocab()
     if fast.eos_token_id is None and END_OF_DOCUMENT not in vocabulary and architecture.end_token in vocabulary:
         fast.eos_token = architecture.end_token
     rows, size = int(mapped.config.vocab_size), max(vocabulary.values(), default=-1) + 1
     if not SMALLEST_SHARE * rows <= size <= rows:
         raise MythosError(
-            f"tokenizer {name} has {size} ids, and the model {rows}: it is of another model. Give the model's own by "
-            "--tokenizer, a folder or OWNER/NAME on the hub"
+            f"tokenizer {source} has {size} ids, and the model {rows}: it belongs to another model. Give the model's "
+            "own by --tokenizer, a folder or OWNER/NAME on the hub"
         )
-    Tokenizer(fast, {"name": called}).save(folder)
+    # `Tokenizer` itself refuses tokenizers that are not fast.
+    Tokenizer(fast, {"name": public_name(source)}).save(folder)
     return folder

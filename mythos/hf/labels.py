@@ -1,4 +1,4 @@
-"""Labels as transformers gives them: the ids themselves, the target of a position being the label after it."""
+"""Labels in transformers' convention: the input ids themselves; position i is trained on the label at i + 1."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,10 +7,10 @@ from mythos.model import IGNORE_INDEX
 
 
 def predicted_labels(labels: Tensor, mask: Tensor, *, shifted: bool = False) -> Tensor:
-    """Labels (B, S) int64 without those that padding would predict, which become -100.
+    """Labels (B, S) int64 with -100 in place of those that a padding position would predict.
 
-    mask is (B, S) bool, True at tokens. With `shifted` each label stands at the position that predicts it, else at the
-    one after that.
+    mask is (B, S) bool, True at tokens. With `shifted` each label is already at the position that predicts it;
+    otherwise it is one position later.
     """
     predicting = mask if shifted else F.pad(mask[:, :-1], (1, 0), value=True)
     return labels.masked_fill(~predicting, IGNORE_INDEX)

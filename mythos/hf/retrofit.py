@@ -1,9 +1,9 @@
-"""A dense pretrained transformer as a looped model: some of its layers become prelude, core and coda.
+"""Converts a dense pretrained transformer into a looped model: its layers become prelude, core and coda.
 
 After "Teaching Pretrained Language Models to Think Deeper with Retrofitted Recurrence" (arXiv 2511.07384): early layers
-make the prelude, later ones core and coda, and layers between may be left out. Its models concatenate state and input
-into a linear adapter; ours start from u = A * h + e, which is Delta * B = I and no norm on e, so that at one loop from
-a zero state the looped model computes what its layers compute one after the other.
+become the prelude, later ones core and coda, and layers in between may be dropped. The paper's models concatenate state
+and input into a linear adapter. Ours start from u = A * h + e, that is Delta * B = I and no norm on e, so one loop from
+a zero state computes exactly the chosen layers in sequence.
 """
 
 from collections.abc import Sequence
@@ -16,30 +16,32 @@ from typing import Any
 
 from mythos.config.inherited import TOKENIZER_FILE
 from mythos.errors import MythosError
+from mythos.hf import SHARD_SIZE
 from mythos.hf.card import model_card
-from mythos.hf.export import SHARD_SIZE, Exported, check_destination, write_export
-from mythos.hf.foreign import foreign_model, located, read_values
+from mythos.hf.export import Exported, check_destination, write_export
+from mythos.hf.foreign import foreign_model, local_folder, read_values
 from mythos.hf.importers.architecture import (
     LLAMA_LAYER,
     Architecture,
-    Mapped,
+    MappedModel,
     Values,
     add_llama_layer,
     add_tables,
-    checked,
-    differing,
-    filled,
+    constant,
+    exact_config,
     identity,
+    llama_problems,
     option,
-    unlike_llama,
+    setting_problems,
 )
-from mythos.hf.importing import map_foreign, prepare_tokenizer, stored_foreign
+from mythos.hf.importing import map_foreign, prepare_tokenizer, public_name, stored_foreign
 
 DECAY = 0.1
-"""Entries of A at the start: so small that more loops change little, which trained on better than 0.447."""
+"""Initial entries of A. So small that further loops change little at first; trained better than 0.447 in our runs."""
 DECAYS = (0.001, 0.997)
-"""What it may be, for log_a to be within its bounds."""
+"""Allowed range of the initial decay: outside, log_a would exceed its bounds."""
 LOOPS = 4
+"""Default mean number of loops at the end of the curriculum."""
 TRAIN_FILE = "train.yaml"
 
 DEFAULTS = {
@@ -52,17 +54,17 @@ DEFAULTS = {
     "tie_word_embeddings": False,
     "use_sliding_window": False,
 }
-"""Of `LlamaConfig` and those like it; what is not here is None."""
-NEEDED = {"attention_bias": False, "hidden_act": "silu", "mlp_bias": False, "use_sliding_window": False}
+"""Defaults of `LlamaConfig` and similar classes; other fields default to None."""
+REQUIRED = {"attention_bias": False, "hidden_act": "silu", "mlp_bias": False, "use_sliding_window": False}
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 NORMED = {"llama": False, "mistral": False, "qwen3": True}
-"""Whether queries and keys are normalised, by the architectures that are known, which are else alike."""
+"""Known architectures, and whether they normalise queries and keys. Otherwise they are the same."""
 QK_NORMS = {"attention.query_norm": ("self_attn.q_norm",), "attention.key_norm": ("self_attn.k_norm",)}
 
 
 @dataclass(frozen=True)
 class Layers:
-    """Which layers of the dense model, counted from 0, become what."""
+    """Layers of the dense model, counted from 0, that become prelude, core and coda."""
 
     prelude: Sequence[int]
     core: Sequence[int]
@@ -71,28 +73,28 @@ class Layers:
     def __post_init__(self) -> None:
         """Raises MythosError for an empty core, and for layers that do not ascend."""
         if not self.core:
-            raise MythosError("--core: got no layers; give those that are to be looped, e.g. 4-11")
+            raise MythosError("--core: got no layers; give the layers to loop, e.g. 4-11")
         for before, after in pairwise(self.chosen):
             if after <= before:
                 raise MythosError(
-                    f"--prelude, --core, --coda: got layer {after} after layer {before}; each layer may be taken once, "
-                    "and they must ascend from prelude to core to coda"
+                    f"--prelude, --core, --coda: got layer {after} after layer {before}; each layer may occur "
+                    "once, and they must ascend from prelude to core to coda"
                 )
 
     @property
     def chosen(self) -> list[int]:
-        """All of them, in their order."""
+        """The layers of all three parts, ascending."""
         return [*self.prelude, *self.core, *self.coda]
 
 
 @dataclass(frozen=True)
 class Retrofitted:
-    """What was made."""
+    """The result of a retrofit."""
 
     exported: Exported
     architecture: str
     dropped: list[int]
-    """Layers that were left out."""
+    """Layers of the dense model that were not used."""
 
 
 def retrofit(
@@ -107,77 +109,78 @@ def retrofit(
     dtype: str = "float32",
     max_shard_size: int | str = SHARD_SIZE,
 ) -> Retrofitted:
-    """Write a looped model made of a dense one's layers as an export, with a configuration that trains it on.
+    """Write a looped model built from a dense model's layers as an export, with a configuration to continue training.
 
-    The folder is written whole or not at all; weights are read tensor by tensor.
+    The folder appears complete or not at all; weights are read tensor by tensor.
 
     Args:
-        source: a folder, or OWNER/NAME of a repository of the hub.
+        source: a folder, or OWNER/NAME of a hub repository.
         folder: new or empty.
-        layers: what becomes of which layer.
-        loops: mean of training that the curriculum ends at.
-        decay: entries of A at the start, 0.001 to 0.997.
+        layers: the layers of each part.
+        loops: mean number of loops at the end of the curriculum.
+        decay: initial entries of A, 0.001 to 0.997.
         revision: commit, branch or tag of the repository.
-        tokenizer: folder or repository (default: what lies with the weights).
+        tokenizer: folder or repository (default: the one beside the weights).
         dtype: see `mythos.hf.export.export_model`.
         max_shard_size: see there.
 
     Raises:
-        MythosError: the folder has something in it or cannot be written; the source cannot be read, is of an
-            architecture that is not known or of a variant that ours has no equal of; it has not so many layers; tensors
-            are missing, left over or of other shapes; or there is no tokenizer that fits.
+        MythosError: the folder is not empty or cannot be written; the source cannot be read, is of an unknown
+            architecture or of a variant that our model cannot represent; a layer number is too large; tensors are
+            missing, left over or of another shape; or there is no matching tokenizer.
     """
     folder = check_destination(folder, dtype)
     if loops < 1:
         raise MythosError(f"--loops: got {loops}; give at least 1")
     if not DECAYS[0] <= decay <= DECAYS[1]:
         raise MythosError(f"--decay: got {decay:g}; allowed: {DECAYS[0]} to {DECAYS[1]}")
-    place = located(source, revision)
-    architecture = dense_architecture(place, read_values(place), layers, loops, decay)
-    with foreign_model(place) as foreign, TemporaryDirectory() as aside:
+    source_folder = local_folder(source, revision)
+    architecture = dense_architecture(source_folder, read_values(source_folder), layers, loops, decay)
+    with foreign_model(source_folder) as foreign, TemporaryDirectory() as temporary:
         mapped = map_foreign(foreign, architecture)
-        if tokenizer is None and not (place / TOKENIZER_FILE).is_file():
-            raise MythosError(f"{place} has no {TOKENIZER_FILE}: give the model's tokenizer by --tokenizer")
-        prepared = prepare_tokenizer(tokenizer or place, architecture, mapped, Path(aside) / "tokenizer")
-        with stored_foreign(foreign, mapped, prepared, str(source)) as stored:
-            name = str(source if place != Path(source) else place.name)
-            card = model_card(stored, folder.name, []) + f"\n## Source\n\nRetrofitted from `{name}`: {_told(layers)}.\n"
-            texts = {TRAIN_FILE: train_yaml(folder, mapped, name, layers)}
-            exported = write_export(stored, folder, card, dtype, max_shard_size, texts)
+        if tokenizer is None and not (source_folder / TOKENIZER_FILE).is_file():
+            raise MythosError(f"{source_folder} has no {TOKENIZER_FILE}: give the model's tokenizer by --tokenizer")
+        prepared = prepare_tokenizer(tokenizer or source_folder, architecture, mapped, Path(temporary) / "tokenizer")
+        stored = stored_foreign(foreign, mapped, prepared, str(source))
+        name = public_name(source)
+        card = model_card(stored, folder.name, [])
+        card += f"\n## Source\n\nRetrofitted from `{name}`: {_layer_summary(layers)}.\n"
+        texts = {TRAIN_FILE: train_yaml(folder, mapped, name, layers)}
+        exported = write_export(stored, folder, card, dtype, max_shard_size, texts)
     count = foreign.values["num_hidden_layers"]
     return Retrofitted(exported, architecture.name, [n for n in range(count) if n not in layers.chosen])
 
 
-def dense_architecture(place: Path, values: Values, layers: Layers, loops: int, decay: float) -> Architecture:
-    """How a dense model's tensors become those of a looped one.
+def dense_architecture(folder: Path, values: Values, layers: Layers, loops: int, decay: float) -> Architecture:
+    """The architecture of a dense model in `folder`, with the mapping to a looped one.
 
-    Raises MythosError for an architecture that is not known.
+    Raises MythosError for an unknown architecture.
     """
     kind = str(values.get("model_type"))
     if kind not in NORMED:
         raise MythosError(
-            f"{place} is of an architecture that is not known: model_type {kind!r}; known: {', '.join(NORMED)}"
+            f"{folder} is of an architecture that is not known: model_type {kind!r}; known: {', '.join(NORMED)}"
         )
-    return Architecture(kind, "", lambda _: True, lambda given: map_dense(kind, given, layers, loops, decay))
+    return Architecture(kind, "", lambda _: True, lambda config: map_dense(kind, config, layers, loops, decay))
 
 
-def map_dense(kind: str, values: Values, layers: Layers, loops: int, decay: float) -> Mapped:
-    """Our tensors as made of a dense model's. Raises MythosError for a variant that cannot be put into ours exactly."""
-    problems = [*unlike_llama(values, SIZES), *differing(values, DEFAULTS, NEEDED)]
+def map_dense(kind: str, values: Values, layers: Layers, loops: int, decay: float) -> MappedModel:
+    """Map a dense model. Raises MythosError for a variant that our model cannot represent exactly."""
+    problems = [*llama_problems(values, SIZES), *setting_problems(values, DEFAULTS, REQUIRED)]
     count = values.get("num_hidden_layers") or 0
     if layers.chosen[-1] >= count or layers.chosen[0] < 0:
-        problems.append(f"it has layers 0 to {count - 1}, and {layers.chosen[-1]} was asked for")
+        problems.append(f"it has layers 0 to {count - 1}, and {layers.chosen[-1]} was requested")
     if kind == "mistral" and values.get("sliding_window") is not None:
         problems.append(f"sliding_window: got {values['sliding_window']}; allowed: null")
-    # transformers writes one mapping since 5.0, and wrote two values before.
+    # transformers 5.0 and later write one mapping; earlier versions wrote two values.
     rope = {"rope_theta": option(values, DEFAULTS, "rope_theta")} | dict(
         values.get("rope_parameters") or values.get("rope_scaling") or {}
     )
     form = rope.get("rope_type", rope.get("type", "default"))
     if form != "default":
-        problems.append(f"rope_scaling: got {form}; allowed: none, for ours rotates by the plain frequencies")
+        problems.append(f"rope_scaling: got {form}; allowed: none, because our model has unscaled RoPE only")
     dim, heads, vocabulary = (values.get(name, 1) for name in ("hidden_size", "num_attention_heads", "vocab_size"))
-    config = checked(
+    config = exact_config(
         kind,
         problems,
         lambda: {
@@ -205,35 +208,35 @@ def map_dense(kind: str, values: Values, layers: Layers, loops: int, decay: floa
             "lora_rank": 0,
         },
     )
-    mapped = Mapped(config, loops)
-    made = mapped.made
+    mapped = MappedModel(config, loops)
+    tensors = mapped.tensors
     add_tables(mapped, "model.embed_tokens.weight", "model.norm.weight")
-    made["readout.weight"] = identity(dim)
-    made["recurrence.injection.dt"] = filled(dim, value=log(expm1(1)))  # Delta = 1
-    made["recurrence.injection.log_a"] = filled(dim, value=log(-log(decay)))
-    made["recurrence.injection.weight"] = identity(dim)
+    tensors["readout.weight"] = identity(dim)
+    tensors["recurrence.injection.dt"] = constant(dim, value=log(expm1(1)))  # Delta = 1
+    tensors["recurrence.injection.log_a"] = constant(dim, value=log(-log(decay)))
+    tensors["recurrence.injection.weight"] = identity(dim)
     names = LLAMA_LAYER | (QK_NORMS if NORMED[kind] else {})
     parts = {"prelude": layers.prelude, "recurrence.blocks": layers.core, "coda": layers.coda}
     for part, numbers in parts.items():
-        for place, layer in enumerate(numbers):
-            add_llama_layer(mapped, f"{part}.{place}", layer, names)
+        for index, layer in enumerate(numbers):
+            add_llama_layer(mapped, f"{part}.{index}", layer, names)
     for layer in range(count):
-        mapped.unused.add(f"model.layers.{layer}.self_attn.rotary_emb.inv_freq")  # earlier versions stored it
+        mapped.unused.add(f"model.layers.{layer}.self_attn.rotary_emb.inv_freq")  # stored by older versions
         if layer not in layers.chosen:
-            mapped.unused |= {f"model.layers.{layer}.{name}.weight" for of in names.values() for name in of}
+            mapped.unused |= {f"model.layers.{layer}.{name}.weight" for theirs in names.values() for name in theirs}
     return mapped
 
 
 TRAIN = """\
-# Trains {name} on, retrofitted with loops: {told}.
-# The curriculum and the optimizer are those of arXiv 2511.07384 (docs/finetuning.md). Its learning rate is scaled to
-# what updates of Muon measure here.
+# Continues training of {name}, retrofitted with loops: {summary}.
+# Curriculum and optimizer follow arXiv 2511.07384 (docs/finetuning.md). Its learning rate is rescaled to the size of
+# this implementation's Muon updates.
 run:
   name: {run}
-model: {{}}  # that of train.init_from
-tokenizer: {{}}  # likewise
+model: {{}}  # from train.init_from
+tokenizer: {{}}  # from train.init_from
 data:
-  # The first phase heals what was left out: take text like that of the pretraining, for instance
+  # The first phase recovers from the dropped layers. Use text like that of the pretraining, for instance
   #   kind: hub
   #   dataset: HuggingFaceFW/fineweb-edu
   #   subset: sample-10BT
@@ -262,12 +265,12 @@ eval:
 """
 
 
-def train_yaml(folder: Path, mapped: Mapped, name: str, layers: Layers) -> str:
-    """A configuration that trains a retrofitted model in `folder` on."""
+def train_yaml(folder: Path, mapped: MappedModel, name: str, layers: Layers) -> str:
+    """The text of a configuration that continues training of a retrofitted model in `folder`."""
     loops = mapped.mean_loops
-    told: dict[str, Any] = {
+    values: dict[str, Any] = {
         "name": name,
-        "told": _told(layers),
+        "summary": _layer_summary(layers),
         "run": _quoted(folder.name),
         "folder": _quoted(str(folder)),
         "length": min(1024, mapped.config.context_length),
@@ -275,15 +278,15 @@ def train_yaml(folder: Path, mapped: Mapped, name: str, layers: Layers) -> str:
         "backprop": min(8, 2 * loops),
         "depths": sorted({1, 2, 4, 8, loops, 2 * loops}),
     }
-    return TRAIN.format(**told)
+    return TRAIN.format(**values)
 
 
 def _quoted(text: str) -> str:
-    """Text as YAML, whatever is in it."""
+    """Any text as a YAML string."""
     return "'" + text.replace("'", "''") + "'"
 
 
-def _told(layers: Layers) -> str:
+def _layer_summary(layers: Layers) -> str:
     parts = {"prelude": layers.prelude, "core": layers.core, "coda": layers.coda}
     return ", ".join(f"{part} {_numbers(numbers)}" for part, numbers in parts.items())
 

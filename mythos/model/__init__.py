@@ -1,4 +1,4 @@
-"""The recurrent-depth transformer; reading data for it needs this much of it and no more, for imports take seconds."""
+"""The recurrent-depth transformer. This file stays free of torch: the data modules need only `IGNORE_INDEX`."""
 
 IGNORE_INDEX = -100
-"""The target of a position that asks for nothing."""
+"""Target of a position without loss; torch's default."""

@@ -1,10 +1,11 @@
-"""The model's dimensions and switches, independent of training, data and logging."""
+"""The model section of the configuration: dimensions, switches, and the registries of exchangeable parts."""
 
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field
 
+from mythos.model.registry import Contradiction, Registry
 from mythos.section import (
     Count,
     CountOrZero,
@@ -19,8 +20,14 @@ from mythos.section import (
     WidthOrZero,
 )
 
-# Rows of grouped and fused kernels must be 16-byte multiples, and vocabulary tiles are fastest at 128.
 VOCAB_MULTIPLE = 128
+"""The embedding's rows are padded to a multiple of this: a tile of the head's matmul kernels on GPUs."""
+
+Part = Literal["prelude", "core", "coda"]
+"""The stacks of blocks."""
+
+# Filled at the end of this file, one line for each entry.
+ATTENTIONS, CORES, FEED_FORWARDS, INJECTIONS, HALTING_RULES = (Registry() for _ in range(5))
 
 
 class ModelConfig(Section):
@@ -30,104 +37,105 @@ class ModelConfig(Section):
     """
 
     preset: str = "mythos_nano"
-    """Named size whose values the other fields of this section override; `mythos presets` prints all."""
+    """Named size that sets the other fields of this section unless they are given; `mythos presets` lists all."""
 
     # Size
     vocab_size: Identifiers | Literal["auto"] = "auto"
-    """Token ids the embedding has rows for (padded up to a multiple of 128); auto = the tokenizer's size."""
+    """Number of token ids (the embedding is padded to a multiple of 128 rows); auto = the tokenizer's size."""
     dim: Width = 128
     """Width D of the residual stream; a multiple of 8."""
     prelude_layers: LayersOrZero = 1
-    """Dense blocks run once before the loop."""
+    """Dense blocks that run once before the loop."""
     core_layers: Layers = 1
-    """Blocks inside the loop, run at every pass."""
+    """Blocks inside the loop; every pass runs all of them."""
     coda_layers: LayersOrZero = 1
-    """Dense blocks run once after the loop."""
+    """Dense blocks that run once after the loop."""
     context_length: Positions = 1024
-    """Longest sequence in tokens the model is meant for; no parameter depends on it."""
+    """Longest sequence in tokens that the model is meant for; no parameter depends on it."""
     tie_embeddings: bool = True
-    """Share one matrix between the token embedding and the output head."""
+    """Use one matrix as token embedding and output head."""
     scale_embeddings: bool = True
-    """Multiply the rows of the embedding by sqrt(dim); false where the model has been another's, whose rows are not."""
+    """Multiply embedding rows by sqrt(dim). Set to false for models imported from another code base, whose embedding
+    rows are not scaled."""
 
     # Attention
-    attention: Literal["gqa", "mla"] = "mla"
+    attention: Annotated[str, ATTENTIONS] = "mla"
     """Grouped-query attention (arXiv 2305.13245) or multi-head latent attention (arXiv 2405.04434)."""
     n_heads: Count = 2
     """Query heads."""
     n_kv_heads: Count = 1
-    """Key and value heads of gqa; must divide n_heads. Unused by mla."""
+    """gqa: key and value heads; must divide n_heads. Unused by mla."""
     head_dim: Width = 64
-    """Dimension of a gqa head; even, because RoPE rotates pairs. Unused by mla."""
+    """gqa: width of a head; even, because RoPE rotates pairs. Unused by mla."""
     kv_lora_rank: Width = 48
-    """mla: width of the latent that keys and values are expanded from (what a cache stores per token)."""
+    """mla: width of the latent that keys and values are expanded from; the cache stores it for every token."""
     q_lora_rank: WidthOrZero = 0
     """mla: width of the query latent; 0 projects queries directly from the residual stream."""
     qk_rope_head_dim: Width = 32
-    """mla: dimensions of a query or key head that carry RoPE; the rotated key is shared by all heads. Even."""
+    """mla: dimensions of a query or key head that carry RoPE; all heads share the rotated key. Even."""
     qk_nope_head_dim: Width = 32
-    """mla: dimensions of a query or key head without positions."""
+    """mla: dimensions of a query or key head without RoPE."""
     v_head_dim: Width = 64
-    """mla: dimension of a value head."""
+    """mla: width of a value head."""
     qk_norm: bool = True
     """RMSNorm on query and key heads (arXiv 2010.04245); in mla on the query heads and the shared rotated key."""
     qk_bias: bool = False
-    """gqa: a bias added to queries and keys before all else, as in Huginn (arXiv 2502.05171)."""
+    """gqa: add a bias to queries and keys before norm and RoPE, as in Huginn (arXiv 2502.05171)."""
     rope_theta: Annotated[float, Field(gt=1, le=1e15)] = 10_000.0
-    """Base of the RoPE frequencies (arXiv 2104.09864). Tables are computed, never stored."""
+    """Base of the RoPE frequencies (arXiv 2104.09864). Checkpoints store no tables: they are computed."""
     value_embeddings: bool = False
-    """gqa: every second layer, counted back from the last, adds a row of a table to the values of each token, weighted
+    """gqa: in every second layer, counted back from the last, add a learned row of the token to its values, weighted
     for each head by a gate on the layer's input (after arXiv 2410.17897, in the form of nanochat and Parcae)."""
     norm_eps: Small = 1e-6
     """Added to the mean square in every RMSNorm."""
     block_norm: Literal["pre", "peri", "sandwich"] = "pre"
-    """Where a block has RMSNorms: pre = before attention and feed-forward; peri = also after each, before its result is
-    added (Ouro, arXiv 2510.25741); sandwich = also on each sum (Huginn, arXiv 2502.05171)."""
+    """Where a block has RMSNorms: pre = before attention and feed-forward; peri = also on the output of each, before it
+    is added (Ouro, arXiv 2510.25741); sandwich = also on each sum (Huginn, arXiv 2502.05171)."""
 
     # Feed-forward
     ffn_dim: Width = 256
     """Hidden width of the dense feed-forward in prelude, coda and (core_ffn: dense) core; a multiple of 8."""
-    dense_ffn: Literal["swiglu", "relu2"] = "swiglu"
+    dense_ffn: Annotated[str, FEED_FORWARDS] = "swiglu"
     """Form of the dense feed-forward: swiglu is gated (arXiv 2002.05202), relu2 squares a ReLU (arXiv 2109.08668)."""
-    core_ffn: Literal["moe", "dense"] = "moe"
-    """Feed-forward of the core: mixture of experts or one dense feed-forward of width ffn_dim."""
+    core_ffn: Annotated[str, CORES] = "moe"
+    """Feed-forward of the core: a mixture of experts, or one dense feed-forward of width ffn_dim."""
     n_experts: Count = 8
     """Routed experts of a core block."""
     experts_per_token: Count = 2
-    """Routed experts a token is sent to (top-k); at most n_experts, and at least 2 to train."""
+    """Routed experts that a token is sent to (top-k); at most n_experts, and at least 2 to train."""
     expert_dim: Width = 64
     """Hidden width of a routed expert; a multiple of 8."""
     n_shared_experts: CountOrZero = 1
-    """Experts every token passes through."""
+    """Experts that every token passes through."""
     shared_expert_dim: Width = 64
     """Hidden width of one shared expert; a multiple of 8."""
     router_bias_rate: Weight = 1e-3
-    """Step gamma of the load-balancing bias, moved once per optimizer step (arXiv 2408.15664); 0 turns it off."""
+    """Step gamma of the load-balancing bias, which moves once per optimizer step (arXiv 2408.15664); 0 turns it off."""
 
     # Recurrence
     loops: Count = 8
-    """Passes through the core the model is trained for on average: the default of depth.mean and of inference."""
-    injection: Literal["lti", "linear", "add", "initial", "none"] = "lti"
-    """How the encoded input enters every pass: lti = stable by construction (rho(A) < 1), linear = one unconstrained
-    matrix over state and input, add = plain sum; initial = the first alone, the others read the normalised state (Ouro,
-    arXiv 2510.25741); none = a fixed-depth transformer whose core runs once."""
+    """Mean number of passes through the core in training: the default of depth.mean and of inference."""
+    injection: Annotated[str, INJECTIONS] = "lti"
+    """How the encoded input enters a pass: lti = stable by construction (rho(A) < 1); linear = one unconstrained
+    matrix over state and input; add = sum; initial = only in the first pass, later passes read the normalised state
+    (Ouro, arXiv 2510.25741); none = a fixed-depth transformer whose core runs once."""
     prelude_norm: bool = True
-    """RMSNorm on the prelude's output before it is injected (arXiv 2604.12946: without it long runs blow up)."""
+    """RMSNorm on the prelude's output before it is injected (arXiv 2604.12946: long runs diverge without it)."""
     readout_norm: bool = False
     """RMSNorm on the last state before it is read out, as in Huginn (arXiv 2502.05171)."""
     state_init: Literal["normal", "zero"] = "normal"
     """Initial state in training: truncated-normal noise of std sqrt(2 / (5 D)), or zeros. Evaluation starts at zero."""
     lora_rank: WidthOrZero = 4
-    """Rank of the core's depth-wise low-rank adapter, one scale vector a trained loop (arXiv 2410.20672); 0 = none."""
+    """Rank of the core's low-rank adapter, which has one scale vector per trained loop (arXiv 2410.20672); 0 = none."""
     loop_embedding: bool = False
     """Add a sinusoidal embedding of the loop index to the core's input."""
-    halting: Literal["none", "convergence", "second_difference", "gate", "act"] = "convergence"
-    """Rule by which a position stops looping at inference, unless the caller names another: convergence = its state has
-    nearly stopped to change, second_difference = the change has (arXiv 2509.23314), gate = a small network, trained
-    beside the model, expects no gain, act = adaptive computation time (arXiv 1603.08983), trained with the model, for
-    comparison only, none = all loops for all."""
+    halting: Annotated[str, HALTING_RULES] = "convergence"
+    """Rule by which a position stops looping at inference, unless the caller names another: none = all loops;
+    convergence = the relative change of its state is small; second_difference = the change of that change is small
+    (arXiv 2509.23314); gate = a small network, trained beside the model, expects no gain; act = adaptive computation
+    time (arXiv 1603.08983), trained with the model, for comparison only."""
     ponder_weight: Weight = 0.01
-    """act: weight of the ponder cost (passes plus remainder of a position) beside the loss in nats."""
+    """act: weight of the ponder cost (passes plus remainder of a position), relative to the loss in nats."""
 
 
 def padded_vocab_size(size: int) -> int:
@@ -135,35 +143,77 @@ def padded_vocab_size(size: int) -> int:
     return -(-size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
-def model_contradictions(config: ModelConfig) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yield the fields and the explanation of every pair of values that cannot hold together.
+def model_contradictions(config: ModelConfig) -> Iterator[Contradiction]:
+    """Yield the names of fields whose values cannot be combined, with an explanation.
 
-    Fields that the chosen attention or feed-forward does not use are not looked at.
+    Fields that the chosen attention or feed-forward does not use are not checked.
     """
-    widths = ["dim", "ffn_dim"]
-    if config.core_ffn == "moe":
-        widths += ["expert_dim", *(["shared_expert_dim"] if config.n_shared_experts else [])]
-        if config.experts_per_token > config.n_experts:
-            given = f"got {config.experts_per_token} and {config.n_experts}"
-            yield ("experts_per_token", "n_experts"), f"{given}; a token is sent to at most n_experts experts"
-    for name in widths:
+    yield from _multiples_of_8(config, "dim", "ffn_dim")
+    yield from CORES.contradictions(config.core_ffn, config)
+    yield from FEED_FORWARDS.contradictions(config.dense_ffn, config)
+    yield from ATTENTIONS.contradictions(config.attention, config)
+    yield from INJECTIONS.contradictions(config.injection, config)
+    yield from HALTING_RULES.contradictions(config.halting, config)
+
+
+def _multiples_of_8(config: ModelConfig, *names: str) -> Iterator[Contradiction]:
+    for name in names:
         if getattr(config, name) % 8:
             yield (name,), f"got {getattr(config, name)}; allowed: a multiple of 8 (rows of 16 bytes in bfloat16)"
 
-    if config.attention == "gqa" and config.n_heads % config.n_kv_heads:
-        given = f"got {config.n_heads} and {config.n_kv_heads}"
-        yield ("n_heads", "n_kv_heads"), f"{given}; n_kv_heads must divide n_heads"
-    if config.attention == "mla":
-        for name in ("value_embeddings", "qk_bias"):
-            if getattr(config, name):
-                rule = "latent attention has nothing of its own to add it to"
-                yield ("attention", name), f"got mla and true; {rule}: set attention to gqa, or leave out {name}"
-    rotated = "head_dim" if config.attention == "gqa" else "qk_rope_head_dim"
-    if getattr(config, rotated) % 2:
-        yield (rotated,), f"got {getattr(config, rotated)}; allowed: an even number (RoPE rotates pairs)"
 
-    if config.injection == "none":
-        for name, only in (("loops", 1), ("lora_rank", 0), ("loop_embedding", False)):
-            if getattr(config, name) != only:
-                rule = f"without injection the core runs once, so {name} must be {str(only).lower()}"
-                yield ("injection", name), f"got none and {str(getattr(config, name)).lower()}; {rule}"
+def _even(config: ModelConfig, name: str) -> Iterator[Contradiction]:
+    if getattr(config, name) % 2:
+        yield (name,), f"got {getattr(config, name)}; allowed: an even number (RoPE rotates pairs)"
+
+
+def _moe_rules(config: ModelConfig) -> Iterator[Contradiction]:
+    if config.experts_per_token > config.n_experts:
+        values = f"got {config.experts_per_token} and {config.n_experts}"
+        yield ("experts_per_token", "n_experts"), f"{values}; a token is sent to at most n_experts experts"
+    yield from _multiples_of_8(config, "expert_dim", *(["shared_expert_dim"] if config.n_shared_experts else []))
+
+
+def _gqa_rules(config: ModelConfig) -> Iterator[Contradiction]:
+    if config.n_heads % config.n_kv_heads:
+        values = f"got {config.n_heads} and {config.n_kv_heads}"
+        yield ("n_heads", "n_kv_heads"), f"{values}; n_kv_heads must divide n_heads"
+    yield from _even(config, "head_dim")
+
+
+def _mla_rules(config: ModelConfig) -> Iterator[Contradiction]:
+    for name in ("value_embeddings", "qk_bias"):
+        if getattr(config, name):
+            rule = f"latent attention does not support {name}"
+            yield ("attention", name), f"got mla and true; {rule}: set attention to gqa, or leave out {name}"
+    yield from _even(config, "qk_rope_head_dim")
+
+
+def _fixed_depth_rules(config: ModelConfig) -> Iterator[Contradiction]:
+    for name, only in (("loops", 1), ("lora_rank", 0), ("loop_embedding", False)):
+        if getattr(config, name) != only:
+            rule = f"without injection the core runs once, so {name} must be {str(only).lower()}"
+            yield ("injection", name), f"got none and {str(getattr(config, name)).lower()}; {rule}"
+
+
+# Name, class (imported at first use, because it imports torch), and what the class requires of other fields.
+ATTENTIONS.add("gqa", "mythos.model.attention.gqa:GroupedQueryAttention", _gqa_rules)
+ATTENTIONS.add("mla", "mythos.model.attention.mla:MultiHeadLatentAttention", _mla_rules)
+
+CORES.add("moe", "mythos.model.moe:MixtureCore", _moe_rules)
+CORES.add("dense", "mythos.model.moe:DenseCore")
+
+FEED_FORWARDS.add("swiglu", "mythos.model.layers:SwiGLU")
+FEED_FORWARDS.add("relu2", "mythos.model.layers:SquaredReLU")
+
+INJECTIONS.add("lti", "mythos.model.injection:LTIInjection")
+INJECTIONS.add("linear", "mythos.model.injection:LinearInjection")
+INJECTIONS.add("add", "mythos.model.injection:AddInjection")
+INJECTIONS.add("initial", "mythos.model.injection:InitialInjection")
+INJECTIONS.add("none", None, _fixed_depth_rules)
+
+HALTING_RULES.add("none", None)
+HALTING_RULES.add("convergence", "mythos.model.halting:Convergence")
+HALTING_RULES.add("second_difference", "mythos.model.halting:SecondDifference")
+HALTING_RULES.add("gate", "mythos.model.halting:Gate")
+HALTING_RULES.add("act", "mythos.model.halting:Act")

@@ -1,73 +1,93 @@
-"""When a position stops looping: rules that decide after every pass, and what is trained for them."""
+"""Halting: rules that decide after each pass which positions stop, and the modules that are trained for them."""
 
-from math import log
-from typing import TYPE_CHECKING, Protocol
+from math import inf, log
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mythos.model.config import HALTING_RULES, ModelConfig
 from mythos.model.layers import Initializer, constant, truncated_normal, without_autocast, zeros
-
-if TYPE_CHECKING:
-    from mythos.model.rdt import RecurrentDepthTransformer
-    from mythos.model.recurrence import LoopState
+from mythos.model.state import LoopState
 
 GATE_WIDTH = 64
 """Hidden width of the gate."""
 GATE_START = 0.05
-"""Nats that an untrained gate expects to be lost."""
+"""Loss in nats that an untrained gate predicts."""
 GATE_POSITIONS = 128
-"""Positions of a row that the gate learns from: their distributions over the vocabulary exist whole."""
+"""Positions of a row that the gate learns from; their logits over the whole vocabulary are kept in memory."""
 ACT_EPSILON = 0.01
-"""A position of act halts once its probabilities add up to 1 minus this."""
+"""With act a position halts once its probabilities add up to 1 minus this (arXiv 1603.08983)."""
 
 
 class HaltingRule(Protocol):
-    """Decides after each pass which positions stop; what it remembers of a position travels with it."""
+    """Decides after each pass which positions stop. Its memory of a position moves with the position."""
 
     def __call__(self, loop: int, before: Tensor, after: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Which of n positions stop after pass number `loop` (from 1), (n,) bool, and what to remember, (n, ...).
+        """Return which of n positions stop after pass `loop` (from 1), (n,) bool, and the new memory, (n, ...).
 
-        before and after are the states (n, D) float32; memory is what the pass before remembered, None in the first.
+        before and after are the states (n, D) float32; memory is that of the pass before, None in the first pass.
         """
         ...
 
     def result(self, state: Tensor, memory: Tensor | None) -> Tensor:
-        """What is read out for positions that stop with state (n, D)."""
+        """The state to read out, (n, D), for positions that stop with state (n, D)."""
         ...
 
 
-class LastState:
-    """Base of the rules that read out the state a position stops with."""
+class RegisteredRule:
+    """Base of the classes in the registry `HALTING_RULES`; implements `HaltingRule` together with `__call__`."""
+
+    default_threshold: ClassVar[float]
+    highest_threshold: ClassVar[float] = inf
+    trained_module: ClassVar[type[nn.Module] | None] = None
+    """The type of `RecurrentDepthTransformer.halting` that the rule needs; None if it needs no training."""
+    exclusive: ClassVar[bool] = False
+    """A model trained for this rule can use no other, because it is trained on this rule's `result`."""
+
+    def __init__(self, threshold: float) -> None:
+        self.threshold = threshold
+
+    @classmethod
+    def build_module(cls, config: ModelConfig) -> nn.Module | None:
+        """The module that a model trains for the rule; None if it trains nothing."""
+        return None
+
+    @classmethod
+    def of(cls, module: Any, threshold: float) -> "RegisteredRule":
+        """The rule at an exit threshold; `module` is the model's, of type `trained_module`."""
+        return cls(threshold)
+
+    def __call__(self, loop: int, before: Tensor, after: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """See `HaltingRule`."""
+        raise NotImplementedError
 
     def result(self, state: Tensor, memory: Tensor | None) -> Tensor:
         """The last state, (n, D)."""
         return state
 
 
-class Convergence(LastState):
-    """Stop where the state has nearly stopped to change: ||h_t - h_{t-1}|| < threshold * ||h_t||. Needs no training."""
+class Convergence(RegisteredRule):
+    """Stop when the state changes little: ||h_t - h_{t-1}|| < threshold * ||h_t||. Needs no training."""
 
-    def __init__(self, threshold: float) -> None:
-        self.threshold = threshold
+    default_threshold = 0.13
 
     def __call__(self, loop: int, before: Tensor, after: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """See `HaltingRule`."""
+        """See `HaltingRule`; no memory."""
         return (after - before).norm(dim=-1) < self.threshold * after.norm(dim=-1), None
 
 
-class SecondDifference(LastState):
-    """Stop where the change itself has stopped to change, relative to the state (arXiv 2509.23314).
+class SecondDifference(RegisteredRule):
+    """Stop when the change itself changes little, relative to the state (arXiv 2509.23314).
 
     ||(h_t - h_{t-1}) - (h_{t-1} - h_{t-2})|| < threshold * ||h_t||, from the second pass on. Needs no training.
     """
 
-    def __init__(self, threshold: float) -> None:
-        self.threshold = threshold
+    default_threshold = 0.15
 
     def __call__(self, loop: int, before: Tensor, after: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """See `HaltingRule`."""
+        """See `HaltingRule`; remembers the change, (n, D)."""
         change = after - before
         if memory is None:
             return torch.zeros(len(after), dtype=torch.bool, device=after.device), change
@@ -75,13 +95,13 @@ class SecondDifference(LastState):
 
 
 class HaltingGate(nn.Module):
-    """Expects, after each pass, what a position would lose by stopping there: a scalar per position and loop.
+    """Predicts after each pass the loss in nats of stopping a position there: a scalar per position and loop.
 
-    Trained beside the model on detached states, so that it cannot harm the trunk. What it learns is the mean of
-    KL(p_T || p_t), the divergence of the distribution read out after t loops from the full depth's: the expected
-    difference of the two losses, if the token is drawn from the full depth's distribution. The difference for the one
-    token that came (Ouro, arXiv 2510.25741, learns from it) has the same mean in a calibrated model and far more noise.
-    All in float32.
+    Trained beside the model on detached states, so that it cannot harm the trunk. It learns the mean of KL(p_T || p_t),
+    the divergence of the distribution read out after t loops from that of the full depth. This is the expected
+    difference of the two losses if the token is drawn from the full depth's distribution. The difference for the one
+    token in the data (which Ouro, arXiv 2510.25741, learns from) has the same mean in a calibrated model and far more
+    noise. All in float32.
     """
 
     float32 = ("hidden", "hidden_bias", "out", "out_bias")
@@ -100,36 +120,49 @@ class HaltingGate(nn.Module):
         }
 
     def forward(self, before: Tensor, after: Tensor) -> Tensor:
-        """Log of the expected nats lost, (n,), from the states (n, D) before and after a pass."""
+        """Log of the expected loss in nats, (n,), from the states (n, D) before and after a pass."""
         with without_autocast(after):
             norm = after.norm(dim=-1, keepdim=True)
-            change = ((after - before).norm(dim=-1, keepdim=True) / norm).clamp_min(1e-6).log()
-            features = torch.cat((F.rms_norm(after, after.shape[-1:]), change), dim=-1)
+            log_change = ((after - before).norm(dim=-1, keepdim=True) / norm).clamp_min(1e-6).log()
+            features = torch.cat((F.rms_norm(after, after.shape[-1:]), log_change), dim=-1)
             return F.silu(F.linear(features, self.hidden, self.hidden_bias)) @ self.out + self.out_bias
 
     def loss(self, before: Tensor, after: Tensor, divergence: Tensor, weight: Tensor) -> Tensor:
-        """Poisson regression on divergences (n,) in nats, a weighted sum: least where exp(output) is their mean."""
-        expected = self(before, after).clamp(max=5.0)
-        return ((expected.exp() - divergence * expected) * weight).sum()
+        """Poisson regression on divergences (n,) in nats, a weighted sum; minimal where exp(output) is their mean."""
+        predicted_log = self(before, after).clamp(max=5.0)  # bounds exp in the first steps
+        return ((predicted_log.exp() - divergence * predicted_log) * weight).sum()
 
 
-class Gate(LastState):
-    """Stop where the model's gate expects to lose less than `threshold` nats by it."""
+class Gate(RegisteredRule):
+    """Stop when the model's gate predicts a loss below `threshold` nats."""
+
+    default_threshold = 0.005
+    trained_module = HaltingGate
 
     def __init__(self, gate: HaltingGate, threshold: float) -> None:
+        super().__init__(threshold)
         self.gate = gate
-        self.threshold = threshold
+
+    @classmethod
+    def build_module(cls, config: ModelConfig) -> HaltingGate:
+        """An untrained gate."""
+        return HaltingGate(config.dim)
+
+    @classmethod
+    def of(cls, module: HaltingGate, threshold: float) -> "Gate":
+        """The rule of a model's gate."""
+        return cls(module, threshold)
 
     def __call__(self, loop: int, before: Tensor, after: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """See `HaltingRule`."""
+        """See `HaltingRule`; no memory."""
         return self.gate(before, after).exp() < self.threshold, None
 
 
 class ActHalting(nn.Module):
     """Halting probabilities of adaptive computation time (Graves, arXiv 1603.08983; per position: arXiv 1807.03819).
 
-    For comparison: what is read out is the average of the states, weighted by the probabilities, which makes the loss
-    flat in depth. The remainder goes to a position's last loop, so that weights add up to 1 whatever the probabilities.
+    For comparison: the readout is the average of the states, weighted by the probabilities, which makes the loss flat
+    in depth. A position's last loop gets the remainder, so that the weights add up to 1 for any probabilities.
     """
 
     float32 = ("weight", "bias")
@@ -138,6 +171,7 @@ class ActHalting(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim))
         self.bias = nn.Parameter(torch.empty(1))
+        # sigmoid(bias) = 1 / loops: an untrained model halts after about `loops` passes.
         self.initializers: dict[str, Initializer] = {"weight": zeros, "bias": constant(-log(max(loops, 2) - 1))}
 
     def forward(self, state: Tensor) -> Tensor:
@@ -146,12 +180,27 @@ class ActHalting(nn.Module):
             return torch.sigmoid(F.rms_norm(state, state.shape[-1:]) @ self.weight + self.bias)
 
 
-class Act:
-    """The rule of act: stop where the probabilities add up to `threshold` or more."""
+class Act(RegisteredRule):
+    """Adaptive computation time: stop when the halting probabilities add up to `threshold` or more."""
+
+    default_threshold = 1 - ACT_EPSILON
+    highest_threshold = 1.0
+    trained_module = ActHalting
+    exclusive = True
 
     def __init__(self, halting: ActHalting, threshold: float) -> None:
+        super().__init__(threshold)
         self.halting = halting
-        self.threshold = threshold
+
+    @classmethod
+    def build_module(cls, config: ModelConfig) -> ActHalting:
+        """Untrained halting probabilities."""
+        return ActHalting(config.dim, config.loops)
+
+    @classmethod
+    def of(cls, module: ActHalting, threshold: float) -> "Act":
+        """The rule of a model's probabilities."""
+        return cls(module, threshold)
 
     def __call__(self, loop: int, before: Tensor, after: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """See `HaltingRule`; remembers (n, 1 + D): the sum of the probabilities and the weighted sum of the states."""
@@ -161,96 +210,122 @@ class Act:
         return memory[:, 0] >= self.threshold, memory
 
     def result(self, state: Tensor, memory: Tensor | None) -> Tensor:
-        """The average of the states; the last one takes what the probabilities leave, (n, D)."""
-        assert memory is not None
+        """The average of the states, (n, D); the last state gets the remaining weight."""
+        assert memory is not None  # a position stops after at least one pass
         return memory[:, 1:] + (1 - memory[:, :1]) * state
 
 
 class Pondering:
-    """Act in training: the average state and the ponder cost of rows that join as their time comes.
+    """Act in training: the average state and the ponder cost of rows that join the loop at different passes.
 
-    Differs from decoding in one thing: positions that have halted go on in the loop, as others see them.
+    Unlike in decoding, positions that have halted stay in the loop, because others see them.
     """
 
     def __init__(self, halting: ActHalting) -> None:
         self.halting = halting
-        self.kept: tuple[Tensor, Tensor, Tensor] | None = None
-        """Probabilities so far, 1 where halted, (n, S); weighted sum of states, (n, S, D); what it would cost to end
-        here, (n, S)."""
+        self._sums: tuple[Tensor, Tensor, Tensor] | None = None
+        """Sum of probabilities, 1 if halted, (n, S); weighted sum of states, (n, S, D); cost of ending now, (n, S)."""
 
-    def observe(self, done: "LoopState") -> None:
-        """Add a pass. Passes without gradient give none to the probabilities either, and so keep nothing."""
-        state = done.state
+    def observe(self, after: LoopState) -> None:
+        """Add a pass. The probabilities of passes without gradient get none either, so they save no activations."""
+        state = after.state
         with torch.set_grad_enabled(state.requires_grad):
-            total, average, cost = self.kept or (state[:0, :, 0], state[:0], state[:0, :, 0])
+            total, average, cost = self._sums or (state[:0, :, 0], state[:0], state[:0, :, 0])
             joined = len(state) - len(total)
-            total, cost = (F.pad(kept, (0, 0, 0, joined)) for kept in (total, cost))
+            total, cost = (F.pad(sums, (0, 0, 0, joined)) for sums in (total, cost))
             average = F.pad(average, (0, 0, 0, 0, 0, joined))
             p, running = self.halting(state), total < 1
             halts = running & (total + p >= 1 - ACT_EPSILON)
             weight = torch.where(halts, 1 - total, p) * running
-            # Passes plus remainder (Graves, section 2.2), if this is the last; gradient flows through the remainder.
-            cost = torch.where(running, done.slots.unsqueeze(1) + 2 - total, cost)
+            # Passes plus remainder (Graves, section 2.2) if this pass is the last; the remainder carries the gradient.
+            cost = torch.where(running, after.slots.unsqueeze(1) + 2 - total, cost)
             total = torch.where(halts, 1.0, total + p * running)
-            self.kept = total, average + weight.unsqueeze(-1) * state, cost
+            self._sums = total, average + weight.unsqueeze(-1) * state, cost
 
     def result(self, state: Tensor) -> Tensor:
-        """The average of the states, (n, S, D), if the loop ends here: the last one takes what is left."""
-        assert self.kept is not None
-        total, average, _ = self.kept
+        """The average of the states, (n, S, D), if the loop ends with `state`, which gets the remaining weight."""
+        assert self._sums is not None  # `observe` was called after every pass
+        total, average, _ = self._sums
         return average + (1 - total).unsqueeze(-1) * state
 
     def ponder_cost(self) -> Tensor:
         """Passes plus remainder of each position, (n, S)."""
-        assert self.kept is not None
-        return self.kept[2]
+        assert self._sums is not None
+        return self._sums[2]
 
 
-def build_halting(name: str, dim: int, loops: int) -> HaltingGate | ActHalting | None:
-    """What `model.halting` adds to the model's parameters."""
-    if name == "gate":
-        return HaltingGate(dim)
-    return ActHalting(dim, loops) if name == "act" else None
+def rule_class(name: str) -> type[RegisteredRule] | None:
+    """The class of a halting rule, None for `none`."""
+    return HALTING_RULES[name]
 
 
-THRESHOLDS = {"convergence": 0.13, "second_difference": 0.15, "gate": 0.005, "act": 1 - ACT_EPSILON}
-"""Exit threshold of each rule where none is given: relative change of the state, the same, nats, total probability."""
-HALTING_RULES = ("none", *THRESHOLDS)
+def build_halting(config: ModelConfig) -> nn.Module | None:
+    """The module that `model.halting` adds to a model; None if the rule trains nothing."""
+    rule = rule_class(config.halting)
+    return None if rule is None else rule.build_module(config)
 
 
-def halting_rule(
-    model: "RecurrentDepthTransformer", name: str | None = None, threshold: float | None = None
-) -> HaltingRule | None:
-    """The rule called `name` (default: the model's) at an exit threshold (default: the rule's); None for `none`.
+def default_threshold(name: str) -> float:
+    """Exit threshold of a rule unless the caller gives one; its unit is the rule's.
 
-    Raises ValueError for a name that is unknown, a rule that the model was not trained for, or a threshold that is not
-    above 0 (act: up to 1), or that no rule is there for.
+    Raises KeyError for unknown names, and ValueError for `none`.
     """
-    name = model.config.halting if name is None else name
-    if name not in HALTING_RULES:
-        raise ValueError(f"halting: got {name!r}; allowed: {', '.join(HALTING_RULES)}")
-    if name == "none":
+    rule = rule_class(name)
+    if rule is None:
+        raise ValueError(f"halting is {name}, which has no exit threshold")
+    return rule.default_threshold
+
+
+class HaltingModel(Protocol):
+    """What `halting_rule` reads of a model."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's configuration."""
+        ...
+
+    @property
+    def halting(self) -> nn.Module | None:
+        """The module trained for the configured rule."""
+        ...
+
+
+def halting_rule(model: HaltingModel, name: str | None = None, threshold: float | None = None) -> HaltingRule | None:
+    """The rule `name` (default: the model's) at an exit threshold (default: the rule's); None for `none`.
+
+    Raises ValueError for an unknown name, a rule that the model was not trained for, or a threshold that is not above 0
+    (act: at most 1) or given for `none`.
+    """
+    own, name = model.config.halting, model.config.halting if name is None else name
+    if name not in HALTING_RULES.names:
+        raise ValueError(f"halting: got {name!r}; allowed: {', '.join(HALTING_RULES.names)}")
+    rule = rule_class(name)
+    if rule is None:
         if threshold is not None:
-            rules = ", ".join(THRESHOLDS)
+            rules = ", ".join(other for other in HALTING_RULES.names if rule_class(other) is not None)
             raise ValueError(f"exit threshold {threshold:g}: halting is none, and a threshold needs a rule ({rules})")
         return None
-    threshold = THRESHOLDS[name] if threshold is None else threshold
-    highest = 1.0 if name == "act" else float("inf")
-    if not 0 < threshold <= highest or threshold == float("inf"):
-        bound = "above 0 and at most 1" if name == "act" else "a number above 0"
+    threshold = rule.default_threshold if threshold is None else threshold
+    if not 0 < threshold <= rule.highest_threshold or threshold == inf:
+        bound = "a number above 0"
+        if rule.highest_threshold < inf:
+            bound = f"above 0 and at most {rule.highest_threshold:g}"
         raise ValueError(f"exit threshold of {name}: got {threshold:g}; allowed: {bound}")
-    if isinstance(model.halting, ActHalting):  # what the others read out is not what it was trained to read out
-        if name == "act":
-            return Act(model.halting, threshold)
-        raise ValueError(f"halting: got {name!r}, and this model was trained with model.halting=act; allowed: act")
-    if name == "convergence":
-        return Convergence(threshold)
-    if name == "second_difference":
-        return SecondDifference(threshold)
-    if name == "gate" and isinstance(model.halting, HaltingGate):
-        return Gate(model.halting, threshold)
-    gate = ", gate" if isinstance(model.halting, HaltingGate) else ""
-    raise ValueError(
-        f"halting: got {name!r}, and this model was trained with model.halting={model.config.halting}; "
-        f"allowed: none, convergence, second_difference{gate}"
-    )
+    if name not in (usable := usable_rules(model)):
+        allowed = ", ".join(usable)
+        raise ValueError(
+            f"halting: got {name!r}, and this model was trained with model.halting={own}; allowed: {allowed}"
+        )
+    return rule.of(model.halting, threshold)
+
+
+def usable_rules(model: HaltingModel) -> list[str]:
+    """Names of the rules that a model can use: those without training, and the one that it was trained for."""
+    own = rule_class(model.config.halting)
+    if own is not None and own.exclusive:
+        return [model.config.halting]
+    return [
+        name
+        for name in HALTING_RULES.names
+        if (rule := rule_class(name)) is None or rule.trained_module is None or rule is own
+    ]

@@ -1,10 +1,11 @@
-"""The small parts every block is made of, and their deterministic initialisation."""
+"""Linear maps, norms, feed-forwards and RoPE, and the deterministic initialisation of parameters."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from hashlib import blake2b
 from math import erf, sqrt
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from mythos.model.config import FEED_FORWARDS, ModelConfig
 from mythos.model.ops.matmul import linear, without_autocast
 from mythos.model.ops.recompute import recomputable
 
 Initializer = Callable[[Tensor, np.random.Generator], None]
-"""Fills a tensor that is whole, contiguous, float32 and on the CPU."""
+"""Fills a tensor, which is unsharded, contiguous, float32 and on the CPU."""
 
 
 def zeros(weight: Tensor, generator: np.random.Generator) -> None:
@@ -30,8 +32,7 @@ def ones(weight: Tensor, generator: np.random.Generator) -> None:
     weight.fill_(1.0)
 
 
-# Initializers are functions of this module and partial calls of them, not closures: modules keep them, and a closure
-# cannot be pickled.
+# Initializers are module functions or partials of them, not closures: modules store them and must stay picklable.
 
 
 def identity(scale: float = 1.0) -> Initializer:
@@ -45,7 +46,7 @@ def constant(value: float) -> Initializer:
 
 
 def truncated_normal(fan_in: int) -> Initializer:
-    """Normal of std sqrt(2 / (5 fan_in)), cut at three standard deviations (Huginn, arXiv 2502.05171)."""
+    """Normal of std sqrt(2 / (5 fan_in)), truncated at three standard deviations (Huginn, arXiv 2502.05171)."""
     return partial(_fill_truncated_normal, sqrt(2 / (5 * fan_in)))
 
 
@@ -58,28 +59,28 @@ def _fill_constant(value: float, weight: Tensor, generator: np.random.Generator)
 
 
 def _fill_truncated_normal(std: float, weight: Tensor, generator: np.random.Generator) -> None:
-    within = erf(3 / sqrt(2))  # the share of a normal distribution within three standard deviations
-    # By the inverse distribution function: 5 times as fast as nn.init.trunc_normal_, which draws until all fit.
+    within = erf(3 / sqrt(2))  # share of a normal distribution within three standard deviations
+    # Inverse distribution function: 5 times as fast as nn.init.trunc_normal_, which redraws until all values fit.
     generator.random(out=weight.detach().numpy(), dtype=np.float32)
-    # Draws are multiples of 2^-24 from 0 to 1 - 2^-24; half a step more makes them symmetric.
+    # Draws are multiples of 2^-24 from 0 to 1 - 2^-24. Adding half a step makes them symmetric around 1/2.
     weight.add_(2**-25 - 0.5).mul_(2 * within).erfinv_().mul_(sqrt(2) * std)
 
 
 def random_stream(seed: int, name: str, expert: int | None = None) -> np.random.Generator:
-    """Generator of the values of one parameter, or of one expert's matrix in a stack of them.
+    """Random generator for one parameter, or for one expert's matrix in a stack.
 
-    Philox has a key of 128 bits, here a digest of the three arguments: the probability that any two of a million
-    streams are the same is 2e-27. A torch generator on the CPU uses only the low 32 bits of its seed; with that, two of
-    100,000 experts would start equal with a probability of 69%.
+    The key of Philox has 128 bits; here it is a digest of the three arguments. The probability that any two of a
+    million streams are equal is 2e-27. A torch CPU generator uses only the low 32 bits of its seed: two of 100,000
+    experts would start equal with a probability of 69%.
     """
     text = f"{seed}/{name}" if expert is None else f"{seed}/{name}/{expert}"
     return np.random.Generator(np.random.Philox(key=int.from_bytes(blake2b(text.encode(), digest_size=16).digest())))
 
 
 def starting_value(model: nn.Module, name: str, seed: int) -> Tensor:
-    """The value that a parameter which is no stack of experts starts from: whole, on the CPU, float32.
+    """Initial value of a parameter that is not a stack of experts: a function of (seed, name).
 
-    A function of (seed, name).
+    Unsharded, float32, on the CPU.
     """
     value = torch.empty(model.get_parameter(name).shape, dtype=torch.float32, device="cpu")
     _initializer(model, name)(value, random_stream(seed, name))
@@ -88,7 +89,7 @@ def starting_value(model: nn.Module, name: str, seed: int) -> Tensor:
 
 @torch.no_grad()
 def place(value: Tensor, parameter: Tensor) -> None:
-    """Copy a whole value, which every rank has, into a parameter, of which a rank may hold a shard: nothing is sent."""
+    """Copy an unsharded value into a parameter, which may be sharded. Every rank has the value: nothing is sent."""
     if isinstance(parameter, DTensor):
         value = value.to(parameter.device)
         value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
@@ -97,11 +98,12 @@ def place(value: Tensor, parameter: Tensor) -> None:
 
 @torch.no_grad()
 def initialize(model: nn.Module, seed: int) -> None:
-    """Fill every parameter from (seed, its name), drawn on the CPU in float32: the same on every device and world size.
+    """Fill every parameter as a function of (seed, its name): the same values on every device and world size.
 
-    Each module that owns parameters declares `initializers`, one per parameter, and in `float32` those that are never
-    computed with in bfloat16. A parameter of three dimensions is a stack of experts' matrices, each a function of
-    (seed, name, expert): a rank draws only those that it holds or holds a part of, one at a time. Buffers start at 0.
+    Values are drawn on the CPU in float32. A module that owns parameters declares `initializers`, one per parameter,
+    and lists in `float32` the parameters that are never used in bfloat16. A parameter of three dimensions is a stack of
+    experts' matrices, each a function of (seed, name, expert): a rank draws only the matrices of which it has a shard,
+    one at a time. Buffers start at 0.
     """
     for name, parameter in model.named_parameters():
         initializer = _initializer(model, name)
@@ -117,12 +119,12 @@ def initialize(model: nn.Module, seed: int) -> None:
 
 def _initializer(model: nn.Module, name: str) -> Initializer:
     owner_name, _, leaf = name.rpartition(".")
-    return model.get_submodule(owner_name).initializers[leaf]
+    return vars(model.get_submodule(owner_name))["initializers"][leaf]
 
 
 def _draw_stack(initializer: Initializer, parameter: Tensor, seed: int, name: str) -> None:
-    """Fill a stack (E, n, m), or the shard of it that this rank holds, with one matrix (n, m) beside it."""
-    experts, rows, columns = (_held(parameter, dim) for dim in range(3))
+    """Fill a stack (E, n, m), or this rank's shard of it, using memory for one more matrix (n, m)."""
+    experts, rows, columns = (_local_slice(parameter, dim) for dim in range(3))
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     matrix = torch.empty(parameter.shape[1:], dtype=torch.float32, device="cpu")
     for index, expert in enumerate(range(experts.start, experts.stop)):
@@ -130,76 +132,75 @@ def _draw_stack(initializer: Initializer, parameter: Tensor, seed: int, name: st
         local[index].copy_(matrix[rows, columns])
 
 
-def _held(parameter: Tensor, dim: int) -> slice:
-    """What this rank holds of a parameter's dimension."""
+def _local_slice(parameter: Tensor, dim: int) -> slice:
+    """The range of a dimension's indices that this rank's shard covers."""
     if not isinstance(parameter, DTensor):
         return slice(0, parameter.shape[dim])
-    # By sharding the indices as the dimension is sharded.
+    # Shard the indices in the same way as the dimension.
     placements = [Shard(0) if placement.is_shard(dim) else Replicate() for placement in parameter.placements]
     indices = torch.arange(parameter.shape[dim], device=parameter.device)
-    held = distribute_tensor(indices, parameter.device_mesh, placements, src_data_rank=None).to_local().tolist()
-    return slice(held[0], held[-1] + 1) if held else slice(0, 0)
+    local = distribute_tensor(indices, parameter.device_mesh, placements, src_data_rank=None).to_local().tolist()
+    return slice(local[0], local[-1] + 1) if local else slice(0, 0)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The type that autocast gives matrix products on x's device, or x's own."""
+    """The type of matmuls on x's device under autocast; x's own type without."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def autocast_to(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[None]:
-    """Matrix products on a device in a type; float32 is what they are in without autocast."""
+    """Context in which matmuls on a device run in `dtype`; autocast stays off for float32."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 class Linear(nn.Linear):
     """y = x W^T without bias; W is (out_features, in_features).
 
-    An `nn.Linear`, so that adapter libraries such as PEFT know it. They replace it by a wrapper: who calls `recomputed`
-    and `applied_weight` instead of a method or `weight` gets what the wrapper computes.
+    A subclass of `nn.Linear`, so that adapter libraries such as PEFT recognise it and replace it by their wrapper.
+    Callers use `recomputed` and `applied_weight`, which also work on a wrapper, instead of methods and `weight`.
     """
 
     def __init__(self, in_features: int, out_features: int, init: Initializer | None = None) -> None:
         super().__init__(in_features, out_features, bias=False)
         self.in_pass: Tensor | None = None
-        """The weight as a pass of the loop uses it, while that runs (`Recurrence.run`)."""
+        """The weight to use during a pass of the loop; set by `Recurrence.run`, None outside."""
         self.initializers = {"weight": init or truncated_normal(in_features)}
 
     def reset_parameters(self) -> None:
-        """Draw nothing: `initialize` fills the weight."""
+        """Do nothing: `initialize` fills the weight."""
 
     def forward(self, x: Tensor, in_pass: Tensor | None = None) -> Tensor:
         """(..., in_features) -> (..., out_features), in the autocast type.
 
-        `in_pass` is the weight to use instead of the attribute of that name.
+        `in_pass` overrides the attribute of that name.
         """
         in_pass = self.in_pass if in_pass is None else in_pass
         return linear(x, self.weight if in_pass is None else in_pass)
 
 
 def recomputed(module: nn.Module, x: Tensor) -> Tensor:
-    """`module(x)`, which selective checkpointing computes again, with the weight that this pass has now.
+    """`module(x)`, which selective checkpointing recomputes in the backward pass, with this pass's weight.
 
-    A module other than `Linear`, such as an adapter's wrapper of one, is simply called.
+    A module other than `Linear`, such as an adapter's wrapper, is called without recomputation.
     """
     return recomputable(module, x, module.in_pass) if isinstance(module, Linear) else module(x)
 
 
 def applied_weight(module: nn.Module) -> Tensor:
-    """(out_features, in_features) matrix that a linear module applies.
-
-    That of an adapter's wrapper includes the adapter: it is read off the images of the unit vectors.
-    """
+    """(out_features, in_features) matrix that a linear module applies, an adapter's contribution included."""
     if isinstance(module, Linear):
         return module.weight
+    # A wrapper: apply it to the unit vectors.
     weight = module.weight
+    assert isinstance(weight, Tensor)
     return module(torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)).T
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm with a learned scale (arXiv 1910.07467), always computed in float32.
+    """Root-mean-square norm with a learned scale (arXiv 1910.07467), computed in float32.
 
-    With `cast` the result is in the autocast type, for the matrix products that read it; without, it is float32.
+    With `cast` the result is in the autocast type, for the matmuls that read it; without, it is float32.
     """
 
     float32 = ("weight",)
@@ -217,7 +218,7 @@ class RMSNorm(nn.Module):
         return recomputable(self.normed, x)
 
     def normed(self, x: Tensor) -> Tensor:
-        """The same, without a mark."""
+        """`forward` without selective checkpointing."""
         dtype = autocast_dtype(x) if self.cast else torch.float32
         if x.is_cuda or torch.compiler.is_compiling():
             return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(dtype)
@@ -229,11 +230,11 @@ class RMSNorm(nn.Module):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Two to three times as fast as F.rms_norm on a CPU, which has no kernel of its own, and keeps its input alone."""
+    """RMSNorm that saves only its input; 2 to 3 times as fast as F.rms_norm on a CPU, where torch has no kernel."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        values = x.float()  # products of two types, and sums of bfloat16, take twice as long
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        values = x.float()  # mixed types and bfloat16 sums take twice as long on a CPU
         norm = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
         scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
@@ -241,31 +242,45 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        # With s the scale, g the gradient and w the weight, of x: s (g w - x s^2 sum(g w x) / D).
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        # With scale s, gradient g and weight w, the gradient of x is s (g w - x s^2 sum(g w x) / D).
         x, weight, scale = ctx.saved_tensors
         gradient, values, scales = gradient.float(), x.float(), scale.flatten()
         products = (gradient * values).flatten(0, -2)
-        with without_autocast(gradient):  # in which a caller may run the backward pass
-            of_weight = scales @ products
+        with without_autocast(gradient):  # a caller may run the backward pass under autocast
+            grad_weight = scales @ products
             along = (products @ weight).mul_(scales**3).div_(-x.shape[-1]).view_as(scale)
-        return (gradient * weight).mul_(scale).addcmul_(values, along).to(x.dtype), of_weight, None, None
+        return (gradient * weight).mul_(scale).addcmul_(values, along).to(x.dtype), grad_weight, None, None
 
 
-class SwiGLU(nn.Module):
-    """Gated feed-forward W_down(silu(W_gate x) * W_up x) (arXiv 2002.05202); gate and up share one product."""
+class FeedForward(nn.Module):
+    """Base of the classes in the registry `FEED_FORWARDS`; constructed from width and hidden width."""
+
+    @staticmethod
+    def token_products(dim: int, hidden: int) -> int:
+        """Multiply-adds for one token."""
+        raise NotImplementedError
+
+
+class SwiGLU(FeedForward):
+    """Gated feed-forward W_down(silu(W_gate x) * W_up x) (arXiv 2002.05202); gate and up share one matmul."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.gate_up = Linear(dim, 2 * hidden)
         self.down = Linear(hidden, dim, zeros)
 
+    @staticmethod
+    def token_products(dim: int, hidden: int) -> int:
+        """Multiply-adds of gate, up and down."""
+        return 3 * dim * hidden
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
         return self.down(recomputable(gated, self.gate_up(x)))
 
 
-class SquaredReLU(nn.Module):
+class SquaredReLU(FeedForward):
     """Feed-forward W_down(relu(W_up x)^2) (arXiv 2109.08668)."""
 
     def __init__(self, dim: int, hidden: int) -> None:
@@ -273,9 +288,19 @@ class SquaredReLU(nn.Module):
         self.up = Linear(dim, hidden)
         self.down = Linear(hidden, dim, zeros)
 
+    @staticmethod
+    def token_products(dim: int, hidden: int) -> int:
+        """Multiply-adds of up and down."""
+        return 2 * dim * hidden
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
         return self.down(recomputable(squared_relu, self.up(x)))
+
+
+def dense_feed_forward(config: ModelConfig) -> FeedForward:
+    """The feed-forward that `model.dense_ffn` names."""
+    return FEED_FORWARDS[config.dense_ffn](config.dim, config.ffn_dim)
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -284,27 +309,22 @@ def squared_relu(x: Tensor) -> Tensor:
 
 
 class _SquaredReLU(torch.autograd.Function):
-    """relu(x)^2, which keeps nothing but its input."""
+    """relu(x)^2 that saves only its input."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         return F.relu(x).square_()
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return F.relu(x).mul_(2).mul_(gradient)
 
 
-def dense_ffn(name: str, dim: int, hidden: int) -> nn.Module:
-    """The feed-forward that `model.dense_ffn` names."""
-    return {"swiglu": SwiGLU, "relu2": SquaredReLU}[name](dim, hidden)
-
-
 def gated(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up of the halves of the last dimension."""
-    # The compiler decides by itself what it keeps.
+    """silu(gate) * up, where gate and up are the halves of the last dimension."""
+    # In compiled code the compiler decides what to save.
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _Gated.apply(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
@@ -312,30 +332,29 @@ def gated(gate_up: Tensor) -> Tensor:
 
 
 class _Gated(torch.autograd.Function):
-    """`gated`, which keeps nothing but its input."""
+    """`gated` that saves only its input."""
 
     @staticmethod
-    def forward(ctx, gate_up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         gate, up = ctx.saved_tensors[0].chunk(2, dim=-1)
         return torch.cat((torch.ops.aten.silu_backward(gradient * up, gate), gradient * F.silu(gate)), dim=-1)
 
 
 def rope_table(length: int, dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of rotary positions 0..length-1, two float32 tensors (length, dim / 2)."""
+    """Cosines and sines of RoPE at positions 0..length-1, two float32 tensors (length, dim / 2)."""
     return rope_at(torch.arange(length, device=device), dim, theta)
 
 
 def rope_at(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of rotary positions (arXiv 2104.09864).
+    """Cosines and sines of RoPE (arXiv 2104.09864): integer positions (...) -> two float32 tensors (..., dim / 2).
 
-    positions (...) of whole numbers -> two float32 tensors (..., dim / 2). Angles are formed in float64: at position
-    1,000,000 a float32 product is off by up to 0.06 rad.
+    Angles are computed in float64: at position 1,000,000 a float32 product is off by up to 0.06 rad.
     """
     frequency = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim)
     angle = positions.double().unsqueeze(-1) * frequency
@@ -345,8 +364,8 @@ def rope_at(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Rotate the pairs (x_i, x_{i + d/2}) of the last dimension.
 
-    x is (B, S, heads, d), cos and sin are (S, d / 2) or (B, S, d / 2). The result is computed in float32 and given in
-    `dtype` (default: x's).
+    x is (B, S, H, d), cos and sin are (S, d / 2) or (B, S, d / 2). Computed in float32, returned in `dtype` (default:
+    x's).
     """
     first, second = x.float().chunk(2, dim=-1)
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)

@@ -1,14 +1,14 @@
-"""Mixture of experts: sigmoid affinities, bias-balanced top-k, grouped matrix products."""
+"""Feed-forwards of the core: a mixture of experts (sigmoid affinities, bias-balanced top-k), or a dense one."""
 
 import torch
 from torch import Tensor, nn
 
-from mythos.model.config import ModelConfig
+from mythos.model.config import CORES, FEED_FORWARDS, ModelConfig
 from mythos.model.layers import (
     Initializer,
     SwiGLU,
     autocast_dtype,
-    dense_ffn,
+    dense_feed_forward,
     truncated_normal,
     without_autocast,
     zeros,
@@ -18,13 +18,14 @@ from mythos.model.ops.matmul import float32_linear
 
 
 class Router(nn.Module):
-    """Chooses experts per token (arXiv 2408.15664, 2412.19437).
+    """Chooses k experts for each token (arXiv 2408.15664, 2412.19437).
 
-    Affinity is sigmoid(x W^T) in float32. The k experts of largest affinity + bias are chosen; the gate weights are the
-    chosen affinities, without the bias, normalised to sum 1. The bias is a buffer, moved by `rebalance` alone.
+    Affinity is sigmoid(x W^T) in float32. The k experts with the largest affinity + bias are chosen. The gate weights
+    are the affinities of the chosen experts, without the bias, normalised to sum 1. Only `rebalance` changes the bias.
     """
 
     float32 = ("weight",)
+    bias: Tensor
 
     def __init__(self, dim: int, experts: int, chosen: int) -> None:
         super().__init__()
@@ -36,10 +37,10 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(N, D) -> gates (N, k) float32, chosen experts (N, k) int64."""
         with without_autocast(x):
-            affinity = torch.sigmoid(float32_linear(x, self.weight.float()))
-        experts = (affinity.detach() + self.bias).topk(self.chosen, dim=-1).indices
-        gates = affinity.gather(-1, experts)
-        return gates / gates.sum(-1, keepdim=True).clamp_min(1e-9), experts
+            affinity_NE = torch.sigmoid(float32_linear(x, self.weight.float()))
+        experts_NK = (affinity_NE.detach() + self.bias).topk(self.chosen, dim=-1).indices
+        gates_NK = affinity_NE.gather(-1, experts_NK)
+        return gates_NK / gates_NK.sum(-1, keepdim=True).clamp_min(1e-9), experts_NK
 
     @torch.no_grad()
     def rebalance(self, load: Tensor, rate: float | Tensor) -> None:
@@ -65,21 +66,71 @@ class MixtureOfExperts(nn.Module):
         self.shared = SwiGLU(dim, shared) if shared else None
 
     def weights(self, dtype: torch.dtype) -> ExpertWeights:
-        """The routed experts' weights for a step whose products are in `dtype`."""
+        """The routed experts' weights for a step whose matmuls are in `dtype`."""
         return ExpertWeights(self.gate_up, self.down, dtype)
 
     def forward(self, x: Tensor, weights: ExpertWeights | None = None) -> tuple[Tensor, Tensor]:
-        """(B, S, D) -> output (B, S, D), chosen experts (B, S, k) int64; `weights` are the step's, if it has some."""
-        tokens = x.flatten(0, 1)
-        gates, experts = self.router(tokens)
-        routed = run_experts(tokens, gates, experts, weights or self.weights(autocast_dtype(x))).view_as(x)
+        """(B, S, D) -> output (B, S, D), chosen experts (B, S, k) int64.
+
+        `weights` are those that all loops of the step share; None = use the parameters for this call alone.
+        """
+        tokens_ND = x.flatten(0, 1)
+        gates_NK, experts_NK = self.router(tokens_ND)
+        weights = weights or self.weights(autocast_dtype(x))
+        output = run_experts(tokens_ND, gates_NK, experts_NK, weights).view_as(x)
         if self.shared is not None:
-            routed = routed + self.shared(x)
-        return routed, experts.view(*x.shape[:2], -1)
+            output = output + self.shared(x)
+        return output, experts_NK.view(*x.shape[:2], -1)
 
 
-def build_core_ffn(config: ModelConfig) -> nn.Module:
-    """The feed-forward of a core block that `config.core_ffn` names."""
-    if config.core_ffn == "moe":
+class CoreFeedForward:
+    """Base of the classes in the registry `CORES`."""
+
+    routes = False
+    """The module returns its output and the chosen experts, (B, S, k) int64 below `n_experts`."""
+
+    @staticmethod
+    def build(config: ModelConfig) -> nn.Module:
+        """The feed-forward of one core block: (B, S, D) -> (B, S, D)."""
+        raise NotImplementedError
+
+    @staticmethod
+    def token_products(config: ModelConfig) -> int:
+        """Multiply-adds for one token."""
+        raise NotImplementedError
+
+
+class MixtureCore(CoreFeedForward):
+    """`core_ffn: moe`."""
+
+    routes = True
+
+    @staticmethod
+    def build(config: ModelConfig) -> nn.Module:
+        """A mixture of experts."""
         return MixtureOfExperts(config)
-    return dense_ffn(config.dense_ffn, config.dim, config.ffn_dim)
+
+    @staticmethod
+    def token_products(config: ModelConfig) -> int:
+        """Multiply-adds of the router, and of the routed and shared experts of one token."""
+        hidden = config.experts_per_token * config.expert_dim + config.n_shared_experts * config.shared_expert_dim
+        return config.dim * config.n_experts + 3 * config.dim * hidden
+
+
+class DenseCore(CoreFeedForward):
+    """`core_ffn: dense`."""
+
+    @staticmethod
+    def build(config: ModelConfig) -> nn.Module:
+        """The feed-forward that `model.dense_ffn` names."""
+        return dense_feed_forward(config)
+
+    @staticmethod
+    def token_products(config: ModelConfig) -> int:
+        """Multiply-adds of the dense feed-forward for one token."""
+        return FEED_FORWARDS[config.dense_ffn].token_products(config.dim, config.ffn_dim)
+
+
+def core_class(config: ModelConfig) -> type[CoreFeedForward]:
+    """The class that `model.core_ffn` names."""
+    return CORES[config.core_ffn]

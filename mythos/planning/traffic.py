@@ -1,25 +1,23 @@
-"""Memory traffic of a training step beside its matrix products, counted over fake tensors as a GPU runs it.
+"""Memory traffic of a training step on a GPU beside its matmuls, counted over fake tensors.
 
-Every elementwise operation, reduction, copy and lookup reads its inputs from memory and writes its result. Matrix
-products, attention and grouped products are left out: they are limited by arithmetic, and `mythos.planning.estimate`
-counts their FLOPs.
+Every elementwise operation, reduction, copy and lookup reads its inputs from memory and writes its result. Matmuls,
+attention and grouped matmuls are left out: arithmetic limits them, and `mythos.planning.flops` counts their FLOPs.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
 
 from mythos.model.config import ModelConfig
 from mythos.model.layers import RMSNorm, autocast_dtype
 from mythos.model.ops import device_choice
 from mythos.model.ops.grouped_experts import ExpertWeights, run_backward_in_graph, run_in_graph
-from mythos.planning.estimate import FLOP_FORMULAS, Step, fake_model, run_forward
+from mythos.planning.fake_step import FLOP_FORMULAS, Step, fake_model, run_forward
 from mythos.torch_internals import (
     FakeTensorMode,
     PlannedKernel,
@@ -30,28 +28,31 @@ from mythos.torch_internals import (
 )
 
 DEPTHS = (2, 6)
-"""Loops of the two traces whose difference is divided by 4. The experts' weight gradients are formed once for several
-loops, so the first loops of a step cost less than the mean loop."""
+"""Loops of the two traces whose difference, divided by 4, is the cost of a loop. The gradients of experts' weights are
+formed once for several loops, so the first loops of a step cost less than the mean loop."""
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Kernels and memory traffic of one forward and one backward pass. Bytes are per token, kernels per micro-batch."""
+    """Kernels and memory traffic of one forward and one backward pass. Kernels are per micro-batch, bytes per token."""
 
     kernels_forward: float
-    """Launches that are neither matrix products nor attention."""
+    """Kernels other than matmuls and attention."""
     products_forward: float
-    """Launches of matrix products and attention."""
+    """Kernels of matmuls and attention."""
     bytes_forward: float
-    """Read and written by the former, per token."""
+    """Bytes that `kernels_forward` read and write."""
     kernels_backward: float
     products_backward: float
     bytes_backward: float
 
 
+NO_TRAFFIC = Traffic(0, 0, 0, 0, 0, 0)
+
+
 @dataclass(frozen=True)
 class StepTraffic:
-    """Traffic of a micro-batch: `once` (embedding, prelude, coda, head, casts of weights) and each `loop` of the core.
+    """Traffic of a micro-batch: `once` (embedding, prelude, coda, head, casts of weights), and each `loop` of the core.
 
     A loop without gradient costs the forward part of `loop`.
     """
@@ -67,36 +68,36 @@ def step_traffic(
     checkpointing: str = "none",
     dtype: torch.dtype = torch.bfloat16,
 ) -> StepTraffic:
-    """Count the traffic of micro-batches of `rows` sequences of `length` tokens, products in `dtype` by autocast.
+    """Count the traffic of micro-batches of `rows` sequences of `length` tokens, matmuls in `dtype` under autocast.
 
-    `checkpointing` is a value of parallel.activation_checkpointing: what it recomputes counts as backward. The bytes
-    per token include work that grows with the weights and not with the tokens (casts, sums of weight gradients), so
-    they fall as the micro-batch grows.
+    `checkpointing` is a mode of parallel.activation_checkpointing; what it computes again counts as backward. Some of
+    the work grows with the weights and not with the tokens (casts, sums of weight gradients), so the bytes per token
+    fall as the micro-batch grows.
     """
     shallow, deep = DEPTHS if config.injection != "none" else (1, 1)
     first = _trace(config, Step(rows, length, shallow, shallow, checkpointing, dtype))
     if deep == shallow:
-        return StepTraffic(first, Traffic(0, 0, 0, 0, 0, 0))
+        return StepTraffic(first, NO_TRAFFIC)
     last = _trace(config, Step(rows, length, deep, deep, checkpointing, dtype))
     loop = _combined(lambda a, b: (b - a) / (deep - shallow), first, last)
-    return StepTraffic(_combined(lambda a, each: a - shallow * each, first, loop), loop)
+    return StepTraffic(_combined(lambda total, each: total - shallow * each, first, loop), loop)
 
 
 def compiled_pass_traffic(config: ModelConfig, length: int, rows: int = 1) -> Traffic:
     """Traffic of one loop of the core under train.compile, without checkpointing and in bfloat16.
 
-    The graphs' kernels are those that torch's compiler plans for a CPU, whose vector code it does not write. (For an
-    SM90, its plan of a forward pass of mythos_1b has 2 kernels and 2% of the bytes less.) Beside them: what the
-    operators of the routed experts do, whose fused parts count as one kernel each, and what forms the weights' gradient
-    after the backward passes.
+    The kernels are those that Inductor plans for a CPU, without writing their code. (For an SM90, its plan of a forward
+    pass of mythos_1b has 2 kernels and 2% of the bytes less.) Added to them are the operators of the routed experts,
+    whose fused functions count as one kernel each, and the weight gradients formed after the backward passes.
     """
     step = Step(rows, length, 1, 1, "none", torch.bfloat16)
     planned: dict[bool, list[PlannedKernel]] = {}
     with fake_model(config, step) as model:
         model.recurrence.compile(backend=planning_backend(planned.__setitem__))
-        # Not to the experts' weights: the operators, which are not run here, would leave the gradient for them.
+        # Differentiate with respect to the embedding only: the experts' operators do not run here, so the gradients of
+        # experts' weights that they would leave behind do not exist.
         torch.autograd.grad(run_forward(model, step), [model.embedding.weight])
-    experts = _expert_traffic(config, rows * length) if config.core_ffn == "moe" else Traffic(0, 0, 0, 0, 0, 0)
+    experts = _expert_traffic(config, rows * length) if config.core_ffn == "moe" else NO_TRAFFIC
     figures = []
     for backward in (False, True):
         fused = [kernel.size for kernel in planned[backward] if not kernel.extern]
@@ -108,80 +109,80 @@ def compiled_pass_traffic(config: ModelConfig, length: int, rows: int = 1) -> Tr
 
 
 def _expert_traffic(config: ModelConfig, tokens: int) -> Traffic:
-    """What the operators of a layer's routed experts do in one loop of a compiled pass, of 8 loops."""
+    """Traffic of the operators of one layer's routed experts in one loop, mean over 8 loops of a compiled step."""
     loops, count, width, hidden = 8, config.n_experts, config.dim, config.expert_dim
-    forward, backward = TrafficCounter(), TrafficCounter()
-    with FakeTensorMode(), patch.object(device_choice, "groups_on_device", lambda device: True):
+    counter = TrafficCounter()
+    with FakeTensorMode(), device_choice.simulated_gpu(counter.call_fused), counter:
         shapes = ((count, width, 2 * hidden), (count, hidden, width))
         gate_up, down = (torch.empty(shape, requires_grad=True) for shape in shapes)
         weights = ExpertWeights(gate_up, down, torch.bfloat16)
         x = torch.empty(tokens, width, dtype=torch.bfloat16)
         gates, of_y = torch.empty(tokens, config.experts_per_token), torch.empty(tokens, width)
         experts = torch.zeros(tokens, config.experts_per_token, dtype=torch.int64)
+        counter.take()
+        forward, backward = [], []
         for _ in range(loops):
-            with forward, forward.fused_functions():
-                _, *kept = run_in_graph(x, gates, experts, weights.gate_up, weights.down, None, weights.number)
-            with backward, backward.fused_functions():
-                run_backward_in_graph(of_y, x, gates, *kept, weights.gate_up, weights.down, weights.number)
-        with backward:
-            weights.gradient.take()
-    figures = [
-        f for c in (forward, backward) for f in (c.kernels / loops, c.products / loops, c.bytes / loops / tokens)
-    ]
+            _, *sorted_slots = run_in_graph(x, gates, experts, weights.gate_up, weights.down, None, weights.number)
+            forward.append(counter.take())
+            slots, order, place, projected = sorted_slots
+            run_backward_in_graph(
+                of_y, x, gates, slots, order, place, projected, weights.gate_up, weights.down, weights.number
+            )
+            backward.append(counter.take())
+        weights.gradient.take()
+        backward.append(counter.take())
+    figures = []
+    for counts in (forward, backward):
+        kernels, products, size = map(sum, zip(*counts, strict=True))
+        figures += [kernels / loops, products / loops, size / loops / tokens]
     return Traffic(*figures)
 
 
-def _combined(combine: Any, first: Traffic, second: Traffic) -> Traffic:
+def _combined(combine: Callable[[float, float], float], first: Traffic, second: Traffic) -> Traffic:
     return Traffic(*(combine(a, b) for a, b in zip(vars(first).values(), vars(second).values(), strict=True)))
 
 
 def _trace(config: ModelConfig, step: Step) -> Traffic:
     tokens = step.rows * step.length
-    with fake_model(config, step) as model:
-        with TrafficCounter() as forward, forward.fused_norms():
-            objective = run_forward(model, step)
-        with TrafficCounter() as backward, backward.fused_norms():
-            objective.backward()
-    return Traffic(
-        forward.kernels,
-        forward.products,
-        forward.bytes / tokens,
-        backward.kernels,
-        backward.products,
-        backward.bytes / tokens,
-    )
+    with fake_model(config, step) as model, TrafficCounter() as counter:
+        counter.fuse_norms(model.modules())
+        objective = run_forward(model, step)
+        kernels, products, size = counter.take()
+        objective.backward()
+        kernels_backward, products_backward, size_backward = counter.take()
+    return Traffic(kernels, products, size / tokens, kernels_backward, products_backward, size_backward / tokens)
 
 
 # --- from traffic to time
 
 PRODUCT_EFFICIENCY = 0.55
-"""Share of the dense bfloat16 peak that matrix products and attention are assumed to reach. The best shapes reach 0.80
-on H100 and H200 and 0.78 on B200 (MAMF tables of github.com/stas00/ml-engineering). A model's shapes are not the best,
-and attention reaches less: an assumption until `mythos gpu-check` has measured them."""
+"""Share of the dense bfloat16 peak that matmuls and attention are assumed to reach. The best shapes reach 0.80 on H100
+and H200 and 0.78 on B200 (MAMF tables of github.com/stas00/ml-engineering). A model's shapes are not the best, and
+attention reaches less: an assumption until `mythos gpu-check` has measured them."""
 COMPILED_BYTES = 0.47
-"""Bytes of a compiled step over those of an eager one, as `compiled_pass_traffic` counts the loops of mythos_1b, half
-of them with gradient (0.44 in mythos_small). Prelude, coda and head are assumed to gain as much."""
+"""Bytes of a compiled step over those of an eager one. `compiled_pass_traffic` gives this ratio for the loops of
+mythos_1b, half of them with gradient (0.44 for mythos_small). Prelude, coda and head are assumed to gain as much."""
 LAUNCH_SECONDS = 5e-6
-"""Time in which the host starts one eager kernel: an assumption. It counts only where the GPU waits for the host."""
+"""Time that the host takes to launch an eager kernel (an assumption). It counts only if the GPU waits for the host."""
 OPTIMIZER_BYTES = 32
-"""Per parameter and step: AdamW reads weight, gradient and two moments and writes three of them; clipping reads the
-gradient once more; all float32."""
+"""Per parameter and step, all float32: AdamW reads weight, gradient and two moments and writes all but the gradient;
+clipping reads the gradient once more."""
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a GPU for a token in training, by what they are spent on; a model of the time, not a measurement."""
+    """GPU seconds per token of training, by what they are spent on: a model of the time, not a measurement."""
 
     products: float
-    """Matrix products and attention, recomputation included."""
+    """Matmuls and attention, recomputation included."""
     elementwise: float
-    """Memory traffic of everything else, the optimizer included."""
+    """Memory traffic of all other kernels, the optimizer included."""
     waiting: float
-    """For the host, where it starts eager kernels more slowly than the GPU runs them."""
+    """Idle time, if the host launches eager kernels more slowly than the GPU runs them."""
 
     @property
     def total(self) -> float:
-        """All of them. Communication is left out, so this is the least that the other assumptions allow."""
+        """The sum. Communication is left out, so this is a lower bound under the other assumptions."""
         return self.products + self.elementwise + self.waiting
 
 
@@ -197,10 +198,10 @@ def step_time(
     bandwidth: float,
     compiled: bool,
 ) -> StepTime:
-    """Time of a token on one GPU of `peak` FLOP/s and `bandwidth` bytes/s.
+    """Model the time of a token on one GPU of `peak` FLOP/s and `bandwidth` bytes/s.
 
-    `executed` are its FLOPs, `loops` and `backprop` the mean loops and loops with gradient, `tokens` those of a
-    micro-batch, and `optimizer` the bytes per token that the optimizer moves.
+    `executed` is FLOPs per token, `loops` and `backprop` are mean loops and mean loops with gradient, `tokens` is the
+    size of a micro-batch, and `optimizer` is bytes per token that the optimizer moves.
     """
     once, loop = traffic.once, traffic.loop
     moved = once.bytes_forward + once.bytes_backward + loops * loop.bytes_forward + backprop * loop.bytes_backward
@@ -219,18 +220,20 @@ def step_time(
     return StepTime(products, elementwise, max(0.0, host - products - elementwise))
 
 
+# --- counting
+
 LOOKUPS = (torch.ops.aten.index_select, torch.ops.aten.index, torch.ops.aten.gather, torch.ops.aten.embedding)
-"""Operations that read at most as many elements of a table as they return."""
+"""Operators that read at most as many elements of a table as they return."""
 WITHOUT_KERNEL = (torch.ops.prim.device, torch.ops.aten.empty_like, torch.ops.aten.new_empty, torch.ops.aten.empty)
 PRODUCTS = (torch.ops.aten.mv, torch.ops.aten.dot)
-"""Products that torch.utils.flop_counter does not know."""
+"""Matmuls that torch.utils.flop_counter does not know."""
 
 
 class TrafficCounter(TorchDispatchMode):
-    """Kernels that operations launch, and bytes that those which are no matrix products read and write.
+    """Counts the kernels that operators launch, and the bytes that all kernels except matmuls read and write.
 
-    One operation of eager torch counts as one kernel. Views and empty tensors cost nothing. A tensor that is broadcast
-    counts with the elements it has in memory, and one that is changed in place is read and written.
+    One eager operator counts as one kernel. Views and empty tensors cost nothing. A broadcast tensor counts with the
+    elements it has in memory; a tensor that is changed in place is read and written.
     """
 
     def __init__(self) -> None:
@@ -243,10 +246,10 @@ class TrafficCounter(TorchDispatchMode):
         packet = operation.overloadpacket
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
-        held = {storage_address(x) for x in inputs}
-        # torch names operations that change an argument with a trailing underscore.
+        input_storages = {storage_address(x) for x in inputs}
+        # The names of operators that change an argument end in an underscore.
         changes = packet.__name__.endswith("_") or "out" in kwargs
-        is_view = not changes and all(storage_address(x) in held for x in outputs)
+        is_view = not changes and all(storage_address(x) in input_storages for x in outputs)
         if packet in WITHOUT_KERNEL or is_view:
             return result
         if packet in flop_registry or packet in FLOP_FORMULAS or packet in PRODUCTS:
@@ -261,64 +264,64 @@ class TrafficCounter(TorchDispatchMode):
         return result
 
     def count(self, kernels: int, size: int) -> None:
-        """Add kernels and the bytes that they read and write."""
+        """Add kernels, and bytes that they read and write."""
         self.kernels += kernels
         self.bytes += size
 
-    @contextmanager
-    def fused_functions(self) -> Iterator[None]:
-        """Count what `device_choice.fused` compiles as one kernel, which reads its arguments once."""
+    def take(self) -> tuple[int, int, int]:
+        """Return kernels, matmul kernels and bytes since the last call."""
+        counts = self.kernels, self.products, self.bytes
+        self.kernels = self.products = self.bytes = 0
+        return counts
 
-        def fused(function: Any, device: torch.device) -> Any:
-            def call(*arguments: Any) -> Any:
-                before = self.kernels, self.products, self.bytes
-                results = function(*arguments)
-                self.kernels, self.products, self.bytes = before
-                moved = [x for x in tree_leaves((arguments, results)) if isinstance(x, Tensor)]
-                self.count(1, sum(map(_distinct_bytes, moved)))
-                return results
+    def call_fused(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function that a GPU runs as one kernel, which reads its arguments and writes its results once."""
+        before = self.kernels, self.products, self.bytes
+        results = function(*arguments)
+        self.kernels, self.products, self.bytes = before
+        moved = [x for x in tree_leaves((arguments, results)) if isinstance(x, Tensor)]
+        self.count(1, sum(map(_distinct_bytes, moved)))
+        return results
 
-            return call
+    def fuse_norms(self, modules: Iterable[nn.Module]) -> None:
+        """Count these modules' norms as F.rms_norm runs on a GPU: one kernel forward, two backward (input, weight).
 
-        with patch.object(device_choice, "fused", fused):
-            yield
+        The modules can be used for counting only from then on.
+        """
+        for module in modules:
+            if isinstance(module, RMSNorm):
+                module.normed = _CountedNorm(module, self)  # type: ignore[method-assign]
 
-    @contextmanager
-    def fused_norms(self) -> Iterator[None]:
-        """Count norms as F.rms_norm on a GPU runs them: in one kernel forward and two backward (input and weight)."""
 
-        def normed(norm: RMSNorm, x: Tensor) -> Tensor:
-            dtype = autocast_dtype(x) if norm.cast else torch.float32
-            return _FusedNorm.apply(x.float(), norm.weight).to(dtype)
+class _CountedNorm:
+    """Replaces `RMSNorm.normed` of one module, whose result has its shape and type but no values."""
 
-        with patch.object(RMSNorm, "normed", normed), patch.object(_FusedNorm, "counter", self):
-            yield
+    def __init__(self, norm: RMSNorm, counter: TrafficCounter) -> None:
+        self.norm, self.counter = norm, counter
+
+    def __call__(self, x: Tensor) -> Tensor:
+        dtype = autocast_dtype(x) if self.norm.cast else torch.float32
+        return _FusedNorm.apply(x.float(), self.norm.weight, self.counter).to(dtype)
 
 
 class _FusedNorm(torch.autograd.Function):
     """Shapes and traffic of F.rms_norm on float32 tensors."""
 
-    counter: TrafficCounter | None = None
-
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, counter: TrafficCounter) -> Tensor:
         ctx.save_for_backward(x, weight)
-        assert _FusedNorm.counter is not None
-        _FusedNorm.counter.count(1, 2 * _distinct_bytes(x))
+        ctx.counter = counter
+        counter.count(1, 2 * _distinct_bytes(x))
         return torch.empty_like(x)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
-        assert _FusedNorm.counter is not None
-        _FusedNorm.counter.count(2, 5 * _distinct_bytes(x))
-        return torch.empty_like(x), torch.empty_like(weight)
+        ctx.counter.count(2, 5 * _distinct_bytes(x))
+        return torch.empty_like(x), torch.empty_like(weight), None
 
 
 def _distinct_bytes(tensor: Tensor) -> int:
     """Bytes of the elements in memory: a dimension of stride 0 counts once."""
     sizes = (size if stride else min(size, 1) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    count = 1
-    for size in sizes:
-        count *= size
-    return count * tensor.element_size()
+    return math.prod(sizes) * tensor.element_size()

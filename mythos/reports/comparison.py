@@ -1,4 +1,4 @@
-"""Several runs on the same axes: by tokens and by the FLOPs they needed."""
+"""Compare several runs by tokens and by FLOPs needed."""
 
 import csv
 from collections.abc import Sequence
@@ -11,36 +11,38 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mythos.errors import MythosError
-from mythos.evaluation.validation import losses_by_depth
-from mythos.planning.estimate import count_parameters
+from mythos.planning.flops import count_parameters
 from mythos.reports.plots import finish, loop_axis
 from mythos.reports.recorded import RecordedRun, open_run, run_names
+from mythos.training.metrics import losses_by_depth
 
-DATA = ("kind", "path", "dataset", "subset", "split", "text_column", "filters", "task", "sources", "streams")
-DATA += ("sequence_length", "mask_documents", "validation")
-"""Fields of data that say what is learnt and held out."""
+DATA = (
+    *("kind", "path", "dataset", "subset", "split", "text_column", "filters", "task", "sources", "streams"),
+    *("sequence_length", "mask_documents", "validation"),
+)
+"""Fields of data that decide what is trained on and validated on."""
 PRINTED = {"run": "run", "parameters": "parameters", "tokens": "tokens", "flops": "FLOPs", "loss": "loss"}
 PRINTED |= {"val_loss": "val loss", "val_loss_lowest": "lowest", "bits_per_byte": "bits/byte", "accuracy": "accuracy"}
-"""Columns of the table for a terminal, and their titles."""
+"""Columns of the table for a terminal, with titles."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs and what they are called, at least one."""
+    """At least one run, with names."""
 
     names: list[str]
     runs: list[RecordedRun]
 
     @cached_property
     def one_vocabulary(self) -> bool:
-        """Whether a token is the same to all, so that their losses can be compared."""
+        """Whether all runs have the same vocabulary, so that their losses can be compared."""
         return len({run.vocabulary() for run in self.runs}) == 1
 
     def notes(self) -> list[str]:
-        """What a reader must know before believing the figures."""
-        found = []
+        """Warnings about figures that are not comparable."""
+        notes = []
         if not self.one_vocabulary:
-            found.append(
+            notes.append(
                 "the runs have different vocabularies, so a loss per token says nothing: bits per byte are compared, "
                 "of the validations alone; and a token is not the same amount of text, so look at FLOPs"
             )
@@ -49,16 +51,16 @@ class Comparison:
         if any(run.config.eval.batches != self.runs[0].config.eval.batches for run in self.runs):
             differing.append("eval.batches")
         if differing:
-            found.append(f"the runs are not validated on the same sequences: they differ in {', '.join(differing)}")
-        return found
+            notes.append(f"the runs are not validated on the same sequences: they differ in {', '.join(differing)}")
+        return notes
 
     def rows(self) -> list[dict[str, Any]]:
-        """A line for each run, with None for what it has not measured."""
-        made = []
+        """One row per run; None where a run has no measurement."""
+        rows = []
         for name, run in zip(self.names, self.runs, strict=True):
             parameters, last = count_parameters(run.config.model), run.records[-1]
             validation = run.validations[-1] if run.validations else {}
-            made.append(
+            rows.append(
                 {
                     "run": name,
                     "parameters": parameters.total,
@@ -77,11 +79,11 @@ class Comparison:
                     "skipped_steps": run.last("skipped_steps"),
                 }
             )
-        return made
+        return rows
 
     def table(self) -> str:
-        """The lines for a terminal, without columns that no run has."""
-        forms = {"flops": ".3e", "accuracy": ".2%"} | dict.fromkeys(("parameters", "tokens"), ",")
+        """The table for a terminal, without columns that are empty for all runs."""
+        formats = {"flops": ".3e", "accuracy": ".2%"} | dict.fromkeys(("parameters", "tokens"), ",")
         rows = self.rows()
         columns = [column for column in PRINTED if any(row[column] is not None for row in rows)]
         if not self.one_vocabulary:
@@ -89,14 +91,14 @@ class Comparison:
         cells = [[PRINTED[column] for column in columns]]
         for row in rows:
             values = {column: "" if row[column] is None else row[column] for column in columns}
-            cells.append([v if isinstance(v, str) else f"{v:{forms.get(c, '.4f')}}" for c, v in values.items()])
+            cells.append([v if isinstance(v, str) else f"{v:{formats.get(c, '.4f')}}" for c, v in values.items()])
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         return "\n".join(
             "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in cells
         )
 
     def write(self, folder: Path) -> list[Path]:
-        """Write compare.csv and compare.png; returns their paths."""
+        """Write compare.csv and compare.png to a folder; returns their paths."""
         folder.mkdir(parents=True, exist_ok=True)
         path, rows = folder / "compare.csv", self.rows()
         with path.open("w", newline="", encoding="utf-8") as file:
@@ -106,7 +108,7 @@ class Comparison:
         return [path, finish(self.figure(), folder / "compare.png")]
 
     def figure(self) -> Figure:
-        """Losses over tokens and over FLOPs, and the last validation by loops."""
+        """Plot losses over tokens and over FLOPs, and the last validation by loops."""
         measures = {"val/loss": "validation loss (nats per token)"}
         if self.one_vocabulary:
             measures = {"loss": "training loss (nats per token)", **measures}
@@ -127,7 +129,7 @@ class Comparison:
                     style = {"alpha": 0.7} if key == "loss" else {"marker": "o", "markersize": 3}
                     axes.plot(*zip(*points, strict=True) if points else ([], []), color=f"C{number}", **style)
         self.draw_depths(panels[0, -1])
-        # The runs' names take the place of a panel: they may be long.
+        # The legend gets a panel of its own, because names may be long.
         panels[1, -1].axis("off")
         handles = panels[0, -1].get_lines()
         labels = [shown_name(name) for name in self.names]
@@ -137,12 +139,12 @@ class Comparison:
         return figure
 
     def draw_depths(self, axes: Axes) -> None:
-        """The last validation of every run by loops; a line without points for a run that has none."""
+        """Plot the last validation of each run by loops; a run without validation gets an empty line."""
         ticks: set[int] = set()
         for number, run in enumerate(self.runs):
             last = run.validations[-1] if run.validations else {}
             curve = losses_by_depth(last)
-            # A validation's tokens and bytes are the same at every depth.
+            # The ratio of bits per byte to loss is the same at every depth.
             scale = 1.0 if self.one_vocabulary else last.get("val/bits_per_byte", 0) / last.get("val/loss", 1)
             axes.plot(list(curve), [loss * scale for loss in curve.values()], "o-", color=f"C{number}")
             ticks |= curve.keys()
@@ -153,22 +155,22 @@ class Comparison:
 
 
 def shown_name(name: str) -> str:
-    """A run's name as matplotlib takes it: no mathematics, and no underscore in front, which it would hide."""
+    """Escape a run's name for matplotlib, which reads $ as mathematics and hides labels that start with _."""
     return name.replace("$", r"\$").replace("_", "\u200b_", name.startswith("_"))
 
 
 def compare(paths: Sequence[str]) -> Comparison:
     """Open runs to compare.
 
-    Raises MythosError for none, for what is no run with records, and for runs that have no measure in common.
+    Raises MythosError for no paths, for paths without a run with records, and for runs that have no metric in common.
     """
     if not paths:
         raise MythosError("got no runs; give run directories, e.g. runs/quickstart runs/mine")
-    made = Comparison(run_names(paths), [open_run(path) for path in paths])
-    for path, run in zip(paths, made.runs, strict=True):
-        if not made.one_vocabulary and not run.is_text:
+    comparison = Comparison(run_names(paths), [open_run(path) for path in paths])
+    for path, run in zip(paths, comparison.runs, strict=True):
+        if not comparison.one_vocabulary and not run.is_text:
             raise MythosError(
                 f"{path}: got a run on data.kind reasoning, whose tokens are no text, beside runs of another "
                 "vocabulary; compare runs on the same task, or runs on text"
             )
-    return made
+    return comparison

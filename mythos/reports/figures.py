@@ -1,4 +1,4 @@
-"""The figures of a run, and their form in a page: SVG that takes the page's colours and refers to nothing."""
+"""The figures of a run's page, as inline SVG in the page's colours without external references."""
 
 import html
 import io
@@ -10,19 +10,21 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from mythos.evaluation.validation import losses_by_depth
 from mythos.reports.plots import draw_depths, draw_over_tokens, draw_training, loop_axis, new_axes
 from mythos.reports.recorded import RecordedRun
+from mythos.training.metrics import losses_by_depth
 
-# Black becomes the page's colour of text in `inline_svg`, so the rest must be readable on white and on black.
-SETTINGS = {
+# `inline_svg` replaces black by the page's text colour. All other colours must be readable on white and on black.
+SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "legend.facecolor": "none",
     "legend.edgecolor": "0.5",
     "path.simplify_threshold": 0.5,
 }
 
-TRAINING: dict[str, tuple[str, str, Mapping[str, str]]] = {
+Panels = Mapping[str, tuple[str, str, Mapping[str, str]]]
+"""Panels over tokens by title: label of the y axis, its scale, and the metrics with their labels."""
+TRAINING: Panels = {
     "Learning rate": ("", "linear", {"lr": ""}),
     "Loops of a sequence": ("mean over the batch", "linear", {"loops": "all", "backprop_loops": "with gradient"}),
     "Norm of the gradient": ("before clipping", "log", {"grad_norm": ""}),
@@ -34,13 +36,12 @@ TRAINING: dict[str, tuple[str, str, Mapping[str, str]]] = {
     ),
     "Spectral radius of the injection": ("rho(A)", "linear", {"rho_a": ""}),
 }
-"""Panels over tokens: axis, its scale, and the names of what is drawn by key."""
-EXPERTS: dict[str, tuple[str, str, Mapping[str, str]]] = {
+EXPERTS: Panels = {
     "Load of the busiest expert": ("over the mean", "linear", {"moe/load_max_over_mean": ""}),
     "Experts that no token reached": ("in a step", "linear", {"moe/dead_experts": ""}),
     "Experts chosen in the loop before too": ("share, in validation", "linear", {"moe/depth_overlap": ""}),
 }
-HALTING: dict[str, tuple[str, str, Mapping[str, str]]] = {
+HALTING: Panels = {
     "Loops run where positions halt": ("mean over positions", "linear", {"val/auto_loops": ""}),
 }
 RATES: dict[str, tuple[str, str, float]] = {
@@ -48,47 +49,47 @@ RATES: dict[str, tuple[str, str, float]] = {
     "Utilisation": ("mfu", "share of the peak", 1),
     "Peak memory": ("peak_memory_bytes", "GiB", 2**30),
 }
-"""Panels over hours: key, axis, and what values are divided by."""
+"""Panels over hours by title: metric, label of the y axis, and the unit that values are divided by."""
 FEW = 50
-"""Measurements that are marked each on its own."""
+"""Up to this many measurements each get a marker."""
 SHOWN_LOADS = 4
-"""Validations whose load by loops is drawn."""
+"""Number of the last validations whose load by loops is drawn."""
 
 
 def page_style() -> AbstractContextManager[None]:
-    """What figures for :func:`inline_svg` must be drawn and written under."""
+    """Settings under which figures for :func:`inline_svg` must be drawn and saved."""
     return matplotlib.rc_context(SETTINGS)
 
 
 def marker(measured: Sequence[Any]) -> str | None:
-    """How each measurement is marked: where there are many, not at all, for marks are most of a page's bytes."""
+    """The marker of a curve; None for many points, because markers would be most of a page's bytes."""
     return "o" if len(measured) <= FEW else None
 
 
 def loss_figure(run: RecordedRun) -> Figure:
-    """Training and validation loss over tokens."""
+    """Plot training and validation loss over tokens."""
     figure, axes = new_axes("Training and validation loss", "tokens", "loss (nats per token)")
     draw_training(axes, run.records, f"validation at {run.depth_label}")
     return figure
 
 
-def panels(run: RecordedRun, kind: Mapping[str, tuple[str, str, Mapping[str, str]]]) -> Iterator[Figure]:
-    """The panels over tokens of a kind, TRAINING, EXPERTS or HALTING, that the run has measurements for."""
+def panels(run: RecordedRun, kind: Panels) -> Iterator[Figure]:
+    """Plot the panels of TRAINING, EXPERTS or HALTING for which the run has measurements."""
     for title, (label, scale, keys) in kind.items():
-        there = {key: name for key, name in keys.items() if run.measured(key)}
-        if not there:
+        labels = {key: name for key, name in keys.items() if run.measured(key)}
+        if not labels:
             continue
         figure, axes = new_axes(title, "tokens", label)
-        for key, name in there.items():
+        for key, name in labels.items():
             draw_over_tokens(axes, run.records, key, marker=marker(run.measured(key)), markersize=4, label=name)
         axes.set_yscale(scale)
-        if len(there) > 1:
+        if len(labels) > 1:
             axes.legend()
         yield figure
 
 
 def rate_figures(run: RecordedRun) -> Iterator[Figure]:
-    """Throughput, utilisation and memory over hours since the first record; pauses of the run are gaps in time."""
+    """Plot throughput, utilisation and memory over hours since the first record, pauses of the run included."""
     begin = next(iter(run.measured("time")), 0.0)
     for title, (key, label, unit) in RATES.items():
         points = [record for record in run.records if record.get(key) is not None and record.get("time") is not None]
@@ -101,7 +102,7 @@ def rate_figures(run: RecordedRun) -> Iterator[Figure]:
 
 
 def depth_figures(run: RecordedRun) -> Iterator[Figure]:
-    """Loss by loops of the validations and, of a task, the share of right answers."""
+    """Plot loss by loops of the validations and, for a task, the share of right answers."""
     if not run.validations:
         return
     figure, axes = new_axes("Validation loss by depth", "loops", "loss (nats per token)")
@@ -122,7 +123,7 @@ def depth_figures(run: RecordedRun) -> Iterator[Figure]:
 
 
 def expert_figures(run: RecordedRun) -> Iterator[Figure]:
-    """Load of the experts by loops, of the steps of the last validations, and the panels of EXPERTS."""
+    """Plot the load of experts by loops at the last validations, and the panels of EXPERTS."""
     prefix = "moe/load_max_over_mean@"
     measured = [record for record in run.records if f"{prefix}1" in record]
     if measured:
@@ -140,7 +141,7 @@ def expert_figures(run: RecordedRun) -> Iterator[Figure]:
 
 
 def inline_svg(figure: Figure, name: str) -> str:
-    """The figure as an element of a page; `name`, which no other figure of the page may have, makes its ids unique."""
+    """Convert a figure to an svg element; `name` must be unique in the page and makes the element's ids unique."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -149,9 +150,10 @@ def inline_svg(figure: Figure, name: str) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.DOTALL)
     text = re.sub(r"<(metadata|style)\b.*?</\1>\s*", "", text, flags=re.DOTALL)
-    text = re.sub(r'<g id="[^"]*"', "<g", text)  # the same in every figure, and nothing refers to them
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # these ids repeat in every figure and are not referenced
     text = re.sub(r'font-family: [^;"]*(; )?', "", text)
     titles = ", ".join(axes.get_title() for axes in figure.axes)
-    box = re.search(r'viewBox="[^"]*"', text)[0]
-    text = re.sub(r"<svg [^>]*>", f'<svg role="img" aria-label="{html.escape(titles)}" {box}>', text, count=1)
+    box = re.search(r'viewBox="[^"]*"', text)
+    assert box is not None, "matplotlib writes the size of every figure"
+    text = re.sub(r"<svg [^>]*>", f'<svg role="img" aria-label="{html.escape(titles)}" {box[0]}>', text, count=1)
     return text.replace("xlink:href", "href").replace("#000000", "currentColor")

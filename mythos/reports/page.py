@@ -1,4 +1,4 @@
-"""A run as one page of HTML that needs nothing else: no script, no other file, no network."""
+"""A run as one self-contained page of HTML: no scripts, no other files, no network."""
 
 import html
 import statistics
@@ -12,10 +12,9 @@ from matplotlib.figure import Figure
 from mythos.config.loading import dump_config
 from mythos.errors import MythosError, without_credentials
 from mythos.evaluation.depth_sweep import DepthSweep, fit_losses, prediction
-from mythos.evaluation.validation import losses_by_depth
 from mythos.files.storage import step_of
 from mythos.generation.depth_view import harmless
-from mythos.planning.estimate import count_parameters
+from mythos.planning.flops import count_parameters
 from mythos.reports.figures import (
     HALTING,
     TRAINING,
@@ -29,9 +28,10 @@ from mythos.reports.figures import (
 )
 from mythos.reports.plots import sweep_figure
 from mythos.reports.recorded import RecordedRun
+from mythos.training.metrics import losses_by_depth
 
 SHOWN_SAMPLES = 8
-"""Steps whose samples are shown, spread over training."""
+"""About so many steps, spread over training, whose samples are shown."""
 STYLE = """
 :root { color-scheme: light dark; --text: #1b1b1b; --dim: #5c5c5c; --line: #ccc; --back: #fff }
 @media (prefers-color-scheme: dark) { :root { --text: #e4e4e4; --dim: #a5a5a5; --line: #484848; --back: #16181c } }
@@ -56,7 +56,7 @@ summary { cursor: pointer }
 
 
 def run_page(run: RecordedRun) -> str:
-    """The page."""
+    """The page's HTML."""
     sections: list[tuple[str, str]] = []
     with page_style():
         pictures = Pictures()
@@ -80,30 +80,30 @@ def run_page(run: RecordedRun) -> str:
 
 
 class Pictures:
-    """Makes elements of figures, each with ids of its own."""
+    """Converts figures to svg elements whose ids are unique in the page."""
 
     def __init__(self) -> None:
-        self.made = 0
+        self.count = 0
 
     def one(self, figure: Figure) -> str:
-        """The figure as SVG."""
-        self.made += 1
-        return inline_svg(figure, f"figure-{self.made}")
+        """The figure as an svg element."""
+        self.count += 1
+        return inline_svg(figure, f"figure-{self.count}")
 
     def row(self, figures: Iterable[Figure]) -> str:
-        """Figures side by side; nothing for none."""
-        made = "\n".join(f"<figure>{self.one(figure)}</figure>" for figure in figures)
-        return f'<div class="figures">\n{made}\n</div>' if made else ""
+        """Figures side by side; empty for no figures."""
+        elements = "\n".join(f"<figure>{self.one(figure)}</figure>" for figure in figures)
+        return f'<div class="figures">\n{elements}\n</div>' if elements else ""
 
 
 def summary(run: RecordedRun) -> str:
-    """The figures that a reader asks for first."""
+    """The most important figures of a run."""
     shown = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>\n" for name, value in headline(run))
     return f"<dl>\n{shown}</dl>"
 
 
 def headline(run: RecordedRun) -> Iterator[tuple[str, str]]:
-    """Names and values of :func:`summary`, as far as the run has them."""
+    """Names and values of :func:`summary` that the run has."""
     last, parameters = run.records[-1], count_parameters(run.config.model)
     yield "parameters", f"{parameters.total:,}"
     yield "active per loop", f"{parameters.active:,}"
@@ -126,8 +126,8 @@ def headline(run: RecordedRun) -> Iterator[tuple[str, str]]:
         yield "tokens per second, median", f"{statistics.median(rates):,.0f}"
     if shares := run.measured("mfu"):
         yield "utilisation (MFU), median", f"{statistics.median(shares):.1%}"
-    if held := run.measured("peak_memory_bytes"):
-        yield "peak memory", f"{max(held) / 2**30:.2f} GiB"
+    if peaks := run.measured("peak_memory_bytes"):
+        yield "peak memory", f"{max(peaks) / 2**30:.2f} GiB"
     if len(times := run.measured("time")) > 1:
         yield "first to last record", str(timedelta(seconds=round(times[-1] - times[0])))
     yield "restarts", f"{len(run.measured('resumed_from')):,}"
@@ -135,31 +135,31 @@ def headline(run: RecordedRun) -> Iterator[tuple[str, str]]:
     if rollbacks := run.last("rollbacks"):
         yield "rollbacks", f"{rollbacks:,}"
     for key in sorted({key for record in run.records for key in record if key.startswith("data/")}):
-        if left_out := run.last(key):
-            yield f"data: {key.removeprefix('data/').replace('_', ' ')}", f"{left_out:,}"
+        if count := run.last(key):
+            yield f"data: {key.removeprefix('data/').replace('_', ' ')}", f"{count:,}"
 
 
 def depth_section(run: RecordedRun, pictures: Pictures) -> str:
-    """Loss by loops: the figure, the fit, the last validation as a table, and all validations."""
+    """Loss by loops: figures, the last validation as a table, its fit, and all validations."""
     if not run.validations:
         return "<p>No validation yet.</p>"
     last = run.validations[-1]
-    curve, right = losses_by_depth(last), "val/accuracy" in last
+    curve, is_task = losses_by_depth(last), "val/accuracy" in last
     rows = []
     for loops, loss in curve.items():
-        beside = f"{last[f'val/accuracy@{loops}']:.2%}" if right else f"{prediction(loss, 1, 0)[1]:.2f}"
+        score = f"{last[f'val/accuracy@{loops}']:.2%}" if is_task else f"{prediction(loss, 1, 0)[1]:.2f}"
         mark = "training mean" if loops == round(run.config.depth_mean) else ""
-        rows.append([str(loops), f"{loss:.4f}", beside, mark])
+        rows.append([str(loops), f"{loss:.4f}", score, mark])
     fit = fit_losses(curve) if "val/fit_limit" in last else None
     law = f"<p>{escape(str(fit))}</p>\n" if fit else ""
-    column = "right answers" if right else "perplexity"
+    column = "right answers" if is_task else "perplexity"
     newest = f"<p>Step {last['step']:,}</p>\n" + table(["loops", "loss", column, ""], rows) + "\n" + law
     every = [
         [f"{record['step']:,}", f"{record['tokens']:,}", f"{record['val/loss']:.4f}"]
         + [f"{record[key]:.4f}" for key in ("val/bits_per_byte", "val/accuracy") if key in record]
         for record in run.validations
     ]
-    names = ["step", "tokens", f"loss at {run.depth_label}", "right answers" if right else "bits per byte"]
+    names = ["step", "tokens", f"loss at {run.depth_label}", "right answers" if is_task else "bits per byte"]
     return (
         pictures.row([*depth_figures(run), *panels(run, HALTING)])
         + newest
@@ -168,7 +168,7 @@ def depth_section(run: RecordedRun, pictures: Pictures) -> str:
 
 
 def sweep_section(run: RecordedRun, pictures: Pictures) -> str:
-    """The newest sweep of the run, as `mythos sweep` left it: by loops, and what halting saves."""
+    """The run's newest depth sweep, written by `mythos sweep`: measurements by loops, and what halting saves."""
     files = sorted((run.directory / "sweep").glob("step-*.json"), key=sweep_step)
     if not files and run.config.depth.follow == "difficulty":
         return ""
@@ -189,18 +189,20 @@ def sweep_section(run: RecordedRun, pictures: Pictures) -> str:
         ]
         for point in sweep.halting
     ]
-    told = f"{files[-1].name}: step {about.get('step')}, {sweep.sequences} sequences of {sweep.sequence_length} tokens"
+    caption = (
+        f"{files[-1].name}: step {about.get('step')}, {sweep.sequences} sequences of {sweep.sequence_length} tokens"
+    )
     rules = table(["rule", "threshold", "loops", "saved", "loss"], rows) if rows else ""
-    return f'<p class="dim">{escape(told)}</p>\n<figure>{figure}</figure>\n{rules}'
+    return f'<p class="dim">{escape(caption)}</p>\n<figure>{figure}</figure>\n{rules}'
 
 
 def sweep_step(path: Path) -> int:
-    """The step in a sweep's name; -1 for other names."""
+    """The step in a sweep's file name; -1 for other names."""
     return step_of(path.stem) if path.stem.removeprefix("step-").isdigit() else -1
 
 
 def samples_section(run: RecordedRun) -> str:
-    """Text samples, the newest open."""
+    """Text samples; the newest is unfolded."""
     samples = run.samples()
     steps = list(samples)
     shown = steps[:: -max(1, -(-len(steps) // SHOWN_SAMPLES))]
@@ -208,7 +210,7 @@ def samples_section(run: RecordedRun) -> str:
 
 
 def events_section(run: RecordedRun) -> str:
-    """Restarts, skipped updates, rollbacks, and the checkpoints that are there."""
+    """Restarts, skipped updates, rollbacks, and existing checkpoints."""
     events, note = run.events(), ""
     try:
         events += run.saves()
@@ -219,22 +221,22 @@ def events_section(run: RecordedRun) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Cells of any text as a table that scrolls where it is long."""
+    """A table of text cells that scrolls if it is long."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "\n".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
     return f'<div class="scroll"><table>\n<tr>{head}</tr>\n{body}\n</table></div>'
 
 
 def folded(title: str, content: str, opened: bool = False) -> str:
-    """An element that opens on a click."""
+    """An element that unfolds on a click."""
     return f"<details{' open' * opened}><summary>{escape(title)}</summary>\n{content}\n</details>"
 
 
 def code(text: str) -> str:
-    """Text as it stands."""
+    """Preformatted text."""
     return f"<pre>{escape(text)}</pre>"
 
 
 def escape(text: Any) -> str:
-    """Any text as content of an element, control characters shown as symbols."""
+    """Escape text for HTML; control characters are shown as symbols."""
     return html.escape(harmless(str(text)))

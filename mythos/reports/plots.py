@@ -1,15 +1,16 @@
-"""The pictures of a run, drawn from its metrics.jsonl."""
+"""Plots of a run from its metrics.jsonl, and of a depth sweep."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mythos.evaluation.depth_sweep import DepthFit, fit_losses
-from mythos.evaluation.validation import losses_by_depth
-from mythos.training.metrics import read_metrics
+from mythos.files.local import replacing
+from mythos.training.metrics import losses_by_depth, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,10 +20,13 @@ if TYPE_CHECKING:
 
 
 def draw_plots(run_dir: Path, mean_depth: float) -> list[Path]:
-    """Write `plots/loss.png` and `plots/depth.png`; returns what was written.
+    """Write `plots/loss.png` and `plots/depth.png`; returns their paths, or none without matplotlib.
 
-    The first shows training and validation loss over tokens, the second validation loss by loops over the validations.
+    The first shows training and validation loss over tokens, the second validation loss by loops. It is missing until
+    the first validation.
     """
+    if find_spec("matplotlib") is None:  # a run need not stop for a plot
+        return []
     records = read_metrics(run_dir / "metrics.jsonl")
     validations = [record for record in records if "val/loss" in record]
     directory = run_dir / "plots"
@@ -37,15 +41,15 @@ def draw_plots(run_dir: Path, mean_depth: float) -> list[Path]:
         figure, axes = new_axes("Validation loss by depth", "loops", "loss (nats per token)")
         draw_depths(axes, validations, mean_depth)
         written.append(finish(figure, directory / "depth.png"))
-    # The parts of a figure refer to each other. Python frees such circles late, and between the tensors of a run their
-    # memory is not found again: 2 MB a validation (scripts/benchmark.py validations).
+    # The objects of a figure form reference cycles. If Python frees them late, their memory is fragmented by tensors
+    # and cannot be reused: 2 MB a validation (scripts/benchmark.py validations).
     del figure, axes
     gc.collect()
     return written
 
 
 def draw_training(axes: Axes, records: Sequence[dict[str, Any]], label: str) -> None:
-    """Training and validation loss over tokens; `label` is that of the validation."""
+    """Plot training and validation loss over tokens; `label` describes the validation."""
     draw_over_tokens(axes, records, "loss", color="tab:blue", alpha=0.5, label="training")
     if any("val/loss" in record for record in records):
         draw_over_tokens(axes, records, "val/loss", color="tab:red", marker="o", markersize=3, label=label)
@@ -53,13 +57,13 @@ def draw_training(axes: Axes, records: Sequence[dict[str, Any]], label: str) -> 
 
 
 def draw_over_tokens(axes: Axes, records: Sequence[dict[str, Any]], key: str, **style: Any) -> None:
-    """A measurement over tokens, of the records that have it: that of an update that was skipped may be null."""
+    """Plot a metric over tokens; records without it, or with null (a skipped update), are left out."""
     measured = [record for record in records if record.get(key) is not None and record.get("tokens") is not None]
     axes.plot([record["tokens"] for record in measured], [record[key] for record in measured], **style)
 
 
 def draw_depths(axes: Axes, validations: Sequence[dict[str, Any]], mean_depth: float) -> None:
-    """Loss by loops of some validations, with the fit and the halting point of the last, where it has them."""
+    """Plot loss by loops for up to six validations, and for the last one its fit and its halting point."""
     last = validations[-1]
     shown = validations[:: max(1, len(validations) // 5)]
     for record in [*shown, last] if shown[-1] is not last else shown:
@@ -86,22 +90,22 @@ def draw_depths(axes: Axes, validations: Sequence[dict[str, Any]], mean_depth: f
 
 
 def draw_fit(axes: Axes, fit: DepthFit, floor: float) -> None:
-    """The law of a fit over the depths it was fitted to, above a loss."""
+    """Plot a fitted law over the depths it was fitted to, as difference to the loss `floor`."""
     first, last = fit.loops[0], fit.loops[-1]
-    finely = [first * (last / first) ** (step / 100) for step in range(101)]
+    depths = [first * (last / first) ** (step / 100) for step in range(101)]
     law = f"{fit.limit:.3f} {fit.amplitude:+.3f} exp(-{fit.rate:.3f} T)"
-    axes.plot(finely, [fit.loss(loops) - floor for loops in finely], ":", color="black", label=law)
+    axes.plot(depths, [fit.loss(loops) - floor for loops in depths], ":", color="black", label=law)
 
 
 def loop_axis(axes: Axes, ticks: Sequence[int]) -> None:
-    """Numbers of loops, doubling by equal steps."""
+    """Scale the x axis for numbers of loops: logarithmic to base 2."""
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
 
 
 def new_axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
-    """A figure that needs no display, with one labelled plot."""
-    from matplotlib.figure import Figure  # takes a second, and only rank 0 draws
+    """Create a figure with one labelled plot; it needs no display."""
+    from matplotlib.figure import Figure  # the import takes a second, and only rank 0 draws
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -112,18 +116,18 @@ def new_axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
 
 def finish(figure: Figure, path: Path) -> Path:
     """Save a figure whole or not at all."""
-    aside = path.with_name("tmp." + path.name)
-    figure.savefig(aside, dpi=120)
-    return aside.replace(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=path.suffix.removeprefix("."), dpi=120)
+    return path
 
 
 def draw_sweep(sweep: DepthSweep, path: Path) -> Path:
-    """Draw a depth sweep to a PNG; returns the path."""
+    """Draw a depth sweep into an image file; returns the path."""
     return finish(sweep_figure(sweep), path)
 
 
 def sweep_figure(sweep: DepthSweep) -> Figure:
-    """Loss, exits, state and, for a routed core, experts, by loops."""
+    """Plot loss, exits, state and, for a core with routed experts, load and overlap of experts, by loops."""
     from matplotlib.figure import Figure
 
     routed = sweep.loops[0].load_max_over_mean is not None
@@ -165,12 +169,13 @@ def sweep_figure(sweep: DepthSweep) -> Figure:
 
 
 def draw_losses(axes: Axes, sweep: DepthSweep) -> None:
-    """Losses by loops above the least of them, on a scale on which 0.001 nats are seen beside one."""
-    read_out, fit = sweep.read_out, sweep.fit
-    best = min(measures.loss for measures in read_out)
+    """Plot losses by loops as differences to the lowest, on a scale that shows 0.001 nats as well as one nat."""
+    fit = sweep.fit
+    curve = {measures.loops: measures.loss for measures in sweep.read_out if measures.loss is not None}
+    best = min(curve.values())
     axes.set(title="Loss", ylabel=f"nats per token above {best:.4f}")
     axes.set_yscale("symlog", linthresh=1e-3)
-    axes.plot([d.loops for d in read_out], [d.loss - best for d in read_out], "o-", color="black", label="all alike")
+    axes.plot(list(curve), [loss - best for loss in curve.values()], "o-", color="black", label="all alike")
     if fit is not None:
         draw_fit(axes, fit, best)
     for number, rule in enumerate(dict.fromkeys(point.rule for point in sweep.halting)):

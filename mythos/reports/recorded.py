@@ -1,4 +1,4 @@
-"""What a run directory tells without opening the model: configuration, records, samples, checkpoints, events."""
+"""Read a run directory without opening the model: configuration, records, samples, checkpoints, events."""
 
 import hashlib
 import logging
@@ -18,33 +18,33 @@ from mythos.config.loading import load_config
 from mythos.config.sections import Config
 from mythos.errors import MythosError, short_reason, without_credentials
 from mythos.files.storage import step_of
-from mythos.planning.estimate import forward_flops
+from mythos.planning.flops import forward_flops
 from mythos.training.metrics import damaged_lines, scan_metrics
 
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 NEEDED = ("step", "tokens", "loops", "backprop_loops")
-"""What every record of a training step has."""
+"""Fields of every record of a training step."""
 
 
 class Event(NamedTuple):
-    """Something that happened to a run."""
+    """An event of a run."""
 
     step: int
     what: str
     time: float | None
-    """Seconds since 1970; None where no record tells it."""
+    """Seconds since 1970; None if no record contains it."""
 
     @property
     def moment(self) -> str:
-        """The time for people, in UTC."""
+        """The time in UTC as text; empty if unknown."""
         return "" if self.time is None else f"{datetime.fromtimestamp(self.time, UTC):%Y-%m-%d %H:%M:%S}"
 
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """A run that has logged at least once; it may still be training."""
+    """A run with at least one record; it may still be training."""
 
     directory: Path
     config: Config
@@ -52,33 +52,33 @@ class RecordedRun:
 
     @property
     def name(self) -> str:
-        """That of the configuration."""
+        """The run's name in its configuration."""
         return self.config.run.name
 
     @property
     def is_text(self) -> bool:
-        """Whether it learns text, not a task."""
+        """Whether the run trains on text and not on a task."""
         return self.config.data.kind != "reasoning"
 
     @property
     def depth_label(self) -> str:
-        """The loops that `val/loss` is measured at, in words."""
+        """The number of loops at which `val/loss` is measured, in words."""
         follows = self.config.depth.follow == "difficulty"
         return "as many loops as steps" if follows else f"{round(self.config.depth_mean)} loops"
 
     @cached_property
     def validations(self) -> list[dict[str, Any]]:
-        """The records that hold a validation."""
+        """The records that contain a validation."""
         return [record for record in self.records if "val/loss" in record]
 
     @cached_property
     def flops(self) -> list[float]:
-        """FLOPs needed up to each record: what lies between two is taken to have run at the later one's depths."""
+        """FLOPs needed up to each record; steps between two records are counted at the later one's depths."""
         costs = forward_flops(self.config.model, self.config.data.sequence_length)
         earlier = chain([0], (record["tokens"] for record in self.records))
         return list(
             accumulate(
-                (record["tokens"] - before) * costs.training([record["loops"]], record["backprop_loops"])
+                (record["tokens"] - before) * costs.training_at(record["loops"], record["backprop_loops"])
                 if "loops" in record
                 else 0.0  # a validation before the first step
                 for record, before in zip(self.records, earlier, strict=False)
@@ -86,23 +86,23 @@ class RecordedRun:
         )
 
     def last(self, key: str) -> Any:
-        """The newest value of a measurement that is not null; None where there is none."""
+        """The newest value of a metric that is not null; None if there is none."""
         return next((record[key] for record in reversed(self.records) if record.get(key) is not None), None)
 
     def measured(self, key: str) -> list[Any]:
-        """All values of a measurement that are not null."""
+        """All values of a metric that are not null."""
         return [record[key] for record in self.records if record.get(key) is not None]
 
     def samples(self) -> dict[int, str]:
         """Text samples by step."""
-        found = {}
+        samples = {}
         for path in (self.directory / "samples").glob("step-*.txt"):
             if path.stem.removeprefix("step-").isdecimal():
-                found[step_of(path.stem)] = path.read_text(encoding="utf-8", errors="replace").rstrip("\n")
-        return dict(sorted(found.items()))
+                samples[step_of(path.stem)] = path.read_text(encoding="utf-8", errors="replace").rstrip("\n")
+        return dict(sorted(samples.items()))
 
     def vocabulary(self) -> str:
-        """What its tokens are: runs that differ in it have losses that cannot be compared."""
+        """A string that identifies the vocabulary; losses of runs with different vocabularies cannot be compared."""
         file = self.directory / "tokenizer" / TOKENIZER_FILE
         if file.is_file():
             return hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
@@ -110,47 +110,47 @@ class RecordedRun:
         return f"{about}, {self.config.model.vocab_size}"
 
     def events(self) -> list[Event]:
-        """Restarts, skipped updates and rollbacks, as far as records tell, in the order of steps.
+        """Restarts, skipped updates and rollbacks in the records, in the order of steps.
 
-        A restart is in the records only if the run went on to a checkpoint after it: another start from the same
-        checkpoint writes its lines anew.
+        A restart stays in the records only if the run then reached another checkpoint: a further start from the same
+        checkpoint overwrites its records.
         """
-        found = []
+        events = []
         for before, record in pairwise([{}, *self.records]):
             if "resumed_from" in record:
-                found.append(("continued from step {:,}", record["resumed_from"], record))
+                events.append(("continued from step {:,}", record["resumed_from"], record))
             skipped = record.get("skipped_steps", 0) - before.get("skipped_steps", 0)
             if skipped > 0:
                 since = f" since step {before['step']:,}" if before else ""
-                found.append((f"{{:,}} update{'s' * (skipped > 1)} skipped{since}: not finite", skipped, record))
-            gone_back = record.get("rollbacks", 0) - before.get("rollbacks", 0)
-            if gone_back > 0:
-                found.append(("{:,} x back to the weights of the newest checkpoint", gone_back, record))
-        return [Event(record["step"], form.format(number), record.get("time")) for form, number, record in found]
+                events.append((f"{{:,}} update{'s' * (skipped > 1)} skipped{since}: not finite", skipped, record))
+            rollbacks = record.get("rollbacks", 0) - before.get("rollbacks", 0)
+            if rollbacks > 0:
+                events.append(("{:,} x back to the weights of the newest checkpoint", rollbacks, record))
+        return [Event(record["step"], text.format(number), record.get("time")) for text, number, record in events]
 
     def saves(self) -> list[Event]:
-        """The complete checkpoints that are there. Raises MythosError where the place cannot be looked at."""
+        """The complete checkpoints. Raises MythosError if their directory cannot be read."""
         place = self.config.checkpoint.dir or self.directory / "checkpoints"
         times = {record["step"]: record.get("time") for record in self.records}
-        found = []
+        events = []
         try:
             for path in complete_checkpoints(place):
                 try:
                     size = sum(file["bytes"] for file in read_meta(path).get("files", {}).values())
-                except MythosError as error:  # removed since, by a run that goes on, or damaged
+                except MythosError as error:  # damaged, or removed meanwhile by the running run
                     what = without_credentials(str(error))
                 else:
                     what = f"checkpoint, {size / 2**20:,.1f} MiB"
-                found.append(Event(step_of(path), what, times.get(step_of(path))))
+                events.append(Event(step_of(path), what, times.get(step_of(path))))
         except Exception as error:  # libraries of remote file systems share no base class
             raise MythosError(without_credentials(f"{place} cannot be read: {short_reason(error)}")) from error
-        return found
+        return events
 
 
 def open_run(path: str | Path) -> RecordedRun:
-    """Read a run directory, or that of a checkpoint in one.
+    """Read a run directory, or the run directory of a checkpoint.
 
-    Raises MythosError if it is none, has logged nothing yet, or holds other records than a run writes.
+    Raises MythosError if there is no run, if it has no records yet, or if no record is one that a run writes.
     """
     directory = run_directory(path)
     if directory is None:
@@ -160,7 +160,7 @@ def open_run(path: str | Path) -> RecordedRun:
     if not file.is_file():
         raise MythosError(f"{file} is missing: the run has not begun to train, or the file was moved")
     try:
-        records, damaged = scan_metrics(file, needed_in)
+        records, damaged = scan_metrics(file, needed_fields)
     except OSError as error:
         raise MythosError(f"{file} cannot be read: {short_reason(error)}") from error
     if damaged and not records:
@@ -172,19 +172,19 @@ def open_run(path: str | Path) -> RecordedRun:
     return RecordedRun(directory, load_config(directory / RUN_FILE, to_train=False), records)
 
 
-def needed_in(record: dict[str, Any]) -> Sequence[str]:
-    """What a report needs of a record."""
-    # Before the first step there is only what the run starts from (train.init_from).
+def needed_fields(record: dict[str, Any]) -> Sequence[str]:
+    """Fields that a report needs of a record."""
+    # A record before the first step describes the model that the run starts from (train.init_from).
     return ("step", "tokens") if record.get("step") == 0 else NEEDED
 
 
 def run_names(paths: Sequence[str]) -> list[str]:
-    """What each run is called: as its directory, with a number added where another one is called so."""
-    made: list[str] = []
+    """A unique name for each run: the name of its directory, with a number if another run has that name."""
+    names: list[str] = []
     for path in paths:
-        given = Path(os.path.abspath(path))
-        shown = given.parent.parent if given.name.startswith("step-") else given
-        name = (run_directory(path) or shown).name
+        absolute = Path(os.path.abspath(path))
+        fallback = absolute.parent.parent if absolute.name.startswith("step-") else absolute
+        name = (run_directory(path) or fallback).name
         numbered = (f"{name}-{number}" for number in count(2))
-        made.append(next(free for free in chain([name], numbered) if free not in made))
-    return made
+        names.append(next(free for free in chain([name], numbered) if free not in names))
+    return names

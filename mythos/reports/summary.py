@@ -1,4 +1,4 @@
-"""What a run says at its beginning, of a validation, and at its end."""
+"""Texts that a run prints at its start, after a validation, and at its end."""
 
 import math
 from typing import Any
@@ -6,18 +6,18 @@ from typing import Any
 from mythos.config.presets import model_name
 from mythos.config.sections import Config
 from mythos.evaluation.depth_sweep import fit_losses
-from mythos.evaluation.validation import losses_by_depth
-from mythos.planning.estimate import count_parameters
+from mythos.planning.flops import count_parameters
+from mythos.training.metrics import losses_by_depth
 
 
 def config_lines(config: Config, micro_batch: int, validation_sequences: int) -> dict[str, str]:
-    """What a configuration amounts to: model, depth, data and training, a line each."""
+    """Summarise a configuration in one line each for model, depth, data and training."""
     parameters = count_parameters(config.model)
-    drawn = "those of the task" if config.depth.follow == "difficulty" else config.depth.sampling
+    sampling = "those of the task" if config.depth.follow == "difficulty" else config.depth.sampling
     return {
         "model": f"{model_name(config.model)}: {parameters.total:,} parameters, {parameters.active:,} active per loop",
-        "depth": f"{config.depth_mean:g} loops on average ({drawn}, at most {config.depth_maximum}), gradient through "
-        f"the last {config.depth_backprop}",
+        "depth": f"{config.depth_mean:g} loops on average ({sampling}, at most {config.depth_maximum}), gradient "
+        f"through the last {config.depth_backprop}",
         "data": f"{config.data.kind}, {config.data.streams} streams, {validation_sequences} validation sequences",
         "training": f"{config.train_steps:,} steps of {config.train.global_batch} x {config.data.sequence_length} = "
         f"{config.tokens_per_step:,} tokens, {config.train_steps * config.tokens_per_step:,} in all; "
@@ -26,19 +26,19 @@ def config_lines(config: Config, micro_batch: int, validation_sequences: int) ->
 
 
 def summary(config: Config, metrics: dict[str, Any], mean_loops: int, tokens: int) -> str:
-    """The depth table of a validation after so many tokens of training, its fit, and where positions halt.
+    """The table of a validation by depth after `tokens` tokens of training, its fit, and where positions halt.
 
-    `metrics` are those of the validation, `mean_loops` is the depth that `val/loss` was measured at.
+    `metrics` are the validation's, `mean_loops` is the depth at which `val/loss` was measured.
     """
     curve = losses_by_depth(metrics)
-    answered = "val/accuracy" in metrics
-    column = "accuracy" if answered else "perplexity"
+    is_task = "val/accuracy" in metrics
+    column = "accuracy" if is_task else "perplexity"
     lines = [f"\nValidation after {tokens:,} tokens\n\n  loops      loss  {column:>10}"]
     for loops, loss in curve.items():
         mark = "  <- training mean" if loops == mean_loops else ""
-        beside = f"{metrics[f'val/accuracy@{loops}']:10.2%}" if answered else f"{math.exp(loss):10.2f}"
-        lines.append(f"  {loops:5d}  {loss:8.4f}  {beside}{mark}")
-    if answered:
+        score = f"{metrics[f'val/accuracy@{loops}']:10.2%}" if is_task else f"{math.exp(loss):10.2f}"
+        lines.append(f"  {loops:5d}  {loss:8.4f}  {score}{mark}")
+    if is_task:
         at = "as many loops as steps" if config.depth.follow == "difficulty" else f"{mean_loops} loops"
         lines.append(f"\n  {metrics['val/accuracy']:.2%} of the sequences have every answer right at {at}")
     else:
@@ -46,14 +46,14 @@ def summary(config: Config, metrics: dict[str, Any], mean_loops: int, tokens: in
     if "val/fit_limit" in metrics:
         lines.append(f"  {fit_losses(curve)}")
     if "val/auto_loss" in metrics:
-        beside = "" if answered else f", perplexity {math.exp(metrics['val/auto_loss']):.2f}"
+        perplexity = "" if is_task else f", perplexity {math.exp(metrics['val/auto_loss']):.2f}"
         halted = f"{metrics['val/auto_loops']:.2f} loops where {config.model.halting} halts"
-        lines.append(f"  {halted}: {metrics['val/auto_saved']:.0%} saved{beside}")
+        lines.append(f"  {halted}: {metrics['val/auto_saved']:.0%} saved{perplexity}")
     return "\n".join(lines)
 
 
 def validation_line(config: Config, metrics: dict[str, Any], mean_loops: int) -> str:
-    """A validation in one line: the loss at each depth, and how many loops halting runs; `metrics` as for `summary`."""
+    """Summarise a validation in one line: loss at each depth and loops with halting. Arguments as for `summary`."""
     losses = ", ".join(f"{loss:.3f} at {loops}" for loops, loss in losses_by_depth(metrics).items())
     parts = [f"step {metrics['step']}/{config.train_steps}", f"validation loss {losses} loops"]
     if "val/accuracy" in metrics:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mythos.config.sections import Config
 from mythos.errors import MythosError
-from mythos.files.local import read_regular
+from mythos.files.local import read_regular, write_whole
 from mythos.training.trackers import start_trackers, tracker_error, wandb_depth_chart
 
 if TYPE_CHECKING:
@@ -59,9 +59,7 @@ class MetricsLog:
         if unfinished is not None and not any(r["step"] == start_step and "val/loss" in r for r in kept):
             self.unfinished = unfinished
             kept = [record for record in kept if record["step"] < start_step]
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        temporary.replace(self.path)
+        write_whole(self.path, "".join(json.dumps(record) + "\n" for record in kept))
         self.file = self.path.open("a")
 
     def write(self, record: dict[str, Any]) -> None:

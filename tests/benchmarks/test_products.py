@@ -1,11 +1,11 @@
-"""Counting the products of a step, and making the same ones alone."""
+"""Counting the matmuls of a step, and replaying them alone."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from mythos.benchmarks.products import Flops, Like, Replay, executed_flops, record_products
-from mythos.benchmarks.steps import Steps
+from mythos.gpu_check.timed_steps import Steps
+from scripts.benchmarks.products import Flops, Like, Replay, executed_flops, record_products
 from tests.runs import tiny
 
 
@@ -45,7 +45,7 @@ def test_attention_is_counted_as_far_as_the_mask_lets_it_look(causal):
 
 
 def steps(tmp_path, checkpointing: str) -> Steps:
-    """All loops with gradient; keys as wide as values, which kernels need not pad."""
+    """Steps with gradient through all loops; keys and values have the same width, so kernels need not pad them."""
     return Steps(
         tiny(
             tmp_path, model__attention="gqa", model__vocab_size=384, depth={"sampling": "fixed", "backprop": 3},
@@ -59,7 +59,7 @@ def test_a_step_executes_what_it_needs_and_checkpointing_the_loops_once_more(tmp
         needed = plain.flops_needed
         once, twice = executed_flops(plain), executed_flops(again)
     assert (once.total - once.recomputed) / needed == pytest.approx(1, abs=0.02)
-    # What is made again ends with the last value that the backward pass needs: the last product or two may not be.
+    # Recomputation ends with the last value that the backward pass needs: the last matmuls may be left out.
     forward_of_core = core_flops(again.config) * again.tokens
     assert 0.9 * forward_of_core < twice.total - once.total < 1.001 * forward_of_core
 

@@ -1,4 +1,4 @@
-"""The command line: every benchmark on a model of 25,000 parameters, without looking at how fast it is."""
+"""The command line: every benchmark on a model of 25,000 parameters, whatever its speed."""
 
 import contextlib
 import json
@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-from mythos.benchmarks import checkpoint, decode, open_mythos, scaling, train
-from mythos.benchmarks import model as parts
-from mythos.benchmarks.steps import configuration
 from mythos.errors import MythosError
 from mythos.planning.traffic import step_traffic
 from scripts.benchmark import main
+from scripts.benchmarks import checkpoint, decode, open_mythos, scaling, train
+from scripts.benchmarks import model as parts
+from scripts.benchmarks.steps import configuration
 from tests.runs import write_settings
 
 FIXED = ["depth={sampling: fixed, backprop: 3}", "model.vocab_size=384"]
@@ -25,7 +25,7 @@ FIXED = ["depth={sampling: fixed, backprop: 3}", "model.vocab_size=384"]
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
-    """Reports go to a temporary folder, all is measured in this process, and its cores stay as they are."""
+    """Write reports to a temporary folder, measure in this process, and restore its cores afterwards."""
     monkeypatch.chdir(tmp_path)
     for module in (train, decode):
         monkeypatch.setattr(module, "in_fresh_process", lambda work, *arguments: work(*arguments))
@@ -47,16 +47,16 @@ def results(tmp_path, what: str) -> dict:
 def test_train(tmp_path, capsys):
     config = str(write_settings(tmp_path))
     assert main(["train", config, "--repeats", "1", *FIXED]) == 0  # overrides after options too
-    found = results(tmp_path, "train")
-    none, loop = found["modes"]["none"], found["modes"]["loop"]
-    assert set(found["modes"]) == set(train.MODES)
+    figures = results(tmp_path, "train")
+    none, loop = figures["modes"]["none"], figures["modes"]["loop"]
+    assert set(figures["modes"]) == set(train.MODES)
     assert loop["flops_executed"]["gemms"] > none["flops_executed"]["gemms"] > 0
     assert loop["memory"]["tensors"] < none["memory"]["tensors"] <= none["memory"]["peak"]
     assert none["executed_over_needed"] == pytest.approx(
-        (none["flops_executed"]["gemms"] + none["flops_executed"]["attention"]) / found["flops_needed"]
+        (none["flops_executed"]["gemms"] + none["flops_executed"]["attention"]) / figures["flops_needed"]
     )
-    # needed / time / rate, and rate = FLOPs of the products / their time: a share of the step's products at least.
-    assert none["utilisation"] > 0 and found["gemm_flops_per_second"]["best"] > 0
+    # utilisation = FLOPs needed / time of the step / rate, where rate = FLOPs of the matmuls / their time
+    assert none["utilisation"] > 0 and figures["gemm_flops_per_second"]["best"] > 0
     printed = capsys.readouterr().out
     assert "loop" in printed and "benchmarks/train.json" in printed and "bfloat16" not in printed
 
@@ -64,31 +64,31 @@ def test_train(tmp_path, capsys):
 def test_model(tmp_path, capsys):
     config = str(write_settings(tmp_path))
     assert main(["model", config, *FIXED, "--repeats", "1", "--json", "parts.json"]) == 0
-    found = json.loads((tmp_path / "parts.json").read_text())["results"]
-    seconds = {part: entry["cpu_seconds"] for part, entry in found["parts"].items()}
+    figures = json.loads((tmp_path / "parts.json").read_text())["results"]
+    seconds = {part: entry["cpu_seconds"] for part, entry in figures["parts"].items()}
     assert {
         "attention", "dense and shared feed-forward", "norms", "injection", "depth-wise adapter", "head and loss",
         "embedding", "optimizer", "experts: router", "experts: sort", "experts: gather and scatter",
         "experts: grouped products", parts.REST, parts.OUTSIDE,
     } <= set(seconds)  # fmt: skip
-    assert sum(seconds.values()) == pytest.approx(found["step"]["cpu_seconds"]["median"])
-    everything = found["products"] + found["fused_attention"] + sum(found["other_operators"].values())
+    assert sum(seconds.values()) == pytest.approx(figures["step"]["cpu_seconds"]["median"])
+    everything = figures["products"] + figures["fused_attention"] + sum(figures["other_operators"].values())
     assert everything == pytest.approx(sum(seconds.values()))
-    # Backward passes are with their parts: that of attention's softmax is nowhere else.
-    softmax = [part for part, entry in found["parts"].items() if "aten::_softmax_backward_data" in entry["operators"]]
+    # Backward passes are counted with their parts: only attention has a softmax.
+    softmax = [part for part, entry in figures["parts"].items() if "aten::_softmax_backward_data" in entry["operators"]]
     assert softmax == ["attention"]
     assert "everything else" in capsys.readouterr().out
 
 
 def test_scaling(tmp_path):
     config = str(write_settings(tmp_path))
-    given = ["--axes", "loops", "experts", "--loops", "1,2", "--experts", "4,8", "--repeats", "1"]
-    assert main(["scaling", config, *given, "model.vocab_size=384"]) == 0
-    found = results(tmp_path, "scaling")
-    assert set(found) == {"loops", "experts"} and found["loops"]["values"] == [1, 2]
-    shallow, deep = found["loops"]["tensor_bytes_at_fixed_backprop"]
+    arguments = ["--axes", "loops", "experts", "--loops", "1,2", "--experts", "4,8", "--repeats", "1"]
+    assert main(["scaling", config, *arguments, "model.vocab_size=384"]) == 0
+    figures = results(tmp_path, "scaling")
+    assert set(figures) == {"loops", "experts"} and figures["loops"]["values"] == [1, 2]
+    shallow, deep = figures["loops"]["tensor_bytes_at_fixed_backprop"]
     assert abs(deep - shallow) < 0.05 * shallow
-    growing = found["loops"]["step"]["tensor_bytes"]
+    growing = figures["loops"]["step"]["tensor_bytes"]
     assert growing[1] > 1.05 * growing[0]
 
 
@@ -99,24 +99,24 @@ def test_slopes():
 
 def test_decode(tmp_path, capsys):
     config = str(write_settings(tmp_path, model__context_length=128))
-    given = ["--batch", "1,2", "--loops", "1,2", "--tokens", "1", "--repeats", "1", "--halting", "convergence"]
-    assert main(["decode", config, "model.vocab_size=384", *given]) == 0
+    arguments = ["--batch", "1,2", "--loops", "1,2", "--tokens", "1", "--repeats", "1", "--halting", "convergence"]
+    assert main(["decode", config, "model.vocab_size=384", *arguments]) == 0
     rows = results(tmp_path, "decode")["rows"]
     assert [(row["most_loops"], row["batch"]) for row in rows[::4]] == [(1, 1), (1, 2), (2, 1), (2, 2)]
     assert rows[0]["halting"] == "all loops"
     assert rows[0]["loops"] == 1 and rows[8]["loops"] == 2
     assert rows[0]["cache_bytes"] < rows[4]["cache_bytes"] and rows[0]["cache_bytes"] < rows[8]["cache_bytes"]
     assert "2 loops, 2 rows" in capsys.readouterr().out
-    given = ["--loops", "2", "--tokens", "1", "--repeats", "1", "--compile"]
-    assert main(["decode", config, "model.vocab_size=384", *given]) == 0
+    arguments = ["--loops", "2", "--tokens", "1", "--repeats", "1", "--compile"]
+    assert main(["decode", config, "model.vocab_size=384", *arguments]) == 0
     assert [row["halting"] for row in results(tmp_path, "decode")["rows"]] == ["all loops", "all loops, compiled"]
 
 
 def test_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "SAVES", 1)
     assert main(["checkpoint", "--preset", "mythos_nano", "--vocabulary", "128"]) == 0
-    found = results(tmp_path, "checkpoint")
-    assert found["tensor_bytes"] > 0 and found["load_seconds"]["median"] > 0
+    figures = results(tmp_path, "checkpoint")
+    assert figures["tensor_bytes"] > 0 and figures["load_seconds"]["median"] > 0
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_what_argparse_refuses(arguments, capsys):
 
 
 class OpenMythos(nn.Module):
-    """Stands for the package's model: as cheap as possible, and notes what it was asked for."""
+    """Replaces the package's model by a cheap one, which records its arguments."""
 
     asked: SimpleNamespace
 
@@ -174,7 +174,7 @@ class OpenMythos(nn.Module):
 
 @pytest.fixture
 def installed(monkeypatch):
-    """A package of that name."""
+    """Install a fake package named open_mythos."""
     package = ModuleType("open_mythos.main")
     package.OpenMythos, package.MythosConfig = OpenMythos, SimpleNamespace
     monkeypatch.setitem(sys.modules, "open_mythos", ModuleType("open_mythos"))
@@ -187,14 +187,14 @@ SAME = ["model.q_lora_rank=8", "model.shared_expert_dim=32", "model.ffn_dim=40",
 def test_against_open_mythos(tmp_path, capsys, installed):
     config = str(write_settings(tmp_path, model__context_length=128))
     assert main(["train", config, *SAME, "--against", "open-mythos", "--repeats", "1"]) == 0
-    found = results(tmp_path, "train")
+    figures = results(tmp_path, "train")
     assert OpenMythos.asked.act_threshold == float("inf") and OpenMythos.asked.max_loop_iters == 3
-    assert found["speed_ratio"]["median"] > 0
-    assert found["memory_ratio"]["tensors"] == (
-        found["mythos"]["memory"]["tensors"] / found["open-mythos"]["memory"]["tensors"]
+    assert figures["speed_ratio"]["median"] > 0
+    assert figures["memory_ratio"]["tensors"] == (
+        figures["mythos"]["memory"]["tensors"] / figures["open-mythos"]["memory"]["tensors"]
     )
-    given = ["--against", "open-mythos", "--batch", "1,2", "--tokens", "1", "--repeats", "1", "--compile"]
-    assert main(["decode", config, *SAME, *given]) == 0
+    arguments = ["--against", "open-mythos", "--batch", "1,2", "--tokens", "1", "--repeats", "1", "--compile"]
+    assert main(["decode", config, *SAME, *arguments]) == 0
     rows = results(tmp_path, "decode")["rows"]
     assert [row["batch"] for row in rows] == [1, 2] and rows[0]["compiled_speed_ratio"]["median"] > 0
     assert "times as fast" in capsys.readouterr().out
@@ -235,7 +235,7 @@ def test_sizes_that_open_mythos_has_not(override, message):
 
 def test_traffic(tmp_path, capsys):
     assert main(["traffic", "mythos_nano", "--rows", "2", "--length", "64"]) == 0
-    found = results(tmp_path, "traffic")
+    figures = results(tmp_path, "traffic")
     counted = step_traffic(configuration("mythos_nano").model, 64, 2)
-    assert found["loop"] == asdict(counted.loop) and found["once"] == asdict(counted.once)
+    assert figures["loop"] == asdict(counted.loop) and figures["once"] == asdict(counted.once)
     assert f"{counted.loop.bytes_backward / 1000:,.0f}" in capsys.readouterr().out

@@ -325,9 +325,9 @@ def directory_as_shard(path: Path) -> None:
 FALSIFIED = {
     "empty marker": (empty_marker, "meta.json: "),
     "other step": (other_step, "it is of step 5, the directory's name of step 2"),
-    "fifo as shard": (fifo("*.safetensors"), "it is no regular file"),
-    "fifo as meta.json": (fifo("meta.json"), "it is no regular file"),
-    "fifo as marker": (fifo("committed"), "it is no regular file"),
+    "fifo as shard": (fifo("*.safetensors"), "it is not a regular file"),
+    "fifo as meta.json": (fifo("meta.json"), "it is not a regular file"),
+    "fifo as marker": (fifo("committed"), "it is not a regular file"),
     "directory as shard": (directory_as_shard, "Is a directory"),
 }
 
@@ -347,7 +347,7 @@ def test_what_no_save_can_have_written_is_refused_at_once(tmp_path, caplog, name
 def test_fifo_beside_the_listed_shards_is_not_opened(tmp_path):
     path = save(tmp_path, 1)
     os.mkfifo(path / "shard-00002-model.safetensors")
-    with pytest.raises(MythosError, match=r"step-00000001 is damaged: .*it is no regular file"):
+    with pytest.raises(MythosError, match=r"step-00000001 is damaged: .*it is not a regular file"):
         load(path, blank())
 
 
@@ -459,7 +459,7 @@ def test_error_of_a_background_save_comes_with_the_next_call(tmp_path, monkeypat
     saving.save(1, tensors(), {}, wait=True)
     saving.save(2, tensors(), {})
     assert not saving.failed
-    monkeypatch.setattr(storage, "_sync", _raise(OSError(28, "No space left on device")))
+    monkeypatch.setattr(storage, "fsync", _raise(OSError(28, "No space left on device")))
     held.set()
     calls = {
         "wait": saving.wait,

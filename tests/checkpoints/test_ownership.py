@@ -139,7 +139,7 @@ def test_what_killed_saves_of_other_runs_left_stays(tmp_path):
         (place / f"step-{step:08d}.tmp" / "shard-00001-x.safetensors").write_text("half")
     save(mine, 2)
     assert {path.name for path in place.glob("*.tmp")} == {"step-00000007.tmp"}
-    with pytest.raises(MythosError, match=r"File exists.*step-00000007\.tmp.*Mend that"):
+    with pytest.raises(MythosError, match=r"File exists.*step-00000007\.tmp.*Fix that"):
         save(mine, 7)
     assert (place / "step-00000007.tmp" / "shard-00001-x.safetensors").exists()
 
@@ -364,10 +364,10 @@ def test_unusable_places_are_told_before_training(tmp_path, spoil):
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT])
 def test_a_place_that_takes_no_file_is_told_before_training(tmp_path, monkeypatch, number):
-    def refused(path: Path, content: bytes) -> None:
+    def refused(path: Path, content: bytes, **_: bool) -> None:
         raise OSError(number, os.strerror(number), str(path))
 
-    monkeypatch.setattr(storage, "_replace", refused)
+    monkeypatch.setattr(storage, "write_whole", refused)
     full = number in (errno.ENOSPC, errno.EDQUOT)
     with pytest.raises(DiskFullError if full else MythosError, match=os.strerror(number)) as caught:
         Trainer(tiny(tmp_path, checkpoint__dir=str(tmp_path / "place")))
@@ -406,6 +406,6 @@ def test_free_space_is_not_advised_where_it_would_not_help(tmp_path, spoil: Call
     mine = begin(tmp_path / "mine", tmp_path / "place", keep=9)
     save(mine, 1)
     spoil(tmp_path / "place")
-    with pytest.raises(MythosError, match=r"checkpoint of step 2 could not be written .*Mend that") as caught:
+    with pytest.raises(MythosError, match=r"checkpoint of step 2 could not be written .*Fix that") as caught:
         save(mine, 2)
     assert "ree some space" not in str(caught.value) and not isinstance(caught.value, DiskFullError)

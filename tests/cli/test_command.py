@@ -1,4 +1,4 @@
-"""The command `mythos`, and that the scripts are it."""
+"""The command `mythos`: its help, its errors, completion, and the files that package it."""
 
 import shutil
 import subprocess
@@ -10,49 +10,48 @@ import pytest
 import yaml
 
 import mythos
-from mythos.cli import COMMANDS, command, main
+from mythos.cli import COMMANDS, GROUPS, command, main
 from mythos.config.loading import load_config, packaged_configs
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = {"train": "train.py", "sweep": "scripts/depth_sweep.py", "tokenize": "scripts/tokenize_corpus.py"}
-SCRIPTS |= {"tokenizer": "scripts/train_tokenizer.py"}
-WITHOUT_SCRIPT = {"presets", "configs", "completion", "gpu-check"}
 
 
 def run(*words: str, **options) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *words], capture_output=True, text=True, **options)
 
 
-def test_help_lists_every_command(capsys):
+def test_help_lists_every_command_in_its_group(capsys):
     assert main([]) == 0
-    shown = capsys.readouterr().out
+    text = capsys.readouterr().out
     assert main(["--help"]) == 0
-    assert capsys.readouterr().out == shown
-    assert [line.split()[0] for line in shown.splitlines() if line.startswith("  ")] == list(COMMANDS)
+    assert capsys.readouterr().out == text
+    groups: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        if line.endswith(":"):
+            groups[line[:-1]] = names = []
+        elif line.startswith("  "):
+            names.append(line.split()[0])
+    assert groups == {group: list(names) for group, names in GROUPS.items()}
+    assert list(COMMANDS) == [name for names in GROUPS.values() for name in names]
+
+
+def test_every_module_of_a_command_is_listed():
+    modules = {path.stem for path in (ROOT / "mythos" / "cli").glob("*.py")} - {"__init__", "common"}
+    assert {command(name).__name__.rpartition(".")[2] for name in COMMANDS} == modules
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_explains_itself_by_the_name_it_was_called_by(name, capsys):
-    shown = []
-    for prog in (f"mythos {name}", "python scripts/some.py"):
-        try:
-            status = command(name).main(["--help"], prog)
-        except SystemExit as ended:
-            status = ended.code
-        assert status == 0
-        shown.append(capsys.readouterr().out)
-        assert shown[-1].startswith(f"usage: {prog} ")
+def test_every_command_explains_itself(name, capsys):
+    try:
+        status = command(name).main(["--help"])
+    except SystemExit as ended:
+        status = ended.code
+    assert status == 0
+    assert capsys.readouterr().out.startswith(f"usage: mythos {name} ")
     assert command(name).parser().description.splitlines()[0].endswith(".")
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in WITHOUT_SCRIPT])
-def test_a_script_is_its_command(name):
-    path = ROOT / SCRIPTS.get(name, f"scripts/{COMMANDS[name]}.py")
-    assert f"from mythos.cli.{COMMANDS[name]} import main\n" in path.read_text()
-    assert len(path.read_text().splitlines()) < 12
-
-
-def test_script_command_and_module_answer_alike():
+def test_train_py_command_and_module_answer_alike():
     answers = [
         run(*words, "no/such.yaml", cwd=ROOT)
         for words in (["-m", "mythos", "train"], ["train.py"], ["-m", "mythos.__main__", "train"])
@@ -70,7 +69,7 @@ def test_help_and_errors_come_without_torch():
 
 def test_unknown_command(capsys):
     assert main(["trian"]) == 2
-    assert capsys.readouterr().err == "error: mythos trian: there is no such command; did you mean train?\n"
+    assert capsys.readouterr().err == "error: mythos trian: no such command; did you mean train?\n"
 
 
 def test_version(capsys):
@@ -114,15 +113,15 @@ def test_completion(shell, capsys, tmp_path):
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 @pytest.mark.parametrize(
-    ("words", "found"),
+    ("words", "completion"),
     [(["tr"], "train"), (["train", "quick"], "quickstart"), (["generate", "--exit"], "--exit-threshold")],
 )
-def test_completion_of_bash(words, found, capsys):
+def test_completion_of_bash(words, completion, capsys):
     main(["completion", "bash"])
     program = f"""{capsys.readouterr().out}
 COMP_WORDS=(mythos {" ".join(words)}); COMP_CWORD={len(words)}
 _shtab_mythos; echo "${{COMPREPLY[@]}}\""""
-    assert found in subprocess.run(["bash", "-c", program], capture_output=True, text=True).stdout.split()
+    assert completion in subprocess.run(["bash", "-c", program], capture_output=True, text=True).stdout.split()
 
 
 def test_citation_follows_its_format():
@@ -138,18 +137,18 @@ def test_dockerfile():
     """The rules of hadolint that matter here, where neither it nor an engine may be at hand."""
     text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
     lines = [line.split(maxsplit=1) for line in text.splitlines() if line and not line.startswith("#")]
-    given = {word: [rest for first, rest in lines if first == word] for word, _ in lines}
-    (base,) = given["FROM"]
+    instructions = {word: [rest for first, rest in lines if first == word] for word, _ in lines}
+    (base,) = instructions["FROM"]
     assert ":" in base and not base.endswith(":latest")
-    assert given["USER"][-1] not in ("root", "0")
+    assert instructions["USER"][-1] not in ("root", "0")
     places = [word for word, _ in lines]
     assert places.index("USER") > max(place for place, word in enumerate(places) if word == "RUN")
-    assert "ADD" not in given and "sudo" not in text
-    (apt,) = [line for line in given["RUN"] if "apt-get install" in line]
+    assert "ADD" not in instructions and "sudo" not in text
+    (apt,) = [line for line in instructions["RUN"] if "apt-get install" in line]
     assert "--no-install-recommends" in apt and "--yes" in apt and "rm -rf /var/lib/apt/lists/*" in apt
-    assert all("--no-cache-dir" in line for line in given["RUN"] if "pip install" in line)
-    assert all(path.startswith("[") for path in (*given["ENTRYPOINT"], *given["CMD"]))
-    for copied in given["COPY"]:
+    assert all("--no-cache-dir" in line for line in instructions["RUN"] if "pip install" in line)
+    assert all(path.startswith("[") for path in (*instructions["ENTRYPOINT"], *instructions["CMD"]))
+    for copied in instructions["COPY"]:
         *sources, _ = copied.split()
         assert all((ROOT / source).exists() for source in sources)
         assert all(f"!{source.split('/')[0]}" in (ROOT / ".dockerignore").read_text().split() for source in sources)

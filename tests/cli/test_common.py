@@ -1,4 +1,4 @@
-"""What the scripts' command lines have in common."""
+"""What the command lines share."""
 
 import os
 import subprocess
@@ -17,9 +17,9 @@ def failing(error: BaseException) -> None:
     raise error
 
 
-def test_how_a_script_ends(capsys: pytest.CaptureFixture[str]) -> None:
-    assert exit_status(lambda: print("made")) == 0
-    assert capsys.readouterr() == ("made\n", "")
+def test_how_a_command_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_status(lambda: print("text")) == 0
+    assert capsys.readouterr() == ("text\n", "")
     assert exit_status(lambda: failing(MythosError("--loops: got 0"))) == 1
     assert capsys.readouterr() == ("", "error: --loops: got 0\n")
     assert exit_status(lambda: failing(KeyboardInterrupt())) == 130
@@ -30,14 +30,14 @@ def test_how_a_script_ends(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_what_reads_the_output_may_stop() -> None:
     code = "from mythos.cli.common import *; sys.exit(exit_status(lambda: print('x' * 10**6)))"
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as script:
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as command:
         try:
-            assert script.stdout is not None and script.stderr is not None
-            script.stdout.read(1)
-            script.stdout.close()
-            assert script.stderr.read() == b"" and script.wait(60) == 0
+            assert command.stdout is not None and command.stderr is not None
+            command.stdout.read(1)
+            command.stdout.close()
+            assert command.stderr.read() == b"" and command.wait(60) == 0
         finally:
-            script.kill()
+            command.kill()
 
 
 def test_numbers_in_the_order_given() -> None:
@@ -47,10 +47,10 @@ def test_numbers_in_the_order_given() -> None:
 
 @pytest.mark.parametrize("text", ["0", "-1", "1,0", "2,-3", "a", "", "1,", "1.5", "1e3"])
 def test_what_is_no_whole_number_is_refused(text: str) -> None:
-    told = f"--loops: got {text!r}; give whole numbers of at least 1, e.g. 8 or 1,2,4"
+    message = f"--loops: got {text!r}; give whole numbers of at least 1, e.g. 8 or 1,2,4"
     with pytest.raises(MythosError) as caught:
         whole_numbers("--loops", text)
-    assert str(caught.value) == told
+    assert str(caught.value) == message
     with pytest.raises(MythosError, match="; give auto, or whole numbers of at least 1"):
         whole_numbers("--loops", text, besides="auto, or ")
 
@@ -68,7 +68,7 @@ def test_least_values() -> None:
         check_least(options, tokens=1, top_k=1)
 
 
-def test_what_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_what_cannot_be_written_is_reported(tmp_path: Path) -> None:
     with (
         pytest.raises(MythosError, match=r"there cannot be written: .*No space left.* with --out"),
         writing(Path("there")),
@@ -108,9 +108,9 @@ def test_arguments_that_are_no_text_are_refused(name: str, argument: str, capsys
     with pytest.raises(SystemExit) as caught:
         command(name).main([argument])
     assert caught.value.code == 2
-    told = capsys.readouterr().err
-    assert f"argument {argument!a}: allowed: text in UTF-8" in told
-    told.encode()
+    message = capsys.readouterr().err
+    assert f"argument {argument!a}: allowed: text in UTF-8" in message
+    message.encode()
 
 
 @pytest.mark.parametrize(
@@ -147,5 +147,5 @@ def test_numbers_that_nothing_can_be_done_with(
 ) -> None:
     """In a line that names the option, before a model is looked for."""
     assert command(name).main(["quickstart", *arguments]) == 1
-    told = capsys.readouterr().err
-    assert told.startswith("error: ") and says in told and told.count("\n") == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and says in message and message.count("\n") == 1

@@ -13,9 +13,10 @@ from matplotlib.figure import Figure
 
 from mythos.cli import evaluate, export, sweep
 from mythos.errors import MythosError
-from mythos.evaluation import results as results_module
 from mythos.evaluation.continuations import DepthSetting
-from mythos.evaluation.results import MOST_PANELS, Result, draw, save, table
+from mythos.evaluation.results import Result, save, table
+from mythos.reports import evaluation_plots
+from mythos.reports.evaluation_plots import MOST_PANELS, draw_scores
 from mythos.trainer import Trainer
 from mythos.training.metrics import read_metrics
 from tests.runs import tiny
@@ -66,10 +67,10 @@ def test_a_run(trained: Trainer, capsys: pytest.CaptureFixture[str], caplog: pyt
     assert all(str(stem.with_suffix(f".{kind}")) in printed for kind in ("json", "csv", "png"))
     assert "3 of 7 prompts do not fit in the context of 64 tokens" in caplog.text
     record = read_metrics(trained.run_dir / "metrics.jsonl")[-1]
-    found = scores(stem.with_suffix(".json"))
+    scored = scores(stem.with_suffix(".json"))
     for metric in ("acc", "acc_norm"):
         for loops in (1, 3):
-            assert found["local", metric, loops, None]["value"] == record[f"val/local_{metric}@{loops}"]
+            assert scored["local", metric, loops, None]["value"] == record[f"val/local_{metric}@{loops}"]
     with stem.with_suffix(".csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert [line["threshold"] for line in lines[4:]] == ["1.5", "1.5", "0.001", "0.001"]
@@ -98,20 +99,20 @@ def test_an_export_gives_the_scores_of_its_checkpoint(trained: Trainer, tmp_path
     assert export.main([str(trained.run_dir), str(tmp_path / "export")]) == 0
     arguments = ["--tasks", str(questions(tmp_path)), "--data", str(trained.run_dir.parent / "corpus.jsonl")]
     arguments += ["--limit", "2"]
-    found = []
+    values = []
     for path in (tmp_path / "export", saved(trained, 4)):
         out = tmp_path / f"{path.name}-scores"
         assert evaluate.main([str(path), *arguments, "--out", str(out)]) == 0
         content = json.loads((out / "step-00000004.json").read_text())
-        found.append([r["value"] for r in content["results"] if r["task"] == "local"])
-    assert found[0] == found[1] and len(found[0]) == 6, "by default 1, the mean and auto"
+        values.append([r["value"] for r in content["results"] if r["task"] == "local"])
+    assert values[0] == values[1] and len(values[0]) == 6, "by default 1, the mean and auto"
     capsys.readouterr()
     assert evaluate.main([str(tmp_path / "export")]) == 1
     assert "an exported model knows no data" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (["--loops", "0,1"], "--loops: got '0'; give auto, or whole numbers of at least 1"),
         (["--loops", "deep"], "--loops: got 'deep'"),
@@ -126,18 +127,20 @@ def test_an_export_gives_the_scores_of_its_checkpoint(trained: Trainer, tmp_path
         (["--out", "file"], "file cannot be written: "),
     ],
 )
-def test_bad_options(trained: Trainer, tmp_path: Path, capsys: Any, monkeypatch: Any, options: Any, told: str) -> None:
+def test_bad_options(
+    trained: Trainer, tmp_path: Path, capsys: Any, monkeypatch: Any, options: Any, message: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
     assert evaluate.main([str(trained.run_dir), *options]) == 1
-    assert told in capsys.readouterr().err.splitlines()[-1]
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_harness_that_is_not_installed(trained: Trainer, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mythos.evaluation.harness", None)  # as where its first import fails
     assert evaluate.main([str(trained.run_dir), "--tasks", "hellaswag"]) == 1
-    told = capsys.readouterr().err
-    assert "'hellaswag' is no .jsonl file" in told and "pip install 'mythos-rdt[eval]'" in told
+    message = capsys.readouterr().err
+    assert "'hellaswag' is no .jsonl file" in message and "pip install 'mythos-rdt[eval]'" in message
 
 
 def test_a_checkpoint_without_its_tokenizer(trained: Trainer, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
@@ -148,7 +151,7 @@ def test_a_checkpoint_without_its_tokenizer(trained: Trainer, tmp_path: Path, ca
         assert evaluate.main(["alone/step-00000004"]) == 1
     finally:
         (trained.run_dir / "elsewhere").rename(trained.run_dir / "tokenizer")
-    assert "no tokenizer lies beside it" in capsys.readouterr().err and not Path("evaluation").exists()
+    assert "there is no tokenizer beside it" in capsys.readouterr().err and not Path("evaluation").exists()
 
 
 def test_questions_that_cannot_be_read_stop_a_run_at_once(tmp_path: Path) -> None:
@@ -195,14 +198,14 @@ def test_files(tmp_path: Path) -> None:
 
 def test_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Figure] = []
-    finish = results_module.finish
-    monkeypatch.setattr(results_module, "finish", lambda figure, path: seen.append(figure) or finish(figure, path))
-    assert draw(RESULTS, tmp_path / "a.png").stat().st_size > 5_000
+    finish = evaluation_plots.finish
+    monkeypatch.setattr(evaluation_plots, "finish", lambda figure, path: seen.append(figure) or finish(figure, path))
+    assert draw_scores(RESULTS, tmp_path / "a.png").stat().st_size > 5_000
     first, second = seen[0].axes
     assert (first.get_title(), first.get_ylabel(), second.get_title()) == ("a", "acc", "b")
     line, star = (container.lines[0] for container in first.containers)
     assert (list(line.get_xdata()), list(line.get_ydata())) == ([1, 8], [0.25, 0.5])
     assert (list(star.get_xdata()), list(star.get_ydata())) == ([3.5], [0.375])
     many = [Result(f"task {n}", "acc", DepthSetting(1), 1.0, 0.5, None, 1) for n in range(MOST_PANELS + 3)]
-    draw(many, tmp_path / "b.png")
+    draw_scores(many, tmp_path / "b.png")
     assert len(seen[1].axes) == MOST_PANELS

@@ -20,7 +20,7 @@ from tokenizers import decoders, models, normalizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from mythos.checkpoints.stored_model import OpenedModel, open_model, run_directory
-from mythos.cli import generate as script
+from mythos.cli import generate as command
 from mythos.data.tokenizer import Tokenizer
 from mythos.errors import MythosError
 from mythos.files.storage import RemoteStorage
@@ -54,10 +54,10 @@ def opened(trained: Trainer) -> OpenedModel:
 
 @pytest.fixture
 def generate(trained: Trainer, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Run the script on the run; returns status, standard output and standard error."""
+    """Run the command on the run; returns status, standard output and standard error."""
 
     def call(*arguments: str, path: Path | str = trained.run_dir) -> tuple[int, str, str]:
-        status = script.main([str(path), *arguments])
+        status = command.main([str(path), *arguments])
         return status, *capsys.readouterr()
 
     return call
@@ -84,8 +84,8 @@ def test_a_run_is_opened_at_its_newest_checkpoint(trained: Trainer, opened: Open
 
 
 def test_a_sample_of_training_continues_the_end_of_a_prompt_longer_than_the_context(trained: Trainer) -> None:
-    prompt, made = "The river crosses the garden. " * 15, trained.tokenizer.encode_batch(trained.samples)[0]
-    assert len(trained.tokenizer.encode_batch([prompt])[0]) > 64 >= len(made)
+    prompt, sample_ids = "The river crosses the garden. " * 15, trained.tokenizer.encode_batch(trained.samples)[0]
+    assert len(trained.tokenizer.encode_batch([prompt])[0]) > 64 >= len(sample_ids)
     assert prompt[-50:] in trained.samples[0] and not trained.samples[0].endswith(prompt[-50:])
 
 
@@ -352,8 +352,8 @@ class Page(HTMLParser):
 
 def test_the_page_is_escaped_and_whole() -> None:
     row = TextRow("<script>alert('p')</script> & ", 4, [Piece("<b>", 1), Piece(" &amp;\n", 4)], [1, 4, 4])
-    made = TextGeneration([row], 5, 0.1, 0.5, 2048, halting=True)
-    page = html_page(made, "a <title>")
+    generation = TextGeneration([row], 5, 0.1, 0.5, 2048, halting=True)
+    page = html_page(generation, "a <title>")
     shown = Page(page)
     assert "<script>alert('p')</script> & <b> &amp;\n" in shown.text
     assert shown.tags <= {"html", "head", "meta", "title", "style", "body", "h1", "p", "span", "footer"}
@@ -366,10 +366,10 @@ def test_the_page_is_escaped_and_whole() -> None:
 
 def test_the_numbers_of_a_generation() -> None:
     rows = [TextRow("a", 8, loops=[2, 4, 6], end="stop"), TextRow("b", 4, loops=[4], end="stop")]
-    made = TextGeneration(rows, 7, 1.0, 3.0, 3 * 2**20, halting=True)
-    assert made.tokens == 4 and made.mean_loops == 4.0
-    assert made.tokens_per_second == 1.0, "two tokens after the first of each row, in two seconds"
-    assert made.summary() == (
+    generation = TextGeneration(rows, 7, 1.0, 3.0, 3 * 2**20, halting=True)
+    assert generation.tokens == 4 and generation.mean_loops == 4.0
+    assert generation.tokens_per_second == 1.0, "two tokens after the first of each row, in two seconds"
+    assert generation.summary() == (
         "4 tokens at 1.0 tokens/s, after 7 prompt tokens in 1.00 s; ended: 2 x end of document\n"
         "4.00 loops per token on average of 7 (43% saved); cache 3.0 MiB"
     )
@@ -400,7 +400,7 @@ def test_text_goes_to_standard_output_and_nothing_else(generate: Callable[..., t
     assert generate("--prompt", "The river", "--tokens", "9", "--loops", "3", "--seed", "1")[1] != out
 
 
-def test_what_the_script_prints_is_what_the_model_says(
+def test_what_the_command_prints_is_what_the_model_says(
     generate: Callable[..., tuple[int, str, str]], opened: OpenedModel
 ) -> None:
     """Greedy text against forward passes over the whole context."""
@@ -419,13 +419,15 @@ def test_several_prompts_and_depths(generate: Callable[..., tuple[int, str, str]
     (tmp_path / "p.txt").write_text("A letter\r\n", newline="")
     single = ("--tokens", "5", "--top-k", "0", "--loops")
     status, out, err = generate("--prompt", "The", "--prompt-file", str(tmp_path / "p.txt"), *single, "1,4")
-    assert status == 0 and "2 x as many tokens as asked for" in err and "2.50 loops per token" in err
+    assert status == 0 and "2 x the requested number of tokens" in err and "2.50 loops per token" in err
     first, second = out.split("== ")[1:]
     assert first.startswith("1 of 2, 1 loop\nThe") and second.startswith("2 of 2, 4 loops\nA letter")
     assert first.partition("\n")[2].strip("\n") == generate("--prompt", "The", *single, "1")[1].strip("\n")
 
     out = generate("--prompt-file", str(tmp_path / "p.txt"), "--prompt", "The", *single, "4,1")[1]
-    assert [part.splitlines()[1][:3] for part in out.split("== ")[1:]] == ["A l", "The"], "in the order given"
+    assert [part.splitlines()[1][:3] for part in out.split("== ")[1:]] == ["A l", "The"], (
+        "in the order of the command line"
+    )
 
     out = generate("--prompt", "The", *single, "1,1,6")[1].split("== ")[1:]
     texts = [part.partition("\n")[2] for part in out]
@@ -481,7 +483,7 @@ def test_colours_are_for_terminals(
 
 def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        script.main(["--help"])
+        command.main(["--help"])
     out = capsys.readouterr().out
     for option in ("--loops", "--exit-threshold", "--show-depth", "--cache-loops", "--stop", "examples:"):
         assert option in out
@@ -526,8 +528,8 @@ def test_bad_input_is_told_in_a_line(
     monkeypatch.setattr("mythos.generation.text.available_memory", lambda device: 2**30)
     status, out, err = generate("--prompt", "a", *arguments)
     assert status == 1 and message in err and out == ""
-    told = [line for line in err.splitlines() if not line.startswith("warning: ")]
-    assert len(told) == 1 and told[0].startswith("error: ")
+    errors = [line for line in err.splitlines() if not line.startswith("warning: ")]
+    assert len(errors) == 1 and errors[0].startswith("error: ")
 
 
 @pytest.mark.parametrize(
@@ -539,7 +541,7 @@ def test_bad_input_is_told_in_a_line(
         (["--exit-threshold", "nan"], "--exit-threshold: got nan; allowed: a number above 0"),
         (["--exit-threshold", "1.5", "--halting", "act"], "got 1.5; allowed for act: above 0 and at most 1"),
         (["--halting", "boredom"], "--halting: got 'boredom'; allowed: none, "),
-        (["--halting", "none", "--exit-threshold", "0.1"], "no halting rule that it could be for"),
+        (["--halting", "none", "--exit-threshold", "0.1"], "got 0.1 and --halting none, which has no threshold"),
         (["--stop", ""], "--stop: the text is empty"),
         (["--top-k", "-1"], "--top-k: got -1; give at least 0"),
         (["--seed", "-1"], "--seed: got -1; give at least 0"),
@@ -573,17 +575,17 @@ def test_far_more_loops_than_trained_are_warned_of(generate: Callable[..., tuple
 def test_a_cache_that_does_not_fit_is_refused(opened: OpenedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused by a byte less than the cache then takes; deeper ones by keeping fewer loops."""
 
-    def made(loops: int = 40, **options: int) -> TextGeneration:
+    def generated(loops: int = 40, **options: int) -> TextGeneration:
         return generate_text(opened, ["The"], 3, choose_depth(opened, [loops]), sampling=Sampling(), **options)
 
-    taken = made().cache_bytes
+    taken = generated().cache_bytes
     monkeypatch.setattr(text, "available_memory", lambda device: taken)
-    assert made().cache_bytes == taken == made(80, cache_loops=40).cache_bytes
+    assert generated().cache_bytes == taken == generated(80, cache_loops=40).cache_bytes
     with pytest.raises(MythosError, match=r"tokens at 41 loops, and .* of memory are free: give fewer --loops"):
-        made(41)
+        generated(41)
     monkeypatch.setattr(text, "available_memory", lambda device: taken - 1)
     with pytest.raises(MythosError, match=r"the cache would take up to .* for 1 x \d+ tokens at 40 loops"):
-        made()
+        generated()
 
 
 def test_a_path_that_is_no_model(generate: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The script: the same folder however it is made, what is finished stays, and no process is left."""
+"""The command: the same folder however it is made, what is finished stays, and no process is left."""
 
 import json
 import os
@@ -69,7 +69,7 @@ def finished(folder: Path) -> dict[str, tuple[int, int]]:
 
 @pytest.fixture
 def started() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start the script in a process group of its own, as a terminal does."""
+    """Start the command in a process group of its own, as a terminal does."""
     processes = []
 
     def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
@@ -137,7 +137,7 @@ def test_goes_on_where_it_stopped(
     wait_until(lambda: all(map(is_gone, family)), 10)
     if how == "interrupted":
         assert process.returncode == 130
-        assert "Traceback" not in errors and "the same command goes on" in errors
+        assert "Traceback" not in errors and "the same command continues" in errors
     before = finished(out)
     assert 15 <= len(before) < 3 * PARTS and not (out / "index.json").exists()
     assert main([str(config), "--out", str(out), "--workers", "1"]) == 0
@@ -184,7 +184,7 @@ def test_full_disk(tmp_path: Path, started: Callable[..., subprocess.Popen[str]]
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert len(re.findall(r"^error: ", errors, re.MULTILINE)) == 1 and "Traceback" not in errors
-    assert re.search(r"error: --out: .*tokens cannot be written: .*Mend that or give another folder", errors)
+    assert re.search(r"error: --out: .*tokens cannot be written: .*Fix that or give another folder", errors)
     assert not list((tmp_path / "tokens").glob("*.tmp")) and not (tmp_path / "tokens" / "index.json").exists()
     assert main(list(map(str, arguments))) == 0
 
@@ -266,7 +266,7 @@ def test_what_is_refused(config: Path, undisturbed: Path, tmp_path: Path, capsys
     assert "unknown" in message(config, "--out", out, "data.pat=x")
     assert "another tokenizer" in message(config, "--out", undisturbed, "tokenizer.vocab_size=400")
     assert "another validation share" in message(config, "--out", undisturbed, "--validation-share", 0.5)
-    assert "holds something else" in message(config, "--out", config.parent)
+    assert "contains something else" in message(config, "--out", config.parent)
     again = [f"data.path={undisturbed}", "data.kind=tokens", f"tokenizer.name={undisturbed}/tokenizer"]
     assert "tokenized already" in message(config, "--out", out, *again)
     (tmp_path / "bad.jsonl").write_text('{"text": "good and long enough"}\n{"text": null}\n')

@@ -124,10 +124,10 @@ def test_printed_summary(finished):
 def test_written_configuration_trains_the_same(finished, tmp_path):
     written = finished.dir / "config.yaml"
     config = load_config(written)
-    given = load_config(finished.yaml)
-    assert config.model.vocab_size == 384 and given.model.vocab_size == "auto"
-    resolved = given.model.model_copy(update={"vocab_size": 384})
-    assert config == given.model_copy(update={"model": resolved})
+    original = load_config(finished.yaml)
+    assert config.model.vocab_size == 384 and original.model.vocab_size == "auto"
+    resolved = original.model.model_copy(update={"vocab_size": 384})
+    assert config == original.model_copy(update={"model": resolved})
     assert main([str(written), f"run.dir={tmp_path / 'again'}"]) == 0
     assert measurements(tmp_path / "again") == measurements(finished.dir)
     assert load_config(tmp_path / "again" / "config.yaml").model == config.model
@@ -148,7 +148,12 @@ def test_written_configuration_of_a_small_corpus_reloads(tmp_path):
 def test_help(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    for part in ("mythos train CONFIG [key.path=value ...]", "--dry-run", "--list-presets", "mythos/config/loading.py"):
+    for part in (
+        "mythos train CONFIG [key.path=value ...]",
+        "--dry-run",
+        "--list-presets",
+        "mythos/config/sections.py",
+    ):
         assert part in text
     for section in ("run", "model", "tokenizer", "data", "depth", "optim", "train", "eval", "checkpoint", "log"):
         assert re.search(rf"^  {section} ", text, re.MULTILINE)

@@ -243,7 +243,7 @@ def test_contradiction_names_all_its_fields(sections: dict[str, Any], paths: tup
         {"model": {"preset": "dense_140m"}, "depth": {"mean": 1, "maximum": 1, "backprop": 1}},
     ],
 )
-def test_what_holds_together_is_accepted(sections: dict[str, Any]) -> None:
+def test_values_that_can_be_used_together_are_accepted(sections: dict[str, Any]) -> None:
     build(**sections)
 
 
@@ -443,8 +443,8 @@ def test_derived_values() -> None:
     assert isinstance(config.depth_mean, float)
     default = build()
     assert (default.depth_mean, default.depth_backprop, default.depth_maximum) == (8.0, 4, 16)
-    given = build(depth={"mean": 4, "backprop": 1, "maximum": 5})
-    assert (given.depth_mean, given.depth_backprop, given.depth_maximum) == (4.0, 1, 5)
+    explicit = build(depth={"mean": 4, "backprop": 1, "maximum": 5})
+    assert (explicit.depth_mean, explicit.depth_backprop, explicit.depth_maximum) == (4.0, 1, 5)
     assert default.tokens_per_step == 64 * 1024
     assert default.train_steps == 10
     assert build(train={"tokens": 64 * 1024 * 3}).train_steps == 3
@@ -489,7 +489,7 @@ def test_help_lists_sections_and_where_to_read_on() -> None:
     text = describe()
     for section in Config.model_fields:
         assert f"\n  {section} " in text
-    assert "mythos/config/loading.py" in text
+    assert "mythos/config/sections.py" in text
     assert "mythos/model/config.py" in text
 
 
@@ -544,19 +544,19 @@ HUGE = [
 
 
 @pytest.mark.parametrize(("override", "allowed"), HUGE, ids=lambda value: value[:40])
-def test_a_number_beyond_all_sense_is_told_with_its_field(tmp_path: Path, override: str, allowed: str) -> None:
+def test_a_number_beyond_all_sense_is_reported_with_its_field(tmp_path: Path, override: str, allowed: str) -> None:
     (line,) = problems({"train": {"steps": 10}}, (override,), tmp_path / "run.yaml")
     assert line.startswith(f"{override.partition('=')[0]}: got ") and line.endswith(f"; allowed: {allowed}")
 
 
-@pytest.mark.parametrize("given", ["0100", "0x10", "0o17", "0b11", "1:30", "-0100"])
-def test_numbers_are_decimal(tmp_path: Path, given: str) -> None:
+@pytest.mark.parametrize("text", ["0100", "0x10", "0o17", "0b11", "1:30", "-0100"])
+def test_numbers_are_decimal(tmp_path: Path, text: str) -> None:
     """YAML 1.1 reads them as 64, 16, 15, 3 and 90."""
-    told = "allowed: integer >= 1 or null, in decimal and without leading zeros"
-    (line,) = problems({"train": {}}, (f"train.steps={given}",), tmp_path / "run.yaml")
-    assert line == f'train.steps: got "{given}"; {told}'
-    (tmp_path / "run.yaml").write_text(f"train: {{steps: {given}}}")
-    with pytest.raises(MythosError, match=told):
+    rule = "allowed: integer >= 1 or null, in decimal and without leading zeros"
+    (line,) = problems({"train": {}}, (f"train.steps={text}",), tmp_path / "run.yaml")
+    assert line == f'train.steps: got "{text}"; {rule}'
+    (tmp_path / "run.yaml").write_text(f"train: {{steps: {text}}}")
+    with pytest.raises(MythosError, match=rule):
         load_config(tmp_path / "run.yaml")
 
 
@@ -596,9 +596,9 @@ MERGE_BOMB = "a0: &a0 {x: 1}\n" + "".join(
         ("run: !!python/name:os.system", "could not determine a constructor"),
         ("run: !!set {name}", "allowed: a mapping"),
         ("? [a, {b: c}]\n: 1", "unhashable"),
-        ("run: &a {name: *a}", "an alias refers to what it is in"),
-        ("&a {run: 1, ? *a : 1}", "an alias refers to what it is in"),
-        ("run: &a {<<: *a}", "an alias refers to what it is in"),
+        ("run: &a {name: *a}", "an alias refers to the value that contains it"),
+        ("&a {run: 1, ? *a : 1}", "an alias refers to the value that contains it"),
+        ("run: &a {<<: *a}", "an alias refers to the value that contains it"),
         (BOMB, "stands for more than 100,000 values"),
         (MERGE_BOMB, "stands for more than 100,000 values"),
         (f"run: {levels(80)}", "nested more than 64 deep"),
@@ -658,11 +658,11 @@ def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
     """Opening a FIFO would wait for whoever writes to it."""
     os.mkfifo(tmp_path / "fifo.yaml")
     for path in (tmp_path / "fifo.yaml", Path("/dev/zero")):
-        with pytest.raises(MythosError, match="cannot be read \\(it is no regular file"):
+        with pytest.raises(MythosError, match="cannot be read \\(it is not a regular file"):
             load_config(path)
 
 
-def test_many_problems_are_told_in_a_message_that_can_be_read() -> None:
+def test_many_problems_give_a_message_of_bounded_length() -> None:
     data = {f"field{n}": n for n in range(20_000)}
     with pytest.raises(MythosError, match="20000 problems") as caught:
         config_from_dict({"train": {"steps": 1}, "model": data})

@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub on loopback: FineWeb-Edu's layout, the hub's routes, and faults on demand.
+"""A stand-in for the Hugging Face hub on loopback: FineWeb-Edu's layout, the hub's routes, and injected faults.
 
     folder = tmp_path / "hub"
     write_fineweb_edu(folder, documents)
@@ -6,7 +6,7 @@
         subprocess.run([...], env=hub.environment)
     assert hub.counts["fault 503"]
 
-Like the real hub it serves small files itself and redirects to another path (its "CDN") for the large ones.
+Like the real hub it serves small files itself and redirects to another path (its "CDN") for large ones.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ import pytest
 
 DATASET = "HuggingFaceFW/fineweb-edu"
 REVISION = "main"
-# What each subset holds: where its files are, and its share of the documents.
+# Subset -> (path of its files, its share of the documents).
 SUBSETS = {
     "default": ("data/*/*", 1.0),
     "sample-10BT": ("sample/10BT/*", 0.25),
@@ -88,16 +88,16 @@ def _table(documents: list[str], name: str) -> pa.Table:
 
 @dataclass
 class Faults:
-    """What goes wrong: with probability ``rate`` (0 to 1), one of ``kinds``, a seeded choice for every request.
+    """Injected faults: with probability ``rate`` (0 to 1), one of ``kinds``, drawn by a seed for every request.
 
-    The n-th request for the same bytes meets the same fault in every run, in whatever order requests come in.
+    The n-th request for the same bytes gets the same fault in every run, whatever the order of requests.
 
     Attributes:
         kinds: ``503``; ``429`` with Retry-After; ``reset`` of the connection; ``stall`` in the middle of the body;
             ``truncated`` (a body shorter than its Content-Length); ``short`` (a valid answer with a smaller range).
         retry_after: seconds that 429 asks for.
         stall: seconds of silence before the connection is closed.
-        unreachable: parts of paths; what contains one is answered with 503 for good.
+        unreachable: parts of paths; requests for paths that contain one always get 503.
     """
 
     rate: float = 0.0
@@ -144,7 +144,7 @@ class StandInHub:
         self.stop()
 
     def stop(self) -> None:
-        """Go down for good, connections that are kept alive included."""
+        """Stop the server, and close the connections that are kept alive."""
         self.stopping.set()
         self._server.shutdown()
         self._server.server_close()
@@ -152,12 +152,12 @@ class StandInHub:
 
     @property
     def endpoint(self) -> str:
-        """What HF_ENDPOINT is to be."""
+        """The value for HF_ENDPOINT."""
         return f"http://127.0.0.1:{self._server.server_port}"
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment of this process, with the hub at this stand-in and no way to be offline."""
+        """The environment of this process, with the hub at this stand-in and offline mode off."""
         ours = {"HF_ENDPOINT": self.endpoint, "HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_ETAG_TIMEOUT": "1"}
         return {
             **os.environ,
@@ -170,11 +170,11 @@ class StandInHub:
 
     def files(self) -> dict[str, int]:
         """Path in the repository -> bytes."""
-        found = sorted(path for path in self.folder.rglob("*") if path.is_file())
-        return {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in found}
+        paths = sorted(path for path in self.folder.rglob("*") if path.is_file())
+        return {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in paths}
 
     def count(self, what: str) -> None:
-        """Count one."""
+        """Count an event."""
         with self._lock:
             self.counts[what] += 1
 
@@ -183,7 +183,7 @@ class StandInHub:
         faults = self.faults
         if any(part in path for part in faults.unreachable):
             return "unreachable"
-        request = f"{path} {span}".replace(self.commit, "")  # the same draws whatever bytes pyarrow writes
+        request = f"{path} {span}".replace(self.commit, "")  # draws must not depend on the bytes that pyarrow writes
         with self._lock:
             self._seen[request] += 1
             draw = random.Random(f"{faults.seed} {request} {self._seen[request]}")
@@ -191,7 +191,7 @@ class StandInHub:
 
 
 def use_hub(patch: pytest.MonkeyPatch, hub: StandInHub, timeout: float = 1) -> None:
-    """Point this process at the stand-in; huggingface_hub has read its environment when it was imported."""
+    """Point this process at the stand-in; huggingface_hub read the environment when it was imported."""
     from huggingface_hub import constants
 
     from mythos.data import remote
@@ -228,12 +228,14 @@ class _Server(ThreadingHTTPServer):
                 connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that hang up are what these tests are about."""
+        """Ignore errors: clients hang up on purpose."""
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # headers and body are sent apart: the second would wait 40 ms for the first
+    disable_nagle_algorithm = (
+        True  # headers and body are sent separately: Nagle's algorithm would delay the body by 40 ms
+    )
     server: _Server
 
     def do_GET(self) -> None:
@@ -249,7 +251,7 @@ class _Handler(BaseHTTPRequestHandler):
             if path == prefix or path.startswith(prefix + "/"):
                 return route(path[len(prefix) + 1 :], parse_qs(url.query))
         self.server.hub.count("unknown")
-        if path.startswith(("/api/datasets/", "/datasets/")):  # what the hub says to those who are not logged in
+        if path.startswith(("/api/datasets/", "/datasets/")):  # the hub's answer without a login
             return self._refuse(401, "RepoNotFound", "Repository not found")
         return self._refuse(404, "NotFound", "no such route")
 
@@ -337,7 +339,7 @@ class _Handler(BaseHTTPRequestHandler):
         status: int = 200,
         span: tuple[int, int] | None = None,
     ) -> None:
-        """Send an answer, or the fault that this request meets."""
+        """Send an answer, or this request's fault."""
         hub = self.server.hub
         hub.count(route)
         data = body.encode() if isinstance(body, str) else body
@@ -350,7 +352,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "429":
             return self._refuse(429, "TooManyRequests", "slow down", {"Retry-After": str(hub.faults.retry_after)})
         if fault == "reset":
-            # Closed with unsent data to linger for 0 s: a reset rather than an orderly end.
+            # With a linger time of 0 s, closing sends a reset.
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.close_connection = True
             self.connection.close()
@@ -395,7 +397,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self._commit(revision) is not None
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing: counts tell."""
+        """Log nothing."""
 
 
 def _entry(path: str, size: int) -> dict[str, Any]:

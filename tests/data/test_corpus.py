@@ -1,4 +1,4 @@
-"""Every kind of corpus yields what was written, from any row, and names what is wrong with bad input."""
+"""Every kind of corpus yields the documents written to it, from any row on, and names faults of bad input."""
 
 import gzip
 import json
@@ -390,7 +390,7 @@ def test_a_record_without_the_text_follows_the_policy(tmp_path: Path) -> None:
 
 
 def test_a_file_that_lacks_a_column_beside_one_that_has_it(tmp_path: Path) -> None:
-    """Parquet says which columns it has: such a file is a shard that cannot be read, first or last."""
+    """A parquet file without the column is an unreadable shard, whether it comes first or last."""
     for names in (("a", "b"), ("b", "a")):
         for name, column in zip(names, ("text", "body"), strict=True):
             write_parquet(tmp_path / f"{name}.parquet", ["one"], column=column)
@@ -510,7 +510,7 @@ def test_nul_bytes_are_no_text(tmp_path: Path) -> None:
     path = tmp_path / "x.txt"
     path.write_bytes(b"good\n\n" + "wide".encode("utf-16-le") + b"\n\nbetter")
     assert everything(files(path, on_error="skip")) == ["good\n", Skipped.DOCUMENT, "better"]
-    with pytest.raises(MythosError, match=r"row 1 cannot be used: it holds NUL bytes"):
+    with pytest.raises(MythosError, match=r"row 1 cannot be used: it contains NUL bytes"):
         everything(files(path))
     write_jsonl(tmp_path / "x.jsonl", ["escaped \0 in JSON"])
     assert everything(files(tmp_path / "x.jsonl")) == ["escaped \0 in JSON"]

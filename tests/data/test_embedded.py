@@ -1,4 +1,4 @@
-"""The embedded corpus: enough English, no code, no repetition; gathered once, whole or not at all."""
+"""The embedded corpus: enough English, no code, no repetition; gathered once and atomically."""
 
 import re
 from pathlib import Path

@@ -20,7 +20,7 @@ from .hub_server import DATASET, SUBSETS, Faults, StandInHub, use_hub, write_fin
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [f"{index}: some text" for index in range(120)]
 
-# Both resolve every subset, each with its own requests; the paths and sizes that they find are printed.
+# This project and `datasets` resolve every subset, each with its own requests; prints the paths, sizes and documents.
 COMPARISON = """
 import json, sys
 from pathlib import Path
@@ -60,7 +60,7 @@ def resolve(cache: Path, dataset: str = DATASET, patience: float = 5, **options:
 
 
 def test_every_subset_is_what_datasets_finds(tmp_path: Path) -> None:
-    """In a process of its own, with the environment a user sets, and without the tests' offline mode."""
+    """In a separate process, with the environment that a user sets, and without the tests' offline mode."""
     written = write_fineweb_edu(tmp_path / "repository", DOCUMENTS)
     with StandInHub(tmp_path / "repository", page=5) as hub:
         done = subprocess.run(
@@ -72,9 +72,9 @@ def test_every_subset_is_what_datasets_finds(tmp_path: Path) -> None:
             timeout=120,
         )
         assert done.returncode == 0, done.stderr
-    found = dict(zip(SUBSETS, map(json.loads, done.stdout.splitlines()), strict=True))
-    assert len({subset["ours"][0][0] for subset in found.values()}) == 4
-    for subset, lists in found.items():
+    by_subset = dict(zip(SUBSETS, map(json.loads, done.stdout.splitlines()), strict=True))
+    assert len({subset["ours"][0][0] for subset in by_subset.values()}) == 4
+    for subset, lists in by_subset.items():
         assert [url for url, _ in lists["ours"]] == lists["theirs"]
         sizes = {f"hf://datasets/{DATASET}@{hub.commit}/{path}": size for path, size in hub.files().items()}
         assert all(sizes[url] == size for url, size in lists["ours"])
@@ -187,7 +187,7 @@ def test_files_elsewhere_are_refused(hub: StandInHub, folder: Path, cache: Path,
 
 @pytest.mark.parametrize("subset", [None, "default"])
 def test_a_repository_without_a_header(subset: str | None, hub: StandInHub, folder: Path, cache: Path) -> None:
-    """Splits are told by the names of the files then, with the extensions that can be read."""
+    """Splits then follow from the names of the files."""
     shutil.rmtree(folder)
     for name in ("data/train-1.jsonl", "data/train-0.jsonl", "data/test.jsonl"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -207,14 +207,14 @@ def test_a_local_folder(folder: Path, cache: Path) -> None:
 
 
 def test_a_folder_whose_name_has_brackets(tmp_path: Path, cache: Path) -> None:
-    """`datasets` takes them for a pattern."""
+    """`datasets` reads the folder's name as a pattern."""
     folder = tmp_path / "web[v2]*?"
     (folder / "data").mkdir(parents=True)
     for name in ("train-0.jsonl", "train-[1].jsonl", "test-0.jsonl"):
         (folder / "data" / name).write_text('{"text": "a"}\n')
-    found = resolve(cache, str(folder), subset=None)
-    assert [Path(path).name for path, _ in found.files] == ["train-0.jsonl", "train-[1].jsonl"]
-    assert all(size == 14 and Path(path).is_file() for path, size in found.files)
+    resolved = resolve(cache, str(folder), subset=None)
+    assert [Path(path).name for path, _ in resolved.files] == ["train-0.jsonl", "train-[1].jsonl"]
+    assert all(size == 14 and Path(path).is_file() for path, size in resolved.files)
     (folder / "README.md").write_text("---\nconfigs:\n- config_name: x\n  data_files: data/test-*\n---\n")
-    found = resolve(cache, str(folder), subset="x")
-    assert [Path(path).name for path, _ in found.files] == ["test-0.jsonl"]
+    resolved = resolve(cache, str(folder), subset="x")
+    assert [Path(path).name for path, _ in resolved.files] == ["test-0.jsonl"]

@@ -1,4 +1,4 @@
-"""What a run consumes is the same whatever kills it, and the comparison that says so finds what differs."""
+"""A run consumes the same rows however it is killed, and the comparison that checks this notices differences."""
 
 import json
 import random
@@ -29,7 +29,7 @@ from .hub_server import DATASET, Faults, StandInHub, use_hub, write_fineweb_edu
 
 ALONE = Shape(world_size=1, workers=0, prefetch=1)
 ROW = 2 + 64 + 1
-"""Numbers of a record's row: step, global row, and the ids of a sequence."""
+"""Length of a record's row: step, global row, and the ids of a sequence."""
 
 
 def test_kills_change_nothing(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def consumed(tmp_path: Path) -> tuple[Path, Reference]:
 def test_going_on_from_what_was_prefetched_is_found(
     consumed: tuple[Path, Reference], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The classic fault: the state of what has been read, not of what has been consumed."""
+    """The classic fault: a state of what has been prefetched, not of what has been consumed."""
     folder, reference = consumed
     load = Loader.load_state_dict
 

@@ -1,4 +1,4 @@
-"""Worker processes change nothing in the batches, die with their parent, and pass problems on."""
+"""Worker processes do not change the batches, end with their parent, and pass on errors."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def running_workers() -> list[psutil.Process]:
 
 
 def test_a_worker_imports_no_model() -> None:
-    """It would take every worker a second and the memory of a compiler."""
+    """The import would take every worker a second and the memory of a compiler."""
     code = "import sys, mythos.data.loader; print({'mythos.model.rdt', 'torch._dynamo'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
@@ -42,11 +42,11 @@ def test_a_worker_imports_no_model() -> None:
 def test_workers_and_prefetch_change_nothing(
     workers: int, prefetch: int, world_size: int, parquet_folder: Callable[..., str], tokenizer: Tokenizer
 ) -> None:
-    """Two stretches with a resume between, workers changed on the way, against streams read in this process."""
+    """Two stretches with a resume and another number of workers between, against streams read in this process."""
     source = text_source(parquet_folder([*make_documents(90), None, ""], 3), tokenizer, 0.1, on_error="skip")
 
     def ranks(state: dict | None, workers: int) -> list[Loader]:
-        made = [
+        loaders = [
             make_loader(
                 make_streams(source, streams=6, eos_id=tokenizer.eos_id, rank=rank, world_size=world_size),
                 workers=workers,
@@ -54,11 +54,11 @@ def test_workers_and_prefetch_change_nothing(
             )
             for rank in range(world_size)
         ]
-        for loader in made:
+        for loader in loaders:
             if state is not None:
                 loader.load_state_dict(state)
             loader.start()
-        return made
+        return loaders
 
     alone = make_streams(source, streams=6, eos_id=tokenizer.eos_id)
     state = None
@@ -71,9 +71,9 @@ def test_workers_and_prefetch_change_nothing(
             assert torch.equal(torch.cat([batch.ids for batch in batches])[order], expected.ids)
             assert torch.equal(torch.cat([batch.document_ids for batch in batches])[order], expected.document_ids)
             assert all(batch.rows.tolist() == sorted(batch.rows.tolist()) for batch in batches)
-            told = [loader.state_dict() for loader in loaders]
-            state = told[0]
-            for other in told[1:]:
+            states = [loader.state_dict() for loader in loaders]
+            state = states[0]
+            for other in states[1:]:
                 state = {
                     key: value | other[key] if key in ("sequences", "positions", "skipped") else value
                     for key, value in state.items()

@@ -1,4 +1,4 @@
-"""Reading over a network: the bytes that arrive are the file's, whatever happens on the way."""
+"""Reading over a network: the bytes are the file's, whatever faults occur."""
 
 import errno
 import gzip
@@ -143,7 +143,7 @@ def test_parquet_with_all_faults_at_once(
 
 
 def test_a_range_of_another_length_is_asked_for_again(hub: StandInHub, folder: Path, quick: None) -> None:
-    """A 206 that is well-formed but holds less than asked: no library below would notice."""
+    """A valid 206 response with fewer bytes than requested, which no library below would notice."""
     hub.faults = Faults(rate=1, kinds=("short",))
     with pytest.raises(Unreachable, match=r"500 of 1000 bytes"):
         open_file(hub, TEXT, patience=0.05).raw.fetch(0, 1000)
@@ -169,7 +169,7 @@ def test_patience_runs_out_naming_the_file(hub: StandInHub, monkeypatch: pytest.
 def test_an_outage_comes_through_pyarrow_as_what_it_is(
     hub: StandInHub, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Were it an error of pyarrow's, an outage would look like corrupt data, and be left out."""
+    """As an error of pyarrow an outage would look like corrupt data, which is skipped."""
     monkeypatch.setattr(remote, "BUFFER_BYTES", 256)  # not the whole file with its footer
     with pq.ParquetFile(open_file(hub, PARQUET, patience=0.1)) as parquet:
         hub.faults = Faults(unreachable=(PARQUET,))
@@ -228,7 +228,7 @@ def test_a_date_in_retry_after() -> None:
 
 
 @pytest.mark.parametrize("status", [404, 401, 403, 400, 410])
-def test_what_waiting_does_not_heal_fails_at_once(status: int) -> None:
+def test_permanent_errors_fail_at_once(status: int) -> None:
     calls = []
 
     def action() -> None:
@@ -304,8 +304,8 @@ def test_other_errors_are_not_touched(error: Exception) -> None:
     assert caught.value is error
 
 
-def test_waits_grow_and_are_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """With a clock of its own: from 0.5 s to 30 s, and a line every half minute."""
+def test_waits_grow_and_are_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """With a fake clock: waits from 0.5 s to 30 s, and a message every 30 s."""
     now = [1000.0]
     waits: list[float] = []
 
@@ -322,9 +322,9 @@ def test_waits_grow_and_are_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest
     assert 0.25 <= waits[0] <= 0.5 and max(waits) <= 30
     limits = [min(0.5 * 2**attempt, 30) for attempt in range(len(waits))]
     assert all(limit / 2 <= wait <= limit for wait, limit in zip(waits[:-1], limits, strict=False))
-    told = [record.message for record in caplog.records]
-    assert "the shard: ConnectionResetError: gone" in told[0]
-    assert 8 <= len(told) <= 21
+    messages = [record.message for record in caplog.records]
+    assert "the shard: ConnectionResetError: gone" in messages[0]
+    assert 8 <= len(messages) <= 21
 
 
 def test_waiting_leaves_the_seeded_generator_alone(quick: None) -> None:
@@ -338,21 +338,20 @@ def test_waiting_leaves_the_seeded_generator_alone(quick: None) -> None:
 def test_files_of_a_glob_on_the_hub(hub: StandInHub) -> None:
     root = f"hf://datasets/{DATASET}@main"
     expected = {path: size for path, size in hub.files().items() if path.startswith("sample/10BT/")}
-    found = remote_files(f"{root}/sample/10BT/*.parquet", 5)
-    assert found == [(f"{root}/{path}", size) for path, size in expected.items()]
-    assert remote_files(f"hf://datasets/{DATASET}/sample/10BT/*.parquet", 5) == found
-    assert remote_files(f"{root}/sample/10BT/000_00000.parquet", 5) == found[:1]
+    files = remote_files(f"{root}/sample/10BT/*.parquet", 5)
+    assert files == [(f"{root}/{path}", size) for path, size in expected.items()]
+    assert remote_files(f"hf://datasets/{DATASET}/sample/10BT/*.parquet", 5) == files
+    assert remote_files(f"{root}/sample/10BT/000_00000.parquet", 5) == files[:1]
     everything = {path for path in hub.files() if path.endswith(".parquet")}
     assert {url.removeprefix(f"{root}/") for url, _ in remote_files(f"{root}/**/*.parquet", 5)} == everything
-    url, size = found[0]
+    url, size = files[0]
     assert open_remote(url, size, 5).read() == (hub.folder / "sample/10BT/000_00000.parquet").read_bytes()
 
 
 def test_files_on_a_web_server(hub: StandInHub, folder: Path) -> None:
     url = f"{hub.endpoint}/cdn/{TEXT}"
-    [(found, size)] = remote_files(url, 5)
-    assert (found, size) == (url, 3_000_000)
-    assert open_remote(url, size, 5).read() == (folder / TEXT).read_bytes()
+    assert remote_files(url, 5) == [(url, 3_000_000)]
+    assert open_remote(url, 3_000_000, 5).read() == (folder / TEXT).read_bytes()
 
 
 def test_files_of_fsspec() -> None:
@@ -384,7 +383,7 @@ def test_patterns_that_cannot_be(pattern: str, message: str, hub: StandInHub) ->
 
 
 def test_a_server_without_ranges_is_refused(hub: StandInHub) -> None:
-    """The API route stands for it: it answers 200 to whatever range."""
+    """The API route serves as an example: it answers 200 to any range."""
     url = f"{hub.endpoint}/api/datasets/{DATASET}"
     with pytest.raises(MythosError, match="byte ranges"):
         remote_files(url, 60)

@@ -1,4 +1,4 @@
-"""Servers that drip, lie in their headers, redirect elsewhere, and what is said of URLs with credentials."""
+"""Servers that drip bytes, send false headers or redirect elsewhere; and URLs with credentials in messages."""
 
 import asyncio
 import contextlib
@@ -27,12 +27,12 @@ from mythos.errors import MythosError, TransientError, short_reason
 SIZE = 100_000
 HEAD = b"HTTP/1.1 206 Partial Content\r\nContent-Range: bytes 0-999/100000\r\nContent-Length: 1000\r\n\r\n"
 Answer = Callable[[Callable[[bytes], None], int], None]
-"""Sends what it likes with the function; the number counts the requests from 1."""
+"""Answers a request by calling the function with bytes to send; the number counts requests from 1."""
 
 
 @contextlib.contextmanager
 def serving(answer: Answer) -> Iterator[str]:
-    """The address of a server that answers every request by the function."""
+    """Run a server that answers every request with the function; yields its address."""
     count = iter(range(1, 10**6))
 
     class Handler(socketserver.BaseRequestHandler):
@@ -65,7 +65,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def drip(send: Callable[[bytes], None], data: bytes) -> None:
-    """A byte every 50 ms: each read of the client succeeds in time."""
+    """Send a byte every 50 ms, so that no single read of the client times out."""
     for byte in data:
         send(bytes([byte]))
         time.sleep(0.05)
@@ -116,7 +116,7 @@ def test_a_server_that_drips_is_given_up_in_the_patience(
 
 
 def test_a_large_range_that_drips_is_noticed_before_its_whole_time() -> None:
-    """Thirty megabytes at the least rate take a quarter of an hour."""
+    """At the least rate 30 MB may take a quarter of an hour."""
 
     def answer(send: Callable[[bytes], None], _: int) -> None:
         send(HEAD.replace(b"0-999/100000", b"0-29999999/30000000").replace(b"1000", b"30000000"))
@@ -225,7 +225,7 @@ def test_waits_that_no_server_means(value: str, expected: float) -> None:
 
 
 class Site:
-    """Answers by URL without a network; keeps the requests."""
+    """Answers requests by URL without a network, and records them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, pages: dict[str, httpx.Response | str]) -> None:
         self.pages = pages
@@ -316,7 +316,7 @@ def test_redirects_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_listings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next page may be on another host, without the token, or the same page for ever."""
+    """The next page may be on another host, which does not get the token, or be the same page again and again."""
     entry = {"type": "file", "path": "x.txt", "size": 3}
     first, second = "https://hub.test/api/datasets/a/b/tree/main", "https://mirror.test/page"
 
@@ -347,14 +347,14 @@ def test_names_with_brackets_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None
     content = httpx.Response(200, content=json.dumps(entries).encode())
     Site(monkeypatch, {"https://hub.test/api/datasets/a/b/tree/main": content})
 
-    def found(pattern: str) -> list[str]:
+    def matches(pattern: str) -> list[str]:
         files = remote_files(f"hf://datasets/a/b@main/{pattern}", 0.3)
         return [url.removeprefix("hf://datasets/a/b@main/") for url, _ in files]
 
-    assert found("web[v2]/a.txt") == ["web[v2]/a.txt"]
-    assert found("web[v2]/b[1].txt") == ["web[v2]/b[1].txt"]
-    assert found("web[v2]/*.txt") == paths[:2]
-    assert found("part[12].txt") == ["part1.txt"]
+    assert matches("web[v2]/a.txt") == ["web[v2]/a.txt"]
+    assert matches("web[v2]/b[1].txt") == ["web[v2]/b[1].txt"]
+    assert matches("web[v2]/*.txt") == paths[:2]
+    assert matches("part[12].txt") == ["part1.txt"]
 
 
 def test_names_with_brackets_in_fsspec() -> None:

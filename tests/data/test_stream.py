@@ -1,4 +1,4 @@
-"""Streams read every document once per epoch, lose no target, resume exactly, and do not depend on the world size."""
+"""Streams read every document once per epoch, skip no target, resume exactly, and do not depend on the world size."""
 
 import json
 from collections import Counter
@@ -74,7 +74,7 @@ def test_an_epoch_reads_every_document_once(
 @pytest.mark.parametrize("uneven", [False, True])
 @pytest.mark.parametrize(("shards", "streams"), [(1, 64), (3, 64), (36, 64), (65, 64), (128, 64), (1000, 64), (5, 1)])
 def test_parts_are_dealt_evenly(shards: int, streams: int, uneven: bool) -> None:
-    """By size: a stream that got less would come to its next epoch sooner, and repeat what it has more often."""
+    """Evenly by size: a stream with less would begin its next epoch sooner, and repeat its documents more often."""
     sizes = [10 ** (shard % 4) * (shard + 1) if uneven else 7 for shard in range(shards)]
     dealt = deal_parts(sizes, streams, seed=0)
     rows = Counter((part.shard, row) for parts in dealt for part in parts for row in range(part.first, 500, part.step))
@@ -85,7 +85,7 @@ def test_parts_are_dealt_evenly(shards: int, streams: int, uneven: bool) -> None
     assert dealt == deal_parts(sizes, streams, seed=0)
     assert shards == 1 or streams == 1 or dealt != deal_parts(sizes, streams, seed=1)
     if not uneven and shards in (5, 128):
-        assert {part.step for parts in dealt for part in parts} == {1}, "nothing is split that need not be"
+        assert {part.step for parts in dealt for part in parts} == {1}, "no shard is split without need"
 
 
 def test_packing_is_the_concatenation_of_the_documents(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -228,7 +228,7 @@ def test_streams_without_training_documents(tmp_path: Path, tokenizer: Tokenizer
         make_streams(text_source(tmp_path / "x.parquet", tokenizer), streams=8).next_batch(1)
 
 
-def test_what_is_left_out_is_counted_once_over_restarts(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_skipped_rows_are_counted_once_over_restarts(tmp_path: Path, tokenizer: Tokenizer) -> None:
     texts: list[str | None] = list(make_documents(200))
     for index in range(0, 200, 7):
         texts[index] = None
@@ -251,8 +251,8 @@ def test_what_is_left_out_is_counted_once_over_restarts(tmp_path: Path, tokenize
         resumed.next_batch(3)
         state = resumed.state_dict()
         assert state == whole.state_dict()
-    # Of the first epoch, and what stands before the document that the second has come to. Rows 20 to 39 are in the
-    # damaged row group; filters come before the text.
+    # Skipped in the first epoch, and in the second up to its position. Rows 20 to 39 are in the damaged row group, and
+    # filters are applied before the text is checked.
     nulls = len([row for row in range(0, 190, 7) if not 20 <= row < 40])
     assert nulls <= whole.skipped["skipped_documents"] <= nulls + 3
     assert whole.skipped["skipped_shards"] == 1 and 10 <= whole.skipped["filtered_documents"] <= 20
@@ -277,7 +277,7 @@ def test_what_is_left_out_is_counted_once_over_restarts(tmp_path: Path, tokenize
 def test_an_epoch_over_ranks_and_workers_reads_every_document_once(
     counts: list[int], row_group: int, world_size: int, workers: int, per_stream: int, seed: int
 ) -> None:
-    """Each document is its own token, so that what was read is read off the ids."""
+    """Each document is one token, its number, so that the ids show which documents were read."""
     assume(sum(counts))
     source = Numbered(counts, row_group)
     streams = 24 * per_stream
@@ -308,7 +308,7 @@ def test_an_epoch_over_ranks_and_workers_reads_every_document_once(
 
 
 class Numbered:
-    """Documents of one token, their number, in files of row groups."""
+    """A source of documents of one token, their number, in files of row groups."""
 
     identity: ClassVar[dict] = {}
 
@@ -345,7 +345,7 @@ def test_weights_of_a_mixture_hold() -> None:
                 assert abs(drawn[index] / 10_000 - weight / sum(weights)) < 0.005, (weights, seed, drawn)
     first = [drawn_source((0.5, 0.5), 0, row) for row in range(1000)]
     assert first != [drawn_source((0.5, 0.5), 1, row) for row in range(1000)]
-    # No pattern in what a stream sees: each stream's own share is near the weights too.
+    # The sources of one stream follow no pattern: each stream's shares are near the weights too.
     for stream in range(8):
         share = np.mean([drawn_source((0.7, 0.3), 0, 8 * n + stream) for n in range(1250)])
         assert abs(share - 0.3) < 0.05
@@ -361,7 +361,7 @@ def mixture(tmp_path: Path, tokenizer: Tokenizer) -> dict[str, tuple[Source, flo
 
 
 def test_a_mixture_interleaves_the_streams_of_its_sources(mixture: dict[str, tuple[Source, float]]) -> None:
-    """Sequence n of stream s is the next of stream s of the drawn source, read on its own."""
+    """Sequence n of stream s is the next sequence of stream s of the drawn source when that is read alone."""
     data = make_streams(mixture)
     alone = [make_streams({name: source}) for name, source in mixture.items()]
     ids = torch.cat([data.next_batch(6).ids for _ in range(20)])

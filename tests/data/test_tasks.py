@@ -26,15 +26,15 @@ def solve_hops(task: TaskConfig, ids: list[int], difficulty: int) -> dict[int, i
     assert sorted(image) == sorted(image.values()) == list(range(n))
     rest = [token for token in ids[n:] if token]
     first = n
-    told = 1 + n + n * n
+    marker = 1 + n + n * n
     if task.tell == "number":
-        assert rest.pop(0) == told + difficulty - 1
+        assert rest.pop(0) == marker + difficulty - 1
         first += 1
     step = 1
     if task.tell == "marks":
         step = 1 + difficulty
         for query in range(task.queries):
-            assert rest[query * step + 1 : (query + 1) * step] == [told] * difficulty
+            assert rest[query * step + 1 : (query + 1) * step] == [marker] * difficulty
         first, rest = first + difficulty, rest[::step]
     assert len(rest) == len(set(rest)) == task.queries
     answers = {}
@@ -70,7 +70,7 @@ def solve_mano(task: TaskConfig, ids: list[int], difficulty: int) -> dict[int, i
 
 
 def parts(ids: list[int], count: int, size: int, begin: int) -> list[tuple[int, list[int]]]:
-    """Where each part ends, and its tokens after the first; they lie side by side, and something is before them."""
+    """Position of the last token of each part, and its tokens after the first. Parts are adjacent."""
     starts = [place for place, token in enumerate(ids) if token == begin]
     assert starts == list(range(starts[0], starts[0] + count * (1 + size), 1 + size))
     assert starts[0] >= 1 and starts[-1] + size < len(ids)
@@ -129,10 +129,10 @@ SOLVERS = {"hops": solve_hops, "mano": solve_mano, "permutations": solve_permuta
 def test_answers_are_those_of_a_solver(settings: dict[str, Any], difficulty: int, longer: int) -> None:
     task = TaskConfig(**settings)
     length = task.length(difficulty) + longer
-    made = make_sequences(task, np.arange(ROWS, dtype=np.uint64), difficulty, length)
-    assert made.inputs.shape == made.targets.shape == (ROWS, length)
-    assert made.inputs.max() < task.vocabulary
-    for ids, targets in zip(made.inputs.tolist(), made.targets.tolist(), strict=True):
+    sequences = make_sequences(task, np.arange(ROWS, dtype=np.uint64), difficulty, length)
+    assert sequences.inputs.shape == sequences.targets.shape == (ROWS, length)
+    assert sequences.inputs.max() < task.vocabulary
+    for ids, targets in zip(sequences.inputs.tolist(), sequences.targets.tolist(), strict=True):
         asked = {place: answer for place, answer in enumerate(targets) if answer != -100}
         assert asked == SOLVERS[task.name](task, ids, difficulty)
         assert len(asked) == task.targets(difficulty)
@@ -142,13 +142,13 @@ def test_answers_are_those_of_a_solver(settings: dict[str, Any], difficulty: int
 def test_windows_ask_for_the_product_of_the_last_elements(difficulty: int, longer: int) -> None:
     task = TaskConfig(name="permutations", ask="windows", queries=7)
     length = task.length(difficulty) + longer
-    made = make_sequences(task, np.arange(ROWS, dtype=np.uint64), difficulty, length)
+    sequences = make_sequences(task, np.arange(ROWS, dtype=np.uint64), difficulty, length)
     elements = list(permutations(range(3)))
     begins = set()
-    for ids, targets in zip(made.inputs.tolist(), made.targets.tolist(), strict=True):
+    for ids, targets in zip(sequences.inputs.tolist(), sequences.targets.tolist(), strict=True):
         asked = [place for place, answer in enumerate(targets) if answer != -100]
         assert asked == list(range(asked[0], asked[0] + 7)), "side by side"
-        assert asked[0] >= difficulty, "an element stands before the first product"
+        assert asked[0] >= difficulty, "an element comes before the first product"
         for place in asked:
             moved = [0, 1, 2]
             for token in ids[place - difficulty + 1 : place + 1]:
@@ -156,16 +156,16 @@ def test_windows_ask_for_the_product_of_the_last_elements(difficulty: int, longe
             assert targets[place] == elements.index(tuple(moved)) + 1
         begins.add(asked[0])
     assert len(begins) == longer + 1, "anywhere in the sequence"
-    assert set(np.unique(made.inputs)) == set(range(1, 7)), "elements alone"
+    assert set(np.unique(sequences.inputs)) == set(range(1, 7)), "elements alone"
 
 
 @pytest.mark.parametrize("name", ["permutations", "addition"])
-def test_questions_stand_anywhere(name: str) -> None:
-    """What stands before a question tells nothing of its difficulty: every place comes up, all as often."""
+def test_questions_are_anywhere(name: str) -> None:
+    """The number of tokens before a question must not reveal its difficulty: all positions are equally frequent."""
     task = TaskConfig(name=name, queries=2)
     length = task.length(3) + 4
-    made = make_sequences(task, np.arange(1000, dtype=np.uint64), 3, length)
-    begins = (made.inputs == task.vocabulary - 1).argmax(1)
+    sequences = make_sequences(task, np.arange(1000, dtype=np.uint64), 3, length)
+    begins = (sequences.inputs == task.vocabulary - 1).argmax(1)
     assert np.bincount(begins)[1:].tolist() == pytest.approx([200] * 5, abs=60)
     assert not np.bincount(begins)[0]
 
@@ -186,23 +186,23 @@ def test_the_multiplication_table_is_that_of_a_group() -> None:
 def test_draws_are_uniform() -> None:
     """Each kind of draw, by chi-square, within five standard deviations of its mean."""
     task = TaskConfig(symbols=5)
-    made = make_sequences(task, np.arange(20_000, dtype=np.uint64), 1, 6)
-    pairs = made.inputs[:, 0] - 6
-    starts, answers = made.inputs[:, 5] - 1, made.targets[:, 5] - 1
+    sequences = make_sequences(task, np.arange(20_000, dtype=np.uint64), 1, 6)
+    pairs = sequences.inputs[:, 0] - 6
+    starts, answers = sequences.inputs[:, 5] - 1, sequences.targets[:, 5] - 1
     for drawn, cells in ((pairs, 25), (starts, 5), (starts * 5 + answers, 25)):
         counts = np.bincount(drawn, minlength=cells)
         expected = len(drawn) / cells
         assert len(counts) == cells
         assert ((counts - expected) ** 2 / expected).sum() < cells + 5 * (2 * cells) ** 0.5
-    orders = Counter(map(tuple, ((made.inputs[:, :5] - 6) // 5).tolist()))
+    orders = Counter(map(tuple, ((sequences.inputs[:, :5] - 6) // 5).tolist()))
     assert len(orders) == 120 and max(orders.values()) < 1.5 * 20_000 / 120
 
 
 def test_expressions_have_all_shapes() -> None:
     """Three operations split 0:2, 1:1 or 2:0 below the first, and 0:1 or 1:0 below that: 5 shapes, at 1/3 and 1/6."""
     task = TaskConfig(name="mano")
-    made = make_sequences(task, np.arange(6000, dtype=np.uint64), 3, 8)
-    shapes = Counter(map(tuple, (made.inputs[:, :7] > task.modulus).tolist()))
+    sequences = make_sequences(task, np.arange(6000, dtype=np.uint64), 3, 8)
+    shapes = Counter(map(tuple, (sequences.inputs[:, :7] > task.modulus).tolist()))
     counts = sorted(shapes.values())
     assert len(counts) == 5
     assert counts[-1] == pytest.approx(2000, rel=0.1)
@@ -328,15 +328,16 @@ def test_a_position_of_other_streams_is_refused() -> None:
 
 def test_sets_are_fixed_and_no_part_of_training() -> None:
     task = TaskConfig()
-    made = task_set(task, [3, 1], 50, 13, "validation")
+    one_set = task_set(task, [3, 1], 50, 13, "validation")
     again = task_set(task, [3, 1], 50, 13, "validation")
     other = task_set(task, [3, 1], 50, 13, "report")
-    assert made.ids.equal(again.ids) and made.targets.equal(again.targets)
-    assert made.difficulties.tolist() == [3] * 50 + [1] * 50
-    for ids, targets, difficulty in zip(made.ids.tolist(), made.targets.tolist(), made.difficulties, strict=True):
+    assert one_set.ids.equal(again.ids) and one_set.targets.equal(again.targets)
+    assert one_set.difficulties.tolist() == [3] * 50 + [1] * 50
+    for ids, targets, difficulty in zip(
+        one_set.ids.tolist(), one_set.targets.tolist(), one_set.difficulties, strict=True
+    ):
         assert solve_hops(task, ids, int(difficulty)) == {12: targets[12]}
     trained = streams(task=task, streams=16, slots=8, sequence_length=13)
     rows = {tuple(ids[:-1]) for _ in range(20) for ids in trained.next_batch(8).ids.tolist()}
-    for one, two in ((made, other), (made, trained)):
-        theirs = rows if two is trained else set(map(tuple, two.ids.tolist()))
-        assert not theirs & set(map(tuple, one.ids.tolist()))
+    for theirs in (set(map(tuple, other.ids.tolist())), rows):
+        assert not theirs & set(map(tuple, one_set.ids.tolist()))

@@ -1,4 +1,4 @@
-"""Tokenizers: round trips, exact bytes, what a run keeps, and what is refused."""
+"""Tokenizers: round trips, exact bytes, the tokenizer of a run, and invalid ones."""
 
 import json
 import os
@@ -85,13 +85,13 @@ def test_save_and_load(tmp_path: Path, tokenizer: Tokenizer) -> None:
         tokenizer.save(tmp_path / "file" / "saved")
 
 
-def test_a_full_disk_is_told_in_one_message(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """A limit on the size of files fails the write in the library that writes tokenizers as a full disk does."""
+def test_a_full_disk_is_reported_in_one_message(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """A limit on the size of files makes the tokenizers library fail as a full disk does."""
     resource = pytest.importorskip("resource")
     handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, limits[1]))
     try:
-        with pytest.raises(MythosError, match=r"saved cannot be written: .*File too large.*Mend that"):
+        with pytest.raises(MythosError, match=r"saved cannot be written: .*File too large.*Fix that"):
             tokenizer.save(tmp_path / "saved")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -117,7 +117,7 @@ def test_a_fifo_in_its_folder_is_never_waited_for(tmp_path: Path, tokenizer: Tok
     tokenizer.save(tmp_path / "saved")
     (tmp_path / "saved" / "tokenizer.json").unlink()
     os.mkfifo(tmp_path / "saved" / "tokenizer.json")
-    with pytest.raises(MythosError, match="it is no regular file"):
+    with pytest.raises(MythosError, match="it is not a regular file"):
         Tokenizer.load(tmp_path / "saved")
 
 
@@ -249,7 +249,7 @@ def test_text_that_spells_an_added_token_is_text(
             assert copy.encode_with_bytes(text)[0] == ids
     spaces = added.backend.token_to_id("    ")
     assert added.encode_batch(["a    b"])[0].count(spaces) == 1, "white space is no control token"
-    # What others load and what they encode is the tokenizer as it was.
+    # Saved, the tokenizer is the original one.
     added.save(tmp_path / "saved")
     saved, before = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("saved", "a"))
     assert saved("a <tool> [left] word b").input_ids == before("a <tool> [left] word b").input_ids
@@ -274,7 +274,7 @@ def test_documents_hold_the_end_of_document_token_at_their_end_only(tokenizer: T
 @pytest.mark.parametrize("special", [True, False])
 @pytest.mark.parametrize("kind", ["unigram", "words"])
 def test_a_model_that_has_the_token_in_its_own_vocabulary(kind: str, special: bool, tmp_path: Path) -> None:
-    """There the library finds it whatever it is told; its characters stand for it."""
+    """The library then matches it in text whatever its settings; it is encoded as its characters instead."""
     letters = ["a", "b", "<", "/", "s", ">"]
     pieces = [("<unk>", 0.0), ("</s>", 0.0), *((letter, -2.0) for letter in letters)]
     words = {name: index for index, (name, _) in enumerate(pieces)}
@@ -310,7 +310,7 @@ def test_a_damaged_request(content: bytes, tokenizer: Tokenizer, tmp_path: Path)
 
 @pytest.mark.parametrize("place", ["vocab", "added"])
 def test_an_id_that_no_vocabulary_has_is_refused(tmp_path: Path, place: str) -> None:
-    """The library's table up to it took 8 GB."""
+    """The library's table up to this id took 8 GB."""
     train_bpe(iter(["some text and more"]), 384, progress=False).save(tmp_path / "sound")
     Tokenizer.load(tmp_path / "sound")
     file = tmp_path / "sound" / "tokenizer.json"

@@ -1,4 +1,4 @@
-"""Token shards give what the text that they were made of gives, and say so when they are damaged."""
+"""Token shards yield the same documents as their text, and report damage."""
 
 import gzip
 import json
@@ -34,8 +34,8 @@ FRACTION = 0.25
 
 
 def opened(path: Path | list[str], **fields: Any) -> tuple[Corpus, DataConfig]:
-    given = [str(p) for p in path] if isinstance(path, list) else str(path)
-    config = DataConfig(**{"kind": "files", "path": given, "on_error": "skip"} | fields)
+    paths = [str(p) for p in path] if isinstance(path, list) else str(path)
+    config = DataConfig(**{"kind": "files", "path": paths, "on_error": "skip"} | fields)
     return open_corpus(config, config), config
 
 
@@ -47,7 +47,7 @@ def write_tokens(corpus: Corpus, tokenizer: Tokenizer, directory: Path, share: f
 
 
 def plain(items: Iterator[tuple[int, np.ndarray | Skipped]]) -> list[tuple[int, list[int] | Skipped]]:
-    """Items that can be compared, after a look at the dtype."""
+    """Items as plain values that can be compared; checks the dtype."""
     listed = []
     for row, item in items:
         assert isinstance(item, Skipped) or item.dtype == np.int32
@@ -55,7 +55,7 @@ def plain(items: Iterator[tuple[int, np.ndarray | Skipped]]) -> list[tuple[int, 
     return listed
 
 
-# --- corpora with everything that can be wrong
+# --- corpora with every kind of fault
 
 
 def parquet_with_nulls(folder: Path) -> tuple[Corpus, DataConfig]:
@@ -116,7 +116,7 @@ CORPORA = [parquet_with_nulls, jsonl_with_bad_lines, text_files, truncated_gzip,
 
 
 @pytest.fixture(params=CORPORA, ids=lambda corpus: corpus.__name__)
-def made(request: pytest.FixtureRequest, tmp_path: Path, tokenizer: Tokenizer) -> tuple[TextSource, Path]:
+def text_and_tokens(request: pytest.FixtureRequest, tmp_path: Path, tokenizer: Tokenizer) -> tuple[TextSource, Path]:
     """A text source and the folder of its tokens."""
     (tmp_path / "text").mkdir()
     corpus, _ = request.param(tmp_path / "text")
@@ -125,8 +125,8 @@ def made(request: pytest.FixtureRequest, tmp_path: Path, tokenizer: Tokenizer) -
 
 
 @pytest.mark.parametrize("fraction", [0.0, FRACTION, SHARE])
-def test_the_same_items_as_from_text(made: tuple[TextSource, Path], fraction: float) -> None:
-    source, directory = made
+def test_the_same_items_as_from_text(text_and_tokens: tuple[TextSource, Path], fraction: float) -> None:
+    source, directory = text_and_tokens
     text = TextSource(source.corpus, source.tokenizer, fraction)
     tokens = TokenSource(directory, source.tokenizer, fraction, "fail")
     assert tokens.shards == text.shards
@@ -143,8 +143,8 @@ def test_the_same_items_as_from_text(made: tuple[TextSource, Path], fraction: fl
     assert bool(fraction) == bool(list(tokens.held_out()))
 
 
-def test_what_a_shard_lacks_is_counted(made: tuple[TextSource, Path]) -> None:
-    text, directory = made
+def test_documents_and_skipped_rows_are_counted(text_and_tokens: tuple[TextSource, Path]) -> None:
+    text, directory = text_and_tokens
     index = json.loads((directory / "index.json").read_text())
     counts = {"documents": 0, "tokens": 0, "skipped": {}}
     everything = TextSource(text.corpus, text.tokenizer, 0.0)
@@ -162,8 +162,8 @@ def test_what_a_shard_lacks_is_counted(made: tuple[TextSource, Path]) -> None:
     )
 
 
-def test_rows_behind_the_end(made: tuple[TextSource, Path]) -> None:
-    text, directory = made
+def test_rows_behind_the_end(text_and_tokens: tuple[TextSource, Path]) -> None:
+    text, directory = text_and_tokens
     tokens = TokenSource(directory, text.tokenizer, 0.0, "fail")
     for shard in range(len(text.shards)):
         assert plain(tokens.read(shard, 100_000, 1)) == plain(text.read(shard, 100_000, 1))
@@ -180,8 +180,8 @@ def test_a_window_ends_at_large_documents(tmp_path: Path, tokenizer: Tokenizer) 
         assert plain(tokens.read(0, 1, step)) == plain(text.read(0, 1, step))
 
 
-def test_a_spawned_copy_reads(made: tuple[TextSource, Path]) -> None:
-    text, directory = made
+def test_a_spawned_copy_reads(text_and_tokens: tuple[TextSource, Path]) -> None:
+    text, directory = text_and_tokens
     tokens = TokenSource(directory, text.tokenizer, FRACTION, "fail")
     before = plain(tokens.read(0, 0, 1))
     copy = pickle.loads(pickle.dumps(tokens))
@@ -193,7 +193,7 @@ def test_a_spawned_copy_reads(made: tuple[TextSource, Path]) -> None:
 
 
 def word_tokenizer(size: int) -> Tokenizer:
-    """One id a word, so many that uint16 holds all of them or just not."""
+    """One id per word, so many that uint16 is just large enough for them, or just too small."""
     vocabulary = {f"w{index}": index for index in range(size - 1)} | {"<|endoftext|>": size - 1}
     backend = Backend(models.WordLevel(vocabulary, unk_token="w0"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -257,7 +257,7 @@ def test_fail_stops_at_a_bad_document(tmp_path: Path, tokenizer: Tokenizer) -> N
     assert write_tokens(corpus, tokenizer, tmp_path / "tokens")["totals"]["documents"] == 1
 
 
-# --- what is refused
+# --- refusals
 
 
 @pytest.fixture
@@ -368,7 +368,7 @@ def test_flipped_sizes(folder: Path, tokenizer: Tokenizer) -> None:
 
 
 def test_every_byte_of_a_header_may_be_flipped(folder: Path, tokenizer: Tokenizer) -> None:
-    """Whatever the header says then, the same documents or a message come out."""
+    """The result is the same documents or an error that names the file."""
     expected = plain(TokenSource(folder, tokenizer, FRACTION, "fail").read(0, 0, 1))
     for kind in ("tokens", "documents"):
         path = folder / f"00000.{kind}.npy"
@@ -447,7 +447,7 @@ def test_fifos_are_never_waited_for(folder: Path, tmp_path: Path, tokenizer: Tok
     shutil.copytree(folder, tmp_path / "copy")
     (tmp_path / "copy" / name).unlink()
     os.mkfifo(tmp_path / "copy" / name)
-    with pytest.raises(MythosError, match="it is no regular file"):
+    with pytest.raises(MythosError, match="it is not a regular file"):
         list(TokenSource(tmp_path / "copy", tokenizer, SHARE, "fail").read(0, 0, 1))
 
 
@@ -457,7 +457,7 @@ def test_a_folder_of_something_else(folder: Path, tmp_path: Path, tokenizer: Tok
     def begin(corpus: Corpus, tokenizer: Tokenizer, directory: Path, share: float = SHARE) -> None:
         TokenWriter(corpus, tokenizer, directory, config, share).begin()
 
-    with pytest.raises(MythosError, match="holds something else"):
+    with pytest.raises(MythosError, match="contains something else"):
         begin(corpus, tokenizer, tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(MythosError, match=r"cannot be written: .*directory"):

@@ -1,4 +1,4 @@
-"""The validation set is held out, fixed, exact in bytes, and found once."""
+"""The validation set is held out, fixed, exact in bytes, and cached."""
 
 import logging
 from collections.abc import Callable
@@ -70,7 +70,7 @@ def test_sources_give_their_share(tmp_path: Path, tokenizer: Tokenizer) -> None:
         assert name in "".join(texts(rows, tokenizer)) and other not in "".join(texts(rows, tokenizer))
 
 
-def test_kept_and_made_again_when_damaged(
+def test_cached_and_packed_again_when_damaged(
     tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_parquet(tmp_path / "x.parquet", make_documents(200))

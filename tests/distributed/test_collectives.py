@@ -10,7 +10,8 @@ from torch.utils._pytree import tree_leaves
 
 from mythos.config.sections import Config
 from mythos.distributed.layout import named_layout
-from mythos.planning.plan import Exchange, collectives, lay_out
+from mythos.planning.collectives import Exchange, collectives
+from mythos.planning.rank_state import rank_state
 from mythos.trainer import Trainer
 from tests.distributed.pool import RankPool
 from tests.runs import tiny
@@ -98,7 +99,7 @@ def count(directory: Path, changes: dict[str, Any], first: int, last: int) -> tu
 
 def planned(config: Config, ranks: int) -> dict[str, Exchange]:
     layout = named_layout(config.parallel, ranks, ranks)
-    return collectives(config, lay_out(config, layout), round(config.depth_mean), config.depth_backprop)
+    return collectives(config, rank_state(config, layout), round(config.depth_mean), config.depth_backprop)
 
 
 @pytest.mark.parametrize("case", CASES)

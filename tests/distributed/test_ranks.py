@@ -15,8 +15,10 @@ import torch
 from mythos.distributed.layout import Layout, named_layout
 from mythos.distributed.ranks import World, join_world
 from mythos.errors import MythosError
-from mythos.planning import plan
-from mythos.planning.estimate import Activations, count_parameters
+from mythos.planning import layout as planning
+from mythos.planning import rank_state
+from mythos.planning.flops import count_parameters
+from mythos.planning.memory import Activations
 from tests.distributed.pool import RankPool
 from tests.runs import tiny
 
@@ -147,11 +149,11 @@ def agree(directory: Path, memory: list[int]) -> tuple[Layout, list[str]]:
     handler = logging.Handler()
     handler.emit = records.append  # type: ignore[method-assign]
     with (
-        patch.object(plan, "memory_of_device", lambda world: memory[world.rank]),
-        patch.object(plan, "step_activations", lambda model, step: Activations(0, 0)),
-        patch.object(plan.logger, "handlers", [handler]),
+        patch.object(planning, "memory_of_device", lambda world: memory[world.rank]),
+        patch.object(rank_state, "step_activations", lambda model, step: Activations(0, 0)),
+        patch.object(planning.logger, "handlers", [handler]),
     ):
-        chosen = plan.agree_on_layout(config, world)
+        chosen = planning.agree_on_layout(config, world)
     world.leave()
     return chosen, [record.getMessage() for record in records]
 

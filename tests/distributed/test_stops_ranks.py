@@ -122,10 +122,10 @@ def begin(directory: Path, name: str, spoil: str) -> str:
     with pytest.MonkeyPatch.context() as patch:
         if spoil == "no permission" and rank() == 1:
 
-            def refused(path: Path, content: bytes) -> None:
+            def refused(path: Path, content: bytes, **_: bool) -> None:
                 raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
-            patch.setattr(storage, "_replace", refused)
+            patch.setattr(storage, "write_whole", refused)
         if spoil == "not shared":  # one path, and another disk on each machine
             init = storage.LocalStorage.__init__
             patch.setattr(storage.LocalStorage, "__init__", lambda self, root: init(self, root / str(rank())))

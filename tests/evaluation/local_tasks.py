@@ -36,7 +36,7 @@ metric_list:
 
 
 def write_tasks(folder: Path, file: Path) -> None:
-    """A YAML file for each kind of request; the tasks are called local_<kind>."""
+    """Write a YAML file for each kind of request; the tasks are named local_<kind>."""
     folder.mkdir()
     kinds = {"multiple_choice": CHOICES, "loglikelihood_rolling": PERPLEXITY, "generate_until": CONTINUATION}
     for kind, rest in kinds.items():

@@ -1,4 +1,4 @@
-"""Likelihoods of continuations against the model run on one text at a time."""
+"""Likelihoods of continuations compared with the model on one text at a time."""
 
 import contextlib
 import math
@@ -13,7 +13,7 @@ from mythos.errors import MythosError
 from mythos.evaluation import choices
 from mythos.evaluation.choices import ChoiceTask, Question, choice_metrics, choice_scores, encode_task, read_tasks
 from mythos.evaluation.continuations import DepthSetting, Score, choose_settings, encode_requests, score_requests
-from mythos.model.halting import THRESHOLDS
+from mythos.model.halting import default_threshold
 from mythos.model.rdt import RecurrentDepthTransformer
 from tests.evaluation.test_depth_sweep import build
 from tests.model.slow_decode import converged, slow_decode
@@ -51,27 +51,27 @@ def score(
 def slowly(model: RecurrentDepthTransformer, tokenizer: Tokenizer, context: str, text: str, loops: int) -> Score:
     """One text, one depth, no padding: the sum of the tokens' log-probabilities after the context's."""
     whole = tokenizer.encode_batch([context + text])[0]
-    given = tokenizer.encode_batch([context.rstrip()])[0]
-    tokens = whole[len(given) :]
-    ids = [*(given or [tokenizer.eos_id]), *tokens][-(CONTEXT + 1) :]
+    context_ids = tokenizer.encode_batch([context.rstrip()])[0]
+    tokens = whole[len(context_ids) :]
+    ids = [*(context_ids or [tokenizer.eos_id]), *tokens][-(CONTEXT + 1) :]
     with torch.no_grad():
         logits = model(torch.tensor([ids[:-1]]), loops=loops).logits[0].double().log_softmax(-1)
     ends = range(len(ids) - 1 - len(tokens), len(ids) - 1)
-    found = [logits[place, ids[place + 1]].item() for place in ends]
-    return Score(sum(found), all(int(logits[place].argmax()) == ids[place + 1] for place in ends), loops)
+    likelihoods = [logits[place, ids[place + 1]].item() for place in ends]
+    return Score(sum(likelihoods), all(int(logits[place].argmax()) == ids[place + 1] for place in ends), loops)
 
 
 def test_each_depth_equals_one_text_at_a_time(model, tokenizer):
     requests, cut = encode_requests(tokenizer, TEXTS, CONTEXT)
     assert cut == 1 and max(len(r.context) + len(r.continuation) for r in requests) == CONTEXT + 1
-    found = score(model, requests)
-    for setting, scores in zip(SETTINGS, found, strict=True):
+    scores_by_setting = score(model, requests)
+    for setting, scores in zip(SETTINGS, scores_by_setting, strict=True):
         if setting.rule is None:
             for (context, text), one in zip(TEXTS, scores, strict=True):
                 expected = slowly(model, tokenizer, context, text, setting.loops)
                 assert one.log_likelihood == pytest.approx(expected.log_likelihood, rel=1e-5)
                 assert one[1:] == expected[1:]
-    assert len({round(scores[0].log_likelihood, 4) for scores in found}) == 4, "settings must differ"
+    assert len({round(scores[0].log_likelihood, 4) for scores in scores_by_setting}) == 4, "settings must differ"
 
 
 def test_greedy_continuations_are_found(model, tokenizer):
@@ -114,7 +114,7 @@ def test_continuations_that_cannot_be_scored(tokenizer, text):
 
 
 def joining(tokenizer: Tokenizer) -> tuple[str, str]:
-    """A text cut inside of its last token, so that the parts have other tokens than the whole."""
+    """A text split inside a token, so that its parts have other tokens than the whole."""
     for word in " ".join(documents()[:5]).split():
         whole = tokenizer.encode_batch([f"The {word}"])[0]
         part = tokenizer.encode_batch([f"The {word[:-1]}"])[0]
@@ -124,7 +124,7 @@ def joining(tokenizer: Tokenizer) -> tuple[str, str]:
 
 
 def test_a_continuation_that_joins_the_last_token_is_scored_as_it_is_asked(model, tokenizer):
-    """The harness' own class takes whole[len(context):], which is empty here, or other text than was asked for."""
+    """The harness' own class takes whole[len(context):], which is empty or another text here."""
     context, letter = joining(tokenizer)
     texts = [(context, letter), (context, f"{letter} finds")]
     requests, _ = encode_requests(tokenizer, texts, CONTEXT)
@@ -141,7 +141,7 @@ def test_a_continuation_that_joins_the_last_token_is_scored_as_it_is_asked(model
 
 
 def test_a_tokenizer_that_cannot_join_says_so():
-    """SentencePiece's kind puts a space before each text: the letter alone would be a word."""
+    """SentencePiece-like tokenizers add a space before each text, so the letter alone would be a word."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -157,7 +157,7 @@ def test_a_tokenizer_that_cannot_join_says_so():
 
 
 def test_a_context_is_not_cut_to_nothing(tokenizer):
-    """Half of the model's context is the least that a cut prompt keeps; one that fits may be any length."""
+    """A cut prompt keeps at least half of the model's context; a prompt that fits may have any length."""
     long, short = "The letter repeats the number. " * 9, "The"
     for words in range(1, 30):
         text = " a" * words
@@ -173,7 +173,7 @@ def test_a_context_is_not_cut_to_nothing(tokenizer):
 
 
 def test_settings(model):
-    default = THRESHOLDS["convergence"]
+    default = default_threshold("convergence")
     rule = DepthSetting(4, "convergence", default)
     assert choose_settings(model, 4, [1, None, 1]) == [DepthSetting(1), rule], "the model's own rule"
     chosen = choose_settings(model, 4, [None, 2], "second_difference", [0.5, 0.25])
@@ -195,7 +195,7 @@ QUESTIONS = [
 
 
 def test_accuracy_equals_a_loop_over_choices(model, tokenizer, caplog):
-    """Of many questions, in which the likeliest choice and the likeliest by length are different ones."""
+    """With questions whose likeliest choice differs from the likeliest by length."""
     drawn = torch.Generator().manual_seed(1)
     words = documents()[3].split()
 
@@ -204,7 +204,7 @@ def test_accuracy_equals_a_loop_over_choices(model, tokenizer, caplog):
 
     more = [Question(pick(3), [pick(1), pick(2), pick(4)], n % 3) for n in range(12)]
     task = ChoiceTask("local", [*QUESTIONS, *more])
-    found = choice_metrics(
+    metrics = choice_metrics(
         model,
         [encode_task(task, tokenizer, CONTEXT)],
         depths=[1, 4],
@@ -221,7 +221,7 @@ def test_accuracy_equals_a_loop_over_choices(model, tokenizer, caplog):
             plain += max(range(len(options)), key=lambda n: sums[n]) == gold
             normalised += max(range(len(options)), key=lambda n: sums[n] / len(options[n])) == gold
         expected |= {f"val/local_acc@{loops}": plain / 16, f"val/local_acc_norm@{loops}": normalised / 16}
-    assert found == expected
+    assert metrics == expected
     assert len(set(expected.values())) > 1
 
 
@@ -233,12 +233,12 @@ def test_length_counts_characters_and_ties_go_to_the_first():
 
 def test_likelihoods_that_are_not_numbers_score_nothing():
     task = ChoiceTask("t", [Question("", ["a", "b"], 0)])
-    found = choice_scores(task, [Score(math.nan, False, 1.0), Score(-1.0, False, 1.0)])
-    assert math.isnan(found.acc) and math.isnan(found.acc_norm)
+    accuracies = choice_scores(task, [Score(math.nan, False, 1.0), Score(-1.0, False, 1.0)])
+    assert math.isnan(accuracies.acc) and math.isnan(accuracies.acc_norm)
 
 
 @pytest.mark.parametrize(
-    ("lines", "told"),
+    ("lines", "message"),
     [
         (['{"query": "a", "choices": ["b", "c"], "gold": 0}', "{"], "line 2: Expecting"),
         (["", "[]"], "line 2: got list, not an object"),
@@ -252,11 +252,11 @@ def test_likelihoods_that_are_not_numbers_score_nothing():
         (["[" * 100_000], "line 1: it is nested too deeply"),
     ],
 )
-def test_files_that_are_no_questions(tmp_path, lines, told):
+def test_files_that_are_no_questions(tmp_path, lines, message):
     (tmp_path / "bad.jsonl").write_text("\n".join(lines))
     with pytest.raises(MythosError) as caught:
         read_tasks([str(tmp_path / "bad.jsonl")], what="eval.tasks")
-    assert str(caught.value).startswith(f"eval.tasks: {tmp_path / 'bad.jsonl'}") and told in str(caught.value)
+    assert str(caught.value).startswith(f"eval.tasks: {tmp_path / 'bad.jsonl'}") and message in str(caught.value)
     assert choices.EXAMPLE in str(caught.value)
 
 
@@ -269,5 +269,5 @@ def test_files(tmp_path):
     assert task == ChoiceTask("good", [Question("Two and two make", ["four", "five"], 0), Question("q", ["a", "b"], 1)])
     with pytest.raises(MythosError, match=r"--tasks: .*nothing.jsonl cannot be read"):
         read_tasks([str(tmp_path / "nothing.jsonl")], what="--tasks")
-    with pytest.raises(MythosError, match="two files are called good"):
+    with pytest.raises(MythosError, match="two files have the name good"):
         read_tasks([str(good), "elsewhere/good.jsonl"], what="--tasks")

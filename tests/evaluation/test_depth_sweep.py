@@ -1,4 +1,4 @@
-"""The sweep against running the model depth by depth, document by document; the fit against known laws."""
+"""The sweep compared with running the model by depth and document; the fit compared with known laws."""
 
 import contextlib
 import csv
@@ -50,7 +50,7 @@ BYTES = torch.tensor([11, 70, 33, 25, 64])
 
 
 def build(**changes: Any) -> RecurrentDepthTransformer:
-    """A small model whose weights are all seeded noise."""
+    """A small model with seeded noise in every weight."""
     settings = {**SETTINGS["model"], "loops": 4, "vocab_size": 128, **changes}
     model = RecurrentDepthTransformer(ModelConfig(**settings)).initialize(0).eval()
     with torch.no_grad():
@@ -61,7 +61,7 @@ def build(**changes: Any) -> RecurrentDepthTransformer:
 
 def data(masked: bool) -> ValidationSet:
     ids = torch.randint(0, 128, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(0))
-    # Documents of 5, 1 and 10 tokens, differently placed in every row.
+    # Documents of 5, 1 and 10 tokens, in another order in every row.
     places = (torch.arange(LENGTH) + 3 * torch.arange(ROWS)[:, None]) % LENGTH
     documents = ((places >= 5).int() + (places >= 6).int()) if masked else None
     return ValidationSet(ids, documents, BYTES)
@@ -86,7 +86,7 @@ def test_fit_finds_the_law(limit, amplitude, rate):
 
 
 def test_fit_is_the_least_squares_one():
-    """No small step away from it in any parameter has a lower error; and the error is the residual."""
+    """No small step in any parameter lowers the error, and the error is the residual."""
     noise = np.random.default_rng(0).normal(scale=0.003, size=7)
     curve = {2**n: 3.8 + 0.4 * math.exp(-0.6 * 2**n) + noise[n] for n in range(7)}
     fit = fit_losses(curve)
@@ -94,13 +94,13 @@ def test_fit_is_the_least_squares_one():
     def error(limit: float, amplitude: float, rate: float) -> float:
         return sum((limit + amplitude * math.exp(-rate * t) - loss) ** 2 for t, loss in curve.items()) / len(curve)
 
-    found = (fit.limit, fit.amplitude, fit.rate)
-    assert math.sqrt(error(*found)) == pytest.approx(fit.residual)
+    fitted = (fit.limit, fit.amplitude, fit.rate)
+    assert math.sqrt(error(*fitted)) == pytest.approx(fit.residual)
     assert 0.0005 < fit.residual < 0.004
     for index in range(3):
         for step in (0.999, 1.001):
-            assert error(*(value * step if i == index else value for i, value in enumerate(found))) > error(*found)
-    assert found == pytest.approx((3.8, 0.4, 0.6), rel=0.05)
+            assert error(*(value * step if i == index else value for i, value in enumerate(fitted))) > error(*fitted)
+    assert fitted == pytest.approx((3.8, 0.4, 0.6), rel=0.05)
 
 
 def test_fit_ends_where_depth_harms():
@@ -322,7 +322,7 @@ def test_files(tmp_path):
 
 @pytest.fixture
 def figures(monkeypatch) -> list[Figure]:
-    """Every figure that is saved."""
+    """Collects every figure that is saved."""
     seen: list[Figure] = []
     finish = plots.finish
 
@@ -368,7 +368,7 @@ def trained(tmp_path_factory, no_plots) -> Path:
 
 
 def test_command_line_on_a_run(trained, capsys):
-    """The losses are those that the trainer validated with."""
+    """The losses equal those of the trainer's validation."""
     assert script.main([str(trained)]) == 0
     printed = capsys.readouterr().out
     stem = trained / "sweep" / "step-00000004"
@@ -419,7 +419,7 @@ def test_command_line_on_an_exported_model(trained, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (["--loops", "0,1"], "at least 1"),
         (["--thresholds", "0.1"], "--rules"),
@@ -440,14 +440,14 @@ def test_command_line_on_an_exported_model(trained, tmp_path, capsys):
         (["--micro-batch", "0"], "--micro-batch: got 0"),
     ],
 )
-def test_bad_options(trained, tmp_path, capsys, monkeypatch, options, told):
+def test_bad_options(trained, tmp_path, capsys, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("README.md", "short.txt"):
         Path(name).write_text("The end.\n")
     assert script.main([str(trained), *options]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: --") and told in error and "data.validation" not in error
+    assert error.startswith("error: --") and message in error and "data.validation" not in error
 
 
 def test_bad_path(tmp_path, capsys):

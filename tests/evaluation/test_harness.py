@@ -1,5 +1,5 @@
 # ruff: noqa: E402 (nothing of it can be imported where the extra is not installed)
-"""lm-evaluation-harness on a local task, against our own scores and against answers written out."""
+"""lm-evaluation-harness on local tasks, compared with our own scores and with greedy decoding."""
 
 import contextlib
 import json
@@ -32,11 +32,11 @@ pytestmark = pytest.mark.usefixtures("no_plots")
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory, no_plots: None) -> Path:
-    """An exported nano model, questions.jsonl beside it, and tasks/ that read it."""
+    """An exported nano model, questions.jsonl, and tasks/ that read it."""
     folder = tmp_path_factory.mktemp("harness")
     nano = {"preset": "mythos_nano", "loops": 2, "context_length": 48}
-    made = run(tiny(folder, model=nano, train__steps=2, optim__lr=0.01, depth__backprop=1, depth__curriculum={}))
-    assert export.main([str(made.run_dir), str(folder / "model")]) == 0
+    trainer = run(tiny(folder, model=nano, train__steps=2, optim__lr=0.01, depth__backprop=1, depth__curriculum={}))
+    assert export.main([str(trainer.run_dir), str(folder / "model")]) == 0
     words = documents()[7].split()
     lines = [
         {"query": f"{' '.join(words[n : n + 3 + 40 * (n == 5)])}{' ' * (n == 4)}", "gold": n % 3}
@@ -59,31 +59,33 @@ def adapter(opened: OpenedModel, settings: list[DepthSetting]) -> HarnessModel:
 
 
 def instances(kind: str, arguments: list[tuple[Any, ...]]) -> list[Instance]:
-    return [Instance(kind, {}, given, index) for index, given in enumerate(arguments)]
+    return [Instance(kind, {}, entry, index) for index, entry in enumerate(arguments)]
 
 
 def test_a_local_task_at_several_depths(exported: Path, opened: OpenedModel, tmp_path: Path, capsys: Any) -> None:
-    """Through the command line: the harness' accuracies are those of our own reading of the same file."""
+    """From the command line: the harness' accuracies equal ours on the same file."""
     tasks = "local_multiple_choice,local_loglikelihood_rolling,local_generate_until"
     arguments = ["--tasks", f"{tasks},{exported / 'questions.jsonl'}", "--include-path", str(exported / "tasks")]
     arguments += ["--loops", "1,4,8,auto", "--halting", "convergence", "--exit-threshold", "0.5"]
     assert evaluate.main([str(exported / "model"), *arguments, "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     content = json.loads((tmp_path / "step-00000002.json").read_text())
-    found = {
+    results = {
         (result["task"], result["metric"], result["loops"], result["rule"]): result for result in content["results"]
     }
     settings = [(1, None), (4, None), (8, None), (2, "convergence")]
     for loops, rule in settings:
         for metric in ("acc", "acc_norm"):
-            theirs, ours = (found[name, metric, loops, rule] for name in ("local_multiple_choice", "questions"))
+            theirs, ours = (results[name, metric, loops, rule] for name in ("local_multiple_choice", "questions"))
             assert theirs["value"] == ours["value"] and theirs["samples"] == ours["samples"] == 9
             assert theirs["stderr"] == pytest.approx(ours["stderr"])
             assert theirs["mean_loops"] == pytest.approx(ours["mean_loops"])
-        bits = found["local_loglikelihood_rolling", "bits_per_byte", loops, rule]["value"]
+        bits = results["local_loglikelihood_rolling", "bits_per_byte", loops, rule]["value"]
         assert 0 < bits < 20
-        assert found["local_generate_until", "exact_match", loops, rule]["value"] == 0
-    assert len({found["local_loglikelihood_rolling", "bits_per_byte", *setting]["value"] for setting in settings}) == 4
+        assert results["local_generate_until", "exact_match", loops, rule]["value"] == 0
+    assert (
+        len({results["local_loglikelihood_rolling", "bits_per_byte", *setting]["value"] for setting in settings}) == 4
+    )
     assert "local_multiple_choice" in printed and "convergence 0.5" in printed
 
 
@@ -106,15 +108,15 @@ def own(opened: OpenedModel, task: Any, setting: DepthSetting) -> Any:
 
 
 def test_texts_longer_than_the_context_are_summed_over_windows(opened: OpenedModel) -> None:
-    """Every token once, with as much before it as fits; written out token by token."""
+    """Every token is scored once, with as much context as fits; compared token by token."""
     tokenizer, context = opened.tokenizer, opened.model.config.context_length
     assert tokenizer is not None
     texts = ["The river crosses.", documents()[6] * 2, ""]
     model = adapter(opened, [DepthSetting(1), DepthSetting(3)])
     for setting in model.settings:
         model.begin(setting)
-        found = model.loglikelihood_rolling(instances("loglikelihood_rolling", [(text,) for text in texts]))
-        for text, likelihood in zip(texts, found, strict=True):
+        likelihoods = model.loglikelihood_rolling(instances("loglikelihood_rolling", [(text,) for text in texts]))
+        for text, likelihood in zip(texts, likelihoods, strict=True):
             ids = [tokenizer.eos_id, *tokenizer.encode_batch([text])[0]]
             total, done = 0.0, 1
             while done < len(ids):
@@ -135,29 +137,29 @@ def test_generation_is_greedy_and_stops(opened: OpenedModel) -> None:
     assert tokenizer is not None
     contexts = ["The river", "", documents()[6] * 2]
     options = {"until": [], "max_gen_toks": 8}
-    found = model.generate_until(instances("generate_until", [(context, options) for context in contexts]))
-    for context, text in zip(contexts, found, strict=True):
+    answers = model.generate_until(instances("generate_until", [(context, options) for context in contexts]))
+    for context, text in zip(contexts, answers, strict=True):
         ids = (tokenizer.encode_batch([context])[0] or [tokenizer.eos_id])[-(opened.model.config.context_length - 8) :]
-        given = len(ids)
-        while len(ids) < given + 8:
+        prompt_length = len(ids)
+        while len(ids) < prompt_length + 8:
             with torch.no_grad():
                 best = opened.model(torch.tensor([ids]), loops=3).logits[0, -1, : tokenizer.size].argmax()
             if int(best) == tokenizer.eos_id:
                 break
             ids.append(int(best))
-        assert text == tokenizer.decode(ids)[len(tokenizer.decode(ids[:given])) :]
+        assert text == tokenizer.decode(ids)[len(tokenizer.decode(ids[:prompt_length])) :]
     drawn = [(context, {"do_sample": True, "temperature": 3.0, "max_gen_toks": 8}) for context in contexts]
     first, second = (model.generate_until(instances("generate_until", drawn)) for _ in range(2))
-    assert first == second != found
-    longest = max(found, key=len)
+    assert first == second != answers
+    longest = max(answers, key=len)
     stop = longest[len(longest) // 2 :]
     again = [(context, {"until": stop, "max_gen_toks": 8}) for context in contexts]
-    assert model.generate_until(instances("generate_until", again)) == [text.partition(stop)[0] for text in found]
+    assert model.generate_until(instances("generate_until", again)) == [text.partition(stop)[0] for text in answers]
 
 
 @pytest.mark.parametrize("most", [47, 48, 49, 10**6])
 def test_an_answer_longer_than_the_context_keeps_the_prompt(opened: OpenedModel, most: int, caplog: Any) -> None:
-    """The prompt is asked as a whole, and its answer ends where the context is full: that of fewer tokens."""
+    """The prompt is kept whole, and the answer ends when the context is full."""
     tokenizer, context = opened.tokenizer, opened.model.config.context_length
     assert tokenizer is not None and context == 48
     model, prompts = adapter(opened, [DepthSetting(1)]), ["The river crosses", "The stone"]
@@ -183,7 +185,7 @@ def test_a_prompt_that_is_cut_keeps_half_of_the_context(opened: OpenedModel, cap
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"num_beams": 4}, "got num_beams 4"),
         ({"max_length": 20}, "got max_length 20"),
@@ -195,8 +197,8 @@ def test_a_prompt_that_is_cut_keeps_half_of_the_context(opened: OpenedModel, cap
         ({"temperature": -1.0, "do_sample": True}, "temperature: got -1"),
     ],
 )
-def test_options_of_generation_that_would_not_be_followed(opened: OpenedModel, options: Any, told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_options_of_generation_that_would_not_be_followed(opened: OpenedModel, options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         adapter(opened, [DepthSetting(1)]).generate_until(instances("generate_until", [("The", options)]))
 
 
@@ -244,15 +246,15 @@ def test_answers_are_those_of_the_harness_own_class(exported: Path, opened: Open
     assert sums[0] == pytest.approx(sums[1], rel=1e-5)
     options = {"until": ["river"], "max_gen_toks": 6}
     asked = [(context, options) for context, _ in pairs if context]
-    made = [model.generate_until(instances("generate_until", asked)) for model in (ours, theirs)]
-    assert made[0] == made[1]
+    answers = [model.generate_until(instances("generate_until", asked)) for model in (ours, theirs)]
+    assert answers[0] == answers[1]
 
 
 def test_tasks_that_cannot_be_had(exported: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The harness' own thousands of tasks take seconds to read.
+    # Reading the harness' thousands of tasks takes seconds.
     monkeypatch.setattr(harness, "TaskManager", partial(TaskManager, include_defaults=False))
     own_tasks, lambada = exported / "tasks", Path(lm_eval.__file__).parent / "tasks" / "lambada"
-    for name, folder, told in (
+    for name, folder, message in (
         ("local_multiple_choce", own_tasks, "no .jsonl file; nearest names: local_multiple_choice"),
         ("xyz", own_tasks, "nearest names: none"),
         ("lambada_openai", lambada, "lambada_openai cannot be loaded: Couldn't reach"),
@@ -260,5 +262,5 @@ def test_tasks_that_cannot_be_had(exported: Path, capsys: Any, monkeypatch: pyte
     ):
         arguments = ["--tasks", name, "--include-path", str(folder), "--out", str(exported / "out")]
         assert evaluate.main([str(exported / "model"), *arguments]) == 1
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
         assert not (exported / "out").exists()

@@ -1,4 +1,4 @@
-"""Accuracy on tasks against the model run one sequence at a time, and runs on tasks from end to end."""
+"""Accuracy on tasks compared with the model on one sequence at a time, and complete runs on tasks."""
 
 import contextlib
 import csv
@@ -20,11 +20,12 @@ from mythos.config.sections import Config
 from mythos.data.tasks import TaskSet, task_set
 from mythos.distributed.ranks import Ranks, World
 from mythos.errors import MythosError
-from mythos.evaluation.reasoning import AccuracyMap, accuracy_map, draw_maps, task_metrics, usual_difficulties
+from mythos.evaluation.reasoning import AccuracyMap, accuracy_map, task_metrics, usual_difficulties
 from mythos.model.config import ModelConfig
 from mythos.model.rdt import RecurrentDepthTransformer
-from mythos.model.recurrence import initial_state
+from mythos.model.state import initial_state
 from mythos.planning.plan import plan
+from mythos.reports.evaluation_plots import draw_accuracy_maps
 from mythos.reports.recorded import run_names
 from mythos.trainer import Trainer
 from mythos.training.depth_schedule import DepthSchedule
@@ -65,7 +66,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def settings(directory: Path, **changes: Any) -> dict[str, Any]:
-    """A configuration as plain values; `train__steps=2` changes a field."""
+    """A configuration of a small run; `train__steps=2` changes a field."""
     values = json.loads(json.dumps({**SETTINGS, "run": {"name": "task", "dir": str(directory / "run")}}))
     for path, value in changes.items():
         section, field = path.split("__")
@@ -78,7 +79,7 @@ def tiny(directory: Path, **changes: Any) -> Config:
 
 
 def build(noise: int = 1, **changes: Any) -> RecurrentDepthTransformer:
-    """A small model whose weights are all seeded noise."""
+    """A small model with seeded noise in every weight."""
     config = ModelConfig(**{**SETTINGS["model"], "vocab_size": TASK.vocabulary, **changes})
     model = RecurrentDepthTransformer(config).initialize(0).eval()
     with torch.no_grad():
@@ -88,7 +89,7 @@ def build(noise: int = 1, **changes: Any) -> RecurrentDepthTransformer:
 
 
 def alone(model: RecurrentDepthTransformer, data: TaskSet, loops: Callable[[int], int]) -> tuple[float, float]:
-    """Mean loss of an answer's token and share of right answers, every sequence by itself."""
+    """Mean loss of answer tokens and share of right answers, one sequence at a time."""
     losses, right = [], 0
     for ids, targets, difficulty in zip(data.ids, data.targets, data.difficulties.tolist(), strict=True):
         with torch.no_grad():
@@ -125,30 +126,30 @@ def test_metrics_equal_sequences_run_alone(task: TaskConfig) -> None:
 
 
 def test_a_step_is_that_of_its_answers_alone(tmp_path: Path) -> None:
-    """Loss and gradient of a step, from the logits of every sequence by itself at as many loops as its difficulty."""
-    made = Trainer(tiny(tmp_path, train__steps=50))
-    take_step(made)  # output projections start at zero, and then all depths are alike
-    batch = made.loader.streams.share(0, 1).next_batch(6)
+    """Loss and gradient of a step equal those of one sequence at a time, with as many loops as its difficulty."""
+    trainer = Trainer(tiny(tmp_path, train__steps=50))
+    take_step(trainer)  # output projections start at zero, which makes all depths equal
+    batch = trainer.loader.streams.share(0, 1).next_batch(6)
     assert (batch.targets != -100).sum(1).tolist() == [1] * 24
-    loops = made.schedule.plan(1).loops
+    loops = trainer.schedule.plan(1).loops
     assert set(loops) == {1, 2, 3}
-    model = RecurrentDepthTransformer(made.config.model)
-    model.load_state_dict({name: tensor.clone() for name, tensor in made.model.state_dict().items()})
+    model = RecurrentDepthTransformer(trainer.config.model)
+    model.load_state_dict({name: tensor.clone() for name, tensor in trainer.model.state_dict().items()})
     total = torch.zeros(())
     for row, (ids, targets) in enumerate(zip(batch.ids, batch.targets, strict=True)):
-        state = initial_state(made.config.model, [row], 5, seed=0, step=1, device=torch.device("cpu"))
+        state = initial_state(trainer.config.model, [row], 5, seed=0, step=1, device=torch.device("cpu"))
         logits = model(ids[None, :-1], loops=loops[row], state=state).logits[0]
         total = total + F.cross_entropy(logits, targets, ignore_index=-100) / 24
     total.backward()
-    result = take_step(made)
+    result = take_step(trainer)
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
     assert result.loss.item() == pytest.approx(total.item(), rel=1e-5)
     assert result.grad_norm.item() == pytest.approx(norm.item(), rel=1e-4)
-    made.resources.close()
+    trainer.resources.close()
 
 
 def test_loops_follow_the_difficulty_of_the_data(tmp_path: Path) -> None:
-    """The number of hops that lead to each row's answer is the number of its loops."""
+    """Each row's loops equal the number of hops to its answer."""
     config = tiny(tmp_path, data__task={"symbols": 11, "difficulty": [2, 4]}, data__sequence_length=12)
     schedule, streams = DepthSchedule(config), Trainer(config).loader.streams
     for step in range(5):
@@ -258,19 +259,19 @@ def test_loops_follow_only_where_there_are_some(tmp_path: Path) -> None:
 def test_every_entry_of_a_map_equals_a_run_by_itself() -> None:
     model, task = build(noise=7), TaskConfig(symbols=4, queries=3, difficulty=(1, 3))
     with torch.no_grad():
-        model.embedding.weight[5:] *= 0.1  # answers are symbols mostly, and so often right by chance
-    made = accuracy_map(
+        model.embedding.weight[5:] *= 0.1  # then answers are mostly symbols and often right by chance
+    accuracies = accuracy_map(
         model, task, name="noise", step=7, difficulties=[1, 4], loops=[1, 3, 5], sequences=300, length=7
     )
-    for difficulty in made.difficulties:
+    for difficulty in accuracies.difficulties:
         data = task_set(TASK, [difficulty], 300, 7, f"report/{difficulty}")
-        for loops in made.loops:
+        for loops in accuracies.loops:
             with torch.no_grad():
                 logits = model(data.ids, loops=loops).logits
             answers = logits[:, 4].argmax(-1)
-            assert made.at(difficulty, loops) == (answers == data.targets[:, 4]).double().mean().item()
-    assert all(0.1 < value < 0.9 for row in made.accuracy for value in row)
-    assert len({value for row in made.accuracy for value in row}) > 3, "depths must differ"
+            assert accuracies.at(difficulty, loops) == (answers == data.targets[:, 4]).double().mean().item()
+    assert all(0.1 < value < 0.9 for row in accuracies.accuracy for value in row)
+    assert len({value for row in accuracies.accuracy for value in row}) > 3, "depths must differ"
 
 
 def test_usual_difficulties_reach_six_times_the_hardest() -> None:
@@ -280,23 +281,24 @@ def test_usual_difficulties_reach_six_times_the_hardest() -> None:
 
 
 def test_a_map_is_written_whole(tmp_path: Path) -> None:
-    made = AccuracyMap("one", "hops", 9, (1, 2), [1, 2, 3], [1, 2], 10, [[1.0, 0.5], [0.25, 1.0], [0.0, 0.125]])
-    written = picture, table, values = made.write(tmp_path / "new" / "map-0.1")
-    assert [path.name for path in written] == ["map-0.1.png", "map-0.1.csv", "map-0.1.json"]
+    accuracies = AccuracyMap("one", "hops", 9, (1, 2), [1, 2, 3], [1, 2], 10, [[1.0, 0.5], [0.25, 1.0], [0.0, 0.125]])
+    written = table, values = accuracies.write(tmp_path / "new" / "map-0.1")
+    assert [path.name for path in written] == ["map-0.1.csv", "map-0.1.json"]
+    picture = draw_accuracy_maps([accuracies], tmp_path / "one.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(int(r["difficulty"]), int(r["loops"]), float(r["accuracy"])) for r in rows] == [
-        (d, t, made.at(d, t)) for d in (1, 2, 3) for t in (1, 2)
+        (d, t, accuracies.at(d, t)) for d in (1, 2, 3) for t in (1, 2)
     ]
     read = json.loads(values.read_text())
-    assert read["accuracy"] == made.accuracy and read["trained"] == [1, 2]
-    assert [line.split() for line in made.table().splitlines()[1:]] == [
+    assert read["accuracy"] == accuracies.accuracy and read["trained"] == [1, 2]
+    assert [line.split() for line in accuracies.table().splitlines()[1:]] == [
         ["1*", "100.0%", "50.0%"],
         ["2*", "25.0%", "100.0%"],
         ["3", "0.0%", "12.5%"],
     ]
-    assert draw_maps([made, made], tmp_path / "both.png").stat().st_size > picture.stat().st_size
+    assert draw_accuracy_maps([accuracies, accuracies], tmp_path / "both.png").stat().st_size > picture.stat().st_size
 
 
 def test_report_of_a_looped_and_a_fixed_run(
@@ -316,7 +318,7 @@ def test_report_of_a_looped_and_a_fixed_run(
     assert looped["loops"] == [1, 2, 6] and own["loops"] == [1]
     assert looped["difficulties"] == own["difficulties"] == [1, 2, 6]
     assert (tmp_path / "looped" / "run" / "reasoning" / "side-by-side.png").is_file()
-    # Both are called run, by directory and by run.name.
+    # Both have the name run, as directory and as run.name.
     out = tmp_path / "out"
     assert report([*runs, "--sequences", "8", "--difficulties", "1", "--out", str(out)]) == 0
     stems = ("run", "run-2")
@@ -328,7 +330,7 @@ def test_report_of_a_looped_and_a_fixed_run(
     (tmp_path / "file").touch()
     assert report([runs[0], "--sequences", "8", "--difficulties", "1", "--out", str(tmp_path / "file")]) == 1
     assert f"error: {tmp_path / 'file'} cannot be written: " in capsys.readouterr().err
-    # Without a run directory above it, not to wherever two folders above happens to be.
+    # Without a run directory, the files do not go two folders above the checkpoint.
     monkeypatch.chdir(out)
     shutil.copytree(Path(runs[0]) / "checkpoints" / "step-00000001", out / "a" / "b" / "step-00000001")
     assert report(["a/b/step-00000001", "--sequences", "8", "--difficulties", "1"]) == 0
@@ -345,8 +347,8 @@ def test_report_of_a_looped_and_a_fixed_run(
 
 
 def test_runs_are_called_as_their_directories() -> None:
-    given = ["a/lr0.1/", "b/lr0.2", "c/lr0.1/checkpoints/step-00000004", "d/lr0.1-2", "e/lr0.1"]
-    assert run_names(given) == ["lr0.1", "lr0.2", "lr0.1-2", "lr0.1-2-2", "lr0.1-3"]
+    paths = ["a/lr0.1/", "b/lr0.2", "c/lr0.1/checkpoints/step-00000004", "d/lr0.1-2", "e/lr0.1"]
+    assert run_names(paths) == ["lr0.1", "lr0.2", "lr0.1-2", "lr0.1-2-2", "lr0.1-3"]
 
 
 def test_report_refuses_what_it_cannot_ask(
@@ -363,10 +365,10 @@ def test_report_refuses_what_it_cannot_ask(
         ("--difficulties", "a", "'a'"),
         ("--sequences", "0", "0"),
     )
-    for option, value, told in bad:
+    for option, value, message in bad:
         assert report([str(tmp_path), option, value]) == 1
         error = capsys.readouterr().err
-        assert error.startswith(f"error: {option}: got {told}; give ") and error.count("\n") == 1
+        assert error.startswith(f"error: {option}: got {message}; give ") and error.count("\n") == 1
     task = {"symbols": 4, "difficulty": [1, 3], "tell": "number"}
     run(tiny(tmp_path, train__steps=1, data__task=task, data__sequence_length=6))
     capsys.readouterr()

@@ -1,4 +1,4 @@
-"""Validation against running the model row by row, depth by depth."""
+"""Validation compared with running the model by row and depth."""
 
 import contextlib
 import math
@@ -23,7 +23,7 @@ ALONE = World(torch.device("cpu"), Ranks(), Ranks())
 
 
 def build(**changes: Any) -> RecurrentDepthTransformer:
-    """A small model whose weights are all seeded noise."""
+    """A small model with seeded noise in every weight."""
     model = RecurrentDepthTransformer(ModelConfig(**{**SETTINGS["model"], "vocab_size": 128, **changes})).initialize(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -47,7 +47,7 @@ def measure(model: RecurrentDepthTransformer, rows: ValidationSet, micro_batch: 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_every_depth_equals_a_run_by_hand(masked):
-    """Five rows in micro-batches of two: the last one counts by its size."""
+    """Five rows in micro-batches of two: the last micro-batch has half the weight."""
     model, rows = build(core_layers=2), data(masked)
     metrics = measure(model, rows)
     routed: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""A step is saved before it is validated, and a stop request interrupts whatever is measured of the model."""
+"""A step is saved before its validation, and a stop request interrupts every measurement."""
 
 import json
 import os
@@ -47,27 +47,27 @@ def undisturbed(tmp_path_factory) -> Trainer:
     return run(settings(tmp_path_factory.mktemp("undisturbed")))
 
 
-def during(made: Trainer, what: str, step: int, action: Callable[[], None]) -> None:
-    """Call an action in what is measured after a step: at the second micro-batch, the tasks, or a sample."""
+def during(trainer: Trainer, what: str, step: int, action: Callable[[], None]) -> None:
+    """Call an action during a measurement of a step: at the second micro-batch, in the tasks, or in a sample."""
     calls: list[int] = []
     functions = {"tasks": "choice_metrics", "halting": "adaptive_metrics", "samples": "generate"}
-    target, name = (made.model, "read_depths") if what == "validation" else (in_training, functions[what])
+    target, name = (trainer.model, "read_depths") if what == "validation" else (in_training, functions[what])
     original = getattr(target, name)
 
     def disturbed(*arguments: Any, **options: Any) -> Any:
-        if made.step == step and not made.model.training:
+        if trainer.step == step and not trainer.model.training:
             calls.append(1)
             if len(calls) == (2 if what == "validation" else 1):
                 action()
         return original(*arguments, **options)
 
     setattr(target, name, disturbed)
-    made.resources.callback(setattr, target, name, original)
+    trainer.resources.callback(setattr, target, name, original)
 
 
 def request_stop() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(0.2)  # until the thread that receives it has
+    time.sleep(0.2)  # let the receiving thread run
 
 
 def kill() -> None:
@@ -77,15 +77,15 @@ def kill() -> None:
 @pytest.mark.parametrize(("what", "step"), [("validation", 3), ("halting", 6), ("tasks", 3), ("samples", 6)])
 def test_kill_while_measuring_loses_no_step(tmp_path, undisturbed, what, step):
     config = settings(tmp_path, checkpoint__asynchronous=False)
-    made = Trainer(config)
-    during(made, what, step, kill)
+    trainer = Trainer(config)
+    during(trainer, what, step, kill)
     with pytest.raises(Killed):
-        made.run()
-    assert complete_checkpoints(made.run_dir / "checkpoints")[-1] == saved(made, step)
+        trainer.run()
+    assert complete_checkpoints(trainer.run_dir / "checkpoints")[-1] == saved(trainer, step)
     continued = Trainer(config)
     assert continued.step == step
     continued.run()
-    assert measurements(made.run_dir) == measurements(undisturbed.run_dir)
+    assert measurements(trainer.run_dir) == measurements(undisturbed.run_dir)
     assert_identical(undisturbed, continued)
 
 
@@ -95,43 +95,43 @@ def test_kill_while_measuring_loses_no_step(tmp_path, undisturbed, what, step):
 )
 def test_stop_while_measuring_saves_and_resumes_exactly(tmp_path, undisturbed, capsys, what, step, every):
     config = settings(tmp_path, checkpoint__every=every)
-    made = Trainer(config)
-    during(made, what, step, request_stop)
-    made.run()
+    trainer = Trainer(config)
+    during(trainer, what, step, request_stop)
+    trainer.run()
     printed = "".join(capsys.readouterr())
-    assert f"SIGTERM. Stopped after step {step}, which is saved: {saved(made, step)}" in printed
+    assert f"SIGTERM. Stopped after step {step}, which is saved: {saved(trainer, step)}" in printed
     assert "Its validation was interrupted" in printed
-    # The step's own numbers are there, and none of a validation that was not finished.
-    last = read_metrics(made.run_dir / "metrics.jsonl")[-1]
+    # The step's own numbers are written, without those of the unfinished validation.
+    last = read_metrics(trainer.run_dir / "metrics.jsonl")[-1]
     assert last["step"] == step and last["loss"] > 0 and not any(key.startswith("val/") for key in last)
-    assert not (made.run_dir / "samples" / f"step-{step:08d}.txt").exists()
+    assert not (trainer.run_dir / "samples" / f"step-{step:08d}.txt").exists()
     continued = run(config)
-    assert measurements(made.run_dir) == measurements(undisturbed.run_dir)
-    assert [record["step"] for record in read_metrics(made.run_dir / "metrics.jsonl")] == list(range(1, 7))
+    assert measurements(trainer.run_dir) == measurements(undisturbed.run_dir)
+    assert [record["step"] for record in read_metrics(trainer.run_dir / "metrics.jsonl")] == list(range(1, 7))
     assert_identical(undisturbed, continued)
 
 
 def test_stop_before_a_validation_leaves_it_to_the_next_start(tmp_path, undisturbed):
     config = settings(tmp_path)
-    made = Trainer(config)
-    original = made.train_step
+    trainer = Trainer(config)
+    original = trainer.train_step
 
     def stopped(batch: Any) -> Any:
-        if made.step == 2:
+        if trainer.step == 2:
             request_stop()
         return original(batch)
 
-    made.train_step = stopped
-    made.validate = lambda: pytest.fail("validated in spite of the stop")
-    made.run()
-    assert complete_checkpoints(made.run_dir / "checkpoints") == [saved(made, 3)]
+    trainer.train_step = stopped
+    trainer.validate = lambda: pytest.fail("validated in spite of the stop")
+    trainer.run()
+    assert complete_checkpoints(trainer.run_dir / "checkpoints") == [saved(trainer, 3)]
     run(config)
-    assert measurements(made.run_dir) == measurements(undisturbed.run_dir)
+    assert measurements(trainer.run_dir) == measurements(undisturbed.run_dir)
 
 
 def test_stop_is_served_within_a_micro_batch(tmp_path):
-    made = Trainer(settings(tmp_path, eval__batches=50))
-    read_depths, began = made.model.read_depths, []
+    trainer = Trainer(settings(tmp_path, eval__batches=50))
+    read_depths, began = trainer.model.read_depths, []
 
     def slow(*arguments: Any) -> Any:
         if not began:
@@ -140,19 +140,19 @@ def test_stop_is_served_within_a_micro_batch(tmp_path):
         time.sleep(0.2)  # 50 of these would take ten seconds
         return read_depths(*arguments)
 
-    made.model.read_depths = slow
-    made.run()
-    assert made.step == 3 and time.monotonic() - began[0] < 5
+    trainer.model.read_depths = slow
+    trainer.run()
+    assert trainer.step == 3 and time.monotonic() - began[0] < 5
 
 
 def test_measuring_draws_nothing_from_the_generators(tmp_path):
-    """A checkpoint has their state from before the validation; what is drawn after it must not depend on one."""
-    made = Trainer(settings(tmp_path))
+    """A checkpoint has the generators' state before validation, so validation must not change later draws."""
+    trainer = Trainer(settings(tmp_path))
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
-    read_depths = made.model.read_depths
-    made.model.read_depths = lambda *inputs, **options: (torch.rand(9), read_depths(*inputs, **options))[1]
-    made.validate()
+    read_depths = trainer.model.read_depths
+    trainer.model.read_depths = lambda *inputs, **options: (torch.rand(9), read_depths(*inputs, **options))[1]
+    trainer.validate()
     assert torch.equal(torch.rand(3), expected)
-    made.resources.close()
+    trainer.resources.close()

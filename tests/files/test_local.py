@@ -1,4 +1,4 @@
-"""Local files: what is opened, and when a disk is called full."""
+"""Local files: which are opened, atomic writes, and which errors count as a full disk."""
 
 import errno
 import os
@@ -8,7 +8,18 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from mythos.files.local import advise, check_regular_files, is_full, open_regular, read_regular
+from mythos.errors import DiskFullError
+from mythos.files.local import (
+    advise,
+    check_regular_files,
+    is_full,
+    open_regular,
+    read_regular,
+    remedy,
+    replacing,
+    replacing_folder,
+    write_whole,
+)
 
 
 def test_regular_files_and_links_to_them_are_read(tmp_path: Path) -> None:
@@ -35,10 +46,10 @@ def test_others_are_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     else:
         os.mkfifo("fifo")
         path.symlink_to("fifo") if "link" in make else os.rename("fifo", path)
-    with pytest.raises(OSError, match=r"it is no regular file|Is a directory"):
+    with pytest.raises(OSError, match=r"it is not a regular file|Is a directory"):
         open_regular(path)
     if make != "folder":
-        with pytest.raises(OSError, match="it is no regular file"):
+        with pytest.raises(OSError, match="it is not a regular file"):
             check_regular_files(tmp_path)
 
 
@@ -52,6 +63,7 @@ FULL = [
     OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), "file"),
     SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
     caused(RuntimeError("x"), OSError(errno.ENOSPC, "x")),
+    DiskFullError("x"),
 ]
 OTHERS = [
     OSError(errno.EACCES, os.strerror(errno.EACCES)),
@@ -66,5 +78,35 @@ OTHERS = [
 @pytest.mark.parametrize("error", FULL + OTHERS, ids=str)
 def test_only_a_full_disk_is_called_full(error: Exception) -> None:
     assert is_full(error) == (error in FULL)
+    assert remedy(error) == ("Free some space" if error in FULL else "Fix that")
     if isinstance(error, OSError):
-        assert ("Free some space" in advise(error)) == (error in FULL)
+        assert remedy(error) in advise(error)
+
+
+@pytest.mark.parametrize("unique", [False, True])
+@pytest.mark.parametrize("durable", [False, True])
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, unique: bool, durable: bool) -> None:
+    path = tmp_path / "a.txt"
+    write_whole(path, "naïve", unique=unique, durable=durable)
+    write_whole(path, b"bytes", unique=unique, durable=durable)
+    with pytest.raises(KeyboardInterrupt), replacing(path, unique=unique, durable=durable) as temporary:
+        temporary.write_text("half")
+        assert temporary.parent == tmp_path and path.read_bytes() == b"bytes"
+        assert (temporary.name == "a.txt.tmp") == (not unique)
+        raise KeyboardInterrupt
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"a.txt": b"bytes"}
+    with pytest.raises(FileNotFoundError):
+        write_whole(tmp_path / "missing" / "a.txt", b"")
+
+
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "folder"
+    with pytest.raises(KeyboardInterrupt), replacing_folder(path) as temporary:
+        (temporary / "a").write_text("half")
+        raise KeyboardInterrupt
+    assert not list(path.parent.iterdir())
+    with replacing_folder(path) as temporary:
+        (temporary / "a").write_text("whole")
+    with pytest.raises(OSError, match="not empty"), replacing_folder(path) as temporary:
+        (temporary / "b").write_text("in the way of nothing")
+    assert [file.name for file in path.parent.rglob("*")] == ["folder", "a"]

@@ -1,4 +1,4 @@
-"""Sampling against the processors of transformers, and draws against the probabilities they are drawn from."""
+"""Sampling compared with transformers' logits processors, and draws with their probabilities."""
 
 from math import log
 
@@ -41,7 +41,7 @@ def seen() -> Tensor:
 
 
 def published(sampling: Sampling) -> Tensor:
-    """Probabilities of every id as transformers' own sampler would have them."""
+    """Probabilities of every id by transformers' sampler."""
     processors = LogitsProcessorList()
     if sampling.repetition_penalty != 1:
         processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
@@ -85,7 +85,7 @@ def test_ends_of_the_unit_interval_stay_among_what_is_kept() -> None:
 
 
 def test_the_tail_of_a_large_vocabulary_is_drawn() -> None:
-    """Of 2,000,000 ids that share 1%, a sum in float32 would never draw most."""
+    """With 2,000,000 ids that share 1%, a float32 sum would never draw most of them."""
     logits = torch.zeros(1, 2_000_001)
     logits[0, 0] = log(99 * 2_000_000)
     for share in (0.123456, 0.5, 0.999):

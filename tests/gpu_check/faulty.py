@@ -1,4 +1,4 @@
-"""Checks that go wrong in every way, between some that do not."""
+"""Checks that fail in every way, among some that succeed."""
 
 import os
 import signal
@@ -25,7 +25,7 @@ def raises(setting: Setting) -> Iterator[Result]:
 
 def runs_out(setting: Setting) -> Iterator[Result]:
     class OutOfMemoryError(RuntimeError):
-        """Named as torch's."""
+        """An error with the name of torch's."""
 
     raise OutOfMemoryError("tried to allocate 2 GiB")
 

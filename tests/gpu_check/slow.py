@@ -1,4 +1,4 @@
-"""A check that takes longer than there is time for."""
+"""A check that takes longer than the time limit."""
 
 from mythos.gpu_check.catalog import Check, Stage, Task
 

@@ -1,4 +1,4 @@
-"""The checks themselves: they find what is wrong, and say so."""
+"""The checks detect faults and report them."""
 
 import time
 from pathlib import Path
@@ -14,7 +14,8 @@ from mythos.gpu_check import kernels, ranks, stage, steps, traces, training
 from mythos.gpu_check.catalog import STAGES, Task
 from mythos.gpu_check.result import Result, Setting
 from mythos.gpu_check.traces import Span
-from mythos.model import attention, layers, loss
+from mythos.model import layers, loss
+from mythos.model.attention import context as attention
 from mythos.model.ops import grouped_experts
 
 
@@ -28,7 +29,7 @@ def results(setting: Setting, task: Task) -> list[Result]:
 
 
 def kernel_task(part: str, dtype: str) -> Task:
-    tasks = next(found.tasks for found in STAGES if found.name == "kernels")
+    tasks = next(stage.tasks for stage in STAGES if stage.name == "kernels")
     return next(task for task in tasks if part in task.checks[0].name and task.checks[0].name.endswith(dtype))
 
 
@@ -82,7 +83,7 @@ def test_a_wrong_grouped_product_is_off(setting, monkeypatch, name):
     right = getattr(grouped_experts, name)
     monkeypatch.setattr(grouped_experts, name, lambda *args: right(*args) * 1.01)
     assert [result.verdict for result in results(setting, task)].count("off") == 1
-    # What no expert wrote to must be zero, and not what was in memory.
+    # The gradient of an empty expert must be zero, not uninitialised memory.
     if name == "grouped_outer":
         monkeypatch.setattr(grouped_experts, name, lambda *args: right(*args) + 1e-6)
         assert "empty experts are not zero" in results(setting, task)[1].measured

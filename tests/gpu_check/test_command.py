@@ -1,4 +1,4 @@
-"""`mythos gpu-check` as one types it, on a CPU, where all sizes are tiny; and the page that lists its checks."""
+"""`mythos gpu-check` on a CPU, at tiny sizes; and the page that lists its checks."""
 
 import json
 import os
@@ -27,7 +27,7 @@ TINY = "at tiny size on a CPU, one of a kind is run"
 def out(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("gpu-check") / "out"
     command = [sys.executable, "-m", "mythos", "gpu-check", "--out", str(folder), "--minutes", "30"]
-    # Also on a machine that has a GPU.
+    # Hide the GPU of a machine that has one.
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     log = folder / "gpu-check-files" / "log.txt"
@@ -58,7 +58,7 @@ def test_all_that_a_cpu_can_show_is_as_expected(out):
 
 
 def test_each_kind_of_check_runs_on_a_cpu():
-    """What is left out there is run with other arguments."""
+    """Tasks that a CPU skips run there with other arguments."""
     kinds = {task.run for stage in STAGES for task in stage.tasks}
     assert kinds == {task.run for stage in STAGES for task in stage.tasks if task.on_cpu}
 

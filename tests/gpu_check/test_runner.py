@@ -1,4 +1,4 @@
-"""Whatever goes wrong in a check, the others are made, and each of them is reported."""
+"""Whatever goes wrong in one check, all others run, and every check is reported."""
 
 import json
 import subprocess
@@ -19,9 +19,9 @@ QUICK = {"catalog": FAULTY, "grace": 6.0, "patience": 1.0}
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, str]], list[str]]:
     folder, shown = tmp_path_factory.mktemp("faulty"), []
-    made = Runner(Report(folder, shown.append), 5, **QUICK)
-    made.run()
-    assert made.report.unexpected
+    checks = Runner(Report(folder, shown.append), 5, **QUICK)
+    checks.run()
+    assert checks.report.unexpected
     lines = json.loads((folder / "report.json").read_text())["lines"]
     return folder, {line["name"]: line for line in lines}, shown
 
@@ -79,20 +79,20 @@ def test_page(faulty):
 
 def test_report_is_whole_after_each_line(tmp_path):
     seen = []
-    made = Report(tmp_path, lambda _: seen.append(len(json.loads((tmp_path / "report.json").read_text())["lines"])))
+    table = Report(tmp_path, lambda _: seen.append(len(json.loads((tmp_path / "report.json").read_text())["lines"])))
     for _ in range(3):
-        made.add(report.Line("stage", "name", "1", "1", "ok"))
+        table.add(report.Line("stage", "name", "1", "1", "ok"))
     assert seen == [0, 1, 2] and len(json.loads((tmp_path / "report.json").read_text())["lines"]) == 3
 
 
 @pytest.mark.parametrize(("minutes", "device"), [(1e-9, ""), (4 / 60, "cpu")])
 def test_what_there_is_no_time_for_is_not_run(tmp_path, minutes, device):
-    """Without a process where there is none at all, and said by the process where a task would take longer."""
-    made = Runner(Report(tmp_path, lambda _: None), minutes, "tests.gpu_check.slow")
-    made.run()
-    assert [(line.verdict, line.device) for line in made.report.lines] == [("not run", device)] * 2
-    assert all(line.measured == "out of time, give more --minutes" for line in made.report.lines)
-    assert not made.report.unexpected
+    """With no time at all no process starts (no device); with little time the process itself skips the task."""
+    checks = Runner(Report(tmp_path, lambda _: None), minutes, "tests.gpu_check.slow")
+    checks.run()
+    assert [(line.verdict, line.device) for line in checks.report.lines] == [("not run", device)] * 2
+    assert all(line.measured == "out of time, give more --minutes" for line in checks.report.lines)
+    assert not checks.report.unexpected
 
 
 def test_a_process_that_cannot_begin_fails_every_check(tmp_path, monkeypatch):
@@ -100,20 +100,20 @@ def test_a_process_that_cannot_begin_fails_every_check(tmp_path, monkeypatch):
     (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.13 is missing')\n")
     (tmp_path / "mythos").symlink_to(Path(runner.__file__).parents[1])
     (tmp_path / "tests").symlink_to(Path(__file__).parents[1])
-    made = Runner(Report(tmp_path / "out", lambda _: None), 5, **QUICK)
-    made.run()
-    assert [line.name for line in made.report.lines] == list("abcdefghijklmnopqrs")
-    assert {(line.verdict, line.measured) for line in made.report.lines} == {
+    checks = Runner(Report(tmp_path / "out", lambda _: None), 5, **QUICK)
+    checks.run()
+    assert [line.name for line in checks.report.lines] == list("abcdefghijklmnopqrs")
+    assert {(line.verdict, line.measured) for line in checks.report.lines} == {
         ("failed", "the process ended with status 1")
     }
-    assert "libcudart.so.13 is missing" in made.report.lines[0].detail and not made.report.lines[-1].detail
+    assert "libcudart.so.13 is missing" in checks.report.lines[0].detail and not checks.report.lines[-1].detail
 
 
 @pytest.mark.parametrize(
     ("verdicts", "status"), [(["ok", "not run"], 0), (["ok", "off", "not run"], 1), (["ok", "failed"], 1), ([], 0)]
 )
 def test_exit_status(tmp_path, monkeypatch, capsys, verdicts, status):
-    """1 if a check is off or failed, so that a script need not read the report."""
+    """The status is 1 if a check is off or failed, so that a script need not read the report."""
 
     def run(self: Runner) -> None:
         for verdict in verdicts:
@@ -155,11 +155,11 @@ PathFinder.find_spec = staticmethod(
     lambda name, path=None, target=None: None if name.partition(".")[0] in MISSING else find_spec(name, path, target)
 )
 """
-"""A sitecustomize.py for a machine that has torch, transformers, accelerate, pydantic and what these need."""
+"""A sitecustomize.py that hides packages which gpu-check does not need."""
 
 
 def test_few_packages_are_enough(tmp_path):
-    """A run, with its validation and its checkpoint, without those that gpu-check does not need."""
+    """A run with validation and checkpoint works without these packages."""
     (tmp_path / "sitecustomize.py").write_text(BARE)
     program = f"""
 import importlib, pathlib, pkgutil, time, torch

@@ -7,12 +7,12 @@ from tests.model.conftest import SMALL, scrambled
 
 CONTEXT = 40
 VOCABULARY = 100
-"""Less than the 128 rows that the embedding is padded to."""
+"""Smaller than 128, the number of rows that the embedding is padded to."""
 
 
 @pytest.fixture(scope="session")
-def made() -> Callable[..., MythosForCausalLM]:
-    """Build a small model in eval mode whose weights are all seeded noise, fields replaced by name."""
+def build_model() -> Callable[..., MythosForCausalLM]:
+    """Build a small model in eval mode with seeded noise in every weight; keyword arguments set fields."""
 
     def build(**changes: object) -> MythosForCausalLM:
         config = MythosConfig(**{**SMALL, "vocab_size": VOCABULARY, "context_length": CONTEXT, **changes})
@@ -22,6 +22,6 @@ def made() -> Callable[..., MythosForCausalLM]:
 
 
 @pytest.fixture(scope="session")
-def model(made: Callable[..., MythosForCausalLM]) -> MythosForCausalLM:
-    """One that no test changes."""
-    return made()
+def model(build_model: Callable[..., MythosForCausalLM]) -> MythosForCausalLM:
+    """A model that no test changes."""
+    return build_model()

@@ -21,11 +21,11 @@ EPS32 = 2.0**-23
 
 @dataclass
 class Published:
-    """A small model: its config.json, changed in places, and its tensors, all of them noise."""
+    """A small model: its config.json with changes, and its tensors, filled with noise."""
 
     values: dict[str, Any]
     scales: ClassVar[dict[str, float]] = {}
-    """Of noise for tensors whose name ends so; others have that of their fan-in."""
+    """Standard deviation of the noise by the end of a tensor's name; otherwise it follows from the fan-in."""
 
     def __post_init__(self) -> None:
         self.tensors = {name: self.noise(name, shape) for name, shape in self.shapes().items()}
@@ -41,7 +41,7 @@ class Published:
         raise NotImplementedError
 
     def extra(self) -> dict[str, Tensor]:
-        """Tensors that are published and mean nothing."""
+        """Published tensors that do not influence the result."""
         return {}
 
     def logits(self, ids: list[int], loops: int) -> Tensor:
@@ -49,7 +49,7 @@ class Published:
         raise NotImplementedError
 
     def save(self, folder: Path, **changes: Any) -> Path:
-        """As it is published, in a file of torch's."""
+        """Write it as published, in a file of torch.save."""
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(self.values | changes))
         torch.save(self.tensors | self.extra(), folder / "pytorch_model.bin")
@@ -63,7 +63,7 @@ class Published:
 
 
 def turned(head: Tensor, position: int, base: float, neighbours: bool) -> Tensor:
-    """One head (d,) at a position: pairs of it as complex numbers, each turned by its own angle."""
+    """RoPE of one head (d,) at a position: pairs as complex numbers, each rotated by its own angle."""
     half = len(head) // 2
     real, imaginary = (head[0::2], head[1::2]) if neighbours else (head[:half], head[half:])
     turn = torch.tensor([position * base ** (-2 * i / len(head)) for i in range(half)], dtype=torch.float64)
@@ -86,7 +86,7 @@ def attended(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def table(length: int, dim: int, base: float) -> Tensor:
-    """Cosines and sines (1, S, 1, d / 2, 2) as both of SandyResearch and seal-rg store them."""
+    """Cosines and sines (1, S, 1, d / 2, 2) as SandyResearch and seal-rg store them."""
     angle = torch.outer(torch.arange(length).float(), base ** (-torch.arange(0, dim, 2) / dim))
     return torch.stack((angle.cos(), (pi / 2 - angle).cos()), dim=-1)[None, :, None]
 
@@ -140,7 +140,7 @@ PARCAE = {
 class PublishedParcae(Published):
     """x = wte; P blocks; norm; T times a h + d (B e) and N blocks; C; M blocks; norm; head."""
 
-    # Queries of about 1e-2, so that the epsilon of their norm is not lost.
+    # Queries of about 1e-2, small enough for the epsilon of their norm to matter.
     scales: ClassVar[dict[str, float]] = {"c_q.weight": 2e-4, "ve_gate.weight": 0.5, "dt_bias": 1.0, "A_log": 1.0}
 
     @property
@@ -169,7 +169,7 @@ class PublishedParcae(Published):
 
     def noise(self, name: str, shape: tuple[int, ...]) -> Tensor:
         drawn = super().noise(name, shape)
-        if name.endswith("A_log"):  # beyond what our parameters may be: the two together are what counts
+        if name.endswith("A_log"):  # outside of our bounds; only the product with Delta counts
             drawn[:4] = torch.tensor([3.5, -7.0, 0.0, 2.5])
         if name.endswith("dt_bias"):
             drawn[:4] = torch.tensor([-4.0, 3.0, 7.0, 8.0])
@@ -399,10 +399,10 @@ PUBLISHED = {
     "ouro": (PublishedOuro, OURO),
     "ouro with one table": (PublishedOuro, OURO | {"tie_word_embeddings": True}),
 }
-"""Class and config.json of models to import."""
+"""Class and config.json of the models to import."""
 
 
 def published(name: str, **changes: Any) -> Published:
-    """One of `PUBLISHED`, with other values in its config.json."""
-    made, values = PUBLISHED[name]
-    return made(values | changes)
+    """One of `PUBLISHED` with changes to its config.json."""
+    build, values = PUBLISHED[name]
+    return build(values | changes)

@@ -1,4 +1,4 @@
-"""`import mythos` lets transformers' Auto classes know our model, whoever is imported first, and costs nothing."""
+"""`import mythos` registers our model with transformers' Auto classes in any import order, and imports little."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The configuration: its fields, their names in transformers, what it refuses, and the files it makes."""
+"""The configuration: its fields, their names in transformers, invalid values, and its file."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def test_every_field_of_the_model_section_comes_back_from_json(tmp_path: Path) -
     config.save_pretrained(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
     assert values.keys() >= set(ModelConfig.model_fields) and values["model_type"] == "mythos"
-    assert values.keys() - set(ModelConfig.model_fields) <= HEADER  # what open_model knows to be none of the model's
+    assert values.keys() - set(ModelConfig.model_fields) <= HEADER  # the keys that open_model skips
     back = AutoConfig.from_pretrained(tmp_path)
     assert isinstance(back, MythosConfig) and back.section() == section
     assert (back.mean_loops, back.step, back.versions) == (7, 12, {"torch": "2"})
@@ -35,17 +35,17 @@ def test_names_that_transformers_uses() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "message"),
     [
         ({"dim": "wide"}, "dim: Input should be a valid integer"),
         ({"hidden_size": 0, "loops": 0}, r"dim: .*; loops: .*greater than or equal to 1"),
         ({"attention": "gqa", "n_heads": 4, "n_kv_heads": 3}, "n_heads, n_kv_heads: got 4 and 3"),
         ({"vocab_size": "auto"}, "vocab_size: got auto; allowed: the number of token ids"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_parameters: got {'rope_type': 'linear'"),
-        ({"attention_dropout": 0.1}, r"attention_dropout: got 0\.1; a mythos model has no such choice: leave it out"),
+        ({"attention_dropout": 0.1}, r"attention_dropout: got 0\.1; a mythos model has no such option: leave it out"),
         ({"mean_loops": 0}, "mean_loops: got 0; allowed: a whole number, at least 1"),
     ],
 )
-def test_what_is_no_configuration(fields: dict[str, object], told: str) -> None:
-    with pytest.raises(ValueError, match=f"no configuration of a mythos model: {told}"):
+def test_what_is_no_configuration(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=f"no valid configuration of a mythos model: {message}"):
         MythosConfig(**fields)

@@ -30,7 +30,7 @@ TEXTS = ["The river crosses", "The garden"]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, no_plots: None) -> Trainer:
-    """A run of four steps, its last checkpoint, and more loops than it trained with on average."""
+    """A run of four steps."""
     folder = tmp_path_factory.mktemp("export")
     return run(tiny(folder, checkpoint__every=2, optim__lr=0.02, depth__mean=2, eval__every=2))
 
@@ -54,8 +54,8 @@ def test_run_checkpoint_export_and_transformers_agree_to_the_bit(trained: Traine
             ]
             logits.append(loaded(ids, num_loops=loops).logits)
         assert all(
-            torch.equal(logits[0][..., : trained.tokenizer.size], found[..., : trained.tokenizer.size])
-            for found in logits
+            torch.equal(logits[0][..., : trained.tokenizer.size], other[..., : trained.tokenizer.size])
+            for other in logits
         )
     assert loaded.config.mean_loops == 2 and torch.equal(loaded(ids).logits, loaded(ids, num_loops=2).logits)
     opened = open_model(exported)
@@ -67,7 +67,7 @@ def test_run_checkpoint_export_and_transformers_agree_to_the_bit(trained: Traine
 def test_what_a_folder_holds(trained: Trainer, exported: Path) -> None:
     values = json.loads((exported / "config.json").read_text())
     assert values["architectures"] == ["MythosForCausalLM"] and values["dtype"] == "float32" and values["dim"] == 32
-    # Wheels for CUDA name their build (+cu130) in torch.__version__ alone.
+    # CUDA wheels have their build (+cu130) in torch.__version__ only, not in the metadata.
     assert values["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0] and "auto_map" not in values
     generation = json.loads((exported / "generation_config.json").read_text())
     assert generation["eos_token_id"] == generation["pad_token_id"] == trained.tokenizer.eos_id
@@ -88,15 +88,15 @@ def test_the_tokenizer_encodes_as_in_training(trained: Trainer, exported: Path) 
     tokenizer.pad_token = tokenizer.eos_token
     batch = tokenizer(TEXTS, return_tensors="pt", padding=True)
     model = AutoModelForCausalLM.from_pretrained(exported)
-    found = tokenizer.batch_decode(model.generate(**batch, max_new_tokens=8)[:, -8:])
+    texts = tokenizer.batch_decode(model.generate(**batch, max_new_tokens=8)[:, -8:])
     opened = open_model(exported)
     prompts = trained.tokenizer.encode_batch(TEXTS)
     own = generate(opened.model, prompts, 8, sampling=Sampling(temperature=0), loops=2).rows
-    assert found == [trained.tokenizer.decode(row.tokens) for row in own]
+    assert texts == [trained.tokenizer.decode(row.tokens) for row in own]
 
-    made = pipeline("text-generation", model=str(exported))
-    [[said], _] = made(TEXTS, max_new_tokens=8, do_sample=False, num_loops=2)
-    assert said["generated_text"] == TEXTS[0] + found[0]
+    generator = pipeline("text-generation", model=str(exported))
+    [[said], _] = generator(TEXTS, max_new_tokens=8, do_sample=False, num_loops=2)
+    assert said["generated_text"] == TEXTS[0] + texts[0]
 
 
 def test_the_examples_of_the_documentation(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +111,7 @@ def test_the_examples_of_the_documentation(exported: Path, tmp_path: Path, monke
 
 
 def test_tokens_around_a_text_that_training_never_saw_are_left_out(trained: Trainer, tmp_path: Path) -> None:
-    """A tokenizer that begins every text with a token of its own."""
+    """A tokenizer that adds a token at the start of every text."""
     shutil.copytree(trained.run_dir, tmp_path / "run")
     fast = AutoTokenizer.from_pretrained(tmp_path / "run" / "tokenizer")
     around = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
@@ -125,7 +125,7 @@ def test_tokens_around_a_text_that_training_never_saw_are_left_out(trained: Trai
 
 
 def test_the_card(trained: Trainer, exported: Path, tmp_path: Path) -> None:
-    """The depth curve of the step that is exported, from metrics.jsonl."""
+    """The card has the losses by depth of the exported step, from metrics.jsonl."""
     [*_, last] = [json.loads(line) for line in (trained.run_dir / "metrics.jsonl").read_text().splitlines()]
     card = (exported / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: text-generation\n")
@@ -133,7 +133,7 @@ def test_the_card(trained: Trainer, exported: Path, tmp_path: Path) -> None:
         assert f"| {loops} | {last[f'val/loss@{loops}']:.4f} | " in card
     assert "training ran 2 on average" in card and "| steps | 4 |" in card and "| tokens | 1,024 |" in card
     assert f"of {sum(p.numel() for p in trained.model.parameters()):,} parameters" in card
-    assert "4 experts of which a token is sent to 2, 1 shared" in card and "| data | files of its own |" in card
+    assert "2 of 4 experts per token, 1 shared" in card and "| data | local files |" in card
 
     export_model(saved(trained, 2), tmp_path / "earlier")
     earlier = (tmp_path / "earlier" / "README.md").read_text()
@@ -152,10 +152,10 @@ def test_no_more_than_a_file_is_in_memory(trained: Trainer, tmp_path: Path, monk
         return write(replace(stored, read=read), *rest)
 
     monkeypatch.setattr(export, "_write_weights", watched)
-    monkeypatch.setattr(torch.nn.Module, "to_empty", None)  # the whole model is never made
-    made = export_model(trained.run_dir, tmp_path / "out", max_shard_size=30_000)
+    monkeypatch.setattr(torch.nn.Module, "to_empty", None)  # the whole model is never allocated
+    result = export_model(trained.run_dir, tmp_path / "out", max_shard_size=30_000)
     largest = max(p.nbytes for p in trained.model.parameters())
-    assert len(sizes) == made.files > 4 and all(size <= max(30_000, largest) for size in sizes)
+    assert len(sizes) == result.files > 4 and all(size <= max(30_000, largest) for size in sizes)
     assert sum(sizes) == sum(tensor.nbytes for tensor in trained.model.state_dict().values())
 
 
@@ -171,7 +171,7 @@ def test_bfloat16_and_an_export_of_an_export(trained: Trainer, exported: Path, t
     opened = open_model(tmp_path / "short").model.state_dict()
     assert all(torch.equal(opened[name.removeprefix("model.")], tensor.float()) for name, tensor in tensors.items())
 
-    (tmp_path / "again").mkdir()  # empty, which is fine
+    (tmp_path / "again").mkdir()  # an empty folder is allowed
     assert export_command.main([str(exported), str(tmp_path / "again")]) == 0
     again = load_file(tmp_path / "again" / "model.safetensors")
     assert again.keys() == tensors.keys() and all(torch.equal(again[f"model.{name}"], x) for name, x in whole.items())
@@ -179,7 +179,7 @@ def test_bfloat16_and_an_export_of_an_export(trained: Trainer, exported: Path, t
 
 
 def test_a_fine_tuned_model_is_opened_and_exported(trained: Trainer, exported: Path, tmp_path: Path) -> None:
-    """As transformers saves a model and its tokenizer."""
+    """A folder that transformers' save_pretrained wrote."""
     model = AutoModelForCausalLM.from_pretrained(exported)
     with torch.no_grad():
         model.model.norm.weight += 1
@@ -193,7 +193,7 @@ def test_a_fine_tuned_model_is_opened_and_exported(trained: Trainer, exported: P
 
 
 def test_exports_of_earlier_versions_are_opened(trained: Trainer, exported: Path, tmp_path: Path) -> None:
-    """One file, names without a prefix, and a configuration that says nothing of transformers."""
+    """One file, names without prefix, and a configuration without transformers' fields."""
     folder = tmp_path / "old"
     export_model(exported, folder)
     weights = load_file(folder / "model.safetensors")
@@ -210,11 +210,11 @@ def test_exports_of_earlier_versions_are_opened(trained: Trainer, exported: Path
 
 
 def test_ids_beyond_the_tokenizer_are_not_drawn(tmp_path: Path) -> None:
-    """Of a model that was given more rows than its tokenizer has ids."""
-    made = run(tiny(tmp_path, model__vocab_size=400, train__steps=1))
-    export_model(made.run_dir, tmp_path / "out")
+    """For a model whose vocabulary is larger than its tokenizer's."""
+    trainer = run(tiny(tmp_path, model__vocab_size=400, train__steps=1))
+    export_model(trainer.run_dir, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    size = made.tokenizer.size
+    size = trainer.tokenizer.size
     assert size < 400 == model.config.vocab_size
     with torch.no_grad():
         model.model.embedding.weight[size:] *= 100
@@ -223,7 +223,7 @@ def test_ids_beyond_the_tokenizer_are_not_drawn(tmp_path: Path) -> None:
     assert model.generate(ids, max_new_tokens=8, do_sample=True).max() < size
 
 
-# What is refused, and what is left behind
+# Errors, and leftover files
 
 
 def test_an_export_that_fails_leaves_nothing(
@@ -299,7 +299,7 @@ def test_damage_is_found(trained: Trainer, exported: Path, tmp_path: Path) -> No
 def test_push(
     trained: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Against a hub that writes down what it is asked for, and one that refuses."""
+    """With a hub that records its requests, and one that refuses."""
     api = Mock()
     api.create_repo.return_value = "https://hub/somebody/small"
     monkeypatch.setattr(export, "HfApi", lambda: api)
@@ -314,6 +314,6 @@ def test_push(
     api.upload_folder.side_effect = RuntimeError("401 Unauthorized\nmore")
     shutil.rmtree(folder)
     assert export_command.main([str(trained.run_dir), str(folder), "--push", "somebody/small"]) == 1
-    told = capsys.readouterr().err
-    assert "out is exported, but somebody/small cannot be uploaded to: 401 Unauthorized. Log in by" in told
+    error = capsys.readouterr().err
+    assert "out is exported, but the upload to somebody/small failed: 401 Unauthorized. Log in by" in error
     assert (folder / "config.json").is_file()

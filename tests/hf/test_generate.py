@@ -17,12 +17,12 @@ from mythos.model.halting import halting_rule
 from tests.hf.conftest import CONTEXT, VOCABULARY
 from tests.hf.test_model import random_ids
 
-Made = Callable[..., MythosForCausalLM]
+BuildModel = Callable[..., MythosForCausalLM]
 PROMPTS = [[5, 9, 2, 71, 33], [17], [60, 4, 8]]
 
 
 def padded(prompts: list[list[int]], right: bool = False) -> dict[str, Tensor]:
-    """Prompts as a batch of transformers."""
+    """Prompts as a padded batch of ids and mask."""
     longest = max(map(len, prompts))
     gaps = [[0] * (longest - len(prompt)) for prompt in prompts]
     ids = [prompt + gap if right else gap + prompt for prompt, gap in zip(prompts, gaps, strict=True)]
@@ -32,7 +32,7 @@ def padded(prompts: list[list[int]], right: bool = False) -> dict[str, Tensor]:
 
 
 def own(model: MythosForCausalLM, prompts: list[list[int]], tokens: int, **options: Any) -> list[list[int]]:
-    """What our own greedy decoding makes of the prompts."""
+    """The prompts continued by our own greedy decoding."""
     return [
         row.tokens for row in generate(model.model, prompts, tokens, sampling=Sampling(temperature=0), **options).rows
     ]
@@ -40,28 +40,28 @@ def own(model: MythosForCausalLM, prompts: list[list[int]], tokens: int, **optio
 
 @pytest.mark.parametrize("right", [False, True])
 @pytest.mark.parametrize("fields", [{}, {"attention": "gqa"}])
-def test_greedy_is_our_own(made: Made, fields: dict[str, Any], right: bool) -> None:
-    model, batch = made(**fields), padded(PROMPTS, right)
+def test_greedy_is_our_own(build_model: BuildModel, fields: dict[str, Any], right: bool) -> None:
+    model, batch = build_model(**fields), padded(PROMPTS, right)
     for options in ({}, {"num_loops": 6}, {"num_loops": 6, "exit_threshold": 0.4}):
         rule = halting_rule(model.model, threshold=0.4) if "exit_threshold" in options else None
         expected = own(model, PROMPTS, 12, loops=options.get("num_loops"), halting=rule)
         for cached in (True, False):
-            found = model.generate(**batch, max_new_tokens=12, use_cache=cached, **options)
-            assert found[:, 5:].tolist() == expected
-        if not right:  # else the last piece holds nothing of the shorter rows
+            generated = model.generate(**batch, max_new_tokens=12, use_cache=cached, **options)
+            assert generated[:, 5:].tolist() == expected
+        if not right:  # otherwise the last piece has no token of the shorter rows
             chunked = model.generate(**batch, max_new_tokens=12, prefill_chunk_size=2, **options)
             assert chunked[:, 5:].tolist() == expected
     assert max(map(max, expected)) < VOCABULARY
 
 
-def test_depth_is_a_part_of_the_generation_configuration(made: Made) -> None:
-    model, batch = made(), padded(PROMPTS)
+def test_depth_is_a_part_of_the_generation_configuration(build_model: BuildModel) -> None:
+    model, batch = build_model(), padded(PROMPTS)
     deep, shallow = (own(model, PROMPTS, 8, loops=loops) for loops in (6, 1))
     rule = halting_rule(model.model, threshold=0.4)
     halted = own(model, PROMPTS, 8, loops=6, halting=rule)
     assert deep != shallow and deep != halted
-    given = GenerationConfig(num_loops=1, max_new_tokens=8)
-    assert model.generate(**batch, generation_config=given)[:, 5:].tolist() == shallow
+    config = GenerationConfig(num_loops=1, max_new_tokens=8)
+    assert model.generate(**batch, generation_config=config)[:, 5:].tolist() == shallow
     model.generation_config = GenerationConfig(num_loops=6)
     assert model.generate(**batch, max_new_tokens=8)[:, 5:].tolist() == deep
     assert model.generate(**batch, max_new_tokens=8, num_loops=1)[:, 5:].tolist() == shallow
@@ -70,11 +70,11 @@ def test_depth_is_a_part_of_the_generation_configuration(made: Made) -> None:
     with pytest.raises(ValueError, match="exit threshold of convergence: got -1; allowed: a number above 0"):
         model.generate(**batch, max_new_tokens=8)
     with pytest.raises(ValueError, match="halting is none, and a threshold needs a rule"):
-        made(halting="none").generate(**batch, exit_threshold=0.1)
+        build_model(halting="none").generate(**batch, exit_threshold=0.1)
 
 
 def slow_beams(model: MythosForCausalLM, prompt: list[int], beams: int, tokens: int) -> list[int]:
-    """Beam search without a cache and without an end of text: the likeliest of the beams that are left."""
+    """Beam search without cache and end token; returns the likeliest beam."""
     kept = [(0.0, prompt)]
     for _ in range(tokens):
         extended = []
@@ -86,20 +86,22 @@ def slow_beams(model: MythosForCausalLM, prompt: list[int], beams: int, tokens: 
 
 
 def test_beam_search(model: MythosForCausalLM) -> None:
-    """Four beams, prompts padded on the left; and as many as the vocabulary has ids, which leaves nothing out."""
+    """With four beams and left padding; and with one beam per id of the vocabulary, which is an exhaustive search."""
     expected = [slow_beams(model, prompt, 4, 6) for prompt in PROMPTS]
     assert expected != own(model, PROMPTS, 6)
-    found = model.generate(**padded(PROMPTS), num_beams=4, max_new_tokens=6)
-    assert found[:, 5:].tolist() == expected
-    assert model.generate(**padded(PROMPTS), num_beams=4, max_new_tokens=6, use_cache=False).tolist() == found.tolist()
+    generated = model.generate(**padded(PROMPTS), num_beams=4, max_new_tokens=6)
+    assert generated[:, 5:].tolist() == expected
+    assert (
+        model.generate(**padded(PROMPTS), num_beams=4, max_new_tokens=6, use_cache=False).tolist() == generated.tolist()
+    )
 
     [prompt] = PROMPTS[:1]
     first = model.model(torch.tensor([prompt])).logits[0, -1, :VOCABULARY].log_softmax(-1)
     after = torch.tensor([[*prompt, token] for token in range(VOCABULARY)])
     second = model.model(after).logits[:, -1, :VOCABULARY].log_softmax(-1)
     best = divmod((first[:, None] + second).argmax().item(), VOCABULARY)
-    found = model.generate(**padded([prompt]), num_beams=VOCABULARY, max_new_tokens=2)
-    assert tuple(found[0, 5:].tolist()) == best
+    generated = model.generate(**padded([prompt]), num_beams=VOCABULARY, max_new_tokens=2)
+    assert tuple(generated[0, 5:].tolist()) == best
 
 
 def test_an_end_of_text(model: MythosForCausalLM) -> None:
@@ -108,8 +110,8 @@ def test_an_end_of_text(model: MythosForCausalLM) -> None:
     expected = [
         row.tokens for row in generate(model.model, PROMPTS, 12, sampling=Sampling(temperature=0), stop_ids=[stop]).rows
     ]
-    found = model.generate(**padded(PROMPTS), max_new_tokens=12, eos_token_id=stop, pad_token_id=stop)
-    for row, tokens in zip(found[:, 5:].tolist(), expected, strict=True):
+    generated = model.generate(**padded(PROMPTS), max_new_tokens=12, eos_token_id=stop, pad_token_id=stop)
+    for row, tokens in zip(generated[:, 5:].tolist(), expected, strict=True):
         assert row[: len(tokens)] == tokens and set(row[len(tokens) :]) <= {stop}
 
 
@@ -123,24 +125,24 @@ def test_sampling_does_not_depend_on_the_cache(model: MythosForCausalLM) -> None
     assert not torch.equal(drawn[0][0], drawn[0][1]) and drawn[0].max() < VOCABULARY
 
 
-def test_assisted_decoding_is_greedy_decoding(made: Made, model: MythosForCausalLM) -> None:
-    """Guesses of a shallower model, right and wrong ones, and of the prompt itself."""
+def test_assisted_decoding_is_greedy_decoding(build_model: BuildModel, model: MythosForCausalLM) -> None:
+    """Draft tokens from a shallower model, right and wrong, and from prompt lookup."""
     prompt = [[5, 9, 2, 71, 33, 5, 9, 2]]
     expected = own(model, prompt, 14)
     batch = padded(prompt)
     assistant = copy.deepcopy(model)
     assistant.config.mean_loops = 2
-    # transformers 5.10 cannot look a prompt up without a token that ends: here is one that never comes.
+    # Prompt lookup of transformers 5.10 needs an end token: use one that is never generated.
     end = next(token for token in range(128) if token not in expected)
     for options in ({"assistant_model": assistant}, {"prompt_lookup_num_tokens": 3, "eos_token_id": end}):
         cache = Watched()
-        found = model.generate(**batch, max_new_tokens=14, **{CACHE_NAME: cache}, **options)
-        assert found[:, 8:].tolist() == expected
-        assert max(cache.cut) > 0  # guesses were taken back
+        generated = model.generate(**batch, max_new_tokens=14, **{CACHE_NAME: cache}, **options)
+        assert generated[:, 8:].tolist() == expected
+        assert max(cache.cut) > 0  # some draft tokens were rejected
 
 
 class Watched(MythosCache):
-    """Remembers how many columns every crop took away."""
+    """A cache that records how many columns every crop removed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,16 +155,16 @@ class Watched(MythosCache):
 
 
 def test_a_cached_prompt_is_continued(model: MythosForCausalLM) -> None:
-    """The same beginning for two questions, computed once; a cache of transformers' own has no place for loops."""
+    """A shared prefix is computed once and continued twice; caches of transformers are refused."""
     start = random_ids(1, 6)
     cache = model(start, use_cache=True)[CACHE_NAME]
     for seed in (1, 2):
         whole = torch.cat((start, random_ids(1, 3, seed=seed)), 1)
-        found = model.generate(whole, max_new_tokens=5, **{CACHE_NAME: copy.deepcopy(cache)})
-        assert found[:, 9:].tolist() == own(model, whole.tolist(), 5)
+        generated = model.generate(whole, max_new_tokens=5, **{CACHE_NAME: copy.deepcopy(cache)})
+        assert generated[:, 9:].tolist() == own(model, whole.tolist(), 5)
     with pytest.raises(ValueError, match="got a DynamicCache; allowed: the MythosCache of a forward pass"):
         model.generate(start, max_new_tokens=2, **{CACHE_NAME: DynamicCache()})
-    with pytest.raises(ValueError, match="cache_implementation: got 'static'; a mythos model has a cache of its own"):
+    with pytest.raises(ValueError, match="cache_implementation: got 'static'; a mythos model has its own cache"):
         model.generate(start, cache_implementation="static")
     with pytest.raises(ValueError, match=f"a row of {CONTEXT + 1} tokens: the model's context is {CONTEXT}"):
         model.generate(start, max_new_tokens=CONTEXT)

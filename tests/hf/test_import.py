@@ -1,4 +1,4 @@
-"""Published looped models, imported: the same logits as their equations give, and what is refused."""
+"""Imports of published looped models: logits equal their equations, and errors."""
 
 import json
 import re
@@ -29,9 +29,9 @@ from mythos.hf.importers.parcae import map_parcae, within_bounds
 from mythos.hf.importing import import_model
 from mythos.model.cache import DecodeCache
 from mythos.model.config import ModelConfig
+from mythos.model.injection import DT_BOUNDS, LOG_A_BOUNDS
 from mythos.model.rdt import RecurrentDepthTransformer
-from mythos.model.recurrence import DT_BOUNDS, LOG_A_BOUNDS
-from mythos.planning.estimate import count_parameters
+from mythos.planning.flops import count_parameters
 from tests.hf.published import OURO, PARCAE, PUBLISHED, Published, published
 
 LENGTH = 9
@@ -39,7 +39,7 @@ LENGTH = 9
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Published, Path]]:
-    """Every published model, and the folder it lies in."""
+    """Every published model and its folder."""
     folder = tmp_path_factory.mktemp("published")
     models = {name: published(name) for name in PUBLISHED}
     return {name: (model, model.save(folder / str(place))) for place, (name, model) in enumerate(models.items())}
@@ -47,7 +47,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Publish
 
 @pytest.fixture
 def parcae(sources: dict[str, tuple[Published, Path]], tmp_path: Path) -> Path:
-    """A copy of one, to be spoilt."""
+    """A copy of one folder, for tests that damage it."""
     shutil.copytree(sources["parcae"][1], tmp_path / "source")
     return tmp_path / "source"
 
@@ -78,8 +78,8 @@ def test_logits_are_those_of_the_equations(
         ]
         cached = torch.cat(pieces, dim=1)[0, :, :size]
         print(f"{name}, {loops} loops: {(full - expected).abs().max():.1e} of {expected.std():.2f}")
-        for found in (full, by_transformers, cached):
-            torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
+        for output in (full, by_transformers, cached):
+            torch.testing.assert_close(output.double(), expected, rtol=0, atol=1e-4)
     assert (opened.mean_loops, opened.step, opened.tokenizer) == (reference_loops(reference), 0, None)
 
 
@@ -96,12 +96,12 @@ def test_published_sizes_of_parcae_are_presets(size: str) -> None:
     values |= {f"n_layers_in_{part}": layers for part in ("prelude", "recurrent_block", "coda")}
     config = map_parcae(values).config
     assert config == preset_config(f"parcae_{size}")
-    if size == "370m":  # whose parameters a port counted, which has no weights for norms of queries and keys
+    if size == "370m":  # from the parameter count of a port that has no weights for query and key norms
         assert count_parameters(config).total - 3 * layers * 2 * 128 == 388_003_328
 
 
 def test_value_embeddings_that_no_gate_reads_are_left_out() -> None:
-    """Parcae counts the layers of its gates otherwise than those of its tables, so that some variants have none."""
+    """Parcae counts layers for gates and for tables differently, so some variants have no value embeddings."""
     mapped = map_parcae(PARCAE | {"n_layers_in_recurrent_block": 1, "mean_recurrence": 7})
     assert not mapped.config.value_embeddings
     assert {name for name in mapped.unused if "value" in name or "gate" in name} == {
@@ -111,7 +111,7 @@ def test_value_embeddings_that_no_gate_reads_are_left_out() -> None:
 
 
 def test_against_their_own_code(tmp_path: Path) -> None:
-    """`pip install parcae-lm` gives no code: put a checkout of github.com/SandyResearch/parcae on PYTHONPATH."""
+    """The PyPI package parcae-lm contains no code: put a checkout of github.com/SandyResearch/parcae on PYTHONPATH."""
     parcae = pytest.importorskip(
         "parcae_lm.models.parcae.parcae", reason="needs the code of github.com/SandyResearch/parcae, which PyPI lacks"
     )
@@ -126,9 +126,9 @@ def test_against_their_own_code(tmp_path: Path) -> None:
     for loops in (1, 4, 8):
         with torch.no_grad():
             expected = theirs(ids, return_logits=True, num_steps_pair=torch.tensor([loops]))["logits"]
-            found = model(ids, loops=loops).logits
-        print(f"{loops} loops: {(found[..., :200] - expected[..., :200]).abs().max():.1e}")
-        torch.testing.assert_close(found[..., :200], expected[..., :200], rtol=0, atol=1e-4)
+            output = model(ids, loops=loops).logits
+        print(f"{loops} loops: {(output[..., :200] - expected[..., :200]).abs().max():.1e}")
+        torch.testing.assert_close(output[..., :200], expected[..., :200], rtol=0, atol=1e-4)
 
 
 def test_injection_out_of_our_bounds_is_the_same() -> None:
@@ -153,7 +153,7 @@ def test_injection_out_of_our_bounds_is_the_same() -> None:
 
 def test_files_of_several_kinds(parcae: Path, tmp_path: Path) -> None:
     tensors = torch.load(parcae / "pytorch_model.bin", weights_only=True)
-    tensors.pop("lm_head.weight")  # safetensors keeps no tensor twice
+    tensors.pop("lm_head.weight")  # safetensors stores no tensor twice
     (parcae / "pytorch_model.bin").unlink()
     names = sorted(tensors)
     for file, part in (("model-1.safetensors", names[::2]), ("model-2.safetensors", names[1::2])):
@@ -190,7 +190,7 @@ def make_tokenizer(folder: Path, size: int, special: list[str]) -> Path:
 
 
 def test_tokenizer_that_does_not_say_what_ends_a_document(parcae: Path, tmp_path: Path) -> None:
-    """As SandyResearch/parcae-tokenizer, which is a tokenizer.json alone."""
+    """Like SandyResearch/parcae-tokenizer, which is a tokenizer.json only."""
     make_tokenizer(parcae, 200, ["<|bos|>", "<|eos|>", "<|pad|>"])
     import_model(parcae, tmp_path / "out")
     opened = open_model(tmp_path / "out")
@@ -200,17 +200,17 @@ def test_tokenizer_that_does_not_say_what_ends_a_document(parcae: Path, tmp_path
     assert fast.eos_token == "<|eos|>" and fast.model_max_length == 64
     assert not [file for file in (tmp_path / "out").glob("*.json") if str(tmp_path) in file.read_text()]
     assert json.loads((tmp_path / "out" / "request.json").read_text()) == {"name": "source"}
-    made = generate(opened.model, [[5, 6, 7]], 4, sampling=Sampling(temperature=0), loops=3, stop_ids=[1])
+    generation = generate(opened.model, [[5, 6, 7]], 4, sampling=Sampling(temperature=0), loops=3, stop_ids=[1])
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    found = loaded.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, num_loops=3, do_sample=False)
-    assert found[0, 3:].tolist()[: len(made.rows[0].tokens)] == made.rows[0].tokens
+    ids = loaded.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, num_loops=3, do_sample=False)
+    assert ids[0, 3:].tolist()[: len(generation.rows[0].tokens)] == generation.rows[0].tokens
 
 
 @pytest.mark.parametrize("size", [120, 260])
 def test_tokenizer_of_another_model(parcae: Path, tmp_path: Path, size: int) -> None:
     other = make_tokenizer(tmp_path / "tokenizer", size, ["<|endoftext|>"])
     with pytest.raises(
-        MythosError, match=rf"tokenizer .*tokenizer has {size} ids, and the model 200: it is of another"
+        MythosError, match=rf"tokenizer .*tokenizer has {size} ids, and the model 200: it belongs to another"
     ):
         import_model(parcae, tmp_path / "out", tokenizer=other)
     with pytest.raises(MythosError, match="has no end-of-document token"):
@@ -222,7 +222,7 @@ def test_tokenizer_of_another_model(parcae: Path, tmp_path: Path, size: int) -> 
 
 
 def test_from_the_hub(parcae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a repository no more is asked for than is read; the architecture's tokenizer is another repository."""
+    """Only the files that are read are downloaded; the architecture's tokenizer is another repository."""
     make_tokenizer(tmp_path / "tokenizer", 200, ["<|bos|>", "<|eos|>", "<|pad|>"])
     asked: list[tuple[str, str | None, list[str]]] = []
 
@@ -251,7 +251,9 @@ def test_hub_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         raise OSError("401 Client Error\nmore")
 
     monkeypatch.setattr(foreign, "HfApi", fail)
-    with pytest.raises(MythosError, match="somebody/model: there is no such folder, and the hub does not give it: 401"):
+    with pytest.raises(
+        MythosError, match="somebody/model: there is no such folder, and the hub does not provide it: 401"
+    ):
         import_model("somebody/model", tmp_path / "out")
 
 
@@ -262,17 +264,17 @@ Spoil = Callable[[Path], None]
 
 def values(**changes: Any) -> Spoil:
     def spoil(source: Path) -> None:
-        given = json.loads((source / "config.json").read_text()) | changes
-        (source / "config.json").write_text(json.dumps({k: v for k, v in given.items() if v is not ...}, default=str))
+        values = json.loads((source / "config.json").read_text()) | changes
+        (source / "config.json").write_text(json.dumps({k: v for k, v in values.items() if v is not ...}, default=str))
 
     return spoil
 
 
 def tensors(change: Callable[[dict[str, Tensor]], object]) -> Spoil:
     def spoil(source: Path) -> None:
-        held = torch.load(source / "pytorch_model.bin", weights_only=True)
-        change(held)
-        torch.save(held, source / "pytorch_model.bin")
+        state_dict = torch.load(source / "pytorch_model.bin", weights_only=True)
+        change(state_dict)
+        torch.save(state_dict, source / "pytorch_model.bin")
 
     return spoil
 
@@ -292,7 +294,7 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
         "source is of an architecture that is not known: _class_name 'GPTConfig'; known: parcae (SandyResearch/",
     ),
     "ours": (values(model_type="mythos"), "source is a mythos model already: give it to the other commands as it is"),
-    "nothing told": (values(_class_name=""), "not known: it says none; known: parcae"),
+    "no name": (values(_class_name=""), "not known: its config.json names none; known: parcae"),
     "no configuration": (lambda source: (source / "config.json").unlink(), "config.json cannot be read"),
     "a list": (lambda source: (source / "config.json").write_text("[]"), "config.json cannot be read: it is no object"),
     "variants": (
@@ -302,7 +304,7 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
     "fewer heads in the prelude": (values(num_key_value_heads=1), "num_key_value_heads: got 1; allowed: 3 or None"),
     "values of some layers": (values(n_layers_in_recurrent_block=1), "value embeddings: got layers"),
     "absent": (values(qk_norm=...), "qk_norm: got False; allowed: True"),
-    "kinds": (values(n_layers_in_coda="two"), "config.json has values of other kinds"),
+    "kinds": (values(n_layers_in_coda="two"), "config.json has values of unexpected types"),
     "more kinds": (values(block_size="long"), "context_length Input should be a valid integer"),
     "far too many layers": (
         values(n_layers_in_coda=10**12),
@@ -311,37 +313,37 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
     "no layers": (values(n_layers_in_recurrent_block=0), "core_layers"),
     "no weights": (without, "has no weights: none of model.safetensors, pytorch_model.bin, model.pt"),
     "one missing": (
-        tensors(lambda held: held.pop("transformer.C.weight")),
+        tensors(lambda state_dict: state_dict.pop("transformer.C.weight")),
         "is not the parcae that its config.json describes: transformer.C.weight is missing",
     ),
-    "one left over": (tensors(lambda held: held.update(more=torch.ones(1))), "describes: more is not used"),
+    "one left over": (tensors(lambda state_dict: state_dict.update(more=torch.ones(1))), "describes: more is not used"),
     "many": (
-        tensors(lambda held: held.update({f"more.{n}": torch.ones(1) for n in range(9)})),
+        tensors(lambda state_dict: state_dict.update({f"more.{n}": torch.ones(1) for n in range(9)})),
         "more.7 is not used and 1 more",
     ),
     "a shape": (
-        tensors(lambda held: held.update({"transformer.C.weight": torch.ones(48, 40)})),
-        "transformer.C.weight is (48, 40), which does not make our readout.weight, (48, 48)",
+        tensors(lambda state_dict: state_dict.update({"transformer.C.weight": torch.ones(48, 40)})),
+        "transformer.C.weight is (48, 40), which does not give our readout.weight, (48, 48)",
     ),
     "fewer rows": (
-        tensors(lambda held: held.update({"value_embeds.1.weight": torch.ones(150, 48)})),
-        "value_embeds.1.weight is (150, 48), which does not make our value_embeddings.prelude_1.weight, (256, 48)",
+        tensors(lambda state_dict: state_dict.update({"value_embeds.1.weight": torch.ones(150, 48)})),
+        "value_embeds.1.weight is (150, 48), which does not give our value_embeddings.prelude_1.weight, (256, 48)",
     ),
     "a head of its own": (
-        tensors(lambda held: held.update({"lm_head.weight": held["lm_head.weight"] + 1})),
-        "lm_head.weight should be transformer.wte.weight, and is not",
+        tensors(lambda state_dict: state_dict.update({"lm_head.weight": state_dict["lm_head.weight"] + 1})),
+        "lm_head.weight should equal transformer.wte.weight, and does not",
     ),
     "other rotations": (
-        tensors(lambda held: held.update({"freqs_cis": held["freqs_cis"].flip(1)})),
+        tensors(lambda state_dict: state_dict.update({"freqs_cis": state_dict["freqs_cis"].flip(1)})),
         "freqs_cis is not the table of rotations of base 50000",
     ),
     "a state kept whole": (
-        tensors(lambda held: held["transformer.adapter.A_log"].fill_(-20.0)),
+        tensors(lambda state_dict: state_dict["transformer.adapter.A_log"].fill_(-20.0)),
         "keeps 1.00000000 of a state; allowed: at most 0.99999",
     ),
     "no tensors": (
         lambda source: torch.save({"model": {"a": torch.ones(1)}}, source / "pytorch_model.bin"),
-        "pytorch_model.bin cannot be read: it holds other things than tensors by name",
+        "pytorch_model.bin cannot be read: it contains other things than tensors by name",
     ),
     "code": (lambda source: torch.save({"a": Harmful()}, source / "pytorch_model.bin"), "bin cannot be read"),
     "damage": (lambda source: (source / "pytorch_model.bin").write_bytes(b"PK\3\4"), "bin cannot be read"),
@@ -353,12 +355,12 @@ def test_what_is_refused_leaves_nothing(
     parcae: Path, tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    spoil, told = REFUSED[case]
+    spoil, message = REFUSED[case]
     spoil(parcae)
     before = sorted(path.name for path in parcae.iterdir())
     assert import_command.main([str(parcae), str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
-    assert re.match("error: .*\n$", error) and told in error
+    assert re.match("error: .*\n$", error) and message in error
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
     assert sorted(path.name for path in parcae.iterdir()) == before
 
@@ -371,26 +373,26 @@ def test_an_ouro_whose_gate_ends_loops() -> None:
 def test_other_refusals(parcae: Path, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    for source, folder, options, told in (
+    for source, folder, options, message in (
         (parcae, "full", {}, "full exists and is not empty"),
         (parcae, "out", {"dtype": "int8"}, "dtype: got 'int8'; allowed: float32, bfloat16"),
-        (parcae, "out", {"revision": "main"}, "--revision: got main, and .* is a folder"),
+        (parcae, "out", {"revision": "main"}, "--revision: got main, but .* is a folder"),
         (parcae, "out", {"max_shard_size": "big"}, "max_shard_size: got 'big'"),
         (parcae, "out", {"tokenizer": tmp_path / "none"}, "none is no folder; give one, or OWNER/NAME"),
         (parcae / "config.json", "out", {}, "config.json is no folder; give one, or OWNER/NAME"),
     ):
-        with pytest.raises(MythosError, match=told):
+        with pytest.raises(MythosError, match=message):
             import_model(source, tmp_path / folder, **options)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "source"]
 
 
 def test_failing_half_way_leaves_nothing(parcae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mapped = importing.map_foreign
+    map_foreign = importing.map_foreign
 
     def broken(*arguments: Any) -> Any:
-        found = mapped(*arguments)
-        found.made["norm.weight"] = replace(found.made["norm.weight"], names=("gone",))
-        return found
+        mapped = map_foreign(*arguments)
+        mapped.tensors["norm.weight"] = replace(mapped.tensors["norm.weight"], sources=("gone",))
+        return mapped
 
     monkeypatch.setattr(importing, "map_foreign", broken)
     with pytest.raises(KeyError):
@@ -400,8 +402,8 @@ def test_failing_half_way_leaves_nothing(parcae: Path, tmp_path: Path, monkeypat
 
 def test_command_tells_what_it_did(parcae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert import_command.main([str(parcae), str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
-    told = capsys.readouterr().out
-    assert "parcae, 1 file of weights" in told and "without a tokenizer" in told
+    printed = capsys.readouterr().out
+    assert "parcae, 1 file of weights" in printed and "without a tokenizer" in printed
     opened = open_model(tmp_path / "out").model
     assert opened.config.dense_ffn == "relu2" and opened.config.value_embeddings
     card = (tmp_path / "out" / "README.md").read_text()
@@ -416,8 +418,8 @@ def test_every_known_architecture_is_told_apart() -> None:
 
 @pytest.mark.parametrize("name", ["value_embeddings", "qk_bias"])
 def test_initial_values(name: str) -> None:
-    """Where training starts, gates are 1 and biases 0."""
+    """At the start of training gates are 1 and biases 0."""
     config = ModelConfig(vocab_size=128, attention="gqa", core_ffn="dense", **{name: True})
     model = RecurrentDepthTransformer(config).initialize(0)
-    found = [p for n, p in model.named_parameters() if n.endswith(("value_gate.weight", "query_bias", "key_bias"))]
-    assert len(found) == {"value_embeddings": 2, "qk_bias": 6}[name] and not any(p.any() for p in found)
+    parameters = [p for n, p in model.named_parameters() if n.endswith(("value_gate.weight", "query_bias", "key_bias"))]
+    assert len(parameters) == {"value_embeddings": 2, "qk_bias": 6}[name] and not any(p.any() for p in parameters)

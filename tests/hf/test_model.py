@@ -1,4 +1,4 @@
-"""The model in transformers' clothes: logits, loss, padding, caches, loading and saving, and fine-tuning."""
+"""The transformers model: logits, loss, padding, caches, loading and saving, and fine-tuning."""
 
 import copy
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from tests.hf.conftest import CONTEXT, VOCABULARY
 from tests.model.conftest import SMALL
 from tests.model.slow_decode import SlowRow, converged
 
-Made = Callable[..., MythosForCausalLM]
+BuildModel = Callable[..., MythosForCausalLM]
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -30,35 +30,35 @@ def random_ids(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("fields", [{}, {"attention": "gqa", "tie_embeddings": False}, {"halting": "act"}])
-def test_logits_are_the_models_own(made: Made, fields: dict[str, Any]) -> None:
-    model, ids = made(**fields), random_ids(3, 9)
+def test_logits_are_the_models_own(build_model: BuildModel, fields: dict[str, Any]) -> None:
+    model, ids = build_model(**fields), random_ids(3, 9)
     for loops in (1, 4, 6):
         own = model.model(ids, loops=loops).logits
         assert torch.equal(model(ids, num_loops=loops).logits, own[..., :VOCABULARY])
-    assert own.shape[-1] == 128  # rows that pad the embedding are no tokens
+    assert own.shape[-1] == 128  # includes the rows that pad the embedding
     assert torch.equal(model(ids).logits, model.model(ids, loops=model.config.mean_loops).logits[..., :VOCABULARY])
     assert isinstance(model(ids, return_dict=False), tuple)
 
 
-def test_loss_and_gradients_are_those_of_pretraining(made: Made) -> None:
-    """Against the sum of -log p(next token), written out, and the objective of the trainer."""
+def test_loss_and_gradients_are_those_of_pretraining(build_model: BuildModel) -> None:
+    """Compared with the sum of -log p(next token) and with the trainer's objective."""
     ids = random_ids(2, 9)
     labels = ids.clone()
     labels[0, :4] = -100
-    for vocabulary in (VOCABULARY, 128):  # without the rows that pad the embedding; and where there are none
-        model = made(vocab_size=vocabulary)
-        found = model(ids, labels=labels)
+    for vocabulary in (VOCABULARY, 128):  # with and without rows that pad the embedding
+        model = build_model(vocab_size=vocabulary)
+        output = model(ids, labels=labels)
         logs = model.model(ids).logits[..., :vocabulary].log_softmax(-1)
         places = [(row, at) for row in range(2) for at in range(8) if labels[row, at + 1] != -100]
         expected = -sum(logs[row, at, labels[row, at + 1]] for row, at in places) / len(places)
-        torch.testing.assert_close(found.loss, expected, **CLOSE)
+        torch.testing.assert_close(output.loss, expected, **CLOSE)
         torch.testing.assert_close(model(ids, labels=labels, use_cache=True).loss, expected, **CLOSE)
-        assert found.logits.shape == (2, 9, vocabulary)
+        assert output.logits.shape == (2, 9, vocabulary)
         torch.testing.assert_close(
             model(ids, labels=labels, num_items_in_batch=5).loss, expected * len(places) / 5, **CLOSE
         )
 
-    found.loss.backward()
+    output.loss.backward()
     gradients = {name: p.grad for name, p in model.model.named_parameters()}
     model.zero_grad()
     targets = F.pad(labels[:, 1:], (0, 1), value=-100)
@@ -69,34 +69,34 @@ def test_loss_and_gradients_are_those_of_pretraining(made: Made) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"use_cache": True}, {"exit_threshold": 0.3}])
 @pytest.mark.parametrize("fields", [{}, {"attention": "gqa", "core_ffn": "dense"}])
-def test_padding_changes_nothing(made: Made, fields: dict[str, Any], options: dict[str, Any]) -> None:
-    """On the left, on the right and in between, against every row alone."""
-    model = made(**fields)
+def test_padding_changes_nothing(build_model: BuildModel, fields: dict[str, Any], options: dict[str, Any]) -> None:
+    """Padding on the left, on the right and in between, compared with every row by itself."""
+    model = build_model(**fields)
     mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0], [1, 0, 1, 1, 0, 1, 0], [1] * 7])
     ids = random_ids(4, 7)
     labels = ids.masked_fill(mask == 0, -100)
-    found = model(ids, attention_mask=mask, **options).logits
+    output = model(ids, attention_mask=mask, **options).logits
     last = model(ids, attention_mask=mask, logits_to_keep=1, **options).logits
     losses = []
     for row, real in enumerate(mask.bool()):
         alone = model(ids[row, real][None], labels=ids[row, real][None], **options)
-        torch.testing.assert_close(found[row, real], alone.logits[0], **CLOSE)
+        torch.testing.assert_close(output[row, real], alone.logits[0], **CLOSE)
         torch.testing.assert_close(last[row, 0], alone.logits[0, -1], **CLOSE)
         losses.append(alone.loss * (real.sum() - 1))
-    padded = [0, 1, 3]  # of a row with gaps, a label after one has nothing before it
+    padded = [0, 1, 3]  # in a row with gaps, nothing predicts the label after a gap
     loss = model(ids[padded], attention_mask=mask[padded], labels=labels[padded], **options).loss
     torch.testing.assert_close(loss, sum(losses[row] for row in padded) / (3 + 3 + 6), **CLOSE)
 
 
-def test_positions_stop_at_the_threshold(made: Made) -> None:
-    """Against every position run alone, in order, in float64."""
-    model, ids = made(), random_ids(1, 6)
+def test_positions_stop_at_the_threshold(build_model: BuildModel) -> None:
+    """Compared with every position run by itself, in order, in float64."""
+    model, ids = build_model(), random_ids(1, 6)
     slow = SlowRow(model.model, converged(0.4))
     expected, taken = zip(*(slow.append(token, 5) for token in ids[0].tolist()), strict=True)
     assert len(set(taken)) > 1
-    found = model(ids, num_loops=5, exit_threshold=0.4)
-    torch.testing.assert_close(found.logits[0].double(), torch.stack(expected)[:, :VOCABULARY], **CLOSE)
-    assert found.get(CACHE_NAME) is None
+    output = model(ids, num_loops=5, exit_threshold=0.4)
+    torch.testing.assert_close(output.logits[0].double(), torch.stack(expected)[:, :VOCABULARY], **CLOSE)
+    assert output.get(CACHE_NAME) is None
 
 
 def test_logits_to_keep(model: MythosForCausalLM) -> None:
@@ -111,7 +111,7 @@ def test_logits_to_keep(model: MythosForCausalLM) -> None:
 
 
 def test_a_cache_continues_where_it_stands(model: MythosForCausalLM) -> None:
-    """In pieces, copied, cropped, reordered and repeated; `past_key_values` is its older name."""
+    """Caches filled in pieces, copied, cropped, reordered and repeated; `past_key_values` is an older name."""
     ids, mask = random_ids(2, 9), torch.ones(2, 9, dtype=torch.int64)
     mask[1, :2] = 0
     whole = model(ids, attention_mask=mask).logits
@@ -124,7 +124,7 @@ def test_a_cache_continues_where_it_stands(model: MythosForCausalLM) -> None:
     joined = torch.cat((first.logits, second.logits), 1)
     torch.testing.assert_close(joined[mask.bool()], whole[mask.bool()], **CLOSE)
     assert kept.get_seq_length() == 4
-    model(random_ids(2, 5, seed=5), cache=copy.deepcopy(kept))  # which is no concern of the others
+    model(random_ids(2, 5, seed=5), cache=copy.deepcopy(kept))  # must not change the original
     cache.crop(-1)
     torch.testing.assert_close(model(ids[:, 8:], cache=cache).logits, whole[:, 8:], **CLOSE)
     assert torch.equal(model(ids[:, 4:], past_key_values=kept, attention_mask=mask).logits, second.logits)
@@ -132,7 +132,7 @@ def test_a_cache_continues_where_it_stands(model: MythosForCausalLM) -> None:
     kept.crop(-3)
     again = model(ids[:, 6:], attention_mask=mask, cache=kept).logits
     torch.testing.assert_close(again, whole[:, 6:], **CLOSE)
-    kept.crop(6)  # what remains, as older versions of transformers say it
+    kept.crop(6)  # the length to keep, as in older versions of transformers
     kept.reorder_cache(torch.tensor([1, 0]))
     kept.batch_repeat_interleave(2)
     kept.batch_select_indices(torch.tensor([0, 2, 3]))
@@ -151,18 +151,18 @@ def test_padding_may_come_later(model: MythosForCausalLM) -> None:
     ids, mask = random_ids(2, 6), torch.ones(2, 6, dtype=torch.int64)
     mask[1, 3:5] = 0
     cache = model(ids[:, :3], use_cache=True)[CACHE_NAME]
-    found = model(ids[:, 3:], attention_mask=mask, cache=cache).logits
+    output = model(ids[:, 3:], attention_mask=mask, cache=cache).logits
     alone = model(ids[1:, [0, 1, 2, 5]]).logits
-    torch.testing.assert_close(found[1, -1], alone[0, -1], **CLOSE)
+    torch.testing.assert_close(output[1, -1], alone[0, -1], **CLOSE)
     cache.crop(-3)
     torch.testing.assert_close(model(ids[:, 3:], cache=cache).logits, model(ids).logits[:, 3:], **CLOSE)
 
 
-# What is refused
+# Errors
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"num_loops": 0}, "num_loops: got 0; allowed: a whole number, at least 1"),
         ({"num_loops": 2.0}, r"num_loops: got 2\.0"),
@@ -172,14 +172,14 @@ def test_padding_may_come_later(model: MythosForCausalLM) -> None:
         ({"past_key_values": DynamicCache()}, "got a DynamicCache; allowed: the MythosCache of a forward pass"),
     ],
 )
-def test_arguments_that_are_refused(model: MythosForCausalLM, options: dict[str, Any], told: str) -> None:
+def test_arguments_that_are_refused(model: MythosForCausalLM, options: dict[str, Any], message: str) -> None:
     for call in (model, model.generate):
         if call is model or not isinstance(next(iter(options.values())), Tensor | DynamicCache):
-            with pytest.raises(ValueError, match=told):
+            with pytest.raises(ValueError, match=message):
                 call(random_ids(1, 4), **options)
 
 
-def test_what_is_refused(made: Made, model: MythosForCausalLM) -> None:
+def test_what_is_refused(build_model: BuildModel, model: MythosForCausalLM) -> None:
     long, ids = random_ids(1, CONTEXT + 1), random_ids(1, 4)
     with pytest.raises(ValueError, match=f"an input of {CONTEXT + 1} tokens: the model's context is {CONTEXT} "):
         model(long)
@@ -188,22 +188,22 @@ def test_what_is_refused(made: Made, model: MythosForCausalLM) -> None:
         model(long[:, CONTEXT:], cache=cache)
     with pytest.raises(ValueError, match=r"attention_mask: got shape \(1, 1\); .* the 40 of the cache included"):
         model(long[:, CONTEXT:], cache=cache, attention_mask=torch.ones(1, 1))
-    for other in (made(), made(loops=2)):
+    for other in (build_model(), build_model(loops=2)):
         with pytest.raises(ValueError, match="this cache holds the keys and values of another model"):
             other(ids, cache=model(ids, use_cache=True)[CACHE_NAME])
     with pytest.raises(ValueError, match="2 rows of ids for a cache of 1 rows"):
         model(random_ids(2, 1), cache=model(ids, use_cache=True)[CACHE_NAME])
     with pytest.raises(ValueError, match=r"exit threshold 0\.1: halting is none, and a threshold needs a rule"):
-        made(halting="none")(ids, exit_threshold=0.1)
+        build_model(halting="none")(ids, exit_threshold=0.1)
     with pytest.raises(ValueError, match=r"exit threshold of act: got 1\.5; allowed: above 0 and at most 1"):
-        made(halting="act")(ids, exit_threshold=1.5)
+        build_model(halting="act")(ids, exit_threshold=1.5)
     with pytest.raises(ValueError, match="loops 2: a fixed-depth model"):
-        made(injection="none", loops=1, lora_rank=0)(ids, num_loops=2)
+        build_model(injection="none", loops=1, lora_rank=0)(ids, num_loops=2)
     with pytest.raises(ValueError, match="the vocabulary of a mythos model cannot be resized: it has 100 token ids"):
         model.resize_token_embeddings(200)
     with pytest.raises(ValueError, match="the weights are on no device: a mythos model is not offloaded"):
         MythosForCausalLM(model.config).to("meta")(ids)
-    training = made().train()
+    training = build_model().train()
     for options in ({"use_cache": True}, {"exit_threshold": 0.1}):
         with pytest.raises(ValueError, match=r"carry no gradient: .*, or call model\.eval\(\) before"):
             training(ids, **options)
@@ -215,8 +215,8 @@ def test_what_is_refused(made: Made, model: MythosForCausalLM) -> None:
 
 
 @pytest.mark.parametrize("fields", [{}, {"tie_embeddings": False, "halting": "gate", "loop_embedding": True}])
-def test_saved_in_shards_and_loaded_alike(made: Made, fields: dict[str, Any], tmp_path: Path) -> None:
-    model, ids = made(**fields), random_ids(2, 9)
+def test_saved_in_shards_and_loaded_alike(build_model: BuildModel, fields: dict[str, Any], tmp_path: Path) -> None:
+    model, ids = build_model(**fields), random_ids(2, 9)
     model.generation_config = GenerationConfig(num_loops=3)
     model.save_pretrained(tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
@@ -231,16 +231,16 @@ def test_saved_in_shards_and_loaded_alike(made: Made, fields: dict[str, Any], tm
     assert torch.equal(placed(ids).logits, model(ids).logits)
 
 
-def test_in_bfloat16_what_must_not_be_rounded_is_not(made: Made, tmp_path: Path) -> None:
-    model, ids = made(halting="gate"), random_ids(2, 9)
+def test_in_bfloat16_what_must_not_be_rounded_is_not(build_model: BuildModel, tmp_path: Path) -> None:
+    model, ids = build_model(halting="gate"), random_ids(2, 9)
     model.save_pretrained(tmp_path)
     short = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     whole = {name for name, tensor in short.state_dict().items() if tensor.dtype == torch.float32}
     for name, tensor in short.state_dict().items():
         rounded = model.state_dict()[name].to(torch.bfloat16 if name not in whole else torch.float32)
         assert torch.equal(tensor, rounded)
-    told = ("norm.weight", "router.", "injection.", "adapter.scale", "halting.")
-    assert whole == {name for name in model.state_dict() if any(part in name for part in told)}
+    float32_parts = ("norm.weight", "router.", "injection.", "adapter.scale", "halting.")
+    assert whole == {name for name in model.state_dict() if any(part in name for part in float32_parts)}
 
     fresh = AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16).state_dict()
     assert {name for name, tensor in fresh.items() if tensor.dtype == torch.float32} == whole
@@ -258,14 +258,14 @@ def test_in_bfloat16_what_must_not_be_rounded_is_not(made: Made, tmp_path: Path)
 
 
 def test_new_weights_are_those_of_pretraining(tmp_path: Path) -> None:
-    """Of a configuration, and of a file in which some are missing: their spread, and zeros where those are."""
+    """Initial values from a configuration, and of tensors missing in a file: their spread, and zeros."""
     config = MythosConfig(**{**SMALL, "dim": 64, "vocab_size": 1024})
-    made = {}
+    state_dicts = {}
     for seed in (0, 0, 1):
         set_seed(seed)
         model = AutoModelForCausalLM.from_config(config)
-        made.setdefault(seed, []).append(model.state_dict())
-    first, again = made[0]
+        state_dicts.setdefault(seed, []).append(model.state_dict())
+    first, again = state_dicts[0]
     assert all(torch.equal(first[name], again[name]) for name in first)
     own = {f"model.{name}": p for name, p in model.model.initialize(3).state_dict().items()}
     for name, value in first.items():
@@ -273,7 +273,7 @@ def test_new_weights_are_those_of_pretraining(tmp_path: Path) -> None:
         assert spread[0] == pytest.approx(spread[1], rel=0.25, abs=1e-7), name
         torch.testing.assert_close(value.mean(), own[name].mean(), rtol=0, atol=max(0.3 * spread[1], 1e-6))
     name = "model.prelude.0.attention.query.weight"
-    assert not torch.equal(made[1][0][name], first[name])
+    assert not torch.equal(state_dicts[1][0][name], first[name])
 
     model.save_pretrained(tmp_path)
     save_file({key: x for key, x in load_file(tmp_path / "model.safetensors").items() if key != name}, tmp_path / "x")
@@ -288,8 +288,8 @@ def test_new_weights_are_those_of_pretraining(tmp_path: Path) -> None:
 # Fine-tuning
 
 
-def test_gradient_checkpointing_is_that_of_the_loop(made: Made) -> None:
-    model, ids = made().train(), random_ids(2, 9)
+def test_gradient_checkpointing_is_that_of_the_loop(build_model: BuildModel) -> None:
+    model, ids = build_model().train(), random_ids(2, 9)
     model(ids, labels=ids).loss.backward()
     expected = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
@@ -299,16 +299,16 @@ def test_gradient_checkpointing_is_that_of_the_loop(made: Made) -> None:
     step = model.model.recurrence.step
     model.model.recurrence.step = lambda *args: steps.append(0) or step(*args)
     model(ids, labels=ids).loss.backward()
-    assert len(steps) == 2 * model.config.mean_loops  # forward, and again in the backward pass
+    assert len(steps) == 2 * model.config.mean_loops  # once forward, once recomputed in the backward pass
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], **CLOSE)
     model.gradient_checkpointing_disable()
     assert model.model.recurrence.checkpointing == "none" and not model.is_gradient_checkpointing
 
 
-def test_trainer(made: Made, tmp_path: Path) -> None:
-    """Three steps, in two micro-batches each, against gradient descent written out on the model itself."""
-    model = made(vocab_size=128)
+def test_trainer(build_model: BuildModel, tmp_path: Path) -> None:
+    """Three steps of two micro-batches each, compared with plain gradient descent on the inner model."""
+    model = build_model(vocab_size=128)
     reference = copy.deepcopy(model.model)
     rows = [
         {"input_ids": row, "labels": row.where(torch.arange(9) > n, -100)} for n, row in enumerate(random_ids(4, 9))
@@ -343,7 +343,7 @@ def test_trainer(made: Made, tmp_path: Path) -> None:
             for parameter in reference.parameters():
                 parameter -= 0.05 * parameter.grad
                 parameter.grad = None
-    told = [record["loss"] for record in trainer.state.log_history if "loss" in record]
-    assert told == pytest.approx(losses, abs=2e-4) and losses[2] < losses[0] - 0.01
+    logged = [record["loss"] for record in trainer.state.log_history if "loss" in record]
+    assert logged == pytest.approx(losses, abs=2e-4) and losses[2] < losses[0] - 0.01
     for name, parameter in reference.named_parameters():
         torch.testing.assert_close(model.model.get_parameter(name), parameter, **CLOSE)

@@ -1,4 +1,4 @@
-"""LoRA of PEFT: every linear map that it adapts is adapted wherever the model uses it."""
+"""PEFT's LoRA: an adapted linear map is adapted everywhere the model uses it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +16,9 @@ from tests.hf.test_trainer import FIELDS, SPLITS, collator, trained
 from tests.noise import name_generator
 
 peft = pytest.importorskip("peft")
-Made = Callable[..., MythosForCausalLM]
+BuildModel = Callable[..., MythosForCausalLM]
 
-# Latent attention decodes from the weight of key_value_up itself, and the head's loss from that of the head.
+# Latent attention decodes with the weight of key_value_up itself, and the loss uses the weight of the head.
 MODELS: dict[str, dict[str, Any]] = {
     "mla": {"q_lora_rank": 8},
     "gqa": {"attention": "gqa", "core_ffn": "dense", "value_embeddings": True},
@@ -37,13 +37,13 @@ TARGETS: list[tuple[str, dict[str, Any]]] = [
 
 
 def adapted(model: MythosForCausalLM, options: dict[str, Any], **more: Any) -> Any:
-    """With seeded noise in every adapter, so that none is silenced by starting at zero."""
-    found = peft.get_peft_model(model, peft.LoraConfig(r=4, task_type="CAUSAL_LM", **options, **more)).eval()
+    """A LoRA of the model, with seeded noise in every adapter in place of the initial zeros."""
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, task_type="CAUSAL_LM", **options, **more)).eval()
     with torch.no_grad():
-        for name, parameter in found.named_parameters():
+        for name, parameter in wrapped.named_parameters():
             if parameter.requires_grad:
                 parameter.copy_(torch.randn(parameter.shape, generator=name_generator(1, name)) * 0.1)
-    return found
+    return wrapped
 
 
 def gradients(model: Any, ids: Tensor) -> dict[str, Tensor]:
@@ -53,9 +53,11 @@ def gradients(model: Any, ids: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("kind", "options"), TARGETS, ids=[f"{kind}-{options}" for kind, options in TARGETS])
-def test_an_adapter_is_the_merged_model(made: Made, kind: str, options: dict[str, Any], tmp_path: Path) -> None:
-    """In training, decoding and generation, saved, loaded and merged."""
-    model, ids = made(**MODELS[kind]), random_ids(2, 9)
+def test_an_adapter_is_the_merged_model(
+    build_model: BuildModel, kind: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """Compared in training, decoding and generation, after saving, loading and merging."""
+    model, ids = build_model(**MODELS[kind]), random_ids(2, 9)
     before = model(ids).logits
     model = adapted(model, options)
     logits = model(ids).logits
@@ -67,7 +69,7 @@ def test_an_adapter_is_the_merged_model(made: Made, kind: str, options: dict[str
     loss = model(ids, labels=ids).loss
 
     model.save_pretrained(tmp_path)
-    back = peft.PeftModel.from_pretrained(made(**MODELS[kind]), tmp_path).eval()
+    back = peft.PeftModel.from_pretrained(build_model(**MODELS[kind]), tmp_path).eval()
     assert torch.equal(back(ids).logits, logits)
     merged = back.merge_and_unload()
     assert type(merged) is MythosForCausalLM
@@ -94,9 +96,9 @@ def test_an_adapter_is_the_merged_model(made: Made, kind: str, options: dict[str
             assert "ffn" in name or "modules_to_save" in name
 
 
-def test_checkpoints_of_an_adapter_with_dropout(made: Made) -> None:
-    """What is computed again drops the same numbers."""
-    model, ids = adapted(made(), {"target_modules": "all-linear"}, lora_dropout=0.3).train(), random_ids(2, 9)
+def test_checkpoints_of_an_adapter_with_dropout(build_model: BuildModel) -> None:
+    """Recomputation drops the same elements."""
+    model, ids = adapted(build_model(), {"target_modules": "all-linear"}, lora_dropout=0.3).train(), random_ids(2, 9)
     torch.manual_seed(0)
     expected = gradients(model, ids)
     model.gradient_checkpointing_enable()
@@ -105,8 +107,8 @@ def test_checkpoints_of_an_adapter_with_dropout(made: Made) -> None:
         torch.testing.assert_close(gradient, expected[name], **CLOSE)
 
 
-def test_an_adapter_in_bfloat16(made: Made) -> None:
-    model, ids = adapted(made(core_ffn="dense"), {"target_modules": "all-linear"}), random_ids(2, 9)
+def test_an_adapter_in_bfloat16(build_model: BuildModel) -> None:
+    model, ids = adapted(build_model(core_ffn="dense"), {"target_modules": "all-linear"}), random_ids(2, 9)
     expected = model(ids).logits
     short = model.to(torch.bfloat16)
     for options in ({}, {"use_cache": True}):
@@ -115,14 +117,14 @@ def test_an_adapter_in_bfloat16(made: Made) -> None:
         )
 
 
-def test_trainer_trains_the_adapter_alone(made: Made, tmp_path: Path) -> None:
-    """With the objective of the model itself, on either side."""
-    found = []
+def test_trainer_trains_the_adapter_alone(build_model: BuildModel, tmp_path: Path) -> None:
+    """With the model's own objective and padding on either side."""
+    losses = []
     for side, size, accumulated in SPLITS:
-        model = adapted(made(**FIELDS), {"target_modules": "all-linear"})
+        model = adapted(build_model(**FIELDS), {"target_modules": "all-linear"})
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        found.append(trained(model, tmp_path, size, accumulated, collator(side)))
+        losses.append(trained(model, tmp_path, size, accumulated, collator(side)))
         changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
         assert changed and all("lora_" in name for name in changed)
-    assert found[0] == pytest.approx(found[1], abs=2e-4) and found[0] == pytest.approx(found[2], abs=2e-4)
-    assert found[0][2] < found[0][0]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-4) and losses[0] == pytest.approx(losses[2], abs=2e-4)
+    assert losses[0][2] < losses[0][0]

@@ -1,4 +1,4 @@
-"""Dense models with loops put in, compared with transformers' own model of the same layers."""
+"""Retrofitted dense models, compared with transformers' model of the same layers."""
 
 import json
 from pathlib import Path
@@ -23,16 +23,16 @@ from transformers import (
 )
 
 from mythos.checkpoints.stored_model import open_model
+from mythos.cli import retrofit
 from mythos.config.loading import load_config
 from mythos.hf.retrofit import DECAY
 from mythos.trainer import Trainer
 from mythos.training.metrics import read_metrics
-from scripts import retrofit_hf
 from tests.runs import settings, tiny
 from tests.trainers import run
 
 SIZES: dict[str, Any] = {
-    "vocab_size": 200,  # less than a multiple of 128
+    "vocab_size": 200,  # not a multiple of 128
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 6,
@@ -48,7 +48,7 @@ ALL = ["--prelude", "0-1", "--core", "2-4", "--coda", "5"]
 
 
 def dense(kind: type[PreTrainedModel] = LlamaForCausalLM, config: type = LlamaConfig, **changes: Any) -> Any:
-    """A model whose weights, norms included, are noise large enough for every layer to count."""
+    """A model with noise in all weights, norms included, large enough for every layer to matter."""
     model = kind(config(**{**SIZES, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, **changes}))
     generator = torch.Generator().manual_seed(3)
     for parameter in model.parameters():
@@ -87,7 +87,7 @@ IDS = torch.randint(0, SIZES["vocab_size"], (2, 40), generator=torch.Generator()
 def test_all_layers_at_one_loop_are_the_dense_model(tmp_path: Path, kind: Any, config: Any, changes: Any) -> None:
     model = dense(kind, config, **changes)
     source = published(tmp_path / "dense", model)
-    assert retrofit_hf.main([str(source), str(tmp_path / "looped"), *ALL]) == 0
+    assert retrofit.main([str(source), str(tmp_path / "looped"), *ALL]) == 0
     with torch.no_grad():
         expected = model(IDS).logits
     torch.testing.assert_close(logits_at_one_loop(tmp_path / "looped", IDS), expected, rtol=1e-4, atol=1e-4)
@@ -111,9 +111,9 @@ def test_left_out_layers_are_a_dense_model_without_them(
         "--coda",
         str(kept[3]) if kept[3:] else "none",
     ]
-    assert retrofit_hf.main([str(source), str(tmp_path / "looped"), *parts]) == 0
-    told = capsys.readouterr().out
-    assert "left out: layers " + ", ".join(str(n) for n in range(6) if n not in kept) in told
+    assert retrofit.main([str(source), str(tmp_path / "looped"), *parts]) == 0
+    printed = capsys.readouterr().out
+    assert "left out: layers " + ", ".join(str(n) for n in range(6) if n not in kept) in printed
     fewer = dense(num_hidden_layers=len(kept))
     fewer.load_state_dict(
         {name: tensor for name, tensor in model.state_dict().items() if "layers." not in name}
@@ -139,7 +139,7 @@ def test_its_own_configuration_trains_it_on(tmp_path: Path) -> None:
     folder = tmp_path / "it's: looped"
     aside = str(tmp_path / "dense" / "aside")
     arguments = [str(tmp_path / "dense"), str(folder), *ALL, "--loops", "2", "--tokenizer", aside]
-    assert retrofit_hf.main(arguments) == 0
+    assert retrofit.main(arguments) == 0
     small = settings(tmp_path)
     overrides = ["train.steps=2", "train.global_batch=8", "train.micro_batch=4", "train.device=cpu", "eval.samples=0"]
     overrides += [
@@ -153,9 +153,9 @@ def test_its_own_configuration_trains_it_on(tmp_path: Path) -> None:
     assert config.run.name == folder.name and config.train.init_from == str(folder)
     assert (config.model.loops, config.model.core_layers, config.model.halting) == (2, 3, "convergence")
     assert (config.optim.name, config.depth.curriculum.shape, config.depth_backprop) == ("muon", "1-sqrt", 4)
-    made = run(config)
-    first = read_metrics(made.run_dir / "metrics.jsonl")[0]
-    validation = made.validation.ids
+    trainer = run(config)
+    first = read_metrics(trainer.run_dir / "metrics.jsonl")[0]
+    validation = trainer.validation.ids
     with torch.no_grad():
         logits = model(validation[:, :-1]).logits.flatten(0, 1)
         expected = torch.nn.functional.cross_entropy(logits, validation[:, 1:].flatten())
@@ -180,7 +180,7 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0}
 @pytest.mark.parametrize(
     ("spoil", "arguments", "says"),
     [
-        (None, ["--prelude", "0-1", "--core", "2-6", "--coda", "none"], "it has layers 0 to 5, and 6 was asked for"),
+        (None, ["--prelude", "0-1", "--core", "2-6", "--coda", "none"], "it has layers 0 to 5, and 6 was requested"),
         (None, ["--prelude", "0-2", "--core", "2-3", "--coda", "5"], "got layer 2 after layer 2; each layer may"),
         (None, ["--prelude", "3", "--core", "1-2", "--coda", "5"], "got layer 1 after layer 3"),
         (None, ["--prelude", "0", "--core", "none", "--coda", "5"], "--core: got no layers"),
@@ -193,7 +193,7 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0}
         ({"layer_types": ["sliding_attention"] * 6}, ALL, "layer_types: allowed: full_attention only"),
         ({"intermediate_size": None}, ALL, "intermediate_size is missing"),
         ({"num_hidden_layers": 10**12}, ALL, "its config.json says num_hidden_layers 1000000000000, and there are"),
-        ({"hidden_size": 64}, ALL, "which does not make our"),
+        ({"hidden_size": 64}, ALL, "which does not give our"),
         (
             {"num_hidden_layers": 5},
             ["--prelude", "0", "--core", "1-3", "--coda", "4"],
@@ -218,12 +218,12 @@ def test_what_cannot_be_done_is_told_and_nothing_is_written(
         without(source, spoil)
     elif spoil:
         (source / spoil).unlink()
-    assert retrofit_hf.main([str(source), str(out), *arguments]) == 1
+    assert retrofit.main([str(source), str(out), *arguments]) == 1
     assert says in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "out"][: 1 + (spoil == "out")]
 
 
 def test_biases_of_qwen2_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = published(tmp_path / "dense", dense(Qwen2ForCausalLM, Qwen2Config))
-    assert retrofit_hf.main([str(source), str(tmp_path / "out"), *ALL]) == 1
+    assert retrofit.main([str(source), str(tmp_path / "out"), *ALL]) == 1
     assert "model_type 'qwen2'; known: llama, mistral, qwen3" in capsys.readouterr().err

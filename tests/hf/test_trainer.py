@@ -1,4 +1,4 @@
-"""transformers' `Trainer`: what changes its objective, against gradient descent on rows without padding."""
+"""transformers' `Trainer` and its options, compared with gradient descent on rows without padding."""
 
 import copy
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from mythos.hf import MythosForCausalLM
 from tests.hf.conftest import VOCABULARY
 from tests.hf.test_model import CLOSE, random_ids
 
-Made = Callable[..., MythosForCausalLM]
+BuildModel = Callable[..., MythosForCausalLM]
 Objective = Callable[[Tensor, Tensor], Tensor]
 LENGTHS = (3, 9, 6, 4)
 ROWS = [{"input_ids": random_ids(1, length, seed=length)[0].tolist()} for length in LENGTHS]
@@ -26,7 +26,7 @@ FIELDS = {"attention": "gqa", "core_ffn": "dense", "core_layers": 1, "loops": 2}
 
 
 def collator(side: str, hidden: int = 0) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
-    """Pads on a side; the first `hidden` tokens of a row have no label."""
+    """A collator that pads on one side; the first `hidden` tokens of a row have no label."""
 
     def collate(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
         longest = max(len(row["input_ids"]) for row in batch)
@@ -47,25 +47,25 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def smoothed(logits: Tensor, targets: Tensor) -> Tensor:
-    """With a tenth of the weight spread over all ids alike."""
+    """Label smoothing 0.1: a tenth of the weight is spread over all ids."""
     logs = logits.log_softmax(-1)
     return -(0.9 * logs.gather(-1, targets.unsqueeze(-1)).squeeze(-1) + 0.1 * logs.mean(-1)).sum()
 
 
 def squared(logits: Tensor, targets: Tensor) -> Tensor:
-    """An objective of one's own."""
+    """A custom objective."""
     return F.cross_entropy(logits, targets, reduction="none").square().sum()
 
 
 def squared_of_batch(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-    """The same, as `compute_loss_func` asks for it."""
+    """The same in the form of `compute_loss_func`."""
     targets, logits = labels[:, 1:].flatten(), outputs.logits[:, :-1].flatten(0, 1)
     return squared(logits[targets != -100], targets[targets != -100]) / num_items_in_batch
 
 
 SPLITS = [("left", 4, 1), ("left", 2, 2), ("right", 1, 4)]
-"""Side, micro-batch, and how many of them a step has."""
-# Before 5.24 transformers added up the smoothed losses of micro-batches, of any model.
+"""Padding side, micro-batch, and micro-batches per step."""
+# Before 5.24 transformers summed the smoothed losses of micro-batches, for all models.
 SMOOTHED_SPLITS = SPLITS if "num_items_in_batch" in signature(LabelSmoother.__call__).parameters else SPLITS[:1]
 OPTIONS: list[tuple[str, Objective, dict[str, Any], dict[str, Any]]] = [
     ("plain", cross_entropy, {}, {}),
@@ -96,8 +96,8 @@ def arguments(folder: Path, size: int, accumulated: int, **options: Any) -> Trai
     return TrainingArguments(folder, **{**fixed, **options})
 
 
-class Told(TrainerCallback):
-    """Keeps the unrounded losses."""
+class LossRecorder(TrainerCallback):
+    """Records the losses before rounding."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -117,14 +117,14 @@ def trained(
     more: Any = None,
 ) -> list[float]:
     set_seed(0)
-    told = Told()
+    recorder = LossRecorder()
     settings = arguments(folder, size, accumulated, **(options or {}))
-    Trainer(model, settings, train_dataset=ROWS, data_collator=collate, callbacks=[told], **(more or {})).train()
-    return told.losses
+    Trainer(model, settings, train_dataset=ROWS, data_collator=collate, callbacks=[recorder], **(more or {})).train()
+    return recorder.losses
 
 
 def descended(model: MythosForCausalLM, objective: Objective, hidden: int = 0) -> list[float]:
-    """Three steps of gradient descent, every row alone and without padding."""
+    """Losses of three steps of gradient descent, with every row by itself and without padding."""
     losses = []
     for _ in range(3):
         total, count = torch.zeros(()), 0
@@ -148,30 +148,30 @@ def descended(model: MythosForCausalLM, objective: Objective, hidden: int = 0) -
     ("objective", "options", "more"), [row[1:] for row in OPTIONS], ids=[row[0] for row in OPTIONS]
 )
 def test_every_objective_is_that_of_rows_without_padding(
-    made: Made, tmp_path: Path, objective: Objective, options: dict[str, Any], more: dict[str, Any]
+    build_model: BuildModel, tmp_path: Path, objective: Objective, options: dict[str, Any], more: dict[str, Any]
 ) -> None:
-    """Padded on either side and split into any micro-batches: losses and weights of three steps."""
-    reference = made(**FIELDS)
+    """Losses of three steps do not depend on the padding side or the micro-batches."""
+    reference = build_model(**FIELDS)
     expected = descended(reference, objective)
     assert expected[2] < expected[0] - 0.01
     for side, size, accumulated in SMOOTHED_SPLITS if objective is smoothed else SPLITS:
-        model = made(**FIELDS)
-        found = trained(model, tmp_path, size, accumulated, collator(side), options, more)
-        assert found == pytest.approx(expected, abs=2e-4), (side, size)  # as many digits as Trainer logs
+        model = build_model(**FIELDS)
+        losses = trained(model, tmp_path, size, accumulated, collator(side), options, more)
+        assert losses == pytest.approx(expected, abs=2e-4), (side, size)  # as many digits as Trainer logs
         for name, parameter in reference.named_parameters():
             torch.testing.assert_close(model.get_parameter(name), parameter, **CLOSE)
 
 
-def test_a_prompt_without_labels(made: Made, tmp_path: Path) -> None:
-    expected = descended(made(**FIELDS), cross_entropy, hidden=2)
+def test_a_prompt_without_labels(build_model: BuildModel, tmp_path: Path) -> None:
+    expected = descended(build_model(**FIELDS), cross_entropy, hidden=2)
     for side, size, accumulated in (("left", 4, 1), ("left", 2, 2), ("right", 4, 1)):
-        assert trained(made(**FIELDS), tmp_path, size, accumulated, collator(side, hidden=2)) == pytest.approx(
+        assert trained(build_model(**FIELDS), tmp_path, size, accumulated, collator(side, hidden=2)) == pytest.approx(
             expected, abs=2e-4
         )
 
 
-def test_no_smoothing_is_the_plain_loss_as_for_llama(made: Made, tmp_path: Path) -> None:
-    """In a vocabulary that does not fill the embedding's rows, too."""
+def test_no_smoothing_is_the_plain_loss_as_for_llama(build_model: BuildModel, tmp_path: Path) -> None:
+    """Also with a vocabulary smaller than the embedding."""
 
     def llama() -> LlamaForCausalLM:
         set_seed(1)
@@ -181,7 +181,7 @@ def test_no_smoothing_is_the_plain_loss_as_for_llama(made: Made, tmp_path: Path)
             )
         )
 
-    for build in (llama, lambda: made(**FIELDS)):
+    for build in (llama, lambda: build_model(**FIELDS)):
         plain, smooth = (
             trained(build(), tmp_path, 4, 1, collator("right"), {"label_smoothing_factor": factor})
             for factor in (0.0, 1e-9)
@@ -189,42 +189,42 @@ def test_no_smoothing_is_the_plain_loss_as_for_llama(made: Made, tmp_path: Path)
         assert plain == pytest.approx(smooth, abs=2e-4)
 
 
-def test_validation_loss_does_not_depend_on_the_side(made: Made, tmp_path: Path) -> None:
-    model = made(**FIELDS)
+def test_validation_loss_does_not_depend_on_the_side(build_model: BuildModel, tmp_path: Path) -> None:
+    model = build_model(**FIELDS)
     for options in ({}, {"prediction_loss_only": True}, {"label_smoothing_factor": 0.1}):
-        told = []
+        losses = []
         for side in ("left", "right"):
             trainer = Trainer(
                 model, arguments(tmp_path, 4, 1, **options), eval_dataset=ROWS, data_collator=collator(side)
             )
-            told.append(trainer.evaluate()["eval_loss"])
+            losses.append(trainer.evaluate()["eval_loss"])
         objective = smoothed if "label_smoothing_factor" in options else cross_entropy
-        assert told == pytest.approx([descended(copy.deepcopy(model), objective)[0]] * 2, abs=1e-4)
+        assert losses == pytest.approx([descended(copy.deepcopy(model), objective)[0]] * 2, abs=1e-4)
     assert trainer.predict(ROWS).label_ids.shape == (4, 9)
 
 
-def test_noise_on_embeddings(made: Made, tmp_path: Path) -> None:
-    """`neftune_noise_alpha` disturbs training, and is gone after it."""
+def test_noise_on_embeddings(build_model: BuildModel, tmp_path: Path) -> None:
+    """`neftune_noise_alpha` adds noise in training only."""
     plain, noisy = ([], {}), ([], {"neftune_noise_alpha": 5.0})
     for losses, options in (plain, noisy):
-        model = made(**FIELDS)
+        model = build_model(**FIELDS)
         before = model(random_ids(1, 5)).logits
         losses += trained(model, tmp_path, 4, 1, collator("left"), {"learning_rate": 0.0, **options})
         assert torch.equal(model(random_ids(1, 5)).logits, before)
     assert plain[0][0] == plain[0][2] and len({plain[0][0], *noisy[0]}) == 4
 
 
-def test_a_loss_function_of_the_model_is_used(made: Made) -> None:
-    """`model.loss_function = ...`, as transformers' models have it: called with logits, labels and vocab_size."""
-    model, ids = made(), random_ids(2, 7)
+def test_a_loss_function_of_the_model_is_used(build_model: BuildModel) -> None:
+    """`model.loss_function = ...` is called with logits, labels and vocab_size, as for transformers' models."""
+    model, ids = build_model(), random_ids(2, 7)
     expected = model(ids).logits.sum() + ids.sum()
     model.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.sum() + labels.sum()
     for options in ({}, {"use_cache": True}, {"logits_to_keep": 1}):
         torch.testing.assert_close(model(ids, labels=ids, **options).loss, expected, **CLOSE)
 
 
-def test_labels_that_are_shifted_or_of_another_mark(made: Made) -> None:
-    model, ids = made(), random_ids(2, 7)
+def test_labels_that_are_shifted_or_of_another_mark(build_model: BuildModel) -> None:
+    model, ids = build_model(), random_ids(2, 7)
     expected = model(ids, labels=ids).loss
     shifted = F.pad(ids[:, 1:], (0, 1), value=-100)
     assert torch.equal(model(ids, labels=torch.zeros_like(ids), shift_labels=shifted).loss, expected)
@@ -234,24 +234,24 @@ def test_labels_that_are_shifted_or_of_another_mark(made: Made) -> None:
     assert torch.equal(model(ids, labels=marked, ignore_index=5).loss, other)
 
 
-def test_nothing_is_predicted_from_padding(made: Made) -> None:
-    """Logits at padding are zero: a loss that counts them anyway cannot see what comes."""
-    model, ids = made(), random_ids(2, 6)
+def test_nothing_is_predicted_from_padding(build_model: BuildModel) -> None:
+    """Logits at padding are zero, so a loss that counts them cannot use later tokens."""
+    model, ids = build_model(), random_ids(2, 6)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
     for options in ({}, {"use_cache": True}):
         assert (model(ids, attention_mask=mask, **options).logits[mask == 0] == 0).all()
 
 
 @pytest.mark.parametrize("fields", [{}, {"attention": "gqa", "value_embeddings": True}])
-def test_packed_rows(made: Made, fields: dict[str, Any]) -> None:
-    """Positions that start again, as collators that flatten give them: every document as if it were alone."""
-    model, ids = made(**fields), random_ids(1, 9)
+def test_packed_rows(build_model: BuildModel, fields: dict[str, Any]) -> None:
+    """Positions that restart, as from flattening collators, separate documents."""
+    model, ids = build_model(**fields), random_ids(1, 9)
     parts = ids.split((4, 3, 2), dim=1)
     positions = torch.cat([torch.arange(part.shape[1]) for part in parts])[None]
-    found = model(ids, position_ids=positions)
+    output = model(ids, position_ids=positions)
     alone = torch.cat([model(part).logits for part in parts], dim=1)
-    torch.testing.assert_close(found.logits, alone, **CLOSE)
-    assert not torch.allclose(found.logits, model(ids).logits, atol=1e-3)
+    torch.testing.assert_close(output.logits, alone, **CLOSE)
+    assert not torch.allclose(output.logits, model(ids).logits, atol=1e-3)
     with pytest.raises(ValueError, match="position_ids: a mythos model counts the tokens of each row"):
         model(ids, position_ids=positions, attention_mask=torch.ones_like(ids))
     with pytest.raises(ValueError, match="position_ids: a mythos model counts the tokens of each row"):
@@ -260,8 +260,8 @@ def test_packed_rows(made: Made, fields: dict[str, Any]) -> None:
         model(ids, cu_seq_lens_q=torch.tensor([0, 4, 7, 9]))
 
 
-def test_positions_that_tokens_have_anyway(made: Made) -> None:
-    model, ids = made(), random_ids(2, 6)
+def test_positions_that_tokens_have_anyway(build_model: BuildModel) -> None:
+    model, ids = build_model(), random_ids(2, 6)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
     expected = model(ids, attention_mask=mask).logits
     for positions in (torch.arange(6)[None], (mask.cumsum(1) - 1).clamp(min=0), torch.arange(6).expand(2, -1) + 3):

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mythos.model.attention import (
+from mythos.model.attention.base import build_attention
+from mythos.model.attention.context import (
     AttentionContext,
     attend,
     attention_context,
-    build_attention,
     document_block_mask,
     document_starts,
 )

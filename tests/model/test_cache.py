@@ -62,9 +62,9 @@ def test_bytes_are_those_of_the_formula(
     cache = new(built, loops=5, dtype=dtype)
     per_token = (3 + 1 + 2 * 5) * numbers * dtype.itemsize
     assert cache_bytes_per_token(built.config, 5, dtype) == per_token
-    for given, capacity in ((0, 0), (3, 4), (2, 8), (3, 8), (9, 20)):
+    for count, capacity in ((0, 0), (3, 4), (2, 8), (3, 8), (9, 20)):
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            built.extend(random_ids(2, given), cache)
+            built.extend(random_ids(2, count), cache)
         tensors = [value for value in vars(cache).values() if isinstance(value, Tensor)]
         assert cache.bytes == sum(t.untyped_storage().nbytes() for t in tensors) == 2 * capacity * per_token
         assert {t.dtype for t in tensors} == {dtype}
@@ -102,8 +102,8 @@ def test_cropped_rows_never_saw_what_was_cropped(model: Build, attention: str, l
         built.extend(**ragged(pieces), cache=fresh, loops=6, halting=halting)
     for seed, loops in ((4, 2), (5, 8)):
         ids = random_ids(2, 4, seed=seed)
-        found, expected = (built.extend(ids, c, loops=loops, logits="all").logits for c in (cache, fresh))
-        torch.testing.assert_close(found, expected, **CLOSE)
+        actual, expected = (built.extend(ids, c, loops=loops, logits="all").logits for c in (cache, fresh))
+        torch.testing.assert_close(actual, expected, **CLOSE)
 
 
 @pytest.mark.parametrize("lengths", [4, -1, [3, 4], [3], [3, 3, 3], [-1, 0]], ids=str)
@@ -128,8 +128,8 @@ def test_selected_rows_go_on_by_themselves(model: Build, attention: str, rows: l
     built.extend(**ragged([texts[row] for row in rows]), cache=fresh, loops=3)
     for seed in (1, 2):
         ids = random_ids(len(rows), 3, seed=seed)
-        found, expected = (built.extend(ids, c, loops=5, logits="all").logits for c in (cache, fresh))
-        torch.testing.assert_close(found, expected, **CLOSE)
+        actual, expected = (built.extend(ids, c, loops=5, logits="all").logits for c in (cache, fresh))
+        torch.testing.assert_close(actual, expected, **CLOSE)
 
 
 def test_no_rows_are_left(model: Build) -> None:
@@ -152,7 +152,7 @@ def test_size_of_blocks_changes_nothing(model: Build) -> None:
         cache = new(built, block=block)
         pieces = [built.extend(part, cache, logits="all").logits for part in ids.split([4, 1, 6, 2], dim=1)]
         torch.testing.assert_close(torch.cat(pieces, dim=1), expected, **CLOSE)
-        assert cache.held.shape[2] == -(-13 // block) * block
+        assert cache.entries.shape[2] == -(-13 // block) * block
 
 
 def test_room_is_made_once(model: Build) -> None:
@@ -160,10 +160,10 @@ def test_room_is_made_once(model: Build) -> None:
     built, ids = model(), random_ids(2, 10)
     cache = new(built)
     cache.reserve(10, 6)
-    place = cache.held.data_ptr()
+    place = cache.entries.data_ptr()
     for part in ids.split([3, 1, 6], dim=1):
         built.extend(part, cache, loops=6)
-    assert cache.held.data_ptr() == place and cache.loops == 6 and cache.held.shape[2] == 12
+    assert cache.entries.data_ptr() == place and cache.loops == 6 and cache.entries.shape[2] == 12
 
 
 # --- fewer loops than are run
@@ -174,8 +174,8 @@ def test_as_many_kept_loops_as_are_run_change_nothing(model: Build, attention: s
     built, ids = model(attention=attention), random_ids(2, 9)
     whole, kept = new(built, loops=2), new(built, loops=2, cache_loops=6)
     for part, loops in zip(ids.split([3, 1, 5], dim=1), (3, 6, 5), strict=True):
-        found, expected = (built.extend(part, c, loops=loops, logits="all").logits for c in (kept, whole))
-        assert torch.equal(found, expected)
+        actual, expected = (built.extend(part, c, loops=loops, logits="all").logits for c in (kept, whole))
+        assert torch.equal(actual, expected)
     assert kept.bytes == whole.bytes
 
 
@@ -186,9 +186,9 @@ def test_kept_loops_serve_their_newest_entry(model: Build, attention: str, kept:
     built, ids = model(attention=attention), random_ids(1, 10)
     cache = new(built, 1, loops=5, cache_loops=kept)
     limits = [4, 1, 7, 2, 3, 8, 5, 2, 6, 7]
-    found = [built.extend(ids[:, at : at + 1], cache, loops=loops).logits[0] for at, loops in enumerate(limits)]
+    actual = [built.extend(ids[:, at : at + 1], cache, loops=loops).logits[0] for at, loops in enumerate(limits)]
     expected, _ = slow_decode(built, ids[0].tolist(), limits, cache_loops=kept)
-    torch.testing.assert_close(torch.stack(found), expected.float(), **CLOSE)
+    torch.testing.assert_close(torch.stack(actual), expected.float(), **CLOSE)
     exact, _ = slow_decode(built, ids[0].tolist(), limits)
     assert (exact - expected).abs().max() > 0.01
     assert cache.bytes == 12 * cache_bytes_per_token(built.config, kept, torch.float32)
@@ -205,8 +205,8 @@ def test_bfloat16_entries_of_a_float32_model(model: Build, attention: str) -> No
     pairs = [
         [built.extend(part, c, logits="all").logits for c in (exact, rounded)] for part in ids.split([8, 1, 3], dim=1)
     ]
-    expected, found = (torch.cat(pieces, dim=1) for pieces in zip(*pairs, strict=True))
-    off = ((found - expected).square().mean() / expected.square().mean()).sqrt().item()
+    expected, actual = (torch.cat(pieces, dim=1) for pieces in zip(*pairs, strict=True))
+    off = ((actual - expected).square().mean() / expected.square().mean()).sqrt().item()
     print(f"off by {off:.5f}")
     assert 1e-5 < off < 0.01
     assert rounded.bytes == exact.bytes // 2

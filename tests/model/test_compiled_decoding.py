@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mythos.benchmarks.timing import tensor_peak
 from mythos.generation.sampling import Sampling
 from mythos.generation.tokens import Continuation, generate
+from mythos.gpu_check.timed_steps import tensor_peak
 from mythos.model import rdt
 from mythos.model.cache import DecodeCache
 from mythos.model.halting import Convergence
@@ -45,8 +45,8 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graphs]:
     """Counts what decoding compiles; nothing is left from other tests, and a break in a graph is an error."""
     torch.compiler.reset()
     backend = Graphs()
-    made = torch.compile(RecurrentDepthTransformer.run_packed, dynamic=True, backend=backend, fullgraph=True)
-    monkeypatch.setattr(rdt, "_compiled_run_packed", lambda device: made)
+    compiled = torch.compile(RecurrentDepthTransformer.run_packed, dynamic=True, backend=backend, fullgraph=True)
+    monkeypatch.setattr(rdt, "_compiled_run_packed", lambda device: compiled)
     yield backend
     torch.compiler.reset()
 
@@ -63,12 +63,12 @@ class Pair:
         self.caches = [DecodeCache(model.config, rows, loops=3, block=block) for _ in range(2)]
 
     def extend(self, ids: Tensor, **arguments: Any) -> None:
-        found, expected = (
+        actual, expected = (
             self.model.extend(ids, cache, compiled=compiled, **arguments)
             for cache, compiled in zip(self.caches, (True, False), strict=True)
         )
-        torch.testing.assert_close(found.logits, expected.logits, **CLOSE)
-        assert torch.equal(found.loops, expected.loops)
+        torch.testing.assert_close(actual.logits, expected.logits, **CLOSE)
+        assert torch.equal(actual.loops, expected.loops)
 
     def select(self, rows: list[int]) -> None:
         for cache in self.caches:
@@ -138,8 +138,8 @@ def test_rows_that_end_leave_the_batch_of_a_graph(model: Build, graphs: Graphs) 
 
         return generate(built, prompts, 20, sampling=Sampling(temperature=0), on_token=ends, compiled=compiled).rows
 
-    found = run(True)
-    assert found == run(False) and [len(row.tokens) for row in found] == lengths
+    rows = run(True)
+    assert rows == run(False) and [len(row.tokens) for row in rows] == lengths
     assert (graphs.traced, graphs.ran) == (2, 11)
 
 
@@ -168,5 +168,5 @@ def test_compiled_code_equals_none_and_changes_the_cache_in_place(model: Build, 
         pair.extend(token, loops=loops)
     cache = pair.caches[0]
     peak = tensor_peak(lambda: pair.model.extend(random_ids(rows, 1), cache, loops=loops, compiled=True))
-    assert peak < cache.held[0].nbytes / 2
+    assert peak < cache.entries[0].nbytes / 2
     torch.compiler.reset()

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from mythos.model.cache import DecodeCache
+from mythos.model.decoding import Extension
 from mythos.model.halting import Convergence, SecondDifference, halting_rule
-from mythos.model.rdt import Extension, RecurrentDepthTransformer
+from mythos.model.rdt import RecurrentDepthTransformer
 from tests.model.slow_decode import States, converged, slow_decode, straightened
 
 Build = Callable[..., RecurrentDepthTransformer]
@@ -68,20 +69,20 @@ class Rows:
         left: Sequence[bool],
         **arguments: Any,
     ) -> None:
-        """Append a piece to each row, padded to the longest, on the left where told."""
+        """Append a piece to each row, padded to the longest, on the left if asked for."""
         longest = max(map(len, pieces))
         ids, mask = random_ids(len(pieces), longest, seed=9), torch.zeros(len(pieces), longest, dtype=torch.bool)
         for row, piece in enumerate(pieces):
             place = slice(longest - len(piece), longest) if left[row] else slice(len(piece))
             ids[row, place], mask[row, place] = torch.tensor(piece, dtype=torch.int64), True
-        found = model.extend(ids, cache, mask=mask, loops=list(limits), logits="all", **arguments)
-        assert found.logits.dtype == torch.float32 and found.logits.shape == (*ids.shape, model.vocabulary)
-        assert not found.loops[~mask].any() and not found.logits[~mask].any()
+        actual = model.extend(ids, cache, mask=mask, loops=list(limits), logits="all", **arguments)
+        assert actual.logits.dtype == torch.float32 and actual.logits.shape == (*ids.shape, model.vocabulary)
+        assert not actual.loops[~mask].any() and not actual.logits[~mask].any()
         for row, piece in enumerate(pieces):
             self.tokens[row] += piece
             self.limits[row] += [limits[row]] * len(piece)
-            self.logits[row] += found.logits[row, mask[row]].unbind()
-            self.loops[row] += found.loops[row, mask[row]].tolist()
+            self.logits[row] += actual.logits[row, mask[row]].unbind()
+            self.loops[row] += actual.loops[row, mask[row]].tolist()
         assert cache.lengths == [len(tokens) for tokens in self.tokens]
 
     def depths(self) -> set[int]:
@@ -210,10 +211,10 @@ def test_all_loops_for_all_equal_recomputation(model: Build, attention: str, loo
 
 def test_depth_of_the_model_is_the_default(model: Build) -> None:
     built, ids = model(), random_ids(2, 5)
-    found = built.extend(ids, DecodeCache(built.config, 2, loops=1))
-    assert (found.loops == 4).all()
+    actual = built.extend(ids, DecodeCache(built.config, 2, loops=1))
+    assert (actual.loops == 4).all()
     with torch.no_grad():
-        torch.testing.assert_close(found.logits, built(ids, loops=4).logits[:, -1], **CLOSE)
+        torch.testing.assert_close(actual.logits, built(ids, loops=4).logits[:, -1], **CLOSE)
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
@@ -236,10 +237,10 @@ def test_any_split_of_a_prompt_gives_the_same(model: Build, attention: str) -> N
 def test_tokens_may_lie_anywhere_in_a_row(model: Build) -> None:
     built, ids = model(), random_ids(2, 6)
     mask = torch.tensor([[True, False, True, True, False, False], [False, False, False, True, False, True]])
-    found = built.extend(ids, DecodeCache(built.config, 2, loops=4), mask=mask)
+    actual = built.extend(ids, DecodeCache(built.config, 2, loops=4), mask=mask)
     for row in range(2):
         alone = built.extend(ids[row : row + 1, mask[row]], DecodeCache(built.config, 1, loops=4))
-        torch.testing.assert_close(found.logits[row], alone.logits[0], **CLOSE)
+        torch.testing.assert_close(actual.logits[row], alone.logits[0], **CLOSE)
 
 
 def test_last_logits_are_those_of_each_rows_last_token(model: Build) -> None:
@@ -296,19 +297,19 @@ def test_nothing_is_computed_for_padding_or_positions_that_stopped(model: Build,
     mask = torch.arange(9) >= torch.tensor([[0], [4], [9], [8]])
     for ids_, mask_ in ((ids, mask), (ids[:, :1], torch.tensor([[True], [False], [True], [True]]))):
         counted.core = counted.once = 0
-        found = built.extend(ids_, cache, mask=mask_, loops=[8, 6, 8, 2], halting=Erratic())
-        assert counted.core == 2 * found.loops.sum() < 2 * 8 * mask_.sum()
+        actual = built.extend(ids_, cache, mask=mask_, loops=[8, 6, 8, 2], halting=Erratic())
+        assert counted.core == 2 * actual.loops.sum() < 2 * 8 * mask_.sum()
         assert counted.once == 2 * mask_.sum()
 
 
 def test_rows_without_tokens_cost_nothing(model: Build) -> None:
     built, ids = model(), random_ids(2, 3)
     counted, cache = Counted(built), DecodeCache(built.config, 2, loops=4)
-    for found in (
+    for actual in (
         built.extend(ids, cache, mask=torch.zeros(2, 3, dtype=torch.bool)),
         built.extend(ids[:, :0], cache),
     ):
-        assert found.logits.shape == (2, 128) and not found.logits.any() and not found.loops.any()
+        assert actual.logits.shape == (2, 128) and not actual.logits.any() and not actual.loops.any()
     assert counted.core == counted.once == 0 and cache.lengths == [0, 0] and cache.bytes == 0
     assert built.extend(ids[:, :0], cache, logits="all").logits.shape == (2, 0, 128)
 
@@ -316,9 +317,9 @@ def test_rows_without_tokens_cost_nothing(model: Build) -> None:
 def test_padding_may_be_any_number_and_rows_without_tokens_ask_for_no_depth(model: Build) -> None:
     built, cache = model(), DecodeCache(model().config, 2, loops=4)
     ids, mask = torch.tensor([[-100, 7], [128, -1]]), torch.tensor([[False, True], [False, False]])
-    found = built.extend(ids, cache, mask=mask, loops=[4, 64])
+    actual = built.extend(ids, cache, mask=mask, loops=[4, 64])
     alone = built.extend(ids[:1, 1:], DecodeCache(built.config, 1, loops=4))
-    torch.testing.assert_close(found.logits[:1], alone.logits)
+    torch.testing.assert_close(actual.logits[:1], alone.logits)
     assert cache.loops == 4
 
 
@@ -380,8 +381,8 @@ def test_rule_that_fails_leaves_the_cache_as_it_was(model: Build) -> None:
         built.extend(random_ids(2, 6, seed=1), cache, loops=8, halting=Fails())
     assert cache.lengths == [3, 3]
     built.extend(ids[:, :3], other)
-    found, expected = (built.extend(ids[:, 3:], c, loops=8).logits for c in (cache, other))
-    torch.testing.assert_close(found, expected)
+    actual, expected = (built.extend(ids[:, 3:], c, loops=8).logits for c in (cache, other))
+    torch.testing.assert_close(actual, expected)
 
 
 def test_cache_of_another_model_or_after_a_reset(model: Build) -> None:
@@ -415,5 +416,5 @@ def test_rules_by_name(model: Build) -> None:
 
 
 def test_results_carry_no_gradient(model: Build) -> None:
-    found: Extension = model().extend(random_ids(1, 2), DecodeCache(model().config, 1, loops=4))
-    assert not found.logits.requires_grad
+    actual: Extension = model().extend(random_ids(1, 2), DecodeCache(model().config, 1, loops=4))
+    assert not actual.logits.requires_grad

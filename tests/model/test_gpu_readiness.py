@@ -35,7 +35,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mythos import trainer
+from mythos import trainer as trainer_module
 from mythos.config.presets import preset_config
 from mythos.distributed.parallel import ParallelModel
 from mythos.model.halting import GATE_WIDTH
@@ -96,19 +96,19 @@ class OnDevice(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
-        given, made = (
+        inputs, outputs = (
             [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)] for tree in ((args, kwargs), result)
         )
-        sources, targets = ({tensor.device.type for tensor in tensors} for tensors in (given, made))
+        sources, targets = ({tensor.device.type for tensor in tensors} for tensors in (inputs, outputs))
         if name in ("_to_copy", "copy_") and sources | targets == {"cpu", "cuda"}:
             if not self.uploading:
                 raise Transfers(f"{name} from {sources} to {targets}, not from pinned memory without waiting")
             self.uploads += 1
         elif len(sources | targets) > 1:
             raise Transfers(f"{name} takes tensors on {sources} and gives some on {targets}")
-        self.largest = max([self.largest, *(tensor.untyped_storage().nbytes() for tensor in made)])
+        self.largest = max([self.largest, *(tensor.untyped_storage().nbytes() for tensor in outputs)])
         if name in PRODUCTS:
-            floating = [tensor for tensor in given if tensor.is_floating_point()]
+            floating = [tensor for tensor in inputs if tensor.is_floating_point()]
             self.products.update((name, tensor.dtype) for tensor in floating)
             self.float32_sizes.update(size for tensor in floating if tensor.dtype == FLOAT32 for size in tensor.shape)
         return result
@@ -182,12 +182,12 @@ def backward(loss: Tensor) -> None:
             stack += [(node, True), *((following, False) for following, _ in node.next_functions)]
     waiting: dict[Any, dict[int, Tensor]] = {loss.grad_fn: {0: torch.ones_like(loss)}}
     for node in reversed(order):
-        given = waiting.pop(node, {})
+        received = waiting.pop(node, {})
         if hasattr(node, "variable"):
             parameter = node.variable
-            parameter.grad = given[0] if parameter.grad is None else parameter.grad + given[0]
+            parameter.grad = received[0] if parameter.grad is None else parameter.grad + received[0]
             continue
-        gradients = [given.get(place) for place in range(len(node._input_metadata))]
+        gradients = [received.get(place) for place in range(len(node._input_metadata))]
         results = node.apply(*gradients) if isinstance(node, BackwardCFunction) else node(*gradients)
         results, edges = results if isinstance(results, tuple) else (results,), node.next_functions
         if isinstance(node, BackwardCFunction):  # one result for each argument, of which some are no tensors
@@ -214,27 +214,29 @@ class HostRows(list):
 
 def walk(directory: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> tuple[Trainer, StepResult, OnDevice]:
     """A step of a trainer whose model, optimizer and counters were put on a fake GPU; one that trains the gate."""
-    made = Trainer(tiny(directory, **changes))
-    batch = made.loader.next_batch()
-    made.resources.close()
-    made.step = next(step for step in range(99) if made.schedule.plan(step).early)
+    trainer = Trainer(tiny(directory, **changes))
+    batch = trainer.loader.next_batch()
+    trainer.resources.close()
+    trainer.step = next(step for step in range(99) if trainer.schedule.plan(step).early)
     monkeypatch.setattr(Tensor, "backward", backward)
     monkeypatch.setattr(
-        trainer,
+        trainer_module,
         "initial_state",
         lambda config, rows, length, *, device, **_: torch.zeros(len(rows), length, config.dim, device=device),
     )
     watch = OnDevice()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        made.device, made.world = CUDA, replace(made.world, device=CUDA)
+        trainer.device, trainer.world = CUDA, replace(trainer.world, device=CUDA)
         with CUDA:
-            made.model = RecurrentDepthTransformer(made.config.model)
-            made.skipped, made.skipped_in_a_row = torch.zeros(2, dtype=torch.int64).unbind()
-        made.parallel = ParallelModel(made.model, made.layout, made.world, made.config.parallel, BFLOAT16)
-        made.optimizer = build_optimizer(made.model, made.config.optim, BFLOAT16)
+            trainer.model = RecurrentDepthTransformer(trainer.config.model)
+            trainer.skipped, trainer.skipped_in_a_row = torch.zeros(2, dtype=torch.int64).unbind()
+        trainer.parallel = ParallelModel(
+            trainer.model, trainer.layout, trainer.world, trainer.config.parallel, BFLOAT16
+        )
+        trainer.optimizer = build_optimizer(trainer.model, trainer.config.optim, BFLOAT16)
         with watch, Kernels(watch):
-            result = made.train_step(batch._replace(rows=HostRows(batch.rows.tolist())))
-    return made, result, watch
+            result = trainer.train_step(batch._replace(rows=HostRows(batch.rows.tolist())))
+    return trainer, result, watch
 
 
 LENGTH = 128
@@ -255,7 +257,7 @@ WALKED: dict[str, Any] = {
 )
 def test_step_on_a_gpu(tmp_path, monkeypatch, kind, ffn, documents):
     """All on the device, bfloat16 products, float32 state, no copy but those that do not wait."""
-    made, result, watch = walk(
+    trainer, result, watch = walk(
         tmp_path,
         monkeypatch,
         model__attention=kind,
@@ -263,7 +265,7 @@ def test_step_on_a_gpu(tmp_path, monkeypatch, kind, ffn, documents):
         data__mask_documents=documents,
         **WALKED,
     )
-    model = made.config.model
+    model = trainer.config.model
     assert len(set(result.plan.loops)) > 1, "rows must join the prefix"
     assert max(result.plan.loops) > result.plan.backprop, "some passes must go without gradient"
     for name in ("loss", "grad_norm", "state_norm", "state_delta"):
@@ -272,8 +274,8 @@ def test_step_on_a_gpu(tmp_path, monkeypatch, kind, ffn, documents):
     if ffn == "moe":
         assert result.expert_load.device == CUDA
         assert result.expert_load.shape == (model.core_layers, model.loops, model.n_experts)
-    for name, parameter in made.model.named_parameters():
-        kept = [parameter, *made.optimizer.state[parameter].values()]
+    for name, parameter in trainer.model.named_parameters():
+        kept = [parameter, *trainer.optimizer.state[parameter].values()]
         assert {(tensor.device, tensor.dtype) for tensor in kept} == {(CUDA, FLOAT32)}, name
 
     half = {name for name, dtype in watch.products if dtype == BFLOAT16}
@@ -286,11 +288,11 @@ def test_step_on_a_gpu(tmp_path, monkeypatch, kind, ffn, documents):
 
 
 def test_muon_on_a_gpu(tmp_path, monkeypatch):
-    made, _, watch = walk(tmp_path, monkeypatch, optim__name="muon", **WALKED)
+    trainer, _, watch = walk(tmp_path, monkeypatch, optim__name="muon", **WALKED)
     assert {"bmm", "baddbmm"} <= {name for name, dtype in watch.products if dtype == BFLOAT16}
     assert not {"bmm", "baddbmm"} & {name for name, dtype in watch.products if dtype == FLOAT32}
-    for name, parameter in made.model.named_parameters():
-        kept = [parameter, *made.optimizer.state[parameter].values()]
+    for name, parameter in trainer.model.named_parameters():
+        kept = [parameter, *trainer.optimizer.state[parameter].values()]
         assert {(tensor.device, tensor.dtype) for tensor in kept} == {(CUDA, FLOAT32)}, name
 
 

@@ -12,10 +12,9 @@ from torch.nn.utils import get_total_norm
 from mythos.config.loading import config_from_dict
 from mythos.config.sections import Config
 from mythos.errors import MythosError
-from mythos.model.config import ModelConfig
+from mythos.model.config import INJECTIONS, ModelConfig
 from mythos.model.halting import build_halting
 from mythos.model.rdt import RecurrentDepthTransformer
-from mythos.model.recurrence import INJECTIONS
 from mythos.training.lr import learning_rate
 from mythos.training.optim import build_optimizer
 
@@ -44,7 +43,7 @@ HALTINGS = ("none", "gate", "act")
 
 
 def refusal(injection: str, halting: str, backprop: int | None) -> str | None:
-    """What a combination in which something could not learn is told; None for all others."""
+    """The error for a combination in which some parameter cannot learn; None for all others."""
     if injection == "initial" and backprop == 1:  # the input is read in the first loop, which carries no gradient
         return "model.injection, depth.backprop, model.loops: got initial, 1 and sequences of up to 8 loops"
     if injection == "none" and halting != "none":  # nothing can stop before the only loop
@@ -105,7 +104,7 @@ def models(config: Config) -> Iterator[ModelConfig]:
 
 @pytest.mark.parametrize("backprop", [None, 1])
 @pytest.mark.parametrize("halting", HALTINGS)
-@pytest.mark.parametrize("injection", [*INJECTIONS, "none"])
+@pytest.mark.parametrize("injection", INJECTIONS.names)
 def test_every_parameter_learns_or_the_configuration_is_refused(injection, halting, backprop):
     if (refused := refusal(injection, halting, backprop)) is not None:
         with pytest.raises(MythosError, match=re.escape(refused)):
@@ -127,7 +126,7 @@ def test_router_of_a_single_expert_learns_nothing():
 
 @pytest.mark.parametrize("halting", ["convergence", "second_difference"])
 def test_rules_without_training_add_no_parameters(halting):
-    assert build_halting(halting, 8, 8) is None
+    assert build_halting(ModelConfig(halting=halting)) is None
 
 
 @pytest.mark.parametrize(("backprop", "learns"), [(4, False), (8, True)])

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mythos.benchmarks.products import executed_flops
-from mythos.model.attention import attention_context
+from mythos.model.attention.context import attention_context
 from mythos.model.cache import DecodeCache
 from mythos.model.halting import ActHalting, HaltingGate, halting_rule
 from mythos.model.layers import initialize
 from mythos.model.rdt import RecurrentDepthTransformer
+from scripts.benchmarks.products import executed_flops
 
 Build = Callable[..., RecurrentDepthTransformer]
 DEPTHS, BACKPROP, LENGTH = [5, 3, 3, 1], 2, 9
@@ -44,9 +44,9 @@ def test_gate_leaves_the_trunks_gradients_as_they_are_bit_by_bit(model: Build, r
         one.recurrence.checkpointing = "loop" if recomputed else "none"
     expected = trunk_gradients(without, document_ids=numbers)
     for early in ({}, {"early_rows": [1, 2], "early_by": 2}, {"early_rows": [0], "early_by": 1}):
-        found = trunk_gradients(with_gate, document_ids=numbers, **early)
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+        actual = trunk_gradients(with_gate, document_ids=numbers, **early)
+        assert actual.keys() == expected.keys()
+        assert all(torch.equal(actual[name], gradient) for name, gradient in expected.items())
         touched = [bool(p.grad.any()) for p in with_gate.halting.parameters()]
         assert all(touched) if early else not any(touched), (
             "every parameter has a gradient, zero if nothing is read out"
@@ -121,10 +121,10 @@ def test_gate_costs_at_most_five_percent_of_a_step(model: Build):
     build = {"vocab_size": 2048, "loops": 8, "core_layers": 1}
     counts = {}
     for halting, early in (("none", {}), ("gate", {"early_rows": [3], "early_by": 4})):
-        made, (ids, targets) = model(halting=halting, **build), inputs(64, 8)
+        built, (ids, targets) = model(halting=halting, **build), inputs(64, 8)
 
-        def step(made=made, ids=ids, targets=targets, early=early) -> None:
-            made(ids, targets, loops=[8] * 8, backprop=4, **early).objective.backward()
+        def step(built=built, ids=ids, targets=targets, early=early) -> None:
+            built(ids, targets, loops=[8] * 8, backprop=4, **early).objective.backward()
 
         counts[halting] = executed_flops(step).total
     assert 0 < counts["gate"] / counts["none"] - 1 < 0.05, counts
@@ -197,12 +197,12 @@ def test_act_decodes_as_graves_says(model: Build):
         pondering.halting.bias.fill_(-1.0)
     ids, _ = inputs()
     cache = DecodeCache(pondering.config, len(ids), loops=6)
-    found = pondering.extend(ids, cache, loops=6, halting=halting_rule(pondering, "act"), logits="all")
+    actual = pondering.extend(ids, cache, loops=6, halting=halting_rule(pondering, "act"), logits="all")
     unasked = pondering.extend(ids, DecodeCache(pondering.config, len(ids), loops=6), loops=6, logits="all")
-    assert torch.equal(found.logits, unasked.logits)
+    assert torch.equal(actual.logits, unasked.logits)
     with torch.no_grad():
-        torch.testing.assert_close(found.logits, pondering(ids, loops=6).logits, rtol=1e-5, atol=1e-5)
-    assert 1 < found.loops.float().mean() < 6
+        torch.testing.assert_close(actual.logits, pondering(ids, loops=6).logits, rtol=1e-5, atol=1e-5)
+    assert 1 < actual.loops.float().mean() < 6
 
 
 def test_act_starts_by_halting_after_the_trained_loops_on_average():

@@ -15,16 +15,16 @@ def test_rms_norm_with_gradients(shape: tuple[int, ...]) -> None:
     norm = RMSNorm(shape[-1], 1e-6)
     with torch.no_grad():
         norm.weight.copy_(torch.rand(shape[-1], generator=generator) + 0.5)
-    found = []
+    results = []
     for apply in (norm, lambda x: F.rms_norm(x, norm.weight.shape, norm.weight, norm.eps)):
         leaf = x.clone().requires_grad_()
         norm.weight.grad = None
         result = apply(leaf)
         (result * direction).sum().backward()
-        found.append((result.detach(), leaf.grad, norm.weight.grad))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
+        results.append((result.detach(), leaf.grad, norm.weight.grad))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
     with torch.no_grad():
-        torch.testing.assert_close(norm(x), found[1][0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(norm(x), results[1][0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("gradient", [True, False])
@@ -47,12 +47,12 @@ def test_swiglu_with_gradients() -> None:
         torch.nn.init.normal_(parameter, std=0.3, generator=generator)
     x, direction = (torch.randn(3, 5, 12, generator=generator) for _ in range(2))
     gate, up = layer.gate_up.weight.chunk(2)
-    found = []
+    results = []
     for apply in (layer, lambda x: (F.silu(x @ gate.T) * (x @ up.T)) @ layer.down.weight.T):
         leaf = x.clone().requires_grad_()
         layer.zero_grad()
         (apply(leaf) * direction).sum().backward()
-        found.append((apply(leaf).detach(), leaf.grad, *(parameter.grad for parameter in layer.parameters())))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
+        results.append((apply(leaf).detach(), leaf.grad, *(parameter.grad for parameter in layer.parameters())))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
     with torch.no_grad():
-        torch.testing.assert_close(layer(x), found[1][0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(layer(x), results[1][0], rtol=1e-5, atol=1e-5)

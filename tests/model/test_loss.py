@@ -8,7 +8,9 @@ from mythos.model import IGNORE_INDEX, loss
 from mythos.model.loss import cross_entropies, summed_cross_entropy
 
 
-def made(rows: int = 150, dim: int = 16, vocabulary: int = 96) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def random_inputs(
+    rows: int = 150, dim: int = 16, vocabulary: int = 96
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(2, rows // 2, dim, generator=generator).requires_grad_()
     weight = torch.randn(vocabulary, dim, generator=generator).requires_grad_()
@@ -29,7 +31,7 @@ def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.usefixtures("pieces")
 def test_equals_the_whole_with_gradients() -> None:
-    hidden, weight, targets = made()
+    hidden, weight, targets = random_inputs()
     (whole(hidden, weight, targets).sum() / 7).backward()
     expected = hidden.grad, weight.grad
     hidden.grad = weight.grad = None
@@ -41,7 +43,7 @@ def test_equals_the_whole_with_gradients() -> None:
 
 @pytest.mark.usefixtures("pieces")
 def test_each_target_and_without_gradient() -> None:
-    hidden, weight, targets = made()
+    hidden, weight, targets = random_inputs()
     expected = whole(hidden, weight, targets)
     torch.testing.assert_close(cross_entropies(hidden, weight, targets), expected.detach(), rtol=1e-5, atol=1e-5)
     assert (cross_entropies(hidden, weight, targets)[0, ::7] == 0).all()
@@ -52,7 +54,7 @@ def test_each_target_and_without_gradient() -> None:
 
 @pytest.mark.usefixtures("pieces")
 def test_bfloat16_products_but_a_float32_sum() -> None:
-    hidden, weight, targets = made(rows=1000, vocabulary=512)
+    hidden, weight, targets = random_inputs(rows=1000, vocabulary=512)
     # Values that bfloat16 holds exactly: what is left is the rounding of the logits, which the whole has as well.
     hidden, weight = (tensor.detach().bfloat16().float().requires_grad_() for tensor in (hidden, weight))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -68,7 +70,7 @@ def test_bfloat16_products_but_a_float32_sum() -> None:
 
 
 def test_what_is_masked_or_frozen_does_not_count() -> None:
-    hidden, weight, targets = made()
+    hidden, weight, targets = random_inputs()
     expected = summed_cross_entropy(hidden, weight, targets).item()
     broken = hidden.detach().clone()
     broken[0, ::7] = float("nan")  # where there is no target
@@ -81,7 +83,7 @@ def test_what_is_masked_or_frozen_does_not_count() -> None:
 
 
 def test_no_target_at_all_and_only_one_backward_pass() -> None:
-    hidden, weight, targets = made()
+    hidden, weight, targets = random_inputs()
     total = summed_cross_entropy(hidden, weight, torch.full_like(targets, IGNORE_INDEX))
     total.backward()
     assert total == 0 and (weight.grad == 0).all() and (hidden.grad == 0).all()

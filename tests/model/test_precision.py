@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from mythos.model.config import ModelConfig
 from mythos.model.halting import ActHalting, HaltingGate
+from mythos.model.injection import LTIInjection
 from mythos.model.layers import RMSNorm
 from mythos.model.moe import Router
-from mythos.model.recurrence import LoopAdapter, LoopEmbedding, LTIInjection
+from mythos.model.recurrence import LoopAdapter, LoopEmbedding
 from tests.model.conftest import scrambled
 
 DIM = 32

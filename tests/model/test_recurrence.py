@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from mythos.benchmarks.products import executed_flops
-from mythos.model.attention import attention_context
+from mythos.model.attention.context import attention_context
+from mythos.model.injection import InitialInjection, LinearInjection, LTIInjection
 from mythos.model.rdt import RecurrentDepthTransformer
-from mythos.model.recurrence import InitialInjection, LinearInjection, LTIInjection, initial_state
+from mythos.model.state import initial_state
 from mythos.training.depth_schedule import DepthSchedule
+from scripts.benchmarks.products import executed_flops
 from tests.model.conftest import scrambled
 from tests.training.test_depth_schedule import config_with
 
@@ -39,9 +40,9 @@ def inputs(
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    by_name = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
-    return found
+    return by_name
 
 
 def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:

@@ -1,4 +1,4 @@
-"""The plan of many processes: bytes against counts by hand and real allocations, and layouts that fit."""
+"""Plans for many processes: bytes against hand counts and real allocations, and layouts that fit."""
 
 import re
 import weakref
@@ -26,20 +26,16 @@ from mythos.distributed.parallel import parallelize, shard_model
 from mythos.distributed.ranks import Ranks, World
 from mythos.errors import MythosError
 from mythos.model.config import ModelConfig
-from mythos.planning import plan as planning
-from mythos.planning.estimate import Activations, Step, build_on_meta, count_parameters
-from mythos.planning.plan import (
-    Laid,
-    Unit,
-    Working,
-    activations,
-    choose_layout,
-    compute_dtype,
-    fake_processes,
-    lay_out,
-    plan,
-    working_memory,
-)
+from mythos.planning import collectives
+from mythos.planning import layout as layouts
+from mythos.planning import rank_state as states
+from mythos.planning.collectives import fake_processes
+from mythos.planning.fake_step import Step
+from mythos.planning.flops import build_on_meta, count_parameters
+from mythos.planning.layout import choose_layout
+from mythos.planning.memory import Activations
+from mythos.planning.plan import plan
+from mythos.planning.rank_state import RankState, Unit, Working, activations, compute_dtype, rank_state, working_memory
 from mythos.torch_internals import fsdp_param_groups
 from mythos.training.optim import build_optimizer
 from tests.runs import tiny
@@ -47,8 +43,8 @@ from tests.runs import tiny
 GIB = 2**30
 
 
-def laid_out(config: Config, ranks: int) -> Laid:
-    return lay_out(config, choose_layout(config, ranks, min(ranks, 8), 80 * GIB))
+def state_on(config: Config, ranks: int) -> RankState:
+    return rank_state(config, choose_layout(config, ranks, min(ranks, 8), 80 * GIB))
 
 
 def preset(name: str, **parallel: Any) -> Config:
@@ -82,20 +78,20 @@ def test_bytes_are_those_of_rows_counted_by_hand(
     tmp_path: Path, ranks: int, mode: str, shard: int | None, pieces: int
 ) -> None:
     config = tiny(tmp_path, parallel__mode=mode, parallel__shard=shard, model__vocab_size=384)
-    laid = laid_out(config, ranks)
+    state = state_on(config, ranks)
     numbers, whole, tensors = 0, 0, 0
     for name, parameter in build_on_meta(config.model).named_parameters():
         rows, *rest = parameter.shape
         shards = 1 if FLOAT32.search(name) else pieces
         even = any(
             size % shards == 0 for size in parameter.shape
-        )  # cut there, else along the rows, the last one padded
+        )  # sharded along that dimension, else along rows, the last shard padded
         size = parameter.numel() // shards if even else ceil(rows / shards) * torch.Size(rest).numel()
         numbers, tensors = numbers + size, tensors + 1
         whole += size if FLOAT32.search(name) else 0
-    assert laid.parameters == laid.gradients == 4 * numbers
-    assert laid.optimizer == 8 * numbers + 4 * tensors  # two moments, and a counter of steps for each
-    assert laid.replicated == (4 * whole if pieces > 1 else 0)
+    assert state.parameters == state.gradients == 4 * numbers
+    assert state.optimizer == 8 * numbers + 4 * tensors  # two moments, and a counter of steps for each
+    assert state.replicated == (4 * whole if pieces > 1 else 0)
     assert not dist.is_initialized()
 
 
@@ -109,27 +105,27 @@ def test_optimizer_keeps_one_moment_of_what_muon_updates(tmp_path: Path, name: s
     assert len(hidden) == 20
     if name == "muon":
         moments, counters = moments - sum(hidden), counters - len(hidden)
-    laid = laid_out(config, 1)
-    assert laid.optimizer == 4 * (moments + counters)
+    state = state_on(config, 1)
+    assert state.optimizer == 4 * (moments + counters)
     parameters = sum(p.numel() for p in model.parameters())
-    assert laid.state - 4 * counters == 4 * (2 * parameters + moments), "weights, gradients and moments, all float32"
+    assert state.total - 4 * counters == 4 * (2 * parameters + moments), "weights, gradients and moments, all float32"
 
 
 def test_units_add_up_and_shards_are_padded_to_equal_length(tmp_path: Path) -> None:
     config = tiny(tmp_path, parallel__mode="fsdp", train__dtype="bfloat16", model__vocab_size=384)
     sharded = sum(p.numel() for name, p in build_on_meta(config.model).named_parameters() if not FLOAT32.search(name))
     injection = config.model.dim**2
-    few, many = laid_out(config, 4), laid_out(config, 1024)
-    for laid in (few, many):
-        assert sum(unit.accumulated for unit in laid.units) == 4 * sharded
-        assert sum(unit.gradient for unit in laid.units) == 2 * sharded + 2 * injection
-        assert sum(unit.reduced for unit in laid.units) == laid.layout.size * (laid.parameters - laid.replicated)
+    few, many = state_on(config, 4), state_on(config, 1024)
+    for state in (few, many):
+        assert sum(unit.accumulated for unit in state.units) == 4 * sharded
+        assert sum(unit.gradient for unit in state.units) == 2 * sharded + 2 * injection
+        assert sum(unit.reduced for unit in state.units) == state.layout.size * (state.parameters - state.replicated)
     assert sum(unit.reduced for unit in few.units) == pytest.approx(4 * sharded, rel=0.01), "few rows are padding"
     assert sum(unit.reduced for unit in many.units) > 10 * 4 * sharded, "a tensor of 32 rows takes 1,024 of them"
 
 
 def read_off(config: Config, layout: Layout) -> tuple[int, int, int, list[Unit]]:
-    """Bytes of parameters, of those that are whole, and of the optimizer, and the units, of a model that FSDP2 cut."""
+    """Measure a model sharded by FSDP2: bytes of parameters, of whole ones, of the optimizer; and its units."""
 
     def local(tensors: list[Tensor]) -> int:
         return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)
@@ -184,24 +180,24 @@ def test_bytes_are_those_of_fsdp_itself(name: str, ranks: int, changes: dict[str
     config = preset(name, **changes)
     config = config.model_copy(update={"optim": config.optim.model_copy(update={"name": optimizer})})
     layout = named_layout(config.parallel, ranks, 8)
-    laid = lay_out(config, layout)
+    state = rank_state(config, layout)
     parameters, whole, states, units = read_off(config, layout)
-    assert (laid.parameters, laid.replicated, laid.optimizer) == (parameters, whole, states)
-    assert list(laid.units) == units
+    assert (state.parameters, state.replicated, state.optimizer) == (parameters, whole, states)
+    assert list(state.units) == units
 
 
 def test_units_of_a_gate_and_of_float32_are_those_of_fsdp_itself(tmp_path: Path) -> None:
     for changes in ({"model__halting": "gate"}, {"train__dtype": "float32"}, {"model__injection": "linear"}):
         config = tiny(tmp_path, parallel__mode="fsdp", model__vocab_size=384, model__coda_layers=1, **changes)
         layout = named_layout(config.parallel, 4, 4)
-        assert list(lay_out(config, layout).units) == read_off(config, layout)[3]
+        assert list(rank_state(config, layout).units) == read_off(config, layout)[3]
 
 
 # --- what training really allocates
 
 
 class Peak(TorchDispatchMode):
-    """Most bytes of all tensors that are alive at once."""
+    """Peak bytes of all tensors that are alive at once."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         super().__init__()
@@ -257,11 +253,11 @@ WIDE = {
     ids=str,
 )
 def test_memory_is_what_steps_allocate(tmp_path: Path, micro_batches: int, changes: dict[str, Any]) -> None:
-    """Rank 0 of four, whose collectives do nothing but whose tensors are real, with hardly any activations."""
+    """Rank 0 of four fake processes: collectives do nothing, but tensors are real; activations are negligible."""
     config = tiny(tmp_path, **{**WIDE, "train__global_batch": 4 * micro_batches, **changes})
     layout = named_layout(config.parallel, 4, 4)
-    laid = lay_out(config, layout)
-    planned = laid.state + working_memory(config, laid).total
+    state = rank_state(config, layout)
+    planned = state.total + working_memory(config, state).total
     ids = torch.zeros(1, 3, dtype=torch.int64)
     autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.train.dtype == "bfloat16")
     with fake_processes(4):
@@ -288,12 +284,12 @@ def test_memory_is_what_steps_allocate(tmp_path: Path, micro_batches: int, chang
 
 @pytest.fixture
 def no_activations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layouts are looked at alone."""
-    monkeypatch.setattr(planning, "step_activations", lambda model, step: Activations(0, 0))
+    """Plan layouts without activations."""
+    monkeypatch.setattr(states, "step_activations", lambda model, step: Activations(0, 0))
 
 
-def told(text: str) -> dict[str, float]:
-    """Lines of the memory table, GiB by what they are."""
+def memory_table(text: str) -> dict[str, float]:
+    """GiB in the memory table, by line."""
     return {
         what: float(size.replace(",", "")) for size, what in re.findall(r"^ +([\d.,]+)  ([a-z].*)$", text, re.MULTILINE)
     }
@@ -303,7 +299,7 @@ def told(text: str) -> dict[str, float]:
 @pytest.mark.usefixtures("no_activations")
 def test_every_preset_is_planned_for_1024_processes(name: str) -> None:
     text = plan(preset(name), 1024)
-    table = told(text)
+    table = memory_table(text)
     assert re.search(r"^processes +1,024, 8 on a machine: (ddp|hsdp|fsdp)", text, re.MULTILINE)
     assert all(table[what] > 0 for what in ("parameters", "gradients", "optimizer state", "in all, of 80"))
     assert sum(size for what, size in table.items() if "in all" not in what) == pytest.approx(
@@ -324,55 +320,55 @@ def test_every_preset_is_planned_for_1024_processes(name: str) -> None:
             80,
             "auto",
             "parallel.reduce=micro_batch",
-        ),  # shared by eight it fits, not with 37 GiB of whole gradients
-        (64, 60, "hsdp", "parallel.shard="),  # the eight of a machine do not suffice
+        ),  # sharded over eight it fits, but not with 37 GiB of whole gradients
+        (64, 60, "hsdp", "parallel.shard="),  # the eight ranks of a machine do not suffice
     ],
 )
 @pytest.mark.usefixtures("no_activations")
 def test_what_would_fit_does(ranks: int, memory: int, mode: str, expected: str) -> None:
     def config(*parallel: tuple[str, str]) -> Config:
         values = {"reduce": "step", "mode": mode} | {name: yaml.safe_load(value) for name, value in parallel}
-        made = preset("mythos_10b", **values).model_dump(mode="json")
-        made["data"]["streams"] = 64
-        made["train"]["global_batch"] = 64 * 8
-        return config_from_dict(made)
+        fields = preset("mythos_10b", **values).model_dump(mode="json")
+        fields["data"]["streams"] = 64
+        fields["train"]["global_batch"] = 64 * 8
+        return config_from_dict(fields)
 
     text = plan(config(), ranks, device_memory=memory * GIB)
-    told_so = re.search(r"^does not fit; (.*) would, with ([\d.]+) GiB$", text, re.MULTILINE)
-    assert told_so and expected in told_so[1], text[text.index("processes ") :]
-    assert float(told_so[2]) <= memory
-    elsewhere = re.search(r"on ([\d,]+) processes", told_so[1])
+    advice = re.search(r"^does not fit; (.*) would, with ([\d.]+) GiB$", text, re.MULTILINE)
+    assert advice and expected in advice[1], text[text.index("processes ") :]
+    assert float(advice[2]) <= memory
+    elsewhere = re.search(r"on ([\d,]+) processes", advice[1])
     there = int(elsewhere[1].replace(",", "")) if elsewhere else ranks
-    again = plan(config(*re.findall(r"parallel\.(\w+)=(\w+)", told_so[1])), there, device_memory=memory * GIB)
+    again = plan(config(*re.findall(r"parallel\.(\w+)=(\w+)", advice[1])), there, device_memory=memory * GIB)
     assert "does not fit" not in again
-    assert told(again)[f"in all, of {memory}"] == pytest.approx(float(told_so[2]), abs=0.001)
+    assert memory_table(again)[f"in all, of {memory}"] == pytest.approx(float(advice[2]), abs=0.001)
 
 
 def test_fitting_layout_is_the_smallest(tmp_path: Path) -> None:
-    """Against all hsdp layouts of 64 processes."""
+    """Compare with all hsdp layouts of 64 processes."""
     config = tiny(tmp_path, **{**WIDE, "data__streams": 64, "train__global_batch": 64})
 
     def needed(shard: int) -> int:
         parallel = {"parallel__mode": "hsdp", "parallel__shard": shard}
         changed = tiny(tmp_path, **{**WIDE, "data__streams": 64, "train__global_batch": 64, **parallel})
-        laid = laid_out(changed, 64)
-        return laid.state + working_memory(changed, laid).total
+        state = state_on(changed, 64)
+        return state.total + working_memory(changed, state).total
 
     by_shard = {shard: needed(shard) for shard in (2, 4, 8, 16, 32)}
     memory = by_shard[8]
     assert min(by_shard[2], by_shard[4]) > memory
-    fit = planning.find_fit(config, 64, 8, memory)
-    assert isinstance(fit, planning.Fit)
+    fit = layouts.find_fit(config, 64, 8, memory)
+    assert isinstance(fit, layouts.Fit)
     assert (fit.ranks, fit.parallel.mode, fit.parallel.shard, fit.needed) == (64, "hsdp", 8, memory)
-    assert isinstance(planning.find_fit(config, 64, 8, memory // 10), int)
+    assert isinstance(layouts.find_fit(config, 64, 8, memory // 10), int)
 
 
 def test_activations_count_against_the_memory(tmp_path: Path) -> None:
-    """One forward and backward pass of the fuller step is traced in each plan; the figures of the text add up."""
+    """The figures of the memory table add up, and checkpointing lowers activations."""
     long = {"data__sequence_length": 32768, "model__context_length": 32768, "train__global_batch": 2}
     long |= {"depth__backprop": 2, "depth__maximum": 3}
-    none = told(plan(tiny(tmp_path, **long)))
-    loop = told(plan(tiny(tmp_path, **long, parallel__activation_checkpointing="loop")))
+    none = memory_table(plan(tiny(tmp_path, **long)))
+    loop = memory_table(plan(tiny(tmp_path, **long, parallel__activation_checkpointing="loop")))
     kept = "activations that 2 passes of 2 rows keep"
     for table in (none, loop):
         parts = sum(size for what, size in table.items() if "in all" not in what)
@@ -383,13 +379,13 @@ def test_activations_count_against_the_memory(tmp_path: Path) -> None:
 
 
 def test_a_context_of_a_million_tokens_is_planned() -> None:
-    """The smallest preset of such a context; a table or mask of S x S would take 931 GiB in bytes alone."""
-    made = preset("mythos_100b", activation_checkpointing="loop", mode="fsdp").model_dump(mode="json")
-    made["data"]["sequence_length"] = made["model"]["context_length"]
-    made["model"] |= {"dim": 64, "ffn_dim": 64, "expert_dim": 8, "shared_expert_dim": 8, "n_heads": 1, "loops": 2}
-    made["model"] |= {"prelude_layers": 1, "coda_layers": 1, "n_experts": 8, "q_lora_rank": 16, "kv_lora_rank": 16}
-    made["train"]["micro_batch"] = 1
-    table = told(plan(config_from_dict(made), 1024))
+    """A small model with such a context; an S x S table or mask of bytes would take 931 GiB."""
+    fields = preset("mythos_100b", activation_checkpointing="loop", mode="fsdp").model_dump(mode="json")
+    fields["data"]["sequence_length"] = fields["model"]["context_length"]
+    fields["model"] |= {"dim": 64, "ffn_dim": 64, "expert_dim": 8, "shared_expert_dim": 8, "n_heads": 1, "loops": 2}
+    fields["model"] |= {"prelude_layers": 1, "coda_layers": 1, "n_experts": 8, "q_lora_rank": 16, "kv_lora_rank": 16}
+    fields["train"]["micro_batch"] = 1
+    table = memory_table(plan(config_from_dict(fields), 1024))
     assert 0 < table["activations of the rest, at their peak: head, casts, gradients on their way"] < 100
 
 
@@ -397,7 +393,7 @@ def test_a_context_of_a_million_tokens_is_planned() -> None:
 
 
 class Trace:
-    """Stands for the trace of activations: so many bytes for a model that is whole, so many for a sharded one."""
+    """Replaces the trace of activations: returns `whole` bytes, or `sharded` bytes for a sharded model."""
 
     def __init__(self, whole: int, sharded: int) -> None:
         self.whole, self.sharded = whole, sharded
@@ -411,20 +407,20 @@ class Trace:
 @pytest.fixture
 def trace(monkeypatch: pytest.MonkeyPatch) -> Trace:
     stand_in = Trace(whole=30 * GIB, sharded=25 * GIB)
-    monkeypatch.setattr(planning, "step_activations", stand_in)
+    monkeypatch.setattr(states, "step_activations", stand_in)
     return stand_in
 
 
 def needed_by_hand(config: Config, mode: str, size: int, local: int, trace: Trace) -> int:
-    """Weights, gradients and two moments of four bytes each and a counter, or what is measured of FSDP2 itself."""
+    """Bytes: under ddp four values of 4 bytes per parameter and a step counter; otherwise measured on FSDP2."""
     if mode == "ddp":
         model = build_on_meta(config.model)
         return 16 * count_parameters(config.model).total + 4 * len(list(model.parameters())) + trace.whole
     shard = local if mode == "hsdp" else size
     layout = Layout("hsdp" if mode == "hsdp" else "fsdp", size // shard, shard, "")
     parameters, _, states, units = read_off(config, layout)
-    laid = replace(lay_out(config, layout), units=tuple(units))
-    return 2 * parameters + states + working_memory(config, laid).total + trace.sharded
+    state = replace(rank_state(config, layout), units=tuple(units))
+    return 2 * parameters + states + working_memory(config, state).total + trace.sharded
 
 
 @pytest.mark.parametrize(("name", "size", "local"), [("mythos_1b", 16, 8), ("mythos_3b", 64, 8), ("mythos_10b", 64, 8)])
@@ -433,11 +429,11 @@ def test_auto_takes_the_first_mode_that_fits(name: str, size: int, local: int, t
     needs = {mode: needed_by_hand(config, mode, size, local, trace) for mode in ("ddp", "hsdp", "fsdp")}
     assert needs["fsdp"] < needs["hsdp"] < needs["ddp"]
     for mode, needed in needs.items():
-        enough, short = (int(needed / planning.ROOM) + change for change in (2, -2))
+        enough, short = (int(needed / layouts.USABLE_SHARE) + change for change in (2, -2))
         assert choose_layout(config, size, local, enough).mode == mode
         below = choose_layout(config, size, local, short)
         assert below.mode == {"ddp": "hsdp", "hsdp": "fsdp", "fsdp": "fsdp"}[mode]
-        assert below.fits  # 5% are kept free, but would hold it
+        assert below.fits  # it fits in the 5% that are kept free
     least = choose_layout(config, size, local, needs["fsdp"] - 1)
     assert least.mode == "fsdp" and not least.fits
     assert f"needs {needs['fsdp'] / GIB:.3f} GiB" in least.why or f"needs {needs['fsdp'] / GIB:,.0f} GiB" in least.why
@@ -472,10 +468,10 @@ def test_nothing_is_traced_where_it_decides_nothing(tmp_path: Path, trace: Trace
 
 def test_micro_batches_to_be_found_count_as_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
-    monkeypatch.setattr(planning, "step_activations", lambda model, step: rows.append(step.rows) or Activations(0, GIB))
-    made = preset("mythos_1b").model_dump(mode="json")
-    made["train"]["micro_batch"] = "auto"
-    assert choose_layout(config_from_dict(made), 8, 8, 80 * GIB).mode == "ddp"
+    monkeypatch.setattr(states, "step_activations", lambda model, step: rows.append(step.rows) or Activations(0, GIB))
+    fields = preset("mythos_1b").model_dump(mode="json")
+    fields["train"]["micro_batch"] = "auto"
+    assert choose_layout(config_from_dict(fields), 8, 8, 80 * GIB).mode == "ddp"
     assert rows == [1]
 
 
@@ -490,7 +486,7 @@ def test_shipped_1b_is_copied_to_every_gpu() -> None:
 
 
 def test_shipped_10b_fits_no_mode_on_80_gib() -> None:
-    """150 GiB of state; and whole float32 gradients of the core's experts are 33 GiB, however many ranks share."""
+    """State takes 150 GiB, and whole float32 gradients of the core's experts 33 GiB at any number of ranks."""
     config = shipped("fineweb-edu-10b")
     layout = choose_layout(config, 64, 8, 80 * GIB)
     assert (layout.mode, layout.fits) == ("fsdp", False)
@@ -506,7 +502,7 @@ def test_shipped_10b_fits_no_mode_on_80_gib() -> None:
 
 @pytest.mark.usefixtures("no_activations")
 def test_cache_of_a_token_is_told(tmp_path: Path) -> None:
-    """A layer of mla keeps a latent and one rotated key; one of gqa the keys and the values of its kv heads."""
+    """An mla layer caches a latent and one rotated key, a gqa layer keys and values of its kv heads."""
     assert "cache bytes per token in bfloat16: 16,640 (16.25 KiB) at 16 loops\n" in plan(preset("mythos_3b"))
     small = {"train__dtype": "float32", "model__prelude_layers": 2, "model__core_layers": 3, "depth__mean": 5.0}
     entries = 2 + 3 * 5 + 1
@@ -562,7 +558,7 @@ def test_number_of_processes_that_does_not_fit(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_activations")
 def test_no_process_group_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Nothing but the exchanges of Muon is read off processes.
+    # Only the exchanges of Muon need fake processes.
     config = tiny(tmp_path, parallel__mode="fsdp", optim__name="muon")
 
     def fails(*arguments: Any) -> Working:
@@ -571,12 +567,12 @@ def test_no_process_group_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     plan(config, 2)
     assert not dist.is_initialized()
-    monkeypatch.setattr(planning, "shard_model", fails)
+    monkeypatch.setattr(collectives, "shard_model", fails)
     with pytest.raises(KeyError):
         plan(config, 2)
     assert not dist.is_initialized()
     with fake_processes(2):
-        with pytest.raises(RuntimeError, match="before the processes meet"):
+        with pytest.raises(RuntimeError, match="plan before joining it"):
             plan(config, 2)
         assert dist.get_world_size() == 2
 

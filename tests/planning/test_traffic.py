@@ -1,4 +1,4 @@
-"""The traffic counter against byte counts by hand."""
+"""The traffic counter against bytes counted by hand."""
 
 from collections.abc import Callable
 from typing import Any
@@ -37,7 +37,7 @@ OPERATIONS = {
     "nothing is written to an empty tensor": (lambda x, w: torch.empty_like(x), 0, 0, 0),
     "lookup reads rows, not the table": (
         lambda x, w: w.index_select(0, torch.zeros(N, dtype=torch.int64)),
-        2,  # zeros is one
+        2,  # torch.zeros is the other
         0,
         8 * N + (8 * N + 2 * FLOAT),
     ),
@@ -60,7 +60,8 @@ def test_norms_count_as_one_kernel_forward_and_two_backward():
 
     with FakeTensorMode():
         norm, x = RMSNorm(D, 1e-6, cast=False), torch.zeros(N, D, requires_grad=True)
-        with TrafficCounter() as counter, counter.fused_norms():
+        with TrafficCounter() as counter:
+            counter.fuse_norms([norm])
             y = norm(x)
             assert (counter.kernels, counter.bytes) == (1, 2 * FLOAT)
             y.backward(torch.zeros(N, D))
@@ -87,18 +88,19 @@ def dense() -> ModelConfig:
 
 
 def test_loops_and_the_rest_add_up_to_steps_of_any_depth():
-    from mythos.planning.estimate import Step, fake_model, run_forward
+    from mythos.planning.fake_step import Step, fake_model, run_forward
 
     counted = step_traffic(dense(), 16, rows=2)
     for loops in (3, 9):
         step = Step(2, 16, loops, loops, "none", torch.bfloat16)
-        with fake_model(dense(), step) as model:
-            with TrafficCounter() as forward, forward.fused_norms():
-                objective = run_forward(model, step)
-            with TrafficCounter() as backward, backward.fused_norms():
-                objective.backward()
-        for name, counter in (("forward", forward), ("backward", backward)):
-            for what, value in (("kernels", counter.kernels), ("bytes", counter.bytes / 32)):
+        with fake_model(dense(), step) as model, TrafficCounter() as counter:
+            counter.fuse_norms(model.modules())
+            objective = run_forward(model, step)
+            forward = counter.take()
+            objective.backward()
+            backward = counter.take()
+        for name, (kernels, _, size) in (("forward", forward), ("backward", backward)):
+            for what, value in (("kernels", kernels), ("bytes", size / 32)):
                 key = f"{what}_{name}"
                 assert value == pytest.approx(getattr(counted.once, key) + loops * getattr(counted.loop, key))
 
@@ -143,9 +145,9 @@ def test_planned_kernels_against_bytes_by_hand():
     assert [(kernel.extern, kernel.size) for kernel in kernels[False]] == [
         (False, 2 * size),  # exp reads x and writes its result
         (True, 2 * size + matrix),
-        (False, 2 * size),  # sigmoid and the factor in one
+        (False, 2 * size),  # sigmoid and the factor, fused
     ]
-    # Read beside the gradient: the product's result for sigmoid's, exp(x) for its own.
+    # sigmoid's backward kernel also reads the matmul's result, exp's reads exp(x).
     assert [(kernel.extern, kernel.size) for kernel in kernels[True]] == [
         (False, 3 * size),
         (True, 2 * size + matrix),
@@ -155,7 +157,7 @@ def test_planned_kernels_against_bytes_by_hand():
 
 @pytest.mark.parametrize("function", [_gating, _gating_backward, _sum_of_slots])
 def test_fused_functions_are_one_kernel(function):
-    """Which reads its arguments and writes its results once: what the counter takes them for."""
+    """Inductor plans one kernel that reads the arguments and writes the results once, as the counter assumes."""
     slots, hidden, chosen = 256, 64, 4
     half = {"dtype": torch.bfloat16}
     with FakeTensorMode():
@@ -191,14 +193,21 @@ def test_a_compiled_loop_moves_half_of_what_an_eager_one_does():
 def test_time_of_a_token_by_hand():
     once = Traffic(10, 5, 1000.0, 20, 10, 2000.0)
     loop = Traffic(4, 1, 100.0, 8, 2, 300.0)
-    given = {"executed": 7e6, "loops": 6.0, "backprop": 2.0, "optimizer": 800.0, "peak": 1e12, "bandwidth": 1e9}
-    eager = step_time(StepTraffic(once, loop), tokens=10**6, compiled=False, **given)
+    arguments: dict[str, Any] = {
+        "executed": 7e6,
+        "loops": 6.0,
+        "backprop": 2.0,
+        "optimizer": 800.0,
+        "peak": 1e12,
+        "bandwidth": 1e9,
+    }
+    eager = step_time(StepTraffic(once, loop), tokens=10**6, compiled=False, **arguments)
     assert eager.products == pytest.approx(7e6 / 0.55e12)
     assert eager.elementwise == pytest.approx((3000 + 6 * 100 + 2 * 300 + 800) / 1e9)
     assert eager.waiting == 0
-    compiled = step_time(StepTraffic(once, loop), tokens=10**6, compiled=True, **given)
+    compiled = step_time(StepTraffic(once, loop), tokens=10**6, compiled=True, **arguments)
     assert compiled.elementwise == pytest.approx((0.47 * 4200 + 800) / 1e9)
     # 45 launches, 6 loops of 5 forward and 2 of 10 backward take 475 us, longer than the work of a token.
-    few = step_time(StepTraffic(once, loop), tokens=1, compiled=False, **given)
+    few = step_time(StepTraffic(once, loop), tokens=1, compiled=False, **arguments)
     assert few.total == pytest.approx(95 * 5e-6)
-    assert step_time(StepTraffic(once, loop), tokens=1, compiled=True, **given).waiting == 0
+    assert step_time(StepTraffic(once, loop), tokens=1, compiled=True, **arguments).waiting == 0

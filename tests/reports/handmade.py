@@ -1,4 +1,4 @@
-"""Run directories written by hand, and pages read back."""
+"""Write run directories with chosen records, and parse pages."""
 
 import json
 import re
@@ -15,7 +15,7 @@ VOID = {"meta", "br"}
 
 
 def records(steps: int, first: int = 1) -> list[dict[str, Any]]:
-    """Records of every step, all numbers different."""
+    """Records of every step, in which all numbers differ."""
     return [
         {
             "step": step,
@@ -39,7 +39,7 @@ def records(steps: int, first: int = 1) -> list[dict[str, Any]]:
 
 
 def write_run(directory: Path, written: Sequence[dict[str, Any]], config: Config | None = None, **changes: Any) -> Path:
-    """A run directory of these records; the configuration is `tests.runs.tiny` with changes, unless one is given."""
+    """Write a run directory with these records; the default configuration is `tests.runs.tiny` with changes."""
     directory.mkdir(parents=True)
     config = config or tiny(directory, **{"model__vocab_size": 384, "train__steps": 100, **changes})
     save_config(config, directory / "config.yaml")
@@ -48,7 +48,7 @@ def write_run(directory: Path, written: Sequence[dict[str, Any]], config: Config
 
 
 class Page(HTMLParser):
-    """What a page holds: that every element is closed, its references, ids, tables and headline."""
+    """Parses a page: checks that all elements are closed; collects references, ids, tables and headline."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -111,12 +111,12 @@ class Page(HTMLParser):
         return dict(zip(self.terms, self.values, strict=True))
 
     def table(self, *header: str) -> list[list[str]]:
-        """The rows of the one table whose header begins so."""
-        [found] = [table for table in self.cells if table[0][: len(header)] == list(header)]
-        return found[1:]
+        """The rows of the only table whose header begins with `header`."""
+        [match] = [table for table in self.cells if table[0][: len(header)] == list(header)]
+        return match[1:]
 
     def assert_self_contained(self) -> None:
-        """Nothing is loaded, nothing is run, and every reference inside finds its one target."""
+        """Assert that the page loads and runs nothing, and that every internal reference has one target."""
         assert not self.tags & {"script", "link", "img", "image", "iframe", "object", "embed", "base", "audio", "video"}
         assert not self.events
         assert self.references and all(reference.startswith("#") for reference in self.references)

@@ -1,4 +1,4 @@
-"""Runs compared: figures and table against the records, read here anew."""
+"""Comparisons of runs: figures and table against the records."""
 
 import csv
 import json
@@ -11,7 +11,7 @@ from matplotlib.image import imread
 
 from mythos.cli.compare import main
 from mythos.config.loading import load_config
-from mythos.planning.estimate import count_parameters, forward_flops
+from mythos.planning.flops import count_parameters, forward_flops
 from mythos.reports.comparison import compare
 from tests.reports.handmade import records, write_run
 
@@ -19,18 +19,18 @@ HOPS = Path(__file__).parents[2] / "configs" / "reasoning-hops.yaml"
 
 
 def validated(steps: int, scale: float, bits: float) -> list[dict]:
-    """Records of which every second holds a validation, of so many bits per byte for a nat per token."""
-    made = records(steps)
-    for record in made[1::2]:
+    """Records with a validation in every second one; `bits` are bits per byte for a nat per token."""
+    lines = records(steps)
+    for record in lines[1::2]:
         losses = {loops: scale * (2 + 1 / (loops + record["step"])) for loops in (1, 3, 6)}
         record |= {f"val/loss@{loops}": loss for loops, loss in losses.items()}
         record |= {"val/loss": losses[3], "val/bits_per_byte": losses[3] * bits, "val/auto_loops": 2.5}
-    return made
+    return lines
 
 
 @pytest.fixture
 def folders(tmp_path: Path) -> list[str]:
-    """Two runs of one tokenizer, the second of another width and depth, and not validated as often."""
+    """Two runs with one tokenizer; the second has another width and depth and fewer validations."""
     written = validated(8, 1.0, 0.4), validated(5, 1.5, 0.4)
     for record in written[1]:
         record["loops"] += 2
@@ -53,7 +53,7 @@ def lines_of(folder: str) -> list[dict]:
 
 
 def flops_of(folder: str) -> list[float]:
-    """Every step was logged: each costs 256 tokens at its own loops."""
+    """FLOPs up to each record: every step is logged and costs 256 tokens at its own loops."""
     costs = forward_flops(load_config(Path(folder) / "config.yaml").model, 32)
     each = [
         256 * (3 * costs.once + (line["loops"] + 2 * line["backprop_loops"]) * costs.loop) for line in lines_of(folder)

@@ -1,4 +1,4 @@
-"""The page of a run against its files, read here anew."""
+"""The page of a run against its files."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from mythos.cli import report, sweep
 from mythos.config.loading import load_config
 from mythos.errors import MythosError
 from mythos.evaluation.depth_sweep import DepthSweep, fit_metrics
-from mythos.planning.estimate import forward_flops
+from mythos.planning.flops import forward_flops
 from mythos.reports import figures
 from mythos.reports.page import run_page
 from mythos.reports.recorded import open_run
@@ -102,7 +102,7 @@ def test_a_real_run(trained, capsys):
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", moment) for _, moment, _ in events)
     for step in (2, 4, 6):
         sample = (trained / "samples" / f"step-{step:08d}.txt").read_text().rstrip("\n")
-        # A control character is shown as its picture; that of DEL does not follow the others.
+        # A control character is shown as its Unicode picture; that of DEL is separate.
         pictures = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
         assert sample.translate(pictures) in page.texts
     assert page.texts[-1] == (trained / "config.yaml").read_text()
@@ -115,7 +115,7 @@ def test_records_mark_where_a_run_continued(trained):
 
 
 def test_curves_on_the_page_are_the_records(tmp_path):
-    """The path of the training loss, in the page's own coordinates, is an affine image of the records."""
+    """The path of the training loss in the page is an affine image of the records."""
     written = records(12)
     page = page_of(write_run(tmp_path / "run", written))
     path = re.search(r'<path d="([^"]*)"[^>]*stroke: #1f77b4', page.raw)[1]
@@ -219,7 +219,7 @@ def test_skipped_updates_restarts_and_rollbacks(tmp_path):
 
 
 def test_a_run_that_has_just_begun(tmp_path):
-    """One record, whose update was skipped; the next one is being written."""
+    """One record, whose update was skipped; the next record is incomplete."""
     written = records(1)
     written[0] |= {"loss": None, "grad_norm": None, "state_norm": None, "skipped_steps": 1}
     directory = write_run(tmp_path / "run", written)
@@ -338,7 +338,7 @@ def test_runs_that_are_none(tmp_path, capsys):
 
 
 def test_damaged_records_are_left_out(tmp_path, capsys, caplog):
-    """As resuming leaves them out; with none that are sound the damage is told as the error."""
+    """Damaged lines are left out, as resuming does; if no line is sound, the error names the damage."""
     sound, damaged = write_run(tmp_path / "sound", records(3)), write_run(tmp_path / "damaged", records(3))
     file = damaged / "metrics.jsonl"
     lines = file.read_bytes().splitlines()
@@ -346,5 +346,5 @@ def test_damaged_records_are_left_out(tmp_path, capsys, caplog):
     for directory in (sound, damaged):
         assert report.main([str(directory)]) == 0
     assert "line 2 has no number for step" in caplog.text and "3 others" in caplog.text
-    expected, found = (open_run(directory) for directory in (sound, damaged))
-    assert found.records == expected.records
+    expected, recovered = (open_run(directory) for directory in (sound, damaged))
+    assert recovered.records == expected.records

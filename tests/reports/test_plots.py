@@ -1,4 +1,4 @@
-"""Plots show the records they are drawn from."""
+"""Plots show the values of the records."""
 
 import gc
 import json
@@ -78,7 +78,7 @@ def test_before_the_first_validation(tmp_path, drawn):
 
 
 def test_drawing_leaves_nothing_in_memory(tmp_path):
-    """No figure is left to Python's collector, which comes late: a run draws at every validation."""
+    """A run draws at every validation, so figures must be freed at once, not by a later garbage collection."""
     write(tmp_path, {4, 8, 12})
     gc.collect()
     before = sum(isinstance(thing, Figure) for thing in gc.get_objects())

@@ -22,10 +22,11 @@ from mythos.data.pipeline import open_data
 from mythos.distributed.parallel import choose_dtype
 from mythos.model import moe
 from mythos.model.halting import HaltingGate
+from mythos.model.injection import LTIInjection
 from mythos.model.layers import RMSNorm
 from mythos.model.moe import Router
 from mythos.model.rdt import RecurrentDepthTransformer
-from mythos.model.recurrence import LTIInjection, initial_state
+from mythos.model.state import initial_state
 from mythos.trainer import Trainer
 from mythos.training.depth_schedule import DepthSchedule
 from mythos.training.lr import learning_rate

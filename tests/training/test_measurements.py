@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mythos.planning.estimate import forward_flops
+from mythos.planning.flops import forward_flops
 from mythos.trainer import Trainer
 from mythos.training.depth_schedule import DepthPlan
 from mythos.training.measurements import expert_balance, loop_loads, over_ranks, peak_flops, peak_memory

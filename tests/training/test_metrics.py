@@ -60,7 +60,7 @@ def test_marks_and_a_line_cut_short_are_no_damage(tmp_path, caplog, content):
 def test_what_is_no_file_is_set_aside_and_never_waited_for(tmp_path, caplog, make):
     path = tmp_path / "metrics.jsonl"
     make(path)
-    with pytest.raises(OSError, match=r"it is no regular file|Is a directory"):
+    with pytest.raises(OSError, match=r"it is not a regular file|Is a directory"):
         read_metrics(path)
     log = MetricsLog(tmp_path, tiny(tmp_path), 2)
     log.write({"step": 3})

@@ -1,4 +1,4 @@
-"""Architectures of published looped models that can be imported, one a module; `mythos import` uses them."""
+"""Architectures of published looped models that `mythos import` can import, one per module."""
 
 from mythos.errors import MythosError
 from mythos.hf.importers.architecture import Architecture, Values
@@ -10,13 +10,11 @@ KNOWN: tuple[Architecture, ...] = (PARCAE, HUGINN, OURO)
 
 
 def architecture_of(values: Values) -> Architecture:
-    """The architecture that a config.json is of. Raises MythosError, with those that are known, for any other."""
+    """The architecture of a config.json. Raises MythosError, listing the known ones, for any other."""
     for architecture in KNOWN:
         if architecture.recognises(values):
             return architecture
-    told = {name: values[name] for name in ("model_type", "architectures", "_class_name") if values.get(name)}
+    names = ("model_type", "architectures", "_class_name")
+    identity = ", ".join(f"{name} {values[name]!r}" for name in names if values.get(name))
     known = "; ".join(f"{architecture.name} ({architecture.models})" for architecture in KNOWN)
-    raise MythosError(
-        f"an architecture that is not known: {', '.join(f'{n} {v!r}' for n, v in told.items()) or 'it says none'}; "
-        f"known: {known}"
-    )
+    raise MythosError(f"an architecture that is not known: {identity or 'its config.json names none'}; known: {known}")

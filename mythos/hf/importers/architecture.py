@@ -1,4 +1,4 @@
-"""How published looped models are told apart and put into ours: what an importer of an architecture is made of."""
+"""What an importer consists of: how to recognise an architecture, and how to compute our tensors from its tensors."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,11 +12,11 @@ from mythos.errors import MythosError
 from mythos.model.config import ModelConfig, model_contradictions, padded_vocab_size
 
 Values = Mapping[str, Any]
-"""What a config.json says."""
+"""The content of a config.json."""
 Read = Callable[[str], Tensor]
-"""Gives a foreign tensor by its name, in float32."""
+"""Reads a foreign tensor by name, in float32."""
 Check = Callable[[Read], str | None]
-"""Tells what is wrong, or None."""
+"""Returns the problem as text, or None."""
 
 
 def unchanged(tensor: Tensor) -> Tensor:
@@ -25,64 +25,65 @@ def unchanged(tensor: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Made:
-    """How one of our tensors is made: of which foreign ones, given in float32, and by what.
+class Derived:
+    """One of our tensors as a function of foreign tensors, which are passed in float32.
 
-    `make` must also work on the meta device, where shapes are compared before anything is read.
+    `compute` must also work on the meta device, where shapes are compared before anything is read.
     """
 
-    names: tuple[str, ...]
-    make: Callable[..., Tensor] = unchanged
+    sources: tuple[str, ...]
+    """Names of the foreign tensors."""
+    compute: Callable[..., Tensor] = unchanged
 
 
 @dataclass
-class Mapped:
-    """Every tensor of a model as another architecture has it."""
+class MappedModel:
+    """A foreign model in terms of ours: the configuration, and how to compute every tensor."""
 
     config: ModelConfig
     mean_loops: int
-    """Loops that it was trained with on average."""
-    made: dict[str, Made] = field(default_factory=dict)
+    """Mean number of loops in its training."""
+    tensors: dict[str, Derived] = field(default_factory=dict)
     """By our names."""
     unused: set[str] = field(default_factory=set)
-    """Foreign tensors that no result depends on."""
+    """Foreign tensors that do not influence the result."""
     checks: dict[str, Check] = field(default_factory=dict)
-    """What must hold of a foreign tensor, where it is there, for the import to be exact."""
+    """Conditions for the import to be exact, by the foreign tensor they read. Skipped if the tensor is missing."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """An architecture that is known: see `mythos.hf.importers.KNOWN`."""
+    """A known architecture: see `mythos.hf.importers.KNOWN`."""
 
     name: str
     models: str
-    """Where its models are published, for people."""
+    """Where its models are published, for error messages."""
     recognises: Callable[[Values], bool]
     """Whether a config.json is of this architecture."""
-    map: Callable[[Values], Mapped]
-    """Raises MythosError where a configuration asks for what our model does not have."""
+    map: Callable[[Values], MappedModel]
+    """Raises MythosError for a configuration that our model cannot represent exactly."""
     tokenizer: str | None = None
-    """Repository of the tokenizer, where it is not with the weights."""
+    """Hub repository of the tokenizer, if it is not with the weights."""
     end_token: str | None = None
-    """What ends a document, where the tokenizer's files do not say."""
+    """The end-of-document token, if the tokenizer's files do not name one."""
 
 
 def option(values: Values, defaults: Values, name: str) -> Any:
-    """A value of a config.json; what is absent has the default of the architecture's own class."""
+    """A value of a config.json; if it is absent, the default of the architecture's own configuration class."""
     return values.get(name, defaults.get(name))
 
 
-def differing(values: Values, defaults: Values, needed: Values) -> Iterator[str]:
-    """A problem for every value that is not what our model needs; a tuple lists several that are as good."""
-    for name, allowed in needed.items():
-        given = option(values, defaults, name)
+def setting_problems(values: Values, defaults: Values, required: Values) -> Iterator[str]:
+    """One problem for every value that differs from the required one; a tuple lists several allowed values."""
+    for name, allowed in required.items():
+        value = option(values, defaults, name)
         choices = allowed if isinstance(allowed, tuple) else (allowed,)
-        if given not in choices:
-            yield f"{name}: got {given!r}; allowed: {' or '.join(map(repr, choices))}"
+        if value not in choices:
+            yield f"{name}: got {value!r}; allowed: {' or '.join(map(repr, choices))}"
 
 
-def unlike_llama(values: Values, sizes: Iterable[str]) -> Iterator[str]:
-    """A problem for every size that a configuration like Llama's lacks, and for layers that do not see all before."""
+def llama_problems(values: Values, sizes: Iterable[str]) -> Iterator[str]:
+    """One problem for every missing size of a configuration like Llama's, and for layers without full attention."""
     for name in sizes:
         if not isinstance(values.get(name), int):
             yield f"{name} is missing"
@@ -90,12 +91,12 @@ def unlike_llama(values: Values, sizes: Iterable[str]) -> Iterator[str]:
         yield "layer_types: allowed: full_attention only"
 
 
-def checked(name: str, problems: list[str], fields: Callable[[], dict[str, Any]]) -> ModelConfig:
-    """The model section of these fields, if there are no problems with what was given, or with them.
+def exact_config(name: str, problems: list[str], fields: Callable[[], dict[str, Any]]) -> ModelConfig:
+    """The model section with these fields, unless there are problems already or the section refuses them.
 
-    It has the name of the preset that it equals, if there is one.
+    Its preset is set to the one that it equals, if there is one.
 
-    Raises MythosError telling all of them.
+    Raises MythosError listing all problems.
     """
     config = None
     if not problems:
@@ -103,7 +104,7 @@ def checked(name: str, problems: list[str], fields: Callable[[], dict[str, Any]]
             config = ModelConfig(**fields())
             preset = next((name for name in PRESETS if preset_config(name, preset=config.preset) == config), None)
             config = config.model_copy(update={"preset": preset or config.preset})
-            problems = [f"{', '.join(names)}: {told}" for names, told in model_contradictions(config)]
+            problems = [f"{', '.join(names)}: {message}" for names, message in model_contradictions(config)]
         except (ValueError, TypeError, KeyError) as error:
             problems = [" ".join(str(error).split())]
     if config is None or problems:
@@ -111,7 +112,7 @@ def checked(name: str, problems: list[str], fields: Callable[[], dict[str, Any]]
     return config
 
 
-# --- what several architectures share
+# --- shared by several architectures
 
 LLAMA_LAYER = {
     "attention_norm": ("input_layernorm",),
@@ -123,33 +124,34 @@ LLAMA_LAYER = {
     "ffn.gate_up": ("mlp.gate_proj", "mlp.up_proj"),
     "ffn.down": ("mlp.down_proj",),
 }
-"""The tensors of a block, and the ones of a layer of Llama's that they are made of; both rotate halves of a head."""
+"""Tensors of our block, and the tensors of a Llama layer that they concatenate. Both rotate the halves of a head."""
 
 
-def add_llama_layer(mapped: Mapped, block: str, layer: int, names: Mapping[str, tuple[str, ...]]) -> None:
-    """Add a block of ours, made of a layer of theirs; `names` is LLAMA_LAYER, or more than it."""
+def add_llama_layer(mapped: MappedModel, block: str, layer: int, names: Mapping[str, tuple[str, ...]]) -> None:
+    """Add our block as computed from a foreign layer; `names` is LLAMA_LAYER, possibly with further tensors."""
     for ours, theirs in names.items():
-        parts = tuple(f"model.layers.{layer}.{name}.weight" for name in theirs)
-        mapped.made[f"{block}.{ours}.weight"] = Made(parts, lambda *weights: torch.cat(weights))
+        sources = tuple(f"model.layers.{layer}.{name}.weight" for name in theirs)
+        mapped.tensors[f"{block}.{ours}.weight"] = Derived(sources, lambda *weights: torch.cat(weights))
 
 
-def add_tables(mapped: Mapped, table: str, norm: str, scale: float = 1.0) -> None:
-    """Add embedding, final norm and head, of the names of their embedding and norm; their head is `lm_head`.
+def add_tables(mapped: MappedModel, table: str, norm: str, scale: float = 1.0) -> None:
+    """Add embedding, final norm and head, given the names of the foreign embedding and norm; the head is `lm_head`.
 
-    Where the embedding is the head too, `scale`, which the embedding is multiplied by, is taken from the norm.
+    The embedding is multiplied by `scale`. If it is also the head, the final norm is divided by `scale`, so that the
+    logits stay the same.
     """
-    config = mapped.config
-    mapped.made["embedding.weight"] = Made((table,), rows_to(config.vocab_size, scale))
-    if config.tie_embeddings:
-        mapped.made["norm.weight"] = Made((norm,), scaled(1 / scale))
+    tensors, vocab_size = mapped.tensors, int(mapped.config.vocab_size)
+    tensors["embedding.weight"] = Derived((table,), resized_table(vocab_size, scale))
+    if mapped.config.tie_embeddings:
+        tensors["norm.weight"] = Derived((norm,), scaled(1 / scale))
         mapped.unused.add("lm_head.weight")
-        mapped.checks["lm_head.weight"] = tied("lm_head.weight", table)
+        mapped.checks["lm_head.weight"] = check_tied("lm_head.weight", table)
     else:
-        mapped.made["norm.weight"] = Made((norm,))
-        mapped.made["head.weight"] = Made(("lm_head.weight",), rows_to(config.vocab_size))
+        tensors["norm.weight"] = Derived((norm,))
+        tensors["head.weight"] = Derived(("lm_head.weight",), resized_table(vocab_size))
 
 
-# --- what is done to tensors
+# --- tensor functions for `Derived.compute`
 
 
 def scaled(factor: float) -> Callable[[Tensor], Tensor]:
@@ -157,45 +159,48 @@ def scaled(factor: float) -> Callable[[Tensor], Tensor]:
     return lambda tensor: tensor * factor
 
 
-def rows_to(vocab_size: int, factor: float = 1.0) -> Callable[[Tensor], Tensor]:
-    """A table (V, n) with as many rows as ours has, times a number: rows that mean no token are zeros, or cut off."""
+def resized_table(vocab_size: int, factor: float = 1.0) -> Callable[[Tensor], Tensor]:
+    """Cut a table (V, n) to `vocab_size` rows, pad it with zeros to our padded size, and multiply it by a number."""
     rows = padded_vocab_size(vocab_size)
 
-    def make(table: Tensor) -> Tensor:
+    def compute(table: Tensor) -> Tensor:
         return torch.nn.functional.pad(table[:vocab_size], (0, 0, 0, rows - vocab_size)) * factor
 
-    return make
+    return compute
 
 
-def halves(heads: int, factor: float = 1.0) -> Callable[[Tensor], Tensor]:
-    """Rows (H d, ...) of queries or keys whose neighbours are rotated together, so that halves of a head are."""
+def pairs_to_halves(heads: int, factor: float = 1.0) -> Callable[[Tensor], Tensor]:
+    """Reorder query or key rows (H K, ...) from RoPE on neighbouring pairs to RoPE on the halves of a head."""
 
-    def make(weight: Tensor) -> Tensor:
-        pairs = weight.unflatten(0, (heads, -1, 2))
+    def compute(weight: Tensor) -> Tensor:
+        pairs = weight.unflatten(0, (heads, -1, 2))  # (H, K / 2, 2, ...)
         return pairs.transpose(1, 2).reshape(weight.shape) * factor
 
-    return make
+    return compute
 
 
-def filled(*shape: int, value: float = 1.0) -> Made:
-    """A tensor that the other architecture has no counterpart of."""
-    return Made((), lambda: torch.full(shape, value))
+def constant(*shape: int, value: float = 1.0) -> Derived:
+    """A tensor without a foreign counterpart, filled with one value."""
+    return Derived((), lambda: torch.full(shape, value))
 
 
-def identity(dim: int) -> Made:
-    """A product that changes nothing."""
-    return Made((), lambda: torch.eye(dim))
+def identity(dim: int) -> Derived:
+    """The identity matrix (D, D)."""
+    return Derived((), lambda: torch.eye(dim))
 
 
-def rotations(name: str, theta: float) -> Check:
-    """Check a stored table (1, S, 1, d / 2, 2) of cosines and sines, of which ours is computed."""
+# --- checks of foreign tensors
+
+
+def check_rotations(name: str, theta: float) -> Check:
+    """Check that a stored table (1, S, 1, K / 2, 2) of cosines and sines is RoPE of base `theta`, as we compute it."""
 
     def check(read: Read) -> str | None:
         table = read(name)[0, :, 0]
         frequency = theta ** (-torch.arange(table.shape[1], dtype=torch.float64) / table.shape[1])
         angle = torch.arange(len(table)).double().unsqueeze(1) * frequency
         expected = torch.stack((angle.cos(), angle.sin()), dim=-1)
-        # Their angles are float32 products, or even rounded to bfloat16 once made.
+        # Their angles are float32 products, and the table may have been rounded to bfloat16, hence the tolerance.
         if (table.double() - expected).abs().max() < 0.01:
             return None
         return f"{name} is not the table of rotations of base {theta:g}"
@@ -203,10 +208,10 @@ def rotations(name: str, theta: float) -> Check:
     return check
 
 
-def tied(head: str, table: str) -> Check:
-    """Check that a head that is stored once more is the embedding."""
+def check_tied(head: str, table: str) -> Check:
+    """Check that a head which is stored in addition to the embedding equals it."""
 
     def check(read: Read) -> str | None:
-        return None if torch.equal(read(head), read(table)) else f"{head} should be {table}, and is not"
+        return None if torch.equal(read(head), read(table)) else f"{head} should equal {table}, and does not"
 
     return check

@@ -1,17 +1,18 @@
-"""Ouro (arXiv 2510.25741), as `ByteDance/Ouro-1.4B` and `-2.6B` publish it.
+"""Ouro (arXiv 2510.25741), as published in `ByteDance/Ouro-1.4B` and `-2.6B`.
 
-Read in a copy of their modeling_ouro.py, github.com/Eagle4398/ouro-nixpkgs at 16df09c. Their configuration_ouro.py
-was not at hand, so what config.json leaves out has the values that the published files are known to have.
+Source: a copy of their modeling_ouro.py, github.com/Eagle4398/ouro-nixpkgs at 16df09c. Their configuration_ouro.py was
+not available, so a value missing from config.json defaults to the value in the published files.
 
 - h_0 = embed_tokens[ids]; T times all layers and RMSNorm `norm`; `lm_head` reads the last state. There is no prelude,
-  no coda and no injection. No product has a bias.
+  no coda and no injection. No matmul has a bias.
 - A layer is x + input_layernorm_2(attention(input_layernorm x)), then x + post_attention_layernorm_2(mlp(
   post_attention_layernorm x)); the mlp is down_proj(silu(gate_proj x) * up_proj x).
 - Queries and keys are rotated in halves of a head (base 1,000,000) and not normalised.
 
-Our state is theirs before `norm`: the norm becomes the one of `injection: initial`, which every pass but the first
-reads, and the final norm. In training on, the two copies part. `early_exit_gate`, which a run of all loops does not
-ask, is left out: ours is another function of other inputs, so positions stop by rules that need no training.
+Our state is theirs before `norm`. The norm is copied twice: as the norm of `injection: initial`, which every pass but
+the first reads, and as the final norm. If the model is trained further, the two copies diverge. `early_exit_gate` is
+left out: a run of all loops does not use it, and our gate is another function of other inputs. Positions can stop by
+the rules that need no training.
 """
 
 from math import sqrt
@@ -19,16 +20,16 @@ from math import sqrt
 from mythos.hf.importers.architecture import (
     LLAMA_LAYER,
     Architecture,
-    Made,
-    Mapped,
+    Derived,
+    MappedModel,
     Values,
     add_llama_layer,
     add_tables,
-    checked,
-    differing,
+    exact_config,
     identity,
+    llama_problems,
     option,
-    unlike_llama,
+    setting_problems,
 )
 
 DEFAULTS = {
@@ -39,11 +40,11 @@ DEFAULTS = {
     "total_ut_steps": 4,
     "use_sliding_window": False,
 }
-"""Of `OuroConfig`; what is not here is None."""
+"""Defaults of `OuroConfig`; other fields default to None."""
 
-NEEDED = {
+REQUIRED = {
     "attention_bias": (None, False),
-    "early_exit_threshold": (None, 1.0),  # below it the gate ends loops
+    "early_exit_threshold": (None, 1.0),  # below 1 the gate ends loops
     "hidden_act": "silu",
     "rope_scaling": None,
     "use_sliding_window": False,
@@ -55,15 +56,15 @@ SIZES = (
 OUT_NORMS = {"attention_out_norm": ("input_layernorm_2",), "ffn_out_norm": ("post_attention_layernorm_2",)}
 
 
-def map_ouro(values: Values) -> Mapped:
-    """Our tensors as made of an Ouro's. Raises MythosError for a variant that cannot be put into ours exactly."""
-    problems = [*unlike_llama(values, SIZES), *differing(values, DEFAULTS, NEEDED)]
+def map_ouro(values: Values) -> MappedModel:
+    """Map an Ouro model. Raises MythosError for a variant that our model cannot represent exactly."""
+    problems = [*llama_problems(values, SIZES), *setting_problems(values, DEFAULTS, REQUIRED)]
     dim, heads, vocabulary = (
         values.get("hidden_size", 1),
         values.get("num_attention_heads", 1),
         values.get("vocab_size"),
     )
-    config = checked(
+    config = exact_config(
         "ouro",
         problems,
         lambda: {
@@ -91,10 +92,10 @@ def map_ouro(values: Values) -> Mapped:
             "halting": "none",
         },
     )
-    mapped = Mapped(config, config.loops, unused={"model.early_exit_gate.weight", "model.early_exit_gate.bias"})
-    made = mapped.made
-    made["recurrence.injection.norm.weight"] = Made(("model.norm.weight",))
-    made["readout.weight"] = identity(dim)
+    mapped = MappedModel(config, config.loops, unused={"model.early_exit_gate.weight", "model.early_exit_gate.bias"})
+    tensors = mapped.tensors
+    tensors["recurrence.injection.norm.weight"] = Derived(("model.norm.weight",))
+    tensors["readout.weight"] = identity(dim)
     add_tables(mapped, "model.embed_tokens.weight", "model.norm.weight", 1 / sqrt(dim))
     for layer in range(config.core_layers):
         add_llama_layer(mapped, f"recurrence.blocks.{layer}", layer, LLAMA_LAYER | OUT_NORMS)

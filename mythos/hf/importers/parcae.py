@@ -1,25 +1,28 @@
-"""Parcae (arXiv 2604.12946), as `SandyResearch/parcae-140m`, `-370m`, `-770m` and `-1.3b` publish it.
+"""Parcae (arXiv 2604.12946), as published in `SandyResearch/parcae-140m`, `-370m`, `-770m` and `-1.3b`.
 
-Read in github.com/SandyResearch/parcae, of which the copies github.com/minchoCoin/parcae at 62f3055 (model, attention,
+Sources: github.com/SandyResearch/parcae, through the copies github.com/minchoCoin/parcae at 62f3055 (model, attention,
 initialisation, configurations, loader) and github.com/pebaryan/gattrlm at 3e7d967 (blocks, feed-forward, injection,
-rotations) were at hand; and in github.com/0z5a/vllm-rlt, whose independent port at the model's revision 69284c1 was
-compared with the checkpoint `parcae-370m` at 4392844. The package `parcae-lm` of PyPI (0.1.0) holds no code.
+rotations); and github.com/0z5a/vllm-rlt, an independent port at the model's revision 69284c1, which was compared with
+the checkpoint `parcae-370m` at 4392844. The package `parcae-lm` on PyPI (0.1.0) contains no code.
 
 - config.json is the dataclass `ParcaeConfig`, with `_class_name` and without `model_type`. Weights are in
-  pytorch_model.bin (or model.pt), in float32, with the rotations (`freqs_cis`) and the tied head once more.
+  pytorch_model.bin (or model.pt), in float32, including the rotations (`freqs_cis`) and a second copy of the tied head.
 - x = wte[ids], P blocks, RMSNorm `ln_prelude`. T times u = exp(-softplus(dt_bias) exp(A_log)) h +
-  softplus(dt_bias) (e B^T) and N blocks. C h, M blocks, RMSNorm `ln_f`, the tied head. No product has a bias.
+  softplus(dt_bias) (e B^T) and N blocks. C h, M blocks, RMSNorm `ln_f`, the tied head. No matmul has a bias.
 - A block is x + attention(norm_1 x), then x + mlp(norm_2 x); RMSNorm with weights and eps 1e-5. The mlp is
   proj(relu(fc x)^2 / 2).
 - Queries and keys are rotated in neighbouring pairs (base 50,000) and then normalised without weights, with float32's
   epsilon. Every second layer, counted back from the last, adds 2 sigmoid(ve_gate(x[:32])) times a row of `value_embeds`
   to the values of each head.
-- h_0 is truncated-normal noise of std sqrt(2 / (5 D)), drawn anew in every call, at inference too. Ours is zero there,
-  and the same noise in training.
+- h_0 is truncated-normal noise of std sqrt(2 / (5 D)), drawn anew in every call, at inference too. Ours is zero at
+  inference, and the same noise in training.
 
-So the import folds: the embedding's scale sqrt(D) into the table and, where it is tied, out of the final norm; the half
-of the mlp into proj; the order of pairs into the rows of queries and keys, and so the ratio of both epsilons, which is
-exact: s q / sqrt(s^2 m + eps) = q / sqrt(m + eps / s^2). Normalising before the rotation is the same as after it.
+The import folds these differences into the weights:
+
+- the embedding's scale sqrt(D) into the table, and out of the final norm if the table is tied to the head;
+- the factor 1/2 of the mlp into proj;
+- the pair order into the rows of queries and keys, together with the ratio of the two epsilons. That is exact:
+  s q / sqrt(s^2 m + eps) = q / sqrt(m + eps / s^2). Normalising before the rotation equals normalising after it.
 """
 
 from math import sqrt
@@ -30,22 +33,22 @@ from torch import Tensor
 
 from mythos.hf.importers.architecture import (
     Architecture,
-    Made,
-    Mapped,
+    Derived,
+    MappedModel,
     Read,
     Values,
     add_tables,
-    checked,
-    differing,
-    filled,
-    halves,
+    check_rotations,
+    constant,
+    exact_config,
     option,
-    rotations,
-    rows_to,
+    pairs_to_halves,
+    resized_table,
     scaled,
+    setting_problems,
 )
 from mythos.model.config import ModelConfig
-from mythos.model.recurrence import DT_BOUNDS, LOG_A_BOUNDS
+from mythos.model.injection import DT_BOUNDS, LOG_A_BOUNDS
 
 DEFAULTS = {
     "bias": False,
@@ -76,13 +79,13 @@ DEFAULTS = {
     "tie_embeddings": False,
     "vocab_size": 50254,
 }
-"""Of `ParcaeConfig`; what is not here is None."""
+"""Defaults of `ParcaeConfig`; other fields default to None."""
 
-NEEDED = {
+REQUIRED = {
     "bias": False,
     "block_class_name": "TransformerPreNormBlock",
     "clip_qkv": None,
-    # Whose embeddings and logits are not scaled, and whose initial state has the std of ours.
+    # These do not scale embeddings or logits, and their initial state has the same std as ours.
     "init_strategy": ("scaled-zero", "scaled", "scaled-geiping", "scaled-stuck", "small"),
     "injection_type": "diagonal",
     "logit_softcap": None,
@@ -98,92 +101,103 @@ ROPE_BASE = 50_000
 QK_EPS = torch.finfo(torch.float32).eps
 
 
-def map_parcae(values: Values) -> Mapped:
-    """Our tensors as made of a Parcae's. Raises MythosError for a variant that cannot be put into ours exactly."""
+def map_parcae(values: Values) -> MappedModel:
+    """Map a Parcae model. Raises MythosError for a variant that our model cannot represent exactly."""
+    config = parcae_config(values)
+    mapped = MappedModel(config, config.loops)
+    tensors, vocab_size = mapped.tensors, int(config.vocab_size)
+    add_tables(mapped, "transformer.wte.weight", "transformer.ln_f.weight", 1 / sqrt(config.dim))
+    if config.prelude_norm:
+        tensors["prelude_norm.weight"] = Derived(("transformer.ln_prelude.weight",))
+    tensors["readout.weight"] = Derived(("transformer.C.weight",))
+    injection = tuple(f"transformer.adapter.{name}" for name in ("dt_bias", "A_log", "B"))
+    for index, name in enumerate(("dt", "log_a", "weight")):
+        tensors[f"recurrence.injection.{name}"] = Derived(
+            injection, lambda *parts, index=index: within_bounds(*parts)[index]
+        )
+    mapped.checks["transformer.adapter.A_log"] = check_decays
+    mapped.unused.add("freqs_cis")
+    mapped.checks["freqs_cis"] = check_rotations("freqs_cis", config.rope_theta)
 
-    def given(name: str) -> int:
+    tables, gates = value_embedding_layers(values)
+    parts = [
+        ("prelude", "prelude", config.prelude_layers),
+        ("core", "core_block", config.core_layers),
+        ("coda", "coda", config.coda_layers),
+    ]
+    layers = [(part, theirs, layer) for part, theirs, count in parts for layer in range(count)]
+    for index, (part, theirs, layer) in enumerate(layers):
+        ours = f"recurrence.blocks.{layer}" if part == "core" else f"{part}.{layer}"
+        block = f"transformer.{theirs}.{layer}"
+        tensors |= {f"{ours}.{name}": tensor for name, tensor in block_tensors(config, block).items()}
+        table, gate = f"value_embeds.{index}.weight", f"{block}.attn.ve_gate.weight"
+        if index in tables & gates:
+            tensors[f"value_embeddings.{part}_{layer}.weight"] = Derived((table,), resized_table(vocab_size))
+            tensors[f"{ours}.attention.value_gate.weight"] = Derived((gate,))
+        else:  # a table without a gate, or a gate without a table, is stored but not used
+            mapped.unused |= ({table} if index in tables else set()) | ({gate} if index in gates else set())
+    return mapped
+
+
+def parcae_config(values: Values) -> ModelConfig:
+    """The model section of a Parcae configuration. Raises MythosError listing what our model cannot represent."""
+
+    def setting(name: str) -> int:
         return option(values, DEFAULTS, name)
 
-    problems = list(differing(values, DEFAULTS, NEEDED))
-    dim, heads = given("n_embd"), given("num_attention_heads")
-    ffn_dim = given("intermediate_size") or 4 * dim
-    same = {
+    dim, heads = setting("n_embd"), setting("num_attention_heads")
+    ffn_dim = setting("intermediate_size") or 4 * dim
+    same_as_rest = {
         "num_key_value_heads": (heads, None),
         "recurrent_num_attention_heads": (heads, None),
         "recurrent_embedding_dimension": dim,
         "recurrent_intermediation_embedding_dimension": ffn_dim,
     }
-    problems += differing(values, DEFAULTS, same)
+    problems = list(setting_problems(values, DEFAULTS, REQUIRED | same_as_rest))
     rope = values.get("rope_settings") or {}
-    problems += differing(rope, {"use_rope": True, "rope_condense_ratio": 1}, {"use_rope": True})
-    problems += differing(rope, {"rope_condense_ratio": 1}, {"rope_condense_ratio": 1})
-    prelude, core, coda = (given(f"n_layers_in_{part}") for part in ("prelude", "recurrent_block", "coda"))
-    tables, gates = value_layers(values)
+    plain_rope = {"use_rope": True, "rope_condense_ratio": 1}
+    problems += setting_problems(rope, plain_rope, plain_rope)
+    tables, gates = value_embedding_layers(values)
     if tables & gates not in (tables, set()):
         layers = sorted(tables & gates)
         problems.append(f"value embeddings: got layers {layers}; allowed: every second, the last included")
-    theta = float(rope.get("rope_base", ROPE_BASE))
-
-    config = checked(
+    return exact_config(
         "parcae",
         problems,
         lambda: {
-            "vocab_size": given("vocab_size"),
+            "vocab_size": setting("vocab_size"),
             "dim": dim,
-            "prelude_layers": prelude,
-            "core_layers": core,
-            "coda_layers": coda,
-            "context_length": given("block_size"),
-            "tie_embeddings": given("tie_embeddings"),
+            "prelude_layers": setting("n_layers_in_prelude"),
+            "core_layers": setting("n_layers_in_recurrent_block"),
+            "coda_layers": setting("n_layers_in_coda"),
+            "context_length": setting("block_size"),
+            "tie_embeddings": setting("tie_embeddings"),
             "attention": "gqa",
             "n_heads": heads,
             "n_kv_heads": heads,
             "head_dim": dim // heads,
             "qk_norm": True,
-            "rope_theta": theta,
+            "rope_theta": float(rope.get("rope_base", ROPE_BASE)),
             "value_embeddings": bool(tables & gates),
-            "norm_eps": given("norm_eps"),
+            "norm_eps": setting("norm_eps"),
             "ffn_dim": ffn_dim,
             "dense_ffn": "relu2",
             "core_ffn": "dense",
-            "loops": given("mean_recurrence"),
+            "loops": setting("mean_recurrence"),
             "injection": "lti",
-            "prelude_norm": given("prelude_norm"),
-            "state_init": "zero" if given("state_init") == "zero" else "normal",
+            "prelude_norm": setting("prelude_norm"),
+            "state_init": "zero" if setting("state_init") == "zero" else "normal",
             "lora_rank": 0,
             "halting": "none",
         },
     )
-    mapped = Mapped(config, config.loops)
-    made, vocabulary = mapped.made, given("vocab_size")
-    add_tables(mapped, "transformer.wte.weight", "transformer.ln_f.weight", 1 / sqrt(dim))
-    if config.prelude_norm:
-        made["prelude_norm.weight"] = Made(("transformer.ln_prelude.weight",))
-    made["readout.weight"] = Made(("transformer.C.weight",))
-    injection = tuple(f"transformer.adapter.{name}" for name in ("dt_bias", "A_log", "B"))
-    for index, name in enumerate(("dt", "log_a", "weight")):
-        made[f"recurrence.injection.{name}"] = Made(injection, lambda *parts, index=index: within_bounds(*parts)[index])
-    mapped.checks["transformer.adapter.A_log"] = decays
-    mapped.unused.add("freqs_cis")
-    mapped.checks["freqs_cis"] = rotations("freqs_cis", theta)
-
-    parts = [("prelude", "prelude", prelude), ("core", "core_block", core), ("coda", "coda", coda)]
-    places = [(part, theirs, layer) for part, theirs, count in parts for layer in range(count)]
-    for index, (part, theirs, layer) in enumerate(places):
-        ours = f"recurrence.blocks.{layer}" if part == "core" else f"{part}.{layer}"
-        block = f"transformer.{theirs}.{layer}"
-        made |= {f"{ours}.{name}": tensor for name, tensor in of_block(config, block).items()}
-        table, gate = f"value_embeds.{index}.weight", f"{block}.attn.ve_gate.weight"
-        if index in tables & gates:
-            made[f"value_embeddings.{part}_{layer}.weight"] = Made((table,), rows_to(vocabulary))
-            made[f"{ours}.attention.value_gate.weight"] = Made((gate,))
-        else:  # one without the other is there and unused
-            mapped.unused |= ({table} if index in tables else set()) | ({gate} if index in gates else set())
-    return mapped
 
 
-def value_layers(values: Values) -> tuple[set[int], set[int]]:
-    """The layers, counted through, that have a table of value embeddings, and those that have a gate for one."""
+def value_embedding_layers(values: Values) -> tuple[set[int], set[int]]:
+    """The layers with a table of value embeddings, and those with a gate for one; layers are counted from 0 throughout.
+
+    Parcae computes the two sets by different rules, so they may differ.
+    """
     prelude, core, coda, loops, backprop = (
         option(values, DEFAULTS, name)
         for name in (
@@ -192,55 +206,58 @@ def value_layers(values: Values) -> tuple[set[int], set[int]]:
         )
     )
     layers = range(prelude + core + coda)
-    # Gates count the layers of the coda as they come after all loops, and the last from the loops with gradient.
-    counted = [index if index < prelude + core else index + core * (loops - 1) for index in layers]
     tables = {index for index in layers if index % 2 == (len(layers) - 1) % 2}
-    return tables, {index for index in layers if counted[index] % 2 == (core * backprop - 1) % 2}
+    # The rule for gates numbers coda layers after all loops, and takes the last layer from the loops with gradient.
+    numbers = [index if index < prelude + core else index + core * (loops - 1) for index in layers]
+    return tables, {index for index in layers if numbers[index] % 2 == (core * backprop - 1) % 2}
 
 
-def of_block(config: ModelConfig, block: str) -> dict[str, Made]:
-    """A block's tensors by their names in ours, but for what value embeddings need."""
+def block_tensors(config: ModelConfig, block: str) -> dict[str, Derived]:
+    """The tensors of a block by our names, without value embeddings; `block` is the prefix of the foreign names."""
     scale = sqrt(config.norm_eps / QK_EPS)
     return {
-        "attention_norm.weight": Made((f"{block}.norm_1.weight",)),
-        "attention.query.weight": Made((f"{block}.attn.c_q.weight",), halves(config.n_heads, scale)),
-        "attention.key.weight": Made((f"{block}.attn.c_k.weight",), halves(config.n_heads, scale)),
-        "attention.value.weight": Made((f"{block}.attn.c_v.weight",)),
-        "attention.out.weight": Made((f"{block}.attn.c_proj.weight",)),
-        "attention.query_norm.weight": filled(config.head_dim),
-        "attention.key_norm.weight": filled(config.head_dim),
-        "ffn_norm.weight": Made((f"{block}.norm_2.weight",)),
-        "ffn.up.weight": Made((f"{block}.mlp.fc.weight",)),
-        "ffn.down.weight": Made((f"{block}.mlp.proj.weight",), scaled(0.5)),
+        "attention_norm.weight": Derived((f"{block}.norm_1.weight",)),
+        "attention.query.weight": Derived((f"{block}.attn.c_q.weight",), pairs_to_halves(config.n_heads, scale)),
+        "attention.key.weight": Derived((f"{block}.attn.c_k.weight",), pairs_to_halves(config.n_heads, scale)),
+        "attention.value.weight": Derived((f"{block}.attn.c_v.weight",)),
+        "attention.out.weight": Derived((f"{block}.attn.c_proj.weight",)),
+        "attention.query_norm.weight": constant(config.head_dim),
+        "attention.key_norm.weight": constant(config.head_dim),
+        "ffn_norm.weight": Derived((f"{block}.norm_2.weight",)),
+        "ffn.up.weight": Derived((f"{block}.mlp.fc.weight",)),
+        "ffn.down.weight": Derived((f"{block}.mlp.proj.weight",), scaled(0.5)),
     }
 
 
 def within_bounds(dt: Tensor, log_a: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """dt, log_a and B of the same injection, the first two within the bounds that ours keeps.
+    """dt (D,), log_a (D,) and B (D, D) of the same injection, with dt and log_a within our model's bounds.
 
-    Decay and injection depend on Delta exp(log_a) and Delta B only, Delta = softplus(dt): what is out of bounds is
-    moved from one factor to the other.
+    With Delta = softplus(dt), decay and injection depend on Delta exp(log_a) and Delta B only. A factor that is out of
+    bounds is clamped, and the other factors compensate.
     """
     delta = F.softplus(dt.double())
     rate = delta * log_a.double().exp()
     lowest, highest = F.softplus(torch.tensor(DT_BOUNDS, dtype=torch.float64, device=dt.device))
     new_delta = (rate / log_a.double().clamp(*LOG_A_BOUNDS).exp()).clamp(lowest, highest)
-    new_dt = new_delta + torch.log(-torch.expm1(-new_delta))
+    new_dt = new_delta + torch.log(-torch.expm1(-new_delta))  # inverse of softplus
     new_log_a = (rate / new_delta).log().clamp(*LOG_A_BOUNDS)
     inside = (dt == dt.clamp(*DT_BOUNDS)) & (log_a == log_a.clamp(*LOG_A_BOUNDS))
-    moved = (delta / new_delta).where(~inside, 1).float()
+    compensation = (delta / new_delta).where(~inside, 1).float()
     new_dt, new_log_a = torch.where(inside, dt, new_dt.float()), torch.where(inside, log_a, new_log_a.float())
-    return new_dt, new_log_a, weight * moved.unsqueeze(1)
+    return new_dt, new_log_a, weight * compensation.unsqueeze(1)
 
 
-def decays(read: Read) -> str | None:
-    """Check that no dimension keeps more of its state than ours can; one that keeps less than 1e-19 keeps nothing."""
+def check_decays(read: Read) -> str | None:
+    """Check that no dimension decays more slowly than our bounds allow.
+
+    A decay below the bounds needs no check: it keeps less than 1e-19 of a state.
+    """
     dt, log_a = read("transformer.adapter.dt_bias").double(), read("transformer.adapter.A_log").double()
-    kept = torch.exp(-F.softplus(dt) * log_a.exp())
+    decay = torch.exp(-F.softplus(dt) * log_a.exp())
     slowest = F.softplus(torch.tensor(DT_BOUNDS[0], dtype=torch.float64)) * torch.tensor(LOG_A_BOUNDS[0]).double().exp()
-    if kept.max() <= torch.exp(-slowest):
+    if decay.max() <= torch.exp(-slowest):
         return None
-    return f"transformer.adapter keeps {kept.max():.8f} of a state; allowed: at most {torch.exp(-slowest):.8f}"
+    return f"transformer.adapter keeps {decay.max():.8f} of a state; allowed: at most {torch.exp(-slowest):.8f}"
 
 
 PARCAE = Architecture(

@@ -1,6 +1,7 @@
-"""Matrix products, with gradients where asked: torch's own, and oneDNN's in float32 where `kernels` chooses it."""
+"""Matmuls with optional gradients: torch's, or in float32 oneDNN's where `device_choice` selects it."""
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,20 +12,20 @@ from mythos.model.ops import device_choice
 from mythos.torch_internals import onednn_matmul
 
 ROWS = 16
-"""Numbers of rows that are no multiple of this are left to torch where any may come: oneDNN compiles a kernel for each
-number of rows that it meets (0.3 ms each, and hundreds of MiB for experts that get other numbers in every pass)."""
+"""Where row counts vary, only multiples of this go to oneDNN. It compiles a kernel for each number of rows that it
+meets: 0.3 ms each, and hundreds of MiB for experts, whose number of rows changes in every pass."""
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[None]:
-    """Products on x's device in the type of what is multiplied."""
+    """Context in which matmuls on x's device run in the type of their inputs."""
     device = x.device.type
-    # While a backward pass is traced, autocast may seem off and still be on in the graph.
+    # While a backward pass is traced, autocast may look disabled here and still be enabled in the graph.
     entered = torch.is_autocast_enabled(device) or torch.compiler.is_compiling()
     return torch.autocast(device, enabled=False) if entered else nullcontext()
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a (n, K) times b (K, M) of the same type -> (n, M), written to `out` if that is given; no autograd."""
+    """a (n, K) times b (K, M) of the same type -> (n, M), written to `out` unless it is None; no autograd."""
     if not device_choice.float32_by_onednn(a.device, a.dtype):
         return torch.mm(a, b, out=out)
     product = onednn_matmul(a, b)
@@ -40,10 +41,13 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def float32_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., K) of any float type times the transpose of weight (M, K) float32, in float32; keeps x as it is."""
+    """x (..., K) of any float type times the transpose of weight (M, K) float32, in float32 -> (..., M).
+
+    Saves x in its own type for the backward pass.
+    """
     if torch.is_grad_enabled():
         return _Float32Linear.apply(x, weight)
-    # Decoding meets any number of rows.
+    # Decoding brings any number of rows.
     by_onednn = device_choice.float32_by_onednn(x.device, torch.float32) and x.numel() // x.shape[-1] % ROWS == 0
     return _float32_product(x.float(), weight) if by_onednn else F.linear(x.float(), weight)
 
@@ -54,21 +58,23 @@ def _float32_product(x: Tensor, weight: Tensor) -> Tensor:
 
 class _Float32Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         return _float32_product(x.float(), weight)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        gradient, rows = gradient.flatten(0, -2), x.flatten(0, -2).float()
-        of_x = of_weight = None
-        with without_autocast(gradient):  # which a compiled backward pass takes over from the forward pass
+        gradient_NM, x_NK = gradient.flatten(0, -2), x.flatten(0, -2).float()
+        grad_x = grad_weight = None
+        with without_autocast(gradient_NM):  # a compiled backward pass inherits the forward pass's autocast
             if ctx.needs_input_grad[0]:
-                of_x = multiply(gradient, weight).to(x.dtype).view_as(x)
+                grad_x = multiply(gradient_NM, weight).to(x.dtype).view_as(x)
             if ctx.needs_input_grad[1]:
-                # oneDNN copies a left factor that is transposed: better the narrower one.
-                narrow = rows.shape[1] < gradient.shape[1]
-                of_weight = multiply(rows.T, gradient).T if narrow else multiply(gradient.T, rows)
-        return of_x, of_weight
+                # oneDNN copies a transposed left factor: transpose the narrower one.
+                if x_NK.shape[1] < gradient_NM.shape[1]:
+                    grad_weight = multiply(x_NK.T, gradient_NM).T
+                else:
+                    grad_weight = multiply(gradient_NM.T, x_NK)
+        return grad_x, grad_weight

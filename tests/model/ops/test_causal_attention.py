@@ -43,11 +43,11 @@ def test_in_bfloat16_it_is_off_by_roundings_only():
     exact = [x.detach().double().requires_grad_() for x in inputs]
     output, expected = causal_attention(*inputs, 0.25), written_out(*exact, 0.25)
     gradient = torch.randn(output.shape, generator=generator).bfloat16()
-    found = [output, *torch.autograd.grad(output, inputs, gradient)]
+    results_of_kernel = [output, *torch.autograd.grad(output, inputs, gradient)]
     wanted = [expected, *torch.autograd.grad(expected, exact, gradient.double())]
-    for actual, right in zip(found, wanted, strict=True):
+    for actual, expected in zip(results_of_kernel, wanted, strict=True):
         assert actual.dtype == torch.bfloat16
-        assert (actual - right).norm() < 0.01 * right.norm()
+        assert (actual - expected).norm() < 0.01 * expected.norm()
 
 
 @pytest.mark.parametrize("kv", [1, 2, 4])
@@ -59,6 +59,6 @@ def test_is_an_operator_to_torch(kv):
     results = []
     for mode in (contextlib.nullcontext(), FakeTensorMode(allow_non_fake_inputs=True)):
         with mode:
-            found = (causal_attention(*inputs, 0.3), *causal_attention_backward(gradient, *inputs, 0.3))
-        results.append([(x.shape, x.stride()) for x in found])
+            results_of_kernel = (causal_attention(*inputs, 0.3), *causal_attention_backward(gradient, *inputs, 0.3))
+        results.append([(x.shape, x.stride()) for x in results_of_kernel])
     assert results[0] == results[1]

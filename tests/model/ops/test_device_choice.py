@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
-from mythos.model.attention import document_block_mask, document_starts
+from mythos.model.attention.context import document_block_mask, document_starts
 from mythos.model.ops import device_choice
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -99,7 +99,7 @@ def test_choices_by_processor(monkeypatch, cpu, by_onednn, by_products):
 
 
 def test_choices_by_device(monkeypatch):
-    assert not device_choice.blocks_of_documents(CPU) and device_choice.blocks_of_documents(GPU)
+    assert not device_choice.masks_documents_by_blocks(CPU) and device_choice.masks_documents_by_blocks(GPU)
     assert not device_choice.groups_on_device(CPU) and device_choice.groups_on_device(GPU)
     assert device_choice.flex(CPU) is flex_attention
     monkeypatch.setattr(torch, "compile", lambda function, **_: ["compiled", function])
@@ -147,9 +147,9 @@ def test_flex_attention_takes_few_graphs(compiled_flex, lengths, rows, graphs):
         position = torch.arange(length)
         visible = (position[:, None] >= position) & (position >= starts[..., None])
         with torch.set_grad_enabled(gradients):
-            found = flex(query, key, value, block_mask=document_block_mask(starts), enable_gqa=True)
+            actual = flex(query, key, value, block_mask=document_block_mask(starts), enable_gqa=True)
         expected = F.scaled_dot_product_attention(query, key, value, attn_mask=visible.unsqueeze(1), enable_gqa=True)
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     assert counter.frame_count == graphs
 
 

@@ -21,7 +21,7 @@ from mythos.model.ops.grouped_experts import (
 EXPERTS, DIM, HIDDEN, CHOSEN = 5, 8, 6, 2
 
 
-def made(loops: int, tokens: int = 70) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
+def random_inputs(loops: int, tokens: int = 70) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(tokens, DIM, generator=generator)
     parameters = [torch.randn(EXPERTS, DIM, 2 * HIDDEN, generator=generator) / DIM**0.5]
@@ -56,7 +56,7 @@ def run(leaves, gates, experts, direction, loops, apply) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("kept", [0, 1, 10**9], ids=["one loop at a time", "as much as the gradient", "all loops"])
 def test_shared_weights_equal_autograd(kept: int) -> None:
-    leaves, gates, experts, direction = made(loops=4)
+    leaves, gates, experts, direction = random_inputs(loops=4)
     shared: list[ExpertWeights] = []
 
     def ours(x, gate_up, down, gates, experts):
@@ -75,7 +75,7 @@ def test_shared_weights_equal_autograd(kept: int) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 2, 70])
 def test_without_gradient(tokens: int) -> None:
-    (x, gate_up, down), gates, experts, _ = made(loops=1, tokens=tokens)
+    (x, gate_up, down), gates, experts, _ = random_inputs(loops=1, tokens=tokens)
     weights = ExpertWeights(gate_up, down, torch.float32)
     with torch.no_grad():
         actual = run_experts(x, gates[0], experts[0], weights)
@@ -87,7 +87,7 @@ def test_without_gradient(tokens: int) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_products_without_gradient_are_in_the_type_of_the_weights(tokens: int) -> None:
-    (x, gate_up, down), gates, experts, _ = made(loops=1, tokens=tokens)
+    (x, gate_up, down), gates, experts, _ = random_inputs(loops=1, tokens=tokens)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         actual = run_experts(x, gates[0], experts[0], ExpertWeights(gate_up, down, torch.bfloat16))
     assert actual.dtype == torch.float32
@@ -112,7 +112,7 @@ def test_many_loops_are_summed_in_float32() -> None:
 
 
 def test_loops_without_gradient_leave_nothing() -> None:
-    leaves, gates, experts, _ = made(loops=1)
+    leaves, gates, experts, _ = random_inputs(loops=1)
     x, gate_up, down = (leaf.requires_grad_() for leaf in leaves)
     weights = ExpertWeights(gate_up, down, torch.float32)
     with torch.no_grad():
@@ -142,7 +142,7 @@ def test_grouped_products_of_uneven_groups(dtype: torch.dtype) -> None:
 
 
 def test_a_step_leaves_nothing_to_the_garbage_collector() -> None:
-    leaves, gates, experts, _ = made(loops=1)
+    leaves, gates, experts, _ = random_inputs(loops=1)
     gate_up, down = (leaf.requires_grad_() for leaf in leaves[1:])
     gc.disable()
     try:
@@ -160,7 +160,7 @@ def test_a_step_leaves_nothing_to_the_garbage_collector() -> None:
 
 def test_a_backward_pass_that_ends_half_way_leaves_nothing_either() -> None:
     """As when memory runs out in one: what is kept for later products may not keep the graph alive."""
-    leaves, gates, experts, _ = made(loops=4)
+    leaves, gates, experts, _ = random_inputs(loops=4)
     x, gate_up, down = (leaf.requires_grad_() for leaf in leaves)
 
     def fails(gradient: torch.Tensor) -> None:
@@ -180,7 +180,7 @@ def test_a_backward_pass_that_ends_half_way_leaves_nothing_either() -> None:
 
 
 def test_frozen_experts_pass_gradients_on_and_form_none() -> None:
-    leaves, gates, experts, direction = made(loops=1)
+    leaves, gates, experts, direction = random_inputs(loops=1)
     x = leaves[0].requires_grad_()
     weights = ExpertWeights(*leaves[1:], torch.float32)
     (run_experts(x, gates[0], experts[0], weights) * direction).sum().backward()
@@ -198,7 +198,7 @@ def test_frozen_experts_pass_gradients_on_and_form_none() -> None:
 @pytest.mark.parametrize("room", [0, 10**9], ids=["one loop at a time", "all loops"])
 def test_compiled_equals_autograd(room: int) -> None:
     """Three loops, each a graph of its own as in training; weights share one gradient beside the graphs."""
-    leaves, gates, experts, direction = made(loops=3)
+    leaves, gates, experts, direction = random_inputs(loops=3)
     torch.compiler.reset()
     shared: list[ExpertWeights] = []
     compiled = torch.compile(run_experts, backend="aot_eager", fullgraph=True)
@@ -217,8 +217,8 @@ def test_compiled_equals_autograd(room: int) -> None:
 
 
 def test_operators_of_compiled_graphs() -> None:
-    """Shapes, types and strides as torch is told them, and no operator changes or returns what it is given."""
-    (x, gate_up, down), gates, experts, direction = made(loops=1)
+    """The fake implementations have the right shapes, types and strides; no operator changes or returns its inputs."""
+    (x, gate_up, down), gates, experts, direction = random_inputs(loops=1)
     weights = ExpertWeights(gate_up.requires_grad_(), down.requires_grad_(), torch.float32)
     checks = ("test_schema", "test_faketensor")
     inputs = (x, gates[0], experts[0], weights.gate_up, weights.down, weights.link, weights.number)
@@ -230,17 +230,66 @@ def test_operators_of_compiled_graphs() -> None:
 
 def test_what_a_compiled_backward_pass_leaves_is_not_overwritten() -> None:
     """A graph reuses the memory of its inputs once the operator is done; the weights' gradient is formed later."""
-    (x, gate_up, down), gates, experts, direction = made(loops=2)
+    (x, gate_up, down), gates, experts, direction = random_inputs(loops=2)
     weights = ExpertWeights(gate_up.requires_grad_(), down.requires_grad_(), torch.float32)
     weights.gradient.room = 10**9
     alone = 0.0
     for loop in range(2):
-        given = (x, gates[loop], experts[loop])
-        _, *kept = train_experts(*given, weights.gate_up, weights.down, weights.link, weights.number)
+        inputs = (x, gates[loop], experts[loop])
+        _, *kept = train_experts(*inputs, weights.gate_up, weights.down, weights.link, weights.number)
         reused = [direction.clone(), x.clone(), gates[loop].clone(), *kept]
         train_experts_backward(*reused, weights.gate_up, weights.down, weights.number)
         for tensor in reused:
             tensor.zero_()
-        alone = alone + (one_by_one(x, gate_up, down, *given[1:]) * direction).sum()
+        alone = alone + (one_by_one(x, gate_up, down, *inputs[1:]) * direction).sum()
     expected = torch.autograd.grad(alone, [gate_up, down])
     torch.testing.assert_close(weights.gradient.take(), list(expected), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_pass_after_a_partial_one_raises(compiled: bool) -> None:
+    """The first pass went through the loops but not to the weights: its gradients must not be added to the second's."""
+    leaves, gates, experts, direction = random_inputs(loops=2)
+    x, gate_up, down = (leaf.requires_grad_() for leaf in leaves)
+    torch.compiler.reset()
+    apply = torch.compile(run_experts, backend="aot_eager", fullgraph=True) if compiled else run_experts
+
+    def forward() -> torch.Tensor:
+        weights, y = ExpertWeights(gate_up, down, torch.float32), x
+        for loop in range(2):
+            y = y + apply(y, gates[loop], experts[loop], weights)
+        return (y * direction).sum()
+
+    total = forward()
+    torch.autograd.grad(total, x, retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"an earlier backward pass .* run the forward pass again"):
+        total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="an earlier backward pass"):
+        torch.autograd.grad(total, gate_up, retain_graph=True)
+    gate_up.grad = down.grad = None
+    forward().backward()
+    expected = [gate_up.grad, down.grad]
+    gate_up.grad = down.grad = None
+    total = forward()
+    for _ in range(2):  # complete passes through one graph add up as usual
+        total.backward(retain_graph=True)
+    torch.testing.assert_close([gate_up.grad / 2, down.grad / 2], expected)
+    torch.compiler.reset()
+
+
+def test_a_pass_after_a_failed_one_raises() -> None:
+    leaves, gates, experts, _ = random_inputs(loops=2)
+    x, gate_up, down = (leaf.requires_grad_() for leaf in leaves)
+    weights = ExpertWeights(gate_up, down, torch.float32)
+    first = run_experts(x, gates[0], experts[0], weights)
+    total = run_experts(first, gates[1], experts[1], weights).sum()
+
+    def fail(gradient: torch.Tensor) -> None:
+        raise MemoryError
+
+    hook = first.register_hook(fail)
+    with pytest.raises(MemoryError):
+        total.backward(retain_graph=True)
+    hook.remove()
+    with pytest.raises(RuntimeError, match="an earlier backward pass"):
+        total.backward()

@@ -1,4 +1,4 @@
-"""Selective checkpointing on its own: what is made again, how often, and that it is not kept meanwhile."""
+"""Selective checkpointing on its own: what is recomputed, how often, and that it is not saved meanwhile."""
 
 import weakref
 from collections.abc import Callable
@@ -27,7 +27,7 @@ class Counted:
 
 
 def branches(x: Tensor, weight: Tensor, first: Counted, second: Counted) -> Tensor:
-    """Two marked results, the second made of half of the first; both are read by products, the first by two."""
+    """Two marked results, the second computed from half of the first; matmuls read both, two of them the first."""
     one = recomputable(first, x, 2.0)
     two = recomputable(second, one[:, 3:], 3.0)
     return one @ weight + one.flip(0) @ weight.square() + two @ weight[3:]
@@ -40,8 +40,8 @@ def test_results_are_made_once_again_for_all_who_read_them_and_not_kept() -> Non
     with Selective(CPU):
         loss = branches(x, weight, first, second).square().sum()
     assert first.lives() is None and second.lives() is None, "nothing holds them between the passes"
-    found = torch.autograd.grad(loss, (x, weight), retain_graph=True)
-    assert all(torch.equal(one, other) for one, other in zip(found, plain, strict=True))
+    actual = torch.autograd.grad(loss, (x, weight), retain_graph=True)
+    assert all(torch.equal(one, other) for one, other in zip(actual, plain, strict=True))
     assert first.calls <= 3 and second.calls == 2, "forward, and once again for what was read"
     assert first.lives() is None and second.lives() is None, "nor after the backward pass"
     again = torch.autograd.grad(loss, (x, weight))
@@ -83,11 +83,11 @@ def test_a_compiled_pass_keeps_less_and_has_the_same_gradients(model: Callable[.
     kept: dict[str, int] = {}
     gradients: dict[str, dict[str, Tensor]] = {}
     for mode in ("eager", "none", "selective"):
-        made = model(attention="mla", core_layers=1, prelude_layers=0, coda_layers=0)
+        built = model(attention="mla", core_layers=1, prelude_layers=0, coda_layers=0)
         torch.compiler.reset()
         if mode != "eager":
-            made.recurrence.checkpointing = mode
-            made.recurrence.compile(backend="aot_eager_decomp_partition")
+            built.recurrence.checkpointing = mode
+            built.recurrence.compile(backend="aot_eager_decomp_partition")
         sizes: dict[int, int] = {}
 
         def pack(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
@@ -95,10 +95,10 @@ def test_a_compiled_pass_keeps_less_and_has_the_same_gradients(model: Callable[.
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            objective = made(ids[:, :-1], ids[:, 1:], loops=3).objective
+            objective = built(ids[:, :-1], ids[:, 1:], loops=3).objective
         objective.backward()
         kept[mode] = sum(sizes.values())
-        gradients[mode] = {name: parameter.grad for name, parameter in made.named_parameters()}
+        gradients[mode] = {name: parameter.grad for name, parameter in built.named_parameters()}
     torch.compiler.reset()
     assert kept["selective"] < 0.9 * kept["none"], kept
     for mode in ("none", "selective"):

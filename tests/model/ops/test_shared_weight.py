@@ -139,10 +139,10 @@ def test_weights_of_the_core_are_cast_once_a_step(checkpointing: str, small: Cal
 def test_graphs_of_a_pass_are_given_cast_weights(small: Callable[..., ModelConfig]) -> None:
     model = RecurrentDepthTransformer(small()).initialize(0)
     shapes = {linear.weight.shape for linear in model.recurrence.looped}
-    given: list[torch.Tensor] = []
+    matrices: list[torch.Tensor] = []
 
     def keep(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
-        given.extend(tensor for tensor in inputs if isinstance(tensor, torch.Tensor) and tensor.shape in shapes)
+        matrices.extend(tensor for tensor in inputs if isinstance(tensor, torch.Tensor) and tensor.shape in shapes)
         return graph.forward
 
     torch.compiler.reset()
@@ -151,4 +151,28 @@ def test_graphs_of_a_pass_are_given_cast_weights(small: Callable[..., ModelConfi
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(ids[:, :-1], ids[:, 1:], loops=2, backprop=1).objective.backward()
     torch.compiler.reset()
-    assert len(given) == 2 * len(model.recurrence.looped) and {tensor.dtype for tensor in given} == {torch.bfloat16}
+    assert len(matrices) == 2 * len(model.recurrence.looped) and {tensor.dtype for tensor in matrices} == {
+        torch.bfloat16
+    }
+
+
+def test_a_pass_that_ends_before_the_weight_leaves_nothing_or_makes_the_next_one_raise() -> None:
+    weight, x = torch.randn(4, 8).requires_grad_(), torch.randn(2, 8).bfloat16().requires_grad_()
+    shared = SharedWeight(weight, torch.bfloat16)
+    first = F.linear(x, shared.in_pass())
+    total = F.linear(first, shared.in_pass()[:, :4]).float().sum()
+    torch.autograd.grad(total, x, retain_graph=True)  # autograd skips the weight
+    total.backward(retain_graph=True)
+    gradient, weight.grad = weight.grad, None
+    total.backward(retain_graph=True)
+    torch.testing.assert_close(weight.grad, gradient)
+
+    def fail(gradient: torch.Tensor) -> None:
+        raise MemoryError
+
+    hook = first.register_hook(fail)
+    with pytest.raises(MemoryError):
+        total.backward(retain_graph=True)
+    hook.remove()
+    with pytest.raises(RuntimeError, match=r"an earlier backward pass .* run the forward pass again"):
+        total.backward()

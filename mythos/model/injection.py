@@ -1,0 +1,165 @@
+"""Injections: how the encoded input e enters every pass of the loop."""
+
+from math import expm1, log, sqrt
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mythos.model.config import ModelConfig
+from mythos.model.layers import Initializer, Linear, RMSNorm, constant, identity, without_autocast, zeros
+from mythos.model.ops.matmul import float32_linear
+
+START_DECAY = sqrt(1 / 5)
+"""Initial entries of A, as in Parcae (arXiv 2604.12946)."""
+
+# Within these bounds A stays in [1e-19, 1 - 6e-6], which float32 distinguishes from 0 and 1.
+DT_BOUNDS = (-6.0, 6.0)
+LOG_A_BOUNDS = (-6.0, 2.0)
+
+
+class Injection(nn.Module):
+    """Base of the classes in the registry `INJECTIONS`; by itself it shares e between the loops and learns nothing."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+
+    @staticmethod
+    def products(config: ModelConfig) -> tuple[int, int]:
+        """Multiply-adds for one token: once a forward pass, and in every pass of the loop."""
+        return 0, 0
+
+    def maps_outside_loop(self) -> list[nn.Module]:
+        """Linear maps that `forward` uses, which run once and not in every loop."""
+        return []
+
+    def forward(self, e: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute once what all loops share: a parameter tensor and the encoded input, from e (B, S, D)."""
+        return e.new_ones(()), e
+
+    def combine(self, state: Tensor, shared: Tensor, injected: Tensor, loop: Tensor) -> Tensor:
+        """The core's input u, (n, S, D) float32.
+
+        state (n, S, D); `shared` and `injected` are the results of `forward`; `loop` (n,) or (1,) int64 is each row's
+        loop index.
+        """
+        raise NotImplementedError
+
+
+class _Bounded(torch.autograd.Function):
+    """x clamped to low..high, with a gradient that can bring a parameter back inside.
+
+    The gradient of `clamp` is zero outside the bounds, so a parameter that one bad step moved there would never move
+    again. Here the gradient passes if a descent step leads back inside, and is zero if it leads further out.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, low: float, high: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.bounds = low, high
+        return x.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (x,), (low, high) = ctx.saved_tensors, ctx.bounds
+        outward = ((x > high) & (gradient < 0)) | ((x < low) & (gradient > 0))
+        return gradient.masked_fill(outward, 0.0), None, None
+
+
+class LTIInjection(Injection):
+    """u = A * h + Delta * (e B^T): linear, time-invariant and stable by construction (arXiv 2604.12946).
+
+    Delta = softplus(dt) and A = exp(-Delta * exp(log_a)), per dimension. dt and log_a are clamped where they are used,
+    so every entry of A lies strictly between 0 and 1 in float32 whatever an optimizer does to them. A parameter outside
+    its bounds can still be trained back inside. All in float32.
+    """
+
+    float32 = ("dt", "log_a")
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        dim = config.dim
+        self.dt = nn.Parameter(torch.empty(dim))
+        self.log_a = nn.Parameter(torch.empty(dim))
+        self.weight = nn.Parameter(torch.empty(dim, dim))
+        self.initializers: dict[str, Initializer] = {
+            "dt": constant(log(expm1(-log(START_DECAY)))),  # inverse softplus: A starts at START_DECAY
+            "log_a": zeros,
+            "weight": identity(),
+        }
+
+    @staticmethod
+    def products(config: ModelConfig) -> tuple[int, int]:
+        """e B^T once."""
+        return config.dim * config.dim, 0
+
+    def rates(self) -> tuple[Tensor, Tensor]:
+        """Diagonal of A and step size Delta, (D,) float32 each."""
+        # Clamp dt once for both uses: its gradient's direction is judged on their sum.
+        delta = F.softplus(_Bounded.apply(self.dt, *DT_BOUNDS))
+        return torch.exp(-delta * _Bounded.apply(self.log_a, *LOG_A_BOUNDS).exp()), delta
+
+    def delta(self) -> Tensor:
+        """Step size Delta, (D,) float32."""
+        return self.rates()[1]
+
+    def decay(self) -> Tensor:
+        """Diagonal of A, (D,) float32; its largest entry is rho(A)."""
+        return self.rates()[0]
+
+    def forward(self, e: Tensor) -> tuple[Tensor, Tensor]:
+        """A (D,) and Delta * (e B^T) (B, S, D), float32."""
+        with without_autocast(e):
+            decay, delta = self.rates()
+            return decay, delta * float32_linear(e, self.weight)
+
+    def combine(self, state: Tensor, shared: Tensor, injected: Tensor, loop: Tensor) -> Tensor:
+        """A * h + Delta * (e B^T); `shared` is A."""
+        return torch.addcmul(injected, shared, state)
+
+
+class LinearInjection(Injection):
+    """u = W_h h + W_e e, unconstrained: the adapter of Huginn (arXiv 2502.05171), with the initial values of LTI."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.state = Linear(config.dim, config.dim, identity(START_DECAY))
+        self.input = Linear(config.dim, config.dim, identity(-log(START_DECAY)))
+
+    @staticmethod
+    def products(config: ModelConfig) -> tuple[int, int]:
+        """W_e e once, W_h h in every pass."""
+        return config.dim * config.dim, config.dim * config.dim
+
+    def maps_outside_loop(self) -> list[nn.Module]:
+        """W_e."""
+        return [self.input]
+
+    def forward(self, e: Tensor) -> tuple[Tensor, Tensor]:
+        """W_e e (B, S, D); no shared parameter."""
+        return e.new_ones(()), self.input(e).float()
+
+    def combine(self, state: Tensor, shared: Tensor, injected: Tensor, loop: Tensor) -> Tensor:
+        """W_h h + W_e e."""
+        return injected + self.state(state)
+
+
+class AddInjection(Injection):
+    """u = h + e (the simplest looped transformer)."""
+
+    def combine(self, state: Tensor, shared: Tensor, injected: Tensor, loop: Tensor) -> Tensor:
+        """h + e."""
+        return injected + state
+
+
+class InitialInjection(Injection):
+    """u = e in the first pass and RMSNorm(h) in all others: the loop starts from the input (arXiv 2510.25741)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.norm = RMSNorm(config.dim, config.norm_eps, cast=False)
+
+    def combine(self, state: Tensor, shared: Tensor, injected: Tensor, loop: Tensor) -> Tensor:
+        """e where the loop index is 0, RMSNorm(h) elsewhere."""
+        return torch.where((loop == 0).view(-1, 1, 1), injected, self.norm(state))

@@ -1,0 +1,106 @@
+"""Collectives of an optimizer step, counted before any process starts."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from mythos.config.sections import Config
+from mythos.distributed.parallel import Layout, build_mesh, shard_model
+from mythos.planning.flops import build_on_meta
+from mythos.planning.rank_state import RankState, accumulates, compute_dtype, micro_batches
+from mythos.torch_internals import init_fake_processes
+from mythos.training.muon import Muon
+from mythos.training.optim import build_optimizer
+
+
+@dataclass
+class Exchange:
+    """Collectives of one kind in an optimizer step."""
+
+    count: int = 0
+    bytes: int = 0
+    """Bytes gathered or reduced, counted whole on one rank; for an all-to-all, bytes that rank 0 sends or receives."""
+
+    def add(self, times: int, size: int) -> None:
+        """Count `times` collectives of `size` bytes each."""
+        self.count += times
+        self.bytes += times * size
+
+
+@contextmanager
+def fake_processes(size: int) -> Iterator[None]:
+    """Act as rank 0 of `size` processes whose collectives do nothing.
+
+    Raises RuntimeError if a process group exists already.
+    """
+    if dist.is_initialized():
+        raise RuntimeError("a process group exists already; plan before joining it, or in another process")
+    init_fake_processes(size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def muon_exchanges(config: Config, layout: Layout) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Bytes of each all-gather, and of each all-to-all that makes matrices whole, in a step of Muon.
+
+    Under DDP each rank orthogonalizes some of the matrices, and the all-gathers distribute the results. Under FSDP2
+    all-to-alls assemble the sharded matrices, and as many more shard them again. The figures are read off an optimizer
+    on fake processes; raises RuntimeError if a process group exists already.
+    """
+    model, dtype = build_on_meta(config.model), compute_dtype(config)
+    with fake_processes(layout.size):
+        if layout.sharded:
+            shard_model(config.parallel, model, build_mesh(layout, "cpu"), dtype)
+        optimizer = build_optimizer(model, config.optim, dtype, layout.size)
+        assert isinstance(optimizer, Muon)
+        gathered = optimizer.sharing.bytes if optimizer.sharing else ()
+        return gathered, tuple(exchange.bytes for exchange in optimizer.exchanges)
+
+
+def collectives(config: Config, state: RankState, loops: int, backprop: int) -> dict[str, Exchange]:
+    """Collectives of an optimizer step whose micro-batches all run `loops` loops, the last `backprop` with gradient.
+
+    FSDP2 gathers a unit at its forward pass, and again at its backward pass unless it stays gathered in between; a
+    backward pass always frees it. A block of the core that is a unit of its own runs forward in every loop and backward
+    in the last `backprop`, and is gathered each time. With several such blocks and loops without gradient, the last
+    block is gathered once more, in vain: FSDP2 prefetches, in a backward pass, the unit that ran before.
+
+    A unit is reduced once a step (or micro-batch) whatever the loops, because autograd first adds up the gradients of
+    all uses. But if such a block has several backward passes, the sum over earlier micro-batches is reduced separately,
+    at the first of them. HSDP all-reduces what the last micro-batch reduces.
+    """
+    gathers, scatters, sums, exchanges = Exchange(), Exchange(), Exchange(), Exchange()
+    layout, micro = state.layout, micro_batches(config, state.layout.size)
+    backprop = min(loops, backprop)
+    if layout.mode == "ddp":
+        sums = Exchange(state.buckets, state.gradients)
+    several = sum(unit.looped for unit in state.units) > 1
+    last = max((index for index, unit in enumerate(state.units) if unit.looped), default=-1)
+    for index, unit in enumerate(state.units):
+        if unit.looped:
+            passes = backprop if unit.kept else loops + backprop
+            in_vain = several and index == last and loops > backprop
+            times = passes + in_vain
+        else:
+            times = 1 if unit.kept else 2
+        separate = unit.looped and backprop > 1 and accumulates(config, layout.size)
+        reductions = 2 if separate else 1
+        if layout.shard > 1:
+            gathers.add(micro * times, unit.gathered)
+            scatters.add(reductions if config.parallel.reduce == "step" else micro, unit.reduced)
+        if layout.mode == "hsdp":
+            sums.add(reductions, unit.reduced // layout.shard)
+    if layout.sharded:
+        sums.add(1, state.replicated)
+    if layout.size > 1:
+        sums.add(1, state.measured)
+    if config.optim.name == "muon" and layout.size > 1:
+        gathered, exchanged = muon_exchanges(config, layout)
+        for size in gathered:
+            gathers.add(1, size)
+        exchanges = Exchange(2 * len(exchanged), 2 * sum(exchanged))
+    return {"all-gather": gathers, "reduce-scatter": scatters, "all-reduce": sums, "all-to-all": exchanges}

@@ -1,0 +1,169 @@
+"""Choose the parallel layout that fits in a device's memory."""
+
+import logging
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from typing import Any
+
+from mythos.config.sections import Config, ParallelConfig
+from mythos.distributed.layout import Layout, memory_of_device, named_layout
+from mythos.distributed.parallel import choose_dtype
+from mythos.distributed.ranks import World
+from mythos.planning.rank_state import activations, rank_state, working_memory
+
+logger = logging.getLogger(__name__)
+
+USABLE_SHARE = 0.95
+"""Share of a device's memory that `parallel.mode: auto` plans to use. The plan counts tensors; the CUDA context, NCCL's
+buffers and fragmentation need the rest (an assumption, not measured)."""
+SMALL_SHARE = 0.02
+"""If a model's state takes at most this share of a device's memory, `auto` chooses DDP without planning: sharding could
+free no more than this, and planning takes seconds."""
+MOST_RANKS = 2**16
+"""Largest number of processes that `find_fit` tries."""
+
+
+def choose_layout(config: Config, size: int, local_size: int, memory: int) -> Layout:
+    """Resolve `parallel.mode` for `size` processes, `local_size` per machine, on devices of `memory` bytes.
+
+    auto takes the first of ddp, hsdp within each machine, and fsdp (least communication first) whose training state,
+    buffers and activations of the deepest micro-batch fit in USABLE_SHARE of the memory. If none fits it takes the one
+    that needs least; the layout's `fits` is false if that exceeds the memory. Activations are traced, which takes
+    seconds, only where they decide. Raises MythosError for a mode that does not suit the number of processes.
+    """
+    if size == 1 or config.parallel.mode != "auto":
+        return named_layout(config.parallel, size, local_size)
+    if config.train.micro_batch == "auto":  # The trainer fits it to the memory that is left, which must hold one row.
+        config = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": 1})})
+    candidates = [Layout("ddp", size, 1, "")]
+    if 1 < local_size < size and size % local_size == 0:
+        candidates.append(Layout("hsdp", size // local_size, local_size, ""))
+    candidates.append(Layout("fsdp", 1, size, ""))
+
+    @cache
+    def traced(sharded: bool) -> int:
+        return activations(config, candidates[-1 if sharded else 0]).peak
+
+    usable = USABLE_SHARE * memory
+    needed: dict[Layout, int] = {}  # bytes without activations
+    for layout in candidates:
+        state = rank_state(config, layout)
+        if layout.mode == "ddp" and state.total <= SMALL_SHARE * memory:
+            return layout._replace(why=f"auto: training state is {gib(state.total)} GiB of {gib(memory)}")
+        needed[layout] = state.total + working_memory(config, state).total
+        if needed[layout] <= usable and needed[layout] + traced(layout.sharded) <= usable:
+            return layout._replace(why=_reason(needed, layout, traced(layout.sharded), memory))
+    least, least_bytes = candidates[-1], needed[candidates[-1]] + traced(True)
+    for layout in candidates[:-1]:
+        if needed[layout] < least_bytes and needed[layout] + traced(layout.sharded) < least_bytes:
+            least, least_bytes = layout, needed[layout] + traced(layout.sharded)
+    return least._replace(why=_reason(needed, least, traced(least.sharded), memory), fits=least_bytes <= memory)
+
+
+def _reason(needed: dict[Layout, int], chosen: Layout, activation_bytes: int, memory: int) -> str:
+    others = [f"{layout.mode} {gib(size)}" for layout, size in needed.items() if layout is not chosen]
+    rejected = f"; without activations {', '.join(others)}" if others else ""
+    total = needed[chosen] + activation_bytes
+    return f"auto: needs {gib(total)} GiB of {gib(int(USABLE_SHARE * memory))} usable{rejected}"
+
+
+def agree_on_layout(config: Config, world: World) -> Layout:
+    """:func:`choose_layout` for the running processes: the same layout on all, for the smallest device among them.
+
+    Rank 0 plans for all, because ranks that differ by a byte could choose differently. It warns if nothing fits.
+    Raises MythosError on all ranks as :func:`choose_layout` does.
+    """
+    memory = min(world.ranks.gather(memory_of_device(world)))
+
+    def choose() -> Layout | None:
+        if not world.ranks.main:
+            return None
+        dtype = choose_dtype(config.train.dtype, world.device)
+        settings = {"device": world.device.type, "dtype": str(dtype).removeprefix("torch.")}
+        planned = config.model_copy(update={"train": config.train.model_copy(update=settings)})
+        layout = choose_layout(planned, world.size, world.local_size, memory)
+        if not layout.fits:
+            advice = shortage(planned, world.size, world.local_size, memory)
+            logger.warning("parallel.mode=%s: %s; %s", layout.mode, layout.why, advice)
+        return layout
+
+    return world.ranks.broadcast(world.ranks.agreed(choose))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A layout that fits."""
+
+    parallel: ParallelConfig
+    ranks: int
+    needed: int
+    """Bytes, without activations."""
+
+
+def find_fit(config: Config, ranks: int, machine_ranks: int, device_memory: int) -> Fit | int:
+    """Find a layout that fits on `ranks` processes, or on 2, 4, 8... times as many.
+
+    Settings that communicate least are tried first: as configured, then gradients reduced in every micro-batch, then
+    the core's blocks gathered one at a time; for each, copies of the model over as few processes as possible. If none
+    fits, returns the bytes that gathering and reducing need in the layout that needs least.
+    """
+    settings = config.parallel
+    ways = list(product(dict.fromkeys((settings.wrap, "block")), dict.fromkeys((settings.reduce, "micro_batch"))))
+    working_bytes: list[int] = []
+    size = max(2, ranks)
+    while not working_bytes or size <= MOST_RANKS:
+        shards = [n for n in range(2, size + 1) if size % n == 0] if size == ranks else [size]
+        open_ways = len(ways)
+        for wrap, reduce in ways:
+            for shard in shards:
+                mode = {"mode": "fsdp", "shard": None} if shard == size else {"mode": "hsdp", "shard": shard}
+                changes = {**mode, "replicate": None, "wrap": wrap, "reduce": reduce, "reshard_after_forward": True}
+                changed = with_parallel(config, **changes)
+                layout = named_layout(changed.parallel, size, min(size, machine_ranks))
+                state = rank_state(changed, layout)
+                working = working_memory(changed, state).total
+                if state.total + working <= device_memory:
+                    return Fit(changed.parallel, size, state.total + working)
+                working_bytes.append(working)
+                if working > device_memory:  # More shards do not shrink what is gathered at once.
+                    open_ways -= 1
+                    break
+        if not open_ways:
+            break
+        size *= 2
+    return min(working_bytes)
+
+
+def shortage(config: Config, ranks: int, machine_ranks: int, device_memory: int) -> str:
+    """Say that a configuration does not fit, and what would fit on devices of `device_memory` bytes."""
+    sharded = activations(config, Layout("fsdp", 1, max(2, ranks), ""))
+    if sharded.peak >= device_memory:
+        return (
+            f"does not fit, for activations alone take {gib(sharded.peak)} GiB: lower train.micro_batch or "
+            "data.sequence_length, or set parallel.activation_checkpointing=loop"
+        )
+    fit = find_fit(config, ranks, machine_ranks, device_memory - sharded.peak)
+    if isinstance(fit, int):
+        return (
+            f"does not fit, nor would any mode on any number of processes: each needs at least {gib(fit)} GiB for the "
+            f"unit it gathers and reduces, and {gib(sharded.peak)} for activations. That takes expert parallelism, "
+            "which is planned, smaller micro-batches, or devices of more memory."
+        )
+    overrides = [
+        f"parallel.{name}={'null' if value is None else str(value).lower()}"
+        for name, value in fit.parallel
+        if value != getattr(config.parallel, name)
+    ]
+    where = "" if fit.ranks == ranks else f" on {fit.ranks:,} processes"
+    return f"does not fit; {' '.join(overrides)}{where} would, with {gib(fit.needed + sharded.peak)} GiB"
+
+
+def with_parallel(config: Config, **changes: Any) -> Config:
+    """The configuration with some fields of `parallel` changed."""
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update=changes)})
+
+
+def gib(size: int) -> str:
+    """Bytes in GiB, for messages."""
+    return f"{size / 2**30:,.3f}" if size < 100 * 2**30 else f"{size / 2**30:,.0f}"

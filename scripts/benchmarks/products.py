@@ -1,0 +1,192 @@
+"""The matmuls of a step: their FLOPs, and how fast the machine runs the same matmuls alone."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import mythos.model.ops.causal_attention
+import mythos.model.ops.grouped_experts  # noqa: F401 (defines operators)
+from mythos.torch_internals import (
+    FUSED_ATTENTION,
+    GROUPED_MM,
+    ONEDNN_LINEAR,
+    TorchDispatchMode,
+    argument_names,
+    raw_flop_formula,
+)
+
+aten = torch.ops.aten
+
+GROUPED = (GROUPED_MM, torch.ops.mythos.grouped_product, torch.ops.mythos.grouped_outer)
+"""Grouped matmuls: torch's, and our operators, which loop over groups on a CPU."""
+
+GEMMS = (aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm, aten.baddbmm_, ONEDNN_LINEAR, *GROUPED)
+"""Matmuls of the roofline. Fused attention is not among them, because it includes a softmax."""
+
+ATTENTION = (
+    torch.ops.mythos.causal_attention,
+    torch.ops.mythos.causal_attention_backward,
+    *FUSED_ATTENTION,
+)
+"""Fused attention: ours, which is always causal, and torch's."""
+
+
+class Flops(NamedTuple):
+    """Executed FLOPs of matmuls, two per multiply-add."""
+
+    gemms: int
+    """Of :data:`GEMMS`."""
+    attention: int
+    """Attention: the causal half if it is causal, padding of heads included."""
+    recomputed: int
+    """Part of `attention`: scores that its backward pass computes again instead of reading them from memory."""
+
+    @property
+    def total(self) -> int:
+        """The sum of `gemms` and `attention`."""
+        return self.gemms + self.attention
+
+
+def executed_flops(work: Callable[[], object]) -> Flops:
+    """Count the FLOPs that the work executes."""
+    recomputed = 0
+
+    def attention(operator: Any) -> Callable[..., int]:
+        def count(*args: Any, **kwargs: Any) -> int:
+            nonlocal recomputed
+            flops, again = attention_flops(operator, args, kwargs)
+            recomputed += again
+            return flops + again
+
+        return raw_flop_formula(count)
+
+    # torch 2.13 does not count these, nor fused attention on a CPU, and it counts the masked half of causal attention.
+    formulas = {
+        **{operator: raw_flop_formula(lambda a, b, *args, **kwargs: product_flops(a, b)) for operator in GROUPED},
+        ONEDNN_LINEAR: raw_flop_formula(lambda a, b, *args: product_flops(a, b.T)),
+        aten.addmm_: raw_flop_formula(lambda total, a, b, **kwargs: product_flops(a, b)),
+        aten.baddbmm_: raw_flop_formula(lambda total, a, b, **kwargs: product_flops(a, b)),
+    }
+    formulas |= {operator: attention(operator) for operator in ATTENTION}
+    counter = FlopCounterMode(display=False, custom_mapping=formulas)
+    with counter:
+        work()
+    counts = counter.get_flop_counts()["Global"]
+    of_attention = sum(counts.get(operator, 0) for operator in ATTENTION)
+    return Flops(sum(counts.values()) - of_attention, of_attention, recomputed)
+
+
+def product_flops(a: Tensor, b: Tensor) -> int:
+    """FLOPs of a matmul, a batched matmul (two 3-dimensional tensors), or a grouped matmul.
+
+    A grouped matmul multiplies rows (N, K) by matrices (E, K, M), or, for the gradient of the matrices, (K, N) or its
+    transpose by (N, M). Each of the N rows belongs to one group.
+    """
+    if a.dim() == b.dim() == 3:
+        return 2 * a.shape[0] * a.shape[1] * a.shape[2] * b.shape[2]
+    return 2 * a.shape[-2] * a.shape[-1] * b.shape[-1]
+
+
+def attention_flops(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
+    """FLOPs of a call of fused attention: those of the mathematics, and those of scores that are computed again.
+
+    A causal kernel skips blocks above the diagonal, so (S + 1) / 2 keys per query are counted.
+    """
+    names = argument_names(operator)
+    arguments = dict(zip(names, args, strict=False)) | kwargs
+    query, key, value = (arguments[name].shape for name in ("query", "key", "value"))
+    pairs = query[0] * query[1] * query[2] * key[2]
+    if arguments.get("is_causal") or "is_causal" not in names:
+        pairs = query[0] * query[1] * query[2] * (key[2] + 1) // 2
+    scores, values = 2 * pairs * query[3], 2 * pairs * value[3]
+    return (2 * (scores + values), scores) if "grad_out" in names[0] else (scores + values, 0)
+
+
+class Product(NamedTuple):
+    """A call of one of :data:`GEMMS`, described by everything its time depends on."""
+
+    operator: Any
+    arguments: tuple[Any, ...]
+    """Tensors are described by :class:`Like`; other arguments are kept."""
+    options: tuple[tuple[str, Any], ...]
+
+    def prepare(self, device: torch.device) -> Callable[[], object]:
+        """The same matmul with random operands, ready to be timed."""
+        arguments = [value.make(device) if isinstance(value, Like) else value for value in self.arguments]
+        options = {name: v.make(device) if isinstance(v, Like) else v for name, v in self.options}
+        return lambda: self.operator(*arguments, **options)
+
+
+class Like(NamedTuple):
+    """A tensor's layout, and its values if they are integers."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    values: tuple[int, ...] | None
+    """Values of an integer tensor: the time of a grouped matmul depends on where its groups end."""
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Like":
+        """Describe a tensor."""
+        values = None if tensor.is_floating_point() else tuple(tensor.tolist())
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, values)
+
+    def make(self, device: torch.device) -> Tensor:
+        """Create a tensor of this layout."""
+        if self.values is not None:
+            return torch.tensor(self.values, dtype=self.dtype, device=device)
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device).normal_()
+
+
+def _described(value: Any) -> Any:
+    """Convert an argument to something hashable."""
+    if torch.is_tensor(value):
+        return Like.of(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+class ProductRecorder(TorchDispatchMode):
+    """Counts the distinct matmuls that are executed inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products: Counter[Product] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in GEMMS:
+            arguments = tuple(_described(value) for value in args)
+            options = tuple((name, _described(value)) for name, value in (kwargs or {}).items())
+            self.products[Product(func, arguments, options)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def record_products(work: Callable[[], object]) -> Counter[Product]:
+    """The matmuls that the work executes, and how often."""
+    with ProductRecorder() as recorder:
+        work()
+    return recorder.products
+
+
+class Replay:
+    """Runs all matmuls of a step and nothing else.
+
+    Operands are created just before, outside of the timing, so they are in cache as far as their size allows. No step
+    can run its matmuls faster.
+    """
+
+    def __init__(self, products: Counter[Product], device: torch.device, clock: Callable[[Callable], float]) -> None:
+        self.products, self.device, self.clock = products, device, clock
+
+    def cost(self) -> float:
+        """Seconds of all matmuls: the better of two timings of each, times the number of its calls in the step."""
+        total = 0.0
+        for product, count in self.products.items():
+            work = product.prepare(self.device)
+            work()
+            total += count * min(self.clock(work), self.clock(work))
+        return total

@@ -1,0 +1,62 @@
+"""`mythos estimate`."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mythos.cli.estimate import main
+from mythos.planning.budget import GPUS
+from mythos.planning.fake_step import CHECKPOINTING
+
+
+def test_page_and_json_of_a_preset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "out.json"
+    small = ["mythos_nano", "model.loops=2", "model.prelude_layers=1", "data.sequence_length=64"]
+    small += ["depth.backprop=1", "--gpu", "a100", "--gpus", "16"]
+    assert main([*small, "--tokens", "1e9", "--mfu", "0.25", "--price", "2", "--json", str(path)]) == 0
+    text, figures = capsys.readouterr().out, json.loads(path.read_text())
+    run, flops = figures["run"], figures["flops_per_token"]
+    executed = flops["training_executed"]["none"]
+    assert executed == flops["training_needed"]
+    assert run["tokens_per_second"] == pytest.approx(16 * 0.25 * GPUS["A100"].peak / executed)
+    assert run["tokens"] == pytest.approx(1e9, rel=1e-4)
+    assert run["seconds_per_token"] is None and "by --mfu" in text
+    assert "25% of 312 TFLOP/s" in text and "$2 an hour" in text and f"{run['tokens_per_second']:,.0f} tokens/s" in text
+    assert set(figures["memory"]["activations"]) == set(CHECKPOINTING)
+
+
+def test_utilisation_comes_from_the_traffic_of_the_configuration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["mythos_nano", "model.loops=2", "data.sequence_length=64", "depth.backprop=1"]
+    small += ["--tokens", "1e9", "--json", str(tmp_path / "out.json")]
+    shares = {}
+    for compiled in ("true", "false"):
+        assert main([*small, f"train.compile={compiled}"]) == 0
+        text, run = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())["run"]
+        assert "from a model of a step's traffic" in text and "not measured" in text
+        time = run["seconds_per_token"]
+        assert run["tokens_per_second"] == pytest.approx(8 / sum(time.values()))
+        shares[compiled] = run["utilisation"]
+    assert shares["false"] < shares["true"] < 0.7
+    assert time["waiting"] > time["products"] + time["elementwise"], "64 tokens do not keep a GPU busy"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["mythos_nano", "--gpu", "V100"], "--gpu: got V100; known: A100, H100, H200, B200"),
+        (["mythos_nan"], "mythos_nan is neither a file nor a preset nor a configuration that comes with mythos"),
+        (["mythos_nano", "--gpus", "0"], "--gpus: got 0; give a number above 0"),
+        (["mythos_nano", "--mfu", "40"], "--mfu: got 40.0; it is a share of the peak"),
+        (["mythos_nano", "--tokens", "nan"], "--tokens: got nan"),
+        (["mythos_nano", "model.dimm=3"], "model.dimm: unknown"),
+        (["mythos_nano", "train.tokens=5", "--tokens", "9"], "--tokens and train.tokens: both say how long the run is"),
+        (["mythos_nano", "train.tokens=5", "train.steps=5"], "give exactly one of them"),
+        (["none.yaml"], "none.yaml"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 1
+    assert message in capsys.readouterr().err

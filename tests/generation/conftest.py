@@ -1,0 +1,5 @@
+"""Fixtures shared with the tests of the model."""
+
+from tests.model.conftest import model, small
+
+__all__ = ["model", "small"]

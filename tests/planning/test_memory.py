@@ -1,0 +1,91 @@
+"""The memory of a step against what the allocator counts for a real step."""
+
+import gc
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from mythos.config.presets import preset_config
+from mythos.config.sections import Config, ParallelConfig
+from mythos.distributed.parallel import prepare_model
+from mythos.model.config import ModelConfig
+from mythos.model.ops import device_choice
+from mythos.model.rdt import RecurrentDepthTransformer
+from mythos.planning import memory
+from mythos.planning.fake_step import CHECKPOINTING, Step, fake_model
+from mythos.planning.memory import step_activations
+
+
+def allocated(config: ModelConfig, step: Step) -> int:
+    """Peak bytes that a real step allocates; its gradients count only if it accumulates."""
+    assert isinstance(config.vocab_size, int)
+    model = RecurrentDepthTransformer(config).initialize(0)
+    prepare_model(
+        Config(parallel=ParallelConfig(activation_checkpointing=step.checkpointing)), model, torch.device("cpu")
+    )
+    ids = torch.randint(config.vocab_size, (step.rows, step.length + 1))
+
+    def run() -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=step.dtype == torch.bfloat16):
+            output = model(ids[:, :-1], ids[:, 1:], loops=step.loops, backprop=step.backprop)
+        output.objective.backward()
+
+    run()
+    if not step.accumulating:
+        model.zero_grad(set_to_none=True)
+    gc.disable()  # otherwise objects of earlier tests are freed meanwhile
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            run()
+    finally:
+        gc.enable()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak if step.accumulating else peak - sum(p.grad.nbytes for p in model.parameters())
+
+
+SIZES = {
+    "experts": (preset_config("mythos_nano", vocab_size=512), 4, 128, torch.float32),
+    "heads": (
+        preset_config("mythos_nano", vocab_size=2048, attention="gqa", core_ffn="dense", dim=256), 2, 256,
+        torch.bfloat16,
+    ),
+    "wide": (
+        preset_config("mythos_tiny", vocab_size=1024, core_layers=2, prelude_layers=1, coda_layers=1), 2, 512,
+        torch.bfloat16,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize("size", SIZES)
+def test_activations_are_what_a_step_allocates(size: str, checkpointing: str) -> None:
+    config, rows, length, dtype = SIZES[size]
+    accumulating = size != "heads"
+    step = Step(rows, length, 3, 2, checkpointing, dtype, "cpu", accumulating)
+    estimate, measured = step_activations(config, step), allocated(config, step)
+    print(f"{estimate.peak:,} bytes estimated, {measured:,} allocated: {estimate.peak / measured:.4f}")
+    assert 0.9 < estimate.peak / measured < 1.1
+    assert 0 < estimate.kept < estimate.peak
+
+
+def test_memory_beyond_the_traced_loops_goes_on_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "TRACED_LOOPS", 4)
+    config, rows, length, _ = SIZES["experts"]
+    for checkpointing in CHECKPOINTING:
+        step = Step(rows, length, 7, 7, checkpointing, torch.bfloat16, "cpu", True)
+        estimate, measured = step_activations(config, step).peak, allocated(config, step)
+        assert 0.9 < estimate / measured < 1.1, f"{checkpointing}: {estimate:,} {measured:,}"
+
+
+def test_choices_of_a_simulated_gpu_end_with_it() -> None:
+    cpu = torch.device("cpu")
+    with fake_model(SIZES["experts"][0], Step(1, 8, 1, 1, "none", torch.float32)):
+        assert device_choice.device_type(cpu) == "cuda"
+        assert not device_choice.causal_by_products(cpu, torch.float32, 8)
+    assert device_choice.device_type(cpu) == "cpu"
+    assert device_choice.causal_by_products(cpu, torch.float32, 8)
