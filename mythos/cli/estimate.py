@@ -21,7 +21,7 @@ from mythos.config.sections import Config
 from mythos.errors import MythosError
 
 if TYPE_CHECKING:
-    from mythos.distributed.parallel import Layout
+    from mythos.distributed.layout import Layout
     from mythos.planning.budget import Gpu
     from mythos.planning.rank_state import RankState
     from mythos.planning.traffic import StepTime

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from mythos.config.sections import Config
-from mythos.distributed.parallel import Layout, build_mesh, shard_model
+from mythos.distributed.layout import Layout, build_mesh
+from mythos.distributed.parallel import shard_model
 from mythos.planning.flops import build_on_meta
 from mythos.planning.rank_state import RankState, accumulates, compute_dtype, micro_batches
 from mythos.torch_internals import init_fake_processes

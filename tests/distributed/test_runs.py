@@ -280,4 +280,4 @@ def test_lost_rank_ends_the_others_within_the_timeout(pool: RankPool, single: Pa
     assert message.endswith("step-00000002")
     if how == "hanging":
         stacks = (single / how / "stacks" / "rank-00000.txt").read_text()
-        assert "rank 0 has trainer no progress" in stacks and "train_step" in stacks
+        assert "rank 0 has made no progress" in stacks and "train_step" in stacks
