@@ -9,7 +9,7 @@ from importlib import import_module
 from types import ModuleType
 
 from mythos import __version__
-from mythos.cli.common import CommandParser
+from mythos.cli.common import CommandParser, exit_status
 from mythos.config.checking import suggestion
 
 GROUPS = {
@@ -62,8 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit status: 2 for an unknown command, as for unknown options."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("--help", "-h"):
-        print(overview())
-        return 0
+        return exit_status(lambda: print(overview()))
     name, *rest = arguments
     if name in COMMANDS:
         return command(name).main(rest)
