@@ -298,7 +298,7 @@ def shard_file_name(shard_index: int) -> str:
 def shard_metadata(offsets: dict[str, Sequence[int]]) -> dict[str, str]:
     """Header of such a file: by tensor name, the offset of its shard in each dimension of the whole tensor.
 
-    torch's own writer builds the file in memory twice; ours (`mythos.checkpoints.checkpoint`) needs the format, which
+    torch's own writer builds the file in memory twice; ours (`mythos.checkpoints.shards`) needs the format, which
     has no public name. No fallback: ImportError.
     """
     from torch.distributed.checkpoint import _hf_utils as layout
