@@ -51,8 +51,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """The whole suite in two processes, which often wait; what is named on the command line in this one."""
-    return 0 if config.args_source is pytest.Config.ArgsSource.ARGS else 2
+    """Three processes for the whole suite, because on two cores they wait a third of the time; tests named on the
+    command line run in this process.
+    """
+    return 0 if config.args_source is pytest.Config.ArgsSource.ARGS else 3
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -221,13 +221,14 @@ class RecurrentDepthTransformer(nn.Module):
         if early is None:  # DDP and FSDP expect a gradient of every parameter in every step
             return torch.stack([parameter.sum() for parameter in gate.parameters()]).sum() * 0.0
         chosen = slice(rows[0], rows[-1] + 1)
-        # At most GATE_POSITIONS positions, because distributions over the whole vocabulary take much memory: evenly
-        # spaced ones, but positions with a target come first (tasks may have few of them).
+        # At most GATE_POSITIONS positions, because distributions over the whole vocabulary take much memory: positions
+        # with a target come first (tasks may have few of them), and among equals evenly spaced ones.
         positions = torch.arange(targets.shape[1], device=targets.device)
         spacing = -(-len(positions) // GATE_POSITIONS)
         has_target = (targets[chosen] != IGNORE_INDEX).any(0)
-        priority = 2 * has_target + (positions % spacing == 0)
-        sampled = priority.topk(-(-len(positions) // spacing)).indices.sort().values
+        by_spacing = (positions % spacing != 0).int().argsort(stable=True)
+        by_target = by_spacing[(~has_target[by_spacing]).int().argsort(stable=True)]
+        sampled = by_target[: -(-len(positions) // spacing)].sort().values
         with torch.no_grad():
             context = self.context(ids[chosen], None if document_ids is None else document_ids[chosen])
             shallow, deep = (

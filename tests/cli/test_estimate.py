@@ -52,7 +52,10 @@ def test_utilisation_comes_from_the_traffic_of_the_configuration(
         (["mythos_nano", "--mfu", "40"], "--mfu: got 40.0; it is a share of the peak"),
         (["mythos_nano", "--tokens", "nan"], "--tokens: got nan"),
         (["mythos_nano", "model.dimm=3"], "model.dimm: unknown"),
-        (["mythos_nano", "train.tokens=5", "--tokens", "9"], "--tokens and train.tokens: both say how long the run is"),
+        (
+            ["mythos_nano", "train.tokens=5", "--tokens", "9"],
+            "--tokens and train.tokens: both set the length of the run",
+        ),
         (["mythos_nano", "train.tokens=5", "train.steps=5"], "give exactly one of them"),
         (["none.yaml"], "none.yaml"),
     ],
