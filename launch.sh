@@ -4,7 +4,9 @@ set -euo pipefail
 
 usage() {
   cat <<'TEXT'
-./launch.sh [--cpu N | --processes N] CONFIG.yaml [key.path=value ...] [options of train.py]
+./launch.sh [--cpu N | --processes N] CONFIG [key.path=value ...] [options of train.py]
+
+  CONFIG         a YAML file, the directory of a run to continue (runs/NAME), or a name from `mythos configs`
 
   --cpu N        N processes on the CPU; sets train.device=cpu
   --processes N  N processes on this machine instead of one a GPU
@@ -59,10 +61,11 @@ while (($#)); do
       processes=$2
       shift 2
       ;;
+    -*) fail "$1: not an option of launch.sh, which starts a process on every GPU. --processes 2 uses the first two GPUs, CUDA_VISIBLE_DEVICES=2,3 chooses others, --cpu 2 trains on the CPU; options of train.py follow the configuration" ;;
     *) break ;;
   esac
 done
-(($#)) && [[ $1 != -* && $1 != *=* ]] || fail "no configuration given; usage: ./launch.sh [--cpu N] CONFIG.yaml [key.path=value ...]"
+(($#)) && [[ $1 != -* && $1 != *=* ]] || fail "no configuration given; usage: ./launch.sh [--cpu N] CONFIG [key.path=value ...]"
 [[ -z $cpu ]] || set -- "$@" train.device=cpu
 
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
@@ -135,10 +138,12 @@ check='
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from mythos.cli.train import parser
 from mythos.config.loading import load_config
 from mythos.errors import MythosError
+options = parser().parse_intermixed_args(sys.argv[1:])
 try:
-    load_config(sys.argv[1], sys.argv[2:])
+    load_config(options.config, options.overrides)
 except MythosError as error:
     sys.exit(f"error: {error}")
 # Read the source: importing torch takes seconds.
@@ -146,12 +151,7 @@ torchrun = Path(find_spec("torch").origin).parent / "distributed" / "run.py"
 if "--shutdown-timeout" not in torchrun.read_text():
     print("fixed")
 '
-overrides=()
-for argument in "${@:2}"; do
-  # train.py checks the options.
-  if [[ $argument == *=* && $argument != -* ]]; then overrides+=("$argument"); fi
-done
-torchrun_patience=$(PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} "$python" -c "$check" "$1" ${overrides[@]+"${overrides[@]}"})
+torchrun_patience=$(PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} "$python" -c "$check" "$@")
 patience=(--shutdown-timeout "$shutdown_timeout")
 if [[ $torchrun_patience == fixed ]]; then # torch 2.11
   [[ -z ${SHUTDOWN_TIMEOUT:-} ]] || echo "launch.sh: SHUTDOWN_TIMEOUT is ignored: the torchrun of this torch always waits 30 s; newer ones have an option" >&2

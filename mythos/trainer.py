@@ -14,10 +14,10 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from mythos.checkpoints.checkpoint import Checkpoints, training_state
+from mythos.checkpoints.config_changes import save_configuration
 from mythos.checkpoints.init_from import agreed_start
 from mythos.checkpoints.preflight import check_continued, check_memory, prepare_directory, resolve_vocabulary
 from mythos.checkpoints.stored_checkpoint import read_meta
-from mythos.config.loading import save_config
 from mythos.config.sections import Config
 from mythos.data.loader import Loader
 from mythos.data.pipeline import open_data
@@ -113,8 +113,7 @@ class Trainer:
 
         if self.step < self.config.train_steps:
             self.checkpoints.require_space(self.state())
-        unfinished = meta.get("record") if self.checkpoints.wrote(meta) else None
-        self.log = self.ranks.agreed(lambda: self.begin_files(unfinished))
+        self.log = self.ranks.agreed(lambda: self.begin_files(meta))
         self.resources.callback(self.log.close)
         self.watchdog = Watchdog(self.run_dir / "stacks", self.world.rank, config.parallel.stall_after)
         self.position = self.loader.state_dict()  # after the newest step; the loader itself is one batch ahead
@@ -146,9 +145,9 @@ class Trainer:
         self.tasks = [encode_task(task, tokenizer, length) for task in questions] if tokenizer is not None else []
         self.count_targets = data.targets
         if meta:
-            schedule_moves = check_continued(config, saved, self.step, self.resumed_from)
-            if self.main and schedule_moves:
-                logger.warning("%s", schedule_moves)
+            differences = check_continued(config, saved, self.step, self.resumed_from)
+            if self.main and differences:
+                logger.warning("%s", differences)
         self.schedule = DepthSchedule(config)
         self.loader = Loader(
             data.streams(config.run.seed, world.rank, world.size),
@@ -193,12 +192,13 @@ class Trainer:
             self.ranks.agreed(lambda: start.fill(self.model, config.run.seed))
             start.close()
 
-    def begin_files(self, unfinished: dict[str, Any] | None) -> MetricsLog:
+    def begin_files(self, meta: dict[str, Any]) -> MetricsLog:
         """Write the run's first files. Only after all checks: a start that failed must not bind the next one."""
         if self.main:
             if self.resumed_from is None and self.tokenizer is not None:
                 self.tokenizer.save(self.run_dir / "tokenizer")
-            save_config(self.config, self.run_dir / "config.yaml")
+            save_configuration(self.run_dir, self.config, meta)
+        unfinished = meta.get("record") if self.checkpoints.wrote(meta) else None
         return MetricsLog(self.run_dir, self.config, self.step, main=self.main, unfinished=unfinished)
 
     def announce(self) -> None:

@@ -14,6 +14,7 @@ from mythos.files.storage import LocalStorage, Origin, RemoteStorage, Storage
 from mythos.files.text import parse_json, read_json
 
 LOCK = ".checkpoints.lock"
+"""Lock file in a directory of checkpoints, while a run saves there."""
 
 
 @dataclass(frozen=True)

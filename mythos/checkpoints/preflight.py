@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from psutil import virtual_memory
 
+from mythos.checkpoints.config_changes import config_changes, consequences, former_file
 from mythos.config.sections import Config
 from mythos.data.tasks import hardest
 from mythos.errors import MythosError
@@ -66,9 +67,10 @@ its shape is checked with all other shapes.)"""
 
 
 def check_continued(config: Config, saved: dict[str, Any], step: int, path: Path | str | None) -> str | None:
-    """Check that a run can continue a checkpoint; return :func:`schedule_change`'s warning, if any.
+    """Check that a run can continue a checkpoint; return a warning that names every difference, or None without any.
 
-    `saved` is the checkpoint's configuration as plain values. Raises MythosError for another model or optimizer.
+    `saved` is the checkpoint's configuration as plain values. Raises MythosError for another model or optimizer, and
+    for any difference if run.on_change is fail.
     """
     check_same_model(config, saved["model"], path)
     if config.optim.name != saved["optim"]["name"]:
@@ -77,7 +79,22 @@ def check_continued(config: Config, saved: dict[str, Any], step: int, path: Path
             f"  optim.name: {saved['optim']['name']!r} in the checkpoint, {config.optim.name!r} here\n"
             "Restore this value to continue it, or give this run another run.name."
         )
-    return schedule_change(config, saved, step)
+    changes = config_changes(config, saved)
+    meaning = consequences(config, saved, step, changes)
+    if schedule := schedule_change(config, saved, step):
+        meaning.append(schedule)
+    if not changes:
+        return "\n".join(meaning) or None
+    text = "\n".join([*(f"  {change}" for change in changes), *meaning])
+    if config.run.on_change == "fail":
+        raise MythosError(
+            f"run.on_change is fail, and the configuration differs from that of checkpoint {path}:\n{text}\n"
+            "Restore these values, or set run.on_change=warn to continue with them."
+        )
+    return (
+        f"the configuration differs from that of checkpoint {path}, which stays in the run directory as "
+        f"{former_file(step)}:\n{text}"
+    )
 
 
 def model_differences(saved: dict[str, Any], config: ModelConfig, free: set[str], where: str) -> str:

@@ -1,7 +1,6 @@
 """Trained models on disk: run directories, checkpoints and exported folders."""
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from mythos.checkpoints.stored_checkpoint import (
 )
 from mythos.config.inherited import CONFIG_FILE, MODEL_TYPE, RUN_FILE, TOKENIZER_FILE
 from mythos.config.loading import config_from_dict, load_config
+from mythos.config.model_paths import incomplete_checkpoint, require_model
 from mythos.config.sections import Config
 from mythos.data.tokenizer import Tokenizer
 from mythos.errors import MythosError, short_reason
@@ -119,8 +119,8 @@ def stored_model(path: str | Path) -> Iterator[StoredModel]:
     run_dir = None
     if "://" not in text:
         with _readable(path):
+            require_model(text)
             exported, is_run = ((folder / file).is_file() for file in (CONFIG_FILE, RUN_FILE))
-            problem = "it is no model" if folder.exists() else "there is nothing"
         if exported:
             with _stored_export(folder) as stored:
                 yield stored
@@ -136,11 +136,6 @@ def stored_model(path: str | Path) -> Iterator[StoredModel]:
                     "their end; continue it with the command that started it."
                 )
             text, run_dir = str(complete[-1]), folder
-        elif not folder.name.startswith("step-"):
-            raise MythosError(
-                f"{path}: {problem}. Give a run directory (with {RUN_FILE}), a checkpoint (checkpoints/step-XXXXXXXX "
-                f"in it), or a folder written by `mythos export` (with {CONFIG_FILE})."
-            )
     with _stored_checkpoint(text, run_dir) as stored:
         yield stored
 
@@ -156,13 +151,6 @@ def _readable(path: str | Path) -> Iterator[None]:
         raise MythosError(f"{path} cannot be read: {short_reason(error)}") from error
 
 
-def run_directory(path: str | Path) -> Path | None:
-    """The path if it is a run directory, or the one two folders above it, as for a checkpoint; None without one."""
-    folder = Path(os.path.abspath(path))
-    candidates = [] if "://" in str(path) else [folder, folder.parent.parent]
-    return next((candidate for candidate in candidates if (candidate / RUN_FILE).is_file()), None)
-
-
 def tensors_of(model: RecurrentDepthTransformer) -> dict[str, Tensor]:
     """Every tensor of a model by name; not copies."""
     named = dict(model.named_parameters()) | dict(model.named_buffers())
@@ -175,9 +163,7 @@ def _stored_checkpoint(path: Path | str, run_dir: Path | None) -> Iterator[Store
     with _readable(path):
         complete = is_step(name) and storage.exists(name, MARKER)
     if not complete:
-        raise MythosError(
-            f"{path} is no complete checkpoint: a folder step-XXXXXXXX with a file '{MARKER}', which is written last."
-        )
+        raise incomplete_checkpoint(path)
     meta = read_meta(path)
     if not isinstance(meta.get("config"), dict) or type(meta.get("step")) is not int:
         raise MythosError(f"checkpoint {path} is damaged: its meta.json lacks the configuration or the step")

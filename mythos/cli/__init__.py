@@ -22,6 +22,9 @@ GROUPS = {
 """The commands, by what they are for, in the order of the help text."""
 COMMANDS = tuple(name for names in GROUPS.values() for name in names)
 
+HINTS = dict.fromkeys(("resume", "continue", "restart"), "`mythos train runs/NAME` continues a run")
+"""What to do instead of commands that people expect."""
+
 USAGE = "mythos COMMAND [arguments]"
 HELP_FOOTER = """`mythos COMMAND --help` explains a command, `mythos train --help SECTION` a section of the
 configuration; `mythos --version` prints the version."""
@@ -68,5 +71,6 @@ def main(arguments: list[str] | None = None) -> int:
         return command(name).main(rest)
     if name.startswith("-"):
         parser().parse_args(arguments)  # prints the version, or reports an unknown option
-    print(f"error: mythos {name}: no such command; {suggestion(name, list(COMMANDS))}", file=sys.stderr)
+    hint = HINTS.get(name) or suggestion(name, list(COMMANDS))
+    print(f"error: mythos {name}: no such command; {hint}", file=sys.stderr)
     return 2

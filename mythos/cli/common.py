@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mythos.config.checking import shortened, shown
+from mythos.config.model_paths import require_model
 from mythos.errors import MythosError, log_messages
 from mythos.files.text import unusable_text
 from mythos.hf import SHARD_SIZE
@@ -121,6 +122,15 @@ def writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise MythosError(f"{folder} cannot be written: {error}. Give another folder with --out.") from error
+
+
+def check_model_path(path: str) -> None:
+    """Raise MythosError for a path that is no model, before torch is imported, which takes seconds.
+
+    Not in one of several processes: it may not see the path of another, which would then wait for it.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        require_model(path)
 
 
 def comma_separated(text: str) -> list[str]:

@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 
 from mythos.cli.common import command_parser, exit_status, writing
+from mythos.config.model_paths import require_run
 
 
 def parser() -> argparse.ArgumentParser:
@@ -24,6 +25,8 @@ def main(arguments: list[str]) -> int:
 
 def run(options: argparse.Namespace) -> None:
     """Read, compare, write and print. Raises MythosError for runs that cannot be read or compared, and for `--out`."""
+    for path in options.runs:
+        require_run(path)  # before torch is imported, which takes seconds
     from mythos.reports.comparison import compare
 
     comparison = compare(options.runs)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mythos.cli.common import (
     add_measuring_options,
     check_least,
+    check_model_path,
     comma_separated,
     command_parser,
     exit_status,
@@ -23,6 +24,7 @@ from mythos.cli.common import (
     whole_numbers,
     writing,
 )
+from mythos.config.model_paths import run_directory
 from mythos.errors import MythosError
 
 if TYPE_CHECKING:
@@ -72,6 +74,7 @@ def main(arguments: list[str]) -> int:
 def run(options: argparse.Namespace) -> None:
     """Open, score, write and print. Raises MythosError if one of these is impossible."""
     check_least(options, limit=1, fewshot=0, micro_batch=1)
+    check_model_path(options.path)
     from mythos.distributed.ranks import meet_world
 
     world = meet_world(options.device, option="--device")
@@ -86,7 +89,7 @@ def run(options: argparse.Namespace) -> None:
 
 def evaluate(options: argparse.Namespace, world: World) -> None:
     """Do the work of `run` in one of several processes."""
-    from mythos.checkpoints.stored_model import open_model, run_directory
+    from mythos.checkpoints.stored_model import open_model
     from mythos.data.tasks import TaskSet
     from mythos.evaluation.choices import choice_scores, encode_task, read_tasks
     from mythos.evaluation.continuations import score_requests

@@ -6,7 +6,7 @@ AutoModelForCausalLM opens the folder wherever mythos is installed and imported.
 
 import argparse
 
-from mythos.cli.common import add_writing_options, command_parser, exit_status
+from mythos.cli.common import add_writing_options, check_model_path, command_parser, exit_status
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,6 +30,7 @@ def main(arguments: list[str]) -> int:
 
 def run(options: argparse.Namespace) -> None:
     """Export the model, and upload it with --push. Raises MythosError for bad input."""
+    check_model_path(options.path)
     from mythos.hf.export import export_model, push
 
     export = export_model(

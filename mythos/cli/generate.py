@@ -15,6 +15,7 @@ from mythos.cli.common import (
     TakesArguments,
     add_device_option,
     check_least,
+    check_model_path,
     command_parser,
     exit_status,
     whole_numbers,
@@ -145,6 +146,7 @@ def run(options: argparse.Namespace) -> None:
     # Check the options before importing torch, which takes seconds.
     loops = parse_loops(options.loops)
     check_values(options)
+    check_model_path(options.path)
     prompts = read_prompts(options.prompts)
     import torch
 

@@ -13,7 +13,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mythos.cli.common import add_device_option, check_least, command_parser, exit_status, whole_numbers, writing
+from mythos.cli.common import (
+    add_device_option,
+    check_least,
+    check_model_path,
+    command_parser,
+    exit_status,
+    whole_numbers,
+    writing,
+)
+from mythos.config.model_paths import run_directory
 from mythos.errors import MythosError
 
 if TYPE_CHECKING:
@@ -58,6 +67,8 @@ def run(options: argparse.Namespace) -> None:
     written.
     """
     check_least(options, sequences=1)
+    for path in options.runs:
+        check_model_path(path)
     from mythos.distributed.ranks import choose_device
     from mythos.reports.evaluation_plots import draw_accuracy_maps
     from mythos.reports.recorded import run_names
@@ -87,8 +98,6 @@ def run(options: argparse.Namespace) -> None:
 
 def output_stem(path: str, accuracy: AccuracyMap, out: Path | None) -> Path:
     """Return the path of a run's output files, without their suffixes."""
-    from mythos.checkpoints.stored_model import run_directory
-
     run = run_directory(path)
     if out is None and run is not None:
         return run / "reasoning" / f"step-{accuracy.step:08d}"

@@ -8,6 +8,7 @@ import argparse
 from pathlib import Path
 
 from mythos.cli.common import command_parser, exit_status
+from mythos.config.model_paths import require_run
 
 
 def parser() -> argparse.ArgumentParser:
@@ -25,6 +26,7 @@ def main(arguments: list[str]) -> int:
 
 def run(options: argparse.Namespace) -> None:
     """Read the run and write its page. Raises MythosError if it has no records, or the page cannot be written."""
+    require_run(options.run)  # before torch is imported, which takes seconds
     from mythos.generation.depth_view import write_page
     from mythos.reports.page import run_page
     from mythos.reports.recorded import open_run

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mythos.cli.common import (
     add_measuring_options,
     check_least,
+    check_model_path,
     comma_separated,
     command_parser,
     exit_status,
@@ -22,6 +23,7 @@ from mythos.cli.common import (
     whole_numbers,
     writing,
 )
+from mythos.config.model_paths import run_directory
 from mythos.errors import MythosError
 
 if TYPE_CHECKING:
@@ -65,7 +67,8 @@ def run(options: argparse.Namespace) -> None:
     check_least(options, sequences=1, most=1, micro_batch=1)
     if options.thresholds and (options.rules is None or len(options.rules) != 1):
         raise MythosError("--thresholds: name the one rule they are for, e.g. --rules convergence --thresholds 0.2,0.1")
-    from mythos.checkpoints.stored_model import open_model, run_directory
+    check_model_path(options.path)
+    from mythos.checkpoints.stored_model import open_model
     from mythos.distributed.ranks import choose_device
     from mythos.evaluation.depth_sweep import depth_sweep, sweep_depths
     from mythos.evaluation.text import as_in_training, validation_data

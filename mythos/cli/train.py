@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 
+from mythos.checkpoints.failed_start import removed_if_it_fails
 from mythos.cli.common import check_least, command_parser, set_up_process
 from mythos.config.loading import describe, load_config
 from mythos.distributed.launch_status import (
@@ -29,7 +30,12 @@ def parser() -> argparse.ArgumentParser:
         epilog=describe(),
         add_help=False,
     )
-    parser.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file, or a name from `mythos configs`")
+    parser.add_argument(
+        "config",
+        nargs="?",
+        metavar="CONFIG",
+        help="YAML file, a run directory to continue, or a name from `mythos configs`",
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="key.path=value", help="fields to override, e.g. train.steps=100"
     )
@@ -105,7 +111,9 @@ def run(options: argparse.Namespace) -> None:
         else:
             from mythos.trainer import Trainer
 
-            Trainer(config).run()
+            with removed_if_it_fails(config):
+                trainer = Trainer(config)
+            trainer.run()
     except OSError as error:
         if error.filename is None and not is_full(error):
             raise

@@ -1,5 +1,6 @@
 """Load the whole configuration: one YAML file per run, overrides by key=value, every problem reported at once."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ from mythos.config.checking import (
     suggestion,
     valid_values,
 )
-from mythos.config.inherited import inherited_sections
+from mythos.config.inherited import CONFIG_FILE, RUN_FILE, inherited_sections
+from mythos.config.model_paths import did_you_mean
 from mythos.config.presets import PRESETS
 from mythos.config.rules import contradictions, training_contradictions
 from mythos.config.sections import Config
 from mythos.errors import MythosError
 from mythos.files.local import write_whole
+from mythos.files.storage import is_step
 from mythos.model.config import ModelConfig
 from mythos.section import Section
 
@@ -35,32 +38,56 @@ def packaged_configs() -> dict[str, Path]:
 
 
 def config_file(name: str) -> Path:
-    """Resolve a path, or the name of a packaged configuration if no file has that name.
+    """Resolve a path, a run directory, or the name of a packaged configuration if no file has that name.
 
-    Raises MythosError for a name, without folder or suffix, that is neither.
+    Raises MythosError for a folder that is no run, and for a name, without folder or suffix, that is none of these.
     """
     path, packaged = Path(name), packaged_configs()
-    if path.exists() or path.name != name or path.suffix:
+    if (path / RUN_FILE).is_file():
+        return path / RUN_FILE
+    if path.is_dir() and name not in packaged:
+        raise MythosError(f"{name}: {_folder_problem(path)}")
+    if path.is_file() or path.name != name or path.suffix:
         return path
     if name not in packaged:
         raise MythosError(
             f"{name}: neither a file nor a configuration that comes with mythos ({', '.join(packaged)}); give one of "
-            "these, or the path of a YAML file"
+            f"these, the path of a YAML file, or a run directory.{did_you_mean(path)}"
         )
     return packaged[name]
+
+
+def _folder_problem(folder: Path) -> str:
+    """Say what to do with a folder that is no run directory."""
+    if is_step(folder.name):
+        return (
+            f"a checkpoint, not a configuration. `mythos train {folder.parent.parent}` continues its run; for a run of "
+            f"its own give a configuration with train.init_from={folder} (its weights) or run.resume={folder} (its "
+            "optimizer, step and data too)"
+        )
+    if (folder / CONFIG_FILE).is_file():
+        return f"a model, not a configuration. To start from its weights, give one with train.init_from={folder}"
+    return (
+        f"a folder without {RUN_FILE}; give a YAML file, or the directory of a run to continue.{did_you_mean(folder)}"
+    )
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, to_train: bool = True) -> Config:
     """Read a YAML file, apply ``key.path=value`` overrides, fill in the preset, and check everything.
 
-    ``path`` may be the name of a packaged configuration (:func:`config_file`). Values of overrides are YAML
-    (``eval.loops=[1,4]``, ``depth.mean=null``); ``3e-4`` and ``1e9`` are numbers. Set ``to_train`` to false to use a
-    trained run: rules that only training needs are skipped, because the run may be older than they are.
+    ``path`` may be the name of a packaged configuration, or a run directory, whose config.yaml is read
+    (:func:`config_file`); the run is then in that directory, wherever its configuration says that it is. Values of
+    overrides are YAML (``eval.loops=[1,4]``, ``depth.mean=null``); ``3e-4`` and ``1e9`` are numbers. Set ``to_train``
+    to false to use a trained run: rules that only training needs are skipped, because the run may be older than they
+    are.
 
     Raises MythosError with one line per problem.
     """
     problems = Problems(str(path), Config)
-    data = read_yaml(config_file(str(path)), problems)
+    file = config_file(str(path))
+    data = read_yaml(file, problems)
+    if file == Path(path) / RUN_FILE:
+        data = _in_directory(data, Path(path))
     for override in overrides:
         data = apply_override(data, override, problems)
     return _build(data, problems, to_train)
@@ -115,6 +142,17 @@ def describe(section: str | None = None) -> str:
 
 def _summary(section: type[Section]) -> str:
     return (section.__doc__ or "").splitlines()[0]
+
+
+def _in_directory(data: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """The configuration of a run with run.dir set if it has moved, or if its relative path starts elsewhere."""
+    run = data.get("run") or {}
+    if not isinstance(run, dict):  # reported when the values are checked
+        return data
+    stored = str(run.get("dir") or f"runs/{run.get('name', Config().run.name)}").replace("\0", "")
+    if os.path.realpath(stored) == os.path.realpath(directory):
+        return data
+    return {**data, "run": {**run, "dir": str(directory)}}
 
 
 def _build(data: dict[str, Any], problems: Problems, to_train: bool) -> Config:

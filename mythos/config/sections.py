@@ -43,6 +43,9 @@ class RunConfig(Section):
     """auto = resume from the newest complete checkpoint of the run directory, if there is one; never = start from step
     0, and refuse if the directory has checkpoints; or the path of a checkpoint to resume from while the directory has
     none."""
+    on_change: Literal["warn", "fail"] = "warn"
+    """If the configuration differs from that of the checkpoint that the run continues: warn = print every difference
+    and continue, fail = print them and stop."""
 
 
 class TokenizerConfig(Section):

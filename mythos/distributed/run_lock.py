@@ -15,6 +15,13 @@ from mythos.files.text import parse_json
 
 logger = logging.getLogger(__name__)
 
+_held: set[Path] = set()
+
+
+def is_held(path: Path) -> bool:
+    """Whether this process holds the lock of this file, as opposed to another process or none."""
+    return path.absolute() in _held
+
 
 class RunLock:
     """Reserves a directory for one job. A context manager; the kernel releases the lock when the process dies."""
@@ -53,6 +60,7 @@ class RunLock:
                     raise MythosError(self._in_use(file))
             time.sleep(0.1)
         self._file = file
+        _held.add(self._path.absolute())
         run = self._holder(file).get("run")
         self.keep(run if isinstance(run, str) else None)
         return self
@@ -71,6 +79,7 @@ class RunLock:
     def __exit__(self, *_: object) -> None:
         if self._temporary:
             self._path.unlink(missing_ok=True)
+        _held.discard(self._path.absolute())
         self._file.close()
 
     def _open(self) -> Any:

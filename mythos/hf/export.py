@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from mythos.checkpoints.stored_model import INDEX_FILE, PREFIX, StoredModel, run_directory, stored_model, tensors_of
+from mythos.checkpoints.stored_model import INDEX_FILE, PREFIX, StoredModel, stored_model, tensors_of
+from mythos.config.model_paths import run_directory
 from mythos.data.tokenizer import PROBE, REQUEST_FILE, Tokenizer
 from mythos.errors import MythosError, short_reason
 from mythos.files.local import remedy, replacing_folder

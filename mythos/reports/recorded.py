@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mythos.checkpoints.stored_checkpoint import complete_checkpoints, read_meta
-from mythos.checkpoints.stored_model import run_directory
 from mythos.config.inherited import RUN_FILE, TOKENIZER_FILE
 from mythos.config.loading import load_config
+from mythos.config.model_paths import require_run, run_directory
 from mythos.config.sections import Config
 from mythos.errors import MythosError, short_reason, without_credentials
 from mythos.files.storage import step_of
@@ -152,10 +152,7 @@ def open_run(path: str | Path) -> RecordedRun:
 
     Raises MythosError if there is no run, if it has no records yet, or if no record is one that a run writes.
     """
-    directory = run_directory(path)
-    if directory is None:
-        what = f"no {RUN_FILE} in it" if Path(path).exists() else "there is nothing"
-        raise MythosError(f"{path}: {what}. Give a run directory, e.g. runs/quickstart.")
+    directory = require_run(path)
     file = directory / METRICS_FILE
     if not file.is_file():
         raise MythosError(f"{file} is missing: the run has not begun to train, or the file was moved")

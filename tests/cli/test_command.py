@@ -1,5 +1,6 @@
 """The command `mythos`: its help, its errors, completion, and the files that package it."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -65,6 +66,25 @@ def test_help_and_errors_come_without_torch():
     assert run("-c", program).stdout.endswith("False 0\n")
     misspelt = run("-c", program, "train", "quickstart", "train.stepss=1")
     assert misspelt.stdout == "False 1\n" and "did you mean" in misspelt.stderr
+
+
+@pytest.mark.parametrize("name", ["sweep", "generate", "evaluate", "reasoning", "report", "compare", "export"])
+def test_a_wrong_path_is_reported_without_torch(name, tmp_path):
+    """Importing torch takes seconds."""
+    program = "import sys; from mythos.cli import main; code = main(sys.argv[1:]); print('torch' in sys.modules, code)"
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "config.yaml").touch()
+    for path, meant in (("runs/nope", None), ("runs/mime", "runs/mine"), ("mine", "runs/mine")):
+        folder = ["exported"] if name == "export" else []
+        answer = run("-c", program, name, path, *folder, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        assert answer.stdout == "False 1\n"
+        assert answer.stderr.startswith(f"error: {path}: there is nothing. Give a run directory")
+        assert (f"Did you mean {meant}?" in answer.stderr) == (meant is not None)
+
+
+def test_continuing_has_no_command_of_its_own(capsys):
+    assert main(["resume", "runs/mine"]) == 2
+    assert capsys.readouterr().err.endswith("no such command; `mythos train runs/NAME` continues a run\n")
 
 
 def test_unknown_command(capsys):

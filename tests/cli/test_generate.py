@@ -19,8 +19,9 @@ import torch
 from tokenizers import decoders, models, normalizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from mythos.checkpoints.stored_model import OpenedModel, open_model, run_directory
+from mythos.checkpoints.stored_model import OpenedModel, open_model
 from mythos.cli import generate as command
+from mythos.config.model_paths import run_directory
 from mythos.data.tokenizer import Tokenizer
 from mythos.errors import MythosError
 from mythos.files.storage import RemoteStorage

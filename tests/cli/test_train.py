@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,9 +17,13 @@ import yaml
 from matplotlib.image import imread
 from transformers import AutoTokenizer
 
+from mythos.checkpoints.failed_start import removed_if_it_fails
 from mythos.cli.train import main
 from mythos.config.loading import load_config
 from mythos.config.presets import PRESETS
+from mythos.distributed.run_lock import RunLock
+from mythos.errors import MythosError
+from mythos.trainer import Trainer
 from tests.runs import documents, losses, measurements, write_settings
 
 RUN = {"train__steps": 6, "eval__every": 3, "eval__samples": 2, "eval__prompts": ["The river", "Page"]}
@@ -140,6 +146,124 @@ def test_written_configuration_of_a_small_corpus_reloads(tmp_path):
     assert len(AutoTokenizer.from_pretrained(tmp_path / "run" / "tokenizer")) < 1000
     assert main([str(tmp_path / "run" / "config.yaml"), "train.steps=2"]) == 0
     assert len(losses(tmp_path / "run")) == 2
+
+
+# --- continuing
+
+
+@pytest.fixture
+def copy(finished: Finished, tmp_path: Path) -> Path:
+    """A moved run: its configuration names the directory where it was."""
+    return Path(shutil.copytree(finished.dir, tmp_path / "moved"))
+
+
+def tree(directory: Path) -> dict[Path, bytes]:
+    """Every file but the lock, which names its newest holder."""
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def test_a_run_directory_continues(finished, copy, tmp_path):
+    before = tree(finished.dir)
+    assert main([str(copy), "train.steps=8", "optim.schedule_steps=6"]) == 0
+    assert [record["step"] for record in measurements(copy)] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert measurements(copy)[:6] == measurements(finished.dir)
+    assert load_config(copy).run_dir == copy
+    assert tree(finished.dir) == before
+    # Named by its configuration, the run is where that says.
+    assert load_config(finished.dir / "config.yaml").run_dir == load_config(finished.dir).run_dir == finished.dir
+    assert load_config(copy, [f"run.dir={tmp_path / 'fork'}"]).run_dir == tmp_path / "fork"
+
+
+def test_a_relative_run_directory_is_found_from_elsewhere(tmp_path, monkeypatch):
+    folder = tmp_path / "runs" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("run: {name: mine}\ntrain: {steps: 7}\n")
+    monkeypatch.chdir(tmp_path)
+    assert load_config("runs/mine/").run.dir is None
+    monkeypatch.chdir(tmp_path / "runs")
+    assert load_config("mine").run_dir == Path("mine")
+
+
+def test_folders_that_are_no_runs(finished, tmp_path, refused):
+    checkpoint = finished.dir / "checkpoints" / "step-00000006"
+    message = refused(checkpoint)
+    assert f"a checkpoint, not a configuration. `mythos train {finished.dir}` continues its run" in message
+    assert f"train.init_from={checkpoint}" in message and f"run.resume={checkpoint}" in message
+    assert "a folder without config.yaml; give a YAML file, or the directory of a run" in refused(tmp_path)
+    (tmp_path / "config.json").touch()
+    assert (
+        f"a model, not a configuration. To start from its weights, give one with train.init_from={tmp_path}"
+        in refused(tmp_path)
+    )
+
+
+def test_a_changed_configuration_keeps_the_former(finished, copy, caplog):
+    former = (copy / "config.yaml").read_bytes()
+    assert main([str(copy), "train.steps=8", "optim.lr=0.01", "log.every=2"]) == 0
+    text = caplog.text
+    for change in ("train.steps 6 -> 8", "optim.lr 0.003 -> 0.01", "log.every 1 -> 2"):
+        assert f"\n  {change}\n" in text
+    assert "learning rate: the next step takes" in text and "the schedule took 6 steps" in text
+    moved = former.replace(str(finished.dir).encode(), str(copy).encode())
+    assert (copy / "config.step-00000006.yaml").read_bytes() == former != moved
+    assert load_config(copy).optim.lr == 0.01
+    caplog.clear()
+    assert main([str(copy)]) == 0  # the configuration of the newest checkpoint
+    assert "differs" not in caplog.text
+    assert sorted(path.name for path in copy.glob("config*")) == ["config.step-00000006.yaml", "config.yaml"]
+
+
+def test_a_changed_configuration_can_be_refused(copy, refused):
+    before = tree(copy)
+    message = refused(copy, "train.steps=8", "run.on_change=fail")
+    assert "run.on_change is fail" in message and "\n  train.steps 6 -> 8\n" in message
+    assert tree(copy) == before
+    assert main([str(copy), "run.on_change=fail"]) == 0
+
+
+# --- starts that fail
+
+
+def test_a_start_that_fails_leaves_nothing(tmp_path, monkeypatch, refused):
+    path = write_settings(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    nothing = f"data.path={tmp_path}/none-*.txt"
+    refused(path, nothing, "run.dir=new/runs/x", "checkpoint.dir=new/elsewhere/x")
+    refused(path, nothing, "run.dir=new/runs/x")
+    assert sorted(tmp_path.rglob("*")) == before
+    (tmp_path / "there").mkdir()
+    refused(path, nothing, "run.dir=there")
+    assert list((tmp_path / "there").iterdir()) == []
+
+
+def test_a_start_that_fails_leaves_what_was_there(tmp_path, copy, refused):
+    path = write_settings(tmp_path)
+    lock = (copy / ".lock").read_text()
+    before = tree(copy)
+    refused(path, f"data.path={tmp_path}/none-*.txt", f"run.dir={copy}")
+    assert tree(copy) == before and json.loads((copy / ".lock").read_text())["run"] == json.loads(lock)["run"]
+
+
+def test_the_lock_of_another_job_stays(tmp_path, monkeypatch):
+    """Even where that job is new as well: its directory has the lock and nothing else."""
+    path = write_settings(tmp_path)
+    (tmp_path / "run").mkdir()
+    program = "import sys; from mythos.distributed.run_lock import RunLock; from pathlib import Path\n"
+    program += "with RunLock(Path(sys.argv[1])): print('locked', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", program, str(tmp_path / "run")]
+    patient = RunLock.__init__
+    monkeypatch.setattr(
+        RunLock, "__init__", lambda self, directory, **options: patient(self, directory, 0.2, **options)
+    )
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as job:
+        assert job.stdout.readline() == "locked\n"
+        (tmp_path / "run" / ".lock").rename(tmp_path / "kept")  # as if it was created after the other start had looked
+        with pytest.raises(MythosError, match="is in use by"), removed_if_it_fails(load_config(path)):
+            (tmp_path / "kept").rename(tmp_path / "run" / ".lock")
+            Trainer(load_config(path))
+        job.stdin.close()
+    assert (tmp_path / "run" / ".lock").exists()
 
 
 # --- information

@@ -216,10 +216,29 @@ def test_help(launch):
         (["--cpu"], "--cpu: got ''"),
         (["--cpu", "2", "--processes", "2", CONFIG], "not both"),
         (["--cpu", "2", "none.yaml"], "error: none.yaml"),
+        (
+            ["--gpu", "2", CONFIG],
+            "--gpu: not an option of launch.sh, which starts a process on every GPU. --processes 2",
+        ),
+        (["--dry-run", CONFIG], "--dry-run: not an option of launch.sh"),
     ],
 )
 def test_bad_command_line(launch, arguments, message):
     assert message in launch.refused(*arguments, CHECK="yes")
+
+
+def test_unknown_options_of_training_are_told_once(launch):
+    result = launch("--cpu", "2", CONFIG, "--gpu", "2", CHECK="yes")
+    assert result.returncode == 2 and not launch.record.exists()
+    assert result.stderr.count("unrecognized arguments: --gpu 2") == 1
+
+
+def test_a_run_directory_is_a_configuration(launch):
+    for name in ("run", "empty"):
+        (launch.directory / name).mkdir()
+    (launch.directory / "run" / "config.yaml").write_text("train: {steps: 7}\n")
+    assert "empty: a folder without config.yaml" in launch.refused("--cpu", "2", "empty", CHECK="yes")
+    assert launch.started("--cpu", "2", "run", CHECK="yes")[1] == ["run", "train.device=cpu"]
 
 
 def test_bad_configuration_is_told_once(launch):

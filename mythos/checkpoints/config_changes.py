@@ -1,0 +1,138 @@
+"""Differences between a checkpoint's configuration and that of the run that continues it, and what they mean."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from pydantic import ValidationError
+
+from mythos.config.checking import shown
+from mythos.config.inherited import RUN_FILE
+from mythos.config.loading import save_config
+from mythos.config.sections import Config
+from mythos.files.local import write_whole
+from mythos.files.storage import step_name
+from mythos.training.depth_schedule import DepthSchedule
+from mythos.training.lr import learning_rate
+
+NOT_COMPARED = {"run.name", "run.dir", "run.resume", "run.on_change"}
+"""Fields that say where a run is and how it continues, not how it trains."""
+LEARNING_RATE = {f"optim.{name}" for name in ("lr", "schedule", "warmup", "decay", "min_lr")}
+VALIDATION = {"eval.batches", "data.validation.path", "data.validation.fraction"}
+ABSENT = object()
+
+
+class Change(NamedTuple):
+    """A field whose value differs, as plain values; ABSENT for a source of a mixture that is not there."""
+
+    field: str
+    before: Any
+    after: Any
+
+    def __str__(self) -> str:
+        before, after = ("absent" if value is ABSENT else shown(value) for value in self[1:])
+        return f"{self.field} {before} -> {after}"
+
+
+def config_changes(config: Config, saved: dict[str, Any]) -> list[Change]:
+    """Compare every field with a checkpoint's configuration, given as plain values."""
+    former = _former(saved)
+    before = dict(_fields(saved if former is None else former.model_dump(mode="json")))
+    after = dict(_fields(config.model_dump(mode="json")))
+    pairs = ((field, before.get(field, ABSENT), after.get(field, ABSENT)) for field in [*after, *before])
+    differing = {field: Change(field, old, new) for field, old, new in pairs if old != new}
+    return [change for field, change in differing.items() if field not in NOT_COMPARED]
+
+
+def consequences(config: Config, saved: dict[str, Any], step: int, changes: list[Change]) -> list[str]:
+    """Say in words which changes give the steps after `step` another meaning than the ones before; [] if none do.
+
+    The length of the schedule has a message of its own, `mythos.checkpoints.preflight.schedule_change`, and other data
+    is refused or read from its beginning by `data.on_mismatch`.
+    """
+    former = _former(saved)
+    if former is None or step >= config.train_steps:
+        return []
+    fields = {change.field for change in changes}
+    lines = []
+    if former.tokens_per_step != config.tokens_per_step or "train.global_batch" in fields:
+        lines.append(
+            f"batch: a step takes {_batch(config)} tokens, it took {_batch(former)}. Compare losses by tokens and not "
+            "by steps; the learning rate suited the former batch"
+        )
+    if fields & LEARNING_RATE:
+        rate, unchanged = (learning_rate(one.optim, step, one.schedule_steps) for one in (config, former))
+        lines.append(f"learning rate: the next step takes {rate:.3g}, unchanged it would take {unchanged:.3g}")
+    here, there = (_depths(one, step, config.schedule_steps) for one in (config, former))
+    if here != there:
+        lines.append(
+            f"depth: sequences now run {here}; they ran {there}. Training losses before and after step {step:,} are at "
+            f"different depths, and val/loss is measured at {round(config.depth_mean)} loops (it was at "
+            f"{round(former.depth_mean)})"
+        )
+    if "data.sequence_length" in fields or "data.mask_documents" in fields:
+        lines.append("data: documents continue where they were, but are cut into sequences, or seen, in another way")
+    if any(field.startswith("data.sources.") and field.endswith(".weight") for field in fields):
+        lines.append("data order: sources are read in other shares from here, each continuing where it was")
+    if fields & VALIDATION or "data.sequence_length" in fields:
+        lines.append("validation: losses before and after are of different sequences and cannot be compared")
+    return lines
+
+
+def save_configuration(run_dir: Path, config: Config, meta: dict[str, Any]) -> None:
+    """Write config.yaml. If it differs from the checkpoint's, that one stays as config.step-XXXXXXXX.yaml.
+
+    `meta` is the checkpoint's meta.json, empty for a new run. Raises OSError.
+    """
+    if meta and config_changes(config, meta["config"]):
+        former = yaml.safe_dump(meta["config"], sort_keys=False, allow_unicode=True)
+        write_whole(run_dir / former_file(meta["step"]), former)
+    save_config(config, run_dir / RUN_FILE)
+
+
+def former_file(step: int) -> str:
+    """Name of the file with the configuration that a run had up to a step at which it changed."""
+    return f"config.{step_name(step)}.yaml"
+
+
+def _former(saved: dict[str, Any]) -> Config | None:
+    """A checkpoint's configuration; fields that its version did not know get their defaults, which they had.
+
+    None if this version does not accept a value.
+    """
+    try:
+        return Config.model_validate(saved)
+    except ValidationError:
+        return None
+
+
+def _fields(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value by its dotted path."""
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _fields(value, f"{prefix}{name}.")
+        elif value != {}:
+            yield f"{prefix}{name}", value
+
+
+def _batch(config: Config) -> str:
+    return f"{config.train.global_batch} x {config.data.sequence_length} = {config.tokens_per_step:,}"
+
+
+def _depths(config: Config, step: int, steps: int) -> str:
+    """Describe the distribution of depths: at the end of its ramps and, if they still rise, in the next step.
+
+    `steps` is the length of the schedule, whose changes have a message of their own.
+    """
+    optim = config.optim.model_copy(update={"schedule_steps": steps})
+    schedule = DepthSchedule(config.model_copy(update={"optim": optim}))
+    mean, backprop = schedule.mean(step), schedule.backprop(step)
+    sampling = "those of the task" if config.depth.follow == "difficulty" else config.depth.sampling
+    text = (
+        f"{config.depth_mean:g} loops on average ({sampling}, at most {config.depth_maximum}), gradient through the "
+        f"last {config.depth_backprop}"
+    )
+    if (mean, backprop) == (config.depth_mean, config.depth_backprop):
+        return text
+    return f"{text} (in the next step {mean:.3g}, and {backprop})"

@@ -1,0 +1,130 @@
+"""What is said of a run that continues with another configuration."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mythos.checkpoints.config_changes import config_changes, consequences
+from mythos.checkpoints.preflight import check_continued
+from mythos.errors import MythosError
+from tests.runs import tiny
+
+STEPS = {"train__steps": 1000, "depth__curriculum": {"shape": "none"}}
+
+
+def said(tmp_path: Path, before: dict[str, Any], after: dict[str, Any], step: int = 500) -> str:
+    saved = tiny(tmp_path, **STEPS | before).model_dump(mode="json")
+    return check_continued(tiny(tmp_path, **STEPS | after), saved, step, "runs/tiny/step") or ""
+
+
+def test_every_difference_is_named(tmp_path):
+    after = {"optim__weight_decay": 0.2, "optim__betas": [0.9, 0.99], "log__every": 5, "train__dtype": "bfloat16"}
+    lines = said(tmp_path, {"eval__prompts": ["A"]}, after | {"eval__prompts": []}).splitlines()
+    assert lines[0].startswith(
+        "the configuration differs from that of checkpoint runs/tiny/step, which stays in the run"
+    )
+    assert lines[0].endswith("config.step-00000500.yaml:")
+    assert set(lines[1:]) == {
+        "  optim.weight_decay 0.1 -> 0.2",
+        "  optim.betas [0.9, 0.95] -> [0.9, 0.99]",
+        "  log.every 1 -> 5",
+        '  train.dtype "float32" -> "bfloat16"',
+        "  eval.prompts [A] -> []",
+    }
+
+
+def test_nothing_is_said_of_the_same_configuration(tmp_path):
+    assert said(tmp_path, {}, {}) == ""
+    directories = {
+        "run__name": "other",
+        "run__dir": "elsewhere",
+        "run__resume": "runs/tiny/step",
+        "run__on_change": "fail",
+    }
+    assert said(tmp_path, {}, directories) == ""
+
+
+def test_sources_of_a_mixture_are_named(tmp_path):
+    def mixture(**weights: float) -> dict[str, Any]:
+        sources = {name: {"kind": "embedded", "weight": weight} for name, weight in weights.items()}
+        return {"data__kind": "mixture", "data__path": None, "data__sources": sources}
+
+    text = said(tmp_path, mixture(web=3.0, math=1.0), mixture(web=2.0, math=1.0))
+    assert "  data.sources.web.weight 3.0 -> 2.0\n" in text and text.count("->") == 1
+    assert "data order: sources are read in other shares from here" in text
+    text = said(tmp_path, mixture(web=3.0), mixture(web=3.0, math=1.0))
+    assert "  data.sources.math.weight absent -> 1.0\n" in text
+    assert "  data.sources.math.weight 1.0 -> absent\n" in said(tmp_path, mixture(web=3, math=1), mixture(web=3)) + "\n"
+
+
+def test_a_learning_rate_is_computed(tmp_path):
+    """Half way of a cosine from the peak to a tenth of it, without warmup."""
+    cosine = {"optim__warmup": 0.0, "optim__min_lr": 0.1, "optim__schedule": "cosine"}
+    share = 0.1 + 0.9 * (1 + math.cos(math.pi * 500 / 999)) / 2
+    text = said(tmp_path, cosine | {"optim__lr": 3e-3}, cosine | {"optim__lr": 1e-2})
+    assert "  optim.lr 0.003 -> 0.01\n" in text
+    assert f"learning rate: the next step takes {1e-2 * share:.3g}, unchanged it would take {3e-3 * share:.3g}" in text
+
+
+def test_a_longer_cosine_is_named_with_its_values(tmp_path):
+    text = said(tmp_path, {}, {"train__steps": 2000})
+    assert "  train.steps 1000 -> 2000\n" in text
+    assert "the schedule took 1,000 steps in the checkpoint and takes 2,000 here" in text
+    assert "depth: " not in text and "batch: " not in text
+
+
+def test_another_batch_is_named(tmp_path):
+    text = said(tmp_path, {}, {"train__global_batch": 4})
+    assert "batch: a step takes 4 x 32 = 128 tokens, it took 8 x 32 = 256. Compare losses by tokens" in text
+    text = said(tmp_path, {}, {"data__sequence_length": 16})
+    assert "8 x 16 = 128 tokens, it took 8 x 32 = 256" in text
+    assert "validation: losses before and after are of different sequences" in text
+
+
+def test_other_depths_are_named(tmp_path):
+    text = said(tmp_path, {}, {"depth__mean": 5, "depth__backprop": 4})
+    assert "depth: sequences now run 5 loops on average (poisson, at most 10), gradient through the last 4" in text
+    assert "they ran 3 loops on average (poisson, at most 6), gradient through the last 2" in text
+    assert "val/loss is measured at 5 loops (it was at 3)" in text
+    # A linear ramp from 1 to 3 over all 1,000 steps is at 2 in the middle.
+    ramp = {"depth__curriculum": {"shape": "linear", "over": 1.0, "start": 1}}
+    text = said(tmp_path, {}, ramp)
+    assert "gradient through the last 2 (in the next step 2, and 2); they ran 3 loops" in text
+
+
+def test_meaning_is_left_out_where_nothing_is_left_to_train(tmp_path):
+    text = said(tmp_path, {}, {"depth__mean": 5}, step=1000)
+    assert "  depth.mean null -> 5.0" in text and "depth: " not in text
+
+
+def test_fields_that_the_checkpoint_does_not_know_had_their_defaults(tmp_path):
+    saved = tiny(tmp_path, **STEPS).model_dump(mode="json")
+    del saved["run"]["on_change"], saved["optim"]["schedule_steps"], saved["data"]["validation"], saved["log"]
+    changed = tiny(tmp_path, **STEPS | {"optim__schedule_steps": 7})
+    fields = {change.field: (change.before, change.after) for change in config_changes(changed, saved)}
+    assert fields == {
+        "optim.schedule_steps": (None, 7),
+        "data.validation.fraction": (0.01, 0.2),
+        "log.every": (10, 1),
+    }
+
+
+def test_values_that_this_version_refuses_are_still_compared(tmp_path):
+    saved = tiny(tmp_path, **STEPS).model_dump(mode="json")
+    saved["depth"]["sampling"] = "zipf"
+    config = tiny(tmp_path, **STEPS)
+    changes = config_changes(config, saved)
+    assert [str(change) for change in changes] == ['depth.sampling "zipf" -> "poisson"']
+    assert consequences(config, saved, 10, changes) == []
+
+
+def test_a_change_can_be_refused(tmp_path):
+    with pytest.raises(MythosError) as error:
+        said(tmp_path, {}, {"optim__lr": 1e-2, "run__on_change": "fail"})
+    text = str(error.value)
+    assert text.startswith(
+        "run.on_change is fail, and the configuration differs from that of checkpoint runs/tiny/step:"
+    )
+    assert "\n  optim.lr 0.003 -> 0.01\n" in text and text.endswith("set run.on_change=warn to continue with them.")
