@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from pydantic import ValidationError
 
-from mythos.config.checking import shown
+from mythos.config.checking import Problems, shown, valid_values
 from mythos.config.inherited import RUN_FILE
 from mythos.config.loading import save_config
 from mythos.config.sections import Config
@@ -101,10 +100,9 @@ def _former(saved: dict[str, Any]) -> Config | None:
 
     None if this version does not accept a value.
     """
-    try:
-        return Config.model_validate(saved)
-    except ValidationError:
-        return None
+    problems = Problems("", Config)
+    values = valid_values(Config, saved, problems)
+    return None if problems.lines else Config.model_validate(values)
 
 
 def _fields(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -191,10 +191,8 @@ def test_folders_that_are_no_runs(finished, tmp_path, refused):
     assert f"train.init_from={checkpoint}" in message and f"run.resume={checkpoint}" in message
     assert "a folder without config.yaml; give a YAML file, or the directory of a run" in refused(tmp_path)
     (tmp_path / "config.json").touch()
-    assert (
-        f"a model, not a configuration. To start from its weights, give one with train.init_from={tmp_path}"
-        in refused(tmp_path)
-    )
+    message = refused(tmp_path)
+    assert f"a model, not a configuration. To start from its weights, give one with train.init_from={tmp_path}" in message
 
 
 def test_a_changed_configuration_keeps_the_former(finished, copy, caplog):
@@ -204,8 +202,7 @@ def test_a_changed_configuration_keeps_the_former(finished, copy, caplog):
     for change in ("train.steps 6 -> 8", "optim.lr 0.003 -> 0.01", "log.every 1 -> 2"):
         assert f"\n  {change}\n" in text
     assert "learning rate: the next step takes" in text and "the schedule took 6 steps" in text
-    moved = former.replace(str(finished.dir).encode(), str(copy).encode())
-    assert (copy / "config.step-00000006.yaml").read_bytes() == former != moved
+    assert (copy / "config.step-00000006.yaml").read_bytes() == former
     assert load_config(copy).optim.lr == 0.01
     caplog.clear()
     assert main([str(copy)]) == 0  # the configuration of the newest checkpoint
@@ -252,10 +249,7 @@ def test_the_lock_of_another_job_stays(tmp_path, monkeypatch):
     program = "import sys; from mythos.distributed.run_lock import RunLock; from pathlib import Path\n"
     program += "with RunLock(Path(sys.argv[1])): print('locked', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", program, str(tmp_path / "run")]
-    patient = RunLock.__init__
-    monkeypatch.setattr(
-        RunLock, "__init__", lambda self, directory, **options: patient(self, directory, 0.2, **options)
-    )
+    monkeypatch.setattr(RunLock.__init__, "__defaults__", (0.2,))  # seconds of patience
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as job:
         assert job.stdout.readline() == "locked\n"
         (tmp_path / "run" / ".lock").rename(tmp_path / "kept")  # as if it was created after the other start had looked
