@@ -24,7 +24,7 @@ from mythos.errors import MythosError
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-STAND_INS = {name: "configs/debug.yaml" for name in ("CONFIG.yaml", "CONFIG", "my.yaml")}
+STAND_INS = {name: "configs/debug.yaml" for name in ("CONFIG.yaml", "CONFIG", "my.yaml", "runs/NAME")}
 STAND_INS |= {"retrofitted/train.yaml": "configs/debug.yaml"}
 STAND_INS |= {"SECTION": "depth", "SIZE": "reference", "RUN": "runs/quickstart"}
 """Placeholders on the pages, and what the tests use for them."""

@@ -145,14 +145,14 @@ def _summary(section: type[Section]) -> str:
 
 
 def _in_directory(data: dict[str, Any], directory: Path) -> dict[str, Any]:
-    """The configuration of a run with run.dir set if it has moved, or if its relative path starts elsewhere."""
+    """The configuration of a run to continue: run.dir set if its path leads elsewhere, run.resume auto if never."""
     run = data.get("run") or {}
     if not isinstance(run, dict):  # reported when the values are checked
         return data
     stored = str(run.get("dir") or f"runs/{run.get('name', Config().run.name)}").replace("\0", "")
-    if os.path.realpath(stored) == os.path.realpath(directory):
-        return data
-    return {**data, "run": {**run, "dir": str(directory)}}
+    moved = os.path.realpath(stored) != os.path.realpath(directory)
+    changes = ({"dir": str(directory)} if moved else {}) | ({"resume": "auto"} if run.get("resume") == "never" else {})
+    return {**data, "run": {**run, **changes}} if changes else data
 
 
 def _build(data: dict[str, Any], problems: Problems, to_train: bool) -> Config:

@@ -184,6 +184,15 @@ def test_a_relative_run_directory_is_found_from_elsewhere(tmp_path, monkeypatch)
     assert load_config("mine").run_dir == Path("mine")
 
 
+def test_a_run_directory_continues_a_run_that_began_afresh(copy):
+    text = (copy / "config.yaml").read_text()
+    assert "resume: auto" in text
+    (copy / "config.yaml").write_text(text.replace("resume: auto", "resume: never"))
+    assert load_config(copy).run.resume == "auto"
+    assert load_config(copy, ["run.resume=never"]).run.resume == "never"
+    assert load_config(copy / "config.yaml").run.resume == "never"
+
+
 def test_folders_that_are_no_runs(finished, tmp_path, refused):
     checkpoint = finished.dir / "checkpoints" / "step-00000006"
     message = refused(checkpoint)
@@ -192,7 +201,9 @@ def test_folders_that_are_no_runs(finished, tmp_path, refused):
     assert "a folder without config.yaml; give a YAML file, or the directory of a run" in refused(tmp_path)
     (tmp_path / "config.json").touch()
     message = refused(tmp_path)
-    assert f"a model, not a configuration. To start from its weights, give one with train.init_from={tmp_path}" in message
+    assert (
+        f"a model, not a configuration. To start from its weights, give one with train.init_from={tmp_path}" in message
+    )
 
 
 def test_a_changed_configuration_keeps_the_former(finished, copy, caplog):
