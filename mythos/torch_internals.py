@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
 from inspect import signature
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_leaves as tree_leaves
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # FakeTensorMode runs a step on shapes alone, TorchDispatchMode sees every operator of a step, tree_leaves flattens an
 # operator's results. torch documents all three but exports them from private modules only. No fallback: without them
@@ -125,6 +128,16 @@ def compiler_counters() -> dict[str, Any]:
     from torch._dynamo.utils import counters
 
     return counters
+
+
+def constant_in_graphs(function: Callable[P, T]) -> Callable[P, T]:
+    """Mark a function that is called when a graph is traced, and whose result is a constant in the graph.
+
+    The public `torch.compiler.assume_constant_result` sets the same attribute, but imports Dynamo first, which takes
+    half a second at the start of every command. In a torch that ignores the attribute the function is traced.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def mark_static(tensor: Tensor, dimensions: int | Sequence[int]) -> None:

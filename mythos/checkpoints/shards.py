@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
@@ -13,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from mythos.distributed.ranks import Ranks
+from mythos.files.tensors import save_file
 from mythos.torch_internals import shard_file_name, shard_metadata
 
 SHARD_PREFIX = "shard-{:05d}-"

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from mythos.config.checking import shortened, shown
+from mythos.config.checking import Problems, apply_override, shortened, shown
+from mythos.config.loading import config_from_dict, load_config
 from mythos.config.model_paths import require_model
+from mythos.config.sections import Config
 from mythos.errors import MythosError, log_messages
 from mythos.files.text import unusable_text
 from mythos.hf import SHARD_SIZE
@@ -94,6 +96,49 @@ class TakesArguments(Protocol):
 def add_device_option(parser: TakesArguments) -> None:
     """Add --device."""
     parser.add_argument("--device", choices=DEVICES, default="auto", help="auto (default) = cuda if available")
+
+
+def add_corpus_options(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that describe a corpus and its tokenizer, for `corpus_config` and `parse_intermixed_args`."""
+    parser.add_argument(
+        "config", nargs="?", metavar="CONFIG", help="a run's configuration: its data and tokenizer sections"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="fields to override")
+    parser.add_argument(
+        "--path", nargs="+", metavar="GLOB", help="instead of CONFIG: parquet, jsonl, jsonl.gz or txt files"
+    )
+    parser.add_argument("--embedded", action="store_true", help="instead of CONFIG: documentation on this machine")
+    parser.add_argument("--text-column", default="text", help="column or key of the text in --path (text)")
+    parser.add_argument("--vocab-size", type=int, help="tokens of a trained bpe (tokenizer.vocab_size)")
+
+
+def corpus_config(command: argparse.ArgumentParser, options: argparse.Namespace) -> Callable[[], Config]:
+    """Check the arguments of `add_corpus_options`; returns a function that builds the configuration.
+
+    Exits with status 2 unless exactly one of CONFIG, --path and --embedded is set. The function raises MythosError.
+    """
+    if options.config and "=" in options.config and not Path(options.config).exists():
+        options.config, options.overrides = None, [options.config, *options.overrides]
+    if sum(map(bool, (options.config, options.path, options.embedded))) != 1:
+        command.error("give exactly one of CONFIG.yaml, --path and --embedded")
+
+    def build() -> Config:
+        if options.config:
+            config = load_config(options.config, options.overrides)
+        else:
+            files = {"kind": "files", "path": options.path, "text_column": options.text_column}
+            data: dict[str, Any] = {"data": files if options.path else {"kind": "embedded"}}
+            problems = Problems(command.prog, Config)
+            for override in options.overrides:
+                data = apply_override(data, override, problems)
+            problems.raise_any()
+            config = config_from_dict(data, to_train=False)
+        if options.vocab_size is None:
+            return config
+        tokenizer = config.tokenizer.model_copy(update={"vocab_size": options.vocab_size})
+        return config.model_copy(update={"tokenizer": tokenizer})
+
+    return build
 
 
 def add_measuring_options(parser: argparse.ArgumentParser, folder: str) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mythos.cli.common import command_parser, exit_status
+from mythos.cli.presets import counted
 from mythos.config.checking import Problems, apply_override
 from mythos.config.loading import config_from_dict, load_config, packaged_configs
 from mythos.config.presets import BPE_VOCAB_SIZE, PRESETS, preset_config
@@ -60,7 +61,10 @@ def main(arguments: list[str]) -> int:
 
 def run(options: argparse.Namespace) -> None:
     """Print the figures, and write the JSON. Raises MythosError like :func:`estimate`, and for `--json`."""
-    figures = estimate(options)
+    from mythos.planning.trace_cache import kept_on_disk
+
+    with kept_on_disk():
+        figures = estimate(options)
     print(page(figures))
     if options.json:
         try:
@@ -82,7 +86,6 @@ def estimate(options: argparse.Namespace) -> dict[str, Any]:
     from mythos.distributed.ranks import check_fit
     from mythos.model.cache import cache_bytes_per_token
     from mythos.planning.budget import named_gpu, optimal_split, training_run
-    from mythos.planning.flops import count_parameters
     from mythos.planning.layout import choose_layout
     from mythos.planning.rank_state import rank_state
 
@@ -107,7 +110,7 @@ def estimate(options: argparse.Namespace) -> dict[str, Any]:
     run = training_run(tokens, executed, gpu.peak, options.gpus, utilisation, price)
     return {
         "config": options.config,
-        "parameters": asdict(count_parameters(model)),
+        "parameters": asdict(counted(model)),
         "sequence_length": length,
         "flops_per_token": flops,
         "layout": {"mode": layout.mode, "replicate": layout.replicate, "shard": layout.shard, "why": layout.why},
@@ -225,9 +228,7 @@ def read_config(name: str, overrides: Sequence[str], gpus: int, tokens: float | 
         raise MythosError(f"--tokens and {min(lengths)}: both set the length of the run; give one of them")
     if name in PRESETS:
         if tokens is None and not overridden & {"train.steps", "train.tokens"}:
-            from mythos.planning.flops import count_parameters
-
-            tokens = float(TOKENS_PER_PARAMETER * count_parameters(preset_config(name)).active)
+            tokens = float(TOKENS_PER_PARAMETER * counted(preset_config(name)).active)
         config = preset_run(name, overrides, gpus, by_tokens=tokens is not None)
     elif not Path(name).exists() and not name.endswith((".yaml", ".yml")) and name not in packaged_configs():
         raise MythosError(

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from mythos.cli.common import command_parser, exit_status
-from mythos.config.loading import load_config
+from mythos.cli.common import add_corpus_options, command_parser, corpus_config, exit_status
 from mythos.config.sections import Config
 from mythos.errors import MythosError
 
@@ -38,8 +37,7 @@ VALIDATION_SHARE = 0.05
 def parser() -> argparse.ArgumentParser:
     """Build the parser of the command, for `parse_intermixed_args`: options may stand between the overrides."""
     parser = command_parser("tokenize", __doc__)
-    parser.add_argument("config", metavar="CONFIG", help="a run's configuration: its data and tokenizer sections")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="fields to override")
+    add_corpus_options(parser)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write or to continue")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (%(default)s)")
     parser.add_argument("--source", metavar="NAME", help="of a mixture: the source to tokenize")
@@ -61,8 +59,9 @@ def main(arguments: list[str]) -> int:
         command.error(f"--workers: got {options.workers}; give at least 1")
     if options.validation_share is not None and not 0 <= options.validation_share <= 1:
         command.error(f"--validation-share: got {options.validation_share:g}; give 0 to 1")
+    config = corpus_config(command, options)
     return exit_status(
-        lambda: tokenize(load_config(options.config, options.overrides), options),
+        lambda: tokenize(config(), options),
         interrupted="stopped; the same command continues after the finished parts",
     )
 
@@ -120,7 +119,8 @@ def open_writer(config: Config, options: argparse.Namespace) -> TokenWriter:
     tokenizer = load_tokenizer(
         config.tokenizer,
         weighted(data, corpora),
-        run_dir=config.run_dir if (config.run_dir / TOKENIZER).is_dir() else None,
+        # Without CONFIG there is no run whose tokenizer could be used.
+        run_dir=config.run_dir if options.config and (config.run_dir / TOKENIZER).is_dir() else None,
         cache_dir=cache_directory(data),
         holdout_fraction=holdout_fraction(data),
     )

@@ -7,7 +7,8 @@ import sys
 
 from mythos.checkpoints.failed_start import removed_if_it_fails
 from mythos.cli.common import check_least, command_parser, set_up_process
-from mythos.config.loading import describe, load_config
+from mythos.config.loading import describe, dump_config, load_config
+from mythos.config.sections import Config
 from mythos.distributed.launch_status import (
     STATUS_FILE,
     LaunchStatus,
@@ -15,7 +16,7 @@ from mythos.distributed.launch_status import (
     exit_status_of_ended_launch,
     launch_status,
 )
-from mythos.errors import MythosError, TransientError
+from mythos.errors import MythosError, TransientError, without_credentials
 from mythos.files.local import advise, is_full
 
 STOPPED = "stopped; the same command continues from the newest checkpoint, if there is one"
@@ -47,13 +48,16 @@ def parser() -> argparse.ArgumentParser:
     dry_run.add_argument(
         "--dry-run",
         action="store_true",
-        help="check the configuration, print size, FLOPs, memory and collectives, and stop",
+        help="check the configuration, print size, FLOPs, memory and collectives, and stop (-v: the configuration too)",
     )
     dry_run.add_argument(
         "--ranks", type=int, metavar="N", help="processes of --dry-run (one, or as many as torchrun starts)"
     )
     dry_run.add_argument("--machine-ranks", type=int, metavar="M", help="processes per machine (8)")
-    dry_run.add_argument("--device-memory", type=float, metavar="GIB", help="memory of a device (80)")
+    dry_run.add_argument(
+        "--device-memory", type=float, metavar="GIB", help="memory of a device (this one's; 80 with --ranks)"
+    )
+    dry_run.add_argument("-v", "--verbose", action="store_true", help="also print the whole configuration as YAML")
     return parser
 
 
@@ -95,6 +99,7 @@ def run(options: argparse.Namespace) -> None:
             "no configuration given; usage: mythos train CONFIG [key.path=value ...]\nTry quickstart, or --help."
         )
     planned = {name: getattr(options, name) for name in ("ranks", "machine_ranks", "device_memory")}
+    planned["verbose"] = options.verbose or None
     planned_options = [f"--{name.replace('_', '-')}" for name, value in planned.items() if value is not None]
     if planned_options and not options.dry_run:
         raise MythosError(f"{', '.join(planned_options)}: only for --dry-run; ./launch.sh starts several processes")
@@ -103,11 +108,7 @@ def run(options: argparse.Namespace) -> None:
     # torch is imported after these checks: it takes seconds, and a misspelt key is reported at once.
     try:
         if options.dry_run:
-            from mythos.planning.plan import plan
-
-            machine_ranks = 8 if options.machine_ranks is None else options.machine_ranks
-            memory = 80.0 if options.device_memory is None else options.device_memory
-            print(plan(config, options.ranks, machine_ranks, int(memory * 2**30)))
+            print_plan(config, options)
         else:
             from mythos.trainer import Trainer
 
@@ -121,6 +122,24 @@ def run(options: argparse.Namespace) -> None:
         raise MythosError(
             advise(error) if error.filename else f"run directory {config.run_dir}: {advise(error)}"
         ) from error
+
+
+def print_plan(config: Config, options: argparse.Namespace) -> None:
+    """Print the plan: for the device that is there, unless the options describe other devices."""
+    from mythos.planning.plan import DEVICE_MEMORY, device_here, plan
+    from mythos.planning.trace_cache import kept_on_disk
+
+    machine_ranks = 8 if options.machine_ranks is None else options.machine_ranks
+    memory, name = DEVICE_MEMORY, ""
+    shown = config
+    if options.device_memory is not None:
+        memory = int(options.device_memory * 2**30)
+    elif options.ranks is None:
+        config, memory, name = device_here(config)
+    with kept_on_disk():
+        print(plan(config, options.ranks, machine_ranks, memory, device=name))
+    if options.verbose:
+        print("\n" + without_credentials(dump_config(shown)), end="")
 
 
 def stop_before_training(number: int, _: object) -> None:

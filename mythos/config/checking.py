@@ -288,12 +288,16 @@ def _replaced(data: dict[str, Any], keys: list[str], value: Any, prefix: str = "
     return {**data, key: value}
 
 
+def _lists_text(options: list[dict[str, Any]]) -> bool:
+    return any(option.get("items", {}).get("type") == "string" for option in options)
+
+
 def _options(schema: dict[str, Any]) -> list[dict[str, Any]]:
     return schema.get("anyOf", [schema])
 
 
 def _converted(schema: dict[str, Any], value: Any) -> Any:
-    """Convert values that YAML reads as another type: 3e-4 and none as text, tuples as lists."""
+    """Convert values that YAML reads as another type: 3e-4 and none as text, tuples as lists; list a single text."""
     options = _options(schema)
     types = {option.get("type") for option in options}
     if isinstance(value, str) and value.lower() == "none" and "null" in types:
@@ -302,6 +306,8 @@ def _converted(schema: dict[str, Any], value: Any) -> Any:
         value = float(value)
     if isinstance(value, float) and value.is_integer() and "integer" in types:
         return int(value)
+    if isinstance(value, str) and types <= {"array", "null"} and _lists_text(options):
+        return [value]  # log.trackers=tensorboard
     if isinstance(value, list) and "array" in types:
         array = next(option for option in options if option["type"] == "array")
         items = array.get("prefixItems", [array.get("items")] * len(value))

@@ -79,7 +79,7 @@ def _filters_can_be_met(config: Config) -> Iterator[Contradiction]:
 def _tokens_keep_their_tokenizer(config: Config) -> Iterator[Contradiction]:
     kinds = {source.kind for source in config.data.named_sources.values()}
     if config.tokenizer.name == "bpe" and "tokens" in kinds:
-        rule = "the tokens have a tokenizer already; set tokenizer.name to the folder tokenizer/ beside them"
+        rule = "the tokens have a tokenizer already; leave out tokenizer.name, or give their folder tokenizer/"
         yield ("tokenizer.name", "data.kind"), f"got bpe and tokens; {rule}"
 
 

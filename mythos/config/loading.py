@@ -1,7 +1,8 @@
 """Load the whole configuration: one YAML file per run, overrides by key=value, every problem reported at once."""
 
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from mythos.files.local import write_whole
 from mythos.files.storage import is_step
 from mythos.model.config import ModelConfig
 from mythos.section import Section
+
+logger = logging.getLogger(__name__)
 
 
 def packaged_configs() -> dict[str, Path]:
@@ -77,20 +80,40 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, to_train: bo
 
     ``path`` may be the name of a packaged configuration, or a run directory, whose config.yaml is read
     (:func:`config_file`); the run is then in that directory, wherever its configuration says that it is. Values of
-    overrides are YAML (``eval.loops=[1,4]``, ``depth.mean=null``); ``3e-4`` and ``1e9`` are numbers. Set ``to_train``
-    to false to use a trained run: rules that only training needs are skipped, because the run may be older than they
-    are.
+    overrides are YAML (``eval.loops=[1,4]``, ``depth.mean=null``); ``3e-4`` and ``1e9`` are numbers. An override of
+    ``train.tokens`` replaces ``train.steps`` of the file, and the other way round, with a warning. Set ``to_train`` to
+    false to use a trained run: rules that only training needs are skipped, because the run may be older than they are.
 
     Raises MythosError with one line per problem.
     """
     problems = Problems(str(path), Config)
     file = config_file(str(path))
-    data = read_yaml(file, problems)
+    in_file = read_yaml(file, problems)
     if file == Path(path) / RUN_FILE:
-        data = _in_directory(data, Path(path))
+        in_file = _in_directory(in_file, Path(path))
+    data = in_file
     for override in overrides:
         data = apply_override(data, override, problems)
+    for option, name in replaced_fields(in_file, data, overrides):
+        data = apply_override(data, f"{name}=null", problems)
+        if os.environ.get("RANK", "0") == "0":
+            old = in_file["train"][name.rpartition(".")[2]]
+            logger.warning("%s on the command line replaces %s=%s of %s", option, name, shown(old), path)
     return _build(data, problems, to_train)
+
+
+def replaced_fields(
+    in_file: Mapping[str, Any], data: Mapping[str, Any], overrides: Sequence[str]
+) -> Iterator[tuple[str, str]]:
+    """Yield overrides of a field that excludes another one, set by the file only, and the name of that other field."""
+    before, after = in_file.get("train"), data.get("train")
+    if not isinstance(before, dict) or not isinstance(after, dict):
+        return
+    by_name = {override.partition("=")[0]: override for override in overrides}
+    for name, other in (("steps", "tokens"), ("tokens", "steps")):
+        option = by_name.get(f"train.{name}")
+        if option and f"train.{other}" not in by_name and after.get(name) is not None and before.get(other) is not None:
+            yield option, f"train.{other}"
 
 
 def config_from_dict(data: Mapping[str, Any], *, to_train: bool = True) -> Config:
@@ -157,7 +180,7 @@ def _in_directory(data: dict[str, Any], directory: Path) -> dict[str, Any]:
 
 def _build(data: dict[str, Any], problems: Problems, to_train: bool) -> Config:
     """Check each field by itself, fill in preset and defaults, then check the fields against each other."""
-    values = _with_model(valid_values(Config, data, problems), problems)
+    values = _with_tokenizer_of_tokens(_with_model(valid_values(Config, data, problems), problems))
     if values["model"].get("injection") == "none":
         values.setdefault("eval", {}).setdefault("loops", [1])
     try:
@@ -178,6 +201,16 @@ def _build(data: dict[str, Any], problems: Problems, to_train: bool) -> Config:
             problems.add_contradiction(paths, message)
     problems.raise_any()
     return config
+
+
+def _with_tokenizer_of_tokens(values: dict[str, Any]) -> dict[str, Any]:
+    """Without tokenizer.name, use the tokenizer in the (first) folder of token shards, if there is one."""
+    data, tokenizer = values.get("data", {}), values.get("tokenizer", {})
+    sources = [data, *data.get("sources", {}).values()]
+    folders = [source.get("path") for source in sources if source.get("kind") == "tokens"]
+    if "name" in tokenizer or not folders or not isinstance(folders[0], str):
+        return values
+    return values | {"tokenizer": {**tokenizer, "name": str(Path(folders[0]) / "tokenizer")}}
 
 
 def _with_model(values: dict[str, Any], problems: Problems) -> dict[str, Any]:

@@ -52,7 +52,8 @@ class TokenizerConfig(Section):
     """How text becomes token ids."""
 
     name: str = "bpe"
-    """bpe = a byte-level BPE trained on the run's own corpus, or a Hugging Face hub id or local path."""
+    """bpe = a byte-level BPE trained on the run's own corpus, or a Hugging Face hub id, a folder, or a file such as
+    tokenizer.json. Left out with data.kind tokens: the tokenizer in that folder."""
     vocab_size: Identifiers = 4096
     """Size of the trained bpe (at least 384); other tokenizers have their own."""
 
@@ -252,7 +253,8 @@ class LogConfig(Section):
     every: PositiveInt = 10
     """Steps between records in metrics.jsonl."""
     trackers: list[str] = []
-    """Trackers of accelerate besides W&B, e.g. [tensorboard]; their packages must be installed."""
+    """Trackers of accelerate besides W&B, e.g. tensorboard or [tensorboard, mlflow]; their packages must be
+    installed."""
     wandb: WandbConfig = WandbConfig()
     """Weights & Biases."""
 

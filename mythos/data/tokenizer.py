@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
 END_OF_DOCUMENT = "<|endoftext|>"
 MINIMUM_BPE_SIZE = 384
 MOST_IDS = 2**22
@@ -82,7 +83,8 @@ class Tokenizer:
         if eos_id is None:
             raise MythosError(
                 f"tokenizer.name: {name} has no end-of-document token (neither {END_OF_DOCUMENT} nor an eos token). "
-                "Use a tokenizer that has one, or tokenizer.name: bpe."
+                f"Use a tokenizer that has one (a {TOKENIZER_CONFIG} beside its {TOKENIZER_FILE} names it), or "
+                "tokenizer.name: bpe."
             )
         self.eos_id: int = eos_id
         self._spelled = self._spelled_out(name)
@@ -208,25 +210,32 @@ class Tokenizer:
 
     @classmethod
     def load(cls, name: Path | str) -> "Tokenizer":
-        """Load a saved tokenizer, or any Hugging Face tokenizer by hub id or path; code from the hub is never run.
+        """Load a saved or any Hugging Face tokenizer by folder, file or hub id; code from the hub is never run.
 
         Raises:
             MythosError: it cannot be found, reached or used.
         """
         # Imported late because it takes a second or more.
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-        if Path(name).is_dir():
+        path = Path(name)
+        if path.name == TOKENIZER_FILE and (path.parent / TOKENIZER_CONFIG).is_file():
+            path = path.parent  # whose files also say which token ends a document
+        if path.is_dir():
             try:
-                check_regular_files(name)
+                check_regular_files(path)
             except OSError as error:
                 raise MythosError(f"tokenizer: {name} cannot be read: {error}") from error
-        saved = Path(name) / REQUEST_FILE
+        saved = path / REQUEST_FILE
         request = _read_request(saved) if saved.is_file() else {"name": str(name)}
         try:
-            _check_ids(Path(name))
-            # Without trust_remote_code the library would ask on the terminal.
-            fast = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
+            _check_ids(path)
+            fast: PreTrainedTokenizerBase
+            if path.is_file():
+                fast = PreTrainedTokenizerFast(tokenizer_file=str(path))
+            else:
+                # Without trust_remote_code the library would ask on the terminal.
+                fast = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
             return cls(fast, request)
         except MythosError:
             raise
@@ -396,9 +405,9 @@ def _read_request(path: Path) -> dict[str, Any]:
     return request
 
 
-def _check_ids(folder: Path) -> None:
+def _check_ids(path: Path) -> None:
     """Raise ValueError for an absurdly high token id: the library allocates a table up to the highest id."""
-    file = folder / TOKENIZER_FILE
+    file = path if path.is_file() else path / TOKENIZER_FILE
     if not file.is_file():
         return
     content = read_json(file)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mythos.data.json_cache import digest
@@ -16,6 +16,7 @@ from mythos.data.source import Source
 from mythos.data.stream import number_documents
 from mythos.errors import MythosError
 from mythos.files.local import replacing
+from mythos.files.tensors import save_file
 from mythos.progress import progress_bar
 
 logger = logging.getLogger(__name__)

@@ -70,9 +70,14 @@ def named_layout(settings: ParallelConfig, size: int, local_size: int) -> Layout
 
 def memory_of_device(world: World) -> int:
     """Bytes that a process can use: its GPU's memory, or its share of the machine's."""
-    if world.device.type == "cuda":
-        return torch.cuda.get_device_properties(world.device).total_memory
-    return psutil.virtual_memory().total // world.local_size
+    return usable_bytes(world.device, world.local_size)
+
+
+def usable_bytes(device: torch.device, local_size: int) -> int:
+    """Bytes of a GPU, or of the machine's memory divided by its `local_size` processes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total // local_size
 
 
 def build_mesh(layout: Layout, device_type: str) -> DeviceMesh:

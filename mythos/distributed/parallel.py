@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import find_executable_batch_size
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -178,6 +177,8 @@ def choose_micro_batch(config: Config, parallel: ParallelModel) -> int:
 
     def find() -> int:
         try:
+            from accelerate.utils import find_executable_batch_size  # accelerate takes half a second to import
+
             return find_executable_batch_size(attempt, starting_batch_size=rows)()
         except RuntimeError as error:
             if "No executable batch size" not in str(error):

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi, split_state_dict_into_shards_factory
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from mythos.checkpoints.stored_model import INDEX_FILE, PREFIX, StoredModel, stored_model, tensors_of
@@ -18,6 +17,7 @@ from mythos.data.tokenizer import PROBE, REQUEST_FILE, Tokenizer
 from mythos.errors import MythosError, short_reason
 from mythos.files.local import remedy, replacing_folder
 from mythos.files.storage import require_space
+from mythos.files.tensors import save_file
 from mythos.hf import SHARD_SIZE
 from mythos.hf.card import model_card
 from mythos.hf.config import MythosConfig
@@ -171,7 +171,10 @@ def _write_weights(stored: StoredModel, folder: Path, dtype: torch.dtype, max_sh
 
 
 def _write_tokenizer(source: Path, stored: StoredModel, folder: Path) -> Tokenizer:
-    """Write the tokenizer so that AutoTokenizer encodes as in training, pads on the left and knows the context."""
+    """Write the tokenizer so that AutoTokenizer encodes as in training, pads on the left and knows the context.
+
+    A tokenizer without a pad token pads with the end-of-document token, like the generation configuration.
+    """
     tokenizer = Tokenizer.load(source)
     temporary = folder / "tokenizer"
     tokenizer.save(temporary)
@@ -181,6 +184,8 @@ def _write_tokenizer(source: Path, stored: StoredModel, folder: Path) -> Tokeniz
         backend = fast.backend_tokenizer
         backend.post_processor = None
         fast = PreTrainedTokenizerFast(tokenizer_object=backend, **fast.special_tokens_map)
+    if fast.pad_token is None:  # batches need one; attention masks keep it from being read
+        fast.pad_token = str(fast.backend_tokenizer.id_to_token(tokenizer.eos_id))
     fast.save_pretrained(folder)
     shutil.copy(temporary / REQUEST_FILE, folder)
     shutil.rmtree(temporary)

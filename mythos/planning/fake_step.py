@@ -17,6 +17,7 @@ from mythos.distributed.parallel import prepare_model
 from mythos.model.config import ModelConfig
 from mythos.model.ops import device_choice
 from mythos.model.rdt import RecurrentDepthTransformer
+from mythos.planning.trace_cache import remembered
 from mythos.torch_internals import CPU_FLASH, CPU_FLASH_BACKWARD, FakeTensorMode
 
 CHECKPOINTING: tuple[str, ...] = get_args(ParallelConfig.model_fields["activation_checkpointing"].annotation)
@@ -96,6 +97,7 @@ def recomputed_flops(config: ModelConfig, length: int, checkpointing: str) -> fl
     return (with_recompute - plain) / length
 
 
+@remembered(int)
 def _step_flops(config: ModelConfig, step: Step) -> int:
     with fake_model(config, step) as model, FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS) as counter:
         run_forward(model, step).backward()

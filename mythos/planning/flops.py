@@ -11,15 +11,7 @@ from mythos.model.config import FEED_FORWARDS, INJECTIONS, ModelConfig, padded_v
 from mythos.model.injection import Injection
 from mythos.model.moe import MixtureOfExperts, core_class
 from mythos.model.rdt import RecurrentDepthTransformer
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """Numbers of parameters."""
-
-    total: int
-    active: int
-    """Parameters that one token uses in one loop: all except the routed experts it is not sent to."""
+from mythos.planning.parameters import Parameters
 
 
 def build_on_meta(config: ModelConfig) -> RecurrentDepthTransformer:

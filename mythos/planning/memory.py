@@ -4,7 +4,6 @@ import gc
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from mythos.model.config import ModelConfig
 from mythos.planning.fake_step import Step, fake_model, run_forward
+from mythos.planning.trace_cache import remembered
 from mythos.torch_internals import TorchDispatchMode, storage_address, tree_leaves
 
 TRACED_LOOPS = 16
@@ -29,7 +29,7 @@ class Activations:
     and gradients that are not yet added to those of earlier micro-batches."""
 
 
-@lru_cache(64)  # A trace takes seconds, and a plan asks for the same step several times.
+@remembered(lambda value: Activations(**value))
 def step_activations(config: ModelConfig, step: Step) -> Activations:
     """Measure the memory of a step's forward and backward pass over fake tensors.
 

@@ -3,18 +3,20 @@
 import os
 from dataclasses import dataclass
 
-from mythos.checkpoints.init_from import planned_start
-from mythos.config.loading import dump_config
+import torch
+
 from mythos.config.sections import Config
-from mythos.distributed.layout import Layout
-from mythos.distributed.ranks import check_fit
-from mythos.errors import MythosError, without_credentials
+from mythos.distributed.layout import Layout, usable_bytes
+from mythos.distributed.parallel import choose_dtype
+from mythos.distributed.ranks import check_fit, choose_device
+from mythos.errors import MythosError
 from mythos.model.cache import cache_bytes_per_token
 from mythos.planning.budget import mean_depths
 from mythos.planning.collectives import collectives
 from mythos.planning.fake_step import recomputed_flops
 from mythos.planning.flops import count_parameters, forward_flops
 from mythos.planning.layout import choose_layout, gib, shortage, with_parallel
+from mythos.planning.parameters import parameters_by_formula
 from mythos.planning.rank_state import (
     RankState,
     activations,
@@ -29,11 +31,18 @@ DEVICE_MEMORY = 80 * 2**30
 """Default bytes of a device."""
 
 
-def plan(config: Config, ranks: int | None = None, machine_ranks: int = 8, device_memory: int = DEVICE_MEMORY) -> str:
+def plan(
+    config: Config,
+    ranks: int | None = None,
+    machine_ranks: int = 8,
+    device_memory: int = DEVICE_MEMORY,
+    *,
+    device: str = "",
+) -> str:
     """Describe a run before it starts.
 
-    Lists every resolved field, parameters, steps, FLOPs by depth and the decoding cache; then for `ranks` processes
-    (default: WORLD_SIZE, or 1), `machine_ranks` per machine, on devices of `device_memory` bytes: the layout, the
+    Lists parameters, steps, FLOPs by depth and the decoding cache; then for `ranks` processes (default: WORLD_SIZE, or
+    1), `machine_ranks` per machine, on devices of `device_memory` bytes, which are called `device`: the layout, the
     memory of a process, what would fit if that does not, and the collectives of a step.
 
     Raises MythosError if that number of processes cannot share the batches or does not suit parallel.mode, or if the
@@ -46,7 +55,7 @@ def plan(config: Config, ranks: int | None = None, machine_ranks: int = 8, devic
             "--ranks and --machine-ranks must be at least 1, --device-memory above 0"
         )
     check_fit(config, ranks)
-    parameters = count_parameters(config.model)
+    parameters = parameters_by_formula(config.model) or count_parameters(config.model)
     local = min(machine_ranks, ranks)
     layout = choose_layout(config, ranks, local, device_memory)
     state = rank_state(config, layout)
@@ -55,8 +64,7 @@ def plan(config: Config, ranks: int | None = None, machine_ranks: int = 8, devic
     flops = forward_flops(config.model, config.data.sequence_length)
     depths = sorted({*config.eval.loops, round(config.depth_mean)})
     lines = [
-        without_credentials(dump_config(config)),
-        *(f"{'start' if number == 0 else '':15} {line}" for number, line in enumerate(planned_start(config))),
+        *(f"{'start' if number == 0 else '':15} {line}" for number, line in enumerate(_start_lines(config))),
         f"parameters      {parameters.total:,} ({parameters.active:,} active per token and loop){vocabulary}",
         f"training        {config.train_steps:,} steps of {config.tokens_per_step:,} tokens, "
         f"{config.train_steps * config.tokens_per_step:,} in all",
@@ -67,10 +75,34 @@ def plan(config: Config, ranks: int | None = None, machine_ranks: int = 8, devic
         _training_line(config),
         _cache_line(config),
         f"processes       {ranks:,}, {local} on a machine: {_mode(layout)} ({layout.why})",
-        *_memory_lines(config, state, local, device_memory),
+        *_memory_lines(config, state, local, device_memory, device),
         *_collective_lines(config, state),
     ]
     return "\n".join(lines)
+
+
+def device_here(config: Config) -> tuple[Config, int, str]:
+    """The configuration with the device and the type of matmuls of this machine, and the device's bytes and name.
+
+    Raises MythosError for train.device cuda on a machine without a GPU.
+    """
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    device = choose_device(config.train.device, 0, local_size)
+    dtype = str(choose_dtype(config.train.dtype, device)).removeprefix("torch.")
+    train = config.train.model_copy(update={"device": device.type, "dtype": dtype})
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = "this machine" if local_size == 1 else f"this machine for each of {local_size} processes"
+    return config.model_copy(update={"train": train}), usable_bytes(device, local_size), name
+
+
+def _start_lines(config: Config) -> list[str]:
+    if config.train.init_from is None:
+        return []
+    from mythos.checkpoints.init_from import planned_start  # imports torch.distributed.checkpoint: half a second
+
+    return planned_start(config)
 
 
 def _training_line(config: Config) -> str:
@@ -118,11 +150,12 @@ def _count(number: int, what: str) -> str:
     return f"{number:,} {what}{('es' if what.endswith('s') else 's') * (number != 1)}"
 
 
-def _memory_lines(config: Config, state: RankState, machine_ranks: int, device_memory: int) -> list[str]:
+def _memory_lines(config: Config, state: RankState, machine_ranks: int, device_memory: int, device: str) -> list[str]:
     layout, dtype = state.layout, str(compute_dtype(config)).removeprefix("torch.")
     working, step = working_memory(config, state), activations(config, layout)
     rows, loops = deepest_micro_batch(config, layout.size)
     total = state.total + working.total + step.peak
+    in_all = f"in all, of {device_memory / 2**30:.4g}" + (f" ({device})" if device else "")
     sizes = {
         "parameters": state.parameters,
         "gradients": state.gradients,
@@ -132,11 +165,11 @@ def _memory_lines(config: Config, state: RankState, machine_ranks: int, device_m
         "buffers of collectives, and gradients before they are reduced": working.in_transit,
         f"activations that {_count(loops, 'pass')} of {_count(rows, 'row')} keep": step.kept,
         "activations of the rest, at their peak: head, casts, gradients on their way": step.peak - step.kept,
-        f"in all, of {device_memory / 2**30:g}": total,
+        in_all: total,
     }
     mode = config.parallel.activation_checkpointing
     lines = [f"memory of rank 0 at activation_checkpointing={mode}, GiB"]
-    lines += [f"{gib(size):>16}  {what}" for what, size in sizes.items() if size or "in all" in what]
+    lines += [f"{gib(size):>16}  {what}" for what, size in sizes.items() if size or what == in_all]
     return lines if total <= device_memory else [*lines, shortage(config, layout.size, machine_ranks, device_memory)]
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -11,6 +12,7 @@ from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.planning.fake_step import Step
 from mythos.planning.flops import build_on_meta
 from mythos.planning.memory import Activations, step_activations
+from mythos.planning.trace_cache import stored
 from mythos.torch_internals import count_ddp_buckets
 from mythos.training.optim import build_optimizer
 
@@ -104,6 +106,12 @@ def deepest_micro_batch(config: Config, ranks: int) -> tuple[int, int]:
     return rows if micro == "auto" else min(rows, micro), min(config.depth_maximum, config.depth_backprop)
 
 
+def _decoded(value: dict[str, Any]) -> RankState:
+    units = tuple(Unit(**unit) for unit in value["units"])
+    return RankState(**{**value, "layout": Layout(*value["layout"]), "units": units})
+
+
+@stored(_decoded)
 def rank_state(config: Config, layout: Layout) -> RankState:
     """Compute the training state of rank 0 from the shapes of a model on the meta device."""
     model = build_on_meta(config.model)

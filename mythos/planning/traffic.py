@@ -18,6 +18,7 @@ from mythos.model.layers import RMSNorm, autocast_dtype
 from mythos.model.ops import device_choice
 from mythos.model.ops.grouped_experts import ExpertWeights, run_backward_in_graph, run_in_graph
 from mythos.planning.fake_step import FLOP_FORMULAS, Step, fake_model, run_forward
+from mythos.planning.trace_cache import remembered
 from mythos.torch_internals import (
     FakeTensorMode,
     PlannedKernel,
@@ -142,6 +143,7 @@ def _combined(combine: Callable[[float, float], float], first: Traffic, second: 
     return Traffic(*(combine(a, b) for a, b in zip(vars(first).values(), vars(second).values(), strict=True)))
 
 
+@remembered(lambda value: Traffic(**value))
 def _trace(config: ModelConfig, step: Step) -> Traffic:
     tokens = step.rows * step.length
     with fake_model(config, step) as model, TrafficCounter() as counter:

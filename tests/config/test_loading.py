@@ -674,3 +674,65 @@ def test_aliases_are_values(tmp_path: Path) -> None:
     path.write_text("train: {steps: 1}\ndepth: {curriculum: &c {over: 0.5}, backprop_curriculum: {<<: *c, start: 2.0}}")
     depth = load_config(path).depth
     assert (depth.curriculum.over, depth.backprop_curriculum.over, depth.backprop_curriculum.start) == (0.5, 0.5, 2.0)
+
+
+# --- conveniences
+
+
+def test_one_name_stands_for_a_list(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("train: {steps: 1}\nlog: {trackers: tensorboard}")
+    assert load_config(path).log.trackers == ["tensorboard"]
+    assert load_config(path, ["log.trackers=mlflow", "eval.prompts=The"]).log.trackers == ["mlflow"]
+    assert load_config(path, ["eval.prompts=The"]).eval.prompts == ["The"]
+    assert load_config(path, ["data.kind=files", "data.path=*.txt"]).data.path == "*.txt"
+
+
+@pytest.mark.parametrize(
+    ("in_file", "override", "expected"),
+    [
+        ("{steps: 70}", "train.tokens=1e6", (None, 10**6)),
+        ("{tokens: 1000000}", "train.steps=7", (7, None)),
+    ],
+)
+def test_an_override_replaces_the_field_that_it_excludes(
+    in_file: str,
+    override: str,
+    expected: tuple[int | None, int | None],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"train: {in_file}")
+    config = load_config(path, [override])
+    assert (config.train.steps, config.train.tokens) == expected
+    (record,) = caplog.records
+    replaced = in_file.strip("{}").replace(": ", "=")
+    assert record.getMessage() == f"{override} on the command line replaces train.{replaced} of {path}"
+
+
+@pytest.mark.parametrize(
+    "overrides", [["train.tokens=null"], ["train.steps=5"], ["train.steps=null", "train.tokens=9"]]
+)
+def test_nothing_is_replaced_where_nothing_is_excluded(
+    overrides: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("train: {steps: 70}")
+    load_config(path, overrides)
+    assert not caplog.records
+
+
+def test_both_lengths_on_the_command_line_are_refused(tmp_path: Path) -> None:
+    (line,) = problems({"train": {"steps": 1}}, ("train.steps=3", "train.tokens=9"), tmp_path / "run.yaml")
+    assert line.startswith("train.steps, train.tokens: ")
+
+
+def test_tokens_bring_their_tokenizer() -> None:
+    tokens = {"kind": "tokens", "path": "some/tokens"}
+    assert build(data=tokens).tokenizer.name == "some/tokens/tokenizer"
+    mixture = {"kind": "mixture", "sources": {"web": {"kind": "embedded"}, "shards": tokens}}
+    assert build(data=mixture).tokenizer.name == "some/tokens/tokenizer"
+    assert build(data=tokens, tokenizer={"name": "gpt2"}).tokenizer.name == "gpt2"
+    assert build(data={"kind": "embedded"}).tokenizer.name == "bpe"
+    assert "leave out tokenizer.name" in problem(data=tokens, tokenizer={"name": "bpe"})

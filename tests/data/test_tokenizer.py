@@ -322,3 +322,21 @@ def test_an_id_that_no_vocabulary_has_is_refused(tmp_path: Path, place: str) -> 
     file.write_text(json.dumps(content))
     with pytest.raises(MythosError, match="has a token of id 2147483648; allowed: below 4,194,304"):
         Tokenizer.load(tmp_path / "sound")
+
+
+def test_a_file_is_a_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path / "saved")
+    (tmp_path / "mine.json").write_bytes((tmp_path / "saved" / "tokenizer.json").read_bytes())
+    for file in (tmp_path / "mine.json", tmp_path / "saved" / "tokenizer.json"):
+        assert Tokenizer.load(file).fingerprint == tokenizer.fingerprint
+        config = TokenizerConfig(name=str(file))
+        loaded = load_tokenizer(config, [], run_dir=tmp_path / f"run-{file.stem}", cache_dir=tmp_path)
+        assert loaded.request == {"name": str(file)}
+    backend = Backend(models.WordLevel({"a": 0, "?": 1, "</s>": 2}, unk_token="?"))
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    fast.save_pretrained(tmp_path / "other")
+    # The file alone does not say which token ends a document; the folder around it does.
+    assert Tokenizer.load(tmp_path / "other" / "tokenizer.json").eos_id == 2
+    (tmp_path / "other" / "tokenizer.json").rename(tmp_path / "alone.json")
+    with pytest.raises(MythosError, match="no end-of-document token.*tokenizer_config.json beside"):
+        Tokenizer.load(tmp_path / "alone.json")

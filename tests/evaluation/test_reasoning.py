@@ -187,7 +187,7 @@ def test_a_run_resumes_exactly_and_tells_accuracy(tmp_path: Path) -> None:
 def test_dry_run_knows_the_vocabulary(tmp_path: Path) -> None:
     config = tiny(tmp_path)
     assert config.model.vocab_size == TASK.vocabulary == 1 + 4 + 16
-    assert "follow: difficulty" in plan(config)
+    assert "without the vocabulary" not in plan(config)
     assert config.depth_mean == 2 and config.depth_maximum == config.depth_backprop == 3
 
 

@@ -317,3 +317,24 @@ def test_push(
     error = capsys.readouterr().err
     assert "out is exported, but the upload to somebody/small failed: 401 Unauthorized. Log in by" in error
     assert (folder / "config.json").is_file()
+
+
+def test_others_can_read_what_the_umask_lets_them(trained: Trainer, exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "new").touch()
+    permissions = (tmp_path / "new").stat().st_mode
+    folders = (exported, saved(trained, 4))
+    files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
+    assert any(file.suffix == ".safetensors" for file in files)
+    assert {file.name: file.stat().st_mode for file in files if file.stat().st_mode != permissions} == {}
+
+
+def test_the_exported_tokenizer_pads_a_batch(trained: Trainer, exported: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    assert trained.tokenizer is not None
+    assert tokenizer.pad_token_id == trained.tokenizer.eos_id
+    batch = tokenizer(TEXTS, padding=True)
+    long, short = (trained.tokenizer.encode_batch([text])[0] for text in TEXTS)
+    padding = len(long) - len(short)
+    assert padding > 0
+    assert batch["input_ids"] == [long, [trained.tokenizer.eos_id] * padding + short]
+    assert batch["attention_mask"] == [[1] * len(long), [0] * padding + [1] * len(short)]

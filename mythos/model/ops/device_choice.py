@@ -54,7 +54,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import flex_attention
 
-from mythos.torch_internals import allow_many_graphs, sdpa_backend
+from mythos.torch_internals import allow_many_graphs, constant_in_graphs, sdpa_backend
 
 PRODUCTS_UP_TO = {torch.float32: 1024, torch.bfloat16: 4096}
 """Longest sequence, by type, for which batched matmuls are faster than SDPA in causal attention on a CPU."""
@@ -124,7 +124,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, fullgraph=True)
 
 
-@torch.compiler.assume_constant_result  # evaluated when a block is compiled, not in its graph
+@constant_in_graphs  # evaluated when a block is compiled, not in its graph
 def takes_widths(device: torch.device, dtype: torch.dtype, dim: int, value_dim: int) -> bool:
     """Whether SDPA trains by flash or cuDNN with keys `dim` and values `value_dim` wide; if not, one is padded."""
     return _sdpa_backend(device, dtype, dim, value_dim) in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
@@ -144,7 +144,7 @@ def causal_by_products(device: torch.device, dtype: torch.dtype, length: int) ->
     return device_type(device) == "cpu" and length <= _longest_by_products(dtype)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _longest_by_products(dtype: torch.dtype) -> int:
     return 0 if dtype == torch.bfloat16 and _cpu().get("amx_bf16") else PRODUCTS_UP_TO.get(dtype, 0)
 

@@ -1,0 +1,54 @@
+"""Traced steps are kept on disk, and traced again after any change."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from mythos.config.presets import preset_config
+from mythos.distributed.layout import Layout
+from mythos.planning import trace_cache
+from mythos.planning.rank_state import rank_state
+from mythos.planning.trace_cache import kept_on_disk, stored
+from tests.runs import tiny
+
+
+@dataclass(frozen=True)
+class Figure:
+    value: float
+
+
+def test_a_figure_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    @stored(lambda value: Figure(**value))
+    def figure(config: object, times: int) -> Figure:
+        calls.append(times)
+        return Figure(times / 3)
+
+    config = preset_config("mythos_nano")
+    for _ in range(2):
+        figure(config, 2)  # outside of the context nothing is kept
+    with kept_on_disk(tmp_path):
+        for _ in range(3):
+            assert figure(config, 1) == Figure(1 / 3)
+        assert figure(config, 4) == Figure(4 / 3)
+        figure(config.model_copy(update={"norm_eps": 1e-5}), 1)
+        monkeypatch.setattr(trace_cache, "_versions", lambda: ("another source",))
+        figure(config, 1)
+        for path in tmp_path.iterdir():
+            path.write_text("damaged")
+        assert figure(config, 1) == Figure(1 / 3)
+    assert calls == [2, 2, 1, 4, 1, 1, 1]
+
+
+@pytest.mark.parametrize("layout", [Layout("single", 1, 1, ""), Layout("fsdp", 1, 2, "why")])
+def test_the_state_of_a_rank_is_read_as_it_was_computed(layout: Layout, tmp_path: Path) -> None:
+    config = tiny(tmp_path)
+    expected = rank_state(config, layout)
+    with kept_on_disk(tmp_path / "cache"):
+        assert rank_state(config, layout) == expected
+        (file,) = (tmp_path / "cache").iterdir()
+        before = file.stat().st_mtime_ns
+        assert rank_state(config, layout) == expected
+        assert file.stat().st_mtime_ns == before
