@@ -120,6 +120,8 @@ def _summary(section: type[Section]) -> str:
 def _build(data: dict[str, Any], problems: Problems, to_train: bool) -> Config:
     """Check each field by itself, fill in preset and defaults, then check the fields against each other."""
     values = _with_model(valid_values(Config, data, problems), problems)
+    if not to_train:
+        _complete_stored_data(values.get("data", {}))
     if values["model"].get("injection") == "none":
         values.setdefault("eval", {}).setdefault("loops", [1])
     try:
@@ -140,6 +142,13 @@ def _build(data: dict[str, Any], problems: Problems, to_train: bool) -> Config:
             problems.add_contradiction(paths, message)
     problems.raise_any()
     return config
+
+
+def _complete_stored_data(data: dict[str, Any]) -> None:
+    """Set txt where a run of version 0.1 stored none; the documents of its text files are paragraphs."""
+    for source in (data, *data.get("sources", {}).values()):
+        if source.get("kind") in ("files", "hub") or source.get("validation", {}).get("path"):
+            source.setdefault("txt", "paragraph")
 
 
 def _with_model(values: dict[str, Any], problems: Problems) -> dict[str, Any]:
