@@ -18,7 +18,7 @@ from mythos.data.corpus import Corpus, Skipped, is_held_out, open_corpora, open_
 from mythos.data.pipeline import Data, open_data
 from mythos.data.source import TextSource, open_validation_sources
 from mythos.data.stream import DifferentData, TokenStreams
-from mythos.data.text_files import Cuts, joined, read_parts, segments
+from mythos.data.text_files import LEAST_PART, Cuts, joined, read_parts, segments
 from mythos.data.tokenizer import Tokenizer
 from mythos.data.validation import validation_set
 from mythos.errors import MythosError
