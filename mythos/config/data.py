@@ -114,7 +114,8 @@ class SourceConfig(Section):
 
     kind: DataKind = "embedded"  # narrowed in a mixture's sources
     path: str | list[str] | None = None
-    """files: glob, URL, or list of them, of .parquet, .jsonl, .jsonl.gz or .txt files; tokens: the folder."""
+    """files: folder, glob, URL, or list of them, of .parquet, .jsonl, .jsonl.gz, .txt or .txt.gz files; tokens: the
+    folder."""
     dataset: str | None = None
     """hub: dataset id, e.g. HuggingFaceFW/fineweb-edu, or a local folder with the layout of one."""
     subset: str | None = None
@@ -125,9 +126,18 @@ class SourceConfig(Section):
     """hub: branch, tag or commit; null = the newest. The run's config.yaml pins the commit it started with."""
     text_column: str = "text"
     """Column (parquet) or key (jsonl) of a document's text."""
+    txt: Literal["file", "paragraph", "line"] = "file"
+    """Document of a .txt file: the whole file (long ones are read in parts, in order), each paragraph between blank
+    lines, or each line. Also for the files of data.validation.path."""
     filters: dict[str, FilterConfig] = {}
     """Conditions on documents, by column: {int_score: {min: 3}, language: {one_of: [en]}, length: {max: 100000}};
     length is the number of characters of the text."""
+
+
+def reads_text_files(source: SourceConfig) -> bool:
+    """Whether a source's field `txt` has an effect: it may name text files, or have validation files of its own."""
+    validation = source.validation.path if isinstance(source, DataConfig) else None
+    return source.kind in ("files", "hub") or validation is not None
 
 
 class MixtureSourceConfig(SourceConfig):

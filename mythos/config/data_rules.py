@@ -6,7 +6,7 @@ A rule is a function that yields the paths and an explanation of values that can
 from collections.abc import Iterator
 
 from mythos.config.checking import Contradiction, shown
-from mythos.config.data import DataConfig, FilterConfig, SourceConfig, TaskConfig
+from mythos.config.data import DataConfig, FilterConfig, SourceConfig, TaskConfig, reads_text_files
 from mythos.config.sections import Config
 from mythos.model.config import padded_vocab_size
 
@@ -21,6 +21,7 @@ REQUIRED = {
 USED_BY = {
     "path": ("files", "tokens"),
     "text_column": ("files", "hub"),
+    "txt": ("files", "hub"),
     "filters": ("files", "hub", "embedded"),
     **dict.fromkeys(("dataset", "subset", "split", "revision"), ("hub",)),
 }
@@ -54,7 +55,8 @@ def _fields_of_other_kinds_are_unset(config: Config) -> Iterator[Contradiction]:
     for path, source in _sources(config.data):
         for name, kinds in USED_BY.items():
             value = getattr(source, name)
-            if source.kind not in kinds and value != SourceConfig.model_fields[name].default:
+            used = reads_text_files(source) if name == "txt" else source.kind in kinds
+            if not used and value != SourceConfig.model_fields[name].default:
                 rule = f"{name} is for kind {' or '.join(kinds)} only"
                 yield (f"{path}.kind", f"{path}.{name}"), f"got {source.kind} and {shown(value)}; {rule}"
 

@@ -181,6 +181,8 @@ def _in_directory(data: dict[str, Any], directory: Path) -> dict[str, Any]:
 def _build(data: dict[str, Any], problems: Problems, to_train: bool) -> Config:
     """Check each field by itself, fill in preset and defaults, then check the fields against each other."""
     values = _with_tokenizer_of_tokens(_with_model(valid_values(Config, data, problems), problems))
+    if not to_train:
+        _complete_stored_data(values.get("data", {}))
     if values["model"].get("injection") == "none":
         values.setdefault("eval", {}).setdefault("loops", [1])
     try:
@@ -211,6 +213,13 @@ def _with_tokenizer_of_tokens(values: dict[str, Any]) -> dict[str, Any]:
     if "name" in tokenizer or not folders or not isinstance(folders[0], str):
         return values
     return values | {"tokenizer": {**tokenizer, "name": str(Path(folders[0]) / "tokenizer")}}
+
+
+def _complete_stored_data(data: dict[str, Any]) -> None:
+    """Set txt where a run of version 0.1 stored none; the documents of its text files are paragraphs."""
+    for source in (data, *data.get("sources", {}).values()):
+        if source.get("kind") in ("files", "hub") or source.get("validation", {}).get("path"):
+            source.setdefault("txt", "paragraph")
 
 
 def _with_model(values: dict[str, Any], problems: Problems) -> dict[str, Any]:

@@ -10,12 +10,23 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mythos.config.data import DataConfig, FilterConfig, SourceConfig
+from mythos.config.data import DataConfig, FilterConfig, SourceConfig, reads_text_files
 from mythos.data import embedded
-from mythos.data.formats import EXTENSIONS, READ_ERRORS, Broken, File, Piece, Reader, Unreadable, local_file
+from mythos.data.formats import (
+    EXTENSIONS,
+    PIECE_BYTES,
+    READ_ERRORS,
+    Broken,
+    File,
+    Piece,
+    Reader,
+    Unreadable,
+    local_file,
+)
 from mythos.data.hub import resolve_hub
 from mythos.data.json_cache import digest
 from mythos.data.remote import Unreachable, is_remote, readings, remote_files
+from mythos.data.text_files import Part, choose_cuts, is_text
 from mythos.errors import MythosError, short_reason, without_credentials
 from mythos.progress import progress_bar
 
@@ -59,9 +70,11 @@ class Corpus:
     """Documents of parquet, jsonl and txt files.
 
     A shard is a row group of a parquet file (a whole file if there are many), a piece of 1 MiB (more beyond 100 GB in
-    total) of a jsonl or txt file, or a whole jsonl.gz file, which a resumed run has to skip through from its beginning.
-    In a txt file documents are separated by blank lines. Text is UTF-8, with or without a byte order mark. A key that a
-    record lacks is null, and so are all columns but the text in a txt file.
+    total) of a jsonl or txt file, or a whole jsonl.gz or txt.gz file, which a resumed run has to skip through from its
+    beginning. A txt file is one document, whose rows are parts of it (:mod:`mythos.data.text_files`) and whose shards
+    are segments of consecutive parts, or has a document for every paragraph between blank lines, or for every line.
+    Text is UTF-8, with or without a byte order mark. A key that a record lacks is null, and so are all columns but the
+    text in a txt file.
 
     Args:
         files: local paths or URLs, with their sizes.
@@ -69,7 +82,9 @@ class Corpus:
         filters: conditions on columns, by name.
         on_error: ``fail`` raises at a document or shard that cannot be used, ``skip`` skips it.
         max_document_bytes: longest document, in bytes of UTF-8.
-        minimum_shards: from this number of parquet files on, each file is one shard.
+        minimum_shards: from this number of parquet files on, each file is one shard, and long text files are cut into
+            segments so that there are at least as many shards; None if no streams read the corpus.
+        txt: document of a text file: ``file``, ``paragraph`` or ``line``.
         patience: seconds for which a remote file may be unreachable.
         cache_dir: where the layout of remote files is cached.
         what: the configuration's field that named the files, for messages.
@@ -77,11 +92,12 @@ class Corpus:
     Attributes:
         shards: name of each shard, for messages.
         sizes: about how many bytes each shard has, uncompressed.
+        ordered: for each shard, whether its rows are parts of one document, which belong in one stream.
         fingerprint: identifies the corpus; a saved position is valid only in a corpus of the same fingerprint.
 
     Raises:
-        MythosError: an unknown extension, an empty corpus, files none of which has the requested columns, or
-            (``on_error: fail``) a file that cannot be read.
+        MythosError: an unknown extension, an empty corpus, files none of which has the requested columns, a filter by
+            length for files that are read in parts, or (``on_error: fail``) a file that cannot be read.
     """
 
     def __init__(
@@ -92,22 +108,32 @@ class Corpus:
         filters: dict[str, FilterConfig] | None = None,
         on_error: str = "fail",
         max_document_bytes: int = 10_000_000,
-        minimum_shards: int = 2**63,
+        minimum_shards: int | None = None,
+        txt: str = "file",
         patience: float = 600.0,
         cache_dir: Path | None = None,
         what: str = "data.path",
     ) -> None:
         self.on_error = on_error
         self.max_document_bytes = max_document_bytes
-        self._reader = Reader(patience, cache_dir, LINE_FACTOR * max_document_bytes + LINE_BYTES)
         self._text_column = text_column
         self._filters = dict(filters or {})
         self._columns = [text_column, *(name for name in self._filters if name != LENGTH)]
         self._warned: set[int] = set()
         self._pieces: list[Piece] = []
         self.shards: list[str] = []
-        whole = len(files) >= minimum_shards
+        whole = minimum_shards is not None and len(files) >= minimum_shards
         total = sum(file.size for file in files)
+        texts = [file for file in files if is_text(file.path)]
+        cuts = None
+        if texts and txt == "file":
+            cuts = choose_cuts(sum(file.size for file in texts), total, minimum_shards, PIECE_BYTES)
+            if LENGTH in self._filters:
+                raise MythosError(
+                    f"data.filters.{LENGTH}: {texts[0].path} is one document and read in parts, so its length is not "
+                    "known. Remove the filter, or set data.txt to paragraph or line."
+                )
+        self._reader = Reader(patience, cache_dir, LINE_FACTOR * max_document_bytes + LINE_BYTES, txt, cuts)
         # Fast on a disk; over a network this reads a footer of megabytes of every file, the first time.
         for file in progress_bar(files, desc="looking into files", unit="file", delay=3, leave=False):
             if not file.path.endswith(EXTENSIONS):
@@ -120,6 +146,7 @@ class Corpus:
             except READ_ERRORS as error:
                 self._reject(f"data: {file.path}", short_reason(error))
         self.sizes = [piece.size for piece in self._pieces]
+        self.ordered = [cuts is not None and is_text(piece.file.path) for piece in self._pieces]
         if not self._pieces:
             raise MythosError(
                 f"{what}: the corpus is empty: none of the {len(files)} files (first: {files[0].path}) contains a "
@@ -127,7 +154,10 @@ class Corpus:
             )
         self._require_columns(list(dict.fromkeys(piece.file for piece in self._pieces)))
         rules = {name: rule.model_dump() for name, rule in self._filters.items()}
-        self.fingerprint = digest([_identity(files), text_column, rules, max_document_bytes, len(self._pieces)])
+        identity = [_identity(files), text_column, rules, max_document_bytes, len(self._pieces)]
+        if texts and txt != "paragraph":  # paragraphs were the only documents of text files in version 0.1
+            identity += [txt, *(cuts or ())]
+        self.fingerprint = digest(identity)
 
     def read(self, shard: int, row: int = 0, step: int = 1) -> Iterator[tuple[int, str | Skipped]]:
         """Yield the numbers of rows ``row, row + step, ...`` of a shard with their text, or with why there is none.
@@ -156,6 +186,8 @@ class Corpus:
                 return self._reject_document(shard, row, str(error))
         if not all(map(self._passes, self._columns[1:], others)):
             return Skipped.FILTERED
+        if isinstance(text, Part):
+            return text
         if not isinstance(text, str):
             return self._reject_document(shard, row, f"its text is {'null' if text is None else type(text).__name__}")
         try:
@@ -283,6 +315,24 @@ def pin_revisions(config: DataConfig, saved: Mapping[str, Any]) -> DataConfig:
     return pinned(config, saved).model_copy(update={"sources": sources})
 
 
+def with_stored_documents(config: DataConfig, saved: Mapping[str, Any]) -> DataConfig:
+    """Keep paragraphs as the documents of text files in a run of version 0.1, unless the configuration sets data.txt.
+
+    Args:
+        config: the data section.
+        saved: the data section of the run that is continued, as plain values; empty for a new run.
+    """
+
+    def kept(source: S, before: Mapping[str, Any]) -> S:
+        if not before or "txt" in before or "txt" in source.model_fields_set or not reads_text_files(source):
+            return source
+        return source.model_copy(update={"txt": "paragraph"})
+
+    before = saved.get("sources", {})
+    sources = {name: kept(source, before.get(name, {})) for name, source in config.sources.items()}
+    return kept(config, saved).model_copy(update={"sources": sources})
+
+
 def weighted(config: DataConfig, corpora: Mapping[str, Corpus]) -> list[tuple[Corpus, float]]:
     """The corpora with the weights of their sources."""
     return [(corpus, getattr(config.named_sources[name], "weight", 1.0)) for name, corpus in corpora.items()]
@@ -312,6 +362,7 @@ def open_corpus(config: DataConfig, source: SourceConfig) -> Corpus:
         on_error=config.on_error,
         max_document_bytes=config.max_document_bytes,
         minimum_shards=SHARDS_PER_STREAM * config.streams,
+        txt=source.txt,
         patience=config.patience,
         cache_dir=cache_directory(config),
         what=what,
@@ -334,6 +385,7 @@ def open_validation(config: DataConfig, option: str | None = None) -> Corpus | N
     return Corpus(
         _matching_files(config.validation.path, option, config.patience),
         text_column=config.text_column,
+        txt=config.txt,
         on_error=config.on_error,
         max_document_bytes=config.max_document_bytes,
         patience=config.patience,
@@ -408,12 +460,12 @@ def _matching_files(patterns: str | list[str] | None, key: str, patience: float)
     files: dict[str, File] = {}
     for pattern in patterns:
         if is_remote(pattern):
-            matches = [File(*file) for file in remote_files(pattern, patience)]
+            matches = [File(*file) for file in remote_files(pattern, patience, EXTENSIONS)]
         else:
             paths = _local_paths(os.path.expanduser(pattern))
             matches = [local_file(path) for path in paths if os.path.isfile(path)]
-            if not matches and any(map(os.path.isdir, paths)):
-                raise MythosError(f"{key}: {pattern} is a folder. Give a glob of its files: {pattern}/*.parquet.")
+            if not matches and len(paths) == 1 and os.path.isdir(paths[0]):
+                matches = _files_in(paths[0], key)
         if not matches:
             raise MythosError(
                 f"{key}: {pattern} matches no file (looked from {os.getcwd()}). Give a glob such as data/*.parquet; "
@@ -423,6 +475,32 @@ def _matching_files(patterns: str | list[str] | None, key: str, patience: float)
     if not files:
         raise MythosError(f"{key}: no files are given. Give a glob such as data/*.parquet.")
     return [files[path] for path in sorted(files)]
+
+
+def _files_in(folder: str, key: str) -> list[File]:
+    """The readable files in a folder and the folders below it, without hidden ones."""
+    readable: list[str] = []
+    others: list[str] = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (os.path.join(place, name) for name in names if not name.startswith(".")):
+            if os.path.isfile(path):
+                (readable if path.endswith(EXTENSIONS) else others).append(path)
+    if not readable:
+        raise MythosError(
+            f"{key}: the folder {folder} contains no file to read ({len(others)} with other extensions). Allowed "
+            f"extensions are {', '.join(EXTENSIONS)}."
+        )
+    if others:
+        logger.warning(
+            "%s: %s: reading %d files, leaving out %d with other extensions (first: %s)",
+            key,
+            folder,
+            len(readable),
+            len(others),
+            min(others),
+        )
+    return [local_file(path) for path in readable]
 
 
 def _local_paths(pattern: str) -> list[str]:

@@ -18,6 +18,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from mythos.data.json_cache import digest, load_cached, store_cached
 from mythos.data.remote import is_remote, open_remote
+from mythos.data.text_files import Cuts, Part, is_text, read_parts, segments
 from mythos.errors import short_reason, without_credentials
 from mythos.files.local import open_regular
 
@@ -32,7 +33,7 @@ except ModuleNotFoundError:  # training on generated tasks and `mythos gpu-check
         """Stands in for pyarrow's error if pyarrow is not installed."""
 
 
-EXTENSIONS = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".txt")
+EXTENSIONS = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".txt", ".txt.gz")
 
 # Files of lines are cut into pieces of this many bytes, so that a resumed run skips over at most this much. Beyond
 # MOST_PIECES the pieces get larger, because dealing more of them to streams would take seconds.
@@ -80,7 +81,9 @@ class File(NamedTuple):
 
 @dataclass(frozen=True)
 class Piece:
-    """A shard: one row group of a parquet file, all of them (``start`` None), or the lines that start in a byte range.
+    """A shard: one row group of a parquet file, all of them (``start`` None), or a byte range.
+
+    A byte range stands for the lines or paragraphs that start in it, or for the parts of one document.
 
     ``size`` is about its number of bytes, uncompressed.
     """
@@ -121,16 +124,27 @@ class Reader:
     Args:
         patience: seconds for which a remote file may be unreachable.
         cache_dir: where the layout of remote parquet files is cached, whose footers take megabytes to read.
-        longest_line: bytes of the longest line (txt: document) that is read; longer ones are Unreadable.
+        longest_line: bytes of the longest line or paragraph that is read; longer ones are Unreadable.
+        txt: document of a text file: ``file``, ``paragraph`` or ``line``.
+        cuts: how text files are cut if they are one document each; None otherwise.
 
     Every method raises :class:`mythos.data.remote.Unreachable` once ``patience`` has passed, and, except :meth:`rows`,
     which yields Broken instead, ``READ_ERRORS`` for a damaged file.
     """
 
-    def __init__(self, patience: float, cache_dir: Path | None = None, longest_line: int = 2**26) -> None:
+    def __init__(
+        self,
+        patience: float,
+        cache_dir: Path | None = None,
+        longest_line: int = 2**26,
+        txt: str = "paragraph",
+        cuts: Cuts | None = None,
+    ) -> None:
         self.patience = patience
         self.cache_dir = cache_dir
         self.longest_line = longest_line
+        self.txt = txt
+        self.cuts = cuts
         self._footers: OrderedDict[File, pq.FileMetaData] = OrderedDict()
         self._groups: OrderedDict[tuple[File, int], list[pa.RecordBatch]] = OrderedDict()
 
@@ -148,7 +162,7 @@ class Reader:
         """
         if file.path.endswith(".parquet"):
             yield self._layout(file)[0], PIECE_BYTES
-        elif file.path.endswith(".txt"):
+        elif is_text(file.path):
             yield ["text"], 0
         else:
             with self._lines(file) as lines:
@@ -164,7 +178,11 @@ class Reader:
                 return [Piece(file, None, 0, COMPRESSION * file.size)]
             return [Piece(file, group, 0, size) for group, size in enumerate(self._layout(file)[1]) if size]
         if file.path.endswith(".gz"):  # can only be read from its beginning
-            return [Piece(file, None, 0, COMPRESSION * file.size)] if file.size else []
+            return [Piece(file, None, sys.maxsize, COMPRESSION * file.size)] if file.size else []
+        if self.cuts and is_text(file.path) and file.size:
+            most = max(self.cuts.segment, total // MOST_PIECES)
+            ranges = segments(file.size, Cuts(self.cuts.part, most))
+            return [Piece(file, start, end, end - start) for start, end in ranges]
         cut = max(PIECE_BYTES, total // MOST_PIECES)
         ranges = [(start, min(start + cut, file.size)) for start in range(0, file.size, cut)]
         return [Piece(file, start, end, end - start) for start, end in ranges]
@@ -174,16 +192,24 @@ class Reader:
         if piece.file.path.endswith(".parquet"):
             yield from self._parquet_rows(piece, row, step, columns)
             return
-        is_text = piece.file.path.endswith(".txt")
+        plain = is_text(piece.file.path)
         try:
             with self._lines(piece.file) as lines:
+                if plain and self.cuts:
+                    for values in _part_rows(lines, piece, row, step, columns, self.cuts.part):
+                        yield row, values
+                        row += step
+                    return
                 # Skipped rows are not parsed: a resumed run skips over them at the speed of the disk.
-                documents = (_paragraphs if is_text else _filled_lines)(lines, piece, self.longest_line)
-                for document in islice(documents, row, None, step):
+                separate = _paragraphs if plain and self.txt == "paragraph" else _filled_lines
+                for document in islice(separate(lines, piece, self.longest_line), row, None, step):
                     if isinstance(document, Unreadable):
                         yield row, document
+                    elif plain:
+                        text = document.rstrip(b"\r\n") if self.txt == "line" else document
+                        yield row, _decode(text, columns)
                     else:
-                        yield row, _decode(document, columns) if is_text else _record(document, columns)
+                        yield row, _record(document, columns)
                     row += step
         except READ_ERRORS as error:
             yield row, Broken(short_reason(error))
@@ -345,6 +371,22 @@ def _decode(document: bytes, columns: list[str]) -> list[Any] | Unreadable:
         return [document.decode(), *[None] * (len(columns) - 1)]
     except UnicodeDecodeError as error:
         return Unreadable(str(error))
+
+
+def _part_rows(
+    lines: Lines, piece: Piece, row: int, step: int, columns: list[str], part: int
+) -> Iterator[list[Any] | Unreadable]:
+    """Values of rows ``row, row + step, ...`` of a segment of a text file that is one document."""
+    first = (piece.start or 0) // part + row
+    end = None if piece.end >= piece.file.size else piece.end // part
+    for number, (content, more) in enumerate(read_parts(lines, first, end, part), first):
+        if (number - first) % step:
+            continue
+        values = _decode(content if number else _without_mark(content), columns)
+        if isinstance(values, list) and (number or more):
+            # What follows in the stream after the last part of a segment is other text.
+            values[0] = Part(values[0], more and number + 1 != end)
+        yield values
 
 
 def _filled_lines(lines: Lines, piece: Piece, longest: int) -> Iterator[bytes | Unreadable]:

@@ -6,7 +6,14 @@ from typing import Any, NamedTuple
 
 from mythos.config.data import DataConfig
 from mythos.config.sections import Config
-from mythos.data.corpus import cache_directory, holdout_fraction, open_corpora, pin_revisions, weighted
+from mythos.data.corpus import (
+    cache_directory,
+    holdout_fraction,
+    open_corpora,
+    pin_revisions,
+    weighted,
+    with_stored_documents,
+)
 from mythos.data.source import Source, open_sources, open_validation_sources
 from mythos.data.stream import TokenStreams
 from mythos.data.tasks import TaskSet, TaskStreams, slot_difficulties, task_set
@@ -115,7 +122,7 @@ def open_data(config: Config, run_dir: Path | None, saved: Mapping[str, Any], pr
     """
     if config.data.kind == "reasoning":
         return TaskData(config.data, config.train.global_batch // config.data.streams, config.schedule_steps)
-    data = pin_revisions(config.data, saved)
+    data = with_stored_documents(pin_revisions(config.data, saved), saved)
     corpora = open_corpora(data)
     tokenizer = load_tokenizer(
         config.tokenizer,

@@ -107,10 +107,11 @@ def persist(action: Callable[[], T], what: str, patience: float) -> T:
         time.sleep(wait)
 
 
-def remote_files(pattern: str, patience: float) -> list[tuple[str, int]]:
+def remote_files(pattern: str, patience: float, extensions: tuple[str, ...] = ()) -> list[tuple[str, int]]:
     """Expand a URL or a glob of URLs to sorted (url, size in bytes).
 
-    Globs work for hf:// and the file systems of fsspec (s3://, gs://, ...); http(s):// names one file.
+    Globs work for hf:// and the file systems of fsspec (s3://, gs://, ...); http(s):// names one file. A folder stands
+    for the files in it and below it that have one of the ``extensions``.
 
     Raises:
         MythosError: nothing matches, the URL is malformed, or the package that reads its scheme is not installed.
@@ -124,7 +125,14 @@ def remote_files(pattern: str, patience: float) -> list[tuple[str, int]]:
                 "a name)."
             )
         return [(pattern, persist(lambda: _http_size(pattern, patience), pattern, patience))]
-    files = _hub_glob(pattern, patience) if scheme == "hf" else _fsspec_glob(pattern, patience)
+    find = _hub_glob if scheme == "hf" else _fsspec_glob
+    files = find(pattern, patience)
+    if not files and extensions and not re.search(r"[*?\[]", pattern):
+        within = find(pattern.rstrip("/") + "/**", patience)
+        files = [file for file in within if file[0].endswith(extensions)]
+        if files and len(files) < len(within):
+            where, others = without_credentials(pattern), len(within) - len(files)
+            logger.warning("%s: reading %d files, leaving out %d with other extensions", where, len(files), others)
     if not files:
         raise MythosError(
             f"{pattern} matches no file. Check the names; a glob looks like hf://datasets/a/b/data/*.parquet"

@@ -17,6 +17,7 @@ from mythos.data.corpus import (
     open_validation,
     source_identity,
 )
+from mythos.data.text_files import Part, joined
 from mythos.data.tokenizer import Tokenizer
 from mythos.data.tokens import TokenSource
 
@@ -30,15 +31,21 @@ class Source(Protocol):
     Attributes:
         shards: name of each shard, for messages.
         sizes: amount of text in each shard, in any unit; every stream is dealt about as much.
+        ordered: for each shard, whether its rows are parts of one document, which belong in one stream.
         identity: the data in which a saved position is valid, as plain values: corpus, tokenizer, share held out.
     """
 
     shards: list[str]
     sizes: list[int]
+    ordered: list[bool]
     identity: dict[str, Any]
 
     def read(self, shard: int, row: int, step: int) -> Iterator[tuple[int, np.ndarray | Skipped]]:
-        """Yield rows ``row, row + step, ...`` that are not held out: int32 ids with the end-of-document token."""
+        """Yield rows ``row, row + step, ...`` that are not held out: int32 ids with the end-of-document token.
+
+        A part of a document that the next row continues has no such token. A part that is held out is replaced by one,
+        because the text before it and the text after it are not connected.
+        """
         ...
 
     def held_out(self) -> Iterator[tuple[list[int], list[int]]]:
@@ -60,6 +67,7 @@ class TextSource:
         self.tokenizer = tokenizer
         self.shards = corpus.shards
         self.sizes = corpus.sizes
+        self.ordered = corpus.ordered
         self.identity = source_identity(corpus.fingerprint, tokenizer.fingerprint, holdout_fraction)
         self._limit = holdout_limit(holdout_fraction)
 
@@ -70,7 +78,9 @@ class TextSource:
         for index, document in self.corpus.read(shard, row, step):
             if isinstance(document, str):
                 if self._limit and content_hash(document) < self._limit:
-                    continue
+                    if not isinstance(document, Part):
+                        continue
+                    document = ""  # an end-of-document token alone
                 texts += 1
             rows.append((index, document))
             if texts == TOKENIZE_DOCUMENTS:
@@ -85,15 +95,24 @@ class TextSource:
                 yield index, document
             else:
                 ids = next(encoded)
-                ids.append(self.tokenizer.eos_id)
+                if not _continues(document):
+                    ids.append(self.tokenizer.eos_id)
                 yield index, np.array(ids, dtype=np.int32)
 
     def held_out(self) -> Iterator[tuple[list[int], list[int]]]:
         """Yield, for every held-out document, its ids (no end-of-document token) and the exact bytes of each."""
         for shard in in_fixed_order(len(self.shards)):
-            for _, document in self.corpus.read(shard):
-                if isinstance(document, str) and content_hash(document) < self._limit:
-                    yield self.tokenizer.encode_with_bytes(document)
+            yield from joined(self._held_out(shard))
+
+    def _held_out(self, shard: int) -> Iterator[tuple[int, bool, list[int], list[int]]]:
+        for row, document in self.corpus.read(shard):
+            if isinstance(document, str) and content_hash(document) < self._limit:
+                yield row, _continues(document), *self.tokenizer.encode_with_bytes(document)
+
+
+def _continues(document: str) -> bool:
+    """Whether the next row continues the document."""
+    return isinstance(document, Part) and document.continues
 
 
 def open_sources(

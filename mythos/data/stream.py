@@ -58,7 +58,9 @@ class Part(NamedTuple):
     step: int
 
 
-def deal_parts(sizes: Sequence[int], streams: int, seed: int) -> list[list[Part]]:
+def deal_parts(
+    sizes: Sequence[int], streams: int, seed: int, ordered: Sequence[bool] | None = None
+) -> list[list[Part]]:
     """Deal the shards to the streams, each row of each shard to exactly one stream.
 
     Greedy: the parts go, largest first (equal ones in an order drawn by the seed), to the stream with the least data.
@@ -69,6 +71,7 @@ def deal_parts(sizes: Sequence[int], streams: int, seed: int) -> list[list[Part]
         sizes: size of every shard, in bytes or any other unit.
         streams: number of streams.
         seed: seed of the order.
+        ordered: for each shard, whether it must not be split; None if all may be.
 
     Returns:
         the parts of every stream.
@@ -79,6 +82,8 @@ def deal_parts(sizes: Sequence[int], streams: int, seed: int) -> list[list[Part]
     for parts_per_stream in range(1, SHARDS_PER_STREAM + 1):
         # Split every shard so that its parts have at most the fair share / parts_per_stream.
         steps = [-(-size * parts_per_stream * streams // total) for size in sizes]
+        if ordered is not None:
+            steps = [1 if whole else step for step, whole in zip(steps, ordered, strict=True)]
         parts = [
             (-size // step, Part(shard, first, step))
             for shard, (size, step) in enumerate(zip(sizes, steps, strict=True))
@@ -258,7 +263,7 @@ class TokenStreams:
         indices = range(rank, streams, world_size)
         walks: dict[int, list[Walk]] = {index: [] for index in indices}
         for name, (source, _) in self.sources.items():
-            parts = deal_parts(source.sizes, streams, seed)
+            parts = deal_parts(source.sizes, streams, seed, source.ordered)
             for index in indices:
                 walks[index].append(Walk(name, index, parts[index], source, seed))
         self._local = [_Stream(index, walks[index]) for index in indices]

@@ -13,11 +13,14 @@ import numpy as np
 
 from mythos.config.data import SourceConfig
 from mythos.data.corpus import Corpus, Skipped, content_hash, holdout_limit
+from mythos.data.text_files import Part
 from mythos.data.tokenizer import Tokenizer
 from mythos.data.tokens import (
     ENTRY,
     FORMAT,
     INDEX,
+    LAST_PART,
+    PART,
     PLAN,
     STATUS,
     TOKENIZER,
@@ -209,8 +212,9 @@ class TokenWriter:
                     values.append((tokens.count, 0, 0, broke_at, STATUS[document]))
                     continue
                 key, ids, token_bytes = next(encoded)
-                array = np.array([*ids, self.tokenizer.eos_id], self.dtype)
-                values.append((tokens.count, len(array), zlib.crc32(array.data), key, 0))
+                status = 0 if not isinstance(document, Part) else PART if document.continues else LAST_PART
+                array = np.array(ids if status == PART else [*ids, self.tokenizer.eos_id], self.dtype)
+                values.append((tokens.count, len(array), zlib.crc32(array.data), key, status))
                 tokens.append(array)
                 if token_bytes is not None:
                     sizes.append(np.array(token_bytes, sizes.dtype))
@@ -231,6 +235,7 @@ class TokenWriter:
             tokens=tokens.count - first_token,
             skipped=dict(skipped),
             size=self.corpus.sizes[shard],
+            ordered=self.corpus.ordered[shard],
         )
 
     def _batches(self, shard: int) -> Iterator[list[tuple[str | Skipped, int]]]:

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mythos.data.corpus import Skipped, holdout_limit, in_fixed_order, source_identity
+from mythos.data.text_files import joined
 from mythos.data.tokenizer import Tokenizer
 from mythos.errors import MythosError, short_reason
 from mythos.files.local import open_regular, write_whole
@@ -43,11 +44,15 @@ ENTRY = np.dtype(
         ("tokens", "<u4"),  # with the end-of-document token
         ("crc32", "<u4"),  # of the tokens as they are stored
         ("hash", "<u8"),  # content_hash; for rows lost to a break in the shard: the row of the break
-        ("status", "u1"),  # 0 = a document, else a value of STATUS
+        ("status", "u1"),  # 0 = a document, PART or LAST_PART = a part of one, else a value of STATUS
     ]
 )
 STATUS = {Skipped.FILTERED: 1, Skipped.DOCUMENT: 2, Skipped.SHARD: 3}
 SKIPPED = {status: skipped for skipped, status in STATUS.items()}
+PART = 4
+"""Status of a part of a document that the next row continues; it has no end-of-document token."""
+LAST_PART = 5
+"""Status of the last part of a document, or of the last before unconnected text."""
 
 # Rows and tokens copied out of the maps at once; then the maps are closed, because pages read through an open map count
 # as memory of the process, although the system could reclaim them.
@@ -95,6 +100,7 @@ class Shard(NamedTuple):
         tokens: number of tokens, end-of-document tokens included.
         skipped: numbers of skipped rows, by kind of :class:`mythos.data.corpus.Skipped`.
         size: the shard's size in the corpus, by which shards are dealt to streams.
+        ordered: whether its rows are parts of one document.
     """
 
     name: str
@@ -109,6 +115,7 @@ class Shard(NamedTuple):
     tokens: int
     skipped: dict[str, int]
     size: int
+    ordered: bool = False
 
 
 class TokenSource:
@@ -150,6 +157,8 @@ class TokenSource:
         self._index = [Shard(**shard) for shard in index["shards"]]
         self.shards = [shard.name for shard in self._index]
         self.sizes = [shard.size for shard in self._index]
+        self.ordered = [shard.ordered for shard in self._index]
+        self._eos = np.array([tokenizer.eos_id], np.int32)
         self._limit = holdout_limit(holdout_fraction)
         self._share_limit = holdout_limit(share)
         self._verified: set[tuple[str, int]] = set()
@@ -199,23 +208,27 @@ class TokenSource:
             return
         for shard in in_fixed_order(len(self.shards)):
             try:
-                yield from self._held_out(shard)
+                yield from joined(self._held_out(shard))
             except _Damaged as error:
                 self._reject(shard, error)
 
-    def _held_out(self, shard: int) -> Iterator[tuple[list[int], list[int]]]:
+    def _held_out(self, shard: int) -> Iterator[tuple[int, bool, list[int], list[int]]]:
+        """Row, whether the next row continues it, ids, and the bytes of each."""
         self._verify(shard, "documents")
         self._verify(shard, "bytes")
         part, rows, size = self._index[shard].part, self._index[shard].rows, self._index[shard].first_size
         for first in range(0, rows, CHECKED_ITEMS):
             entries = self._entries(shard, first, min(first + CHECKED_ITEMS, rows))
-            with_sizes = (entries["status"] == 0) & (entries["hash"] < self._share_limit)
-            for entry in entries[with_sizes]:
-                count = int(entry["tokens"]) - 1
+            with_sizes = np.isin(entries["status"], (0, PART, LAST_PART)) & (entries["hash"] < self._share_limit)
+            for row in np.flatnonzero(with_sizes).tolist():
+                entry = entries[row]
+                continues = entry["status"] == PART
+                count = int(entry["tokens"]) - (not continues)
                 if entry["hash"] < self._limit:
                     ids = self._ids(shard, self._map(part, "tokens"), entry)
                     if ids is not None:
-                        yield ids[:-1].tolist(), self._copy(part, "bytes", size, size + count).tolist()
+                        sizes = self._copy(part, "bytes", size, size + count).tolist()
+                        yield first + row, bool(continues), ids[:count].tolist(), sizes
                 size += count
 
     def _window(self, shard: int, row: int, step: int) -> Iterator[tuple[int, int, np.ndarray | None]]:
@@ -228,6 +241,8 @@ class TokenSource:
         for entry in entries:
             status, key = int(entry["status"]), int(entry["hash"])
             ids = None
+            if status in (PART, LAST_PART):
+                status, ids = 0, self._eos if key < self._limit else None
             if not status and key >= self._limit:
                 ids = self._ids(shard, tokens, entry)
                 status = STATUS[Skipped.DOCUMENT] if ids is None else 0

@@ -174,7 +174,7 @@ def test_interrupts_do_not_reach_the_workers(
 def test_full_disk(tmp_path: Path, started: Callable[..., subprocess.Popen[str]]) -> None:
     """One message; with room, the same command goes on."""
     (tmp_path / "a.txt").write_text("\n\n".join(documents(3000)))
-    path = write_settings(tmp_path, data__path=str(tmp_path / "a.txt"))
+    path = write_settings(tmp_path, data__path=str(tmp_path / "a.txt"), data__txt="paragraph")
     arguments = path, "--out", tmp_path / "tokens", "--workers", 2
     limit = 150_000
 
@@ -238,7 +238,12 @@ def test_a_source_of_a_mixture(config: Path, tmp_path: Path, capsys: pytest.Capt
         "kind": "mixture",
         "sources": {
             "web": {"kind": "files", "path": settings["data"].pop("path")},
-            "books": {"kind": "files", "path": str(tmp_path / "b.txt"), "filters": {"length": {"min": 100}}},
+            "books": {
+                "kind": "files",
+                "path": str(tmp_path / "b.txt"),
+                "txt": "paragraph",
+                "filters": {"length": {"min": 100}},
+            },
         },
     }
     path = tmp_path / "mixture.yaml"

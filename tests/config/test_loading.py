@@ -149,6 +149,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"data": {"kind": "hub"}}, ("data.kind", "data.dataset")),
     ({"data": {"path": "a.txt"}}, ("data.kind", "data.path")),
     ({"data": {"dataset": "a/b"}}, ("data.kind", "data.dataset")),
+    ({"data": {"txt": "line"}}, ("data.kind", "data.txt")),
     ({"data": {"kind": "files", "path": "a.txt", "subset": "b"}}, ("data.kind", "data.subset")),
     ({"data": {"kind": "hub", "dataset": "a/b", "path": "a.txt"}}, ("data.kind", "data.path")),
     ({"data": {"validation": {"fraction": 0}}}, ("data.validation.fraction", "data.validation.path")),

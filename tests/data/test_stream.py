@@ -88,6 +88,14 @@ def test_parts_are_dealt_evenly(shards: int, streams: int, uneven: bool) -> None
         assert {part.step for parts in dealt for part in parts} == {1}, "no shard is split without need"
 
 
+def test_ordered_shards_are_dealt_whole() -> None:
+    dealt = deal_parts([100, 1, 1, 100], 4, seed=0, ordered=[True, False, True, False])
+    parts = [part for parts in dealt for part in parts]
+    assert {part.shard for part in parts if part.step > 1} == {3}
+    rows = Counter((part.shard, row) for part in parts for row in range(part.first, 12, part.step))
+    assert rows == Counter((shard, row) for shard in range(4) for row in range(12))
+
+
 def test_packing_is_the_concatenation_of_the_documents(tmp_path: Path, tokenizer: Tokenizer) -> None:
     documents = make_documents(40)
     write_jsonl(tmp_path / "x.jsonl", documents)
@@ -322,6 +330,7 @@ class Numbered:
             total += count
         self.shards = [str(group) for group in self.groups]
         self.sizes = [len(group) for group in self.groups]
+        self.ordered = [False] * len(self.groups)
 
     def read(self, shard: int, row: int, step: int) -> Iterator[tuple[int, np.ndarray | Skipped]]:
         for index in range(row, len(self.groups[shard]), step):

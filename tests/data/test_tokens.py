@@ -77,7 +77,13 @@ def jsonl_with_bad_lines(folder: Path) -> tuple[Corpus, DataConfig]:
 def text_files(folder: Path) -> tuple[Corpus, DataConfig]:
     for file in range(3):
         (folder / f"c{file}.txt").write_text("\n\n".join(make_documents(20, seed=file)))
-    return opened(folder / "*.txt")
+    return opened(folder / "*.txt", txt="paragraph")
+
+
+def one_book(folder: Path) -> tuple[Corpus, DataConfig]:
+    """Rows are parts of one document."""
+    (folder / "f.txt").write_text("\n\n".join(make_documents(400, seed=5)))
+    return opened(folder / "f.txt", streams=2)
 
 
 def truncated_gzip(folder: Path) -> tuple[Corpus, DataConfig]:
@@ -112,7 +118,7 @@ def corpus_files(*paths: Path) -> list[Any]:
     return [local_file(str(path)) for path in paths]
 
 
-CORPORA = [parquet_with_nulls, jsonl_with_bad_lines, text_files, truncated_gzip, broken_row_groups]
+CORPORA = [parquet_with_nulls, jsonl_with_bad_lines, text_files, one_book, truncated_gzip, broken_row_groups]
 
 
 @pytest.fixture(params=CORPORA, ids=lambda corpus: corpus.__name__)

@@ -1,5 +1,6 @@
 """Plans for many processes: bytes against hand counts and real allocations, and layouts that fit."""
 
+import os
 import re
 import weakref
 from dataclasses import replace
