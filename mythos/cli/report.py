@@ -76,9 +76,9 @@ def watch(run: str, out: Path | None, seconds: float) -> None:
 
     said: str | None = None
     while True:
-        directory = run_directory(run)
-        # Asked before the records are read, so that the last page has the last record.
-        training = directory is not None and is_locked(directory)
+        # Asked before the records are read, so that the last page has the last record. A run that has just begun has
+        # a lock and no configuration yet.
+        training = is_locked(run_directory(run) or Path(run))
         try:
             recorded = open_run(run)
         except MythosError as error:

@@ -67,7 +67,7 @@ def delete(names: list[str], root: Path, yes: bool) -> None:
         if each.other_checkpoints:
             print(f"note: {each.name}: its checkpoints in {each.other_checkpoints} stay")
     size = shown_size(sum(each.size for each in runs))
-    if not yes and not answered_yes(f"Delete {'these' if len(runs) > 1 else 'this'} ({size})? [y/N] "):
+    if not yes and not answered_yes(f"Delete {'these runs' if len(runs) > 1 else 'this run'} ({size})? [y/N] "):
         print("nothing is deleted")
         return
     for each in runs:

@@ -89,7 +89,7 @@ def test_the_question(
     monkeypatch.setattr("sys.stdin", Terminal(answer))
     assert main(["rm", "halfway", "runs/group/now", "runs/halfway/"]) == 0
     printed = capsys.readouterr().out
-    assert "Delete these (" in printed and ("nothing is deleted" in printed) is not gone
+    assert "Delete these runs (" in printed and ("nothing is deleted" in printed) is not gone
     for name in ("halfway", "group/now"):
         assert (runs / name).exists() is not gone
     left = {"done", "unsaved", "broken", "notes", "configs", "group"} | ({"halfway"} if not gone else set())

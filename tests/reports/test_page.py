@@ -325,14 +325,17 @@ def test_the_newest_sweep_is_shown(trained, tmp_path):
 
 
 def test_watching_a_run(tmp_path, monkeypatch, capsys):
-    """A run without records, then with three, with five, and at last ended with six."""
+    """A run without configuration, then without records, then with three, with five, and at last ended with six."""
     directory = write_run(tmp_path / "run", [])
     page, lock, seen = directory / "report.html", RunLock(directory), []
+    config = (directory / "config.yaml").rename(tmp_path / "config.yaml")  # written after the lock is taken
 
     def sleep(seconds):
         assert seconds == 2
         seen.append(Page(page.read_text()) if page.exists() else None)
-        steps = (3, 5, 6)[len(seen) - 1]
+        steps = (0, 3, 5, 6)[len(seen) - 1]
+        if not steps:
+            config.rename(directory / "config.yaml")
         (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in records(steps)))
         if steps == 6:
             lock.__exit__()
@@ -340,13 +343,14 @@ def test_watching_a_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report.time, "sleep", sleep)
     with lock:
         assert report.main([str(directory), "--watch", "--every", "2"]) == 0
-    assert seen[0] is None
-    assert [view.headline["steps"] for view in seen[1:]] == ["3 of 100", "5 of 100"]
-    assert all('<meta http-equiv="refresh" content="2">' in view.raw for view in seen[1:])
+    assert seen[:2] == [None, None]
+    assert [view.headline["steps"] for view in seen[2:]] == ["3 of 100", "5 of 100"]
+    assert all('<meta http-equiv="refresh" content="2">' in view.raw for view in seen[2:])
     last = Page(page.read_text())
     assert last.headline["steps"] == "6 of 100" and "http-equiv" not in last.raw
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].startswith("waiting: ") and printed[1] == str(page) and len(printed) == 3
+    assert [line.startswith("waiting: ") for line in printed] == [True, True, False, False]
+    assert printed[2] == str(page)
 
     assert report.main([str(directory), "--watch"]) == 0, "a run that does not train gets one page"
     assert report.main([str(tmp_path / "none"), "--watch"]) == 1
