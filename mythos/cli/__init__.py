@@ -16,7 +16,7 @@ GROUPS = {
     "train a model": ("train", "tokenizer", "tokenize", "configs", "presets"),
     "use a model": ("generate", "export", "import", "retrofit"),
     "measure": ("sweep", "evaluate", "reasoning", "estimate", "gpu-check"),
-    "look at runs": ("report", "compare"),
+    "look at runs": ("runs", "report", "compare"),
     "set up the shell": ("completion",),
 }
 """The commands, by what they are for, in the order of the help text."""

@@ -1,6 +1,8 @@
 """Compare runs by tokens, FLOPs and loops.
 
-Writes compare.png (losses) and compare.csv (one line per run), and prints the table. docs/report.md explains them.
+Writes compare.html (a page), compare.png (losses) and compare.csv (one line per run), and prints the table. Files of
+the same runs are replaced; beside files of other runs they are called compare-2 and so on. docs/report.md explains
+them.
 """
 
 import argparse
@@ -27,12 +29,16 @@ def run(options: argparse.Namespace) -> None:
     """Read, compare, write and print. Raises MythosError for runs that cannot be read or compared, and for `--out`."""
     for path in options.runs:
         require_run(path)  # before torch is imported, which takes seconds
+    from mythos.generation.depth_view import write_page
     from mythos.reports.comparison import compare
+    from mythos.reports.comparison_page import comparison_page
 
     comparison = compare(options.runs)
     with writing(options.out):
         paths = comparison.write(options.out)
+    page = paths[0].with_suffix(".html")
+    write_page(page, comparison_page(comparison))
     print(comparison.table())
     for note in comparison.notes():
         print(f"note: {note}")
-    print("\n" + "\n".join(map(str, paths)))
+    print("\n" + "\n".join(map(str, [page, *paths])))

@@ -1,8 +1,8 @@
 """Score a trained model on tasks, at several depths in one call.
 
-MODEL is a run directory, a checkpoint or an exported folder. Writes step-XXXXXXXX.json, .csv and .png to evaluation/ in
-the run directory, and prints a table. Under torchrun the processes share the work. docs/evaluation.md explains the
-scores.
+MODEL is a run directory, a checkpoint or an exported folder. Prints a table and writes to evaluation/ in the run
+directory: step-XXXXXXXX_TASKS_loops-DEPTHS.json and .png, with a number if there are such files, and a line for each
+score at the end of results.csv. Under torchrun the processes share the work. docs/evaluation.md explains the scores.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from mythos.cli.common import (
 )
 from mythos.config.model_paths import run_directory
 from mythos.errors import MythosError
+from mythos.files.local import unused_stem
 
 if TYPE_CHECKING:
     from mythos.checkpoints.stored_model import OpenedModel
@@ -93,10 +94,9 @@ def evaluate(options: argparse.Namespace, world: World) -> None:
     from mythos.data.tasks import TaskSet
     from mythos.evaluation.choices import choice_scores, encode_task, read_tasks
     from mythos.evaluation.continuations import score_requests
-    from mythos.evaluation.results import choice_results, save, table, text_results
+    from mythos.evaluation.results import choice_results, table, text_results
     from mythos.evaluation.text import as_in_training, require_tokenizer, text_scores, validation_data
     from mythos.model.layers import autocast_to
-    from mythos.reports.evaluation_plots import draw_scores
 
     # Check all input before any long computation.
     files = [name for name in options.tasks if name.endswith(".jsonl")]
@@ -113,13 +113,12 @@ def evaluate(options: argparse.Namespace, world: World) -> None:
     common: dict[str, Any] = {"micro_batch": micro_batch, "world": world, "autocast": autocast_to(dtype, world.device)}
 
     results: list[Result] = []
-    about: dict[str, Any] = {"source": opened.source, "step": opened.step, "dtype": str(dtype).removeprefix("torch.")}
-    if options.data is not None or not options.tasks:
+    data_name = options.data or (None if options.tasks else "validation")
+    if data_name is not None:
         data = world.in_turn(lambda: validation_data(opened, options.data, options.limit))
         assert not isinstance(data, TaskSet)  # a run on a task has no tokenizer, so require_tokenizer raised
-        name = options.data or "validation"
         for setting, scores in zip(settings, text_scores(model, data, settings, **common), strict=True):
-            results += text_results(name, scores, setting, len(data.ids))
+            results += text_results(data_name, scores, setting, len(data.ids))
     for task in choices:
         encoded = encode_task(task, tokenizer, model.config.context_length)
         likelihoods = score_requests(model, encoded.requests, settings, progress=world.rank == 0, **common)
@@ -131,11 +130,32 @@ def evaluate(options: argparse.Namespace, world: World) -> None:
         harness_model = HarnessModel(opened, settings, progress=world.rank == 0, **common)
         results += run_tasks(harness_model, harness, limit=options.limit, fewshot=options.fewshot)
     if world.rank == 0:
-        stem = out / f"step-{opened.step:08d}"
-        with writing(out):
-            paths = [*save(results, stem, about), draw_scores(results, out / f"{stem.name}.png")]
+        about = {"source": opened.source, "step": opened.step, "dtype": str(dtype).removeprefix("torch.")}
+        about |= {"limit": options.limit, "fewshot": options.fewshot}
+        names = [task.name for task in choices] + harness_names
+        if data_name is not None:
+            names.insert(0, data_name)
+        paths = write(results, out, about, names, settings)
         print(f"\n{table(results)}")
         print("\nwritten  " + "\n         ".join(map(str, paths)))
+
+
+def write(
+    results: list[Result], out: Path, about: dict[str, Any], names: list[str], settings: list[DepthSetting]
+) -> list[Path]:
+    """Write the files of an evaluation beside those of earlier ones, and its lines into the table; returns the paths.
+
+    Raises MythosError if they cannot be written.
+    """
+    from mythos.evaluation.results import append_to_table, file_name, save
+    from mythos.reports.evaluation_plots import draw_scores
+
+    name = file_name(about["step"], names, settings, about["limit"], about["fewshot"])
+    with writing(out):
+        with unused_stem(out / name, "json", "png") as stem:
+            document = save(results, stem, about)
+            picture = draw_scores(results, stem.with_name(f"{stem.name}.png"))
+        return [document, picture, append_to_table(results, document, about)]
 
 
 def check_writable(folder: Path) -> None:

@@ -3,7 +3,8 @@
 Writes step-XXXXXXXX.png, .csv and .json to reasoning/ in each run directory (in the current directory for a checkpoint
 outside a run directory). With --out DIR writes NAME.png, .csv and .json to DIR, where NAME is that of the run
 directory, numbered if several runs have it: hops, hops-2. For several runs also writes one picture of all,
-side-by-side.png, beside the files of the first. docs/reasoning.md explains them.
+side-by-side.png, beside the files of the first. Existing files stay: new ones then get a number, step-XXXXXXXX-2.
+docs/reasoning.md explains them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from mythos.cli.common import (
 )
 from mythos.config.model_paths import run_directory
 from mythos.errors import MythosError
+from mythos.files.local import unused_stem
 
 if TYPE_CHECKING:
     import torch
@@ -75,15 +77,17 @@ def run(options: argparse.Namespace) -> None:
 
     device = choose_device(options.device, option="--device")
     maps: list[AccuracyMap] = []
-    stems: list[Path] = []
+    folders: list[Path] = []
     for path, name in zip(options.runs, run_names(options.runs), strict=True):
         accuracy = measure(path, name, options, device)
-        stem = output_stem(path, accuracy, options.out)
+        wanted = output_stem(path, accuracy, options.out)
         maps.append(accuracy)
-        stems.append(stem)
-        with writing(stem.parent):
-            paths = accuracy.write(stem)
-            picture = draw_accuracy_maps([accuracy], stem.with_name(f"{stem.name}.png"))
+        folders.append(wanted.parent)
+        with writing(wanted.parent):
+            wanted.parent.mkdir(parents=True, exist_ok=True)
+            with unused_stem(wanted, "json", "csv", "png") as stem:
+                paths = accuracy.write(stem)
+                picture = draw_accuracy_maps([accuracy], stem.with_name(f"{stem.name}.png"))
         heading = f"{accuracy.name}: right answers to {accuracy.task}, {accuracy.sequences} sequences each"
         print(f"{heading} (* = trained on)\n{accuracy.table()}")
         steps = [(d, accuracy.at(d, d)) for d in accuracy.difficulties if d in accuracy.loops]
@@ -91,8 +95,8 @@ def run(options: argparse.Namespace) -> None:
             print("with as many loops as steps: " + ", ".join(f"{d}: {value:.2%}" for d, value in steps))
         print("\n".join(map(str, [picture, *paths])) + "\n")
     if len(maps) > 1:
-        with writing(stems[0].parent):
-            picture = draw_accuracy_maps(maps, stems[0].with_name("side-by-side.png"))
+        with writing(folders[0]), unused_stem(folders[0] / "side-by-side", "png") as stem:
+            picture = draw_accuracy_maps(maps, stem.with_name(f"{stem.name}.png"))
         print(picture)
 
 

@@ -1,7 +1,7 @@
 """Measure the loss after every loop of a trained model, and the loops that halting saves.
 
-Writes step-XXXXXXXX.png, .csv and .json to sweep/ in the run directory, and prints the tables. docs/depth.md explains
-them.
+Writes step-XXXXXXXX.png, .csv and .json to sweep/ in the run directory, step-XXXXXXXX-2 and so on for further sweeps of
+that step, and prints the tables. docs/depth.md explains them.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from mythos.cli.common import (
 )
 from mythos.config.model_paths import run_directory
 from mythos.errors import MythosError
+from mythos.files.local import unused_stem
 
 if TYPE_CHECKING:
     from mythos.checkpoints.stored_model import OpenedModel
@@ -104,10 +105,10 @@ def run(options: argparse.Namespace) -> None:
     )
     about: dict[str, Any] = {"source": opened.source, "step": opened.step}
     about |= {"data": options.data or "the run's validation set", "dtype": str(dtype).removeprefix("torch.")}
-    stem = out / f"step-{opened.step:08d}"
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        paths = [*sweep.save(stem, about), draw_sweep(sweep, out / f"{stem.name}.png")]
+        with unused_stem(out / f"step-{opened.step:08d}", "json", "csv", "png") as stem:
+            paths = [*sweep.save(stem, about), draw_sweep(sweep, out / f"{stem.name}.png")]
     print(report(sweep))
     print("\nwritten  " + "\n         ".join(map(str, paths)))
 

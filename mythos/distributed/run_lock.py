@@ -23,6 +23,27 @@ def is_held(path: Path) -> bool:
     return path.absolute() in _held
 
 
+LOCK_FILE = ".lock"
+
+
+def is_locked(directory: Path) -> bool:
+    """Whether a process trains in a run directory. Writes nothing. False on file systems without locks."""
+    try:
+        descriptor = os.open(directory / LOCK_FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        # A shared lock, released at once: a job that starts at this moment tries again (`RunLock`'s patience).
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
 class RunLock:
     """Reserves a directory for one job. A context manager; the kernel releases the lock when the process dies."""
 
@@ -31,7 +52,7 @@ class RunLock:
         directory: Path,
         patience: float = 5.0,
         *,
-        file: str = ".lock",
+        file: str = LOCK_FILE,
         options: str = "run.name or run.dir",
         temporary: bool = False,
     ) -> None:

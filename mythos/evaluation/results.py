@@ -1,10 +1,17 @@
 """Scores of a model by task and depth, as a table and as files."""
 
 import csv
+import fcntl
+import hashlib
+import io
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +19,14 @@ from mythos.evaluation.choices import ChoiceScores, ChoiceTask
 from mythos.evaluation.continuations import DepthSetting
 from mythos.evaluation.depth_sweep import finite
 from mythos.evaluation.text import TextScores
+
+TABLE = "results.csv"
+"""The table of a folder: one line per score of every evaluation."""
+SCORES = ("task", "metric", "loops", "rule", "threshold", "mean_loops", "value", "stderr", "samples")
+"""Columns of the table for a score, and keys of a score in a file of results."""
+COLUMNS = ("time", "file", "source", "step", "dtype", "limit", "fewshot", *SCORES)
+LONGEST_NAME = 120
+"""Maximum characters of tasks and of settings in a file name; most file systems allow 255 bytes for the whole."""
 
 
 @dataclass(frozen=True)
@@ -79,18 +94,74 @@ def table(results: Sequence[Result]) -> str:
     )
 
 
-def save(results: Sequence[Result], stem: Path, about: Mapping[str, Any]) -> list[Path]:
-    """Write STEM.json, with `about` before the results, and STEM.csv, one line per result; returns both paths."""
+def file_name(
+    step: int, tasks: Sequence[str], settings: Sequence[DepthSetting], limit: int | None, fewshot: int | None
+) -> str:
+    """Name the files of an evaluation, without suffix: step, tasks, depths, and the limits that were set.
+
+    For example `step-00000200_science+arc_easy_loops-1+8+convergence-0.1_limit-50`. Different evaluations may have one
+    name, if tasks differ only in their folders; `mythos.files.local.unused_stem` then adds a number.
+    """
+    parts = ["+".join(map(plain, tasks)), "loops-" + "+".join(plain(str(setting)) for setting in settings)]
+    parts += [f"{key}-{value}" for key, value in (("limit", limit), ("fewshot", fewshot)) if value is not None]
+    return "_".join([f"step-{step:08d}", *map(shortened, parts)])
+
+
+def plain(name: str) -> str:
+    """Replace what is not safe in a file name by hyphens; of a path only the last two parts are kept."""
+    return re.sub(r"[^A-Za-z0-9._]+", "-", "/".join(Path(name).parts[-2:])).strip("-.") or "text"
+
+
+def shortened(part: str) -> str:
+    """Cut a long part of a file name; a checksum keeps names apart that begin alike."""
+    digest = hashlib.blake2b(part.encode(), digest_size=4).hexdigest()
+    return part if len(part) <= LONGEST_NAME else f"{part[: LONGEST_NAME - 9]}-{digest}"
+
+
+def scores_of(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """The results as plain values, with the keys SCORES; null for what is not finite."""
     flat = []
     for result in results:
         values = finite(asdict(result))
-        setting = values.pop("setting")
-        flat.append({"task": values.pop("task"), "metric": values.pop("metric"), **setting, **values})
-    document, sheet = stem.with_name(stem.name + ".json"), stem.with_name(stem.name + ".csv")
-    content = {**about, "results": flat}
+        values |= values.pop("setting")
+        flat.append({key: values[key] for key in SCORES})
+    return flat
+
+
+def save(results: Sequence[Result], stem: Path, about: Mapping[str, Any]) -> Path:
+    """Write STEM.json, with `about` before the results; returns its path."""
+    document = stem.with_name(stem.name + ".json")
+    content = {**about, "results": scores_of(results)}
     document.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    with sheet.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(flat[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(flat)
-    return [document, sheet]
+    return document
+
+
+def append_to_table(results: Sequence[Result], document: Path, about: Mapping[str, Any]) -> Path:
+    """Append the results of a file to the table of its folder, one line per score; returns the table's path.
+
+    A table with other columns, such as another version's, stays as it is: the lines go to results-2.csv and so on.
+    Processes may append at the same time. Raises OSError if the table cannot be written.
+    """
+    time = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
+    rows = [{"time": time, "file": document.name, **about, **scores} for scores in scores_of(results)]
+    for number in count(1):
+        path = document.with_name(TABLE if number == 1 else f"{Path(TABLE).stem}-{number}.csv")
+        with path.open("a+b") as file:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            header = file.readline()
+            if header.rstrip(b"\r\n") not in (b"", ",".join(COLUMNS).encode()):
+                continue
+            file.seek(0)
+            content = file.read()
+            text = io.StringIO()
+            # After a kill the last line may lack its end.
+            text.write("\n" if content and not content.endswith(b"\n") else "")
+            writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+            if not content:
+                writer.writeheader()
+            writer.writerows(rows)
+            file.write(text.getvalue().encode())
+        return path
+    raise AssertionError("count() does not end")

@@ -7,6 +7,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
@@ -109,6 +110,31 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def unused_stem(stem: Path, *suffixes: str) -> Iterator[Path]:
+    """Reserve the first of STEM, STEM-2, STEM-3, ... for which there is no file STEM.SUFFIX, so nothing is overwritten.
+
+    The stem is reserved by creating its file with the first suffix, so two processes never get the same one. If the
+    block raises, the files of the stem are deleted. Raises OSError if the folder cannot be written.
+    """
+    for number in count(1):
+        chosen = stem if number == 1 else stem.with_name(f"{stem.name}-{number}")
+        # Not with_suffix, which would replace the part of a name after a dot.
+        files = [chosen.with_name(f"{chosen.name}.{suffix}") for suffix in suffixes]
+        if any(map(os.path.lexists, files)):
+            continue
+        with suppress(FileExistsError):  # another process was faster
+            files[0].open("x").close()
+            break
+    try:
+        yield chosen
+    except BaseException:
+        for file in files:
+            with suppress(OSError):
+                file.unlink()
+        raise
 
 
 def fsync(path: Path) -> None:

@@ -1,16 +1,20 @@
 """Compare several runs by tokens and by FLOPs needed."""
 
 import csv
-from collections.abc import Sequence
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mythos.errors import MythosError
+from mythos.errors import MythosError, short_reason, without_credentials
+from mythos.files.local import replacing
 from mythos.planning.flops import count_parameters
 from mythos.reports.plots import finish, loop_axis
 from mythos.reports.recorded import RecordedRun, open_run, run_names
@@ -77,12 +81,13 @@ class Comparison:
                     "tokens_per_second": run.last("tokens_per_second"),
                     "peak_memory_bytes": max(run.measured("peak_memory_bytes"), default=None),
                     "skipped_steps": run.last("skipped_steps"),
+                    "directory": str(run.directory),
                 }
             )
         return rows
 
-    def table(self) -> str:
-        """The table for a terminal, without columns that are empty for all runs."""
+    def cells(self) -> list[list[str]]:
+        """The table that is shown, with titles in its first row and without columns that are empty for all runs."""
         formats = {"flops": ".3e", "accuracy": ".2%"} | dict.fromkeys(("parameters", "tokens"), ",")
         rows = self.rows()
         columns = [column for column in PRINTED if any(row[column] is not None for row in rows)]
@@ -92,42 +97,69 @@ class Comparison:
         for row in rows:
             values = {column: "" if row[column] is None else row[column] for column in columns}
             cells.append([v if isinstance(v, str) else f"{v:{formats.get(c, '.4f')}}" for c, v in values.items()])
+        return cells
+
+    def table(self) -> str:
+        """The table for a terminal."""
+        cells = self.cells()
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         return "\n".join(
             "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in cells
         )
 
+    def differences(self) -> list[list[str]]:
+        """Fields of the configuration that differ between the runs, each with its value in every run."""
+        configs = [dict(flat_fields(without_credentials(run.config.model_dump(mode="json")))) for run in self.runs]
+        names = dict.fromkeys(name for config in configs for name in config if not name.startswith("run."))
+        rows = [[name, *(shown_value(config.get(name)) for config in configs)] for name in names]
+        return [row for row in rows if len(set(row[1:])) > 1]
+
+    def own_stem(self, folder: Path) -> Path:
+        """The first of compare, compare-2, ... in a folder that has no files, or those of a comparison of these runs.
+
+        Raises MythosError if a file cannot be read.
+        """
+        directories = [str(run.directory) for run in self.runs]
+        for number in count(1):
+            stem = folder / ("compare" if number == 1 else f"compare-{number}")
+            if compared_directories(stem.with_suffix(".csv")) == directories:
+                return stem
+            if not any(os.path.lexists(stem.with_suffix(suffix)) for suffix in (".csv", ".png", ".html")):
+                return stem
+        raise AssertionError("count() does not end")
+
     def write(self, folder: Path) -> list[Path]:
-        """Write compare.csv and compare.png to a folder; returns their paths."""
+        """Write compare.csv and compare.png to a folder; returns their paths.
+
+        Files of other runs there stay: the new ones are then called compare-2 and so on.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        path, rows = folder / "compare.csv", self.rows()
-        with path.open("w", newline="", encoding="utf-8") as file:
+        stem, rows = self.own_stem(folder), self.rows()
+        with (
+            replacing(stem.with_suffix(".csv")) as temporary,
+            temporary.open("w", newline="", encoding="utf-8") as file,
+        ):
             writer = csv.DictWriter(file, rows[0], lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-        return [path, finish(self.figure(), folder / "compare.png")]
+        return [stem.with_suffix(".csv"), finish(self.figure(), stem.with_suffix(".png"))]
+
+    @property
+    def measures(self) -> dict[str, str]:
+        """Metrics that are drawn over tokens and FLOPs, with their labels."""
+        if not self.one_vocabulary:
+            return {"val/bits_per_byte": "bits per byte in validation"}
+        return {"loss": "training loss (nats per token)", "val/loss": "validation loss (nats per token)"}
 
     def figure(self) -> Figure:
         """Plot losses over tokens and over FLOPs, and the last validation by loops."""
-        measures = {"val/loss": "validation loss (nats per token)"}
-        if self.one_vocabulary:
-            measures = {"loss": "training loss (nats per token)", **measures}
-        else:
-            measures = {"val/bits_per_byte": "bits per byte in validation"}
+        measures = self.measures
         figure = Figure(figsize=(5.5 * (len(measures) + 1), 8), layout="constrained")
         panels = figure.subplots(2, len(measures) + 1)
         for column, (key, label) in enumerate(measures.items()):
             for row, unit in enumerate(("tokens", "FLOPs needed")):
-                axes = panels[row, column]
-                axes.set(xlabel=unit, ylabel=label)
-                for number, run in enumerate(self.runs):
-                    points = [
-                        (cost if row else record["tokens"], record[key])
-                        for record, cost in zip(run.records, run.flops, strict=True)
-                        if record.get(key) is not None
-                    ]
-                    style = {"alpha": 0.7} if key == "loss" else {"marker": "o", "markersize": 3}
-                    axes.plot(*zip(*points, strict=True) if points else ([], []), color=f"C{number}", **style)
+                panels[row, column].set(xlabel=unit, ylabel=label)
+                self.draw_curves(panels[row, column], key, over_flops=bool(row))
         self.draw_depths(panels[0, -1])
         # The legend gets a panel of its own, because names may be long.
         panels[1, -1].axis("off")
@@ -137,6 +169,17 @@ class Comparison:
         for axes in panels.flat:
             axes.grid(alpha=0.3)
         return figure
+
+    def draw_curves(self, axes: Axes, key: str, over_flops: bool) -> None:
+        """Plot a metric of each run over tokens or over FLOPs."""
+        for number, run in enumerate(self.runs):
+            points = [
+                (cost if over_flops else record["tokens"], record[key])
+                for record, cost in zip(run.records, run.flops, strict=True)
+                if record.get(key) is not None
+            ]
+            style = {"alpha": 0.7} if key == "loss" else {"marker": "o", "markersize": 3}
+            axes.plot(*zip(*points, strict=True) if points else ([], []), color=f"C{number}", **style)
 
     def draw_depths(self, axes: Axes) -> None:
         """Plot the last validation of each run by loops; a run without validation gets an empty line."""
@@ -152,6 +195,34 @@ class Comparison:
         axes.set(xlabel="loops", ylabel=unit, title="Last validation by depth")
         if ticks:
             loop_axis(axes, sorted(ticks))
+
+
+def compared_directories(table: Path) -> list[str | None]:
+    """The run directories in a compare.csv; empty if there is no such file, or it has none, as of earlier versions.
+
+    Raises MythosError if it cannot be read.
+    """
+    try:
+        with table.open(newline="", encoding="utf-8", errors="replace") as file:
+            return [row.get("directory") for row in csv.DictReader(file)]
+    except FileNotFoundError:
+        return []
+    except (OSError, csv.Error) as error:
+        raise MythosError(f"{table} cannot be read: {short_reason(error)}; give another folder with --out") from error
+
+
+def flat_fields(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The fields of nested sections by dotted names."""
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat_fields(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def shown_value(value: Any) -> str:
+    """A value of a configuration as YAML writes it in one line."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def shown_name(name: str) -> str:

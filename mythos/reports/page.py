@@ -1,6 +1,7 @@
 """A run as one self-contained page of HTML: no scripts, no other files, no network."""
 
 import html
+import re
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
@@ -12,7 +13,6 @@ from matplotlib.figure import Figure
 from mythos.config.loading import dump_config
 from mythos.errors import MythosError, without_credentials
 from mythos.evaluation.depth_sweep import DepthSweep, fit_losses, prediction
-from mythos.files.storage import step_of
 from mythos.generation.depth_view import harmless
 from mythos.planning.flops import count_parameters
 from mythos.reports.figures import (
@@ -55,8 +55,12 @@ summary { cursor: pointer }
 """
 
 
-def run_page(run: RecordedRun) -> str:
-    """The page's HTML."""
+GENERATOR = '<meta name="generator" content="mythos report">'
+"""In every page about a run, so that the command replaces its own pages only."""
+
+
+def run_page(run: RecordedRun, refresh: float | None = None) -> str:
+    """The page's HTML. The browser loads it again every `refresh` seconds."""
     sections: list[tuple[str, str]] = []
     with page_style():
         pictures = Pictures()
@@ -69,13 +73,18 @@ def run_page(run: RecordedRun) -> str:
     sections.append(("Events", events_section(run)))
     config = without_credentials(dump_config(run.config))
     sections.append(("Configuration", folded("config.yaml", code(config))))
-    body = "\n".join(f"<section>\n<h2>{title}</h2>\n{content}\n</section>" for title, content in sections if content)
-    title = escape(run.name)
+    head = GENERATOR if refresh is None else f'{GENERATOR}\n<meta http-equiv="refresh" content="{refresh:g}">'
+    intro = f'<p class="dim">{escape(str(run.directory))}</p>\n{summary(run)}'
+    return document(run.name, intro, sections, head)
+
+
+def document(title: str, intro: str, sections: Iterable[tuple[str, str]], head: str) -> str:
+    """A whole page: a heading, `intro`, and the sections that are not empty. All but the title is HTML."""
+    body = "\n".join(f"<section>\n<h2>{name}</h2>\n{content}\n</section>" for name, content in sections if content)
     return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<style>{STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n"
-        f'<p class="dim">{escape(str(run.directory))}</p>\n{summary(run)}\n{body}\n</body>\n</html>\n'
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n{head}\n'
+        f"<style>{STYLE}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n{intro}\n{body}\n</body>\n</html>\n"
     )
 
 
@@ -196,9 +205,10 @@ def sweep_section(run: RecordedRun, pictures: Pictures) -> str:
     return f'<p class="dim">{escape(caption)}</p>\n<figure>{figure}</figure>\n{rules}'
 
 
-def sweep_step(path: Path) -> int:
-    """The step in a sweep's file name; -1 for other names."""
-    return step_of(path.stem) if path.stem.removeprefix("step-").isdigit() else -1
+def sweep_step(path: Path) -> tuple[int, int]:
+    """The step in a sweep's file name, and the number of the sweep at that step; (-1, 0) for other names."""
+    match = re.fullmatch(r"step-([0-9]+)(?:-([0-9]+))?", path.stem)
+    return (int(match[1]), int(match[2] or 1)) if match else (-1, 0)
 
 
 def samples_section(run: RecordedRun) -> str:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from mythos.cli import evaluate, export, sweep
 from mythos.errors import MythosError
 from mythos.evaluation.continuations import DepthSetting
-from mythos.evaluation.results import Result, save, table
+from mythos.evaluation.results import COLUMNS, Result, append_to_table, file_name, save, table
 from mythos.reports import evaluation_plots
 from mythos.reports.evaluation_plots import MOST_PANELS, draw_scores
 from mythos.trainer import Trainer
@@ -49,6 +49,19 @@ def scores(path: Path) -> dict[tuple[str, str, int, str | None], Any]:
     return {(r["task"], r["metric"], r["loops"], r["rule"]): r for r in content["results"]}
 
 
+def json_of(stem: Path) -> Path:
+    return stem.with_name(stem.name + ".json")
+
+
+def png_of(stem: Path) -> Path:
+    return stem.with_name(stem.name + ".png")
+
+
+def lines_of(sheet: Path) -> list[dict[str, str]]:
+    with sheet.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def test_training_scores_its_questions_at_every_validation(trained: Trainer) -> None:
     keys = {f"val/local_{metric}@{loops}" for metric in ("acc", "acc_norm") for loops in (1, 3)}
     validations = [record for record in read_metrics(trained.run_dir / "metrics.jsonl") if "val/loss" in record]
@@ -62,22 +75,22 @@ def test_a_run(trained: Trainer, capsys: pytest.CaptureFixture[str], caplog: pyt
     arguments = ["--tasks", str(trained.run_dir.parent / "local.jsonl"), "--loops", "3,1,auto"]
     corpus = str(trained.run_dir.parent / "corpus.jsonl")
     assert evaluate.main([str(trained.run_dir), *arguments, "--exit-threshold", "1.5,0.001"]) == 0
-    stem = trained.run_dir / "evaluation" / "step-00000004"
+    stem = trained.run_dir / "evaluation" / "step-00000004_local_loops-3+1+convergence-1.5+convergence-0.001"
     printed = capsys.readouterr().out
-    assert all(str(stem.with_suffix(f".{kind}")) in printed for kind in ("json", "csv", "png"))
+    sheet = stem.with_name("results.csv")
+    assert all(str(path) in printed and path.exists() for path in (json_of(stem), png_of(stem), sheet))
     assert "3 of 7 prompts do not fit in the context of 64 tokens" in caplog.text
     record = read_metrics(trained.run_dir / "metrics.jsonl")[-1]
-    scored = scores(stem.with_suffix(".json"))
+    scored = scores(json_of(stem))
     for metric in ("acc", "acc_norm"):
         for loops in (1, 3):
             assert scored["local", metric, loops, None]["value"] == record[f"val/local_{metric}@{loops}"]
-    with stem.with_suffix(".csv").open(newline="") as file:
-        lines = list(csv.DictReader(file))
+    lines = lines_of(sheet)
     assert [line["threshold"] for line in lines[4:]] == ["1.5", "1.5", "0.001", "0.001"]
     assert [float(line["mean_loops"]) for line in lines[4:]] == [1.0, 1.0, 2.0, 2.0]
 
     assert evaluate.main([str(trained.run_dir), "--loops", "1,2,auto", "--out", str(stem.parent / "text")]) == 0
-    text = scores(stem.parent / "text" / "step-00000004.json")
+    text = scores(stem.parent / "text" / "step-00000004_validation_loops-1+2+convergence-0.13.json")
     assert {key[0] for key in text} == {"validation"}
     assert text["validation", "bits_per_byte", 2, None]["value"] == pytest.approx(record["val/bits_per_byte"])
     assert text["validation", "perplexity", 1, None]["value"] == pytest.approx(math.exp(record["val/loss@1"]))
@@ -87,7 +100,8 @@ def test_a_run(trained: Trainer, capsys: pytest.CaptureFixture[str], caplog: pyt
 
     options = ["--data", corpus, "--loops", "2", "--out", str(stem.parent / "other")]
     assert evaluate.main([str(trained.run_dir), *options, "--limit", "3"]) == 0
-    other = scores(stem.parent / "other" / "step-00000004.json")
+    [document] = (stem.parent / "other").glob("step-00000004_*-corpus.jsonl_loops-2_limit-3.json")
+    other = scores(document)
     assert other[corpus, "bits_per_byte", 2, None]["samples"] == 3
     options[-1] = str(stem.parent / "sweep")
     assert sweep.main([str(trained.run_dir), *options, "--sequences", "3", "--rules", "none"]) == 0
@@ -103,7 +117,8 @@ def test_an_export_gives_the_scores_of_its_checkpoint(trained: Trainer, tmp_path
     for path in (tmp_path / "export", saved(trained, 4)):
         out = tmp_path / f"{path.name}-scores"
         assert evaluate.main([str(path), *arguments, "--out", str(out)]) == 0
-        content = json.loads((out / "step-00000004.json").read_text())
+        [document] = out.glob("step-00000004_*.json")
+        content = json.loads(document.read_text())
         values.append([r["value"] for r in content["results"] if r["task"] == "local"])
     assert values[0] == values[1] and len(values[0]) == 6, "by default 1, the mean and auto"
     capsys.readouterr()
@@ -194,6 +209,50 @@ def test_files(tmp_path: Path) -> None:
         **{"task": "a", "metric": "acc", "loops": 8, "rule": "gate", "threshold": 0.01},
         **{"mean_loops": 3.5, "value": 0.375, "stderr": None, "samples": 8},
     }
+
+
+def test_every_call_keeps_its_results(trained: Trainer, tmp_path: Path) -> None:
+    """Three calls: of one depth, of another, and of the first again."""
+    arguments = [str(trained.run_dir), "--tasks", str(questions(tmp_path)), "--out", str(tmp_path / "out")]
+    for loops in ("1", "2", "1"):
+        assert evaluate.main([*arguments, "--loops", loops]) == 0
+    stems = ["step-00000004_local_loops-1", "step-00000004_local_loops-1-2", "step-00000004_local_loops-2"]
+    files = {path.name: path for path in (tmp_path / "out").iterdir()}
+    assert files.keys() == {"results.csv", *(f"{stem}.{kind}" for stem in stems for kind in ("json", "png"))}
+    for stem, loops in zip(stems, (1, 1, 2), strict=True):
+        assert {r["loops"] for r in json.loads(files[f"{stem}.json"].read_text())["results"]} == {loops}
+    lines = lines_of(files["results.csv"])
+    assert [line["file"] for line in lines[::2]] == [f"{stems[n]}.json" for n in (0, 2, 1)]
+    assert lines[0].keys() == set(COLUMNS) and lines[0]["step"] == "4" and lines[0]["source"].endswith("step-00000004")
+    for line in lines:
+        [score] = [r for r in json.loads(files[line["file"]].read_text())["results"] if r["metric"] == line["metric"]]
+        assert float(line["value"]) == score["value"] and line["loops"] == str(score["loops"])
+
+
+ABOUT = {"source": "runs/a", "step": 1, "dtype": "float32", "limit": None, "fewshot": 2}
+
+
+def test_the_table_only_grows(tmp_path: Path) -> None:
+    sheet = append_to_table(RESULTS[:2], tmp_path / "a.json", ABOUT)
+    before = sheet.read_text()
+    sheet.write_text(before + "cut off by a kill")
+    assert append_to_table(RESULTS[2:4], tmp_path / "b.json", ABOUT) == sheet
+    assert sheet.read_text().startswith(before + "cut off by a kill\n")
+    assert [line["file"] for line in lines_of(sheet)] == ["a.json", "a.json", None, "b.json", "b.json"]
+    assert [line["value"] for line in lines_of(sheet)[3:]] == ["0.375", ""] and lines_of(sheet)[0]["fewshot"] == "2"
+    sheet.write_text("task,score\nmine,1\n")
+    assert append_to_table(RESULTS[:1], tmp_path / "c.json", ABOUT) == tmp_path / "results-2.csv"
+    assert sheet.read_text() == "task,score\nmine,1\n" and len(lines_of(tmp_path / "results-2.csv")) == 1
+
+
+def test_names_of_files() -> None:
+    settings = [DepthSetting(1), DepthSetting(8, "gate", 0.05)]
+    assert file_name(3, ["arc_easy", "../texts/*.parquet"], settings, None, 5) == (
+        "step-00000003_arc_easy+texts-.parquet_loops-1+gate-0.05_fewshot-5"
+    )
+    long = [file_name(3, [f"task{n}" for n in range(count)], settings, None, None) for count in (99, 100)]
+    assert long[0] != long[1] and all(len(name) < 200 for name in long)
+    assert "/" not in file_name(3, ["/", "", "a/../b"], settings, None, None)
 
 
 def test_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -466,4 +466,10 @@ def test_a_checkpoint_beside_no_run(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(next((trained / "checkpoints").glob("step-*")), tmp_path / "alone" / "step-00000004")
     assert script.main(["alone/step-00000004", "--loops", "1", "--rules", "none", "--sequences", "1"]) == 0
-    assert (tmp_path / "sweep" / "step-00000004.json").is_file()
+    first = tmp_path / "sweep" / "step-00000004.json"
+    before = first.read_bytes()
+    # A second sweep of that step does not replace the first.
+    assert script.main(["alone/step-00000004", "--loops", "2", "--rules", "none", "--sequences", "1"]) == 0
+    assert first.read_bytes() == before and len(list(first.parent.iterdir())) == 6
+    second = json.loads(first.with_stem("step-00000004-2").read_text())
+    assert [loop["loops"] for loop in second["loops"] if loop["loss"] is not None] == [2]

@@ -69,7 +69,7 @@ def test_a_local_task_at_several_depths(exported: Path, opened: OpenedModel, tmp
     arguments += ["--loops", "1,4,8,auto", "--halting", "convergence", "--exit-threshold", "0.5"]
     assert evaluate.main([str(exported / "model"), *arguments, "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    content = json.loads((tmp_path / "step-00000002.json").read_text())
+    content = json.loads(next(tmp_path.glob("step-00000002_*.json")).read_text())
     results = {
         (result["task"], result["metric"], result["loops"], result["rule"]): result for result in content["results"]
     }
@@ -92,7 +92,7 @@ def test_a_local_task_at_several_depths(exported: Path, opened: OpenedModel, tmp
 def test_a_local_task_limited(exported: Path, tmp_path: Path) -> None:
     arguments = ["--tasks", "local_multiple_choice", "--include-path", str(exported / "tasks"), "--limit", "4"]
     assert evaluate.main([str(exported / "model"), *arguments, "--loops", "1", "--out", str(tmp_path)]) == 0
-    content = json.loads((tmp_path / "step-00000002.json").read_text())
+    content = json.loads(next(tmp_path.glob("step-00000002_*.json")).read_text())
     assert {result["samples"] for result in content["results"]} == {4}
     [task] = read_tasks([str(exported / "questions.jsonl")], what="--tasks", limit=4)
     assert content["results"][0]["value"] == own(open_model(exported / "model"), task, DepthSetting(1)).acc

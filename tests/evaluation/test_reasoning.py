@@ -335,10 +335,15 @@ def test_report_of_a_looped_and_a_fixed_run(
     shutil.copytree(Path(runs[0]) / "checkpoints" / "step-00000001", out / "a" / "b" / "step-00000001")
     assert report(["a/b/step-00000001", "--sequences", "8", "--difficulties", "1"]) == 0
     assert {file.name for file in (out / "reasoning").iterdir()} == {"a.png", "a.csv", "a.json"}
-    (out / "side-by-side.png").unlink()
-    (out / "side-by-side.png").mkdir()
-    assert report([*runs, "--sequences", "8", "--difficulties", "1", "--out", str(out)]) == 1
-    assert f"error: {out} cannot be written: " in capsys.readouterr().err
+    # Further measurements do not replace the first.
+    before = {file: file.read_bytes() for file in out.iterdir() if file.is_file()}
+    assert report([*runs, "--sequences", "8", "--difficulties", "2", "--out", str(out)]) == 0
+    assert {file: file.read_bytes() for file in before} == before
+    new = {file.name for file in out.iterdir() if file.is_file()} - {file.name for file in before}
+    assert new == {"side-by-side-2.png"} | {
+        f"run{end}.{kind}" for end in ("-3", "-2-2") for kind in ("png", "csv", "json")
+    }
+    capsys.readouterr()
     assert depth_sweep([runs[0]]) == 1
     assert "`mythos reasoning`" in capsys.readouterr().err
     for option in ("--loops", "--most"):

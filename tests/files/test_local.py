@@ -18,6 +18,7 @@ from mythos.files.local import (
     remedy,
     replacing,
     replacing_folder,
+    unused_stem,
     write_whole,
 )
 
@@ -110,3 +111,20 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="not empty"), replacing_folder(path) as temporary:
         (temporary / "b").write_text("in the way of nothing")
     assert [file.name for file in path.parent.rglob("*")] == ["folder", "a"]
+
+
+def test_an_unused_stem_overwrites_nothing(tmp_path):
+    stem = tmp_path / "lr0.1"
+    (tmp_path / "lr0.1.png").write_text("mine")
+    (tmp_path / "lr0.1-2.json").symlink_to(tmp_path / "nowhere")
+    with unused_stem(stem, "json", "png") as third:
+        assert third.name == "lr0.1-3" and (tmp_path / "lr0.1-3.json").exists()
+        with unused_stem(stem, "json", "png") as fourth:  # as another process at the same time
+            assert fourth.name == "lr0.1-4"
+    with pytest.raises(ZeroDivisionError), unused_stem(stem, "json", "png") as fifth:
+        (tmp_path / f"{fifth.name}.png").write_text("half")
+        raise ZeroDivisionError
+    assert {path.name for path in tmp_path.iterdir()} == {"lr0.1.png", *(f"lr0.1-{n}.json" for n in (2, 3, 4))}
+    assert (tmp_path / "lr0.1.png").read_text() == "mine"
+    with pytest.raises(OSError), unused_stem(tmp_path / "none" / "a", "json"):
+        pass

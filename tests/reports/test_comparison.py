@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ from mythos.cli.compare import main
 from mythos.config.loading import load_config
 from mythos.planning.flops import count_parameters, forward_flops
 from mythos.reports.comparison import compare
-from tests.reports.handmade import records, write_run
+from mythos.reports.comparison_page import comparison_page
+from tests.reports.handmade import Page, records, write_run
 
 HOPS = Path(__file__).parents[2] / "configs" / "reasoning-hops.yaml"
 
@@ -131,6 +133,46 @@ def test_runs_of_different_vocabularies_are_compared_by_bytes(folders, tmp_path,
     printed = capsys.readouterr().out
     assert "different vocabularies" in printed and "bits per byte are compared" in printed
     assert "loss" not in printed.splitlines()[0] and "bits/byte" in printed.splitlines()[0]
+
+
+def test_the_page_has_table_curves_and_differences(folders):
+    comparison = compare(folders)
+    page = Page(comparison_page(comparison))
+    page.assert_self_contained()
+    assert page.raw.count("<svg") == 5 and page.raw.count("Note: ") == 1
+    _, *rows = (line.split("  ") for line in comparison.table().splitlines())
+    shown = page.table("run", "parameters")
+    assert [[cell.strip() for cell in row if cell.strip()] for row in rows] == [
+        [cell for cell in row if cell] for row in shown
+    ]
+    configs = [load_config(Path(folder) / "config.yaml") for folder in folders]
+    assert page.table("field", "_a$b", "run") == [
+        ["model.dim", "32", "64"],
+        ["data.path", *(str(config.data.path) for config in configs)],
+    ]
+    drawn = re.findall(r'<path d="([^"]*)"[^>]*stroke: #1f77b4', page.raw)
+    lines = lines_of(folders[0])
+    points = np.array(re.findall(r"[ML] (\S+) (\S+)", drawn[0]), dtype=float)
+    expected = np.array([[line["tokens"], line["loss"]] for line in lines])
+    for axis in (0, 1):
+        scale, shift = np.polyfit(expected[:, axis], points[:, axis], 1)
+        assert np.abs(scale * expected[:, axis] + shift - points[:, axis]).max() < 1e-3
+
+
+def test_a_comparison_of_other_runs_is_kept(folders, tmp_path):
+    out = tmp_path / "out"
+    for runs in (folders, folders[:1], folders, folders[:1]):
+        assert main([*runs, "--out", str(out)]) == 0
+    names = {f"{stem}.{kind}" for stem in ("compare", "compare-2") for kind in ("csv", "png", "html")}
+    assert {path.name for path in out.iterdir()} == names
+    for stem, runs in (("compare", folders), ("compare-2", folders[:1])):
+        with (out / f"{stem}.csv").open() as file:
+            assert [row["directory"] for row in csv.DictReader(file)] == runs
+    (out / "compare.csv").write_text("run,parameters\n_a$b,1\nrun,2\n")  # as an earlier version wrote it
+    (out / "compare-3.png").write_text("mine")
+    assert main([*folders, "--out", str(out)]) == 0
+    assert (out / "compare.csv").read_text().endswith("run,2\n") and (out / "compare-4.html").exists()
+    assert (out / "compare-3.png").read_text() == "mine" and not (out / "compare-3.csv").exists()
 
 
 def test_a_run_that_has_no_validation_yet(folders, tmp_path):

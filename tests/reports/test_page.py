@@ -12,6 +12,7 @@ import pytest
 from mythos.checkpoints.stored_model import open_model
 from mythos.cli import report, sweep
 from mythos.config.loading import load_config
+from mythos.distributed.run_lock import RunLock
 from mythos.errors import MythosError
 from mythos.evaluation.depth_sweep import DepthSweep, fit_metrics
 from mythos.planning.flops import forward_flops
@@ -311,6 +312,62 @@ def test_loaded_sweep_is_the_one_saved(trained, tmp_path):
         (tmp_path / "spoilt.json").write_text(json.dumps(values | spoil))
         with pytest.raises(MythosError, match=r"spoilt\.json cannot be read as a depth sweep"):
             DepthSweep.load(tmp_path / "spoilt.json")
+
+
+def test_the_newest_sweep_is_shown(trained, tmp_path):
+    """By step, then by number: -10 is newer than -9."""
+    directory = write_run(tmp_path / "run", records(3))
+    (directory / "sweep").mkdir()
+    content = (trained / "sweep" / "step-00000006.json").read_text()
+    for name in ("step-00000006", "step-00000006-9", "step-00000006-10", "step-00000005-11", "step-other"):
+        (directory / "sweep" / f"{name}.json").write_text(content)
+    assert "step-00000006-10.json: step 6" in page_of(directory).raw
+
+
+def test_watching_a_run(tmp_path, monkeypatch, capsys):
+    """A run without configuration, then without records, then with three, with five, and at last ended with six."""
+    directory = write_run(tmp_path / "run", [])
+    page, lock, seen = directory / "report.html", RunLock(directory), []
+    config = (directory / "config.yaml").rename(tmp_path / "config.yaml")  # written after the lock is taken
+
+    def sleep(seconds):
+        assert seconds == 2
+        seen.append(Page(page.read_text()) if page.exists() else None)
+        steps = (0, 3, 5, 6)[len(seen) - 1]
+        if not steps:
+            config.rename(directory / "config.yaml")
+        (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in records(steps)))
+        if steps == 6:
+            lock.__exit__()
+
+    monkeypatch.setattr(report.time, "sleep", sleep)
+    with lock:
+        assert report.main([str(directory), "--watch", "--every", "2"]) == 0
+    assert seen[:2] == [None, None]
+    assert [view.headline["steps"] for view in seen[2:]] == ["3 of 100", "5 of 100"]
+    assert all('<meta http-equiv="refresh" content="2">' in view.raw for view in seen[2:])
+    last = Page(page.read_text())
+    assert last.headline["steps"] == "6 of 100" and "http-equiv" not in last.raw
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.startswith("waiting: ") for line in printed] == [True, True, False, False]
+    assert printed[2] == str(page)
+
+    assert report.main([str(directory), "--watch"]) == 0, "a run that does not train gets one page"
+    assert report.main([str(tmp_path / "none"), "--watch"]) == 1
+    for arguments, message in ((["--every", "5"], "only with --watch"), (["--watch", "--every", "0"], "give 1 to")):
+        assert report.main([str(directory), *arguments]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_a_page_replaces_pages_only(tmp_path, capsys):
+    directory = write_run(tmp_path / "run", records(3))
+    out = tmp_path / "page.html"
+    for _ in range(2):
+        assert report.main([str(directory), "--out", str(out)]) == 0
+    out.write_text("<p>My notes</p>")
+    assert report.main([str(directory), "--out", str(out)]) == 1
+    assert "page.html exists and is no page of `mythos report`" in capsys.readouterr().err
+    assert out.read_text() == "<p>My notes</p>"
 
 
 def test_runs_that_are_none(tmp_path, capsys):
