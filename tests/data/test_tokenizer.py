@@ -338,5 +338,5 @@ def test_a_file_is_a_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> None:
     # The file alone does not say which token ends a document; the folder around it does.
     assert Tokenizer.load(tmp_path / "other" / "tokenizer.json").eos_id == 2
     (tmp_path / "other" / "tokenizer.json").rename(tmp_path / "alone.json")
-    with pytest.raises(MythosError, match="no end-of-document token.*tokenizer_config.json beside"):
+    with pytest.raises(MythosError, match=r"no end-of-document token.*tokenizer_config\.json beside"):
         Tokenizer.load(tmp_path / "alone.json")
