@@ -84,8 +84,10 @@ def plan(
 def device_here(config: Config) -> tuple[Config, int, str]:
     """The configuration with the device and the type of matmuls of this machine, and the device's bytes and name.
 
-    Raises MythosError for train.device cuda on a machine without a GPU.
+    A run on GPUs can be planned without one: then DEVICE_MEMORY is assumed.
     """
+    if config.train.device == "cuda" and not torch.cuda.is_available():
+        return config, DEVICE_MEMORY, "assumed, for there is no GPU"
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     device = choose_device(config.train.device, 0, local_size)
     dtype = str(choose_dtype(config.train.dtype, device)).removeprefix("torch.")

@@ -5,6 +5,7 @@ package, and the versions of Python and torch.
 """
 
 import hashlib
+import logging
 import os
 import platform
 from collections.abc import Callable, Iterator
@@ -18,6 +19,8 @@ import torch
 
 from mythos.data.json_cache import digest, load_cached, store_cached
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 PACKAGE = Path(__file__).parents[1]
 _folder: Path | None = None
@@ -27,7 +30,15 @@ _folder: Path | None = None
 def kept_on_disk(folder: Path | None = None) -> Iterator[None]:
     """Context in which results are read from and written to a folder (default: traces/ in $MYTHOS_CACHE)."""
     global _folder
-    before, _folder = _folder, folder or cache_folder()
+    folder, before = folder or cache_folder(), _folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK | os.X_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        logger.warning("$MYTHOS_CACHE: %s cannot be written, so the next plan traces its steps again", folder)
+    _folder = folder if writable else None
     try:
         yield
     finally:

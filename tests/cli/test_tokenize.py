@@ -20,6 +20,7 @@ import yaml
 
 from mythos.cli.tokenize import main
 from mythos.cli.tokenizer import main as tokenizer_main
+from mythos.config.data import DataConfig
 from mythos.config.loading import load_config
 from mythos.data.corpus import cache_directory, holdout_fraction, open_corpora, weighted
 from mythos.data.source import TextSource
@@ -288,15 +289,17 @@ def test_what_is_refused(config: Path, undisturbed: Path, tmp_path: Path, capsys
 def test_arguments_are_those_of_the_command_tokenizer(tmp_path: Path) -> None:
     """Files instead of a configuration: the tokens are those of a run on these files."""
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"words": text}) + "\n" for text in documents(60)))
-    corpus = ["--path", str(tmp_path / "*.jsonl"), "--text-column", "words", "--vocab-size", "384"]
+    corpus = ["--path", str(tmp_path / "a*.jsonl"), "--text-column", "words", "--vocab-size", "384"]
     workers = ["--workers", "1"]
     cache = f"data.cache_dir={tmp_path / 'cache'}"
     assert tokenizer_main([*corpus, "--out", str(tmp_path / "bpe"), cache]) == 0
     assert main([*corpus, "--out", str(tmp_path / "tokens"), *workers, cache]) == 0
     named = f"tokenizer.name={tmp_path / 'bpe'}"
     assert main([named, *corpus, "--out", str(tmp_path / "named"), *workers, cache]) == 0
-    path = write_settings(tmp_path, data__path=str(tmp_path / "*.jsonl"), data__text_column="words")
-    assert main([str(path), "--out", str(tmp_path / "of_run"), *workers, cache, "--vocab-size", "384"]) == 0
+    path = write_settings(tmp_path, data__path=str(tmp_path / "a.jsonl"), data__text_column="words")
+    # The tokenizer is trained on what is not held out, of which the files' share is the default.
+    share = f"data.validation.fraction={DataConfig().validation.fraction}"
+    assert main([str(path), "--out", str(tmp_path / "of_run"), *workers, cache, share, "--vocab-size", "384"]) == 0
     written = [contents(tmp_path / name) for name in ("tokens", "named", "of_run")]
     arrays = [{name: file for name, file in files.items() if name.endswith(".npy")} for files in written]
     assert arrays[0] and arrays[0] == arrays[1] == arrays[2]

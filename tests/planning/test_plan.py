@@ -599,6 +599,14 @@ def test_the_plan_is_for_the_device_that_is_there(tmp_path: Path, capsys: pytest
     assert found and float(found[1]) == pytest.approx(memory, rel=0.01)
 
 
+def test_a_plan_for_gpus_needs_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["debug", "--dry-run", "train.device=cuda", f"run.dir={tmp_path}"]) == 0
+    assert "in all, of 80 (assumed, for there is no GPU)\n" in capsys.readouterr().out
+
+
 def test_the_configuration_follows_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = ["train.device=cpu", f"run.dir={tmp_path}"]
     assert main(["debug", *overrides, "--dry-run", "-v"]) == 0

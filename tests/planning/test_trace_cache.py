@@ -52,3 +52,16 @@ def test_the_state_of_a_rank_is_read_as_it_was_computed(layout: Layout, tmp_path
         before = file.stat().st_mtime_ns
         assert rank_state(config, layout) == expected
         assert file.stat().st_mtime_ns == before
+
+
+def test_a_folder_that_cannot_be_written_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").touch()
+
+    @stored(int)
+    def figure(times: int) -> int:
+        return 2 * times
+
+    with kept_on_disk(tmp_path / "file" / "traces"):
+        assert [figure(1), figure(2)] == [2, 4]
+    (record,) = caplog.records
+    assert f"{tmp_path / 'file' / 'traces'} cannot be written" in record.getMessage()
