@@ -244,11 +244,11 @@ fi
 torchrun=$!
 
 # After an error that ends training, the process that met it exits with 0, and the others may wait for it in a
-# collective. End them after ten seconds.
+# collective. End them after half a minute: on a busy machine a process needs seconds to start and to end by itself.
 (
   while kill -0 "$torchrun" 2>/dev/null; do
     if [[ $(launch_status) == error: ]]; then
-      sleep 10
+      sleep 30
       kill -TERM "$torchrun" 2>/dev/null || true
       break
     fi

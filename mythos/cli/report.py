@@ -73,7 +73,7 @@ def watch(run: str, out: Path | None, seconds: float) -> None:
 
     Raises MythosError for a run that does not train and has no records.
     """
-    from mythos.checkpoints.stored_model import run_directory
+    from mythos.config.model_paths import run_directory
     from mythos.distributed.run_lock import is_locked
     from mythos.reports.recorded import open_run
 

@@ -80,9 +80,10 @@ class Sleeper:
 def test_turns_of_works_in_their_own_processes():
     with timing.OwnProcess(Sleeper, 0.05, os.getpid()) as slow, timing.OwnProcess(Sleeper, 0.01, os.getpid()) as quick:
         measured = timing.in_turns({"slow": slow, "quick": quick}, repeats=2, warm_up=0)
-    assert [round(run.wall, 2) for run in measured["slow"].runs] == [0.05, 0.1]  # the same object in each turn
+    # The same object in each turn, so that the second one sleeps longer. A busy machine may only make it longer still.
+    for name, least in (("slow", (0.05, 0.1)), ("quick", (0.01, 0.02))):
+        assert all(run.wall > 0.99 * seconds for run, seconds in zip(measured[name].runs, least, strict=True))
     assert all(run.cpu < 0.05 for run in measured["slow"].runs)
-    assert [round(run.wall, 2) for run in measured["quick"].runs] == [0.01, 0.02]
     with pytest.raises(MythosError, match="the process that is measured died"):
         timing.OwnProcess(die)
 
