@@ -323,9 +323,10 @@ def test_unusable_file(tmp_path: Path, content: bytes, says: str) -> None:
 
 
 def test_missing_file_and_directory(tmp_path: Path) -> None:
-    for path in (tmp_path / "none.yaml", tmp_path):
-        with pytest.raises(MythosError, match="cannot be read"):
-            load_config(path)
+    with pytest.raises(MythosError, match="cannot be read"):
+        load_config(tmp_path / "none.yaml")
+    with pytest.raises(MythosError, match=r"a folder without config\.yaml"):
+        load_config(tmp_path)
 
 
 @pytest.mark.parametrize(
