@@ -78,8 +78,9 @@ def test_what_cannot_be_written_is_reported(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("entry", ["mythos.cli.train", "mythos.cli.generate"])
 @pytest.mark.parametrize("chosen", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7"}, {"KMP_BLOCKTIME": "0"}])
-def test_waiting_threads_sleep_unless_the_user_chose(entry: str, chosen: dict[str, str]) -> None:
+def test_waiting_threads_sleep_unless_the_user_chose(entry: str, chosen: dict[str, str], tmp_path: Path) -> None:
     """Commands set it before they import torch, whose OpenMP reads it then."""
+    (tmp_path / "config.yaml").write_text((Path(__file__).parents[2] / "configs/debug.yaml").read_text())
     program = f"""
 import builtins, os, sys
 before, shown = builtins.__import__, {{}}
@@ -91,7 +92,7 @@ def look(name, *rest, **more):
     return before(name, *rest, **more)
 builtins.__import__ = look
 from {entry} import main
-sys.exit(main(["{Path(__file__).parents[2] / "configs/debug.yaml"}"]))
+sys.exit(main(["{tmp_path}"]))
 """
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_WAIT", "GOMP_", "KMP_"))}
     ended = subprocess.run(
@@ -143,9 +144,17 @@ def test_arguments_that_are_no_text_are_refused(name: str, argument: str, capsys
     ],
 )
 def test_numbers_that_nothing_can_be_done_with(
-    name: str, arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+    name: str,
+    arguments: list[str],
+    says: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In a line that names the option, before a model is looked for."""
+    """In a line that names the option, before a model is opened."""
+    monkeypatch.chdir(tmp_path)
+    Path("quickstart").mkdir()
+    Path("quickstart/config.yaml").touch()
     assert command(name).main(["quickstart", *arguments]) == 1
     message = capsys.readouterr().err
     assert message.startswith("error: ") and says in message and message.count("\n") == 1

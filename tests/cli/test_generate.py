@@ -557,11 +557,13 @@ def test_bad_input_is_told_in_a_line(
 def test_what_no_model_could_do_is_told_before_one_is_loaded(
     generate: Callable[..., tuple[int, str, str]],
     monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
     arguments: list[str],
     message: str,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    status, out, err = generate("--prompt", "a", *arguments, path="no/such/run")
+    (tmp_path / "config.yaml").touch()
+    status, out, err = generate("--prompt", "a", *arguments, path=str(tmp_path))
     assert status == 1 and err.startswith("error: ") and message in err and out == ""
     assert len(err.splitlines()) == 1
 

@@ -412,7 +412,7 @@ with StopRequests(None) as stop:
     while not world.ranks.any(stop.reason is not None)[0]:
         time.sleep(0.05)
     print("saving\\n", end="", flush=True)
-    time.sleep(0 if "saved" in sys.argv else 60)
+    time.sleep(0 if "run.name=saved" in sys.argv else 60)
 print("saved\\n", end="", flush=True)
 time.sleep(60)  # as an upload of what a tracker has left
 """
@@ -427,7 +427,7 @@ def test_second_signal_ends_all_at_once(tmp_path, word, status):
     environment |= {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
     log = tmp_path / "log"
     with open(log, "w") as file:
-        command = ["./launch.sh", "--cpu", "2", CONFIG, word]
+        command = ["./launch.sh", "--cpu", "2", CONFIG, f"run.name={word}"]
         run = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=file, stderr=subprocess.STDOUT)
     try:
         wait_for(lambda: log.read_text().count("training\n") == 2, log)

@@ -360,6 +360,7 @@ def test_report_refuses_what_it_cannot_ask(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "config.yaml").touch()
     assert report([str(tmp_path), "--device", "cuda"]) == 1
     assert capsys.readouterr().err == "error: --device is cuda, but torch finds no CUDA GPU: set --device=auto or cpu\n"
     assert report([str(tmp_path / "nothing")]) == 1
