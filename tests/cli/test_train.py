@@ -300,10 +300,10 @@ def test_list_presets(capsys):
 
 def test_dry_run_builds_nothing(tmp_path, capsys):
     path = write_settings(tmp_path, **RUN)
-    assert main([str(path), "train.steps=7", "--dry-run", "eval.loops=[1,5]"]) == 0
+    assert main([str(path), "train.steps=7", "--dry-run", "-v", "eval.loops=[1,5]"]) == 0
     text = capsys.readouterr().out
     assert not (tmp_path / "run").exists()
-    shown = yaml.safe_load(text[: text.index("parameters ")])
+    shown = yaml.safe_load(text[text.index("\nrun:\n") :])
     assert shown["train"]["steps"] == 7 and shown["eval"]["loops"] == [1, 5]
     assert "7 steps of 256 tokens, 1,792 in all" in text
     assert re.search(r"^ +5  \d\.\d+e\+\d\d$", text, re.MULTILINE)
