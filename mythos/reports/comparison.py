@@ -158,7 +158,7 @@ class Comparison:
         panels = figure.subplots(2, len(measures) + 1)
         for column, (key, label) in enumerate(measures.items()):
             for row, unit in enumerate(("tokens", "FLOPs needed")):
-                panels[row, column].set(xlabel=unit, ylabel=label)
+                panels[row, column].set(title=self.title(key, unit), xlabel=unit, ylabel=label)
                 self.draw_curves(panels[row, column], key, over_flops=bool(row))
         self.draw_depths(panels[0, -1])
         # The legend gets a panel of its own, because names may be long.
@@ -169,6 +169,11 @@ class Comparison:
         for axes in panels.flat:
             axes.grid(alpha=0.3)
         return figure
+
+    def title(self, key: str, unit: str) -> str:
+        """The title of a plot of a metric over tokens or FLOPs."""
+        titles = {"loss": "Training loss", "val/loss": "Validation loss", "val/bits_per_byte": "Bits per byte"}
+        return f"{titles[key]} over {unit.removesuffix(' needed')}"
 
     def draw_curves(self, axes: Axes, key: str, over_flops: bool) -> None:
         """Plot a metric of each run over tokens or over FLOPs."""

@@ -33,11 +33,10 @@ def comparison_page(comparison: Comparison) -> str:
 
 def figures(comparison: Comparison) -> Iterator[Figure]:
     """Draw every panel of the comparison as a figure of its own, with a legend."""
-    titles = {"loss": "Training loss", "val/loss": "Validation loss", "val/bits_per_byte": "Bits per byte"}
     labels = [shown_name(name) for name in comparison.names]
     for key, label in comparison.measures.items():
         for over_flops, unit in ((False, "tokens"), (True, "FLOPs needed")):
-            figure, axes = new_axes(f"{titles[key]} over {unit.removesuffix(' needed')}", unit, label)
+            figure, axes = new_axes(comparison.title(key, unit), unit, label)
             comparison.draw_curves(axes, key, over_flops)
             axes.legend(axes.get_lines(), labels)
             yield figure

@@ -4,6 +4,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -70,7 +71,9 @@ class ListedRun:
     def cells(self) -> list[str]:
         """The cells under TITLES."""
         last, steps = self.last, f"/{self.config.train_steps}" if self.config else ""
-        time = last.get("time")
+        time = ""
+        with suppress(KeyError, ValueError, OverflowError, OSError):  # no time, or none that a calendar has
+            time = f"{datetime.fromtimestamp(last['time']):%Y-%m-%d %H:%M}"
         return [
             self.name,
             self.state,
@@ -78,7 +81,7 @@ class ListedRun:
             f"{last['loss']:.4f}" if last.get("loss") is not None else "",
             f"{last['tokens']:,}" if last.get("tokens") is not None else "",
             shown_size(self.size),
-            "" if time is None else f"{datetime.fromtimestamp(time):%Y-%m-%d %H:%M}",
+            time,
         ]
 
 
@@ -170,7 +173,8 @@ def run_to_delete(root: Path, name: str) -> Path:
     path = next((p for p in (base / name, Path(name)) if os.path.lexists(p)), None)
     if path is None:
         known = [run.relative_to(root).as_posix() for run in find_runs(root)]
-        raise MythosError(f"{name}: there is no such run below {root}; {suggestion(name, known)}")
+        advice = suggestion(name, known) if known else "there is none at all; give the folder of the runs with --dir"
+        raise MythosError(f"{name}: there is no such run below {root}; {advice}")
     path = Path(os.path.abspath(path))
     if base not in path.parents:
         raise MythosError(f"{name}: it is not below {root}; give the folder of its runs with --dir")

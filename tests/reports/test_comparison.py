@@ -95,6 +95,14 @@ def test_runs_of_one_vocabulary(folders, tmp_path, capsys):
         assert f"{expected['val_loss']:.4f}" in printed and f"{expected['flops']:.3e}" in printed
 
 
+def test_every_plot_has_a_title(folders):
+    figure = compare(folders).figure()
+    assert sorted(axes.get_title() for axes in figure.axes if axes.get_xlabel()) == [
+        "Last validation by depth",
+        *(f"{kind} loss over {unit}" for kind in ("Training", "Validation") for unit in ("FLOPs", "tokens")),
+    ]
+
+
 def test_curves_are_the_records(folders):
     panels = {}
     for axes in compare(folders).figure().axes:

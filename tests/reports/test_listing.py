@@ -60,6 +60,18 @@ def test_the_list(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert listed(capsys)["group/now"][0] == "stopped"
 
 
+def test_damaged_records_do_not_end_the_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, time in (("a", "1e300"), ("b", "NaN")):
+        directory = write_run(tmp_path / name, records(1), train__steps=3)
+        with (directory / "metrics.jsonl").open("a") as file:
+            file.write(f'nonsense\n{{"step": 2, "loss": NaN, "time": {time}}}\n')
+    assert main(["--dir", str(tmp_path)]) == 0
+    captured = capsys.readouterr()
+    assert [line.split()[:4] for line in captured.out.splitlines()[1:]] == [[n, "stopped", "2/3", "nan"] for n in "ab"]
+    assert captured.err.count("metrics.jsonl: line 2 has not JSON") == 2
+    assert main(["rm", "--yes", "x", "--dir", str(tmp_path)]) == 1 and main(["rm", "x", "--dir", "none"]) == 1
+
+
 def test_sizes_in_words() -> None:
     sizes = (0, 1023, 1024, 1536 * 1024, 5 * 2**30, 3 * 2**50)
     assert [shown_size(size) for size in sizes] == ["0 B", "1023 B", "1.0 KiB", "1.5 MiB", "5.0 GiB", "3,072.0 TiB"]
@@ -68,6 +80,8 @@ def test_sizes_in_words() -> None:
 def test_no_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--dir", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"no runs below {tmp_path}\n"
+    assert main(["rm", "a", "--dir", str(tmp_path)]) == 1
+    assert "there is none at all; give the folder of the runs with --dir" in capsys.readouterr().err
     assert main(["--dir", str(tmp_path / "none")]) == 1
     assert "is no folder; give the folder of your runs with --dir" in capsys.readouterr().err
 
