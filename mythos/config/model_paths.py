@@ -21,7 +21,7 @@ def require_run(path: str | Path) -> Path:
     """Return :func:`run_directory` of a path. Raises MythosError if there is no run."""
     try:
         directory = run_directory(path)
-        what = f"no {RUN_FILE} in it" if Path(path).exists() else "there is nothing"
+        what = f"no {RUN_FILE} in it" if Path(path).exists() else "no such file or folder"
     except OSError as error:
         raise MythosError(f"{path} cannot be read: {short_reason(error)}") from error
     if directory is None:
@@ -38,7 +38,7 @@ def require_model(path: str | Path) -> None:
         complete = is_step(folder.name) and (folder / MARKER).exists()
         if complete or any((folder / file).is_file() for file in (CONFIG_FILE, RUN_FILE)):
             return
-        problem = "it is no model" if folder.exists() else "there is nothing"
+        problem = "it is not a model" if folder.exists() else "no such file or folder"
     except OSError as error:
         raise MythosError(f"{path} cannot be read: {short_reason(error)}") from error
     if folder.name.startswith("step-"):

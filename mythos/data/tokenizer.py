@@ -187,7 +187,7 @@ class Tokenizer:
         directory = Path(directory)
         if os.path.lexists(directory) and not _replaceable(directory):
             raise MythosError(
-                f"tokenizer: {directory} is in the way: it is no folder that mythos has written (with {REQUEST_FILE}). "
+                f"tokenizer: {directory} is in the way: it is not a folder that mythos wrote (with {REQUEST_FILE}). "
                 "Move it away, or give another folder (run.dir, data.cache_dir or $MYTHOS_CACHE)."
             )
         # A setting for encoding data in this process, not a part of the tokenizer that others load.

@@ -63,7 +63,7 @@ def open_tasks(names: Sequence[str], include_path: Path | None = None) -> dict[s
     manager = None
     if include_path is not None:
         if not include_path.is_dir():
-            raise MythosError(f"--include-path: {include_path} is no folder; give one with YAML files of tasks")
+            raise MythosError(f"--include-path: {include_path} is not a folder; give one with YAML files of tasks")
         manager = TaskManager(include_path=str(include_path), include_defaults=False)
     if manager is None or not set(names) <= set(manager.all_subtasks):
         # With the harness' own tasks: it reads thousands of files, which takes seconds.

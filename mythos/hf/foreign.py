@@ -53,7 +53,7 @@ def local_folder(source: str | Path, revision: str | None = None, tokenizer_only
             raise MythosError(f"--revision: got {revision}, but {source} is a folder; use it with a hub id only")
         return folder
     if folder.exists() or not HUB_ID.fullmatch(str(source)):
-        raise MythosError(f"{source} is no folder; give one, or OWNER/NAME of a repository on the hub")
+        raise MythosError(f"{source} is not a folder; give one, or OWNER/NAME of a repository on the hub")
     try:
         patterns = [*TOKENIZER_FILES]
         if not tokenizer_only:

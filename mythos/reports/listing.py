@@ -98,7 +98,7 @@ def find_runs(root: Path) -> Iterator[Path]:
     Raises MythosError if the folder does not exist or cannot be read.
     """
     if not root.is_dir():
-        raise MythosError(f"{root} is no folder; give the folder of your runs with --dir")
+        raise MythosError(f"{root} is not a folder; give the folder of your runs with --dir")
 
     def refuse(error: OSError) -> None:
         raise MythosError(f"{error.filename} cannot be read: {error.strerror}") from error

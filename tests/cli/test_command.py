@@ -78,7 +78,7 @@ def test_a_wrong_path_is_reported_without_torch(name, tmp_path):
         folder = ["exported"] if name == "export" else []
         answer = run("-c", program, name, path, *folder, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
         assert answer.stdout == "False 1\n"
-        assert answer.stderr.startswith(f"error: {path}: there is nothing. Give a run directory")
+        assert answer.stderr.startswith(f"error: {path}: no such file or folder. Give a run directory")
         assert (f"Did you mean {meant}?" in answer.stderr) == (meant is not None)
 
 

@@ -128,9 +128,9 @@ def copy_of(trained: Trainer, folder: Path) -> Path:
 def test_what_cannot_be_opened(
     trained: Trainer, opened: OpenedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(MythosError, match=r"missing: there is nothing\. Give a run directory"):
+    with pytest.raises(MythosError, match=r"missing: no such file or folder\. Give a run directory"):
         open_model(tmp_path / "missing")
-    with pytest.raises(MythosError, match="it is no model"):
+    with pytest.raises(MythosError, match="it is not a model"):
         open_model(tmp_path)
     with pytest.raises(MythosError, match="step-00000003 is no complete checkpoint"):
         open_model(saved(trained, 3))
@@ -593,7 +593,7 @@ def test_a_cache_that_does_not_fit_is_refused(opened: OpenedModel, monkeypatch: 
 
 def test_a_path_that_is_no_model(generate: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     status, _, err = generate("--prompt", "a", path=tmp_path)
-    assert status == 1 and "it is no model. Give a run directory" in err
+    assert status == 1 and "it is not a model. Give a run directory" in err
 
 
 def test_a_model_without_text_is_told(trained: Trainer, tmp_path: Path) -> None:

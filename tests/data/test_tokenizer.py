@@ -105,7 +105,7 @@ def test_a_folder_of_somebody_else_is_not_replaced(tmp_path: Path, tokenizer: To
     tokenizer.save(tmp_path / "ours")
     (tmp_path / "link").symlink_to(tmp_path / "ours")
     for name in ("notes", "link"):
-        with pytest.raises(MythosError, match=f"{name} is in the way: it is no folder that mythos has written"):
+        with pytest.raises(MythosError, match=f"{name} is in the way: it is not a folder that mythos wrote"):
             tokenizer.save(tmp_path / name)
     assert (tmp_path / "notes" / "a.txt").exists() and (tmp_path / "link").is_symlink()
     (tmp_path / "empty").mkdir()

@@ -258,7 +258,7 @@ def test_tasks_that_cannot_be_had(exported: Path, capsys: Any, monkeypatch: pyte
         ("local_multiple_choce", own_tasks, "no .jsonl file; nearest names: local_multiple_choice"),
         ("xyz", own_tasks, "nearest names: none"),
         ("lambada_openai", lambada, "lambada_openai cannot be loaded: Couldn't reach"),
-        ("local_multiple_choice", exported / "nothing", "is no folder"),
+        ("local_multiple_choice", exported / "nothing", "is not a folder"),
     ):
         arguments = ["--tasks", name, "--include-path", str(folder), "--out", str(exported / "out")]
         assert evaluate.main([str(exported / "model"), *arguments]) == 1

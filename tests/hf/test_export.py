@@ -241,7 +241,7 @@ def test_an_export_that_fails_leaves_nothing(
     with pytest.raises(MythosError, match="step-00000003 is no complete checkpoint"):
         export_model(saved(trained, 3), tmp_path / "new")
     assert export_command.main([str(full), str(tmp_path / "new")]) == 1
-    assert "full: it is no model. Give a run directory" in capsys.readouterr().err
+    assert "full: it is not a model. Give a run directory" in capsys.readouterr().err
 
     shutil.copytree(saved(trained, 4), tmp_path / "cut" / "step-00000004")
     (tmp_path / "cut" / "step-00000004" / "committed").unlink()

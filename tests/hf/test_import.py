@@ -378,8 +378,8 @@ def test_other_refusals(parcae: Path, tmp_path: Path) -> None:
         (parcae, "out", {"dtype": "int8"}, "dtype: got 'int8'; allowed: float32, bfloat16"),
         (parcae, "out", {"revision": "main"}, "--revision: got main, but .* is a folder"),
         (parcae, "out", {"max_shard_size": "big"}, "max_shard_size: got 'big'"),
-        (parcae, "out", {"tokenizer": tmp_path / "none"}, "none is no folder; give one, or OWNER/NAME"),
-        (parcae / "config.json", "out", {}, "config.json is no folder; give one, or OWNER/NAME"),
+        (parcae, "out", {"tokenizer": tmp_path / "none"}, "none is not a folder; give one, or OWNER/NAME"),
+        (parcae / "config.json", "out", {}, "config.json is not a folder; give one, or OWNER/NAME"),
     ):
         with pytest.raises(MythosError, match=message):
             import_model(source, tmp_path / folder, **options)

@@ -208,7 +208,7 @@ def test_what_cannot_be_compared(folders, tmp_path, capsys):
         return capsys.readouterr().err
 
     assert "got no runs; give run directories" in refused()
-    assert "there is nothing. Give a run directory" in refused(folders[0], str(tmp_path / "none"))
+    assert "no such file or folder. Give a run directory" in refused(folders[0], str(tmp_path / "none"))
     task = write_run(tmp_path / "task", records(3), load_config(HOPS))
     assert "whose tokens are no text" in refused(folders[0], str(task))
     (Path(folders[1]) / "metrics.jsonl").unlink()

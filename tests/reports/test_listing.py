@@ -83,7 +83,7 @@ def test_no_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["rm", "a", "--dir", str(tmp_path)]) == 1
     assert "there is none at all; give the folder of the runs with --dir" in capsys.readouterr().err
     assert main(["--dir", str(tmp_path / "none")]) == 1
-    assert "is no folder; give the folder of your runs with --dir" in capsys.readouterr().err
+    assert "is not a folder; give the folder of your runs with --dir" in capsys.readouterr().err
 
 
 def test_a_lock_is_seen_without_writing(tmp_path: Path) -> None:

@@ -375,7 +375,7 @@ def test_runs_that_are_none(tmp_path, capsys):
         assert report.main([str(argument) for argument in arguments]) == 1
         return capsys.readouterr().err
 
-    assert "there is nothing. Give a run directory" in refused(tmp_path / "none")
+    assert "no such file or folder. Give a run directory" in refused(tmp_path / "none")
     assert "no config.yaml in it" in refused(tmp_path)
     directory = write_run(tmp_path / "run", [])
     assert "metrics.jsonl has no records yet" in refused(directory)
