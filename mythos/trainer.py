@@ -74,7 +74,7 @@ class Trainer:
         lock = RunLock(self.run_dir)
         self.ranks.agreed(lambda: self.resources.enter_context(lock) if self.main else None)
         self.checkpoints = Checkpoints(
-            config.checkpoint.dir or self.run_dir / "checkpoints",
+            config.checkpoints_dir,
             self.world.storage,
             keep=config.checkpoint.keep,
             keep_every=config.checkpoint.keep_every,

@@ -8,7 +8,7 @@ from pathlib import Path
 from mythos.checkpoints.ownership import LOCK
 from mythos.config.inherited import RUN_FILE
 from mythos.config.sections import Config
-from mythos.distributed.run_lock import is_held
+from mythos.distributed.run_lock import LOCK_FILE, is_held
 
 
 @contextlib.contextmanager
@@ -22,9 +22,9 @@ def removed_if_it_fails(config: Config) -> Iterator[None]:
         yield
         return
     run_dir = config.run_dir
-    place = config.checkpoint.dir or str(run_dir / "checkpoints")
+    place = str(config.checkpoints_dir)
     folders = [run_dir] if "://" in place else [Path(place), run_dir]
-    lock = run_dir / ".lock"
+    lock = run_dir / LOCK_FILE
     had_lock = lock.exists()
     created = [path for folder in folders for path in (folder, *folder.parents) if not path.exists()]
     try:

@@ -191,7 +191,7 @@ def planned_start(config: Config) -> list[str]:
     """
     if config.train.init_from is None:
         return []
-    if complete_checkpoints(config.checkpoint.dir or config.run_dir / "checkpoints"):
+    if complete_checkpoints(config.checkpoints_dir):
         return ["the run continues from its own checkpoints; train.init_from is not read"]
     start = open_start(config)
     assert start is not None

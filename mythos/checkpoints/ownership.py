@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from mythos.distributed.run_lock import RunLock
+from mythos.distributed.run_lock import LOCK_FILE, RunLock
 from mythos.errors import MythosError
 from mythos.files.storage import LocalStorage, Origin, RemoteStorage, Storage
 from mythos.files.text import parse_json, read_json
@@ -82,7 +82,7 @@ def _is_copy(origin: Origin, run: Run, storage: Storage) -> bool:
     if directory is None or directory == run.directory or _inside(storage, run):
         return False
     try:
-        return read_json(Path(directory) / ".lock").get("run") == run.id
+        return read_json(Path(directory) / LOCK_FILE).get("run") == run.id
     except (OSError, ValueError, AttributeError):
         return False
 

@@ -280,6 +280,11 @@ class Config(Section):
         return Path(self.run.dir if self.run.dir is not None else f"runs/{self.run.name}")
 
     @property
+    def checkpoints_dir(self) -> str | Path:
+        """Directory or URL that the checkpoints are in."""
+        return self.checkpoint.dir or self.run_dir / "checkpoints"
+
+    @property
     def depth_mean(self) -> float:
         """Mean loops of a sequence at the end of the curriculum."""
         if self.depth.follow == "difficulty":

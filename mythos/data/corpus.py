@@ -24,7 +24,7 @@ from mythos.data.formats import (
     local_file,
 )
 from mythos.data.hub import resolve_hub
-from mythos.data.json_cache import digest
+from mythos.data.json_cache import cache_root, digest
 from mythos.data.remote import Unreachable, is_remote, readings, remote_files
 from mythos.data.text_files import Part, choose_cuts, is_text
 from mythos.errors import MythosError, short_reason, without_credentials
@@ -401,7 +401,7 @@ def holdout_fraction(config: DataConfig) -> float:
 
 def cache_directory(config: DataConfig) -> Path:
     """The folder for gathered corpora, file lists, validation sets and trained tokenizers."""
-    return Path(config.cache_dir or os.environ.get("MYTHOS_CACHE") or "~/.cache/mythos").expanduser()
+    return cache_root(config.cache_dir)
 
 
 def content_hash(text: str) -> int:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,11 @@ logger = logging.getLogger(__name__)
 
 MOST_BYTES = 2**30
 """Largest entry: the list of a dataset's files takes about 100 bytes a file."""
+
+
+def cache_root(chosen: str | None = None) -> Path:
+    """The folder of this user's caches: `chosen` (data.cache_dir), $MYTHOS_CACHE, or ~/.cache/mythos."""
+    return Path(chosen or os.environ.get("MYTHOS_CACHE") or "~/.cache/mythos").expanduser()
 
 
 def digest(value: Any) -> str:

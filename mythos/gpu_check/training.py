@@ -23,7 +23,7 @@ from mythos.gpu_check.result import Result, Setting, judged, not_run
 from mythos.gpu_check.runs import steps_of, task_run
 from mythos.gpu_check.timed_steps import Steps, timed
 from mythos.trainer import Trainer
-from mythos.training.metrics import read_metrics
+from mythos.training.metrics import METRICS_FILE, read_metrics
 
 FIRST, LAST = 10, 20
 """The first steps are compared one by one, of the last steps only the mean loss: rounding errors grow, and change which
@@ -52,7 +52,7 @@ def resumed(setting: Setting) -> Iterator[Result]:
     # The run starts in another process, which can be killed, and is resumed in this one.
     kill_at(config, setting.scratch / "killed.yaml", steps // 2)
     Trainer(config).run()
-    records = read_metrics(config.run_dir / "metrics.jsonl")
+    records = read_metrics(config.run_dir / METRICS_FILE)
     starts = [record["resumed_from"] for record in records if "resumed_from" in record]
     measured = [record["loss"] for record in records]
     if not starts or len(measured) != steps:
@@ -119,7 +119,7 @@ def losses(setting: Setting, device: str, dtype: str) -> list[float]:
     """Losses of all steps of an uninterrupted run."""
     config = run_of(setting, f"{device}-{dtype}", device, dtype)
     Trainer(config).run()
-    return [record["loss"] for record in read_metrics(config.run_dir / "metrics.jsonl")]
+    return [record["loss"] for record in read_metrics(config.run_dir / METRICS_FILE)]
 
 
 def kill_at(config: Config, file: Path, step: int) -> None:
@@ -134,7 +134,7 @@ def kill_at(config: Config, file: Path, step: int) -> None:
         child = subprocess.Popen(command, stdout=output, stderr=output)
         try:
             limit = time.monotonic() + START_SECONDS
-            while len(read_metrics(config.run_dir / "metrics.jsonl")) < step:
+            while len(read_metrics(config.run_dir / METRICS_FILE)) < step:
                 if child.poll() is not None or time.monotonic() > limit:
                     tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
                     raise RuntimeError(f"it was not there to be killed at step {step}: {' | '.join(tail)}")

@@ -22,7 +22,7 @@ from mythos.hf import SHARD_SIZE
 from mythos.hf.card import model_card
 from mythos.hf.config import MythosConfig
 from mythos.hf.model import MythosForCausalLM, float32_tensors
-from mythos.training.metrics import read_metrics
+from mythos.training.metrics import METRICS_FILE, read_metrics
 from mythos.versions import installed_versions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -205,7 +205,7 @@ def _card(stored: StoredModel, path: str | Path, name: str) -> str:
     # A checkpoint may be outside of its run directory, or the run directory may have been moved.
     candidates = (run_directory(path), run_directory(stored.source), run_directory(stored.run.run_dir))
     run_dir = next((directory for directory in candidates if directory is not None), None)
-    return model_card(stored, name, [] if run_dir is None else read_metrics(run_dir / "metrics.jsonl"))
+    return model_card(stored, name, [] if run_dir is None else read_metrics(run_dir / METRICS_FILE))
 
 
 def _config(stored: StoredModel, dtype: torch.dtype) -> MythosConfig:

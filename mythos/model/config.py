@@ -23,6 +23,11 @@ from mythos.section import (
 VOCAB_MULTIPLE = 128
 """The embedding's rows are padded to a multiple of this: a tile of the head's matmul kernels on GPUs."""
 
+GATE_INPUTS = 32
+"""Leading dimensions of a layer's input that the gate of its value embedding reads, as in nanochat."""
+GATE_WIDTH = 64
+"""Hidden width of the halting gate."""
+
 Part = Literal["prelude", "core", "coda"]
 """The stacks of blocks."""
 

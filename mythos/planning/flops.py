@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from mythos.model.attention.base import attention_class
-from mythos.model.attention.value_embeddings import GATE_INPUTS, value_embedding_layers
-from mythos.model.config import FEED_FORWARDS, INJECTIONS, ModelConfig, padded_vocab_size
+from mythos.model.attention.value_embeddings import value_embedding_layers
+from mythos.model.config import FEED_FORWARDS, GATE_INPUTS, INJECTIONS, ModelConfig, padded_vocab_size
 from mythos.model.injection import Injection
 from mythos.model.moe import MixtureOfExperts, core_class
 from mythos.model.rdt import RecurrentDepthTransformer

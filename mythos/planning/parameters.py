@@ -3,10 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mythos.model.config import ModelConfig, padded_vocab_size
-
-GATE_INPUTS, GATE_WIDTH = 32, 64
-"""Inputs of a value embedding's gate, and hidden width of the halting gate, as in the model's modules."""
+from mythos.model.config import GATE_INPUTS, GATE_WIDTH, ModelConfig, padded_vocab_size
 
 
 @dataclass(frozen=True)

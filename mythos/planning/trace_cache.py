@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from mythos.data.json_cache import digest, load_cached, store_cached
+from mythos.data.json_cache import cache_root, digest, load_cached, store_cached
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def kept_on_disk(folder: Path | None = None) -> Iterator[None]:
 
 def cache_folder() -> Path:
     """The folder of traces in the cache of this user."""
-    return Path(os.environ.get("MYTHOS_CACHE") or "~/.cache/mythos").expanduser() / "traces"
+    return cache_root() / "traces"
 
 
 def stored(decode: Callable[[Any], T]) -> Callable[[Callable[..., T]], Callable[..., T]]:

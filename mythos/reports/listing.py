@@ -17,9 +17,8 @@ from mythos.config.sections import Config
 from mythos.distributed.run_lock import LOCK_FILE, RunLock, is_locked
 from mythos.errors import MythosError, short_reason
 from mythos.files.storage import LocalStorage, step_of
-from mythos.training.metrics import scan_metrics
+from mythos.training.metrics import METRICS_FILE, scan_metrics
 
-METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 TITLES = ("run", "state", "step", "loss", "tokens", "size", "last record")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mythos.evaluation.depth_sweep import DepthFit, fit_losses
 from mythos.files.local import replacing
-from mythos.training.metrics import losses_by_depth, read_metrics
+from mythos.training.metrics import METRICS_FILE, losses_by_depth, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +27,7 @@ def draw_plots(run_dir: Path, mean_depth: float) -> list[Path]:
     """
     if find_spec("matplotlib") is None:  # a run need not stop for a plot
         return []
-    records = read_metrics(run_dir / "metrics.jsonl")
+    records = read_metrics(run_dir / METRICS_FILE)
     validations = [record for record in records if "val/loss" in record]
     directory = run_dir / "plots"
     directory.mkdir(exist_ok=True)

@@ -19,11 +19,10 @@ from mythos.config.sections import Config
 from mythos.errors import MythosError, short_reason, without_credentials
 from mythos.files.storage import step_of
 from mythos.planning.flops import forward_flops
-from mythos.training.metrics import damaged_lines, scan_metrics
+from mythos.training.metrics import METRICS_FILE, damaged_lines, scan_metrics
 
 logger = logging.getLogger(__name__)
 
-METRICS_FILE = "metrics.jsonl"
 NEEDED = ("step", "tokens", "loops", "backprop_loops")
 """Fields of every record of a training step."""
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+METRICS_FILE = "metrics.jsonl"
+
 NO_AT_SIGN = {"mlflow", "swanlab"}
 """Trackers that refuse a key such as `val/loss@8`; they get `val/loss_at_8`."""
 
@@ -46,7 +48,7 @@ class MetricsLog:
         main: bool = True,
         unfinished: dict[str, Any] | None = None,
     ) -> None:
-        self.path = run_dir / "metrics.jsonl"
+        self.path = run_dir / METRICS_FILE
         self.main = main
         self.first = {"resumed_from": start_step} if start_step else {}
         self.trackers: list[GeneralTracker] = []

@@ -5,8 +5,7 @@ from torch import Tensor, nn
 
 from mythos.model.attention.base import Attention
 from mythos.model.attention.context import AttentionContext, attend
-from mythos.model.attention.value_embeddings import GATE_INPUTS
-from mythos.model.config import ModelConfig
+from mythos.model.config import GATE_INPUTS, ModelConfig
 from mythos.model.decoding import CachedContext
 from mythos.model.layers import Initializer, Linear, RMSNorm, zeros
 from mythos.model.ops.recompute import recomputable

@@ -9,9 +9,6 @@ from torch import Tensor, nn
 from mythos.model.config import ModelConfig, Part
 from mythos.model.layers import Initializer, autocast_dtype, truncated_normal
 
-GATE_INPUTS = 32
-"""Leading dimensions of a layer's input that the gate of its value embedding reads, as in nanochat."""
-
 ValueRows = Mapping[tuple[Part, int], Tensor]
 """The rows of each layer that has a value embedding, (B, S, KV, K), by part and index of the layer."""
 
