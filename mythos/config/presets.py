@@ -1,6 +1,6 @@
 """Named model sizes: the fields that ``model.preset`` sets, unless other model fields override them."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from mythos.errors import MythosError
 from mythos.model.config import ModelConfig
@@ -88,6 +88,83 @@ _LOOPED = {"140m": _dense_core(2, 768), "370m": _dense_core(4, 1024), "770m": _d
 _LOOPED["1b3"] = _dense_core(8, 1536)
 _PARCAE = {"140m": _parcae(2, 768), "370m": _parcae(4, 1024), "770m": _parcae(6, 1280), "1b3": _parcae(8, 1536)}
 
+
+class _Mixture(NamedTuple):
+    """Dimensions of a budget-matched preset."""
+
+    core_layers: int
+    n_experts: int
+    expert_dim: int
+    dim: int
+    ffn_dim: int
+    kv_lora_rank: int
+
+    def fields(self) -> dict[str, Any]:
+        """The preset's fields."""
+        return {
+            **self._asdict(),
+            **_latents(kv=self.kv_lora_rank, q=0, rope=32, nope=32, v=64),
+            "n_heads": self.dim // 64,
+            "experts_per_token": 4,
+            "n_shared_experts": 1,
+            "shared_expert_dim": 2 * self.expert_dim,
+            "lora_rank": 0,
+            "halting": "none",
+        }
+
+
+def _budget_matched(
+    size: str,
+    common: dict[str, Any],
+    two: _Mixture,
+    four: _Mixture,
+    parameters: _Mixture,
+    flops: _Mixture,
+    cache: _Mixture,
+) -> dict[str, dict[str, Any]]:
+    """Mixtures of experts looped for 2 and 4 visits, beside unlooped ones that share budgets with both.
+
+    All have the parameters of `two`. `parameters` are the blocks of `two`, run once. `flops` is wider, with fewer
+    experts, and needs as many training FLOPs. `cache` has a layer for each visit, with fewer experts, so that its cache
+    is as large; its training FLOPs are equal, too. FLOPs are those of a fixed number of visits that all carry gradient.
+    After SMELT (arXiv 2609.01343), which has few visits, narrow layers and many experts; the dimensions are ours.
+    """
+    looped = {f"few_visits_{size}_2": two.fields() | {"loops": 2}, f"few_visits_{size}_4": four.fields() | {"loops": 4}}
+    unlooped = {"params": parameters, "flops": flops, "cache": cache}
+    looped |= {f"moe_{size}_{budget}": mixture.fields() | _NO_LOOP for budget, mixture in unlooped.items()}
+    return {name: fields | common for name, fields in looped.items()}
+
+
+_MATCHED = {
+    **_budget_matched(
+        "nano",
+        {**_layers(1), "context_length": 1024},
+        two=_Mixture(2, 48, 32, dim=128, ffn_dim=256, kv_lora_rank=48),
+        four=_Mixture(1, 102, 32, dim=128, ffn_dim=256, kv_lora_rank=48),
+        parameters=_Mixture(2, 49, 32, dim=128, ffn_dim=256, kv_lora_rank=48),
+        flops=_Mixture(2, 16, 48, dim=160, ffn_dim=448, kv_lora_rank=64),
+        cache=_Mixture(4, 21, 32, dim=128, ffn_dim=320, kv_lora_rank=48),
+    ),
+    **_budget_matched(
+        "140m",
+        {**_layers(1), "context_length": 2048, "vocab_size": 32_000},
+        two=_Mixture(4, 52, 256, dim=640, ffn_dim=1792, kv_lora_rank=192),
+        four=_Mixture(2, 108, 256, dim=640, ffn_dim=1792, kv_lora_rank=192),
+        parameters=_Mixture(4, 52, 256, dim=640, ffn_dim=1792, kv_lora_rank=192),
+        flops=_Mixture(4, 30, 288, dim=832, ffn_dim=2176, kv_lora_rank=256),
+        cache=_Mixture(8, 24, 256, dim=640, ffn_dim=1792, kv_lora_rank=192),
+    ),
+    **_budget_matched(
+        "1b",
+        {**_layers(2), "context_length": 4096, "vocab_size": 32_000},
+        two=_Mixture(8, 40, 512, dim=1536, ffn_dim=4096, kv_lora_rank=384),
+        four=_Mixture(4, 85, 512, dim=1536, ffn_dim=4096, kv_lora_rank=384),
+        parameters=_Mixture(8, 40, 512, dim=1536, ffn_dim=4096, kv_lora_rank=384),
+        flops=_Mixture(8, 21, 576, dim=2048, ffn_dim=5632, kv_lora_rank=512),
+        cache=_Mixture(16, 18, 512, dim=1536, ffn_dim=4096, kv_lora_rank=384),
+    ),
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     # Small enough to run anywhere. Fused attention on CPU needs query and key heads as wide as value heads.
     "mythos_nano": {},
@@ -172,6 +249,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Looped dense cores, and fixed-depth baselines with as many parameters whose core runs once.
     **{f"looped_{size}": fields for size, fields in _LOOPED.items()},
     **{f"dense_{size}": {**fields, **_NO_LOOP} for size, fields in _LOOPED.items()},
+    # Mixtures of experts looped for few visits, and unlooped ones of equal budgets.
+    **_MATCHED,
     # Published models that `mythos import` converts.
     **{f"parcae_{size}": fields for size, fields in _PARCAE.items()},
 }

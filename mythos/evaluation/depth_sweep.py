@@ -23,6 +23,7 @@ from mythos.files.text import read_json
 from mythos.model import IGNORE_INDEX
 from mythos.model.attention.context import document_starts
 from mythos.model.cache import DecodeCache
+from mythos.model.config import loop_stages
 from mythos.model.halting import HaltingRule, default_threshold, halting_rule, usable_rules
 from mythos.model.layers import autocast_dtype
 from mythos.model.moe import core_class
@@ -254,21 +255,23 @@ def measure_loops(
     depths = sorted(set(depths))
     deepest, config, device = depths[-1], model.config, model.head_weight.device
     routed = core_class(config).routes
-    # By pass, summed over rows: state norm, state change, expert overlap.
+    # By pass, summed over rows and stages: state norm, state change, expert overlap.
     states = torch.zeros(deepest, 3, dtype=torch.float64, device=device)
     load = torch.zeros(deepest, config.core_layers, 1, config.n_experts, dtype=torch.int64, device=device)
     losses = torch.zeros(len(depths), dtype=torch.float64, device=device)
     rows = tokens = 0
-    before: list[Tensor] = []
+    before: dict[int, list[Tensor]] = {}
+    stages = len(loop_stages(config))
 
     def observe(after: LoopState) -> None:
-        nonlocal before
         norm, delta = state_measures(after)
-        overlap = chosen_overlap(before, after.experts) if routed and after.loop > 1 else torch.zeros_like(norm)
+        overlap = torch.zeros_like(norm)
+        if routed and after.loop > 1:
+            overlap = chosen_overlap(before[after.layer], after.experts)
         states[after.loop - 1] += torch.stack((norm, delta, overlap)).double() * len(after.state)
         if routed:
             add_load(load[after.loop - 1], after)
-        before = after.experts
+        before[after.layer] = after.experts
 
     for ids, targets, documents in batches:
         readouts = model.read_depths(ids, targets, depths, documents, observe)
@@ -290,7 +293,7 @@ def measure_loops(
             load_max_over_mean=balance[loop - 1] if routed else None,
             expert_overlap=overlap if routed and loop > 1 else None,
         )
-        for loop, (norm, delta, overlap) in enumerate((states / rows).tolist(), start=1)
+        for loop, (norm, delta, overlap) in enumerate((states / rows / stages).tolist(), start=1)
     ]
 
 

@@ -16,6 +16,8 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, ffn: nn.Module, part: Part, layer: int) -> None:
         super().__init__()
+        self.layer = layer
+        """Index in its part."""
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.attention = build_attention(config, (part, layer) in value_embedding_layers(config))
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)

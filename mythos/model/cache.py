@@ -124,17 +124,21 @@ class DecodeCache:
             return config.prelude_layers + layer
         return config.prelude_layers + config.coda_layers + loop % self.loops * config.core_layers + layer
 
-    def freeze(self, rows: Tensor, positions: Tensor, loop: int) -> None:
-        """Copy the entries of positions (n,) in rows (n,) that stopped after loop index `loop` to all deeper loops."""
-        if loop + 1 < self.loops:
-            layers, first = self.config.core_layers, self.slot("core", 0, loop)
-            last = self.entries[first : first + layers, rows, positions]
-            self.write(first + layers, rows, positions, last.repeat(self.loops - loop - 1, 1, 1))
+    def freeze(self, rows: Tensor, positions: Tensor, loop: int, layers: range) -> None:
+        """Copy entries of a loop to all deeper loops, for positions (n,) in rows (n,) that stopped there.
 
-    def write(self, slot: int, rows: Tensor, positions: Tensor, entries: Tensor) -> None:
-        """Write entries (slots, n, width) to the slots from `slot` on, at positions (n,) of rows (n,)."""
+        Copied are those of the core's `layers` (all, or one) at loop index `loop`.
+        """
+        if loop + 1 < self.loops:
+            first, all_layers = self.slot("core", layers.start, loop), self.config.core_layers
+            last = self.entries[first : first + len(layers), rows, positions]
+            step = 1 if len(layers) == all_layers else all_layers
+            self.write(first + all_layers, rows, positions, last.repeat(self.loops - loop - 1, 1, 1), step)
+
+    def write(self, slot: int, rows: Tensor, positions: Tensor, entries: Tensor, step: int = 1) -> None:
+        """Write entries (slots, n, width) to every `step`-th slot from `slot` on, at positions (n,) of rows (n,)."""
         # Not through a view: a compiled graph would copy the whole cache to update one.
-        slots = torch.arange(slot, slot + len(entries), device=rows.device).unsqueeze(1)
+        slots = torch.arange(slot, slot + step * len(entries), step, device=rows.device).unsqueeze(1)
         self.entries.index_put_((slots, rows, positions), entries.to(self.entries.dtype))
 
     def crop(self, lengths: int | Sequence[int]) -> None:

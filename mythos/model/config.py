@@ -52,7 +52,7 @@ class ModelConfig(Section):
     prelude_layers: LayersOrZero = 1
     """Dense blocks that run once before the loop."""
     core_layers: Layers = 1
-    """Blocks inside the loop; every pass runs all of them."""
+    """Blocks inside the loop; `loop_over` says in which order they are repeated."""
     coda_layers: LayersOrZero = 1
     """Dense blocks that run once after the loop."""
     context_length: Positions = 1024
@@ -121,9 +121,14 @@ class ModelConfig(Section):
     loops: Count = 8
     """Mean number of passes through the core in training: the default of depth.mean and of inference."""
     injection: Annotated[str, INJECTIONS] = "lti"
-    """How the encoded input enters a pass: lti = stable by construction (rho(A) < 1); linear = one unconstrained
-    matrix over state and input; add = sum; initial = only in the first pass, later passes read the normalised state
+    """How the encoded input enters a pass: lti = stable by construction (rho(A) < 1); orthogonal = lti whose decayed
+    state keeps only what is orthogonal to the injected input (arXiv 2610.06833); linear = one unconstrained matrix over
+    state and input; add = sum; initial = only in the first pass, later passes read the normalised state
     (Ouro, arXiv 2510.25741); none = a fixed-depth transformer whose core runs once."""
+    loop_over: Literal["core", "layer"] = "core"
+    """What a loop repeats: core = all core layers, one pass after the other; layer = each core layer by itself, all its
+    passes before the next layer begins (arXiv 2607.16051). Then the encoded input of a layer is the last state of the
+    layer before, normalised like the prelude's output."""
     prelude_norm: bool = True
     """RMSNorm on the prelude's output before it is injected (arXiv 2604.12946: long runs diverge without it)."""
     readout_norm: bool = False
@@ -143,6 +148,13 @@ class ModelConfig(Section):
     """act: weight of the ponder cost (passes plus remainder of a position), relative to the loss in nats."""
 
 
+def loop_stages(config: ModelConfig) -> list[range]:
+    """The core layers of each loop of a forward pass; the loops run one after the other, each with all its passes."""
+    if config.loop_over == "core":
+        return [range(config.core_layers)]
+    return [range(layer, layer + 1) for layer in range(config.core_layers)]
+
+
 def padded_vocab_size(size: int) -> int:
     """Round a number of token ids up to the next multiple of 128."""
     return -(-size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
@@ -159,6 +171,9 @@ def model_contradictions(config: ModelConfig) -> Iterator[Contradiction]:
     yield from ATTENTIONS.contradictions(config.attention, config)
     yield from INJECTIONS.contradictions(config.injection, config)
     yield from HALTING_RULES.contradictions(config.halting, config)
+    if config.loop_over == "layer" and config.core_layers == 1:
+        rule = "one layer has no order: leave out loop_over, or set core_layers to at least 2"
+        yield ("loop_over", "core_layers"), f"got layer and 1; {rule}"
 
 
 def _multiples_of_8(config: ModelConfig, *names: str) -> Iterator[Contradiction]:
@@ -195,10 +210,17 @@ def _mla_rules(config: ModelConfig) -> Iterator[Contradiction]:
 
 
 def _fixed_depth_rules(config: ModelConfig) -> Iterator[Contradiction]:
-    for name, only in (("loops", 1), ("lora_rank", 0), ("loop_embedding", False)):
+    for name, only in (("loops", 1), ("lora_rank", 0), ("loop_embedding", False), ("loop_over", "core")):
         if getattr(config, name) != only:
             rule = f"without injection the core runs once, so {name} must be {str(only).lower()}"
             yield ("injection", name), f"got none and {str(getattr(config, name)).lower()}; {rule}"
+
+
+def _trained_halting_rules(config: ModelConfig) -> Iterator[Contradiction]:
+    if config.loop_over == "layer":
+        rule = "this rule is trained on shallower readouts of a run, and with loop_over: layer a run contains none"
+        allowed = "set halting to none, convergence or second_difference"
+        yield ("loop_over", "halting"), f"got layer and {config.halting}; {rule}: {allowed}"
 
 
 # Name, class (imported at first use, because it imports torch), and what the class requires of other fields.
@@ -212,6 +234,7 @@ FEED_FORWARDS.add("swiglu", "mythos.model.layers:SwiGLU")
 FEED_FORWARDS.add("relu2", "mythos.model.layers:SquaredReLU")
 
 INJECTIONS.add("lti", "mythos.model.injection:LTIInjection")
+INJECTIONS.add("orthogonal", "mythos.model.injection:OrthogonalInjection")
 INJECTIONS.add("linear", "mythos.model.injection:LinearInjection")
 INJECTIONS.add("add", "mythos.model.injection:AddInjection")
 INJECTIONS.add("initial", "mythos.model.injection:InitialInjection")
@@ -220,5 +243,5 @@ INJECTIONS.add("none", None, _fixed_depth_rules)
 HALTING_RULES.add("none", None)
 HALTING_RULES.add("convergence", "mythos.model.halting:Convergence")
 HALTING_RULES.add("second_difference", "mythos.model.halting:SecondDifference")
-HALTING_RULES.add("gate", "mythos.model.halting:Gate")
-HALTING_RULES.add("act", "mythos.model.halting:Act")
+HALTING_RULES.add("gate", "mythos.model.halting:Gate", _trained_halting_rules)
+HALTING_RULES.add("act", "mythos.model.halting:Act", _trained_halting_rules)

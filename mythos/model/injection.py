@@ -18,6 +18,9 @@ START_DECAY = sqrt(1 / 5)
 DT_BOUNDS = (-6.0, 6.0)
 LOG_A_BOUNDS = (-6.0, 2.0)
 
+PROJECTION_EPSILON = 1e-6
+"""Added to the squared norm by which a projection divides (as in the code of arXiv 2610.06833)."""
+
 
 class Injection(nn.Module):
     """Base of the classes in the registry `INJECTIONS`; by itself it shares e between the loops and learns nothing."""
@@ -117,6 +120,24 @@ class LTIInjection(Injection):
     def combine(self, state: Tensor, shared: Tensor, injected: Tensor, loop: Tensor) -> Tensor:
         """A * h + Delta * (e B^T); `shared` is A."""
         return torch.addcmul(injected, shared, state)
+
+
+class OrthogonalInjection(LTIInjection):
+    """u = P(A * h) + b with b = Delta * (e B^T), where P removes the component along b (OrthoInj, arXiv 2610.06833).
+
+    P(x) = x - b <x, b> / (||b||^2 + 1e-6), for each position, so what a pass keeps of the state does not repeat what is
+    injected again. P is symmetric with eigenvalues between 0 and 1, so ||P A|| <= max(A) < 1 in every pass, and
+    `decay` bounds what is left of a state by a product over the passes. Parameters, their initial values and bounds are
+    those of `LTIInjection`; so is float32. The formula and the constant are those of the authors' code
+    (github.com/ifm-ai/xllm-loop at 3af99f4); their models inject e without a norm (`model.prelude_norm: false`).
+    """
+
+    def combine(self, state: Tensor, shared: Tensor, injected: Tensor, loop: Tensor) -> Tensor:
+        """P(A * h) + Delta * (e B^T); `shared` is A."""
+        kept = shared * state
+        along = (kept * injected).sum(-1, keepdim=True)
+        share = along / (injected.square().sum(-1, keepdim=True) + PROJECTION_EPSILON)
+        return torch.addcmul(kept, 1 - share, injected)
 
 
 class LinearInjection(Injection):

@@ -253,38 +253,46 @@ class RecurrentDepthTransformer(nn.Module):
     ) -> list[DepthReadout]:
         """Losses after each of `depths` loops, from one run of the deepest, of which shallower runs are prefixes.
 
-        Shapes as in `forward`; the state starts at zero; `depths` ascend. `observe` is called after every pass, read
-        out or not. `judged` also computes `DepthReadout.right`, at the cost of one more matmul with the head.
+        With `loop_over: layer` they are not, so each depth is a run. Shapes as in `forward`; the state starts at zero;
+        `depths` ascend. `observe` is called after every pass of the deepest run, read out or not. `judged` also
+        computes `DepthReadout.right`, at the cost of one more matmul with the head.
 
         Raises ValueError for a depth below 1, above 1 for a fixed-depth model, or depths that do not ascend.
         """
         depths = list(depths)
         if not depths or sorted(set(depths)) != depths:
             raise ValueError(f"depths {depths}: give at least one, each once, shallowest first")
-        deepest = self.check_loops(depths[::-1], len(depths))[0]
+        self.check_loops(depths[::-1], len(depths))
         context = self.context(ids, document_ids)
         e = self.encode(ids, context)
         state = e.new_zeros(e.shape, dtype=torch.float32)
         readouts: list[DepthReadout] = []
-        before: list[Tensor] = []
+        before: dict[int, list[Tensor]] = {}
+        overlaps: list[Tensor] = []
+        stages = self.recurrence.stages
+        # A run that repeats layer by layer does not pass through the results of shallower ones: each needs its own.
+        runs = [depths] if len(stages) == 1 else [[depth] for depth in depths]
         pondering = Pondering(self.halting) if isinstance(self.halting, ActHalting) else None
 
         def read_out(after: LoopState) -> None:
-            nonlocal before
-            if observe is not None:
+            if observe is not None and run is runs[-1]:
                 observe(after)
             if pondering is not None:
                 pondering.observe(after)
-            if after.loop in depths:
+            if after.loop in run and after.loop > 1 and after.experts:
+                overlaps.append(chosen_overlap(before[after.layer], after.experts))
+            before[after.layer] = after.experts
+            if after.loop in run and after.layer == stages[-1].layers.start:
                 result = after.state if pondering is None else pondering.result(after.state)
                 hidden = self.decode(result, context)
                 losses = cross_entropies(hidden, self.head_weight, targets)
                 right = F.linear(hidden, self.head_weight).argmax(-1) == targets if judged else None
-                overlap = chosen_overlap(before, after.experts) if before else None
+                overlap = torch.stack(overlaps).mean() if overlaps else None
+                overlaps.clear()
                 readouts.append(DepthReadout(after.loop, losses, right, state_measures(after)[1], overlap))
-            before = after.experts
 
-        self.recurrence(e, state, [deepest] * len(ids), 0, context, read_out)
+        for run in runs:
+            self.recurrence(e, state, [run[-1]] * len(ids), 0, context, read_out)
         return readouts
 
     @torch.no_grad()

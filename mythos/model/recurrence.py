@@ -3,7 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from math import log
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mythos.model.attention.context import AttentionContext
 from mythos.model.block import Block
-from mythos.model.config import INJECTIONS, ModelConfig
+from mythos.model.config import INJECTIONS, ModelConfig, loop_stages
 from mythos.model.decoding import CachedContext
 from mythos.model.halting import HaltingRule
 from mythos.model.injection import Injection
@@ -72,8 +72,25 @@ class LoopEmbedding(nn.Module):
         return (self.gain * torch.cat((angle.sin(), angle.cos()), dim=-1)).unsqueeze(1)
 
 
+class Stage(NamedTuple):
+    """One loop: core layers whose passes all run before those of the next stage."""
+
+    layers: range
+    """Indices of the core layers."""
+    linears: list[Linear]
+    """The linear maps that every pass of the stage uses."""
+
+
 class Recurrence(nn.Module):
-    """h_{t+1} = u_t + Transformer(u_t; t) with u_t from the injection; every row runs its own number of loops."""
+    """h_{t+1} = u_t + Transformer(u_t; t) with u_t from the injection; every row runs its own number of loops.
+
+    With `loop_over: core` this is one loop, and the transformer is the whole core. With `loop_over: layer` it is one
+    loop (stage) for each core layer, after the one of the layer before. All stages run the same numbers of passes from
+    the same h_0, and share the injection, adapter and loop embedding. The first stage injects the encoded input e, and
+    each later one the last state of the stage before, through an RMSNorm of its own if e has one. So a layer keeps its
+    input in view in all its passes, as the whole core does e. With `injection: initial` and `prelude_norm: false` the
+    first pass of a layer is on the plain output of the layer before, as in a transformer that repeats each layer.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -93,23 +110,41 @@ class Recurrence(nn.Module):
         outside = self.injection.maps_outside_loop() if self.injection is not None else []
         self.looped = [module for module in self.modules() if isinstance(module, Linear) and module not in outside]
         """The linear maps that every loop uses."""
+        self.stages = [Stage(layers, self.linears_of(layers)) for layers in loop_stages(config)]
+        normed = len(self.stages) - 1 if config.prelude_norm else 0
+        self.stage_norms = nn.ModuleList(RMSNorm(config.dim, config.norm_eps, cast=False) for _ in range(normed))
+        """Of the inputs of all stages but the first."""
+
+    def linears_of(self, layers: range) -> list[Linear]:
+        """Those of `looped` that a stage of these core layers uses."""
+        others = [block for block in self.blocks if block.layer not in layers]
+        unused = {linear for block in others for linear in block.modules()}
+        return [linear for linear in self.looped if linear not in unused]
+
+    def stage_input(self, number: int, state: Tensor) -> Tensor:
+        """Encoded input of stage `number` (1 and up), of the shape of the last state of the stage before."""
+        return self.stage_norms[number - 1](state) if self.stage_norms else state
 
     def compile(self, **options: Any) -> None:
         """Run each pass of training and validation (injection, adapter, blocks) as one graph of torch.compile."""
         self.compiled_step = torch.compile(self.step, fullgraph=True, **options)
 
-    def expert_weights(self, dtype: torch.dtype) -> list[ExpertWeights | None]:
+    def stage_blocks(self, stage: Stage) -> list[Block]:
+        """The core blocks of a stage."""
+        return [block for block in self.blocks if isinstance(block, Block) and block.layer in stage.layers]
+
+    def expert_weights(self, dtype: torch.dtype, blocks: Sequence[Block]) -> list[ExpertWeights | None]:
         """Each block's routed experts, cast once for all loops of a step; None for a block without, or unshared."""
         return [
             block.ffn.weights(dtype) if isinstance(block.ffn, MixtureOfExperts) and self.share_weights else None
-            for block in self.blocks
+            for block in blocks
         ]
 
-    def linear_weights(self, dtype: torch.dtype) -> list[SharedWeight]:
-        """The weights of `looped`, cast once for all loops of a step; empty if they are used uncast or unshared."""
+    def linear_weights(self, dtype: torch.dtype, linears: Sequence[Linear]) -> list[SharedWeight]:
+        """The linears' weights, cast once for all loops of a step; empty if they are used uncast or unshared."""
         if dtype == torch.float32 or not self.share_weights:
             return []
-        return [SharedWeight(linear.weight, dtype) for linear in self.looped]
+        return [SharedWeight(linear.weight, dtype) for linear in linears]
 
     def forward(
         self,
@@ -125,13 +160,31 @@ class Recurrence(nn.Module):
         e and state are (B, S, D). `loops` (host integers, deepest first) sets the number of rows of every pass: all
         rows end with the last pass, and row r joins the active prefix when loops[r] passes remain. So exactly
         sum(loops) row-passes are computed. Only the last `backprop` passes carry gradient (truncated backpropagation,
-        arXiv 2502.05171).
+        arXiv 2502.05171). All this holds for each stage; between stages gradient flows in full.
         """
+        last = self.run_stage(self.stages[0], e, state, loops, backprop, context, observe)
+        for number, stage in enumerate(self.stages[1:], start=1):
+            e = self.stage_input(number, last.state)
+            last = self.run_stage(stage, e, state, loops, backprop, context, observe)
+        return last
+
+    def run_stage(
+        self,
+        stage: Stage,
+        e: Tensor,
+        state: Tensor,
+        loops: Sequence[int],
+        backprop: int,
+        context: AttentionContext,
+        observe: Callable[[LoopState], None],
+    ) -> LoopState:
+        """All passes of one stage; arguments and result as in `forward`."""
         deepest, gradient = loops[0], torch.is_grad_enabled()
         shallow_first = sorted(loops)
         row_loops = torch.tensor(loops, pin_memory=e.is_cuda).to(e.device, non_blocking=True)
         dtype = autocast_dtype(e)
-        weights, linear_weights = self.expert_weights(dtype), self.linear_weights(dtype)
+        blocks = self.stage_blocks(stage)
+        weights, linear_weights = self.expert_weights(dtype, blocks), self.linear_weights(dtype, stage.linears)
         shared, injected = self.injection(e) if self.injection is not None else (e, e)
         current = state[:0]
         # Only dropout, which an adapter may add, draws random numbers in a pass. Without it checkpointing need not save
@@ -145,9 +198,10 @@ class Recurrence(nn.Module):
             slots = row_loops[:active] - remaining
             # Slicing all rows would copy the whole gradient in the backward pass.
             joined = injected if active == len(loops) else injected[:active]
-            inputs = (current, shared, joined, slots, visible, weights)
+            inputs = (current, shared, joined, slots, visible, blocks, weights)
             with torch.set_grad_enabled(gradient and remaining <= backprop):
-                pass_weights = [weight.in_pass() for weight in linear_weights]
+                in_pass = [weight.in_pass() for weight in linear_weights]
+                pass_weights = list(zip(stage.linears, in_pass, strict=bool(in_pass)))
                 if self.checkpointing == "loop" and torch.is_grad_enabled():
                     after, experts = checkpoint(
                         self.run, pass_weights, *inputs, use_reentrant=False, preserve_rng_state=random
@@ -157,7 +211,7 @@ class Recurrence(nn.Module):
                         after, experts = self.run(pass_weights, *inputs)
                 else:
                     after, experts = self.run(pass_weights, *inputs)
-            last = LoopState(deepest - remaining + 1, after, current, slots, experts)
+            last = LoopState(deepest - remaining + 1, after, current, slots, experts, stage.layers.start)
             observe(last)
             current = after
         return last
@@ -174,17 +228,37 @@ class Recurrence(nn.Module):
 
         e is (N, 1, D); `loops` is one host integer for all positions, or one for each. A position that has stopped
         leaves the batch: later passes compute nothing for it, and other positions see its last keys and values. Returns
-        h_T (N, 1, D) float32, and the passes of each position, (N,) int64.
+        h_T (N, 1, D) float32, and the passes of each position, (N,) int64. With several stages `halting` stops a
+        position in each of them anew, and the passes are the mean over the stages, rounded up.
         """
-        weights = self.expert_weights(autocast_dtype(e))
+        state, passes = self.extend_stage(self.stages[0], e, context, loops, halting, minimum)
+        for number, stage in enumerate(self.stages[1:], start=1):
+            e = self.stage_input(number, state)
+            state, more = self.extend_stage(stage, e, context, loops, halting, minimum)
+            passes = passes + more
+        stages = len(self.stages)
+        return state, passes if stages == 1 else (passes + stages - 1) // stages
+
+    def extend_stage(
+        self,
+        stage: Stage,
+        e: Tensor,
+        context: CachedContext,
+        loops: int | Sequence[int],
+        halting: HaltingRule | None,
+        minimum: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Run one stage; arguments and results as in `extend`."""
+        blocks = self.stage_blocks(stage)
+        weights = self.expert_weights(autocast_dtype(e), blocks)
         shared, injected = self.injection(e) if self.injection is not None else (e, e)
         state = torch.zeros_like(e, dtype=torch.float32)
         if halting is None and isinstance(loops, int):
             slots = torch.arange(loops, device=e.device)
             for loop in range(loops):
                 slot = slots[loop : loop + 1]
-                state, _ = self.step(state, shared, injected, slot, context.at_loop(loop), weights)
-            context.cache.freeze(context.rows, context.positions, loops - 1)
+                state, _ = self.step(state, shared, injected, slot, context.at_loop(loop), blocks, weights)
+            context.cache.freeze(context.rows, context.positions, loops - 1, stage.layers)
             return state, torch.full_like(context.rows, loops)
 
         loops = [loops] * len(e) if isinstance(loops, int) else loops
@@ -194,7 +268,8 @@ class Recurrence(nn.Module):
         # Indices of the running positions among the N, and the rule's memory of them.
         running, memory = torch.arange(len(e), device=e.device), None
         for done in range(1, deepest + 1):
-            after, _ = self.step(state, shared, injected, slots[done - 1 : done], context.at_loop(done - 1), weights)
+            slot, at_loop = slots[done - 1 : done], context.at_loop(done - 1)
+            after, _ = self.step(state, shared, injected, slot, at_loop, blocks, weights)
             stop = limits[running] <= done if done in depths else None
             if halting is not None:
                 rule_stops, memory = halting(done, state[:, 0], after[:, 0], memory)
@@ -209,7 +284,7 @@ class Recurrence(nn.Module):
             result = state if halting is None else halting.result(state[:, 0], memory).unsqueeze(1)
             final_state[running[stopped]] = result[stopped]
             loops_run[running[stopped]] = done
-            context.cache.freeze(context.rows[stopped], context.positions[stopped], done - 1)
+            context.cache.freeze(context.rows[stopped], context.positions[stopped], done - 1, stage.layers)
             if len(stopped) == len(running):
                 break
             going = (~stop).nonzero().squeeze(1)
@@ -217,9 +292,9 @@ class Recurrence(nn.Module):
             memory = None if memory is None else memory[going]
         return final_state, loops_run
 
-    def run(self, pass_weights: Sequence[Tensor], *inputs: Any) -> tuple[Tensor, list[Tensor]]:
+    def run(self, pass_weights: Sequence[tuple[Linear, Tensor]], *inputs: Any) -> tuple[Tensor, list[Tensor]]:
         """`step` with this pass's weights of the linear maps, compiled if the core is."""
-        for linear, weight in zip(self.looped, pass_weights, strict=bool(pass_weights)):
+        for linear, weight in pass_weights:
             linear.in_pass = weight
         try:
             if self.compiled_step is None:
@@ -237,11 +312,13 @@ class Recurrence(nn.Module):
         injected: Tensor,
         loop: Tensor,
         context: AttentionContext | CachedContext,
+        blocks: Sequence[Block],
         weights: Sequence[ExpertWeights | None],
     ) -> tuple[Tensor, list[Tensor]]:
-        """One pass of the core: state (n, S, D) -> the next state, and the chosen experts of each routed block.
+        """One pass of a stage: state (n, S, D) -> the next state, and the chosen experts of each routed block.
 
-        `loop` is the loop index of each row, (n,) or (1,) int64; `shared` and `injected` come from the injection.
+        `loop` is the loop index of each row, (n,) or (1,) int64; `shared` and `injected` come from the injection;
+        `weights` are those of the stage's `blocks`.
         """
         u = injected
         if self.injection is not None:
@@ -249,8 +326,8 @@ class Recurrence(nn.Module):
         x = u if self.embedding is None else u + self.embedding(loop)
         adapted = self.adapter(x, loop) if self.adapter is not None else None
         routed = []
-        for index, (block, block_weights) in enumerate(zip(self.blocks, weights, strict=True)):
-            x, experts = block(x, context.layer("core", index), block_weights)
+        for block, block_weights in zip(blocks, weights, strict=True):
+            x, experts = block(x, context.layer("core", block.layer), block_weights)
             if experts is not None:
                 routed.append(experts)
         return (x if adapted is None else x + adapted), routed

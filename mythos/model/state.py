@@ -15,7 +15,7 @@ class LoopState(NamedTuple):  # a tuple, because FSDP looks for tensors in what 
     """The recurrence after one pass, for the n rows that were active in it."""
 
     loop: int
-    """Passes done, counted for the deepest row."""
+    """Passes done, counted for the deepest row; with `loop_over: layer` those of the layer."""
     state: Tensor
     """(n, S, D) float32."""
     previous: Tensor
@@ -23,7 +23,9 @@ class LoopState(NamedTuple):  # a tuple, because FSDP looks for tensors in what 
     slots: Tensor
     """Loop index of each row in this pass, (n,) int64."""
     experts: list[Tensor]
-    """Chosen experts of each routed core block, (n, S, k) int64."""
+    """Chosen experts of each routed core block of the pass, (n, S, k) int64."""
+    layer: int = 0
+    """Index of the pass's first core block: 0, or with `loop_over: layer` that of its only one."""
 
 
 def initial_state(
@@ -63,7 +65,8 @@ def add_load(load: Tensor, after: LoopState) -> None:
     Loops beyond the last index count there.
     """
     _, slots, experts = load.shape
-    for layer_load, chosen in zip(load, after.experts, strict=True):
+    ran = load[after.layer : after.layer + len(after.experts)]
+    for layer_load, chosen in zip(ran, after.experts, strict=True):
         cell = after.slots.clamp(max=slots - 1)[:, None, None] * experts + chosen  # (n, S, k)
         layer_load.view(-1).scatter_add_(0, cell.flatten(), layer_load.new_ones(()).expand(cell.numel()))
 

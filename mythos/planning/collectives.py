@@ -9,6 +9,7 @@ import torch.distributed as dist
 from mythos.config.sections import Config
 from mythos.distributed.layout import Layout, build_mesh
 from mythos.distributed.parallel import shard_model
+from mythos.model.config import loop_stages
 from mythos.planning.flops import build_on_meta
 from mythos.planning.rank_state import RankState, accumulates, compute_dtype, micro_batches
 from mythos.torch_internals import init_fake_processes
@@ -72,14 +73,17 @@ def collectives(config: Config, state: RankState, loops: int, backprop: int) -> 
 
     A unit is reduced once a step (or micro-batch) whatever the loops, because autograd first adds up the gradients of
     all uses. But if such a block has several backward passes, the sum over earlier micro-batches is reduced separately,
-    at the first of them. HSDP all-reduces what the last micro-batch reduces.
+    at the first of them. HSDP all-reduces what the last micro-batch reduces. With `loop_over: layer` the injection's
+    unit has a backward pass for each core layer, and is gathered for each; and no block is gathered in vain, because
+    the block that ran before is the same one.
     """
     gathers, scatters, sums, exchanges = Exchange(), Exchange(), Exchange(), Exchange()
     layout, micro = state.layout, micro_batches(config, state.layout.size)
     backprop = min(loops, backprop)
     if layout.mode == "ddp":
         sums = Exchange(state.buckets, state.gradients)
-    several = sum(unit.looped for unit in state.units) > 1
+    stages = len(loop_stages(config.model))
+    several = sum(unit.looped for unit in state.units) > 1 and stages == 1
     last = max((index for index, unit in enumerate(state.units) if unit.looped), default=-1)
     for index, unit in enumerate(state.units):
         if unit.looped:
@@ -87,8 +91,9 @@ def collectives(config: Config, state: RankState, loops: int, backprop: int) -> 
             in_vain = several and index == last and loops > backprop
             times = passes + in_vain
         else:
-            times = 1 if unit.kept else 2
-        separate = unit.looped and backprop > 1 and accumulates(config, layout.size)
+            times = (stages if unit.injects else 1) if unit.kept else 2
+        backward_passes = backprop if unit.looped else stages if unit.injects else 1
+        separate = backward_passes > 1 and accumulates(config, layout.size)
         reductions = 2 if separate else 1
         if layout.shard > 1:
             gathers.add(micro * times, unit.gathered)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mythos.model.config import GATE_INPUTS, GATE_WIDTH, ModelConfig, padded_vocab_size
+from mythos.model.config import GATE_INPUTS, GATE_WIDTH, ModelConfig, loop_stages, padded_vocab_size
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ def parameters_by_formula(config: ModelConfig) -> Parameters | None:
     total += INJECTIONS[config.injection](config) + HALTING[config.halting](config)
     total += dim  # the norm before the head
     total += looped * (dim * dim + dim * (config.prelude_norm + config.readout_norm))
+    total += config.prelude_norm * (len(loop_stages(config)) - 1) * dim
     total += config.loop_embedding * dim
     if config.lora_rank:
         total += dim + 2 * dim * config.lora_rank + config.loops * config.lora_rank
@@ -80,6 +81,7 @@ FEED_FORWARDS: dict[str, Formula] = {
 CORES: dict[str, Formula] = {"moe": _mixture, "dense": lambda c: FEED_FORWARDS[c.dense_ffn](c)}
 INJECTIONS: dict[str, Formula] = {
     "lti": lambda c: c.dim * c.dim + 2 * c.dim,
+    "orthogonal": lambda c: c.dim * c.dim + 2 * c.dim,
     "linear": lambda c: 2 * c.dim * c.dim,
     "add": lambda c: 0,
     "initial": lambda c: c.dim,

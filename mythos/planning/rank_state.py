@@ -41,6 +41,8 @@ class Unit:
     """A block of the core that is a unit of its own, so that every loop gathers it."""
     outer: bool
     """The core's parameters outside such blocks, which stay gathered while the blocks run."""
+    injects: bool = False
+    """The injection, which runs once before each loop over core layers."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,7 @@ def _units(config: Config, model: RecurrentDepthTransformer, layout: Layout) -> 
             kept=not unit.reshard,
             looped=unit.module in blocks,
             outer=unit.module is model.recurrence and split,
+            injects=unit.module is model.recurrence.injection,
         )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
 
-from mythos.model.config import ModelConfig
+from mythos.model.config import ModelConfig, loop_stages
 from mythos.model.layers import RMSNorm, autocast_dtype
 from mythos.model.ops import device_choice
 from mythos.model.ops.grouped_experts import ExpertWeights, run_backward_in_graph, run_in_graph
@@ -106,7 +106,8 @@ def compiled_pass_traffic(config: ModelConfig, length: int, rows: int = 1) -> Tr
             kernel for kernel in planned[backward] if kernel.extern and "mythos.train_experts" not in kernel.operator
         ]
         figures += [len(fused), len(calls), sum(fused) / (rows * length)]
-    return _combined(lambda graph, each: graph + config.core_layers * each, Traffic(*figures), experts)
+    stages = len(loop_stages(config))  # the graph runs once in each
+    return _combined(lambda graph, each: stages * graph + config.core_layers * each, Traffic(*figures), experts)
 
 
 def _expert_traffic(config: ModelConfig, tokens: int) -> Traffic:

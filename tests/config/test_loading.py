@@ -129,6 +129,10 @@ CONTRADICTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"model": {"preset": "dense_140m", "loops": 2}}, ("model.injection", "model.loops")),
     ({"model": {"preset": "dense_140m", "lora_rank": 4}}, ("model.injection", "model.lora_rank")),
     ({"model": {"preset": "dense_140m", "loop_embedding": True}}, ("model.injection", "model.loop_embedding")),
+    ({"model": {"loop_over": "layer"}}, ("model.loop_over", "model.core_layers")),
+    ({"model": {"preset": "dense_140m", "loop_over": "layer"}}, ("model.injection", "model.loop_over")),
+    ({"model": {"core_layers": 2, "loop_over": "layer", "halting": "gate"}}, ("model.loop_over", "model.halting")),
+    ({"model": {"core_layers": 2, "loop_over": "layer", "halting": "act"}}, ("model.loop_over", "model.halting")),
     (
         {"data": {"kind": "reasoning"}, "depth": {"follow": "difficulty"}, "eval": {"tasks": ["a.jsonl"]}},
         ("data.kind", "eval.tasks"),

@@ -1,11 +1,13 @@
 import pytest
+import torch
 
 from mythos.config.loading import config_from_dict
 from mythos.config.presets import BPE_VOCAB_SIZE, PRESETS, model_name, preset_config
 from mythos.config.sections import TokenizerConfig
 from mythos.errors import MythosError
+from mythos.model.cache import cache_bytes_per_token
 from mythos.model.config import ModelConfig
-from mythos.planning.flops import count_parameters
+from mythos.planning.flops import count_parameters, forward_flops
 
 # The fields below, and the total in billions.
 PUBLISHED = {
@@ -110,6 +112,29 @@ def test_looped_dense_core_and_its_fixed_depth_baseline(size: str, layers: int, 
     totals = count_parameters(looped).total, count_parameters(dense).total
     assert totals[0] / 1e6 == pytest.approx(millions, rel=0.1)
     assert totals[1] == pytest.approx(totals[0], rel=0.02)
+
+
+@pytest.mark.parametrize("size", ["nano", "140m", "1b"])
+def test_few_visits_and_unlooped_mixtures_of_equal_budgets(size: str) -> None:
+    """Parameters, training FLOPs a token, and cache bytes a token, each against the model of two visits."""
+    budgets: dict[str, tuple[float, float, float]] = {}
+    for name in ("few_visits_{}_2", "few_visits_{}_4", "moe_{}_params", "moe_{}_flops", "moe_{}_cache"):
+        config = counted(name.format(size))
+        flops = forward_flops(config, config.context_length).training([config.loops], config.loops)
+        cache = cache_bytes_per_token(config, config.loops, torch.bfloat16)
+        budgets[name] = (count_parameters(config).total, flops, cache)
+        ratios = [value / first for value, first in zip(budgets[name], budgets["few_visits_{}_2"], strict=True)]
+        print(f"{name.format(size)}: {budgets[name]} " + " ".join(f"{ratio:.3f}" for ratio in ratios))
+        equal = [abs(ratio - 1) <= 0.02 for ratio in ratios]
+        expected = {"moe_{}_params": [True, False, False], "moe_{}_flops": [True, True, False]}
+        assert equal == expected.get(name, [True, True, True])
+    two, four = counted(f"few_visits_{size}_2"), counted(f"few_visits_{size}_4")
+    assert (two.loops, four.loops, two.core_layers) == (2, 4, 2 * four.core_layers)
+    once, wide, deep = (counted(f"moe_{size}_{budget}") for budget in ("params", "flops", "cache"))
+    assert {once.injection, wide.injection, deep.injection} == {"none"}
+    assert two.dim == four.dim == once.dim == deep.dim < wide.dim
+    assert (once.core_layers, wide.core_layers, deep.core_layers) == (two.core_layers,) * 2 + (2 * two.core_layers,)
+    assert four.n_experts > two.n_experts > wide.n_experts and two.n_experts > deep.n_experts
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -41,7 +41,7 @@ CHANGES: dict[str, Any] = {
 FSDP, BLOCK = {"parallel__mode": "fsdp"}, {"parallel__mode": "fsdp", "parallel__wrap": "block"}
 HSDP = {"parallel__mode": "hsdp", "parallel__shard": 2, "train__micro_batch": 2}
 KEPT, ALWAYS = {"parallel__reshard_after_forward": False}, {"parallel__reduce": "micro_batch"}
-ONCE, MUON = {"train__micro_batch": 16}, {"optim__name": "muon"}
+ONCE, MUON, LAYERS = {"train__micro_batch": 16}, {"optim__name": "muon"}, {"model__loop_over": "layer"}
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "ddp": (2, {"parallel__mode": "ddp", "model__n_experts": 512, "model__expert_dim": 128}),
     "fsdp": (2, FSDP),
@@ -57,6 +57,8 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "fsdp, one block": (2, BLOCK | {"model__core_layers": 1}),
     "fsdp, blocks, gradient through all loops": (2, BLOCK | {"depth__backprop": 4}),
     "fsdp, blocks, gradient through the last loop": (2, BLOCK | {"depth__backprop": 1}),
+    "fsdp, layer by layer": (2, FSDP | LAYERS),
+    "fsdp, blocks, layer by layer": (2, BLOCK | LAYERS),
     "fsdp, muon": (2, FSDP | MUON),
     "ddp, muon": (2, {"parallel__mode": "ddp"} | MUON),
     "hsdp 2 x 2, muon, experts cut": (4, HSDP | MUON | {"model__n_experts": 5}),

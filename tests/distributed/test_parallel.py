@@ -216,6 +216,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         # All loops carry gradient: up to 4, for rounding grows with their number.
         **{"depth__mean": 2, "depth__backprop": None},
     },
+    "layer by layer": {"model__loop_over": "layer", "model__injection": "orthogonal"},
 }
 """What published looped models have, and ours by itself has not."""
 
@@ -232,6 +233,9 @@ def as_published(single: tuple[Path, Trained]) -> dict[str, Trained]:
         ("fsdp on 2, blocks, recomputed in part", "parcae and huginn"),
         ("hsdp 2 x 2", "parcae and huginn"),
         ("fsdp on 2, recomputed", "ouro"),
+        ("ddp on 2", "layer by layer"),
+        ("fsdp on 2, recomputed", "layer by layer"),
+        ("fsdp on 2, blocks", "layer by layer"),
     ],
 )
 def test_options_of_published_models_equal_one_process(

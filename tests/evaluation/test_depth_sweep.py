@@ -167,6 +167,31 @@ def test_every_depth_equals_a_run_by_hand(masked):
     assert sweep.fit == fit_losses({measures.loops: measures.loss for measures in sweep.read_out})
 
 
+def test_passes_of_a_model_that_repeats_layer_by_layer():
+    """Those of the deepest run, averaged over the layers; losses are those of runs of each depth."""
+    model, rows = build(core_layers=2, loop_over="layer"), data(False)
+    sweep, ids = measure(model, rows), rows.ids[:, :-1]
+    norms: dict[int, list[float]] = {}
+
+    def observe(after: Any) -> None:
+        norms.setdefault(after.loop, []).append(after.state.norm(dim=-1).log().mean().item())
+
+    with torch.no_grad():
+        model.hidden_states(ids, [8] * ROWS, 8, observe=observe)
+        load = model(ids, loops=8).expert_load.double()
+    for measures in sweep.loops:
+        assert len(norms[measures.loops]) == 2
+        assert measures.state_norm == pytest.approx(sum(norms[measures.loops]) / 2, rel=1e-5)
+    counts = load[:, 2]
+    assert sweep.loops[2].load_max_over_mean == pytest.approx((counts.amax(1) / counts.mean(1)).max().item())
+    assert 0 < sweep.loops[2].expert_overlap <= 1 and sweep.loops[0].expert_overlap is None
+    for measures in sweep.read_out:
+        with torch.no_grad():
+            logits = model(ids, loops=measures.loops).logits
+        expected = F.cross_entropy(logits.flatten(0, 1), rows.ids[:, 1:].flatten()).item()
+        assert measures.loss == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_reasoning_task():
     """Only answers count, and they have no bytes."""
     model = build()

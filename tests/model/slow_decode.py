@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from math import cos, exp, log1p, sin, sqrt
+from math import ceil, cos, exp, log1p, sin, sqrt
 
 import torch
 from torch import Tensor
@@ -47,25 +47,36 @@ class SlowRow:
             x = self.block(f"prelude.{layer}.", ("prelude", layer), x, 1)
         looped = config.injection != "none"
         e = self.norm("prelude_norm.", x) if looped and config.prelude_norm else x
-        states = [torch.zeros_like(e)]
-        for loop in range(1, limit + 1):
-            states.append(self.core(states[-1], e, loop))
-            if loop >= self.minimum and self.stops(states):
-                break
-        x = self.reads(states)
+        stages, passes = [list(range(config.core_layers))], 0
+        if config.loop_over == "layer":
+            stages = [[layer] for layer in stages[0]]
+        for number, layers in enumerate(stages):
+            if number:
+                e = self.norm(f"recurrence.stage_norms.{number - 1}.", x) if config.prelude_norm else x
+            states = [torch.zeros_like(e)]
+            for loop in range(1, limit + 1):
+                states.append(self.core(states[-1], e, loop, layers))
+                if loop >= self.minimum and self.stops(states):
+                    break
+            x = self.reads(states)
+            passes += len(states) - 1
         if looped:
             x = self.norm("readout_norm.", x) if config.readout_norm else x
             x = w["readout.weight"] @ x
         for layer in range(config.coda_layers):
             x = self.block(f"coda.{layer}.", ("coda", layer), x, 1)
         head = w["embedding.weight" if config.tie_embeddings else "head.weight"]
-        return head @ self.norm("norm.", x), len(states) - 1
+        return head @ self.norm("norm.", x), ceil(passes / len(stages))
 
-    def core(self, h: Tensor, e: Tensor, loop: int) -> Tensor:
+    def core(self, h: Tensor, e: Tensor, loop: int, layers: Sequence[int]) -> Tensor:
         config, w, at = self.config, self.weights, "recurrence."
-        if config.injection == "lti":
+        if config.injection in ("lti", "orthogonal"):
             delta = torch.tensor([log1p(exp(dt)) for dt in w[at + "injection.dt"].tolist()]).double()
-            u = torch.exp(-delta * w[at + "injection.log_a"].exp()) * h + delta * (w[at + "injection.weight"] @ e)
+            kept = torch.exp(-delta * w[at + "injection.log_a"].exp()) * h
+            added = delta * (w[at + "injection.weight"] @ e)
+            if config.injection == "orthogonal":
+                kept = kept - added * (kept @ added / (added @ added + 1e-6))
+            u = kept + added
         elif config.injection == "linear":
             u = w[at + "injection.state.weight"] @ h + w[at + "injection.input.weight"] @ e
         else:
@@ -78,7 +89,7 @@ class SlowRow:
             waves = torch.tensor([sin(a) for a in angles] + [cos(a) for a in angles], dtype=torch.float64)
             u = u + w[at + "embedding.gain"] * waves
         x = u
-        for layer in range(config.core_layers):
+        for layer in layers:
             x = self.block(f"{at}blocks.{layer}.", ("core", layer), x, loop)
         if config.lora_rank:
             scale = w[at + "adapter.scale"][min(loop, config.loops) - 1]

@@ -77,6 +77,7 @@ class Pair:
 
 VARIANTS: list[dict[str, Any]] = [
     {"qk_rope_head_dim": 4, "loop_embedding": True},
+    {"loop_over": "layer", "core_layers": 2, "injection": "orthogonal"},
     {
         **{"attention": "gqa", "core_ffn": "dense", "injection": "linear", "lora_rank": 0},
         **{"value_embeddings": True, "dense_ffn": "relu2", "qk_bias": True, "block_norm": "sandwich"},

@@ -125,6 +125,12 @@ VARIANTS: list[dict[str, Any]] = [
     {"attention": "gqa", "dim": 48, "value_embeddings": True, "dense_ffn": "relu2", "prelude_layers": 2},
     {"attention": "gqa", "core_ffn": "dense", "block_norm": "sandwich", "qk_bias": True, "readout_norm": True},
     {"block_norm": "peri", "injection": "initial", "prelude_layers": 0, "coda_layers": 0},
+    {"injection": "orthogonal"},
+    {"loop_over": "layer"},
+    {
+        **{"loop_over": "layer", "core_layers": 3, "injection": "initial", "prelude_norm": False, "attention": "gqa"},
+        **{"value_embeddings": True, "lora_rank": 0, "loop_embedding": True},
+    },
 ]
 
 
@@ -162,14 +168,20 @@ def test_fixed_depth_model(model: Build, attention: str) -> None:
     rows.match(built)
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize(
+    "changes",
+    [{"attention": "mla"}, {"attention": "gqa"}, {"loop_over": "layer", "core_ffn": "dense"}],
+    ids=["mla", "gqa", "by layer"],
+)
 @pytest.mark.parametrize(
     ("rule", "stops"),
     [(Convergence(0.1), converged(0.1)), (SecondDifference(0.1), straightened(0.1))],
     ids=["convergence", "second_difference"],
 )
-def test_rules_stop_each_position_where_it_stops_alone(model: Build, attention: str, rule: Any, stops: Any) -> None:
-    built, rng = model(attention=attention), random.Random(3)
+def test_rules_stop_each_position_where_it_stops_alone(
+    model: Build, changes: dict[str, Any], rule: Any, stops: Any
+) -> None:
+    built, rng = model(**changes), random.Random(3)
     cache, rows = DecodeCache(built.config, 3, loops=8), Rows(3)
     for pieces in random_calls(rng, 3, 4):
         rows.extend(built, cache, pieces, [8, 8, 5], [True, False, True], halting=rule)
@@ -217,9 +229,11 @@ def test_depth_of_the_model_is_the_default(model: Build) -> None:
         torch.testing.assert_close(actual.logits, built(ids, loops=4).logits[:, -1], **CLOSE)
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
-def test_any_split_of_a_prompt_gives_the_same(model: Build, attention: str) -> None:
-    built, rng, lengths = model(attention=attention), random.Random(6), [17, 11, 1]
+@pytest.mark.parametrize(
+    "changes", [{"attention": "mla"}, {"attention": "gqa"}, {"loop_over": "layer"}], ids=["mla", "gqa", "by layer"]
+)
+def test_any_split_of_a_prompt_gives_the_same(model: Build, changes: dict[str, Any]) -> None:
+    built, rng, lengths = model(**changes), random.Random(6), [17, 11, 1]
     texts = [random_ids(length, seed=length).tolist() for length in lengths]
     whole = Rows(3)
     whole.extend(built, DecodeCache(built.config, 3, loops=8), texts, [8] * 3, [True] * 3, halting=Erratic())

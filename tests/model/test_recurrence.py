@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from mythos.model.attention.context import attention_context
-from mythos.model.injection import InitialInjection, LinearInjection, LTIInjection
+from mythos.model.injection import InitialInjection, LinearInjection, LTIInjection, OrthogonalInjection
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.model.state import initial_state
 from mythos.training.depth_schedule import DepthSchedule
@@ -70,8 +70,48 @@ def test_injection_follows_its_formula(small):
                 assert actual[row, position, d].item() == pytest.approx(expected, abs=1e-5)
 
 
-def test_injection_starts_where_the_design_says(small):
-    model = RecurrentDepthTransformer(small()).initialize(0)
+def test_orthogonal_injection_follows_its_formula(small):
+    """Entry by entry; what it keeps of the state has no part along what it injects."""
+    injection = scrambled(OrthogonalInjection(small(dim=6)))
+    generator = torch.Generator().manual_seed(0)
+    e, state = torch.randn(2, 3, 6, generator=generator), torch.randn(2, 3, 6, generator=generator)
+    actual = injection.combine(state, *injection(e), torch.tensor([0]))
+    for row in range(2):
+        for position in range(3):
+            kept, added = [], []
+            for d in range(6):
+                delta = math.log1p(math.exp(injection.dt[d].item()))
+                kept.append(math.exp(-delta * math.exp(injection.log_a[d].item())) * state[row, position, d].item())
+                be = sum(injection.weight[d, k].item() * e[row, position, k].item() for k in range(6))
+                added.append(delta * be)
+            along = sum(a * b for a, b in zip(kept, added, strict=True)) / (sum(b * b for b in added) + 1e-6)
+            result = actual[row, position].tolist()
+            assert abs(along) > 1e-3
+            assert result == pytest.approx([a - along * b + b for a, b in zip(kept, added, strict=True)], abs=1e-5)
+            rest = sum((u - b) * b for u, b in zip(result, added, strict=True))
+            assert rest == pytest.approx(0, abs=1e-5)
+
+
+def test_orthogonal_injection_shrinks_every_state_at_least_as_much_as_its_decay_says(small):
+    """Whatever is injected, nothing included: the largest singular value of a pass, and of four passes."""
+    injection = scrambled(OrthogonalInjection(small(dim=6)), 1.0).double()
+    decay = injection.decay()
+    for scale in (0.0, 1e-4, 1.0, 100.0):
+        added = scale * torch.randn(1, 1, 6, generator=torch.Generator().manual_seed(1)).double()
+
+        def passed(state: Tensor, added: Tensor = added) -> Tensor:
+            return injection.combine(state.view(1, 1, 6), decay, added, torch.tensor([0])).flatten()
+
+        jacobian = torch.func.jacrev(passed)(torch.zeros(6, dtype=torch.float64))
+        norms = [torch.linalg.matrix_norm(power, 2) for power in (jacobian, torch.linalg.matrix_power(jacobian, 4))]
+        assert norms[0] <= decay.max() + 1e-12 and norms[1] <= decay.max() ** 4 + 1e-12
+        if scale == 0:
+            torch.testing.assert_close(jacobian, torch.diag(decay))
+
+
+@pytest.mark.parametrize("injection", ["lti", "orthogonal"])
+def test_injection_starts_where_the_design_says(small, injection):
+    model = RecurrentDepthTransformer(small(injection=injection)).initialize(0)
     injection = model.recurrence.injection
     torch.testing.assert_close(injection.decay(), torch.full((32,), math.sqrt(0.2)))
     torch.testing.assert_close(injection.delta(), torch.full((32,), -math.log(math.sqrt(0.2))))
@@ -93,9 +133,13 @@ def test_linear_add_and_initial_injections(small):
 
 
 @pytest.mark.parametrize("direction", [1.0, -1.0])
-@pytest.mark.parametrize("fused", [True, False])
-def test_spectral_radius_below_one_after_a_huge_step(model, direction, fused):
-    model = model()
+@pytest.mark.parametrize(
+    ("fused", "changes"),
+    [(True, {}), (False, {}), (True, {"injection": "orthogonal", "loop_over": "layer"})],
+    ids=str,
+)
+def test_spectral_radius_below_one_after_a_huge_step(model, direction, fused, changes):
+    model = model(**changes)
     injection = model.recurrence.injection
     ids, targets, state = inputs(model)
     optimizer = torch.optim.AdamW(injection.parameters(), lr=1e4, fused=fused)
@@ -163,6 +207,9 @@ def test_gradient_of_dt_outside_its_bound_is_judged_as_a_whole(small, weight):
         {"injection": "add", "prelude_norm": False, "loop_embedding": True},
         PUBLISHED,
         {"injection": "initial", "block_norm": "peri", "prelude_norm": False},
+        {"injection": "orthogonal"},
+        {"loop_over": "layer", "loop_embedding": True},
+        {"loop_over": "layer", "injection": "initial", "prelude_norm": False, "core_layers": 3},
     ],
     ids=str,
 )
@@ -209,17 +256,25 @@ def unrolled_loss(
     injection, adapter = model.recurrence.injection, model.recurrence.adapter
     delta = torch.log(1 + torch.exp(injection.dt))
     a = torch.exp(-delta * torch.exp(injection.log_a))
-    h = state
-    for t in range(loops):
-        if t == loops - backprop:
-            h = h.detach()
-        u = a * h + delta * (e @ injection.weight.T)
-        y = u
-        for block in model.recurrence.blocks:
-            y = block(y, context)[0]
-        scale = adapter.scale[min(t, config.loops - 1)]
-        normed = u / (u.square().mean(-1, keepdim=True) + config.norm_eps).sqrt() * adapter.norm.weight
-        h = y + ((normed @ adapter.down.weight.T) * scale) @ adapter.up.weight.T
+    blocks, h = list(model.recurrence.blocks), state
+    for number, stage in enumerate([blocks] if config.loop_over == "core" else [[block] for block in blocks]):
+        if number:
+            weight = model.recurrence.stage_norms[number - 1].weight
+            e = h / (h.square().mean(-1, keepdim=True) + config.norm_eps).sqrt() * weight
+        h = state
+        for t in range(loops):
+            if t == loops - backprop:
+                h = h.detach()
+            kept, added = a * h, delta * (e @ injection.weight.T)
+            if config.injection == "orthogonal":
+                along = torch.einsum("bsd,bsd->bs", kept, added) / (torch.einsum("bsd,bsd->bs", added, added) + 1e-6)
+                kept = kept - along[..., None] * added
+            y = u = kept + added
+            for block in stage:
+                y = block(y, context)[0]
+            scale = adapter.scale[min(t, config.loops - 1)]
+            normed = u / (u.square().mean(-1, keepdim=True) + config.norm_eps).sqrt() * adapter.norm.weight
+            h = y + ((normed @ adapter.down.weight.T) * scale) @ adapter.up.weight.T
     x = h @ model.readout.weight.T
     for block in model.coda:
         x = block(x, context)[0]
@@ -230,9 +285,19 @@ def unrolled_loss(
 
 
 @pytest.mark.parametrize(("loops", "backprop"), [(1, 1), (3, 3), (6, 2), (6, 6), (2, 5)])
-@pytest.mark.parametrize("tied", [True, False])
-def test_truncated_gradient_matches_unrolled_loop(model, loops, backprop, tied):
-    model = model(tie_embeddings=tied)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_embeddings": False},
+        {"injection": "orthogonal"},
+        {"loop_over": "layer"},
+        {"loop_over": "layer", "injection": "orthogonal", "core_ffn": "dense"},
+    ],
+    ids=str,
+)
+def test_truncated_gradient_matches_unrolled_loop(model, loops, backprop, changes):
+    model = model(**changes)
     ids, targets, state = inputs(model, rows=2)
     output = model(ids, targets, loops=loops, backprop=backprop, state=state)
     output.loss.backward()
@@ -252,6 +317,7 @@ def test_truncated_gradient_matches_unrolled_loop(model, loops, backprop, tied):
         {"q_lora_rank": 8, "qk_norm": False},
         PUBLISHED | {"core_ffn": "moe"},
         {"injection": "initial", "block_norm": "peri", "prelude_norm": False},
+        {"injection": "orthogonal", "loop_over": "layer"},
     ],
     ids=str,
 )
@@ -284,8 +350,9 @@ def test_a_step_neither_draws_random_numbers_nor_saves_generators(model, monkeyp
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_read_depths_equals_separate_runs(model):
-    model = model().eval()
+@pytest.mark.parametrize("changes", [{}, {"loop_over": "layer"}], ids=str)
+def test_read_depths_equals_separate_runs(model, changes):
+    model = model(**changes).eval()
     ids, targets, _ = inputs(model)
     targets = targets.clone()
     with torch.no_grad():
@@ -306,6 +373,38 @@ def test_read_depths_equals_separate_runs(model):
     assert 0 < readouts[1].depth_overlap <= 1
     assert readouts[1].right[0].sum() == targets.shape[1] - 1 and not readouts[1].right.all(), "right and wrong ones"
     assert model.read_depths(ids, targets, [1])[0].right is None
+
+
+@pytest.mark.parametrize("changes", [{}, {"loop_over": "layer"}], ids=str)
+def test_overlap_is_that_of_each_layers_passes(model, changes):
+    model = model(core_layers=3, **changes).eval()
+    ids, targets, _ = inputs(model)
+    overlaps = [readout.depth_overlap for readout in model.read_depths(ids, targets, [1, 2, 3, 4])]
+    assert overlaps[0] is None
+    for depth, overlap in zip((2, 3, 4), overlaps[1:], strict=True):
+        chosen: dict[tuple[int, int], Tensor] = {}
+
+        def observe(after: Any, chosen: dict[tuple[int, int], Tensor] = chosen) -> None:
+            for layer, experts in enumerate(after.experts, start=after.layer):
+                chosen[layer, after.loop] = experts
+
+        with torch.no_grad():
+            model.hidden_states(ids, [depth] * len(ids), depth, observe=observe)
+        assert chosen.keys() == {(layer, loop) for layer in range(3) for loop in range(1, depth + 1)}
+        shares = [
+            len(set(new.tolist()) & set(old.tolist())) / len(new)
+            for layer in range(3)
+            for new, old in zip(chosen[layer, depth].view(-1, 2), chosen[layer, depth - 1].view(-1, 2), strict=True)
+        ]
+        assert overlap.item() == pytest.approx(sum(shares) / len(shares), abs=1e-6)
+
+
+def test_passes_are_observed_once_in_the_deepest_run_layer_by_layer(model):
+    model = model(loop_over="layer").eval()
+    ids, targets, _ = inputs(model)
+    seen: list[tuple[int, int]] = []
+    model.read_depths(ids, targets, [1, 3], observe=lambda after: seen.append((after.layer, after.loop)))
+    assert seen == [(0, 1), (0, 2), (0, 3), (1, 1), (1, 2), (1, 3)]
 
 
 @pytest.mark.parametrize("depths", [[], [0], [-1, 2], [3, 1], [2, 2]])
@@ -380,8 +479,9 @@ def test_initial_state_is_a_function_of_seed_step_and_row(small):
     assert initial_state(small(state_init="zero"), [1], 5, seed=0, step=0, device=cpu).abs().max() == 0
 
 
-def test_flops_executed_are_those_the_depths_need(model):
-    model = model()
+@pytest.mark.parametrize("changes", [{}, {"loop_over": "layer", "injection": "orthogonal"}], ids=str)
+def test_flops_executed_are_those_the_depths_need(model, changes):
+    model = model(**changes)
     depths = [11, 8, 8, 6, 5, 5, 3, 1]
     ids, targets, state = inputs(model, rows=len(depths), length=64)
 

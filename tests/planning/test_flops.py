@@ -53,6 +53,8 @@ VARIANTS: list[dict[str, Any]] = [
         **{"block_norm": "sandwich", "readout_norm": True},
     },
     {"injection": "initial", "block_norm": "peri", "prelude_norm": False},
+    {"injection": "orthogonal", "loop_over": "layer"},
+    {"injection": "linear", "loop_over": "layer", "core_layers": 3},
 ]
 
 
@@ -115,7 +117,7 @@ def test_training_flops_are_those_torch_counts(changes: dict[str, Any], loops: l
     assert executed == pytest.approx(needed, rel=0.01)
 
 
-@pytest.mark.parametrize("changes", [*VARIANTS[:2], VARIANTS[-2]], ids=str)
+@pytest.mark.parametrize("changes", [*VARIANTS[:2], *VARIANTS[6:9]], ids=str)
 def test_recomputed_flops_are_those_torch_counts(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """With a GPU's choice of matmuls; values are as wide as keys, because a GPU's kernel may pad them to that width."""
     monkeypatch.setattr(device_choice, "float32_by_onednn", lambda *_: False)

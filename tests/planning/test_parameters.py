@@ -28,6 +28,8 @@ VARIATIONS: list[dict[str, Any]] = [
     {"tie_embeddings": False, "vocab_size": 1000},
     {"n_shared_experts": 0},
     {"core_layers": 3, "prelude_layers": 0, "coda_layers": 2},
+    {"core_layers": 3, "loop_over": "layer"},
+    {"core_layers": 3, "loop_over": "layer", "prelude_norm": False},
 ]
 
 

@@ -164,6 +164,17 @@ def test_resume_is_exact(tmp_path, uninterrupted, stop):
     assert_identical(uninterrupted, continued)
 
 
+def test_resume_of_a_model_that_repeats_layer_by_layer_is_exact(tmp_path):
+    layers = {"model__core_layers": 2, "model__loop_over": "layer", "model__injection": "orthogonal"}
+    changes = EVERYTHING | layers
+    config = tiny(tmp_path, **changes)
+    interrupt(config, 3)
+    continued = run(config)
+    whole = run(tiny(tmp_path, run__dir=str(tmp_path / "whole"), **changes))
+    assert measurements(config.run_dir) == measurements(whole.run_dir)
+    assert_identical(whole, continued)
+
+
 def test_leftovers_of_a_kill_in_the_middle_of_a_save(tmp_path, uninterrupted):
     config = tiny(tmp_path, **EVERYTHING)
     interrupt(config, 7)

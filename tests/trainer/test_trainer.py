@@ -377,8 +377,17 @@ def test_bfloat16_run(tmp_path, monkeypatch):
             "model__coda_layers": 0,
             "depth": {"sampling": "fixed", "backprop": 3},
         },
+        {
+            "train__dtype": "bfloat16",
+            "model__prelude_layers": 0,
+            "model__coda_layers": 0,
+            "model__core_layers": 2,
+            "model__loop_over": "layer",
+            "model__injection": "orthogonal",
+            "depth": {"sampling": "fixed", "backprop": 3},
+        },
     ],
-    ids=["dense", "moe-bfloat16"],
+    ids=["dense", "moe-bfloat16", "layer by layer"],
 )
 def test_compiled_model(tmp_path, monkeypatch, changes):
     """Traced and differentiated ahead of time; the code generator itself takes a minute on a CPU and is left out."""
