@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mythos.model.config import ModelConfig
+from mythos.model.lanes import inject_lanes
 from mythos.model.layers import Initializer, Linear, RMSNorm, by_row, identity, without_autocast, zeros
 from mythos.model.ops.matmul import float32_linear
 
@@ -127,8 +128,7 @@ class LTIInjection(Injection):
         """A * h + Delta * (e B^T): (n, S, D), or with lanes (n, S, K, D)."""
         if self.lanes == 1:
             return torch.addcmul(injected, shared, state)
-        decay, delta = shared.unbind()
-        return torch.addcmul(delta * injected.unsqueeze(-2), decay, state)
+        return inject_lanes(state, *shared.unbind(), injected)
 
 
 class LinearInjection(Injection):

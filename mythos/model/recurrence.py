@@ -16,7 +16,7 @@ from mythos.model.config import INJECTIONS, ModelConfig
 from mythos.model.decoding import CachedContext
 from mythos.model.halting import HaltingRule
 from mythos.model.injection import Injection
-from mythos.model.lanes import StateLanes
+from mythos.model.lanes import StateLanes, write_lanes
 from mythos.model.layers import Initializer, Linear, RMSNorm, autocast_dtype, ones, zeros
 from mythos.model.moe import MixtureOfExperts, core_class
 from mythos.model.ops.grouped_experts import ExpertWeights
@@ -273,4 +273,4 @@ class Recurrence(nn.Module):
             if experts is not None:
                 routed.append(experts)
         output = x if adapted is None else x + adapted
-        return output if self.lanes is None else self.lanes.write(lanes, write, output - u), output, routed
+        return output if self.lanes is None else write_lanes(lanes, write, output - u), output, routed
