@@ -134,9 +134,10 @@ class Console:
         """Show a training that goes from `step` to `steps`."""
         self.first, self.step, self.steps, self.started = step, step, steps, time.monotonic()
         if self.shown and can_redraw(sys.stdout):
-            from mythos.display import TrainingDisplay  # imports rich, which takes 0.2 s
+            from mythos.display import TrainingDisplay  # imports rich, for terminals only
 
-            self.display = TrainingDisplay(step, steps)
+            with self._going_on():
+                self.display = TrainingDisplay(step, steps)
         try:
             yield
         finally:
@@ -159,7 +160,8 @@ class Console:
     def report(self, metrics: dict[str, Any]) -> None:
         """Show the record of the newest step: in the display, or as a line."""
         if self.display is not None:
-            self.display.show(measurements(metrics))
+            with self._going_on():
+                self.display.show(measurements(metrics))
         else:
             self.step = metrics["step"]
             parts = [f"step {self.step}/{self.steps}", *measurements(metrics), self._left()]

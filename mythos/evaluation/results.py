@@ -162,7 +162,9 @@ def _result(
     samples: int | None,
 ) -> Result:
     """Inverse of :func:`scores_of` for one result, with the keys SCORES."""
-    setting = DepthSetting(int(loops), rule, None if threshold is None else float(threshold))
+    setting = DepthSetting(
+        int(loops), None if rule is None else str(rule), None if threshold is None else float(threshold)
+    )
     mean_loops, value = (math.nan if number is None else float(number) for number in (mean_loops, value))
     stderr = None if stderr is None else float(stderr)
     return Result(str(task), str(metric), setting, mean_loops, value, stderr, None if samples is None else int(samples))

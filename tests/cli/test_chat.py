@@ -183,6 +183,7 @@ def wait_for_prompt(terminal: Terminal) -> None:
     terminal.until(lambda text: text.splitlines()[-1:] == [">"])
 
 
+@pytest.mark.slow
 def test_chat_on_a_terminal(trained: Path) -> None:
     """A legend and tokens in colour; Ctrl-C stops the model, Ctrl-D leaves."""
     command = [sys.executable, "-m", "mythos", "chat", str(trained), "--tokens", "63"]
@@ -209,6 +210,7 @@ def test_chat_on_a_terminal(trained: Path) -> None:
     assert "Traceback" not in terminal.text
 
 
+@pytest.mark.slow
 def test_chat_without_colours(trained: Path) -> None:
     command = [sys.executable, "-m", "mythos", "chat", str(trained), "--tokens", "4", "--loops", "2"]
     with Terminal(command, 100, NO_COLOR="1") as terminal:

@@ -85,6 +85,7 @@ def test_a_wrong_path_is_reported_without_torch(name, tmp_path):
 LONG = ["-c", "from mythos.cli.common import *; sys.exit(quiet_without_reader(lambda: print('x' * 10**6)))"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [
