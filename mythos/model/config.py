@@ -129,6 +129,9 @@ class ModelConfig(Section):
     """What a loop repeats: core = all core layers, one pass after the other; layer = each core layer by itself, all its
     passes before the next layer begins (arXiv 2607.16051). Then the encoded input of a layer is the last state of the
     layer before, normalised like the prelude's output."""
+    lanes: Annotated[int, Field(ge=1, le=16)] = 1
+    """lti: number K of state lanes, streams of width D with decays of their own, fast to slow. A pass reads a mixture
+    of them, weighted by gates, and writes its change to each (after arXiv 2409.19606 and 2604.21254)."""
     prelude_norm: bool = True
     """RMSNorm on the prelude's output before it is injected (arXiv 2604.12946: long runs diverge without it)."""
     readout_norm: bool = False
@@ -170,6 +173,12 @@ def model_contradictions(config: ModelConfig) -> Iterator[Contradiction]:
     yield from FEED_FORWARDS.contradictions(config.dense_ffn, config)
     yield from ATTENTIONS.contradictions(config.attention, config)
     yield from INJECTIONS.contradictions(config.injection, config)
+    if config.lanes > 1 and config.injection != "lti":
+        values = f"got {config.lanes} and {config.injection}"
+        yield (
+            ("lanes", "injection"),
+            f"{values}; lanes differ by their decays, which only lti has: set lanes to 1, or use lti",
+        )
     yield from HALTING_RULES.contradictions(config.halting, config)
     if config.loop_over == "layer" and config.core_layers == 1:
         rule = "one layer has no order: leave out loop_over, or set core_layers to at least 2"

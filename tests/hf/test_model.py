@@ -218,7 +218,7 @@ def test_what_is_refused(build_model: BuildModel, model: MythosForCausalLM) -> N
     "fields",
     [
         {},
-        {"tie_embeddings": False, "halting": "gate", "loop_embedding": True},
+        {"tie_embeddings": False, "halting": "gate", "loop_embedding": True, "lanes": 2},
         {"tie_embeddings": False, "loop_over": "layer", "core_layers": 2, "injection": "orthogonal"},
     ],
     ids=str,

@@ -76,7 +76,7 @@ class Pair:
 
 
 VARIANTS: list[dict[str, Any]] = [
-    {"qk_rope_head_dim": 4, "loop_embedding": True},
+    {"qk_rope_head_dim": 4, "loop_embedding": True, "lanes": 2},
     {"loop_over": "layer", "core_layers": 2, "injection": "orthogonal"},
     {
         **{"attention": "gqa", "core_ffn": "dense", "injection": "linear", "lora_rank": 0},

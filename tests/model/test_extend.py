@@ -118,6 +118,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"injection": "linear"},
     {"injection": "add", "attention": "gqa"},
     {"loop_embedding": True, "core_layers": 1},
+    {"lanes": 2},
+    {"lanes": 3, "lora_rank": 0, "attention": "gqa", "loop_embedding": True},
     {"lora_rank": 0, "prelude_norm": False, "tie_embeddings": False},
     {"prelude_layers": 0},
     {"coda_layers": 0, "attention": "gqa"},
@@ -127,6 +129,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"block_norm": "peri", "injection": "initial", "prelude_layers": 0, "coda_layers": 0},
     {"injection": "orthogonal"},
     {"loop_over": "layer"},
+    {"loop_over": "layer", "lanes": 2},
     {
         **{"loop_over": "layer", "core_layers": 3, "injection": "initial", "prelude_norm": False, "attention": "gqa"},
         **{"value_embeddings": True, "lora_rank": 0, "loop_embedding": True},
