@@ -216,8 +216,12 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         # All loops carry gradient: up to 4, for rounding grows with their number.
         **{"depth__mean": 2, "depth__backprop": None},
     },
+    "passes that differ": {
+        **{"model__router_loop": "bias", "model__loop_norm": "adaptive", "model__residual_scale": 0.25},
+        **{"model__router_bias_per_loop": True, "optim__name": "muon"},
+    },
 }
-"""What published looped models have, and ours by itself has not."""
+"""What published looped models have, and ours by itself has not; and options by which loops differ."""
 
 
 @pytest.fixture(scope="module")
@@ -232,9 +236,11 @@ def as_published(single: tuple[Path, Trained]) -> dict[str, Trained]:
         ("fsdp on 2, blocks, recomputed in part", "parcae and huginn"),
         ("hsdp 2 x 2", "parcae and huginn"),
         ("fsdp on 2, recomputed", "ouro"),
+        ("ddp on 2", "passes that differ"),
+        ("fsdp on 2, blocks, recomputed in part", "passes that differ"),
     ],
 )
-def test_options_of_published_models_equal_one_process(
+def test_options_equal_one_process(
     pool: RankPool, single: tuple[Path, Trained], as_published: dict[str, Trained], layout: str, options: str
 ) -> None:
     """Tables that every layer and loop reads rows of, biases, and norms wherever they may be."""

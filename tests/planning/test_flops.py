@@ -53,6 +53,8 @@ VARIANTS: list[dict[str, Any]] = [
         **{"block_norm": "sandwich", "readout_norm": True},
     },
     {"injection": "initial", "block_norm": "peri", "prelude_norm": False},
+    {"router_loop": "embedding", "router_bias_per_loop": True, "loop_norm": "adaptive", "residual_scale": 0.25},
+    {"router_loop": "bias"},
 ]
 
 
