@@ -208,7 +208,7 @@ class RMSNorm(nn.Module):
     With `cast` the result is in the autocast type, for the matmuls that read it; without, it is float32.
     """
 
-    float32 = ("weight",)
+    float32: tuple[str, ...] = ("weight",)
 
     def __init__(self, dim: int, eps: float, cast: bool = True) -> None:
         super().__init__()
