@@ -44,6 +44,8 @@ def parameters_by_formula(config: ModelConfig) -> Parameters | None:
     total += looped * (dim * dim + dim * (config.prelude_norm + config.readout_norm))
     total += config.loop_embedding * dim
     total += config.core_layers * LOOP_NORMS[config.loop_norm](config)
+    if config.lanes > 1:  # a norm, and two gates for each lane
+        total += dim + 2 * config.lanes * (config.lanes * dim + 1)
     if config.lora_rank:
         total += dim + 2 * dim * config.lora_rank + config.loops * config.lora_rank
     if config.value_embeddings:  # in every second layer, counted back from the last
@@ -90,7 +92,7 @@ ROUTERS: dict[str, Formula] = {
 LOOP_NORMS: dict[str, Formula] = {"none": lambda c: 0, "adaptive": lambda c: 2 * 2 * c.loops * c.dim}
 """Parameters that make the two norms of a core block depend on the loop."""
 INJECTIONS: dict[str, Formula] = {
-    "lti": lambda c: c.dim * c.dim + 2 * c.dim,
+    "lti": lambda c: c.dim * c.dim + 2 * c.lanes * c.dim,
     "linear": lambda c: 2 * c.dim * c.dim,
     "add": lambda c: 0,
     "initial": lambda c: c.dim,

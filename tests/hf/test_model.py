@@ -218,7 +218,8 @@ BY_LOOP = {"router_loop": "bias", "router_bias_per_loop": True, "loop_norm": "ad
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"tie_embeddings": False, "halting": "gate", "loop_embedding": True}, {**BY_LOOP, "loops": 3}]
+    "fields",
+    [{}, {"tie_embeddings": False, "halting": "gate", "loop_embedding": True, "lanes": 2}, {**BY_LOOP, "loops": 3}],
 )
 def test_saved_in_shards_and_loaded_alike(build_model: BuildModel, fields: dict[str, Any], tmp_path: Path) -> None:
     model, ids = build_model(**fields), random_ids(2, 9)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.utils import get_total_norm
 
 from mythos.config.loading import config_from_dict
@@ -128,6 +129,24 @@ def test_bias_of_the_loop_learns_from_a_start_at_zero():
     config = configured("lti", "none", None)
     biased = config.model.model_copy(update={"router_loop": "bias", "router_loop_start": 0.0})
     assert not without_gradient(RecurrentDepthTransformer(biased).initialize(0), config)
+
+
+def test_every_parameter_of_lanes_learns():
+    config = configured("lti", "gate", None)
+    model = RecurrentDepthTransformer(config.model.model_copy(update={"lanes": 2})).initialize(0)
+    assert not without_gradient(model, config)
+
+
+@pytest.mark.parametrize(("backprop", "learns"), [(1, False), (2, True)])
+def test_what_is_written_to_lanes_learns_where_a_next_pass_carries_gradient(backprop, learns):
+    """Why gradient through one loop is refused."""
+    config = configured("lti", "none", None)
+    model = RecurrentDepthTransformer(config.model.model_copy(update={"lanes": 2})).initialize(0)
+    nn.init.normal_(model.recurrence.blocks[0].attention.out.weight)  # starts at zero: the core would change nothing
+    ids = torch.randint(0, 128, (2, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+    model(ids[:, :-1], ids[:, 1:], loops=8, backprop=backprop).objective.backward()
+    assert model.recurrence.lanes.bias.grad[:2].any()
+    assert bool(model.recurrence.lanes.bias.grad[2:].any()) == learns
 
 
 @pytest.mark.parametrize("halting", ["convergence", "second_difference"])
