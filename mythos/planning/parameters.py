@@ -24,7 +24,9 @@ def parameters_by_formula(config: ModelConfig) -> Parameters | None:
         ATTENTIONS.get(config.attention),
         FEED_FORWARDS.get(config.dense_ffn),
         CORES.get(config.core_ffn),
+        ROUTERS.get(config.router_loop),
         INJECTIONS.get(config.injection),
+        LOOP_NORMS.get(config.loop_norm),
         HALTING.get(config.halting),
     )
     if None in parts:
@@ -42,6 +44,7 @@ def parameters_by_formula(config: ModelConfig) -> Parameters | None:
     total += looped * (dim * dim + dim * (config.prelude_norm + config.readout_norm))
     total += config.prelude_norm * (len(loop_stages(config)) - 1) * dim
     total += config.loop_embedding * dim
+    total += config.core_layers * LOOP_NORMS[config.loop_norm](config)
     if config.lanes > 1:  # a norm, and two gates for each lane
         total += dim + 2 * config.lanes * (config.lanes * dim + 1)
     if config.lora_rank:
@@ -71,7 +74,7 @@ def _latent(c: ModelConfig) -> int:
 
 def _mixture(c: ModelConfig) -> int:
     hidden = c.n_experts * c.expert_dim + c.n_shared_experts * c.shared_expert_dim
-    return c.dim * c.n_experts + 3 * c.dim * hidden
+    return c.dim * c.n_experts + 3 * c.dim * hidden + ROUTERS[c.router_loop](c)
 
 
 Formula = Callable[[ModelConfig], int]
@@ -81,6 +84,14 @@ FEED_FORWARDS: dict[str, Formula] = {
     "relu2": lambda c: 2 * c.dim * c.ffn_dim,
 }
 CORES: dict[str, Formula] = {"moe": _mixture, "dense": lambda c: FEED_FORWARDS[c.dense_ffn](c)}
+ROUTERS: dict[str, Formula] = {
+    "none": lambda c: 0,
+    "bias": lambda c: c.loops * c.n_experts,
+    "embedding": lambda c: c.loops * c.dim,
+}
+"""Parameters that make a router depend on the loop."""
+LOOP_NORMS: dict[str, Formula] = {"none": lambda c: 0, "adaptive": lambda c: 2 * 2 * c.loops * c.dim}
+"""Parameters that make the two norms of a core block depend on the loop."""
 INJECTIONS: dict[str, Formula] = {
     "lti": lambda c: c.dim * c.dim + 2 * c.lanes * c.dim,
     "orthogonal": lambda c: c.dim * c.dim + 2 * c.dim,

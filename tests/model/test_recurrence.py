@@ -64,6 +64,8 @@ def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]
         {"injection": "orthogonal"},
         {"loop_over": "layer", "loop_embedding": True},
         {"loop_over": "layer", "injection": "initial", "prelude_norm": False, "core_layers": 3},
+        {"router_loop": "bias", "loop_norm": "adaptive", "residual_scale": 0.25},
+        {"router_loop": "embedding", "router_bias_per_loop": True, "loop_norm": "adaptive"},
         {"lanes": 2},
     ],
     ids=str,

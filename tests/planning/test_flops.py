@@ -56,6 +56,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"injection": "initial", "block_norm": "peri", "prelude_norm": False},
     {"injection": "orthogonal", "loop_over": "layer"},
     {"injection": "linear", "loop_over": "layer", "core_layers": 3},
+    {"router_loop": "embedding", "router_bias_per_loop": True, "loop_norm": "adaptive", "residual_scale": 0.25},
+    {"router_loop": "bias"},
 ]
 
 

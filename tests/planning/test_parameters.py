@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mythos.config.presets import PRESETS, preset_config
-from mythos.model.config import ATTENTIONS, CORES, FEED_FORWARDS, HALTING_RULES, INJECTIONS
+from mythos.model.config import ATTENTIONS, CORES, FEED_FORWARDS, HALTING_RULES, INJECTIONS, LOOP_NORMS, ROUTERS
 from mythos.planning.flops import count_parameters
 from mythos.planning.parameters import parameters_by_formula
 
@@ -31,6 +31,9 @@ VARIATIONS: list[dict[str, Any]] = [
     {"core_layers": 3, "prelude_layers": 0, "coda_layers": 2},
     {"core_layers": 3, "loop_over": "layer"},
     {"core_layers": 3, "loop_over": "layer", "prelude_norm": False},
+    *({"router_loop": name, "core_layers": 2} for name in ROUTERS.names),
+    {"router_loop": "bias", "router_bias_per_loop": True, "residual_scale": 0.5},
+    *({"loop_norm": name, "core_layers": 2, "block_norm": "peri"} for name in LOOP_NORMS.names),
 ]
 
 
