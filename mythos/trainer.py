@@ -82,12 +82,12 @@ class Trainer:
         )
         self.resources.callback(self.checkpoints.close)
         self.checkpoints.claim(lock, config.run.name)
-        found = self.resumed_from = self.checkpoints.find(config.run.resume)
-        meta: dict[str, Any] = self.ranks.agreed(lambda: read_meta(found)) if found else {}
+        checkpoint = self.resumed_from = self.checkpoints.find(config.run.resume)
+        meta: dict[str, Any] = self.ranks.agreed(lambda: read_meta(checkpoint)) if checkpoint else {}
         self.step: int = meta.get("step", 0)  # optimizer steps done
         self.tokens: int = meta.get("tokens", 0)
         # The weights of train.init_from. A run that is resumed has its own and does not need that model any more.
-        self.start = None if found else agreed_start(config, self.ranks)
+        self.start = None if checkpoint else agreed_start(config, self.ranks)
         if self.start is not None:
             self.resources.callback(self.start.close)
 

@@ -4,8 +4,13 @@ import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from mythos.checkpoints.stored_model import OpenedModel
+    from mythos.trainer import Trainer
 
 # Read by libraries when they are imported, so set before any test module is.
 os.environ.update(
@@ -82,3 +87,25 @@ def no_plots() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "draw_plots", lambda *_: [])
         yield
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> "Trainer":
+    """A run of four steps on text, with checkpoints after two and four, that no test changes."""
+    from mythos import trainer
+    from tests.runs import tiny
+    from tests.trainers import run
+
+    samples = {"eval__samples": 1, "eval__prompts": ["The river crosses the garden. " * 15]}
+    config = tiny(tmp_path_factory.mktemp("trained"), checkpoint__every=2, optim__lr=0.02, depth__mean=2, **samples)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "draw_plots", lambda *_: [])
+        return run(config)
+
+
+@pytest.fixture(scope="session")
+def opened(trained: "Trainer") -> "OpenedModel":
+    """The newest checkpoint of `trained`."""
+    from mythos.checkpoints.stored_model import open_model
+
+    return open_model(trained.run_dir)

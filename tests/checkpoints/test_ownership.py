@@ -351,7 +351,7 @@ UNUSABLE = {
 
 
 @pytest.mark.parametrize("spoil", UNUSABLE, ids=lambda spoil: spoil.__name__)
-def test_unusable_places_are_told_before_training(tmp_path, spoil):
+def test_unusable_folders_are_reported_before_training(tmp_path, spoil):
     place = tmp_path / "parent" / "place"
     place.parent.mkdir()
     spoil(place)
@@ -363,7 +363,7 @@ def test_unusable_places_are_told_before_training(tmp_path, spoil):
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT])
-def test_a_place_that_takes_no_file_is_told_before_training(tmp_path, monkeypatch, number):
+def test_a_folder_that_takes_no_file_is_reported_before_training(tmp_path, monkeypatch, number):
     def refused(path: Path, content: bytes, **_: bool) -> None:
         raise OSError(number, os.strerror(number), str(path))
 
@@ -374,7 +374,7 @@ def test_a_place_that_takes_no_file_is_told_before_training(tmp_path, monkeypatc
     assert ("Free some space" in str(caught.value)) == full
 
 
-def test_a_disk_without_room_for_a_checkpoint_is_told_before_training(tmp_path, monkeypatch):
+def test_a_disk_without_room_for_a_checkpoint_is_reported_before_training(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(

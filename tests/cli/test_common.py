@@ -40,7 +40,7 @@ def test_what_reads_the_output_may_stop() -> None:
             command.kill()
 
 
-def test_numbers_in_the_order_given() -> None:
+def test_numbers_keep_the_order_of_the_command_line() -> None:
     assert whole_numbers("--loops", "4,1,1, 2") == [4, 1, 1, 2]
     assert positive_numbers("--thresholds", "0.2,1e-3") == [0.2, 1e-3]
 

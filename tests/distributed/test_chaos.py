@@ -30,9 +30,9 @@ def test_faults_change_nothing(tmp_path: Path) -> None:
         Fault("SIGTERM", TMP, RANK, rank=1, step=21),
     ]
     chaos = disturb(tmp_path, "short", Layout("ddp", 2), faults, random.Random(0), mount=False)
-    _, killed, flipped, told = chaos.outcomes
+    _, killed, flipped, terminated = chaos.outcomes
     assert killed.met == RENAMED
-    assert killed.lost > 0 and flipped.lost > 0 and told.lost == 0
+    assert killed.lost > 0 and flipped.lost > 0 and terminated.lost == 0
     assert chaos.compared >= 9
 
 
@@ -166,7 +166,7 @@ def test_the_comparison_finds(spoil: Callable[[Chaos], None], message: str, chao
         chaos.look()
 
 
-def test_a_process_that_is_left_is_found(chaos: Chaos, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_leftover_process_is_detected(chaos: Chaos, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chaos_run, "GONE_SECONDS", 0.3)
     chaos.run.wait_gone()
     command = [sys.executable, "-c", "import time; print('here', flush=True); time.sleep(60)"]
