@@ -10,7 +10,6 @@ from textwrap import indent
 from typing import Any
 
 import torch
-from accelerate.utils import set_seed
 from torch import Tensor
 
 from mythos.checkpoints.checkpoint import Checkpoints, training_state
@@ -49,7 +48,7 @@ from mythos.training.measurements import StepResult, expert_balance, loop_loads,
 from mythos.training.metrics import MetricsLog
 from mythos.training.optim import build_optimizer
 from mythos.training.profiling import OwnTime, Profiler, Stopwatch
-from mythos.training.rng import random_state, set_random_state
+from mythos.training.rng import random_state, seed_generators, set_random_state
 from mythos.training.trackers import check_trackers
 from mythos.versions import installed_versions
 
@@ -170,7 +169,7 @@ class Trainer:
     def prepare_model(self, meta: dict[str, Any]) -> None:
         """Lay the model out over the processes, and fill it: new values, a checkpoint's, or train.init_from's."""
         config, start = self.config, self.start
-        set_seed(config.run.seed)  # mythos does not draw from global generators, but code that users add may
+        seed_generators(config.run.seed)  # mythos does not draw from global generators, but code that users add may
         with torch.device("meta"):
             self.model = RecurrentDepthTransformer(config.model)
         self.layout = layout = agree_on_layout(config, self.world)

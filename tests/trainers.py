@@ -13,6 +13,12 @@ from mythos.errors import MythosError
 from mythos.trainer import StepResult, Trainer
 
 
+def no_drawing(run_dir: Path, mean_depth: float) -> list[Path]:
+    """Replaces `draw_plots`, which takes as long as a small run: leaves an empty folder."""
+    (run_dir / "plots").mkdir(exist_ok=True)
+    return []
+
+
 def run(config: Config) -> Trainer:
     trainer = Trainer(config)
     trainer.run()

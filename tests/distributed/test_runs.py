@@ -6,12 +6,14 @@ import os
 import re
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from mythos import trainer
 from mythos.checkpoints.stored_checkpoint import complete_checkpoints
 from mythos.config.loading import load_config
 from mythos.data.stream import Batch
@@ -23,7 +25,7 @@ from mythos.trainer import StepResult, Trainer
 from mythos.training.metrics import read_metrics
 from tests.distributed.pool import RankPool
 from tests.runs import measurements, tiny
-from tests.trainers import fail_at
+from tests.trainers import fail_at, no_drawing
 
 CHANGES: dict[str, Any] = {
     "data__streams": 4,
@@ -57,6 +59,14 @@ def run(directory: Path, name: str, changes: dict[str, Any]) -> dict[str, torch.
         if trainer.layout.mode == "ddp"
         else {}
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plots() -> Iterator[None]:
+    """What the processes of the pool do instead of drawing, in this process too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "draw_plots", no_drawing)
+        yield
 
 
 @pytest.fixture(scope="module")
