@@ -24,33 +24,49 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # many small operations: threads 
 
 
 SLOW = (
+    "benchmarks/",
+    "checkpoints/test_older_runs.py",
+    "checkpoints/test_ownership.py",
+    "cli/test_dry_run.py",
+    "cli/test_estimate.py",
+    "cli/test_evaluate.py",
     "cli/test_tokenize.py",
+    "cli/test_train.py",
+    "data/test_embedded.py",
+    "data/test_hub.py",
     "data/test_kills.py",
     "data/test_loader.py",
+    "data/test_remote.py",
     "data/test_remote_hostile.py",
+    "data/test_tasks.py::test_workers_read_the_same_batches",
     "distributed/",
-    "evaluation/test_validation_stops.py",
+    "evaluation/",
     "gpu_check/",
-    "hf/test_generate.py",
-    "hf/test_peft.py",
-    "hf/test_trainer.py",
+    "hf/",
+    "model/ops/test_device_choice.py::test_flex_attention_takes_few_graphs",
+    "model/ops/test_recompute.py::test_a_compiled_pass_keeps_less_and_has_the_same_gradients",
     "model/test_compiled_decoding.py",
     "model/test_gpu_readiness.py",
+    "model/test_recurrence.py::test_memory_of_a_step_does_not_grow_with_the_loops",
     "planning/",
+    "reports/test_comparison.py",
+    "reports/test_page.py",
     "test_docs.py",
     "test_fuzzing.py",
     "test_missing_packages.py",
     "test_progress.py",
     "trainer/",
+    "training/test_trackers.py",
 )
-"""Files and folders whose tests start processes, compile, or train for long: left out by `pytest -m "not slow"`."""
+"""Folders, files and tests that start processes, compile, or train for long: left out by `pytest -m "not slow"`."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark slow tests, and run them first: the workers then share what is left evenly."""
     for item in items:
-        if item.path.relative_to(Path(__file__).parent).as_posix().startswith(SLOW):
+        path = item.path.relative_to(Path(__file__).parent).as_posix()
+        if f"{path}::{item.name}".startswith(SLOW):
             item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: "slow" not in item.keywords)
 
