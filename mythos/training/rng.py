@@ -12,7 +12,7 @@ import torch
 
 
 def seed_generators(seed: int) -> None:
-    """Seed the generators of Python, NumPy and torch. (accelerate's `set_seed` takes a quarter of a second to import.)"""
+    """Seed the generators of Python, NumPy and torch."""  # accelerate's set_seed takes 0.2 s to import
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

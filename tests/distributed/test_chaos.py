@@ -140,7 +140,7 @@ def continued(step: int) -> Callable[[Chaos], None]:
     return spoil
 
 
-def untold_damage(chaos: Chaos) -> None:
+def unreported_damage(chaos: Chaos) -> None:
     chaos.flip()
     continued(4)(chaos)
 
@@ -156,7 +156,7 @@ def untold_damage(chaos: Chaos) -> None:
         (records(lambda lines: lines[:3] + lines[4:]), r"has the steps \[1, 2, 3, 5, 6\]"),
         (records(another_loss), "^step 3: metrics.jsonl differs from the undisturbed run's: loss: "),
         (continued(4), "^rank 0 continued from step 4, not 6"),
-        (untold_damage, "step-00000006 is damaged, which was not told"),
+        (unreported_damage, "step-00000006 is damaged, which was not reported"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )

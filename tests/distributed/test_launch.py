@@ -420,7 +420,7 @@ time.sleep(60)  # as an upload of what a tracker has left
 
 @pytest.mark.parametrize(("word", "status"), [("saved", 0), ("saving", 1)])
 def test_second_signal_ends_all_at_once(tmp_path, word, status):
-    """With 0 where everything is saved, else with 1 and one message; torchrun tells nothing of its own."""
+    """With 0 where everything is saved, else with 1 and one message; torchrun prints nothing of its own."""
     shutil.copy(ROOT / "launch.sh", tmp_path)
     (tmp_path / "train.py").write_text(SAVES)
     environment = {name: value for name, value in os.environ.items() if not re.match("SLURM_|NNODES|MASTER_", name)}

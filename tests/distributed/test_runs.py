@@ -275,7 +275,7 @@ def run_beside_a_lost_rank(directory: Path, how: str) -> str:
         trainer.run()
     (directory / how / "message").write_text(str(caught.value))
     assert time.monotonic() - started < 12
-    return "told"
+    return "ended"
 
 
 @pytest.mark.parametrize("how", ["dead", "hanging"])
@@ -285,7 +285,7 @@ def test_lost_rank_ends_the_others_within_the_timeout(pool: RankPool, single: Pa
             run_beside_a_lost_rank, single, how, ranks=4 if how == "hanging" else 2, timeout=20, lost=how == "hanging"
         )
     message = (single / how / "message").read_text()
-    # Of whichever was told last: all but the lost one, rank 1, write it.
+    # All ranks but the lost one, rank 1, write it; the last to notice wins.
     assert re.match(r"rank [023] lost the other processes in step 4: ", message) and "(" in message
     assert message.endswith("step-00000002")
     if how == "hanging":

@@ -1,4 +1,4 @@
-"""Two processes: stops while the model is measured, and unusable places of checkpoints, told to all alike."""
+"""Two processes: stops while the model is measured, and folders that checkpoints cannot use, reported by all ranks."""
 
 import errno
 import json

@@ -23,7 +23,7 @@ ATTENTIONS = [{"attention": "gqa"}, {"attention": "mla"}]
 
 
 def document_ids(rows: list[list[int]]) -> Tensor:
-    """Ids that repeat along a row, where only a change tells a new document."""
+    """Ids that repeat along a row, where only a change marks a new document."""
     ids = [[place % 2 for place, length in enumerate(lengths) for _ in range(length)] for lengths in rows]
     return torch.tensor(ids, dtype=torch.int32)
 
