@@ -198,6 +198,11 @@ def _moe_parameters(config: ModelConfig) -> int:
     return config.dim * config.n_experts + 3 * config.dim * hidden
 
 
+def _dense_parameters(config: ModelConfig) -> int | None:
+    formula = FEED_FORWARDS.entries[config.dense_ffn].parameters
+    return None if formula is None else formula(config)
+
+
 def _idle_experts(config: ModelConfig) -> int:
     return (config.n_experts - config.experts_per_token) * 3 * config.dim * config.expert_dim
 
@@ -294,7 +299,7 @@ CORES.add(
     training_rules=_several_experts,
     summary=_experts,
 )
-CORES.add("dense", "mythos.model.moe:DenseCore", parameters=lambda c: FEED_FORWARDS.entries[c.dense_ffn].parameters(c))
+CORES.add("dense", "mythos.model.moe:DenseCore", parameters=_dense_parameters)
 
 FEED_FORWARDS.add("swiglu", "mythos.model.layers:SwiGLU", parameters=lambda c: 3 * c.dim * c.ffn_dim)
 FEED_FORWARDS.add("relu2", "mythos.model.layers:SquaredReLU", parameters=lambda c: 2 * c.dim * c.ffn_dim)

@@ -14,8 +14,8 @@ Contradiction = tuple[tuple[str, ...], str]
 """Names of fields whose values cannot be combined, and the message."""
 Rules = Callable[[Any], Iterator[Contradiction]]
 """Yields the contradictions of a `ModelConfig` that uses the entry."""
-Formula = Callable[[Any], int]
-"""A number of parameters of a `ModelConfig` that uses the entry."""
+Formula = Callable[[Any], int | None]
+"""A number of parameters of a `ModelConfig` that uses the entry; None if unknown."""
 
 
 class Setting(NamedTuple):
@@ -59,7 +59,7 @@ class Entry(NamedTuple):
     rules: Rules = no_rules
     parameters: Formula | None = None
     """Number of parameters of one instance. If None, a model is built to count them."""
-    idle_parameters: Formula = no_parameters
+    idle_parameters: Callable[[Any], int] = no_parameters
     """How many of them a token does not use."""
     training_rules: TrainingRules = no_rules
     summary: Callable[[Any], str] | None = None

@@ -56,6 +56,14 @@ def test_a_part_without_formula_is_counted_on_a_model(monkeypatch: pytest.Monkey
     assert parameters_by_formula(changed) == Parameters(total + 1000, total + 990)
 
 
+def test_a_dense_core_of_an_unknown_feed_forward_has_no_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FEED_FORWARDS, "entries", dict(FEED_FORWARDS.entries))
+    FEED_FORWARDS.add("ours", FEED_FORWARDS["swiglu"])
+    config = preset_config("mythos_nano", core_ffn="dense", dense_ffn="ours")
+    assert parameters_by_formula(config) is None
+    assert counted(config) == count_parameters(preset_config("mythos_nano", core_ffn="dense"))
+
+
 def test_the_table_of_presets_needs_no_torch() -> None:
     code = "import sys; from mythos.cli import main; status = main(['presets']); assert 'torch' not in sys.modules"
     printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
