@@ -24,7 +24,7 @@ os.environ.update(
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # many small operations: threads cost more than they bring
 
 
-# A shell without job control starts its background jobs with SIGINT ignored, which the processes of tests would inherit.
+# A shell without job control starts background jobs with SIGINT ignored, which the processes of tests would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
