@@ -142,6 +142,7 @@ class Peak(TorchDispatchMode):
         storages = {key: reference() for key, reference in self.alive.items()}
         self.alive = {key: self.alive[key] for key, storage in storages.items() if storage is not None}
         self.bytes = max(self.bytes, sum(storage.nbytes() for storage in storages.values() if storage is not None))
+        return result
 
 
 @pytest.mark.parametrize(
