@@ -124,6 +124,9 @@ class ModelConfig(Section):
     """How the encoded input enters a pass: lti = stable by construction (rho(A) < 1); linear = one unconstrained
     matrix over state and input; add = sum; initial = only in the first pass, later passes read the normalised state
     (Ouro, arXiv 2510.25741); none = a fixed-depth transformer whose core runs once."""
+    lanes: Annotated[int, Field(ge=1, le=16)] = 1
+    """lti: number K of state lanes, streams of width D with decays of their own, fast to slow. A pass reads a mixture
+    of them, weighted by gates, and writes its change to each (after arXiv 2409.19606 and 2604.21254)."""
     prelude_norm: bool = True
     """RMSNorm on the prelude's output before it is injected (arXiv 2604.12946: long runs diverge without it)."""
     readout_norm: bool = False
@@ -156,6 +159,12 @@ def model_contradictions(config: ModelConfig) -> Iterator[Contradiction]:
     yield from _multiples_of_8(config, "dim", "ffn_dim")
     for registry, name in registered_parts(config):
         yield from registry.contradictions(name, config)
+    if config.lanes > 1 and config.injection != "lti":
+        values = f"got {config.lanes} and {config.injection}"
+        yield (
+            ("lanes", "injection"),
+            f"{values}; lanes differ by their decays, which only lti has: set lanes to 1, or use lti",
+        )
 
 
 def model_training_contradictions(config: ModelConfig, depth: TrainingDepth) -> Iterator[Contradiction]:
@@ -239,6 +248,16 @@ def _mla_parameters(config: ModelConfig) -> int:
     return query + latent + expand + config.n_heads * config.v_head_dim * config.dim + norms
 
 
+def _lti_parameters(config: ModelConfig) -> int:
+    return config.dim * config.dim + 2 * config.lanes * config.dim
+
+
+def _lanes_are_written_with_gradient(config: ModelConfig, depth: TrainingDepth) -> Iterator[Contradiction]:
+    if config.lanes > 1 and depth.backprop.loops == 1:
+        rule = "what a pass writes to the lanes is read in the next pass only: set depth.backprop to 2 or more"
+        yield ("model.lanes", depth.backprop.path), f"got {config.lanes} and gradient through 1 loop; {rule}"
+
+
 def _fixed_depth_rules(config: ModelConfig) -> Iterator[Contradiction]:
     for name, only in (("loops", 1), ("lora_rank", 0), ("loop_embedding", False)):
         if getattr(config, name) != only:
@@ -304,7 +323,12 @@ CORES.add("dense", "mythos.model.moe:DenseCore", parameters=_dense_parameters)
 FEED_FORWARDS.add("swiglu", "mythos.model.layers:SwiGLU", parameters=lambda c: 3 * c.dim * c.ffn_dim)
 FEED_FORWARDS.add("relu2", "mythos.model.layers:SquaredReLU", parameters=lambda c: 2 * c.dim * c.ffn_dim)
 
-INJECTIONS.add("lti", "mythos.model.injection:LTIInjection", parameters=lambda c: c.dim * c.dim + 2 * c.dim)
+INJECTIONS.add(
+    "lti",
+    "mythos.model.injection:LTIInjection",
+    parameters=_lti_parameters,
+    training_rules=_lanes_are_written_with_gradient,
+)
 INJECTIONS.add("linear", "mythos.model.injection:LinearInjection", parameters=lambda c: 2 * c.dim * c.dim)
 INJECTIONS.add("add", "mythos.model.injection:AddInjection", parameters=no_parameters)
 INJECTIONS.add(
