@@ -161,10 +161,8 @@ def model_contradictions(config: ModelConfig) -> Iterator[Contradiction]:
         yield from registry.contradictions(name, config)
     if config.lanes > 1 and config.injection != "lti":
         values = f"got {config.lanes} and {config.injection}"
-        yield (
-            ("lanes", "injection"),
-            f"{values}; lanes differ by their decays, which only lti has: set lanes to 1, or use lti",
-        )
+        rule = "lanes differ by their decays, which only lti has: set lanes to 1, or use lti"
+        yield ("lanes", "injection"), f"{values}; {rule}"
 
 
 def model_training_contradictions(config: ModelConfig, depth: TrainingDepth) -> Iterator[Contradiction]:
@@ -248,16 +246,6 @@ def _mla_parameters(config: ModelConfig) -> int:
     return query + latent + expand + config.n_heads * config.v_head_dim * config.dim + norms
 
 
-def _lti_parameters(config: ModelConfig) -> int:
-    return config.dim * config.dim + 2 * config.lanes * config.dim
-
-
-def _lanes_are_written_with_gradient(config: ModelConfig, depth: TrainingDepth) -> Iterator[Contradiction]:
-    if config.lanes > 1 and depth.backprop.loops == 1:
-        rule = "what a pass writes to the lanes is read in the next pass only: set depth.backprop to 2 or more"
-        yield ("model.lanes", depth.backprop.path), f"got {config.lanes} and gradient through 1 loop; {rule}"
-
-
 def _fixed_depth_rules(config: ModelConfig) -> Iterator[Contradiction]:
     for name, only in (("loops", 1), ("lora_rank", 0), ("loop_embedding", False)):
         if getattr(config, name) != only:
@@ -287,6 +275,12 @@ def _first_loop_has_gradient(config: ModelConfig, depth: TrainingDepth) -> Itera
                 "depth.backprop_curriculum.shape to none"
             )
             yield ("model.injection", path, deepest.path), f"{values}; {rule}"
+
+
+def _lanes_are_read_with_gradient(config: ModelConfig, depth: TrainingDepth) -> Iterator[Contradiction]:
+    if config.lanes > 1 and depth.backprop.loops == 1:
+        rule = "what a pass writes to the lanes is read in the next pass only: set depth.backprop to 2 or more"
+        yield ("model.lanes", depth.backprop.path), f"got {config.lanes} and gradient through 1 loop; {rule}"
 
 
 def _earlier_loops(config: ModelConfig, depth: TrainingDepth) -> Iterator[Contradiction]:
@@ -326,8 +320,8 @@ FEED_FORWARDS.add("relu2", "mythos.model.layers:SquaredReLU", parameters=lambda 
 INJECTIONS.add(
     "lti",
     "mythos.model.injection:LTIInjection",
-    parameters=_lti_parameters,
-    training_rules=_lanes_are_written_with_gradient,
+    parameters=lambda c: c.dim * c.dim + 2 * c.lanes * c.dim,
+    training_rules=_lanes_are_read_with_gradient,
 )
 INJECTIONS.add("linear", "mythos.model.injection:LinearInjection", parameters=lambda c: 2 * c.dim * c.dim)
 INJECTIONS.add("add", "mythos.model.injection:AddInjection", parameters=no_parameters)
