@@ -124,7 +124,7 @@ class ModelConfig(Section):
     loops: none = not; bias = a bias on the router's logits; embedding = a factor on each dimension of its input."""
     router_loop_start: Weight = 0.5
     """router_loop: standard deviation of the table's initial values; 0 starts from the routing of `none`. The router's
-    logits start with a standard deviation of 0.63. docs/depth.md has measurements of 0.3, 0.5 and 1."""
+    logits start with a standard deviation of 0.63. docs/depth.md has measurements."""
 
     # Recurrence
     loops: Count = 8
