@@ -6,11 +6,9 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from textwrap import indent
 from typing import Any
 
 import torch
-from accelerate.utils import set_seed
 from torch import Tensor
 
 from mythos.checkpoints.checkpoint import Checkpoints, training_state
@@ -32,7 +30,7 @@ from mythos.distributed.ranks import join_world
 from mythos.distributed.run_lock import RunLock
 from mythos.distributed.stop import StopRequests, parse_duration
 from mythos.distributed.watchdog import Watchdog
-from mythos.errors import MythosError, TransientError, without_credentials
+from mythos.errors import MythosError, TransientError
 from mythos.evaluation.choices import ChoiceTask, EncodedTask, encode_task, read_tasks
 from mythos.evaluation.in_training import Interrupted, Measurement, write_samples
 from mythos.model.rdt import RDTOutput, RecurrentDepthTransformer
@@ -41,7 +39,7 @@ from mythos.planning.flops import forward_flops
 from mythos.planning.layout import agree_on_layout
 from mythos.progress import Console
 from mythos.reports.plots import draw_plots
-from mythos.reports.summary import config_lines, summary, validation_line
+from mythos.reports.summary import checkpoint_line, config_lines, ending, sample_line, summary, validation_line
 from mythos.training.adamw import FusedAdamW
 from mythos.training.depth_schedule import DepthPlan, DepthSchedule
 from mythos.training.lr import learning_rate
@@ -49,7 +47,7 @@ from mythos.training.measurements import StepResult, expert_balance, loop_loads,
 from mythos.training.metrics import MetricsLog
 from mythos.training.optim import build_optimizer
 from mythos.training.profiling import OwnTime, Profiler, Stopwatch
-from mythos.training.rng import random_state, set_random_state
+from mythos.training.rng import random_state, seed_generators, set_random_state
 from mythos.training.trackers import check_trackers
 from mythos.versions import installed_versions
 
@@ -79,15 +77,16 @@ class Trainer:
             keep=config.checkpoint.keep,
             keep_every=config.checkpoint.keep_every,
             asynchronous=config.checkpoint.asynchronous,
+            committed=lambda step, path: self.console.write(checkpoint_line(config, step, path), style="dim"),
         )
         self.resources.callback(self.checkpoints.close)
         self.checkpoints.claim(lock, config.run.name)
-        found = self.resumed_from = self.checkpoints.find(config.run.resume)
-        meta: dict[str, Any] = self.ranks.agreed(lambda: read_meta(found)) if found else {}
+        checkpoint = self.resumed_from = self.checkpoints.find(config.run.resume)
+        meta: dict[str, Any] = self.ranks.agreed(lambda: read_meta(checkpoint)) if checkpoint else {}
         self.step: int = meta.get("step", 0)  # optimizer steps done
         self.tokens: int = meta.get("tokens", 0)
         # The weights of train.init_from. A run that is resumed has its own and does not need that model any more.
-        self.start = None if found else agreed_start(config, self.ranks)
+        self.start = None if checkpoint else agreed_start(config, self.ranks)
         if self.start is not None:
             self.resources.callback(self.start.close)
 
@@ -170,7 +169,7 @@ class Trainer:
     def prepare_model(self, meta: dict[str, Any]) -> None:
         """Lay the model out over the processes, and fill it: new values, a checkpoint's, or train.init_from's."""
         config, start = self.config, self.start
-        set_seed(config.run.seed)  # mythos does not draw from global generators, but code that users add may
+        seed_generators(config.run.seed)  # mythos does not draw from global generators, but code that users add may
         with torch.device("meta"):
             self.model = RecurrentDepthTransformer(config.model)
         self.layout = layout = agree_on_layout(config, self.world)
@@ -284,7 +283,7 @@ class Trainer:
                     seconds = window.lap() / (self.step - logged_step)
                     record = self.measure(result) | self.throughput(result.plan, seconds)
                     record |= loop_loads(result.expert_load) if validating else {}
-                    self.console.report(record, always=validating or logged_step == first_step)
+                    self.console.report(record)
                     logged_step = self.step
                 with window.pause():
                     # Save before validating: a kill during the minutes of a validation then costs nothing.
@@ -523,7 +522,9 @@ class Trainer:
         except Interrupted:
             self.log.write(record)
             return False
-        self.console.write(validation_line(self.config, record, self.mean_loops))
+        self.console.write(validation_line(self.config, record, self.mean_loops), style="bold")
+        if self.samples and self.step < self.config.train_steps:  # the last step's is printed whole
+            self.console.write(sample_line(self.config, self.step, self.samples[0]))
         self.log.write(record)
         if self.main:
             self.plots = draw_plots(self.run_dir, self.config.depth_mean)
@@ -572,6 +573,7 @@ class Trainer:
         reasons = self.ranks.gather(self.stop.reason)
         rank = next(rank for rank, reason in enumerate(reasons) if reason)
         where = f" (rank {rank})" if self.world.size > 1 else ""
+        self.console.end_training()
         missing = "" if validated else "Its validation was interrupted and is repeated when the run continues.\n"
         self.console.write(f"{reasons[rank]}{where}. {saved}\n{missing}The same command continues.")
 
@@ -588,11 +590,7 @@ class Trainer:
         if not self.main:
             return
         self.console.write(summary(self.config, record, self.mean_loops, self.tokens))
-        if self.samples:
-            self.console.write(f"\nSample\n\n{indent(self.samples[0], '  ')}")
-        plots = "\n            ".join(map(str, self.plots))
-        newest = without_credentials(str(self.checkpoints.newest))
-        self.console.write(f"\nplots       {plots}\nmetrics     {self.log.path}\ncheckpoint  {newest}")
+        self.console.write(ending(self.samples, self.plots, self.log.path, self.checkpoints.newest))
 
 
 def add(totals: dict[str, Tensor], key: str, value: Tensor) -> None:

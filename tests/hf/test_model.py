@@ -110,7 +110,7 @@ def test_logits_to_keep(model: MythosForCausalLM) -> None:
 # Caches
 
 
-def test_a_cache_continues_where_it_stands(model: MythosForCausalLM) -> None:
+def test_a_cache_continues_at_its_length(model: MythosForCausalLM) -> None:
     """Caches filled in pieces, copied, cropped, reordered and repeated; `past_key_values` is an older name."""
     ids, mask = random_ids(2, 9), torch.ones(2, 9, dtype=torch.int64)
     mask[1, :2] = 0
@@ -214,7 +214,9 @@ def test_what_is_refused(build_model: BuildModel, model: MythosForCausalLM) -> N
 # Loading and saving
 
 
-@pytest.mark.parametrize("fields", [{}, {"tie_embeddings": False, "halting": "gate", "loop_embedding": True}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"tie_embeddings": False, "halting": "gate", "loop_embedding": True, "lanes": 2}]
+)
 def test_saved_in_shards_and_loaded_alike(build_model: BuildModel, fields: dict[str, Any], tmp_path: Path) -> None:
     model, ids = build_model(**fields), random_ids(2, 9)
     model.generation_config = GenerationConfig(num_loops=3)
