@@ -13,7 +13,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from mythos.checkpoints.checkpoint import Checkpoints, training_state
-from mythos.checkpoints.config_changes import save_configuration
+from mythos.checkpoints.config_changes import config_changes, save_configuration
 from mythos.checkpoints.init_from import agreed_start
 from mythos.checkpoints.preflight import check_continued, check_memory, prepare_directory, resolve_vocabulary
 from mythos.checkpoints.stored_checkpoint import read_meta
@@ -144,10 +144,10 @@ class Trainer:
         length = config.model.context_length
         self.tasks = [encode_task(task, tokenizer, length) for task in questions] if tokenizer is not None else []
         self.count_targets = data.targets
-        if meta:
-            differences = check_continued(config, saved, self.step, self.resumed_from)
-            if self.main and differences:
-                logger.warning("%s", differences)
+        changes = self.changes = config_changes(config, saved) if meta else []
+        differences = check_continued(config, saved, changes, self.step, self.resumed_from) if meta else None
+        if self.main and differences:
+            logger.warning("%s", differences)
         self.schedule = DepthSchedule(config)
         self.loader = Loader(
             data.streams(config.run.seed, world.rank, world.size),
@@ -197,7 +197,7 @@ class Trainer:
         if self.main:
             if self.resumed_from is None and self.tokenizer is not None:
                 self.tokenizer.save(self.run_dir / "tokenizer")
-            save_configuration(self.run_dir, self.config, meta)
+            save_configuration(self.run_dir, self.config, meta, self.changes)
         unfinished = meta.get("record") if self.checkpoints.wrote(meta) else None
         return MetricsLog(self.run_dir, self.config, self.step, main=self.main, unfinished=unfinished)
 

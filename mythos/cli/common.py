@@ -121,7 +121,7 @@ def add_corpus_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--path", nargs="+", metavar="GLOB", help="instead of CONFIG: parquet, jsonl, jsonl.gz or txt files"
     )
-    parser.add_argument("--embedded", action="store_true", help="instead of CONFIG: documentation on this machine")
+    parser.add_argument("--embedded", action="store_true", help="instead of CONFIG: text that is installed with mythos")
     parser.add_argument("--text-column", default="text", help="column or key of the text in --path (text)")
     parser.add_argument("--vocab-size", type=int, help="tokens of a trained bpe (tokenizer.vocab_size)")
 
