@@ -14,7 +14,7 @@ from mythos.config.loading import dump_config
 from mythos.errors import MythosError, without_credentials
 from mythos.evaluation.depth_sweep import DepthSweep, fit_losses, prediction
 from mythos.evaluation.results import Result, load, rows_of
-from mythos.generation.depth_view import harmless
+from mythos.generation.depth_view import harmless, in_loops
 from mythos.planning.flops import count_parameters
 from mythos.reports.figures import (
     HALTING,
@@ -249,7 +249,7 @@ def evaluation(file: Path) -> str:
         rows.append([task, metric, *scores, ", ".join(f"{number:,}" for number in samples if number is not None)])
     limits = [f", {key} {about[key]}" for key in ("limit", "fewshot") if about.get(key) is not None]
     caption = f"{about.get('source')}, {about.get('dtype')}{''.join(limits)}"
-    columns = [f"{setting} loops" if setting.rule is None else str(setting) for setting in settings]
+    columns = [in_loops(setting.loops) if setting.rule is None else str(setting) for setting in settings]
     return f'<p class="dim">{escape(caption)}</p>\n{table(["task", "metric", *columns, "samples"], rows)}'
 
 

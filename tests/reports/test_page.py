@@ -348,7 +348,9 @@ def test_stored_evaluations_are_shown(trained, tmp_path):
         {(r["metric"], r["loops"], r["rule"]): r for r in json.loads(file.read_text())["results"]}
         for file in sorted(folder.glob("step-00000006*.json"))
     )
-    shown = [page.table("task", "metric", "1 loops", "3 loops"), page.table("task", "metric", "3 loops", "convergence")]
+    shown = [
+        page.table("task", "metric", *depths) for depths in (("1 loop", "3 loops"), ("3 loops", "convergence 0.2"))
+    ]
     metrics = ("bits_per_byte", "perplexity")
     assert [row[1:4] for row in shown[0]] == [
         [metric, *(f"{plain[metric, loops, None]['value']:.4f}" for loops in (1, 3))] for metric in metrics
