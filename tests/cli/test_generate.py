@@ -328,7 +328,7 @@ def test_colours_go_from_few_loops_to_many() -> None:
     assert shade(1, 1) == 0 and shade(64, 64) == shade(80, 64) == len(PALETTE) - 1
     assert legend(5) == [1, 2, 3, 4, 5]
     assert legend(64)[0] == 1 and legend(64)[-1] == 64 and len(legend(64)) <= 14
-    assert coloured(Piece("on", 1), 8) == "\x1b[38;5;39mon\x1b[0m"
+    assert coloured(Piece("on", 1), 8) == "\x1b[38;5;33mon\x1b[0m"
 
 
 def test_no_escape_sequence_of_a_model_reaches_the_terminal() -> None:
@@ -357,7 +357,7 @@ def test_the_page_is_escaped_and_whole() -> None:
     page = html_page(generation, "a <title>")
     shown = Page(page)
     assert "<script>alert('p')</script> & <b> &amp;\n" in shown.text
-    assert shown.tags <= {"html", "head", "meta", "title", "style", "body", "h1", "p", "span", "footer"}
+    assert shown.tags <= {"html", "head", "meta", "title", "style", "body", "h1", "p", "span", "footer", "pre"}
     assert shown.titles == ["1 loop", "4 loops"]
     assert "loops: 1 4\n" in shown.text, "counts that did not occur are not named"
     assert "     1 loop        1  ####################\n     4 loops       2" in shown.text
@@ -459,7 +459,9 @@ def test_depth_is_shown_without_colours_where_there_is_no_terminal(
     halting = ("--halting", "convergence", "--exit-threshold", "1e9")
     arguments = ("--prompt", "The", "--tokens", "6", "--loops", "5", *halting)
     plain = generate(*arguments)[1]
-    status, out, err = generate(*arguments, "--show-depth", "--html", str(page))
+    picture = tmp_path / "depth.svg"
+    status, out, err = generate(*arguments, "--show-depth", "--html", str(page), "--picture", str(picture))
+    assert picture.read_text().startswith("<?xml") and f"picture: {picture}" in err
     assert status == 0 and "\x1b" not in out
     assert out.replace("[1]", "") == plain and "[1]" in out, "so high a threshold stops all after the first loop"
     assert "1.00 loops per token on average of 5 (80% saved)" in err and "1 loop        6" in err
@@ -550,6 +552,8 @@ def test_bad_input_is_told_in_a_line(
         (["--cache-loops", "0"], "--cache-loops: got 0; give at least 1"),
         (["--html", "no/such/folder/a.html"], "--html: there is no folder"),
         (["--html", ""], "--html: got no name; give a file"),
+        (["--picture", "no/such/folder/a.svg"], "--picture: there is no folder"),
+        (["--picture", "a.pdf"], "--picture: got a.pdf; give a file that ends in .svg or .png"),
         (["--html", "."], "--html: . is a folder; give a file in it"),
         (["--device", "cuda"], "--device is cuda, but torch finds no CUDA GPU: set --device=auto or cpu"),
     ],
