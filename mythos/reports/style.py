@@ -223,7 +223,7 @@ def fit_range(
     if low is not None:
         least = min(low, least)
     middle = (least + most) / 2
-    half = max((most - least) / 2, 0.005 * abs(middle), 1e-9) if middle else 0.5
+    half = max((most - least) / 2, 0.005 * abs(middle)) or 0.5
     if low is not None and least == low:
         axes.set_ylim(low, (high if high is not None and high >= most else low + 2.1 * half))
     else:

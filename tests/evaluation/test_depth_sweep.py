@@ -362,7 +362,7 @@ def test_picture(tmp_path, figures):
     assert len(others) == 4
     dense = measure(build(core_ffn="dense"), data(False))
     sweep_plots.draw_sweep(dense, tmp_path / "dense.png")
-    assert len(figures[1].axes) == 4, "no panels of experts"
+    assert len(figures[1].axes) == 3, "no panels of exits and experts"
 
 
 @pytest.fixture(scope="module")

@@ -170,16 +170,10 @@ def test_pictures_of_a_run(run: RecordedRun, task: RecordedRun) -> None:
 
 
 def test_pictures_of_sweeps() -> None:
-    for sweep in (
-        depth_sweep(),
-        depth_sweep(rules=()),
-        depth_sweep(rules=("act",)),
-        depth_sweep(3),
-        depth_sweep(1, ()),
-    ):
-        assert_good(sweep_figure(sweep))
-        for figure in separate(sweep_panels(sweep)):
-            assert_good(figure)
+    for deepest, rules in ((64, ("convergence", "second_difference", "gate")), (64, ()), (3, ("act",)), (1, ())):
+        assert_good(sweep_figure(depth_sweep(deepest, rules)))
+    for figure in separate(sweep_panels(depth_sweep(16, ("gate",)))):
+        assert_good(figure)
 
 
 def test_pictures_of_comparisons(runs: list[str]) -> None:

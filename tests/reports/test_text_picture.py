@@ -54,6 +54,6 @@ def test_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [text.replace("\\", "") for text in texts[7:-1]] == [
         *("a $b$ \u241b[2J", " one", " $x$ \u4e16", "c", " two"),
     ]
-    assert texts[-1] == "4.33 loops per token on average of 8 (46% saved)"
+    assert texts[-1] == "4.33 loops per token on average of 6.67 (35% saved)"
     boxes = [to_hex(patch.get_facecolor()) for patch in axes.patches[1:]]  # after the frame
     assert boxes == [PALETTE[shade(loops, 8)][1] for loops in (1, 4, 8, 1, 8, 4)]
