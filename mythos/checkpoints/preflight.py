@@ -13,7 +13,8 @@ from mythos.checkpoints.config_changes import Change, consequences, former_file
 from mythos.config.sections import Config
 from mythos.data.tasks import hardest
 from mythos.errors import MythosError
-from mythos.model.config import ModelConfig, padded_vocab_size
+from mythos.model.config import HALTING_RULES, ModelConfig, padded_vocab_size
+from mythos.model.halting import trained_module
 from mythos.training.depth_schedule import DepthSchedule
 from mythos.training.lr import learning_rate
 
@@ -59,11 +60,13 @@ def check_memory(parameters: int, shards: int, device: torch.device) -> None:
         )
 
 
-FREE_MODEL_FIELDS = {"preset", "context_length", "loops", "router_bias_rate", "state_init", "ponder_weight"}
+FREE_MODEL_FIELDS = {
+    *("preset", "context_length", "loops", "router_bias_rate", "router_loop_start", "state_init", "ponder_weight"),
+}
 """Fields of the model that may change between a checkpoint and the run that continues it.
 
-None of them changes the function that the weights compute at a given number of loops. (The adapter has a slot per loop;
-its shape is checked with all other shapes.)"""
+None of them changes the function that the weights compute at a given number of loops. (Some parameters have a row per
+loop; their shapes are checked with all other shapes.)"""
 
 
 def check_continued(
@@ -113,8 +116,9 @@ def check_same_model(config: Config, saved: dict[str, Any], path: Path | str | N
     # Fields that the version of the checkpoint did not know had their defaults.
     saved = {name: field.default for name, field in ModelConfig.model_fields.items()} | saved
     # Halting rules without parameters may be exchanged as well.
-    trained_rules = [rule if rule in ("gate", "act") else None for rule in (config.model.halting, saved["halting"])]
-    free = FREE_MODEL_FIELDS | ({"halting"} if trained_rules[0] == trained_rules[1] else set())
+    former = saved["halting"]
+    same_module = former in HALTING_RULES.names and trained_module(config.model.halting) is trained_module(former)
+    free = FREE_MODEL_FIELDS | ({"halting"} if same_module else set())
     if differences := model_differences(saved, config.model, free, "in the checkpoint"):
         raise MythosError(
             f"checkpoint {path} is of another model:\n{differences}\n"
