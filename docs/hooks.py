@@ -84,7 +84,7 @@ def _section(path: str, section: type[Section]) -> str:
             default = "" if field.is_required() else f"`{shown(field.get_default())}`"
             cells = [f"`{name}`", _escaped(allowed(schemas[name])), default, meaning]
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join([*lines, *rows])
+    return "\n".join([*lines, '<div class="reference" markdown>\n', *rows, "\n</div>"])
 
 
 def _escaped(text: str) -> str:

@@ -1,5 +1,6 @@
 """The configuration that transformers reads: every field of the model section, under our names and transformers'."""
 
+from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -86,7 +87,7 @@ class MythosConfig(PreTrainedConfig):
         # Not at import: a program that only loads a tokenizer would then import all of transformers' model code.
         register_model()
 
-    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Save as transformers does, with the module that loads the model for clients with `trust_remote_code=True`.
 
         `model.save_pretrained` and `Trainer` call this too. Raises FileExistsError if the directory is a file.
