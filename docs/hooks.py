@@ -5,6 +5,7 @@ The configuration reference, CONTRIBUTING.md and CHANGELOG.md of the repository 
 
 import hashlib
 import inspect
+import os
 import re
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -39,6 +40,8 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         name = path.relative_to(ROOT)
         if name.parts[1] not in NOT_IN_NOTEBOOKS:
             digest.update(f"{name}\n{path.read_text('utf-8')}".encode())
+    # The kernel inherits this: tqdm asks for ipywidgets, whose bars a page cannot show.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")
     settings = config.plugins["mkdocs-jupyter"].config
     settings["cache_dir"] = f"{settings['cache_dir']}/{digest.hexdigest()[:16]}"
     return config
