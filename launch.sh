@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on all GPUs of this machine, on several machines, or on CPU processes. ./launch.sh --help
+# Train on all GPUs of this machine, on several machines, or in several CPU processes: ./launch.sh --help
 set -euo pipefail
 
 usage() {
@@ -90,7 +90,7 @@ if [[ -z $processes ]]; then
   ((processes)) || fail "no GPU in CUDA_VISIBLE_DEVICES or nvidia-smi -L. To train on the CPU: ./launch.sh --cpu 2 $1 ..."
 fi
 
-# --- this machine among the others
+# --- how the machines meet (torchrun's rendezvous)
 
 if [[ -z ${NNODES:-} && -n ${SLURM_JOB_NUM_NODES:-} ]]; then
   # A step may have fewer nodes than its job.
@@ -119,20 +119,20 @@ reachable() {
 }
 
 if ((nodes == 1)); then
-  meeting=(--standalone)
+  rendezvous=(--standalone)
 else
   [[ -n $master ]] || fail "NNODES is $nodes, but MASTER_ADDR is not set: set it to the name of machine 0, the same on all"
   [[ -n ${NODE_RANK:-} ]] || fail "NNODES is $nodes, but NODE_RANK is not set: set it to 0 on $master and to 1, 2, ... on the others"
   need_number NODE_RANK "$NODE_RANK"
   ((10#$NODE_RANK < nodes)) || fail "NODE_RANK: got $NODE_RANK; allowed: 0 to $((nodes - 1)), as NNODES is $nodes"
-  # The rendezvous is "c10d". With "static" a failure on one machine restarts the processes of that machine only, which
-  # then wait for others that do not know of it; and a lost machine cannot come back.
+  # Use the "c10d" rendezvous. With "static", a failure restarts only the processes of its own machine, which then wait
+  # for the others in vain, and a lost machine cannot rejoin.
   host=$((10#$NODE_RANK == 0))
-  meeting=(--nnodes "$nodes" --rdzv-backend c10d --rdzv-endpoint "$master:$port" --rdzv-id "${SLURM_JOB_ID:-mythos}"
+  rendezvous=(--nnodes "$nodes" --rdzv-backend c10d --rdzv-endpoint "$master:$port" --rdzv-id "${SLURM_JOB_ID:-mythos}"
     --rdzv-conf "is_host=$host,join_timeout=$join_timeout")
 fi
 
-# --- checks whose errors every process would print, or none
+# --- checks that run once here: otherwise every process would print the same error
 
 check='
 import sys
@@ -146,16 +146,16 @@ try:
     load_config(options.config, options.overrides)
 except MythosError as error:
     sys.exit(f"error: {error}")
-# Read the source: importing torch takes seconds.
+# Search the source text for the option, because importing torch takes seconds.
 torchrun = Path(find_spec("torch").origin).parent / "distributed" / "run.py"
 if "--shutdown-timeout" not in torchrun.read_text():
     print("fixed")
 '
-torchrun_patience=$(PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} "$python" -c "$check" "$@")
-patience=(--shutdown-timeout "$shutdown_timeout")
-if [[ $torchrun_patience == fixed ]]; then # torch 2.11
+shutdown_wait=$(PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} "$python" -c "$check" "$@")
+shutdown_options=(--shutdown-timeout "$shutdown_timeout")
+if [[ $shutdown_wait == fixed ]]; then # torch 2.11
   [[ -z ${SHUTDOWN_TIMEOUT:-} ]] || echo "launch.sh: SHUTDOWN_TIMEOUT is ignored: the torchrun of this torch always waits 30 s; newer ones have an option" >&2
-  patience=()
+  shutdown_options=()
 fi
 
 if ((nodes > 1 && host)); then
@@ -174,57 +174,58 @@ if [[ -z ${OMP_NUM_THREADS:-} ]]; then
   cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
   export OMP_NUM_THREADS=$((cores > processes ? cores / processes : 1))
 fi
-# Rows that leave and join the batch create tensors of many sizes. In expandable segments, freed memory of one size can
-# be used for others. torch 2.11 to 2.14 read PYTORCH_ALLOC_CONF before the older name: do not hide a value in that one.
+# Rows of different depth join the batch at different loops, so tensors have many sizes. Expandable segments let torch
+# reuse the memory of one size for another. Leave a user's own setting alone, under either name of the variable: torch
+# 2.11 to 2.14 would prefer PYTORCH_ALLOC_CONF.
 if [[ -z ${PYTORCH_ALLOC_CONF+set}${PYTORCH_CUDA_ALLOC_CONF+set} ]]; then
   export PYTORCH_ALLOC_CONF=expandable_segments:True
 fi
-# Give every restart a store of its own. In the store that agents share, restarted processes read the addresses of dead
-# ones, and fail or hang (https://github.com/pytorch/pytorch/issues/135712).
+# Give every restart a new store. In the store shared with torchrun's agents, restarted processes find the addresses of
+# their dead predecessors, and fail or hang (https://github.com/pytorch/pytorch/issues/135712).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 scratch=$(mktemp -d)
 trap 'rm -rf -- "$scratch"' EXIT
-# The status of this launch, shared with the processes (mythos/distributed/launch_status.py). The first word is `stop`
-# once a signal has asked to stop, or `error:`, followed by a message, once an error has ended training for good. Without
-# the file, training goes on.
+# The processes share this file (mythos/distributed/launch_status.py). Its first word is `stop` after a signal asked to
+# stop, or `error:` with a message after an error that a restart would not cure. While there is no file, training
+# continues.
 export MYTHOS_STATUS_FILE=$scratch/status
 launch_status() {
   local word=''
   if [[ -e $MYTHOS_STATUS_FILE ]]; then read -r word _ <"$MYTHOS_STATUS_FILE" || true; fi
   echo "${word:-running}"
 }
-export MYTHOS_LAUNCHER=$$ # the processes stop when this process is gone
+export MYTHOS_LAUNCHER=$$ # the processes stop if this shell dies
 
-# A signal goes to the processes, which save and exit with 0. torchrun would pass it on too, but then exits with 1 and
-# a traceback, and the torchruns of other machines wait for it. So torchrun gets only the second signal on several
-# machines, and the third on one.
-pass_on='
+# Send the first signal to the training processes only: they save and exit with 0. torchrun would forward it too, but
+# then exits with 1 and a traceback, while the torchruns of other machines wait for it. Repeated signals reach torchrun
+# in the end: the second one with several machines, the third one with a single machine.
+forward='
 import sys
 import psutil
 torchrun, nodes = psutil.Process(int(sys.argv[1])), int(sys.argv[2])
-# With several machines, torchrun may wait for the others for ever before it starts any process.
+# With several machines, torchrun may still wait for the others and have no process yet.
 for process in torchrun.children() or [torchrun] * (nodes > 1):
     process.terminate()
 '
 torchrun='' first='' second='' signalled=''
 # shellcheck disable=SC2329 # called by the trap
-pass_signal_on() {
-  # Ignore errors: processes may be ending. Those that are yet to start read the status.
-  (trap '' INT HUP USR1 && exec "$python" -c "$pass_on" "$torchrun" "$nodes" 2>/dev/null) || true
+forward_signal() {
+  # Ignore errors: a process may end just now. A process that starts later reads the status file.
+  (trap '' INT HUP USR1 && exec "$python" -c "$forward" "$torchrun" "$nodes" 2>/dev/null) || true
 }
 # shellcheck disable=SC2329
 stop() {
   signalled=yes
   if [[ -z $first ]]; then
     first=$SECONDS
-    # Append, so that an error which a process writes at this moment is kept.
+    # Append: a process may write an error at this moment, which must not be lost.
     [[ $(launch_status) != running ]] || echo stop >>"$MYTHOS_STATUS_FILE"
-    pass_signal_on
+    forward_signal
   elif ((SECONDS - first > 2)) && [[ $nodes == 1 && -z $second ]]; then
-    # The processes end at once, with 0 if everything is saved.
+    # At the second signal the processes stop at once, with status 0 if everything is saved.
     second=yes
-    pass_signal_on
+    forward_signal
   elif ((SECONDS - first > 2)); then
     kill -TERM "$torchrun" 2>/dev/null || true
   fi
@@ -238,13 +239,14 @@ else
 fi
 (
   trap '' INT HUP USR1
-  exec "$python" -m torch.distributed.run "${meeting[@]}" --nproc-per-node "$processes" --max-restarts "$restarts" \
-    --signals-to-handle SIGTERM,SIGQUIT ${patience[@]+"${patience[@]}"} "$here/train.py" "$@"
+  exec "$python" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$processes" --max-restarts "$restarts" \
+    --signals-to-handle SIGTERM,SIGQUIT ${shutdown_options[@]+"${shutdown_options[@]}"} "$here/train.py" "$@"
 ) &
 torchrun=$!
 
-# After an error that ends training, the process that met it exits with 0, and the others may wait for it in a
-# collective. End them after half a minute: on a busy machine a process needs seconds to start and to end by itself.
+# A process that meets an error which a restart would not cure exits with 0, so that torchrun does not restart. The other
+# processes may still wait for it in a collective: end them after 30 s. On a busy machine a process needs several seconds
+# to start and to exit by itself, so do not end them sooner.
 (
   while kill -0 "$torchrun" 2>/dev/null; do
     if [[ $(launch_status) == error: ]]; then
@@ -260,7 +262,7 @@ watcher=$!
 while :; do
   signalled='' status=0
   wait "$torchrun" || status=$?
-  [[ -n $signalled ]] || break # otherwise a signal ended the wait, not torchrun
+  [[ -n $signalled ]] || break # the trap ran and interrupted `wait`: torchrun is still running
 done
 kill "$watcher" 2>/dev/null || true
 if [[ $(launch_status) == error: ]]; then

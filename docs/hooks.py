@@ -1,5 +1,11 @@
-"""MkDocs hooks: add the configuration reference, and CONTRIBUTING.md and CHANGELOG.md of the repository root."""
+"""MkDocs hooks: generated pages, and when notebooks are executed again.
 
+The configuration reference, CONTRIBUTING.md and CHANGELOG.md of the repository root become pages.
+"""
+
+import hashlib
+import inspect
+import os
 import re
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -17,6 +23,28 @@ from mythos.section import Section
 ROOT = Path(__file__).parent.parent
 OUTSIDE = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 """Files of the repository root and their page on the site."""
+
+
+NOTEBOOK_CODE = ("mythos/**/*.py", "configs/quickstart.yaml")
+NOT_IN_NOTEBOOKS = ("cli", "gpu_check", "hf")
+"""Packages that no notebook imports, directly or through others."""
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Name the folder of executed notebooks by the code they run.
+
+    mkdocs-jupyter executes a notebook unless it finds the result of the same notebook in this folder.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in NOTEBOOK_CODE for path in ROOT.glob(pattern)):
+        name = path.relative_to(ROOT)
+        if name.parts[1] not in NOT_IN_NOTEBOOKS:
+            digest.update(f"{name}\n{path.read_text('utf-8')}".encode())
+    # The kernel inherits this: tqdm asks for ipywidgets, whose bars a page cannot show.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")
+    settings = config.plugins["mkdocs-jupyter"].config
+    settings["cache_dir"] = f"{settings['cache_dir']}/{digest.hexdigest()[:16]}"
+    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -47,19 +75,24 @@ def reference() -> list[str]:
 
 
 def _section(path: str, section: type[Section]) -> str:
-    lines = [f"{'#' * (2 + path.count('.'))} {path} {{#{path}}}", "", section.__doc__ or "", ""]
+    lines = [f"{'#' * (2 + path.count('.'))} {path} {{#{path}}}", "", _escaped(inspect.getdoc(section) or ""), ""]
     rows = ["| field | allowed | default | meaning |", "|---|---|---|---|"]
     schemas = section.model_json_schema()["properties"]
     inner = dict(sections(section))
     for name, field in section.model_fields.items():
-        meaning = " ".join((field.description or "").split())
+        meaning = _escaped(" ".join((field.description or "").split()))
         if name in inner:
             cells = [f"[`{name}`](#{path}.{name})", "a section", "", meaning]
         else:
             default = "" if field.is_required() else f"`{shown(field.get_default())}`"
-            cells = [f"`{name}`", allowed(schemas[name]), default, meaning]
+            cells = [f"`{name}`", _escaped(allowed(schemas[name])), default, meaning]
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join([*lines, *rows])
+    return "\n".join([*lines, '<div class="reference" markdown>\n', *rows, "\n</div>"])
+
+
+def _escaped(text: str) -> str:
+    """Escape `<` outside of code, where Markdown would pass `runs/<name>` on as an HTML tag."""
+    return "".join(part if part.startswith("`") else part.replace("<", "&lt;") for part in re.split("(`[^`]*`)", text))
 
 
 class PlainRoles(griffe.Extension):

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import shlex
+import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -199,6 +200,17 @@ def pip(words: list[str]) -> set[str]:
     return {"network"}
 
 
+def lm_eval(words: list[str]) -> set[str]:
+    """Options are those of the harness, where it is installed."""
+    if importlib.util.find_spec("lm_eval"):
+        from lm_eval._cli import HarnessCLI
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["lm_eval", *words])
+            HarnessCLI().parse_args()
+    return set()
+
+
 def own_file(name: str) -> Callable[[list[str]], set[str]]:
     """A check for a third-party program: the file that it reads exists."""
 
@@ -217,6 +229,7 @@ CHECKS: dict[str, Callable[[list[str]], set[str]]] = {
     "sbatch": sbatch,
     "torchrun": torchrun,
     "accelerate": accelerate,
+    "lm_eval": lm_eval,
     "pip": pip,
     "git": lambda _: {"network"},
     "mkdocs": own_file("mkdocs.yml"),
@@ -331,6 +344,19 @@ def test_anchors_exist(page: Path) -> None:
     for target, anchor in re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", page.read_text("utf-8")):
         if not target.startswith("https://"):
             assert anchor in anchors(page.parent / target if target else page), f"{target}#{anchor}"
+
+
+def test_guides_begin_with_a_command() -> None:
+    """A reader who only wants the command finds it at the top, before the first section."""
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))["nav"]
+    [guides] = [entry["Guides"] for entry in nav if "Guides" in entry]
+    assert len(guides) >= 12
+    for entry in guides:
+        [name] = entry.values()
+        lines = (ROOT / "docs" / name).read_text("utf-8").split("\n")
+        assert "```" in lines[:4], f"{name} begins with {lines[2]!r}"
+        command = lines[lines.index("```") + 1]
+        assert command.split()[0] in CHECKS, f"{name} begins with {command!r}"
 
 
 def test_readme_is_a_front_page() -> None:

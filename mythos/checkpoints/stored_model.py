@@ -55,7 +55,7 @@ TRANSFORMERS_KEYS = {
 }
 """Keys that transformers adds to a config.json by itself."""
 
-HEADER = {"model_type", "mean_loops", "step", "versions"} | TRANSFORMERS_KEYS
+HEADER = {"model_type", "mean_loops", "step", "versions", "auto_map"} | TRANSFORMERS_KEYS
 """Keys of an exported config.json beside the fields of the model."""
 
 

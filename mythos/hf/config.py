@@ -1,5 +1,7 @@
 """The configuration that transformers reads: every field of the model section, under our names and transformers'."""
 
+from os import PathLike
+from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import ValidationError
@@ -25,6 +27,18 @@ UNSUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {
     "hidden_act": (None,),
 }
 """Fields of other models' configurations that ours does not have, and the values that switch the feature off."""
+
+
+REMOTE_MODULE = "modeling_mythos"
+REMOTE_CODE = '''"""Import mythos for programs that do not, such as lm_eval; they pass trust_remote_code=True."""
+
+try:
+    from mythos.hf import MythosConfig, MythosForCausalLM
+except ImportError as error:
+    raise ImportError("this model needs the package mythos: run `pip install mythos-rdt`") from error
+'''
+"""The module that is saved beside the configuration. transformers looks up names of packages in `import` statements
+outside of `try`, and would advise to install a package called mythos, which is not this one."""
 
 
 class MythosConfig(PreTrainedConfig):
@@ -72,6 +86,22 @@ class MythosConfig(PreTrainedConfig):
         self.section()
         # Not at import: a program that only loads a tokenizer would then import all of transformers' model code.
         register_model()
+
+    def save_pretrained(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Save as transformers does, with the module that loads the model for clients with `trust_remote_code=True`.
+
+        `model.save_pretrained` and `Trainer` call this too. Raises FileExistsError if the directory is a file.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{REMOTE_MODULE}.py").write_text(REMOTE_CODE, encoding="utf-8")
+        names = {"AutoConfig": "MythosConfig", "AutoModelForCausalLM": "MythosForCausalLM"}
+        self.auto_map = {auto_class: f"{REMOTE_MODULE}.{name}" for auto_class, name in names.items()}
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Do nothing. transformers calls this for remote code, and would save a copy of this file with every model."""
 
     @property
     def num_hidden_layers(self) -> int:

@@ -38,7 +38,7 @@ ATTENTIONS, CORES, FEED_FORWARDS, ROUTERS, INJECTIONS, LOOP_NORMS, HALTING_RULES
 class ModelConfig(Section):
     """A recurrent-depth transformer: prelude, looped core, coda.
 
-    Select a named size with ``preset`` and override any field by its name. Defaults are those of ``mythos_nano``.
+    Select a named size with `preset` and override any field by its name. Defaults are those of `mythos_nano`.
     """
 
     preset: str = "mythos_nano"

@@ -68,14 +68,16 @@ def test_files_of_an_export(trained: Trainer, exported: Path) -> None:
     values = json.loads((exported / "config.json").read_text())
     assert values["architectures"] == ["MythosForCausalLM"] and values["dtype"] == "float32" and values["dim"] == 32
     # CUDA wheels have their build (+cu130) in torch.__version__ only, not in the metadata.
-    assert values["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0] and "auto_map" not in values
+    assert values["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    module = "modeling_mythos.MythosForCausalLM"
+    assert values["auto_map"] == {"AutoConfig": "modeling_mythos.MythosConfig", "AutoModelForCausalLM": module}
     generation = json.loads((exported / "generation_config.json").read_text())
     assert generation["eos_token_id"] == generation["pad_token_id"] == trained.tokenizer.eos_id
     assert "suppress_tokens" not in generation
     shards = sorted(exported.glob("model-*.safetensors"))
     assert len(shards) > 3 and not (exported / "model.safetensors").exists()
     assert set(load_file(shards[0])) < {f"model.{name}" for name in trained.model.state_dict()}
-    assert {file.suffix for file in exported.iterdir()} == {".json", ".safetensors", ".md"}
+    assert {file.suffix for file in exported.iterdir()} == {".json", ".safetensors", ".md", ".py"}
     assert str(trained.run_dir.parent) not in "".join(
         p.read_text() for p in exported.iterdir() if p.suffix != ".safetensors"
     )
