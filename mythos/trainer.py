@@ -502,7 +502,7 @@ class Trainer:
             "rng": random_state(),
             "data": merge_states(self.ranks.gather(self.position)),
             "config": self.config.model_dump(mode="json"),
-            "layout": {"mode": self.layout.mode, "replicate": self.layout.replicate, "shard": self.layout.shard},
+            "layout": self.layout.sizes,
             "versions": installed_versions(("torch", "transformers", "tokenizers", "datasets")),
         }
         self.checkpoints.save(self.step, self.state(), meta, wait=wait)

@@ -9,10 +9,12 @@ from mythos.model.layers import (
     SwiGLU,
     autocast_dtype,
     dense_feed_forward,
+    local_part,
     truncated_normal,
     without_autocast,
     zeros,
 )
+from mythos.model.ops.expert_exchange import ExpertExchange
 from mythos.model.ops.grouped_experts import ExpertWeights, run_experts
 from mythos.model.ops.matmul import float32_linear
 
@@ -64,10 +66,17 @@ class MixtureOfExperts(nn.Module):
         self.initializers: dict[str, Initializer] = {"gate_up": truncated_normal(dim), "down": zeros}
         shared = config.n_shared_experts * config.shared_expert_dim
         self.shared = SwiGLU(dim, shared) if shared else None
+        self.exchange: ExpertExchange | None = None
+        """Sends tokens to the ranks that hold their experts; None if this rank holds all."""
+
+    @property
+    def stacks(self) -> list[nn.Parameter]:
+        """The routed experts' parameters, each with one matrix per expert."""
+        return [self.gate_up, self.down]
 
     def weights(self, dtype: torch.dtype) -> ExpertWeights:
-        """The routed experts' weights for a step whose matmuls are in `dtype`."""
-        return ExpertWeights(self.gate_up, self.down, dtype)
+        """The weights of the routed experts that this rank holds, for a step whose matmuls are in `dtype`."""
+        return ExpertWeights(local_part(self.gate_up), local_part(self.down), dtype)
 
     def forward(self, x: Tensor, weights: ExpertWeights | None = None) -> tuple[Tensor, Tensor]:
         """(B, S, D) -> output (B, S, D), chosen experts (B, S, k) int64.
@@ -77,9 +86,15 @@ class MixtureOfExperts(nn.Module):
         tokens_ND = x.flatten(0, 1)
         gates_NK, experts_NK = self.router(tokens_ND)
         weights = weights or self.weights(autocast_dtype(x))
-        output = run_experts(tokens_ND, gates_NK, experts_NK, weights).view_as(x)
-        if self.shared is not None:
-            output = output + self.shared(x)
+        if self.exchange is None:
+            output = run_experts(tokens_ND, gates_NK, experts_NK, weights).view_as(x)
+            shared = None if self.shared is None else self.shared(x)
+        else:
+            dispatch = self.exchange.start(experts_NK, len(weights.gate_up))
+            shared = None if self.shared is None else self.shared(x)  # runs while the counts travel
+            output = dispatch.run(tokens_ND, gates_NK, weights).view_as(x)
+        if shared is not None:
+            output = output + shared
         return output, experts_NK.view(*x.shape[:2], -1)
 
 

@@ -18,6 +18,7 @@ from mythos.model.halting import HaltingRule
 from mythos.model.injection import Injection
 from mythos.model.layers import Initializer, Linear, RMSNorm, autocast_dtype, ones, zeros
 from mythos.model.moe import MixtureOfExperts, core_class
+from mythos.model.ops.expert_exchange import CheckpointedPass
 from mythos.model.ops.grouped_experts import ExpertWeights
 from mythos.model.ops.recompute import Selective, recomputable
 from mythos.model.ops.shared_weight import SharedWeight
@@ -150,7 +151,12 @@ class Recurrence(nn.Module):
                 pass_weights = [weight.in_pass() for weight in linear_weights]
                 if self.checkpointing == "loop" and torch.is_grad_enabled():
                     after, experts = checkpoint(
-                        self.run, pass_weights, *inputs, use_reentrant=False, preserve_rng_state=random
+                        self.run,
+                        pass_weights,
+                        *inputs,
+                        use_reentrant=False,
+                        preserve_rng_state=random,
+                        context_fn=CheckpointedPass.contexts,
                     )
                 elif self.checkpointing == "selective" and torch.is_grad_enabled() and not self.compiled_step:
                     with Selective(e.device):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from mythos.torch_internals import foreach_copy_, foreach_div_, foreach_lerp_, foreach_mul_
@@ -65,8 +66,15 @@ class Muon(FusedAdamW):
         self.parts: dict[Tensor, int] = {p: group["parts"] for group in self._matrix_groups for p in group["params"]}
         for parameter in self.parts:
             self.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
-        sharded = [p for p in self.parts if isinstance(p, DTensor) and _shards_matrices(p)]
-        self.exchanges = [Exchange(parameters, dtype) for parameters in _in_rounds(sharded, elements)]
+        sharded: dict[tuple[DeviceMesh, int], list[DTensor]] = {}
+        for parameter in self.parts:
+            if isinstance(parameter, DTensor) and (dimension := _cut_along(parameter)) is not None:
+                sharded.setdefault((parameter.device_mesh, dimension), []).append(parameter)
+        self.exchanges = [
+            Exchange(parameters, dimension, dtype)
+            for (_, dimension), members in sharded.items()
+            for parameters in _in_rounds(members, elements)
+        ]
         replicated = {p: parts for p, parts in self.parts.items() if not isinstance(p, DTensor)}
         self.sharing = Sharing(replicated, ranks, dtype, elements) if replicated and ranks > 1 else None
 
@@ -249,12 +257,15 @@ class Exchange:
     Each direction is one all-to-all, in `dtype`. Ranks are assigned in turn, largest matrices first.
     """
 
-    def __init__(self, parameters: list[DTensor], dtype: torch.dtype) -> None:
+    def __init__(self, parameters: list[DTensor], dimension: int, dtype: torch.dtype) -> None:
+        """`parameters` are on one mesh, and their matrices are cut along `dimension` of it."""
         self.parameters, self.dtype = set(parameters), dtype
         mesh = parameters[0].device_mesh
-        self.group, self.ranks = mesh.get_group(mesh.ndim - 1), mesh.shape[-1]
-        rank = mesh.get_local_rank(mesh.ndim - 1)
-        pieces = [Piece(p, index, self.ranks) for p in parameters for index in range(len(p) if p.ndim == 3 else 1)]
+        self.group, self.ranks = mesh.get_group(dimension), mesh.shape[dimension]
+        rank = mesh.get_local_rank(dimension)
+        pieces = [
+            Piece(p, index, dimension) for p in parameters for index in range(len(p.to_local()) if p.ndim == 3 else 1)
+        ]
         pieces.sort(key=lambda piece: -piece.numel())
         self.pieces = [piece for owner in range(self.ranks) for piece in pieces[owner :: self.ranks]]
         self.mine = pieces[rank :: self.ranks]
@@ -298,10 +309,10 @@ class Exchange:
 
 
 class Piece:
-    """A sharded matrix, or one of a sharded stack."""
+    """A sharded matrix, or one of a sharded stack: that with `index` among those of this rank."""
 
-    def __init__(self, parameter: DTensor, index: int, ranks: int) -> None:
-        placement = parameter.placements[-1]
+    def __init__(self, parameter: DTensor, index: int, dimension: int) -> None:
+        placement, ranks = parameter.placements[dimension], parameter.device_mesh.shape[dimension]
         assert isinstance(placement, Shard), "only sharded parameters are exchanged"
         self.parameter, self.index, self.dim = parameter, index, placement.dim
         whole = list(parameter.shape if parameter.ndim == 2 else (1, *parameter.shape[1:]))
@@ -325,7 +336,7 @@ def _in_rounds(parameters: list[DTensor], elements: int) -> list[list[DTensor]]:
     rounds: list[list[DTensor]] = []
     room = 0.0
     for parameter in sorted(parameters, key=lambda p: p.shape):
-        share = parameter.numel() / parameter.device_mesh.shape[-1]
+        share = parameter.to_local().numel()
         if not rounds or share > room:
             rounds.append([])
             room = elements
@@ -340,11 +351,15 @@ def _matrices(tensor: Tensor, parts: int) -> list[Tensor]:
     return [part for matrix in stack for part in matrix.chunk(parts, dim=0 if tensor.ndim == 2 else 1)]
 
 
-def _shards_matrices(parameter: DTensor) -> bool:
-    """Whether ranks hold parts of matrices, as opposed to whole matrices of a stack."""
-    if parameter.device_mesh.shape[-1] == 1:
-        return False
-    return parameter.ndim == 2 or parameter.placements[-1] != Shard(0)
+def _cut_along(parameter: DTensor) -> int | None:
+    """The dimension of the mesh whose ranks hold parts of the same matrices; None if each matrix is on one rank.
+
+    Ranks along other dimensions have copies, or other matrices of a stack.
+    """
+    for dimension, (placement, ranks) in enumerate(zip(parameter.placements, parameter.device_mesh.shape, strict=True)):
+        if ranks > 1 and isinstance(placement, Shard) and (parameter.ndim == 2 or placement.dim != 0):
+            return dimension
+    return None
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -265,7 +265,7 @@ def _backward(
     grad_gate_up, activation, grad_weight = device_choice.fused(_gating_backward, x.device)(
         grad_activation, projected, weight
     )
-    grad_x = _summed(grouped_product(grad_gate_up, gate_up.transpose(1, 2), ends), place, gates.shape)
+    grad_x = sum_slots(grouped_product(grad_gate_up, gate_up.transpose(1, 2), ends), place, gates.shape)
     if gradient is not None:
         # Detached: if the backward pass fails half way, the stored factors must not keep the graph alive.
         gradient.add(_Factors(x.detach(), grad_y, activation, grad_gate_up, experts, tokens, ends))
@@ -303,10 +303,10 @@ def _sorted_products(
     ends = expert_ends(experts, len(gate_up))
     projected = grouped_product(x.index_select(0, order // gates.shape[-1]), gate_up, ends)
     activation = device_choice.fused(_gating, x.device)(projected, gates.flatten()[order].unsqueeze(1))
-    return _summed(grouped_product(activation, down, ends), place, gates.shape), experts, order, place, projected
+    return sum_slots(grouped_product(activation, down, ends), place, gates.shape), experts, order, place, projected
 
 
-def _summed(slots: Tensor, place: Tensor, shape: torch.Size) -> Tensor:
+def sum_slots(slots: Tensor, place: Tensor, shape: torch.Size) -> Tensor:
     """Sum each token's slots, found at `place`: (N k, D) -> (N, D) float32; `shape` is (N, k)."""
     return device_choice.fused(_sum_of_slots, slots.device)(slots, place, shape)
 
