@@ -126,7 +126,7 @@ class ParallelModel:
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for parameters, copies in ((self.shards, self.layout.replicate), (self.unsharded, self.layout.size)):
             gradients = _gradients(p for p in parameters if p not in self.gate_parameters)
-            gradients = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+            gradients = [local_part(g) for g in gradients]
             if gradients:
                 total += get_total_norm(gradients).double().square() / copies
         return total
@@ -270,3 +270,5 @@ def shard_model(settings: ParallelConfig, model: RecurrentDepthTransformer, mesh
         fully_shard(unit.module, mp_policy=unit.policy, reshard_after_forward=unit.reshard, **common)
     for module, method in ((model, "read_depths"), (model, "extend"), (model.recurrence, "extend")):
         register_fsdp_forward_method(module, method)
+    for block in model.recurrence.blocks if settings.wrap == "block" else ():
+        register_fsdp_forward_method(block, "serve_experts")

@@ -42,6 +42,10 @@ class Block(nn.Module):
             return x + output
         return norm(x + output) if self.norm_sums else x + norm(output)
 
+    def serve_experts(self, x: Tensor, weights: ExpertWeights | None) -> None:
+        """Run this rank's experts for the tokens of other ranks only; x (B, 1, D) gives width, type and device."""
+        self.ffn(x[:0], weights)
+
 
 def dense_block(config: ModelConfig, part: Part, layer: int) -> Block:
     """A block with a dense feed-forward, as in prelude and coda."""

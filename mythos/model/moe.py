@@ -95,7 +95,7 @@ class MixtureOfExperts(nn.Module):
             output = dispatch.run(tokens_ND, gates_NK, weights).view_as(x)
         if shared is not None:
             output = output + shared
-        return output, experts_NK.view(*x.shape[:2], -1)
+        return output, experts_NK.unflatten(0, x.shape[:2])  # also of no tokens
 
 
 class CoreFeedForward:

@@ -18,7 +18,7 @@ from mythos.model.halting import HaltingRule
 from mythos.model.injection import Injection
 from mythos.model.layers import Initializer, Linear, RMSNorm, autocast_dtype, ones, zeros
 from mythos.model.moe import MixtureOfExperts, core_class
-from mythos.model.ops.expert_exchange import CheckpointedPass
+from mythos.model.ops.expert_exchange import CheckpointedPass, ExpertExchange
 from mythos.model.ops.grouped_experts import ExpertWeights
 from mythos.model.ops.recompute import Selective, recomputable
 from mythos.model.ops.shared_weight import SharedWeight
@@ -94,6 +94,11 @@ class Recurrence(nn.Module):
         outside = self.injection.maps_outside_loop() if self.injection is not None else []
         self.looped = [module for module in self.modules() if isinstance(module, Linear) and module not in outside]
         """The linear maps that every loop uses."""
+
+    @property
+    def exchange(self) -> ExpertExchange | None:
+        """The exchange of tokens with the ranks that share the experts; None if this rank holds all."""
+        return next((block.ffn.exchange for block in self.blocks if isinstance(block.ffn, MixtureOfExperts)), None)
 
     def compile(self, **options: Any) -> None:
         """Run each pass of training and validation (injection, adapter, blocks) as one graph of torch.compile."""
@@ -179,8 +184,10 @@ class Recurrence(nn.Module):
         """Run packed positions until `halting` stops them or for their number of loops, and write them to the cache.
 
         e is (N, 1, D); `loops` is one host integer for all positions, or one for each. A position that has stopped
-        leaves the batch: later passes compute nothing for it, and other positions see its last keys and values. Returns
-        h_T (N, 1, D) float32, and the passes of each position, (N,) int64.
+        leaves the batch: later passes compute nothing for it, and other positions see its last keys and values. Ranks
+        that share experts must call it together, with the same largest number of loops; a rank whose positions have all
+        stopped goes on to compute for the others. Returns h_T (N, 1, D) float32, and the passes of each position, (N,)
+        int64.
         """
         weights = self.expert_weights(autocast_dtype(e))
         shared, injected = self.injection(e) if self.injection is not None else (e, e)
@@ -199,7 +206,14 @@ class Recurrence(nn.Module):
         final_state, loops_run = torch.empty_like(state), torch.empty_like(limits)
         # Indices of the running positions among the N, and the rule's memory of them.
         running, memory = torch.arange(len(e), device=e.device), None
+        exchange = self.exchange
         for done in range(1, deepest + 1):
+            if exchange is not None:
+                if not exchange.any_rank(len(running) > 0, e.device):
+                    break
+                if len(running) == 0:
+                    self.serve_experts(e, weights)
+                    continue
             after, _ = self.step(state, shared, injected, slots[done - 1 : done], context.at_loop(done - 1), weights)
             stop = limits[running] <= done if done in depths else None
             if halting is not None:
@@ -217,11 +231,20 @@ class Recurrence(nn.Module):
             loops_run[running[stopped]] = done
             context.cache.freeze(context.rows[stopped], context.positions[stopped], done - 1)
             if len(stopped) == len(running):
-                break
+                running = running[:0]
+                if exchange is None:
+                    break
+                continue
             going = (~stop).nonzero().squeeze(1)
             running, state, injected, context = running[going], state[going], injected[going], context.keep(going)
             memory = None if memory is None else memory[going]
         return final_state, loops_run
+
+    def serve_experts(self, x: Tensor, weights: Sequence[ExpertWeights | None]) -> None:
+        """Take part in the exchanges of one pass without positions of this rank; x as in `Block.serve_experts`."""
+        for block, block_weights in zip(self.blocks, weights, strict=True):
+            assert isinstance(block, Block), "the core has no other modules"
+            block.serve_experts(x, block_weights)
 
     def run(self, pass_weights: Sequence[Tensor], *inputs: Any) -> tuple[Tensor, list[Tensor]]:
         """`step` with this pass's weights of the linear maps, compiled if the core is."""

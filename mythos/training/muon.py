@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from mythos.model.layers import local_part
 from mythos.torch_internals import foreach_copy_, foreach_div_, foreach_lerp_, foreach_mul_
 from mythos.training.adamw import FusedAdamW
 
@@ -96,7 +97,7 @@ class Muon(FusedAdamW):
     def _follow_momentum(self, group: dict[str, Any]) -> None:
         """Move the momenta towards the gradients; the gradients become Nesterov momenta."""
         gradients = [_local_gradient(p) for p in group["params"]]
-        momenta = [_local(self.state[p]["momentum_buffer"]) for p in group["params"]]
+        momenta = [local_part(self.state[p]["momentum_buffer"]) for p in group["params"]]
         if self.grad_scale is not None:
             foreach_div_(gradients, self.grad_scale)
         if self.found_inf is not None:
@@ -125,7 +126,7 @@ class Muon(FusedAdamW):
     def _apply(self, group: dict[str, Any]) -> None:
         """Decay the weights and subtract the updates in the gradients; nothing moves if `found_inf` is 1."""
         applied: Tensor | float = 1.0 if self.found_inf is None else 1 - self.found_inf
-        weights = [_local(p) for p in group["params"]]
+        weights = [local_part(p) for p in group["params"]]
         foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"] * applied)
         for parameter, weight in zip(group["params"], weights, strict=True):
             outputs, inputs = parameter.shape if parameter.ndim == 2 else parameter.shape[:0:-1]
@@ -362,11 +363,7 @@ def _cut_along(parameter: DTensor) -> int | None:
     return None
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _local_gradient(parameter: Tensor) -> Tensor:
     """This rank's part of a parameter's gradient."""
     assert parameter.grad is not None, "Muon needs a gradient of every matrix"
-    return _local(parameter.grad)
+    return local_part(parameter.grad)

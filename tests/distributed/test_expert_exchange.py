@@ -7,10 +7,20 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
+from mythos.config.presets import preset_config
+from mythos.distributed.parallel import divide_experts
+from mythos.model.cache import DecodeCache
+from mythos.model.config import ModelConfig
+from mythos.model.decoding import Extension
+from mythos.model.halting import halting_rule
+from mythos.model.layers import truncated_normal
+from mythos.model.moe import MixtureOfExperts
 from mythos.model.ops.expert_exchange import CheckpointedPass, ExpertExchange
 from mythos.model.ops.grouped_experts import ExpertWeights, run_experts
+from mythos.model.rdt import RecurrentDepthTransformer
 from tests.distributed.pool import RankPool
 
 EXPERTS, DIM, HIDDEN, CHOSEN = 8, 16, 24, 3
@@ -126,3 +136,42 @@ def test_a_recomputation_exchanges_no_counts(pool: RankPool) -> None:
         assert sent[:1] == counts and sent[1] == rows and sent[3] == values
         assert sent_again == [*sent[:3], rows, *sent[3:]]
         assert all(torch.equal(one, other) for one, other in zip(found, found_again, strict=True))
+
+
+PROMPTS = [[[3, 4, 5, 6, 7, 8, 9]], [[40, 41, 42]]]
+"""A rank's rows of token ids."""
+
+
+def experts_are_used(model: RecurrentDepthTransformer) -> RecurrentDepthTransformer:
+    """Starting values, but with other down-projections than zeros, which would make experts do nothing."""
+    for module in model.modules():
+        if isinstance(module, MixtureOfExperts):
+            module.initializers["down"] = truncated_normal(4)
+    return model.to_empty(device="cpu").initialize(5)
+
+
+def extend(model: RecurrentDepthTransformer, ids: list[list[int]], threshold: float | None) -> Extension:
+    cache = DecodeCache(model.config, len(ids), loops=12)
+    rule = None if threshold is None else halting_rule(model, "convergence", threshold)
+    return model.extend(torch.tensor(ids), cache, loops=12, halting=rule, logits="all")
+
+
+def extend_here(config: ModelConfig, threshold: float | None) -> Extension:
+    dist.init_process_group("gloo")
+    with torch.device("meta"):
+        model = RecurrentDepthTransformer(config)
+    divide_experts(model, init_device_mesh("cpu", (1, 2), mesh_dim_names=("shard", "expert")))
+    result = extend(experts_are_used(model), PROMPTS[dist.get_rank()], threshold)
+    dist.barrier()
+    return result
+
+
+@pytest.mark.parametrize("threshold", [None, 0.2])
+def test_ranks_decode_to_different_depths(pool: RankPool, threshold: float | None) -> None:
+    """A rank whose positions have halted computes for the others until the last one has."""
+    config = preset_config("mythos_nano", vocab_size=128, core_layers=2, context_length=32)
+    expected = [extend(experts_are_used(RecurrentDepthTransformer(config)), ids, threshold) for ids in PROMPTS]
+    for actual, reference in zip(pool.run(extend_here, config, threshold, ranks=2), expected, strict=True):
+        assert torch.equal(actual.loops, reference.loops)
+        torch.testing.assert_close(actual.logits, reference.logits, rtol=1e-5, atol=1e-5)
+    assert threshold is None or expected[0].loops.max() != expected[1].loops.max()

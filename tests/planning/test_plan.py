@@ -147,7 +147,8 @@ def read_off(config: Config, layout: Layout) -> tuple[int, int, int, list[Unit]]
                 padded = group.mesh_info.shard_mesh_size * sum(
                     p.padded_sharded_param_size.numel() for p in group.fsdp_params
                 )
-                real = sum(p.sharded_param.numel() for p in group.fsdp_params)
+                divided = layout.expert if group.fsdp_params[0].is_dtensor else 1
+                real = sum(p.sharded_param.numel() for p in group.fsdp_params) // divided
                 units.append(
                     Unit(
                         gathered=padded * computed.itemsize,
@@ -157,6 +158,7 @@ def read_off(config: Config, layout: Layout) -> tuple[int, int, int, list[Unit]]
                         kept=group.post_forward_mesh_info is None,
                         looped=module in blocks,
                         outer=module is model.recurrence and split,
+                        experts=group.fsdp_params[0].is_dtensor,
                     )
                 )
         whole = [p for p in parameters if not isinstance(p, DTensor)]
@@ -172,6 +174,8 @@ def read_off(config: Config, layout: Layout) -> tuple[int, int, int, list[Unit]]
         ("mythos_1b", 64, {"mode": "hsdp", "shard": 8}),
         ("mythos_3b", 96, {"mode": "hsdp", "shard": 6, "wrap": "block"}),
         ("mythos_10b", 64, {"mode": "fsdp"}),
+        ("mythos_10b", 64, {"mode": "fsdp", "expert": 8}),
+        ("mythos_50b", 64, {"mode": "hsdp", "shard": 32, "expert": 32, "wrap": "block"}),
         ("mythos_500b", 1000, {"mode": "fsdp", "wrap": "block"}),
     ],
     ids=str,
@@ -308,7 +312,7 @@ def test_every_preset_is_planned_for_1024_processes(name: str) -> None:
     )
     too_large = name in ("mythos_50b", "mythos_100b", "mythos_500b", "mythos_1t")
     assert (table["in all, of 80"] > 80) == too_large
-    assert ("expert parallelism, which is planned" in text) == too_large
+    assert ("parallel.expert=" in text) == too_large, "with its experts divided it fits"
     assert not dist.is_initialized()
 
 
@@ -486,16 +490,18 @@ def test_shipped_1b_is_copied_to_every_gpu() -> None:
     assert (layout.mode, layout.fits) == ("ddp", True)
 
 
-def test_shipped_10b_fits_no_mode_on_80_gib() -> None:
+def test_shipped_10b_fits_80_gib_with_divided_experts_only() -> None:
     """State takes 150 GiB, and whole float32 gradients of the core's experts 33 GiB at any number of ranks."""
     config = shipped("fineweb-edu-10b")
     layout = choose_layout(config, 64, 8, 80 * GIB)
+    assert (layout.mode, layout.shard, layout.expert, layout.fits) == ("hsdp", 8, 8, True)
+    whole = layouts.with_parallel(config, expert=1)
+    layout = choose_layout(whole, 64, 8, 80 * GIB)
     assert (layout.mode, layout.fits) == ("fsdp", False)
     experts = 4 * 3 * config.model.n_experts * config.model.expert_dim * config.model.dim
-    assert activations(config, layout).peak > experts == 33 * GIB
-    text = plan(config, 64)
-    assert "does not fit, nor would any mode" in text and f"({layout.why})" in text
-    assert choose_layout(config, 64, 8, 141 * GIB).fits
+    assert activations(whole, layout).peak > experts == 33 * GIB
+    text = plan(whole, 64)
+    assert re.search(r"^does not fit; .*parallel\.expert=\d+.* would", text, re.MULTILINE) and f"({layout.why})" in text
 
 
 # --- what decoding caches
