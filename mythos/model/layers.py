@@ -129,12 +129,17 @@ def _initializer(model: nn.Module, name: str) -> Initializer:
 
 def _draw_stack(initializer: Initializer, parameter: Tensor, seed: int, name: str) -> None:
     """Fill a stack (E, n, m), or this rank's shard of it, using memory for one more matrix (n, m)."""
-    experts, rows, columns = (_local_slice(parameter, dim) for dim in range(3))
+    experts, rows, columns = local_slices(parameter)
     local = local_part(parameter)
     matrix = torch.empty(parameter.shape[1:], dtype=torch.float32, device="cpu")
     for index, expert in enumerate(range(experts.start, experts.stop)):
         initializer(matrix, random_stream(seed, name, expert))
         local[index].copy_(matrix[rows, columns])
+
+
+def local_slices(tensor: Tensor) -> tuple[slice, ...]:
+    """For every dimension of a tensor, the range of its indices that this rank has."""
+    return tuple(_local_slice(tensor, dim) for dim in range(tensor.ndim))
 
 
 def _local_slice(parameter: Tensor, dim: int) -> slice:

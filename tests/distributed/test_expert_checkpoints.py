@@ -105,8 +105,13 @@ def started_from(directory: Path, source: Path) -> dict[str, Tensor]:
     return weights
 
 
-def test_divided_experts_start_from_what_others_trained(pool: RankPool, hops: tuple[Path, dict[str, Hop]]) -> None:
+@pytest.mark.parametrize("exported", [False, True])
+def test_divided_experts_start_from_what_others_trained(
+    pool: RankPool, hops: tuple[Path, dict[str, Hop]], tmp_path: Path, exported: bool
+) -> None:
+    """Each rank reads its own part of the experts."""
     directory, done = hops
     source = done["ep 4"]
-    for weights in pool.run(started_from, directory, source.path, ranks=4):
+    path = export_model(source.path, tmp_path / "exported").folder if exported else source.path
+    for weights in pool.run(started_from, directory, path, ranks=4):
         assert all(torch.equal(tensor, source.weights[name]) for name, tensor in weights.items())
