@@ -283,7 +283,7 @@ class Trainer:
                 if logged:
                     seconds = window.lap() / (self.step - logged_step)
                     record = self.measure(result) | self.throughput(result.plan, seconds)
-                    record |= loop_loads(result.expert_load) if validating else {}
+                    record |= loop_loads(result.expert_load, self.layout.expert) if validating else {}
                     self.console.report(record, always=validating or logged_step == first_step)
                     logged_step = self.step
                 with window.pause():

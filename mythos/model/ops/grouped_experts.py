@@ -20,6 +20,8 @@ from mythos.model.ops.shared_weight import BackwardPass
 @torch.library.custom_op("mythos::grouped_product", mutates_args=())
 def grouped_product(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """Each group's rows times its matrix: x (n, K), weights (E, K, M), ends (E,) int32 -> (n, M); no autograd."""
+    if len(x) == 0:  # a rank that no token reached, under expert parallelism
+        return x.new_empty(0, weights.shape[2])
     if device_choice.groups_on_device(x.device):
         return F.grouped_mm(x, weights, offs=ends)
     product = x.new_empty(len(x), weights.shape[2])
@@ -39,6 +41,8 @@ def _(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 @torch.library.custom_op("mythos::grouped_outer", mutates_args=())
 def grouped_outer(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
     """Each group's x^T y: x (n, K), y (n, M), ends (E,) int32 -> (E, K, M); no autograd."""
+    if len(x) == 0:
+        return x.new_zeros(len(ends), x.shape[1], y.shape[1])
     if device_choice.groups_on_device(x.device):
         return F.grouped_mm(x.T, y, offs=ends)
     product = x.new_empty(len(ends), x.shape[1], y.shape[1])
