@@ -420,7 +420,7 @@ train_experts.register_autograd(_operator_backward, setup_context=_keep_for_back
 
 
 def _run_without_gradient(x: Tensor, gates: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    if len(x) > 1 or device_choice.groups_on_device(x.device):
+    if len(x) != 1 or device_choice.groups_on_device(x.device):
         return _sorted_products(x, gates, experts, gate_up, down)[0]
     # A single token on a CPU needs no sorting.
     chosen = experts[0].tolist()
