@@ -292,6 +292,7 @@ def mesh_placements(mesh: DeviceMesh) -> Callable[[Shard], Any]:
 
     `mesh` is (shard,), or (replicate, shard). Returns a function from a parameter's placement to the result. Earlier
     versions than 2.13, in which all parameters of a unit share a mesh, raise AttributeError: see `has_mesh_placements`.
+    This entry was run with torch 2.13.0 only.
     """
     from torch.distributed.fsdp._fully_shard import _fsdp_common as fsdp
 
