@@ -2,7 +2,13 @@
 
 import sys
 
-from mythos.cli.train import main
+from mythos import cli
+
+
+def main(arguments: list[str]) -> int:
+    """Run `mythos train` with these arguments and return its exit status."""
+    return cli.main(["train", *arguments])
+
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -2,9 +2,10 @@
 
 import logging
 import re
+import sys
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, TextIO
 
 
 class MythosError(Exception):
@@ -30,6 +31,15 @@ def short_reason(error: BaseException) -> str:
     return without_credentials(str(error).splitlines()[0]) if str(error) else type(error).__name__
 
 
+class StandardError(logging.StreamHandler[TextIO]):
+    """Writes to what is standard error at the time: a training run's display replaces it, to keep its lines whole."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record."""
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 class _WithoutCredentials(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return without_credentials(super().format(record))
@@ -37,7 +47,7 @@ class _WithoutCredentials(logging.Formatter):
 
 def log_messages() -> None:
     """Write warnings and errors of all libraries to standard error, with the credentials in URLs replaced."""
-    handler = logging.StreamHandler()
+    handler = StandardError()
     handler.setFormatter(_WithoutCredentials("%(levelname)s: %(message)s"))
     logging.basicConfig(handlers=[handler])
 

@@ -1,20 +1,28 @@
-"""Progress of long work: a bar on a terminal; in a log file, a SLURM job or CI one plain line now and then."""
+"""Progress of long work: drawn on a terminal; plain lines in a log file, a SLURM job or CI.
+
+Two libraries draw. Work that only counts (files, batches, tokens) has a bar of tqdm, like downloads by datasets and
+huggingface_hub in the same commands. Training has the display of `mythos.display`, with several lines, colours and
+text above them, for which tqdm has no means.
+"""
 
 import contextlib
-import math
 import os
+import select
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from datetime import timedelta
-from typing import Any, Generic, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, Self, TextIO, TypeVar, overload
 
-from tqdm import tqdm
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from mythos.display import TrainingDisplay
 
 T = TypeVar("T")
 
 INTERVAL = 10.0
-"""Seconds between two plain lines: about 40 kB an hour."""
+"""Seconds between two plain lines of work that counts: about 40 kB an hour."""
 
 
 @overload
@@ -26,7 +34,11 @@ def progress_bar(items: Iterable[Any] = (), **options: Any) -> "tqdm[Any] | Line
 
     Takes the options of `Lines` and of tqdm. Without `items`, `total` is required and `update` counts.
     """
-    return tqdm(items, **options) if sys.stderr.isatty() else Lines(items, **options)
+    if not sys.stderr.isatty():
+        return Lines(items, **options)
+    from tqdm import tqdm  # not needed for help texts and errors, which come at once
+
+    return tqdm(items, **options)
 
 
 class Lines(Generic[T]):
@@ -99,65 +111,110 @@ class Lines(Generic[T]):
                 eta = f" | ETA {duration(seconds / done * (self.total - self.n))}"
         if not self.disable:
             line = f"{self.desc}: {amount} {self.unit} | {duration(seconds)}{eta}{self.postfix}"
-            print(line, file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # the work goes on without its output: `2>&1 | head`
+                print(line, file=sys.stderr, flush=True)
 
 
 class Console:
-    """A training run's output: a bar on a terminal, elsewhere lines that `grep` and `tail` can read.
+    """A training run's output: a display on a terminal, elsewhere lines that `grep` and `tail` can read.
 
-    Lines go to standard output. Without a terminal there is a line for the first logged step, every validation and the
-    last step, and between them at most one every INTERVAL seconds.
+    On a terminal the newest measurements are redrawn in place, and lines go above them, in colour. Elsewhere there is a
+    line for every logged step, and no colour. Everything goes to standard output: `| tee log` writes the lines.
     """
 
     def __init__(self, shown: bool) -> None:
         """Show everything; on ranks other than 0 show nothing."""
         self.shown = shown
-        self.bar: tqdm[Any] | None = None
-        self.first = self.steps = 0
-        self.started = self.written = 0.0
+        self.display: TrainingDisplay | None = None
+        self.first = self.step = self.steps = 0
+        self.started = 0.0
 
     @contextlib.contextmanager
     def training(self, step: int, steps: int) -> Iterator[None]:
         """Show a training that goes from `step` to `steps`."""
-        self.first, self.steps, self.started, self.written = step, steps, time.monotonic(), -math.inf
-        if self.shown and sys.stderr.isatty():
-            self.bar = tqdm(total=steps, initial=step, unit="step", desc="training", dynamic_ncols=True)
+        self.first, self.step, self.steps, self.started = step, step, steps, time.monotonic()
+        if self.shown and can_redraw(sys.stdout):
+            from mythos.display import TrainingDisplay  # imports rich, for terminals only
+
+            with self._going_on():
+                self.display = TrainingDisplay(step, steps)
         try:
             yield
         finally:
-            if self.bar is not None:
-                self.bar.close()
-                self.bar = None
+            self.end_training()
+
+    def end_training(self) -> None:
+        """Leave the display as it is; later lines go below it."""
+        if self.display is not None:
+            with self._going_on():
+                self.display.close()
+            self.display = None
 
     def step_done(self) -> None:
-        """Advance the bar."""
-        if self.bar is not None:
-            self.bar.update()
+        """Advance the display."""
+        self.step += 1
+        if self.display is not None:
+            with self._going_on():
+                self.display.advance(self.step, self._left())
 
-    def report(self, metrics: dict[str, Any], always: bool) -> None:
-        """Show the record of a logged step: beside the bar, or as a line if `always` or if the last line is old."""
-        if self.bar is not None:
-            self.bar.set_postfix_str(" | ".join(measurements(metrics)))
-        elif always or time.monotonic() - self.written >= INTERVAL:
-            self.written = now = time.monotonic()
-            step = metrics["step"]
-            left = (now - self.started) / max(1, step - self.first) * (self.steps - step)
-            eta = [f"ETA {duration(left)}"] if step < self.steps else []
-            self.write(" | ".join([f"step {step}/{self.steps}", *measurements(metrics), *eta]))
+    def report(self, metrics: dict[str, Any]) -> None:
+        """Show the record of the newest step: in the display, or as a line."""
+        if self.display is not None:
+            with self._going_on():
+                self.display.show(measurements(metrics))
+        else:
+            self.step = metrics["step"]
+            parts = [f"step {self.step}/{self.steps}", *measurements(metrics), self._left()]
+            self.write(" | ".join(filter(None, parts)))
 
-    def write(self, text: str) -> None:
-        """Write a line, above the bar if there is one.
-
-        When standard output cannot be written any more (`| head` has read enough, the disk is full) the run continues
-        without it.
-        """
+    def write(self, text: str, style: str = "") -> None:
+        """Write lines, above the display if there is one, in a style of rich such as `bold`."""
         if self.shown:
-            try:
-                tqdm.write(text)
-                sys.stdout.flush()
-            except OSError:
-                # Python flushes standard output as it exits, which would fail once more.
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            with self._going_on():
+                if self.display is not None:
+                    self.display.print(text, style)
+                else:
+                    print(text, flush=True)
+
+    def _left(self) -> str:
+        """The remaining time, as text."""
+        if self.step == self.steps:
+            return ""
+        seconds = (time.monotonic() - self.started) / max(1, self.step - self.first) * (self.steps - self.step)
+        return f"ETA {duration(seconds)}"
+
+    @contextlib.contextmanager
+    def _going_on(self) -> Iterator[None]:
+        """Go on without standard output if it cannot be written any more: a pipe without reader, a full disk."""
+        try:
+            yield
+        except OSError:
+            discard_output()
+
+
+def can_redraw(stream: TextIO) -> bool:
+    """Whether a stream is a terminal on which text can be moved and coloured."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def can_colour(stream: TextIO) -> bool:
+    """Whether to write colours to a stream: it is a terminal that has them, and `NO_COLOR` is not set."""
+    return can_redraw(stream) and not os.environ.get("NO_COLOR")
+
+
+def discard_output() -> None:
+    """Discard all further standard output. Python flushes it as it exits, which would fail once more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def reader_is_gone() -> bool:
+    """Whether standard output is a pipe that nobody reads any more (`| head` has read enough)."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)  # errors and hang-ups are reported without being asked for
+        return bool(poll.poll(0))
+    except (OSError, ValueError):  # a stream without a file descriptor
+        return False
 
 
 def measurements(metrics: dict[str, Any]) -> list[str]:

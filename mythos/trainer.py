@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from textwrap import indent
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from mythos.checkpoints.checkpoint import Checkpoints, training_state
-from mythos.checkpoints.config_changes import save_configuration
+from mythos.checkpoints.config_changes import config_changes, save_configuration
 from mythos.checkpoints.init_from import agreed_start
 from mythos.checkpoints.preflight import check_continued, check_memory, prepare_directory, resolve_vocabulary
 from mythos.checkpoints.stored_checkpoint import read_meta
@@ -32,7 +31,7 @@ from mythos.distributed.ranks import join_world
 from mythos.distributed.run_lock import RunLock
 from mythos.distributed.stop import StopRequests, parse_duration
 from mythos.distributed.watchdog import Watchdog
-from mythos.errors import MythosError, TransientError, without_credentials
+from mythos.errors import MythosError, TransientError
 from mythos.evaluation.choices import ChoiceTask, EncodedTask, encode_task, read_tasks
 from mythos.evaluation.in_training import Interrupted, Measurement, write_samples
 from mythos.model.rdt import RDTOutput, RecurrentDepthTransformer
@@ -41,7 +40,7 @@ from mythos.planning.flops import forward_flops
 from mythos.planning.layout import agree_on_layout
 from mythos.progress import Console
 from mythos.reports.plots import draw_plots
-from mythos.reports.summary import config_lines, summary, validation_line
+from mythos.reports.summary import checkpoint_line, config_lines, ending, sample_line, summary, validation_line
 from mythos.training.adamw import FusedAdamW
 from mythos.training.depth_schedule import DepthPlan, DepthSchedule
 from mythos.training.lr import learning_rate
@@ -79,6 +78,7 @@ class Trainer:
             keep=config.checkpoint.keep,
             keep_every=config.checkpoint.keep_every,
             asynchronous=config.checkpoint.asynchronous,
+            committed=lambda step, path: self.console.write(checkpoint_line(config, step, path), style="dim"),
         )
         self.resources.callback(self.checkpoints.close)
         self.checkpoints.claim(lock, config.run.name)
@@ -144,10 +144,10 @@ class Trainer:
         length = config.model.context_length
         self.tasks = [encode_task(task, tokenizer, length) for task in questions] if tokenizer is not None else []
         self.count_targets = data.targets
-        if meta:
-            differences = check_continued(config, saved, self.step, self.resumed_from)
-            if self.main and differences:
-                logger.warning("%s", differences)
+        changes = self.changes = config_changes(config, saved) if meta else []
+        differences = check_continued(config, saved, changes, self.step, self.resumed_from) if meta else None
+        if self.main and differences:
+            logger.warning("%s", differences)
         self.schedule = DepthSchedule(config)
         self.loader = Loader(
             data.streams(config.run.seed, world.rank, world.size),
@@ -197,7 +197,7 @@ class Trainer:
         if self.main:
             if self.resumed_from is None and self.tokenizer is not None:
                 self.tokenizer.save(self.run_dir / "tokenizer")
-            save_configuration(self.run_dir, self.config, meta)
+            save_configuration(self.run_dir, self.config, meta, self.changes)
         unfinished = meta.get("record") if self.checkpoints.wrote(meta) else None
         return MetricsLog(self.run_dir, self.config, self.step, main=self.main, unfinished=unfinished)
 
@@ -284,7 +284,7 @@ class Trainer:
                     seconds = window.lap() / (self.step - logged_step)
                     record = self.measure(result) | self.throughput(result.plan, seconds)
                     record |= loop_loads(result.expert_load, self.layout.expert) if validating else {}
-                    self.console.report(record, always=validating or logged_step == first_step)
+                    self.console.report(record)
                     logged_step = self.step
                 with window.pause():
                     # Save before validating: a kill during the minutes of a validation then costs nothing.
@@ -523,7 +523,9 @@ class Trainer:
         except Interrupted:
             self.log.write(record)
             return False
-        self.console.write(validation_line(self.config, record, self.mean_loops))
+        self.console.write(validation_line(self.config, record, self.mean_loops), style="bold")
+        if self.samples and self.step < self.config.train_steps:  # the last step's is printed whole
+            self.console.write(sample_line(self.config, self.step, self.samples[0]))
         self.log.write(record)
         if self.main:
             self.plots = draw_plots(self.run_dir, self.config.depth_mean)
@@ -572,6 +574,7 @@ class Trainer:
         reasons = self.ranks.gather(self.stop.reason)
         rank = next(rank for rank, reason in enumerate(reasons) if reason)
         where = f" (rank {rank})" if self.world.size > 1 else ""
+        self.console.end_training()
         missing = "" if validated else "Its validation was interrupted and is repeated when the run continues.\n"
         self.console.write(f"{reasons[rank]}{where}. {saved}\n{missing}The same command continues.")
 
@@ -588,11 +591,7 @@ class Trainer:
         if not self.main:
             return
         self.console.write(summary(self.config, record, self.mean_loops, self.tokens))
-        if self.samples:
-            self.console.write(f"\nSample\n\n{indent(self.samples[0], '  ')}")
-        plots = "\n            ".join(map(str, self.plots))
-        newest = without_credentials(str(self.checkpoints.newest))
-        self.console.write(f"\nplots       {plots}\nmetrics     {self.log.path}\ncheckpoint  {newest}")
+        self.console.write(ending(self.samples, self.plots, self.log.path, self.checkpoints.newest))
 
 
 def add(totals: dict[str, Tensor], key: str, value: Tensor) -> None:

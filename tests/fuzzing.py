@@ -39,6 +39,8 @@ from mythos.data.tokenizer import Tokenizer
 from mythos.data.tokens import TokenSource
 from mythos.errors import MythosError
 from mythos.evaluation.choices import read_tasks
+from mythos.evaluation.continuations import DepthSetting
+from mythos.evaluation.results import Result, load, save
 from mythos.files.storage import MARKER, META
 from mythos.hf.importing import import_model
 from mythos.trainer import Trainer
@@ -266,6 +268,9 @@ def _configurations(folder: Path, exported: Path) -> list[Target]:
         "optim.lr=3e-4\neval.loops=[1, 4]\ndata.validation={fraction: 0.1}\nrun.name=x"
     )
     (place / "meta.json").write_text(json.dumps(config_from_dict(settings(folder)).model_dump(mode="json")))
+    scores = folder / "scores"
+    scores.mkdir()
+    save([Result("a", "acc", DepthSetting(8, "convergence", 0.1), 2.5, 0.25, 0.125, 8)], scores / "step-1", {"step": 1})
     start = folder / "start"
     start.mkdir()
     (start / "config.yaml").write_text(text)
@@ -285,6 +290,7 @@ def _configurations(folder: Path, exported: Path) -> list[Target]:
         Target("configuration", place, ("run.yaml",), lambda copy: load_config(copy / "run.yaml")),
         Target("overrides", place, ("overrides.txt",), overridden),
         Target("recorded configuration", place, ("meta.json",), recorded),
+        Target("results of an evaluation", scores, ("step-1.json",), lambda copy: load(copy / "step-1.json")),
         Target("init_from (export)", exported, ("config.json",), lambda copy: inherited_sections(str(copy), {})),
         Target("init_from (run)", start, ("config.yaml",), lambda copy: inherited_sections(str(copy), {})),
     ]

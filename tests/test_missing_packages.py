@@ -20,7 +20,7 @@ from importlib import metadata
 from importlib.machinery import PathFinder
 
 MISSING = {"datasets", "wandb", "shtab", "tensorboard"}
-find_spec, from_name, requires = PathFinder.find_spec, metadata.Distribution.from_name, metadata.requires
+find_spec, from_name = PathFinder.find_spec, metadata.Distribution.from_name
 
 
 def find_present(name, path=None, target=None):
@@ -33,16 +33,8 @@ def present(name):
     return from_name(name)
 
 
-def few(name):
-    # Text of the standard library and one package is gathered in seconds.
-    if name != "tqdm":
-        raise metadata.PackageNotFoundError(name)
-    return requires(name)
-
-
 PathFinder.find_spec = staticmethod(find_present)
 metadata.Distribution.from_name = present
-metadata.requires = few
 """
 """A sitecustomize.py, which every process of a run imports at its start: packages are missing as if not installed."""
 

@@ -82,11 +82,21 @@ class Checkpoints:
 
     `directory` is a local directory that all ranks share, or a URL of fsspec. `ranks` needs a group that nothing else
     uses, because a thread of this class communicates on it while training goes on. The newest `keep` checkpoints are
-    kept, and those whose step is a multiple of `keep_every` (0 = none).
+    kept, and those whose step is a multiple of `keep_every` (0 = none). `committed` is called on every rank with the
+    step and path of a checkpoint that is complete, possibly in that thread.
     """
 
-    def __init__(self, directory: str | Path, ranks: Ranks, *, keep: int, keep_every: int, asynchronous: bool) -> None:
-        self.directory, self.ranks = directory, ranks
+    def __init__(
+        self,
+        directory: str | Path,
+        ranks: Ranks,
+        *,
+        keep: int,
+        keep_every: int,
+        asynchronous: bool,
+        committed: Callable[[int, Path | str], None] = lambda step, path: None,
+    ) -> None:
+        self.directory, self.ranks, self.committed = directory, ranks, committed
         self.keep, self.keep_every, self.asynchronous = keep, keep_every, asynchronous
         self.storage = open_storage(directory)
         self._buffers: dict[str, Tensor] = {}
@@ -413,6 +423,7 @@ class Checkpoints:
                 if folder is not None and (ranks.main or not isinstance(storage, LocalStorage)):
                     storage.discard(folder)
         self._newest = storage.address(name)
+        self.committed(step, self._newest)
         if ranks.main:
             try:
                 storage.prune(self.keep, self.keep_every)

@@ -8,15 +8,15 @@ import yaml
 
 from mythos.config.checking import Problems, shown, valid_values
 from mythos.config.inherited import RUN_FILE
-from mythos.config.loading import save_config
+from mythos.config.loading import complete_stored_data, save_config
 from mythos.config.sections import Config
 from mythos.files.local import write_whole
 from mythos.files.storage import step_name
 from mythos.training.depth_schedule import DepthSchedule
 from mythos.training.lr import learning_rate
 
-NOT_COMPARED = {"run.name", "run.dir", "run.resume", "run.on_change"}
-"""Fields that say where a run is and how it continues, not how it trains."""
+NOT_COMPARED = {"run.name", "run.dir", "run.resume", "run.on_change", "checkpoint.dir"}
+"""Fields that say where a run and its checkpoints are and how it continues, not how it trains."""
 LEARNING_RATE = {f"optim.{name}" for name in ("lr", "schedule", "warmup", "decay", "min_lr")}
 VALIDATION = {"eval.batches", "data.validation.path", "data.validation.fraction"}
 ABSENT = object()
@@ -79,12 +79,12 @@ def consequences(config: Config, saved: dict[str, Any], step: int, changes: list
     return lines
 
 
-def save_configuration(run_dir: Path, config: Config, meta: dict[str, Any]) -> None:
-    """Write config.yaml. If it differs from the checkpoint's, that one stays as config.step-XXXXXXXX.yaml.
+def save_configuration(run_dir: Path, config: Config, meta: dict[str, Any], changes: list[Change]) -> None:
+    """Write config.yaml. If it has `changes` from the checkpoint's, that one stays as config.step-XXXXXXXX.yaml.
 
     `meta` is the checkpoint's meta.json, empty for a new run. Raises OSError.
     """
-    if meta and config_changes(config, meta["config"]):
+    if changes:
         former = yaml.safe_dump(meta["config"], sort_keys=False, allow_unicode=True)
         write_whole(run_dir / former_file(meta["step"]), former)
     save_config(config, run_dir / RUN_FILE)
@@ -96,12 +96,13 @@ def former_file(step: int) -> str:
 
 
 def _former(saved: dict[str, Any]) -> Config | None:
-    """A checkpoint's configuration; fields that its version did not know get their defaults, which they had.
+    """A checkpoint's configuration; fields that its version did not know get the values that they had.
 
     None if this version does not accept a value.
     """
     problems = Problems("", Config)
     values = valid_values(Config, saved, problems)
+    complete_stored_data(values.get("data", {}))
     return None if problems.lines else Config.model_validate(values)
 
 

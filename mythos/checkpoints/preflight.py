@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from psutil import virtual_memory
 
-from mythos.checkpoints.config_changes import config_changes, consequences, former_file
+from mythos.checkpoints.config_changes import Change, consequences, former_file
 from mythos.config.sections import Config
 from mythos.data.tasks import hardest
 from mythos.errors import MythosError
@@ -66,11 +66,13 @@ None of them changes the function that the weights compute at a given number of 
 its shape is checked with all other shapes.)"""
 
 
-def check_continued(config: Config, saved: dict[str, Any], step: int, path: Path | str | None) -> str | None:
+def check_continued(
+    config: Config, saved: dict[str, Any], changes: list[Change], step: int, path: Path | str | None
+) -> str | None:
     """Check that a run can continue a checkpoint; return a warning that names every difference, or None without any.
 
-    `saved` is the checkpoint's configuration as plain values. Raises MythosError for another model or optimizer, and
-    for any difference if run.on_change is fail.
+    `saved` is the checkpoint's configuration as plain values, `changes` the differences from it. Raises MythosError for
+    another model or optimizer, and for any difference if run.on_change is fail.
     """
     check_same_model(config, saved["model"], path)
     if config.optim.name != saved["optim"]["name"]:
@@ -79,7 +81,6 @@ def check_continued(config: Config, saved: dict[str, Any], step: int, path: Path
             f"  optim.name: {saved['optim']['name']!r} in the checkpoint, {config.optim.name!r} here\n"
             "Restore this value to continue it, or give this run another run.name."
         )
-    changes = config_changes(config, saved)
     meaning = consequences(config, saved, step, changes)
     if schedule := schedule_change(config, saved, step):
         meaning.append(schedule)

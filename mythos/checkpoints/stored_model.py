@@ -1,9 +1,10 @@
 """Trained models on disk: run directories, checkpoints and exported folders."""
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -75,6 +76,8 @@ class OpenedModel:
     """The run's configuration; None for an exported model."""
     source: str
     """Path or URL of the weights."""
+    corpora: Mapping[str, str] = field(default_factory=dict)
+    """Hash of the text of each data source in training, by its name; empty if it is not known."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ class StoredModel:
     step: int
     run: Config | None
     source: str
+    corpora: Mapping[str, str] = field(default_factory=dict)
 
 
 def open_model(path: str | Path, device: torch.device | str = "cpu") -> OpenedModel:
@@ -106,7 +110,7 @@ def open_model(path: str | Path, device: torch.device | str = "cpu") -> OpenedMo
         model = stored.model.to_empty(device=device)
         stored.read(tensors_of(model))
         tokenizer = None if stored.tokenizer is None else Tokenizer.load(stored.tokenizer)
-        return OpenedModel(model, tokenizer, stored.mean_loops, stored.step, stored.run, stored.source)
+        return OpenedModel(model, tokenizer, stored.mean_loops, stored.step, stored.run, stored.source, stored.corpora)
 
 
 @contextlib.contextmanager
@@ -128,14 +132,15 @@ def stored_model(path: str | Path) -> Iterator[StoredModel]:
                 yield stored
             return
         if is_run:
-            run = load_config(folder / RUN_FILE, to_train=False)
+            run = load_config(folder, to_train=False)
             directory = run.checkpoint.dir or folder / "checkpoints"
             with _readable(directory):
                 complete = complete_checkpoints(directory)
             if not complete:
+                elsewhere = f" in {directory}, its checkpoint.dir" if run.checkpoint.dir else ""
                 raise MythosError(
-                    f"{path}: the run has no complete checkpoint yet. Runs save every checkpoint.every steps and at "
-                    "their end; continue it with the command that started it."
+                    f"{path}: the run has no complete checkpoint yet{elsewhere}. Runs save every "
+                    "checkpoint.every steps and at their end; continue it with the command that started it."
                 )
             text, run_dir = str(complete[-1]), folder
     with _stored_checkpoint(text, run_dir) as stored:
@@ -183,7 +188,16 @@ def _stored_checkpoint(path: Path | str, run_dir: Path | None) -> Iterator[Store
             read_tensors(path, copy, {PREFIX + name: tensor for name, tensor in tensors.items()}, no_dist=True)
 
         model = _fitting_model(str(path), run.model, model_shapes)
-        yield StoredModel(model, read, tokenizer, round(run.depth_mean), meta["step"], run, str(path))
+        mean_loops = round(run.depth_mean)
+        yield StoredModel(model, read, tokenizer, mean_loops, meta["step"], run, str(path), _corpora(meta))
+
+
+def _corpora(meta: dict[str, Any]) -> dict[str, str]:
+    """The hash of each data source's text in a checkpoint's meta.json, by its name; {} for a reasoning task."""
+    data = meta.get("data")
+    sources = data.get("sources") if isinstance(data, dict) else None
+    named = sources.items() if isinstance(sources, dict) else ()
+    return {name: source["corpus"] for name, source in named if isinstance(source, dict) and "corpus" in source}
 
 
 @contextlib.contextmanager

@@ -9,12 +9,12 @@ from importlib import import_module
 from types import ModuleType
 
 from mythos import __version__
-from mythos.cli.common import CommandParser, exit_status
+from mythos.cli.common import CommandParser, exit_status, quiet_without_reader
 from mythos.config.checking import suggestion
 
 GROUPS = {
     "train a model": ("train", "tokenizer", "tokenize", "configs", "presets"),
-    "use a model": ("generate", "export", "import", "retrofit"),
+    "use a model": ("generate", "chat", "export", "import", "retrofit"),
     "measure": ("sweep", "evaluate", "reasoning", "estimate", "gpu-check"),
     "look at runs": ("runs", "report", "compare"),
     "set up the shell": ("completion",),
@@ -63,7 +63,11 @@ def overview() -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit status: 2 for an unknown command, as for unknown options."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    return quiet_without_reader(lambda: run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: list[str]) -> int:
+    """Do the work of :func:`main`."""
     if not arguments or arguments[0] in ("--help", "-h"):
         return exit_status(lambda: print(overview()))
     name, *rest = arguments

@@ -17,6 +17,7 @@ from mythos.config.sections import Config
 from mythos.errors import MythosError, log_messages
 from mythos.files.text import unusable_text
 from mythos.hf import SHARD_SIZE
+from mythos.progress import discard_output, reader_is_gone
 from mythos.section import MOST, MOST_LOOPS
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -67,23 +68,36 @@ def set_up_process() -> None:
 def exit_status(action: Callable[[], None], interrupted: str = "\nstopped") -> int:
     """Run the action of a command and return its exit status; print errors to standard error.
 
-    0 = success, also if the reader of the output has closed it (`| head`); 1 = MythosError; 130 = interrupted, with the
-    text `interrupted` printed.
+    0 = success; 1 = MythosError; 130 = interrupted, with the text `interrupted` printed. Raises BrokenPipeError if the
+    reader of the output has closed it, which `quiet_without_reader` handles.
     """
     set_up_process()
     try:
         action()
-        sys.stdout.flush()
     except MythosError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # Python flushes standard output at exit and would fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def quiet_without_reader(command: Callable[[], int]) -> int:
+    """Run a whole command and return its exit status; 0 if the reader of its output has closed it (`| head -1`)."""
+    try:
+        try:
+            status = command()
+        except SystemExit:  # argparse has printed a help text
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        if not reader_is_gone():  # another pipe's, such as one to a worker
+            raise
+        discard_output()
+        return 0
 
 
 class TakesArguments(Protocol):
@@ -107,7 +121,7 @@ def add_corpus_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--path", nargs="+", metavar="GLOB", help="instead of CONFIG: parquet, jsonl, jsonl.gz or txt files"
     )
-    parser.add_argument("--embedded", action="store_true", help="instead of CONFIG: documentation on this machine")
+    parser.add_argument("--embedded", action="store_true", help="instead of CONFIG: text that is installed with mythos")
     parser.add_argument("--text-column", default="text", help="column or key of the text in --path (text)")
     parser.add_argument("--vocab-size", type=int, help="tokens of a trained bpe (tokenizer.vocab_size)")
 

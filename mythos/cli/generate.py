@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mythos.cli.common import (
     TakesArguments,
@@ -21,6 +20,7 @@ from mythos.cli.common import (
     whole_numbers,
 )
 from mythos.errors import MythosError
+from mythos.progress import can_colour
 
 if TYPE_CHECKING:
     from mythos.checkpoints.stored_model import OpenedModel
@@ -46,10 +46,14 @@ def parser() -> argparse.ArgumentParser:
         "generate", __doc__, epilog=EXAMPLES, usage="%(prog)s PATH [--prompt TEXT] [--loops N|auto] [options]"
     )
     parser.add_argument("path", metavar="PATH", help="run directory, checkpoint step-XXXXXXXX, or exported folder")
-    _add_prompt_options(parser.add_argument_group("prompts (without any, the model begins a new document)"))
-    _add_depth_options(parser.add_argument_group("depth"))
-    _add_sampling_options(parser.add_argument_group("sampling"))
-    _add_output_options(parser.add_argument_group("output and device"))
+    prompts = parser.add_argument_group("prompts (without any, the model begins a new document)")
+    _add_prompt_options(prompts)
+    add_length_options(prompts, tokens=128)
+    add_depth_options(parser.add_argument_group("depth"))
+    add_sampling_options(parser.add_argument_group("sampling"))
+    output = parser.add_argument_group("output and device")
+    _add_output_options(output)
+    add_computation_options(output)
     return parser
 
 
@@ -73,11 +77,16 @@ def _add_prompt_options(group: TakesArguments) -> None:
         metavar="FILE",
         help="prompt from a file, without its last line break; - is standard input; repeatable",
     )
-    group.add_argument("--tokens", type=int, default=128, metavar="N", help="maximum new tokens (%(default)s)")
+
+
+def add_length_options(group: TakesArguments, tokens: int) -> None:
+    """Add --tokens, with its default, and --stop."""
+    group.add_argument("--tokens", type=int, default=tokens, metavar="N", help="maximum new tokens (%(default)s)")
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
 
 
-def _add_depth_options(group: TakesArguments) -> None:
+def add_depth_options(group: TakesArguments) -> None:
+    """Add the options that choose the loops of a token."""
     group.add_argument(
         "--loops",
         default="auto",
@@ -96,7 +105,8 @@ def _add_depth_options(group: TakesArguments) -> None:
     )
 
 
-def _add_sampling_options(group: TakesArguments) -> None:
+def add_sampling_options(group: TakesArguments) -> None:
+    """Add the options that choose the next token."""
     group.add_argument("--temperature", type=float, default=0.8, metavar="X", help="0 = most likely (%(default)s)")
     group.add_argument("--top-k", type=int, metavar="K", help="sample from the K most likely; 0 = all (40)")
     group.add_argument("--top-p", type=float, metavar="P", help="sample from the most likely with total share P (off)")
@@ -116,6 +126,10 @@ def _add_output_options(group: TakesArguments) -> None:
         help="colour the text by the loops of each token (or write them in brackets)",
     )
     group.add_argument("--html", metavar="FILE", help="write the text, coloured by loops, as a web page")
+
+
+def add_computation_options(group: TakesArguments) -> None:
+    """Add the options that choose device, dtype and kernels."""
     add_device_option(group)
     group.add_argument(
         "--dtype",
@@ -146,48 +160,18 @@ def run(options: argparse.Namespace) -> None:
     # Check the options before importing torch, which takes seconds.
     loops = parse_loops(options.loops)
     check_values(options)
+    check_page(options.html)
     check_model_path(options.path)
     prompts = read_prompts(options.prompts)
-    import torch
-
-    from mythos.checkpoints.stored_model import open_model
-    from mythos.distributed.parallel import choose_dtype
-    from mythos.distributed.ranks import choose_device
     from mythos.generation.depth_view import histogram, html_page, write_page
-    from mythos.generation.text import check_counts, choose_depth, generate_text
-    from mythos.model.config import HALTING_RULES
+    from mythos.generation.text import check_counts, generate_text
 
-    sampling = chosen_sampling(options)
-    if options.halting is not None and options.halting not in HALTING_RULES.names:
-        raise MythosError(f"--halting: got {options.halting!r}; allowed: {', '.join(HALTING_RULES.names)}")
     if loops is not None:
         check_counts(len(loops), len(prompts))
-    device = choose_device(options.device, option="--device")
-    # On a CPU decoding's small matmuls are slower in bfloat16, with its casts, than in float32.
-    use_float32 = options.dtype == "auto" and device.type == "cpu"
-    dtype = torch.float32 if use_float32 else choose_dtype(options.dtype, device)
-    opened = open_model(options.path, device)
-    if options.top_k is None and opened.tokenizer is not None:
-        sampling = replace(sampling, top_k=min(40, opened.tokenizer.size))
-    depth = choose_depth(opened, loops, options.halting, options.exit_threshold)
-    if options.compile:
-        check_compilable(depth)
-    warn_of_many_loops(opened, max(depth.limits))
-
+    opened, depth, settings = set_up(options, loops)
     output = TextOutput(prompts, depth, options.show_depth)
     generation = generate_text(
-        opened,
-        prompts,
-        options.tokens,
-        depth,
-        sampling=sampling,
-        seed=options.seed,
-        stops=options.stop,
-        dtype=dtype,
-        on_piece=output.on_piece,
-        prefill_chunk=options.prefill_chunk,
-        cache_loops=options.cache_loops,
-        compiled=options.compile,
+        opened, prompts, options.tokens, depth, seed=options.seed, on_piece=output.on_piece, **settings
     )
     output.finish(generation)
     print(f"\n{generation.summary()}", file=sys.stderr)
@@ -199,6 +183,44 @@ def run(options: argparse.Namespace) -> None:
         print(f"page: {options.html}", file=sys.stderr)
 
 
+def set_up(options: argparse.Namespace, loops: list[int] | None) -> tuple[OpenedModel, Depth, dict[str, Any]]:
+    """Open the model; returns it, its depth, and further arguments of `mythos.generation.text.generate_text`.
+
+    `loops` is the result of `parse_loops`. Raises MythosError for options that do not fit the model.
+    """
+    import torch
+
+    from mythos.checkpoints.stored_model import open_model
+    from mythos.distributed.parallel import choose_dtype
+    from mythos.distributed.ranks import choose_device
+    from mythos.generation.text import choose_depth
+    from mythos.model.config import HALTING_RULES
+
+    sampling = chosen_sampling(options)
+    if options.halting is not None and options.halting not in HALTING_RULES.names:
+        raise MythosError(f"--halting: got {options.halting!r}; allowed: {', '.join(HALTING_RULES.names)}")
+    device = choose_device(options.device, option="--device")
+    # On a CPU decoding's small matmuls are slower in bfloat16, with its casts, than in float32.
+    use_float32 = options.dtype == "auto" and device.type == "cpu"
+    dtype = torch.float32 if use_float32 else choose_dtype(options.dtype, device)
+    opened = open_model(options.path, device)
+    if options.top_k is None and opened.tokenizer is not None:
+        sampling = replace(sampling, top_k=min(40, opened.tokenizer.size))
+    depth = choose_depth(opened, loops, options.halting, options.exit_threshold)
+    if options.compile:
+        check_compilable(depth)
+    warn_of_many_loops(opened, max(depth.limits))
+    settings = {
+        "sampling": sampling,
+        "stops": options.stop,
+        "dtype": dtype,
+        "prefill_chunk": options.prefill_chunk,
+        "cache_loops": options.cache_loops,
+        "compiled": options.compile,
+    }
+    return opened, depth, settings
+
+
 class TextOutput:
     """Print generated text: a single row piece by piece as it is generated, several rows at the end."""
 
@@ -207,15 +229,13 @@ class TextOutput:
         from mythos.generation.depth_view import terminal_legend
 
         most_loops = max(depth.limits)
-        is_terminal = sys.stdout.isatty()
-        colours = is_terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-        if show_depth and colours:
+        if show_depth and can_colour(sys.stdout):
             print(terminal_legend(most_loops) + "\n", file=sys.stderr)
         self.several_depths = len(depth.limits) > 1
         self.streams = len(prompts) == len(depth.limits) == 1
         # Printed with the first piece, so that standard output stays empty if generation is refused.
         self.pending_prompt = (prompts[0] or "") if self.streams else ""
-        self.shown = _formatter(most_loops, is_terminal, show_depth, colours)
+        self.shown = piece_format(most_loops, show_depth)
 
     def on_piece(self, row: int, piece: Piece) -> None:
         """Print a piece, if text is streamed."""
@@ -237,9 +257,16 @@ class TextOutput:
         sys.stdout.flush()
 
 
-def _formatter(most_loops: int, is_terminal: bool, show_depth: bool, colours: bool) -> Callable[[Piece], str]:
+def piece_format(most_loops: int, show_depth: bool) -> Callable[[Piece], str]:
+    """Return a function that writes a piece of text for standard output.
+
+    With `show_depth` it has the colour of its loops, on a scale up to `most_loops`, or without colours their number in
+    brackets.
+    """
     from mythos.generation.depth_view import coloured, harmless, numbered
     from mythos.generation.text import Piece
+
+    is_terminal, colours = sys.stdout.isatty(), can_colour(sys.stdout)
 
     def shown(piece: Piece) -> str:
         if is_terminal:
@@ -286,9 +313,9 @@ def warn_of_many_loops(opened: OpenedModel, most_loops: int) -> None:
         )
 
 
-def parse_loops(text: str) -> list[int] | None:
+def parse_loops(text: str, option: str = "--loops") -> list[int] | None:
     """Parse --loops, with None for auto. Raises MythosError for anything else."""
-    return None if text == "auto" else whole_numbers("--loops", text, besides="auto, or ")
+    return None if text == "auto" else whole_numbers(option, text, besides="auto, or ")
 
 
 def check_values(options: argparse.Namespace) -> None:
@@ -306,14 +333,19 @@ def check_values(options: argparse.Namespace) -> None:
             raise MythosError(f"--exit-threshold: got {threshold:g}; allowed for act: above 0 and at most 1")
     if "" in options.stop:
         raise MythosError("--stop: the text is empty; give at least one character")
-    if options.html is not None:
-        if not options.html:
-            raise MythosError("--html: got no name; give a file to write")
-        page = Path(options.html).resolve()
-        if page.is_dir():
-            raise MythosError(f"--html: {options.html} is a folder; give a file in it")
-        if not page.parent.is_dir():
-            raise MythosError(f"--html: there is no folder {page.parent}")
+
+
+def check_page(name: str | None) -> None:
+    """Raise MythosError for the value of --html if no file of this name can be written."""
+    if name is None:
+        return
+    if not name:
+        raise MythosError("--html: got no name; give a file to write")
+    page = Path(name).resolve()
+    if page.is_dir():
+        raise MythosError(f"--html: {name} is a folder; give a file in it")
+    if not page.parent.is_dir():
+        raise MythosError(f"--html: there is no folder {page.parent}")
 
 
 def read_prompts(values: list[tuple[str, str]]) -> list[str | None]:

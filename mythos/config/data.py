@@ -123,7 +123,8 @@ class SourceConfig(Section):
     split: str = "train"
     """hub: split of the dataset."""
     revision: str | None = None
-    """hub: branch, tag or commit; null = the newest. The run's config.yaml pins the commit it started with."""
+    """hub: branch, tag or commit; null = the newest. The run's config.yaml pins the commit it started with. embedded:
+    hash of the text; the run fills it in."""
     text_column: str = "text"
     """Column (parquet) or key (jsonl) of a document's text."""
     txt: Literal["file", "paragraph", "line"] = "file"
@@ -144,8 +145,8 @@ class MixtureSourceConfig(SourceConfig):
     """One source of a mixture."""
 
     kind: SourceKind = "embedded"
-    """embedded = English documentation on this machine, files = parquet/jsonl/txt, hub = Hugging Face dataset, tokens =
-    output of `mythos tokenize`."""
+    """embedded = English prose that is installed with mythos, files = parquet/jsonl/txt, hub = Hugging Face dataset,
+    tokens = output of `mythos tokenize`."""
     weight: Annotated[float, Field(gt=0, le=1e15)] = 1.0
     """Share of the sequences from this source, relative to the other sources' weights."""
 
@@ -154,9 +155,9 @@ class DataConfig(SourceConfig):
     """Where documents come from and how they become sequences."""
 
     kind: DataKind = "embedded"
-    """embedded = English documentation on this machine, files = parquet/jsonl/txt, hub = Hugging Face dataset, tokens =
-    output of `mythos tokenize`, mixture = several of these; reasoning = a generated task instead of text, whose
-    vocabulary replaces the tokenizer."""
+    """embedded = English prose that is installed with mythos, files = parquet/jsonl/txt, hub = Hugging Face dataset,
+    tokens = output of `mythos tokenize`, mixture = several of these; reasoning = a generated task instead of text,
+    whose vocabulary replaces the tokenizer."""
     task: TaskConfig = TaskConfig()
     """reasoning: the task."""
     sources: dict[str, MixtureSourceConfig] = {}
@@ -183,7 +184,7 @@ class DataConfig(SourceConfig):
     """If a checkpoint's data position belongs to other data (another corpus, tokenizer, seed or number of streams):
     fail, or restart the data from its beginning."""
     cache_dir: str | None = None
-    """Folder for gathered corpora, file lists, validation sets and trained tokenizers; null = $MYTHOS_CACHE or
+    """Folder for file lists, validation sets and trained tokenizers; null = $MYTHOS_CACHE or
     ~/.cache/mythos."""
     validation: ValidationConfig = ValidationConfig()
     """Held-out documents."""

@@ -23,7 +23,8 @@ USED_BY = {
     "text_column": ("files", "hub"),
     "txt": ("files", "hub"),
     "filters": ("files", "hub", "embedded"),
-    **dict.fromkeys(("dataset", "subset", "split", "revision"), ("hub",)),
+    "revision": ("hub", "embedded"),
+    **dict.fromkeys(("dataset", "subset", "split"), ("hub",)),
 }
 """The kinds of source that use a field; others must leave it at its default."""
 

@@ -79,10 +79,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, to_train: bo
     """Read a YAML file, apply ``key.path=value`` overrides, fill in the preset, and check everything.
 
     ``path`` may be the name of a packaged configuration, or a run directory, whose config.yaml is read
-    (:func:`config_file`); the run is then in that directory, wherever its configuration says that it is. Values of
-    overrides are YAML (``eval.loops=[1,4]``, ``depth.mean=null``); ``3e-4`` and ``1e9`` are numbers. An override of
-    ``train.tokens`` replaces ``train.steps`` of the file, and the other way round, with a warning. Set ``to_train`` to
-    false to use a trained run: rules that only training needs are skipped, because the run may be older than they are.
+    (:func:`config_file`); the run is then in that directory, wherever its configuration says that it is, and a relative
+    ``checkpoint.dir`` is the directory that it was when the run was started. Values of overrides are YAML
+    (``eval.loops=[1,4]``, ``depth.mean=null``); ``3e-4`` and ``1e9`` are numbers. An override of ``train.tokens``
+    replaces ``train.steps`` of the file, and the other way round, with a warning. Set ``to_train`` to false to use a
+    trained run: rules that only training needs are skipped, because the run may be older than they are.
 
     Raises MythosError with one line per problem.
     """
@@ -91,6 +92,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, to_train: bo
     in_file = read_yaml(file, problems)
     if file == Path(path) / RUN_FILE:
         in_file = _in_directory(in_file, Path(path))
+        if to_train and not any(override.startswith("checkpoint.dir=") for override in overrides):
+            _require_checkpoints(in_file, file)
     data = in_file
     for override in overrides:
         data = apply_override(data, override, problems)
@@ -168,21 +171,54 @@ def _summary(section: type[Section]) -> str:
 
 
 def _in_directory(data: dict[str, Any], directory: Path) -> dict[str, Any]:
-    """The configuration of a run to continue: run.dir set if its path leads elsewhere, run.resume auto if never."""
-    run = data.get("run") or {}
-    if not isinstance(run, dict):  # reported when the values are checked
+    """The configuration of a run to continue: run.dir set if its path leads elsewhere, run.resume auto if never.
+
+    A relative checkpoint.dir, which only runs of earlier versions store, becomes absolute if the directory is found.
+    """
+    run, checkpoint = data.get("run") or {}, data.get("checkpoint") or {}
+    if not isinstance(run, dict) or not isinstance(checkpoint, dict):  # reported when the values are checked
         return data
     stored = str(run.get("dir") or f"runs/{run.get('name', Config().run.name)}").replace("\0", "")
     moved = os.path.realpath(stored) != os.path.realpath(directory)
     changes = ({"dir": str(directory)} if moved else {}) | ({"resume": "auto"} if run.get("resume") == "never" else {})
+    if place := next(filter(os.path.isdir, _former_places(checkpoint.get("dir"), stored, directory)), None):
+        data = {**data, "checkpoint": {**checkpoint, "dir": place}}
     return {**data, "run": {**run, **changes}} if changes else data
+
+
+def _is_relative(place: Any) -> bool:
+    return isinstance(place, str) and place != "" and "://" not in place and not os.path.isabs(place)
+
+
+def _former_places(place: Any, run_dir: str, directory: Path) -> Iterator[str]:
+    """Directories that a run's relative `place` may mean: relative to where it was started, then to where we are.
+
+    A run whose stored `run_dir` is a/b and that is in /x/a/b was started in /x.
+    """
+    if not _is_relative(place) or "\0" in place:
+        return
+    parts, real = Path(os.path.normpath(run_dir)).parts, Path(os.path.realpath(directory)).parts
+    if not os.path.isabs(run_dir) and real[-len(parts) :] == parts:
+        yield os.path.join(*real[: -len(parts)], place)
+    yield os.path.abspath(place)
+
+
+def _require_checkpoints(data: Mapping[str, Any], file: Path) -> None:
+    """Raise MythosError if a run's checkpoint.dir is relative still: training would begin anew in another directory."""
+    checkpoint = data.get("checkpoint")
+    place = checkpoint.get("dir") if isinstance(checkpoint, dict) else None
+    if _is_relative(place):
+        raise MythosError(
+            f"checkpoint.dir: {file} has {place}, which is relative to the folder that the run was started in, and "
+            f"there is none here, in {os.getcwd()}. Give checkpoint.dir=PATH, the directory with its checkpoints."
+        )
 
 
 def _build(data: dict[str, Any], problems: Problems, to_train: bool) -> Config:
     """Check each field by itself, fill in preset and defaults, then check the fields against each other."""
     values = _with_tokenizer_of_tokens(_with_model(valid_values(Config, data, problems), problems))
     if not to_train:
-        _complete_stored_data(values.get("data", {}))
+        complete_stored_data(values.get("data", {}))
     if values["model"].get("injection") == "none":
         values.setdefault("eval", {}).setdefault("loops", [1])
     try:
@@ -202,6 +238,11 @@ def _build(data: dict[str, Any], problems: Problems, to_train: bool) -> Config:
         for paths, message in training_contradictions(config, problems.paths):
             problems.add_contradiction(paths, message)
     problems.raise_any()
+    place = config.checkpoint.dir
+    if to_train and place is not None and _is_relative(place):
+        # The run stores it, and is continued from other folders too.
+        checkpoint = config.checkpoint.model_copy(update={"dir": os.path.abspath(place)})
+        config = config.model_copy(update={"checkpoint": checkpoint})
     return config
 
 
@@ -215,8 +256,8 @@ def _with_tokenizer_of_tokens(values: dict[str, Any]) -> dict[str, Any]:
     return values | {"tokenizer": {**tokenizer, "name": str(Path(folders[0]) / "tokenizer")}}
 
 
-def _complete_stored_data(data: dict[str, Any]) -> None:
-    """Set txt where a run of version 0.1 stored none; the documents of its text files are paragraphs."""
+def complete_stored_data(data: dict[str, Any]) -> None:
+    """Set txt in the data section of a run of version 0.1, which stored none: its documents of text are paragraphs."""
     for source in (data, *data.get("sources", {}).values()):
         if source.get("kind") in ("files", "hub") or source.get("validation", {}).get("path"):
             source.setdefault("txt", "paragraph")

@@ -320,6 +320,13 @@ def _halting_has_loops_to_learn_from(config: Config, paths: DepthPaths) -> Itera
         yield ("model.halting", paths.backprop), f"got act and gradient through 1 loop; {rule}"
 
 
+def _lanes_are_written_with_gradient(config: Config, paths: DepthPaths) -> Iterator[Contradiction]:
+    lanes = config.model.lanes
+    if lanes > 1 and config.depth_backprop == 1:
+        rule = "what a pass writes to the lanes is read in the next pass only: set depth.backprop to 2 or more"
+        yield ("model.lanes", paths.backprop), f"got {lanes} and gradient through 1 loop; {rule}"
+
+
 def _curricula_start_below_their_target(config: Config, paths: DepthPaths) -> Iterator[Contradiction]:
     for name, target, path in (
         ("curriculum", config.depth_mean, paths.mean),
@@ -335,5 +342,6 @@ DEPTH_RULES = (
     _depths_are_in_order,
     _initial_injection_gets_gradient,
     _halting_has_loops_to_learn_from,
+    _lanes_are_written_with_gradient,
     _curricula_start_below_their_target,
 )

@@ -88,6 +88,7 @@ class Corpus:
         patience: seconds for which a remote file may be unreachable.
         cache_dir: where the layout of remote files is cached.
         what: the configuration's field that named the files, for messages.
+        revision: a hash of the files' content, if it is known.
 
     Attributes:
         shards: name of each shard, for messages.
@@ -113,6 +114,7 @@ class Corpus:
         patience: float = 600.0,
         cache_dir: Path | None = None,
         what: str = "data.path",
+        revision: str | None = None,
     ) -> None:
         self.on_error = on_error
         self.max_document_bytes = max_document_bytes
@@ -157,6 +159,8 @@ class Corpus:
         identity = [_identity(files), text_column, rules, max_document_bytes, len(self._pieces)]
         if texts and txt != "paragraph":  # paragraphs were the only documents of text files in version 0.1
             identity += [txt, *(cuts or ())]
+        if revision is not None:
+            identity.append(revision)
         self.fingerprint = digest(identity)
 
     def read(self, shard: int, row: int = 0, step: int = 1) -> Iterator[tuple[int, str | Skipped]]:
@@ -290,15 +294,26 @@ def open_corpora(config: DataConfig) -> dict[str, Corpus]:
 def pin_revisions(config: DataConfig, saved: Mapping[str, Any]) -> DataConfig:
     """Replace the revision of every hub source by a commit: the one that ``saved`` names, else the revision's newest.
 
+    That of embedded text becomes the hash of the text that is installed.
+
     Args:
         config: the data section; a revision that is a commit already stays.
         saved: the data section of the run that is continued, as plain values; empty for a new run.
 
     Raises:
-        MythosError: a dataset cannot be found or reached.
+        MythosError: a dataset cannot be found or reached, or a new run asks for another embedded text.
     """
 
     def pinned(source: S, before: Mapping[str, Any]) -> S:
+        if source.kind == "embedded":
+            here = embedded.revision()
+            # A run that is continued has its own rules for other data: data.on_mismatch.
+            if source.revision not in (None, here, before.get("revision")):
+                raise MythosError(
+                    f"data.revision: got {source.revision}, and the embedded text that is installed is {here}. Install "
+                    f"the version of mythos that had the other text, or leave data.revision out to read this one."
+                )
+            return source.model_copy(update={"revision": here})
         if source.kind != "hub" or _COMMIT.fullmatch(source.revision or ""):
             return source
         revision = before.get("revision") if before.get("dataset") == source.dataset else None
@@ -344,9 +359,11 @@ def open_corpus(config: DataConfig, source: SourceConfig) -> Corpus:
     Raises:
         MythosError: no file matches, or a matching file cannot be used; the message names it.
     """
-    what = "data.dataset" if source.kind == "hub" else "data.path"
+    what = {"hub": "data.dataset", "embedded": "data.kind"}.get(source.kind, "data.path")
+    txt, revision = source.txt, None
     if source.kind == "embedded":
-        files = [local_file(str(path)) for path in embedded.gather(cache_directory(config))]
+        files = [local_file(str(path)) for path in embedded.files()]
+        txt, revision = "file", embedded.revision()  # a txt that is set is for files of data.validation.path
     elif source.kind == "hub":
         assert source.dataset is not None
         dataset = resolve_hub(
@@ -362,10 +379,11 @@ def open_corpus(config: DataConfig, source: SourceConfig) -> Corpus:
         on_error=config.on_error,
         max_document_bytes=config.max_document_bytes,
         minimum_shards=SHARDS_PER_STREAM * config.streams,
-        txt=source.txt,
+        txt=txt,
         patience=config.patience,
         cache_dir=cache_directory(config),
         what=what,
+        revision=revision,
     )
 
 
@@ -400,7 +418,7 @@ def holdout_fraction(config: DataConfig) -> float:
 
 
 def cache_directory(config: DataConfig) -> Path:
-    """The folder for gathered corpora, file lists, validation sets and trained tokenizers."""
+    """The folder for file lists, validation sets and trained tokenizers."""
     return cache_root(config.cache_dir)
 
 

@@ -35,10 +35,13 @@ def load_cached(path: Path) -> Any | None:
         return None
 
 
-def store_cached(path: Path, value: Any) -> None:
-    """Store plain JSON data with its digest, atomically. Warns if the file cannot be written."""
+def store_cached(path: Path, value: Any, setting: str = "data.cache_dir") -> None:
+    """Store plain JSON data with its digest, atomically. Warns if the file cannot be written.
+
+    `setting` names what chose the folder, for the warning.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps({"digest": digest(value), "value": value}), unique=True)
     except OSError as error:
-        logger.warning("data.cache_dir: %s cannot be written and will be computed again: %s", path, error)
+        logger.warning("%s: %s cannot be written and will be computed again: %s", setting, path, error)

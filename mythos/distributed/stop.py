@@ -12,7 +12,6 @@ import time
 from typing import Any, Self
 
 import psutil
-from tqdm import tqdm
 
 from mythos.config.sections import DURATION
 from mythos.distributed.launch_status import STATUS_FILE, end_launch
@@ -124,7 +123,7 @@ class StopRequests:
             # Usually all processes get the signal; rank 0 reports it. A closed terminal must not disable a second one.
             with contextlib.suppress(OSError):
                 if os.environ.get("RANK", "0") == "0":
-                    tqdm.write(message, file=sys.stderr)  # above the progress bar, not into it
+                    print(message, file=sys.stderr, flush=True)
         elif now - self._signalled >= SAME_REQUEST:
             if self._saved:
                 os._exit(0)

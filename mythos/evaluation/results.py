@@ -15,10 +15,12 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from mythos.errors import MythosError, short_reason
 from mythos.evaluation.choices import ChoiceScores, ChoiceTask
 from mythos.evaluation.continuations import DepthSetting
 from mythos.evaluation.depth_sweep import finite
 from mythos.evaluation.text import TextScores
+from mythos.files.text import read_json
 
 TABLE = "results.csv"
 """The table of a folder: one line per score of every evaluation."""
@@ -134,6 +136,38 @@ def save(results: Sequence[Result], stem: Path, about: Mapping[str, Any]) -> Pat
     content = {**about, "results": scores_of(results)}
     document.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return document
+
+
+def load(document: Path) -> tuple[list[Result], dict[str, Any]]:
+    """Read a file of :func:`save`: the results, NaN where it has null, and what it says about them.
+
+    Raises MythosError if it cannot be read or is not such a file.
+    """
+    try:
+        about = read_json(document)
+        return [_result(**score) for score in about.pop("results")], about
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        raise MythosError(f"{document} cannot be read as results of an evaluation: {short_reason(error)}") from error
+
+
+def _result(
+    task: str,
+    metric: str,
+    loops: int,
+    rule: str | None,
+    threshold: float | None,
+    mean_loops: float | None,
+    value: float | None,
+    stderr: float | None,
+    samples: int | None,
+) -> Result:
+    """Inverse of :func:`scores_of` for one result, with the keys SCORES."""
+    setting = DepthSetting(
+        int(loops), None if rule is None else str(rule), None if threshold is None else float(threshold)
+    )
+    mean_loops, value = (math.nan if number is None else float(number) for number in (mean_loops, value))
+    stderr = None if stderr is None else float(stderr)
+    return Result(str(task), str(metric), setting, mean_loops, value, stderr, None if samples is None else int(samples))
 
 
 def append_to_table(results: Sequence[Result], document: Path, about: Mapping[str, Any]) -> Path:

@@ -1,6 +1,8 @@
 """Bits per byte on text, at several depths."""
 
-from collections.abc import Sequence
+import logging
+import os
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -8,9 +10,10 @@ import torch
 
 from mythos.checkpoints.stored_model import OpenedModel
 from mythos.config.data import DataConfig, ValidationConfig
+from mythos.data import embedded
 from mythos.data.corpus import open_corpora
 from mythos.data.pipeline import Data, open_data
-from mythos.data.source import open_sources
+from mythos.data.source import Source, open_sources
 from mythos.data.tasks import TaskSet
 from mythos.data.tokenizer import Tokenizer
 from mythos.data.validation import ValidationSet
@@ -24,6 +27,8 @@ from mythos.model.halting import halting_rule
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.training.metrics import losses_by_depth
 
+logger = logging.getLogger(__name__)
+
 SEQUENCES, LENGTH = 64, 1024
 """Number of sequences and maximum tokens of each, for a model without a run configuration."""
 MICRO_BATCH = 8
@@ -32,6 +37,8 @@ MICRO_BATCH = 8
 
 def validation_data(opened: OpenedModel, files: str | None, sequences: int | None) -> ValidationSet | TaskSet:
     """The validation set that the run's trainer uses, or one of the same shape from other files.
+
+    Warns if the run's own data is other text than it was trained on.
 
     Args:
         opened: the model.
@@ -58,7 +65,30 @@ def validation_data(opened: OpenedModel, files: str | None, sequences: int | Non
         data = data.model_copy(update={"validation": ValidationConfig(path=files)})
     tokenizer = require_tokenizer(opened)
     sources = {} if data.validation.path else open_sources(data, open_corpora(data), tokenizer)
+    if os.environ.get("RANK", "0") == "0" and (changes := _text_changes(data, sources, opened.corpora)):
+        logger.warning(
+            "data: this is other text than the run was trained on: its hash %s. The figures cannot be compared with "
+            "those of the run, which may have been trained on part of this text",
+            "; ".join(changes),
+        )
     return Data(data, tokenizer, sources).validation(sequences, option=None if files is None else "--data")
+
+
+def _text_changes(
+    data: DataConfig, sources: Mapping[str, tuple[Source, float]], corpora: Mapping[str, str]
+) -> list[str]:
+    """Say of every source of other text than in training, whose hashes are `corpora`, what its hash was and is."""
+    changes = []
+    for name, (source, _) in sources.items():
+        before, here = corpora.get(name), source.identity["corpus"]
+        if before is None or before == here:
+            continue
+        config = data.named_sources[name]
+        if config.kind == "embedded":
+            # Earlier versions gathered text from installed packages, and stored no revision.
+            before, here = config.revision or f"{before} (text of installed packages)", embedded.revision()
+        changes.append(f"{f'of {name} ' if len(sources) > 1 else ''}was {before} and is {here}")
+    return changes
 
 
 def as_in_training(

@@ -172,15 +172,22 @@ class TextGeneration:
 
     def summary(self) -> str:
         """Two lines: speed and ends; loops and memory."""
-        most = sum(row.limit * len(row.loops) for row in self.rows) / max(1, self.tokens)
-        saved = f" of {most:.3g} ({1 - self.mean_loops / most:.0%} saved)" if self.halting and most else ""
-        ends = Counter(ENDS[row.end] for row in self.rows)
-        ended = ", ".join(f"{count} x {end}" if len(self.rows) > 1 else end for end, count in ends.items())
         return (
             f"{self.tokens} tokens at {self.tokens_per_second:.1f} tokens/s, after {self.prompt_tokens} prompt tokens "
-            f"in {self.first_seconds:.2f} s; ended: {ended}\n"
-            f"{self.mean_loops:.2f} loops per token on average{saved}; cache {in_mib(self.cache_bytes)}"
+            f"in {self.first_seconds:.2f} s; {self.ending()}\n"
+            f"{self.loops_summary()}; cache {in_mib(self.cache_bytes)}"
         )
+
+    def ending(self) -> str:
+        """Why the rows ended."""
+        ends = Counter(ENDS[row.end] for row in self.rows)
+        return "ended: " + ", ".join(f"{count} x {end}" if len(self.rows) > 1 else end for end, count in ends.items())
+
+    def loops_summary(self) -> str:
+        """The mean loops of a token and, with a halting rule, what it saved."""
+        most = sum(row.limit * len(row.loops) for row in self.rows) / max(1, self.tokens)
+        saved = f" of {most:.3g} ({1 - self.mean_loops / most:.0%} saved)" if self.halting and most else ""
+        return f"{self.mean_loops:.2f} loops per token on average{saved}"
 
 
 ENDS: dict[End, str] = {
@@ -227,7 +234,7 @@ def choose_depth(
 
 def generate_text(
     opened: OpenedModel,
-    prompts: Sequence[str | None],
+    prompts: Sequence[str | list[int] | None],
     max_tokens: int,
     depth: Depth,
     *,
@@ -240,16 +247,16 @@ def generate_text(
 ) -> TextGeneration:
     """Continue every prompt in one batch, calling `on_piece(row, piece)` as text is complete.
 
-    A prompt of None starts a new document. `depth.limits` has one number for all rows, or one per row. One prompt with
-    several limits is continued at each of them with the same seed; otherwise row n has the seed `seed + n`. A row ends
-    at the end of the document, before any of `stops`, after `max_tokens`, or when the context is full. Matmuls are in
-    `dtype`; `options` are passed to `mythos.generation.tokens.generate`.
+    A prompt is text, its ids, or None for a new document. `depth.limits` has one number for all rows, or one per row.
+    One prompt with several limits is continued at each of them with the same seed; otherwise row n has the seed
+    `seed + n`. A row ends at the end of the document, before any of `stops`, after `max_tokens`, or when the context is
+    full. Matmuls are in `dtype`; `options` are passed to `mythos.generation.tokens.generate`.
 
     Raises:
         MythosError: a model without tokenizer, an empty prompt or stop string, a prompt longer than the context,
             numbers out of range, or a cache larger than the free memory.
     """
-    tokenizer, model = _tokenizer(opened), opened.model
+    tokenizer, model = tokenizer_of(opened), opened.model
     if "" in stops:
         raise MythosError("a stop string is empty: give at least one character")
     seeds = [seed + row for row in range(len(prompts))]
@@ -261,7 +268,7 @@ def generate_text(
     _check_room(model, len(ids), max(map(len, ids)) + max_tokens, max(limits), dtype, options.get("cache_loops"))
     streams = [PieceStream(tokenizer, row, stops) for row in ids]
     rows = [
-        TextRow(prompt or "", limit, stream.pieces)
+        TextRow(prompt if isinstance(prompt, str) else "", limit, stream.pieces)
         for prompt, limit, stream in zip(prompts, limits, streams, strict=True)
     ]
     start = time.perf_counter()
@@ -303,7 +310,8 @@ def generate_text(
     return TextGeneration(rows, sum(map(len, ids)), first_seconds, seconds, cache_bytes, halting)
 
 
-def _tokenizer(opened: OpenedModel) -> Tokenizer:
+def tokenizer_of(opened: OpenedModel) -> Tokenizer:
+    """The tokenizer of a model. Raises MythosError for one without text."""
     if opened.tokenizer is not None:
         return opened.tokenizer
     if opened.run is not None and opened.run.data.kind == "reasoning":
@@ -340,9 +348,11 @@ def _check_room(
         )
 
 
-def _encode(tokenizer: Tokenizer, prompt: str | None, context: int) -> list[int]:
+def _encode(tokenizer: Tokenizer, prompt: str | list[int] | None, context: int) -> list[int]:
     if prompt is None:
         return [tokenizer.eos_id]
+    if isinstance(prompt, list):
+        return prompt
     ids = tokenizer.encode_batch([prompt])[0]
     if not ids:
         raise MythosError("a prompt is empty: give some text, or no prompt at all to start a new document")

@@ -117,7 +117,10 @@ def _data_sources(data: DataConfig) -> str:
         return f"the task {data.task.name}, difficulty {data.task.difficulty[0]} to {data.task.difficulty[1]}"
     descriptions = []
     for name, source in data.named_sources.items():
-        kinds = {"embedded": "documentation that comes with Python packages", "hub": str(source.dataset)}
+        # Before there was a revision, embedded text was gathered from installed packages.
+        messages = "messages of the presidents of the United States to Congress, 1790 to 1945"
+        prose = messages if source.revision else "documentation that comes with Python packages"
+        kinds = {"embedded": prose, "hub": str(source.dataset)}
         text = kinds.get(source.kind, "local files")
         text += f" ({source.subset})" if source.subset else ""
         if isinstance(source, MixtureSourceConfig):

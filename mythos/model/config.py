@@ -124,6 +124,9 @@ class ModelConfig(Section):
     """How the encoded input enters a pass: lti = stable by construction (rho(A) < 1); linear = one unconstrained
     matrix over state and input; add = sum; initial = only in the first pass, later passes read the normalised state
     (Ouro, arXiv 2510.25741); none = a fixed-depth transformer whose core runs once."""
+    lanes: Annotated[int, Field(ge=1, le=16)] = 1
+    """lti: number K of state lanes, streams of width D with decays of their own, fast to slow. A pass reads a mixture
+    of them, weighted by gates, and writes its change to each (after arXiv 2409.19606 and 2604.21254)."""
     prelude_norm: bool = True
     """RMSNorm on the prelude's output before it is injected (arXiv 2604.12946: long runs diverge without it)."""
     readout_norm: bool = False
@@ -158,6 +161,12 @@ def model_contradictions(config: ModelConfig) -> Iterator[Contradiction]:
     yield from FEED_FORWARDS.contradictions(config.dense_ffn, config)
     yield from ATTENTIONS.contradictions(config.attention, config)
     yield from INJECTIONS.contradictions(config.injection, config)
+    if config.lanes > 1 and config.injection != "lti":
+        values = f"got {config.lanes} and {config.injection}"
+        yield (
+            ("lanes", "injection"),
+            f"{values}; lanes differ by their decays, which only lti has: set lanes to 1, or use lti",
+        )
     yield from HALTING_RULES.contradictions(config.halting, config)
 
 

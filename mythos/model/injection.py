@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mythos.model.config import ModelConfig
-from mythos.model.layers import Initializer, Linear, RMSNorm, constant, identity, without_autocast, zeros
+from mythos.model.lanes import inject_lanes
+from mythos.model.layers import Initializer, Linear, RMSNorm, by_row, identity, without_autocast, zeros
 from mythos.model.ops.matmul import float32_linear
 
 START_DECAY = sqrt(1 / 5)
@@ -73,18 +74,24 @@ class LTIInjection(Injection):
     Delta = softplus(dt) and A = exp(-Delta * exp(log_a)), per dimension. dt and log_a are clamped where they are used,
     so every entry of A lies strictly between 0 and 1 in float32 whatever an optimizer does to them. A parameter outside
     its bounds can still be trained back inside. All in float32.
+
+    With K state lanes, u_k = A_k * h_k + Delta_k * (e B^T) for each lane k, where dt and log_a are (K, D). The decay of
+    lane k starts at START_DECAY ** (1 / (2 k + 1)), k from 0, so that later lanes remember longer.
     """
 
     float32 = ("dt", "log_a")
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        dim = config.dim
-        self.dt = nn.Parameter(torch.empty(dim))
-        self.log_a = nn.Parameter(torch.empty(dim))
+        dim, lanes = config.dim, config.lanes
+        self.lanes = lanes
+        shape = (dim,) if lanes == 1 else (lanes, dim)
+        self.dt = nn.Parameter(torch.empty(shape))
+        self.log_a = nn.Parameter(torch.empty(shape))
         self.weight = nn.Parameter(torch.empty(dim, dim))
+        decays = [START_DECAY ** (1 / (2 * lane + 1)) for lane in range(lanes)]
         self.initializers: dict[str, Initializer] = {
-            "dt": constant(log(expm1(-log(START_DECAY)))),  # inverse softplus: A starts at START_DECAY
+            "dt": by_row([log(expm1(-log(decay))) for decay in decays]),  # inverse softplus: A starts at `decays`
             "log_a": zeros,
             "weight": identity(),
         }
@@ -95,28 +102,33 @@ class LTIInjection(Injection):
         return config.dim * config.dim, 0
 
     def rates(self) -> tuple[Tensor, Tensor]:
-        """Diagonal of A and step size Delta, (D,) float32 each."""
+        """Diagonal of A and step size Delta, (D,) float32 each; with lanes (K, D)."""
         # Clamp dt once for both uses: its gradient's direction is judged on their sum.
         delta = F.softplus(_Bounded.apply(self.dt, *DT_BOUNDS))
         return torch.exp(-delta * _Bounded.apply(self.log_a, *LOG_A_BOUNDS).exp()), delta
 
     def delta(self) -> Tensor:
-        """Step size Delta, (D,) float32."""
+        """Step size Delta, (D,) float32; with lanes (K, D)."""
         return self.rates()[1]
 
     def decay(self) -> Tensor:
-        """Diagonal of A, (D,) float32; its largest entry is rho(A)."""
+        """Diagonal of A, (D,) float32, with lanes (K, D); its largest entry is rho(A)."""
         return self.rates()[0]
 
     def forward(self, e: Tensor) -> tuple[Tensor, Tensor]:
-        """A (D,) and Delta * (e B^T) (B, S, D), float32."""
+        """A (D,) and Delta * (e B^T) (B, S, D); with lanes A and Delta (2, K, D) and e B^T (B, S, D). All float32."""
         with without_autocast(e):
             decay, delta = self.rates()
-            return decay, delta * float32_linear(e, self.weight)
+            projected = float32_linear(e, self.weight)
+            if self.lanes == 1:
+                return decay, delta * projected
+            return torch.stack((decay, delta)), projected  # one tensor of the input for all lanes, not one for each
 
     def combine(self, state: Tensor, shared: Tensor, injected: Tensor, loop: Tensor) -> Tensor:
-        """A * h + Delta * (e B^T); `shared` is A."""
-        return torch.addcmul(injected, shared, state)
+        """A * h + Delta * (e B^T): (n, S, D), or with lanes (n, S, K, D)."""
+        if self.lanes == 1:
+            return torch.addcmul(injected, shared, state)
+        return inject_lanes(state, *shared.unbind(), injected)
 
 
 class LinearInjection(Injection):

@@ -1,6 +1,6 @@
 """Linear maps, norms, feed-forwards and RoPE, and the deterministic initialisation of parameters."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from hashlib import blake2b
@@ -45,6 +45,11 @@ def constant(value: float) -> Initializer:
     return partial(_fill_constant, value)
 
 
+def by_row(values: Sequence[float]) -> Initializer:
+    """Fill row k of (K, n) with values[k]; one value fills a vector (n,)."""
+    return partial(_fill_by_row, tuple(values))
+
+
 def truncated_normal(fan_in: int) -> Initializer:
     """Normal of std sqrt(2 / (5 fan_in)), truncated at three standard deviations (Huginn, arXiv 2502.05171)."""
     return partial(_fill_truncated_normal, sqrt(2 / (5 * fan_in)))
@@ -56,6 +61,11 @@ def _fill_identity(scale: float, weight: Tensor, generator: np.random.Generator)
 
 def _fill_constant(value: float, weight: Tensor, generator: np.random.Generator) -> None:
     weight.fill_(value)
+
+
+def _fill_by_row(values: Sequence[float], weight: Tensor, generator: np.random.Generator) -> None:
+    for row, value in zip(weight.view(len(values), -1), values, strict=True):
+        row.fill_(value)
 
 
 def _fill_truncated_normal(std: float, weight: Tensor, generator: np.random.Generator) -> None:

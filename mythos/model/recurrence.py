@@ -16,6 +16,7 @@ from mythos.model.config import INJECTIONS, ModelConfig
 from mythos.model.decoding import CachedContext
 from mythos.model.halting import HaltingRule
 from mythos.model.injection import Injection
+from mythos.model.lanes import StateLanes, write_lanes
 from mythos.model.layers import Initializer, Linear, RMSNorm, autocast_dtype, ones, zeros
 from mythos.model.moe import MixtureOfExperts, core_class
 from mythos.model.ops.expert_exchange import CheckpointedPass, ExpertExchange
@@ -74,13 +75,18 @@ class LoopEmbedding(nn.Module):
 
 
 class Recurrence(nn.Module):
-    """h_{t+1} = u_t + Transformer(u_t; t) with u_t from the injection; every row runs its own number of loops."""
+    """h_{t+1} = u_t + Transformer(u_t; t) with u_t from the injection; every row runs its own number of loops.
+
+    With lanes the state is (n, S, K, D), and the injection acts on every lane. A pass reads u_t from the lanes and
+    writes its change to them, see `StateLanes`. What is read out is the pass's own sum, u_t + Transformer(u_t; t).
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         injection: type[Injection] | None = INJECTIONS[config.injection]
         self.injection = injection(config) if injection is not None else None
+        self.lanes = StateLanes(config) if config.lanes > 1 else None
         build_ffn = core_class(config).build
         self.blocks = nn.ModuleList(
             Block(config, build_ffn(config), "core", layer) for layer in range(config.core_layers)
@@ -90,7 +96,7 @@ class Recurrence(nn.Module):
         self.checkpointing: Literal["none", "selective", "loop"] = "none"
         self.share_weights = True
         """Cast weights once for all loops. False if FSDP gathers each block by itself, and frees it after each loop."""
-        self.compiled_step: Callable[..., tuple[Tensor, list[Tensor]]] | None = None
+        self.compiled_step: Callable[..., tuple[Tensor, Tensor, list[Tensor]]] | None = None
         outside = self.injection.maps_outside_loop() if self.injection is not None else []
         self.looped = [module for module in self.modules() if isinstance(module, Linear) and module not in outside]
         """The linear maps that every loop uses."""
@@ -139,14 +145,17 @@ class Recurrence(nn.Module):
         dtype = autocast_dtype(e)
         weights, linear_weights = self.expert_weights(dtype), self.linear_weights(dtype)
         shared, injected = self.injection(e) if self.injection is not None else (e, e)
-        current = state[:0]
+        # With lanes the state that passes on and the state that is read out differ.
+        shown, current = state[:0], self.lanes_from(state[:0])
         # Only dropout, which an adapter may add, draws random numbers in a pass. Without it checkpointing need not save
         # the generator's state, which on a GPU waits for a copy to the host.
         random = self.checkpointing == "loop" and any(isinstance(module, nn.Dropout) for module in self.modules())
         for remaining in range(deepest, 0, -1):
             active = len(loops) - bisect_right(shallow_first, remaining - 1)
             if active > len(current):
-                current = torch.cat((current, state[len(current) : active]))
+                joining = state[len(current) : active]
+                current = torch.cat((current, self.lanes_from(joining)))
+                shown = current if self.lanes is None else torch.cat((shown, joining))
                 visible = context.first_rows(active)
             slots = row_loops[:active] - remaining
             # Slicing all rows would copy the whole gradient in the backward pass.
@@ -155,7 +164,7 @@ class Recurrence(nn.Module):
             with torch.set_grad_enabled(gradient and remaining <= backprop):
                 pass_weights = [weight.in_pass() for weight in linear_weights]
                 if self.checkpointing == "loop" and torch.is_grad_enabled():
-                    after, experts = checkpoint(
+                    after, output, experts = checkpoint(
                         self.run,
                         pass_weights,
                         *inputs,
@@ -165,13 +174,17 @@ class Recurrence(nn.Module):
                     )
                 elif self.checkpointing == "selective" and torch.is_grad_enabled() and not self.compiled_step:
                     with Selective(e.device):
-                        after, experts = self.run(pass_weights, *inputs)
+                        after, output, experts = self.run(pass_weights, *inputs)
                 else:
-                    after, experts = self.run(pass_weights, *inputs)
-            last = LoopState(deepest - remaining + 1, after, current, slots, experts)
+                    after, output, experts = self.run(pass_weights, *inputs)
+            last = LoopState(deepest - remaining + 1, output, shown, slots, experts)
             observe(last)
-            current = after
+            current, shown = after, output
         return last
+
+    def lanes_from(self, state: Tensor) -> Tensor:
+        """The state of the first pass from h_0 (n, S, D): itself, or as many copies as there are lanes."""
+        return state if self.lanes is None else state.unsqueeze(-2).repeat_interleave(self.lanes.count, dim=-2)
 
     def extend(
         self,
@@ -191,19 +204,20 @@ class Recurrence(nn.Module):
         """
         weights = self.expert_weights(autocast_dtype(e))
         shared, injected = self.injection(e) if self.injection is not None else (e, e)
-        state = torch.zeros_like(e, dtype=torch.float32)
+        output = torch.zeros_like(e, dtype=torch.float32)
+        state = self.lanes_from(output)
         if halting is None and isinstance(loops, int):
             slots = torch.arange(loops, device=e.device)
             for loop in range(loops):
                 slot = slots[loop : loop + 1]
-                state, _ = self.step(state, shared, injected, slot, context.at_loop(loop), weights)
+                state, output, _ = self.step(state, shared, injected, slot, context.at_loop(loop), weights)
             context.cache.freeze(context.rows, context.positions, loops - 1)
-            return state, torch.full_like(context.rows, loops)
+            return output, torch.full_like(context.rows, loops)
 
         loops = [loops] * len(e) if isinstance(loops, int) else loops
         depths, deepest = set(loops), max(loops)
         slots, limits = torch.arange(deepest, device=e.device), torch.tensor(loops, device=e.device)
-        final_state, loops_run = torch.empty_like(state), torch.empty_like(limits)
+        final_state, loops_run = torch.empty_like(output), torch.empty_like(limits)
         # Indices of the running positions among the N, and the rule's memory of them.
         running, memory = torch.arange(len(e), device=e.device), None
         exchange = self.exchange
@@ -214,19 +228,19 @@ class Recurrence(nn.Module):
                 if len(running) == 0:
                     self.serve_experts(e, weights)
                     continue
-            after, _ = self.step(state, shared, injected, slots[done - 1 : done], context.at_loop(done - 1), weights)
+            before, slot = output, slots[done - 1 : done]
+            state, output, _ = self.step(state, shared, injected, slot, context.at_loop(done - 1), weights)
             stop = limits[running] <= done if done in depths else None
             if halting is not None:
-                rule_stops, memory = halting(done, state[:, 0], after[:, 0], memory)
+                rule_stops, memory = halting(done, before[:, 0], output[:, 0], memory)
                 if done >= minimum:
                     stop = rule_stops if stop is None else stop | rule_stops
-            state = after
             if stop is None:
                 continue  # no position can stop here: do not wait for the device
             stopped = stop.nonzero().squeeze(1)
             if len(stopped) == 0:
                 continue
-            result = state if halting is None else halting.result(state[:, 0], memory).unsqueeze(1)
+            result = output if halting is None else halting.result(output[:, 0], memory).unsqueeze(1)
             final_state[running[stopped]] = result[stopped]
             loops_run[running[stopped]] = done
             context.cache.freeze(context.rows[stopped], context.positions[stopped], done - 1)
@@ -236,7 +250,8 @@ class Recurrence(nn.Module):
                     break
                 continue
             going = (~stop).nonzero().squeeze(1)
-            running, state, injected, context = running[going], state[going], injected[going], context.keep(going)
+            running, context = running[going], context.keep(going)
+            state, output, injected = state[going], output[going], injected[going]
             memory = None if memory is None else memory[going]
         return final_state, loops_run
 
@@ -246,7 +261,7 @@ class Recurrence(nn.Module):
             assert isinstance(block, Block), "the core has no other modules"
             block.serve_experts(x, block_weights)
 
-    def run(self, pass_weights: Sequence[Tensor], *inputs: Any) -> tuple[Tensor, list[Tensor]]:
+    def run(self, pass_weights: Sequence[Tensor], *inputs: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
         """`step` with this pass's weights of the linear maps, compiled if the core is."""
         for linear, weight in zip(self.looped, pass_weights, strict=bool(pass_weights)):
             linear.in_pass = weight
@@ -267,14 +282,18 @@ class Recurrence(nn.Module):
         loop: Tensor,
         context: AttentionContext | CachedContext,
         weights: Sequence[ExpertWeights | None],
-    ) -> tuple[Tensor, list[Tensor]]:
-        """One pass of the core: state (n, S, D) -> the next state, and the chosen experts of each routed block.
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """One pass of the core: the next state, what is read out, (n, S, D), and each routed block's chosen experts.
 
-        `loop` is the loop index of each row, (n,) or (1,) int64; `shared` and `injected` come from the injection.
+        state is (n, S, D), which is also what is read out, or with lanes (n, S, K, D). `loop` is the loop index of each
+        row, (n,) or (1,) int64; `shared` and `injected` come from the injection.
         """
         u = injected
         if self.injection is not None:
             u = recomputable(self.injection.combine, state, shared, injected, loop)
+        lanes = u
+        if self.lanes is not None:
+            u, write = self.lanes(lanes)
         x = u if self.embedding is None else u + self.embedding(loop)
         adapted = self.adapter(x, loop) if self.adapter is not None else None
         routed = []
@@ -282,4 +301,5 @@ class Recurrence(nn.Module):
             x, experts = block(x, context.layer("core", index), block_weights)
             if experts is not None:
                 routed.append(experts)
-        return (x if adapted is None else x + adapted), routed
+        output = x if adapted is None else x + adapted
+        return output if self.lanes is None else write_lanes(lanes, write, output - u), output, routed

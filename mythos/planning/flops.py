@@ -9,6 +9,7 @@ from mythos.model.attention.base import attention_class
 from mythos.model.attention.value_embeddings import value_embedding_layers
 from mythos.model.config import FEED_FORWARDS, GATE_INPUTS, INJECTIONS, ModelConfig, padded_vocab_size
 from mythos.model.injection import Injection
+from mythos.model.lanes import StateLanes
 from mythos.model.moe import MixtureOfExperts, core_class
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.planning.parameters import Parameters
@@ -72,7 +73,7 @@ def forward_flops(config: ModelConfig, length: int) -> ForwardFlops:
     inject_once, inject_loop = (0, 0) if injection is None else injection.products(config)
     vocab = padded_vocab_size(config.vocab_size) if isinstance(config.vocab_size, int) else 0
     once = (config.prelude_layers + config.coda_layers) * dense + inject_once + looped * dim * dim + dim * vocab
-    loop = config.core_layers * core + inject_loop + 2 * dim * config.lora_rank
+    loop = config.core_layers * core + inject_loop + StateLanes.products(config) + 2 * dim * config.lora_rank
     gated = [part for part, _ in value_embedding_layers(config)]
     gate = min(GATE_INPUTS, dim) * config.n_kv_heads
     once, loop = once + gate * (len(gated) - gated.count("core")), loop + gate * gated.count("core")

@@ -41,6 +41,8 @@ def parameters_by_formula(config: ModelConfig) -> Parameters | None:
     total += dim  # the norm before the head
     total += looped * (dim * dim + dim * (config.prelude_norm + config.readout_norm))
     total += config.loop_embedding * dim
+    if config.lanes > 1:  # a norm, and two gates for each lane
+        total += dim + 2 * config.lanes * (config.lanes * dim + 1)
     if config.lora_rank:
         total += dim + 2 * dim * config.lora_rank + config.loops * config.lora_rank
     if config.value_embeddings:  # in every second layer, counted back from the last
@@ -79,7 +81,7 @@ FEED_FORWARDS: dict[str, Formula] = {
 }
 CORES: dict[str, Formula] = {"moe": _mixture, "dense": lambda c: FEED_FORWARDS[c.dense_ffn](c)}
 INJECTIONS: dict[str, Formula] = {
-    "lti": lambda c: c.dim * c.dim + 2 * c.dim,
+    "lti": lambda c: c.dim * c.dim + 2 * c.lanes * c.dim,
     "linear": lambda c: 2 * c.dim * c.dim,
     "add": lambda c: 0,
     "initial": lambda c: c.dim,

@@ -67,7 +67,8 @@ def stored(decode: Callable[[Any], T]) -> Callable[[Callable[..., T]], Callable[
             if value is not None:
                 return decode(value)
             result = function(*arguments)
-            store_cached(path, asdict(result) if is_dataclass(result) and not isinstance(result, type) else result)
+            value = asdict(result) if is_dataclass(result) and not isinstance(result, type) else result
+            store_cached(path, value, "$MYTHOS_CACHE")
             return result
 
         return call

@@ -21,7 +21,7 @@ from mythos.reports.recorded import RecordedRun, open_run, run_names
 from mythos.training.metrics import losses_by_depth
 
 DATA = (
-    *("kind", "path", "dataset", "subset", "split", "text_column", "filters", "task", "sources", "streams"),
+    *("kind", "path", "dataset", "subset", "split", "revision", "text_column", "filters", "task", "sources", "streams"),
     *("sequence_length", "mask_documents", "validation"),
 )
 """Fields of data that decide what is trained on and validated on."""
@@ -52,6 +52,9 @@ class Comparison:
             )
         described = [run.config.data.model_dump(include=set(DATA)) for run in self.runs]
         differing = [f"data.{name}" for name in DATA if any(one[name] != described[0][name] for one in described)]
+        if "data.revision" in differing:
+            values = dict.fromkeys(str(one["revision"] or "none") for one in described)
+            differing[differing.index("data.revision")] += f" ({' and '.join(values)})"
         if any(run.config.eval.batches != self.runs[0].config.eval.batches for run in self.runs):
             differing.append("eval.batches")
         if differing:

@@ -113,7 +113,7 @@ def list_run(root: Path, directory: Path) -> ListedRun:
     training = is_locked(directory)
     config, problems, last = None, [], {}
     try:
-        config = load_config(directory / RUN_FILE, to_train=False)
+        config = load_config(directory, to_train=False)
     except MythosError as error:
         problems.append(str(error))
     try:

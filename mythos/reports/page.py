@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from mythos.config.loading import dump_config
 from mythos.errors import MythosError, without_credentials
 from mythos.evaluation.depth_sweep import DepthSweep, fit_losses, prediction
+from mythos.evaluation.results import Result, load, rows_of
 from mythos.generation.depth_view import harmless
 from mythos.planning.flops import count_parameters
 from mythos.reports.figures import (
@@ -67,6 +68,7 @@ def run_page(run: RecordedRun, refresh: float | None = None) -> str:
         sections.append(("Training", pictures.row([loss_figure(run), *panels(run, TRAINING)])))
         sections.append(("Depth", depth_section(run, pictures)))
         sections.append(("Depth sweep", sweep_section(run, pictures)))
+        sections.append(("Evaluations", evaluations_section(run)))
         sections.append(("Experts", pictures.row(expert_figures(run))))
         sections.append(("Throughput and memory", pictures.row(rate_figures(run))))
     sections.append(("Samples", samples_section(run)))
@@ -209,6 +211,53 @@ def sweep_step(path: Path) -> tuple[int, int]:
     """The step in a sweep's file name, and the number of the sweep at that step; (-1, 0) for other names."""
     match = re.fullmatch(r"step-([0-9]+)(?:-([0-9]+))?", path.stem)
     return (int(match[1]), int(match[2] or 1)) if match else (-1, 0)
+
+
+def evaluations_section(run: RecordedRun) -> str:
+    """The scores of every call of `mythos evaluate`, newest checkpoint first; those of the newest are unfolded."""
+    if not run.is_text:
+        return ""
+    files = sorted((run.directory / "evaluation").glob("step-*.json"), key=evaluation_order, reverse=True)
+    if not files:
+        return '<p class="dim">None yet: mythos evaluate scores the model on tasks and texts by depth.</p>'
+    return "\n".join(
+        folded(file.name, evaluation(file), opened=evaluation_order(file)[0] == evaluation_order(files[0])[0])
+        for file in files
+    )
+
+
+def evaluation_order(path: Path) -> tuple[int, float]:
+    """The step in the name of a file of results, and when it was written."""
+    step = path.name.removeprefix("step-").partition("_")[0].removesuffix(".json")
+    try:
+        return int(step) if step.isdecimal() else -1, path.stat().st_mtime
+    except OSError:  # deleted meanwhile
+        return -1, 0.0
+
+
+def evaluation(file: Path) -> str:
+    """The scores in a file of results: a line for each task and metric, a column for each depth."""
+    try:
+        results, about = load(file)
+    except MythosError as error:
+        return f"<p>{escape(str(error))}</p>"
+    settings = list(dict.fromkeys(result.setting for result in results))
+    rows = []
+    for (task, metric), by_setting in rows_of(results).items():
+        samples = {result.samples for result in by_setting.values()} - {None}
+        scores = [score(by_setting[setting]) if setting in by_setting else "" for setting in settings]
+        rows.append([task, metric, *scores, ", ".join(f"{number:,}" for number in samples if number is not None)])
+    limits = [f", {key} {about[key]}" for key in ("limit", "fewshot") if about.get(key) is not None]
+    caption = f"{about.get('source')}, {about.get('dtype')}{''.join(limits)}"
+    columns = [f"{setting} loops" if setting.rule is None else str(setting) for setting in settings]
+    return f'<p class="dim">{escape(caption)}</p>\n{table(["task", "metric", *columns, "samples"], rows)}'
+
+
+def score(result: Result) -> str:
+    """A value with its standard error and, with a halting rule, the mean loops."""
+    error = "" if result.stderr is None else f" ± {result.stderr:.4f}"
+    loops = "" if result.setting.rule is None else f" ({result.mean_loops:.2f} loops)"
+    return f"{result.value:.4f}{error}{loops}"
 
 
 def samples_section(run: RecordedRun) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mythos.checkpoints.stored_checkpoint import complete_checkpoints, read_meta
-from mythos.config.inherited import RUN_FILE, TOKENIZER_FILE
+from mythos.config.inherited import TOKENIZER_FILE
 from mythos.config.loading import load_config
 from mythos.config.model_paths import require_run, run_directory
 from mythos.config.sections import Config
@@ -165,7 +165,7 @@ def open_run(path: str | Path) -> RecordedRun:
         logger.warning("%s: %s. The report is of the sound records", file, damaged_lines(damaged))
     if not records:
         raise MythosError(f"{file} has no records yet; the run writes one every log.every steps")
-    return RecordedRun(directory, load_config(directory / RUN_FILE, to_train=False), records)
+    return RecordedRun(directory, load_config(directory, to_train=False), records)
 
 
 def needed_fields(record: dict[str, Any]) -> Sequence[str]:

@@ -1,13 +1,21 @@
-"""Texts that a run prints at its start, after a validation, and at its end."""
+"""Texts that a run prints at its start, after a validation or a checkpoint, and at its end."""
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 from mythos.config.presets import model_name
 from mythos.config.sections import Config
+from mythos.errors import without_credentials
 from mythos.evaluation.depth_sweep import fit_losses
+from mythos.generation.depth_view import harmless
 from mythos.planning.flops import count_parameters
 from mythos.training.metrics import losses_by_depth
+
+SAMPLE_CHARACTERS = 160
+"""Most characters of a sample in a line: two lines of a terminal."""
 
 
 def config_lines(config: Config, micro_batch: int, validation_sequences: int) -> dict[str, str]:
@@ -63,3 +71,24 @@ def validation_line(config: Config, metrics: dict[str, Any], mean_loops: int) ->
     if "val/auto_loss" in metrics:
         parts.append(f"{config.model.halting}: {metrics['val/auto_loss']:.3f} at {metrics['val/auto_loops']:.1f} loops")
     return " | ".join(parts)
+
+
+def sample_line(config: Config, step: int, sample: str) -> str:
+    """The beginning of a sample in one line, with every run of white space as one space."""
+    text = harmless(" ".join(sample.split()))
+    if len(text) > SAMPLE_CHARACTERS:
+        text = f"{text[:SAMPLE_CHARACTERS]} ..."
+    return f"step {step}/{config.train_steps} | sample: {text}"
+
+
+def checkpoint_line(config: Config, step: int, path: Path | str) -> str:
+    """Say in one line that a checkpoint is complete."""
+    return f"step {step}/{config.train_steps} | checkpoint {without_credentials(str(path))}"
+
+
+def ending(samples: Sequence[str], plots: Sequence[Path], metrics: Path, checkpoint: Path | str | None) -> str:
+    """The first of the last samples, and the paths of everything that a run has written."""
+    sample = f"\nSample\n\n{indent(harmless(samples[0]), '  ')}\n" if samples else ""
+    drawn = "\n            ".join(map(str, plots))
+    newest = without_credentials(str(checkpoint))
+    return f"{sample}\nplots       {drawn}\nmetrics     {metrics}\ncheckpoint  {newest}"

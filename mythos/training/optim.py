@@ -11,10 +11,10 @@ from mythos.training.muon import Muon
 
 UNDECAYED = (
     *("embedding.", "value_embeddings.", "readout."),
-    *("recurrence.injection.", "recurrence.embedding.", "recurrence.adapter.scale"),
+    *("recurrence.lanes.", "recurrence.injection.", "recurrence.embedding.", "recurrence.adapter.scale"),
 )
 """Name prefixes of matrices that weight decay would pull away from their meaning: tables, injection and readout (which
-start as the identity), and per-loop scales."""
+start as the identity), gates of lanes, and per-loop scales."""
 
 HIDDEN = ("prelude.", "recurrence.blocks.", "coda.")
 """Name prefixes of the matrices that Muon updates, except for those of routers."""

@@ -1,22 +1,33 @@
 """What is said of a run that continues with another configuration."""
 
+import json
 import math
+import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+import mythos.checkpoints.config_changes
+import mythos.trainer
 from mythos.checkpoints.config_changes import config_changes, consequences
 from mythos.checkpoints.preflight import check_continued
 from mythos.errors import MythosError
-from tests.runs import tiny
+from mythos.trainer import Trainer
+from tests.runs import documents, tiny
+from tests.trainers import run
+from tests.trainers import saved as saved_step
+
+pytestmark = pytest.mark.usefixtures("no_plots")
 
 STEPS = {"train__steps": 1000, "depth__curriculum": {"shape": "none"}}
 
 
 def said(tmp_path: Path, before: dict[str, Any], after: dict[str, Any], step: int = 500) -> str:
     saved = tiny(tmp_path, **STEPS | before).model_dump(mode="json")
-    return check_continued(tiny(tmp_path, **STEPS | after), saved, step, "runs/tiny/step") or ""
+    config = tiny(tmp_path, **STEPS | after)
+    return check_continued(config, saved, config_changes(config, saved), step, "runs/tiny/step") or ""
 
 
 def test_every_difference_is_named(tmp_path):
@@ -42,6 +53,7 @@ def test_nothing_is_said_of_the_same_configuration(tmp_path):
         "run__dir": "elsewhere",
         "run__resume": "runs/tiny/step",
         "run__on_change": "fail",
+        "checkpoint__dir": "elsewhere/checkpoints",
     }
     assert said(tmp_path, {}, directories) == ""
 
@@ -109,6 +121,39 @@ def test_fields_that_the_checkpoint_does_not_know_had_their_defaults(tmp_path):
         "data.validation.fraction": (0.01, 0.2),
         "log.every": (10, 1),
     }
+
+
+def test_text_files_of_a_run_of_0_1_were_paragraphs_and_are(tmp_path):
+    """That version stored no data.txt, whose default is another one."""
+    (tmp_path / "book.txt").write_text("\n\n".join(documents()))
+    book = {"data__path": str(tmp_path / "book.txt"), "train__steps": 1, "data__txt": "paragraph"}
+    trainer = run(tiny(tmp_path, **book))
+    step = saved_step(trainer, 1)
+    meta = json.loads((step / "meta.json").read_text())
+    assert meta["config"]["data"].pop("txt") == "paragraph"
+    content = json.dumps(meta).encode()
+    (step / "meta.json").write_bytes(content)
+    (step / "committed").write_text(json.dumps({"meta_crc32": zlib.crc32(content)}))
+    del book["data__txt"]
+    continued = Trainer(tiny(tmp_path, **book | {"train__steps": 2}))
+    assert continued.config.data.txt == "paragraph"
+    assert [str(change) for change in continued.changes] == ["train.steps 1 -> 2"]
+    (kept,) = trainer.run_dir.glob("config.step-*.yaml")
+    assert "txt" not in yaml.safe_load(kept.read_text())["data"], "as it was stored"
+
+
+def test_a_resume_looks_for_differences_once(tmp_path, monkeypatch):
+    run(tiny(tmp_path, train__steps=1))
+    calls = []
+
+    def counted(config, saved):
+        calls.append(saved)
+        return config_changes(config, saved)
+
+    for module in (mythos.trainer, mythos.checkpoints.config_changes):
+        monkeypatch.setattr(module, "config_changes", counted)
+    Trainer(tiny(tmp_path, train__steps=2))
+    assert len(calls) == 1 and list((tmp_path / "run").glob("config.step-00000001.yaml"))
 
 
 def test_values_that_this_version_refuses_are_still_compared(tmp_path):

@@ -82,6 +82,32 @@ def test_a_wrong_path_is_reported_without_torch(name, tmp_path):
         assert (f"Did you mean {meant}?" in answer.stderr) == (meant is not None)
 
 
+LONG = ["-c", "from mythos.cli.common import *; sys.exit(quiet_without_reader(lambda: print('x' * 10**6)))"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["-m", "mythos", name, "--help"] for name in COMMANDS),
+        *(["-m", "mythos", *words] for words in ([], ["--version"], ["train", "--help", "depth"], ["presets"])),
+        *(["-m", "mythos", *words] for words in (["configs", "quickstart"], ["completion", "bash"])),
+        ["train.py", "--help"],
+        LONG,
+    ],
+    ids=lambda words: " ".join(words)[:40],
+)
+def test_the_reader_of_the_output_may_stop(words):
+    """`mythos train --help | head -1` ends without a traceback, whether `print` meets the error or Python's exit."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    # Every second command without a buffer, so that `print` meets the error and not the exit.
+    environment = os.environ | {"PYTHONUNBUFFERED": "1" if sum(map(len, words)) % 2 else ""}
+    ended = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+
+
 def test_continuing_has_no_command_of_its_own(capsys):
     assert main(["resume", "runs/mine"]) == 2
     assert capsys.readouterr().err.endswith("no such command; `mythos train runs/NAME` continues a run\n")

@@ -34,3 +34,16 @@ def test_every_changed_byte_is_noticed(tmp_path: Path) -> None:
 def test_other_json_is_absent(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_bytes(content)
     assert load_cached(tmp_path / "x.json") is None
+
+
+def test_a_folder_that_cannot_be_written_is_named_with_what_chose_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "x.json"
+    store_cached(path, 1)
+    store_cached(path, 1, "$MYTHOS_CACHE")
+    assert [record.getMessage().partition(" cannot")[0] for record in caplog.records] == [
+        f"data.cache_dir: {path}",
+        f"$MYTHOS_CACHE: {path}",
+    ]

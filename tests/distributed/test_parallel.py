@@ -206,23 +206,24 @@ def test_muon_equals_one_process(pool: RankPool, single: tuple[Path, Trained], b
         assert_same(trained, by_muon)
 
 
-PUBLISHED: dict[str, dict[str, Any]] = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "parcae and huginn": {
         **{"model__attention": "gqa", "model__value_embeddings": True, "model__dense_ffn": "relu2"},
         **{"model__qk_bias": True, "model__block_norm": "sandwich", "model__readout_norm": True},
     },
+    "two lanes": {"model__lanes": 2},
     "ouro": {
         **{"model__injection": "initial", "model__block_norm": "peri", "model__prelude_norm": False},
         # All loops carry gradient: up to 4, for rounding grows with their number.
         **{"depth__mean": 2, "depth__backprop": None},
     },
 }
-"""What published looped models have, and ours by itself has not."""
+"""What published looped models have, and ours by itself has not; and lanes."""
 
 
 @pytest.fixture(scope="module")
-def as_published(single: tuple[Path, Trained]) -> dict[str, Trained]:
-    return {name: train(single[0], name, changes, steps=3) for name, changes in PUBLISHED.items()}
+def with_options(single: tuple[Path, Trained]) -> dict[str, Trained]:
+    return {name: train(single[0], name, changes, steps=3) for name, changes in OPTIONS.items()}
 
 
 @pytest.mark.parametrize(
@@ -232,15 +233,17 @@ def as_published(single: tuple[Path, Trained]) -> dict[str, Trained]:
         ("fsdp on 2, blocks, recomputed in part", "parcae and huginn"),
         ("hsdp 2 x 2", "parcae and huginn"),
         ("fsdp on 2, recomputed", "ouro"),
+        ("ddp on 2", "two lanes"),
+        ("hsdp 2 x 2", "two lanes"),
     ],
 )
-def test_options_of_published_models_equal_one_process(
-    pool: RankPool, single: tuple[Path, Trained], as_published: dict[str, Trained], layout: str, options: str
+def test_options_of_models_equal_one_process(
+    pool: RankPool, single: tuple[Path, Trained], with_options: dict[str, Trained], layout: str, options: str
 ) -> None:
     """Tables that every layer and loop reads rows of, biases, and norms wherever they may be."""
     ranks, changes = LAYOUTS[layout]
-    for trained in pool.run(train, single[0], f"{layout}, {options}", PUBLISHED[options] | changes, 3, ranks=ranks):
-        assert_same(trained, as_published[options])
+    for trained in pool.run(train, single[0], f"{layout}, {options}", OPTIONS[options] | changes, 3, ranks=ranks):
+        assert_same(trained, with_options[options])
 
 
 def dtypes_in_forward(directory: Path) -> tuple[dict[str, torch.dtype], dict[str, torch.dtype], float]:

@@ -24,7 +24,11 @@ from tests.hf.test_trainer import ROWS, arguments, collator
 from tests.model.conftest import SMALL
 
 BuildModel = Callable[..., MythosForCausalLM]
-FIELDS: list[dict[str, Any]] = [{}, {"attention": "gqa", "core_ffn": "dense", "halting": "gate"}, {"halting": "act"}]
+FIELDS: list[dict[str, Any]] = [
+    {},
+    {"attention": "gqa", "core_ffn": "dense", "halting": "gate"},
+    {"halting": "act", "lanes": 2},
+]
 SHORT = [torch.bfloat16, torch.float16]
 
 

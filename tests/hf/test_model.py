@@ -214,7 +214,9 @@ def test_what_is_refused(build_model: BuildModel, model: MythosForCausalLM) -> N
 # Loading and saving
 
 
-@pytest.mark.parametrize("fields", [{}, {"tie_embeddings": False, "halting": "gate", "loop_embedding": True}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"tie_embeddings": False, "halting": "gate", "loop_embedding": True, "lanes": 2}]
+)
 def test_saved_in_shards_and_loaded_alike(build_model: BuildModel, fields: dict[str, Any], tmp_path: Path) -> None:
     model, ids = build_model(**fields), random_ids(2, 9)
     model.generation_config = GenerationConfig(num_loops=3)

@@ -47,9 +47,10 @@ class SlowRow:
             x = self.block(f"prelude.{layer}.", ("prelude", layer), x, 1)
         looped = config.injection != "none"
         e = self.norm("prelude_norm.", x) if looped and config.prelude_norm else x
-        states = [torch.zeros_like(e)]
+        states, lanes = [torch.zeros_like(e)], [torch.zeros_like(e)] * config.lanes
         for loop in range(1, limit + 1):
-            states.append(self.core(states[-1], e, loop))
+            lanes, shown = self.lanes(lanes, e, loop) if config.lanes > 1 else ([], self.core(states[-1], e, loop))
+            states.append(shown)
             if loop >= self.minimum and self.stops(states):
                 break
         x = self.reads(states)
@@ -60,6 +61,22 @@ class SlowRow:
             x = self.block(f"coda.{layer}.", ("coda", layer), x, 1)
         head = w["embedding.weight" if config.tie_embeddings else "head.weight"]
         return head @ self.norm("norm.", x), len(states) - 1
+
+    def lanes(self, lanes: list[Tensor], e: Tensor, loop: int) -> tuple[list[Tensor], Tensor]:
+        """The next lanes, and what the pass computed."""
+        w, at = self.weights, "recurrence."
+        injected = []
+        for lane, dts, log_a in zip(lanes, w[at + "injection.dt"], w[at + "injection.log_a"], strict=True):
+            delta = torch.tensor([log1p(exp(dt)) for dt in dts.tolist()]).double()
+            injected.append(torch.exp(-delta * log_a.exp()) * lane + delta * (w[at + "injection.weight"] @ e))
+        features = torch.cat([self.norm(at + "lanes.norm.", lane) for lane in injected])
+        gates = (w[at + "lanes.weight"] @ features + w[at + "lanes.bias"]).tolist()
+        reads, writes = gates[: len(lanes)], gates[len(lanes) :]
+        total = sum(exp(gate) for gate in reads)
+        u = sum((exp(gate) / total * lane for gate, lane in zip(reads, injected, strict=True)), torch.zeros_like(e))
+        shown = self.blocks(u, loop)
+        written = [lane + 2 / (1 + exp(-gate)) * (shown - u) for gate, lane in zip(writes, injected, strict=True)]
+        return written, shown
 
     def core(self, h: Tensor, e: Tensor, loop: int) -> Tensor:
         config, w, at = self.config, self.weights, "recurrence."
@@ -72,6 +89,10 @@ class SlowRow:
             u = h + e if config.injection == "add" else e
         if config.injection == "initial" and loop > 1:
             u = self.norm(at + "injection.norm.", h)
+        return self.blocks(u, loop)
+
+    def blocks(self, u: Tensor, loop: int) -> Tensor:
+        config, w, at = self.config, self.weights, "recurrence."
         if config.loop_embedding:
             half = config.dim // 2
             angles = [(loop - 1) * 10_000 ** (-i / half) for i in range(half)]

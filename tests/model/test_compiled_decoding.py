@@ -76,7 +76,7 @@ class Pair:
 
 
 VARIANTS: list[dict[str, Any]] = [
-    {"qk_rope_head_dim": 4, "loop_embedding": True},
+    {"qk_rope_head_dim": 4, "loop_embedding": True, "lanes": 2},
     {
         **{"attention": "gqa", "core_ffn": "dense", "injection": "linear", "lora_rank": 0},
         **{"value_embeddings": True, "dense_ffn": "relu2", "qk_bias": True, "block_norm": "sandwich"},

@@ -118,6 +118,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"injection": "linear"},
     {"injection": "add", "attention": "gqa"},
     {"loop_embedding": True, "core_layers": 1},
+    {"lanes": 2},
+    {"lanes": 3, "lora_rank": 0, "attention": "gqa", "loop_embedding": True},
     {"lora_rank": 0, "prelude_norm": False, "tie_embeddings": False},
     {"prelude_layers": 0},
     {"coda_layers": 0, "attention": "gqa"},

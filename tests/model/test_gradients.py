@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.utils import get_total_norm
 
 from mythos.config.loading import config_from_dict
@@ -122,6 +123,24 @@ def test_router_of_a_single_expert_learns_nothing():
     single = config.model.model_copy(update={"experts_per_token": 1})
     missing = without_gradient(RecurrentDepthTransformer(single).initialize(0), config)
     assert missing == {"recurrence.blocks.0.ffn.router.weight"}
+
+
+def test_every_parameter_of_lanes_learns():
+    config = configured("lti", "gate", None)
+    model = RecurrentDepthTransformer(config.model.model_copy(update={"lanes": 2})).initialize(0)
+    assert not without_gradient(model, config)
+
+
+@pytest.mark.parametrize(("backprop", "learns"), [(1, False), (2, True)])
+def test_what_is_written_to_lanes_learns_where_a_next_pass_carries_gradient(backprop, learns):
+    """Why gradient through one loop is refused."""
+    config = configured("lti", "none", None)
+    model = RecurrentDepthTransformer(config.model.model_copy(update={"lanes": 2})).initialize(0)
+    nn.init.normal_(model.recurrence.blocks[0].attention.out.weight)  # starts at zero: the core would change nothing
+    ids = torch.randint(0, 128, (2, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+    model(ids[:, :-1], ids[:, 1:], loops=8, backprop=backprop).objective.backward()
+    assert model.recurrence.lanes.bias.grad[:2].any()
+    assert bool(model.recurrence.lanes.bias.grad[2:].any()) == learns
 
 
 @pytest.mark.parametrize("halting", ["convergence", "second_difference"])

@@ -163,6 +163,7 @@ def test_gradient_of_dt_outside_its_bound_is_judged_as_a_whole(small, weight):
         {"injection": "add", "prelude_norm": False, "loop_embedding": True},
         PUBLISHED,
         {"injection": "initial", "block_norm": "peri", "prelude_norm": False},
+        {"lanes": 2},
     ],
     ids=str,
 )
@@ -206,20 +207,31 @@ def unrolled_loss(
         x = block(x, context)[0]
     x = x / (x.square().mean(-1, keepdim=True) + config.norm_eps).sqrt()
     e = x * model.prelude_norm.weight
-    injection, adapter = model.recurrence.injection, model.recurrence.adapter
+    injection, adapter, gates = model.recurrence.injection, model.recurrence.adapter, model.recurrence.lanes
     delta = torch.log(1 + torch.exp(injection.dt))
     a = torch.exp(-delta * torch.exp(injection.log_a))
     h = state
+    lanes = [state] * config.lanes
     for t in range(loops):
         if t == loops - backprop:
-            h = h.detach()
-        u = a * h + delta * (e @ injection.weight.T)
+            h, lanes = h.detach(), [lane.detach() for lane in lanes]
+        if config.lanes == 1:
+            u = a * h + delta * (e @ injection.weight.T)
+        else:
+            lanes = [a[k] * lane + delta[k] * (e @ injection.weight.T) for k, lane in enumerate(lanes)]
+            norms = [(lane.square().mean(-1, keepdim=True) + config.norm_eps).sqrt() for lane in lanes]
+            features = [lane / norm * gates.norm.weight for lane, norm in zip(lanes, norms, strict=True)]
+            opened = torch.cat(features, -1) @ gates.weight.T + gates.bias
+            read, write = opened[..., : config.lanes].softmax(-1), 2 * opened[..., config.lanes :].sigmoid()
+            u = sum(read[..., k : k + 1] * lane for k, lane in enumerate(lanes))
         y = u
         for block in model.recurrence.blocks:
             y = block(y, context)[0]
         scale = adapter.scale[min(t, config.loops - 1)]
         normed = u / (u.square().mean(-1, keepdim=True) + config.norm_eps).sqrt() * adapter.norm.weight
         h = y + ((normed @ adapter.down.weight.T) * scale) @ adapter.up.weight.T
+        if config.lanes > 1:
+            lanes = [lane + write[..., k : k + 1] * (h - u) for k, lane in enumerate(lanes)]
     x = h @ model.readout.weight.T
     for block in model.coda:
         x = block(x, context)[0]
@@ -230,9 +242,9 @@ def unrolled_loss(
 
 
 @pytest.mark.parametrize(("loops", "backprop"), [(1, 1), (3, 3), (6, 2), (6, 6), (2, 5)])
-@pytest.mark.parametrize("tied", [True, False])
-def test_truncated_gradient_matches_unrolled_loop(model, loops, backprop, tied):
-    model = model(tie_embeddings=tied)
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False}, {"lanes": 2}, {"lanes": 3}], ids=str)
+def test_truncated_gradient_matches_unrolled_loop(model, loops, backprop, changes):
+    model = model(**changes)
     ids, targets, state = inputs(model, rows=2)
     output = model(ids, targets, loops=loops, backprop=backprop, state=state)
     output.loss.backward()
@@ -252,6 +264,7 @@ def test_truncated_gradient_matches_unrolled_loop(model, loops, backprop, tied):
         {"q_lora_rank": 8, "qk_norm": False},
         PUBLISHED | {"core_ffn": "moe"},
         {"injection": "initial", "block_norm": "peri", "prelude_norm": False},
+        {"lanes": 3},
     ],
     ids=str,
 )

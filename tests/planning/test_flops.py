@@ -52,6 +52,7 @@ VARIANTS: list[dict[str, Any]] = [
         **{"attention": "gqa", "core_ffn": "dense", "value_embeddings": True, "dense_ffn": "relu2", "qk_bias": True},
         **{"block_norm": "sandwich", "readout_norm": True},
     },
+    {"lanes": 3, "attention": "gqa"},
     {"injection": "initial", "block_norm": "peri", "prelude_norm": False},
 ]
 

@@ -21,6 +21,7 @@ VARIATIONS: list[dict[str, Any]] = [
     *({"attention": "gqa", name: True} for name in ("qk_bias", "value_embeddings", "loop_embedding", "readout_norm")),
     {"attention": "gqa", "value_embeddings": True, "dim": 16, "core_layers": 2},
     {"q_lora_rank": 24},
+    {"lanes": 3},
     {"qk_norm": False},
     {"attention": "gqa", "qk_norm": False},
     {"block_norm": "peri"},

@@ -1,5 +1,6 @@
 """Traced steps are kept on disk, and traced again after any change."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,3 +66,18 @@ def test_a_folder_that_cannot_be_written_is_named_once(tmp_path: Path, caplog: p
         assert [figure(1), figure(2)] == [2, 4]
     (record,) = caplog.records
     assert f"{tmp_path / 'file' / 'traces'} cannot be written" in record.getMessage()
+
+
+def test_a_trace_that_cannot_be_written_names_the_folder_of_traces(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    @stored(int)
+    def figure(times: int) -> int:
+        return 2 * times
+
+    with kept_on_disk(tmp_path / "traces"):
+        shutil.rmtree(tmp_path / "traces")
+        (tmp_path / "traces").touch()
+        assert figure(1) == 2
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"$MYTHOS_CACHE: {tmp_path / 'traces'}")

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from mythos.checkpoints.stored_model import open_model
-from mythos.cli import report, sweep
+from mythos.cli import evaluate, report, sweep
 from mythos.config.loading import load_config
 from mythos.distributed.run_lock import RunLock
 from mythos.errors import MythosError
+from mythos.evaluation.continuations import DepthSetting
 from mythos.evaluation.depth_sweep import DepthSweep, fit_metrics
+from mythos.evaluation.results import Result, load, save
 from mythos.planning.flops import forward_flops
 from mythos.reports import figures
 from mythos.reports.page import run_page
@@ -107,7 +109,16 @@ def test_a_real_run(trained, capsys):
         pictures = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
         assert sample.translate(pictures) in page.texts
     assert page.texts[-1] == (trained / "config.yaml").read_text()
-    titles = ["Training", "Depth", "Depth sweep", "Experts", "Throughput and memory", "Samples", "Events"]
+    titles = [
+        "Training",
+        "Depth",
+        "Depth sweep",
+        "Evaluations",
+        "Experts",
+        "Throughput and memory",
+        "Samples",
+        "Events",
+    ]
     assert page.headings == [*titles, "Configuration"]
 
 
@@ -322,6 +333,45 @@ def test_the_newest_sweep_is_shown(trained, tmp_path):
     for name in ("step-00000006", "step-00000006-9", "step-00000006-10", "step-00000005-11", "step-other"):
         (directory / "sweep" / f"{name}.json").write_text(content)
     assert "step-00000006-10.json: step 6" in page_of(directory).raw
+
+
+def test_stored_evaluations_are_shown(trained, tmp_path):
+    """Newest checkpoint first, whole calls, every number as in the files that `mythos evaluate` wrote."""
+    directory = write_run(tmp_path / "run", records(3))
+    folder = directory / "evaluation"
+    for arguments in (["--loops", "1,3"], ["--loops", "3,auto", "--exit-threshold", "0.2", "--limit", "2"]):
+        assert evaluate.main([str(trained), "--out", str(folder), *arguments]) == 0
+    (folder / "step-00000002_mine.json").write_text(json.dumps({"results": [{"task": NASTY}]}))
+    (folder / "notes.json").write_text("mine")
+    page = page_of(directory)
+    plain, limited = (
+        {(r["metric"], r["loops"], r["rule"]): r for r in json.loads(file.read_text())["results"]}
+        for file in sorted(folder.glob("step-00000006*.json"))
+    )
+    shown = [page.table("task", "metric", "1 loops", "3 loops"), page.table("task", "metric", "3 loops", "convergence")]
+    metrics = ("bits_per_byte", "perplexity")
+    assert [row[1:4] for row in shown[0]] == [
+        [metric, *(f"{plain[metric, loops, None]['value']:.4f}" for loops in (1, 3))] for metric in metrics
+    ]
+    halted = [limited[metric, 3, "convergence"] for metric in metrics]
+    assert [row[3] for row in shown[1]] == [f"{r['value']:.4f} ({r['mean_loops']:.2f} loops)" for r in halted]
+    assert [row[-1] for row in shown[1]] == ["2", "2"]
+    text = page.raw[page.raw.index("<h2>Evaluations") : page.raw.index("<h2>", page.raw.index("<h2>Evaluations") + 1)]
+    order = [text.index(name) for name in ("step-00000006_", "limit 2", "step-00000002_mine.json cannot be read as")]
+    assert order == sorted(order) and "notes.json" not in text and text.count("<details open>") == 2
+
+
+def test_scores_are_read_as_they_were_written(tmp_path):
+    results = [
+        Result("a", "acc", DepthSetting(4), 4.0, 0.25, 0.125, 8),
+        Result("b", "perplexity", DepthSetting(8, "convergence", 0.13), 2.5, 3.5, None, None),
+    ]
+    about = {"source": "runs/x", "step": 3, "dtype": "float32", "limit": None, "fewshot": 2}
+    assert load(save(results, tmp_path / "step-3", about)) == (results, about)
+    for content in ("5", "{}", '{"results": [{}]}', '{"results": 3}', "not JSON"):
+        (tmp_path / "other.json").write_text(content)
+        with pytest.raises(MythosError, match=r"other\.json cannot be read as results of an evaluation"):
+            load(tmp_path / "other.json")
 
 
 def test_watching_a_run(tmp_path, monkeypatch, capsys):

@@ -375,6 +375,7 @@ def test_bfloat16_run(tmp_path, monkeypatch):
             "train__dtype": "bfloat16",
             "model__prelude_layers": 0,
             "model__coda_layers": 0,
+            "model__lanes": 2,
             "depth": {"sampling": "fixed", "backprop": 3},
         },
     ],
