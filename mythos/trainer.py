@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import set_seed
 from torch import Tensor
 
 from mythos.checkpoints.checkpoint import Checkpoints, training_state
@@ -48,7 +47,7 @@ from mythos.training.measurements import StepResult, expert_balance, loop_loads,
 from mythos.training.metrics import MetricsLog
 from mythos.training.optim import build_optimizer
 from mythos.training.profiling import OwnTime, Profiler, Stopwatch
-from mythos.training.rng import random_state, set_random_state
+from mythos.training.rng import random_state, seed_generators, set_random_state
 from mythos.training.trackers import check_trackers
 from mythos.versions import installed_versions
 
@@ -82,12 +81,12 @@ class Trainer:
         )
         self.resources.callback(self.checkpoints.close)
         self.checkpoints.claim(lock, config.run.name)
-        found = self.resumed_from = self.checkpoints.find(config.run.resume)
-        meta: dict[str, Any] = self.ranks.agreed(lambda: read_meta(found)) if found else {}
+        checkpoint = self.resumed_from = self.checkpoints.find(config.run.resume)
+        meta: dict[str, Any] = self.ranks.agreed(lambda: read_meta(checkpoint)) if checkpoint else {}
         self.step: int = meta.get("step", 0)  # optimizer steps done
         self.tokens: int = meta.get("tokens", 0)
         # The weights of train.init_from. A run that is resumed has its own and does not need that model any more.
-        self.start = None if found else agreed_start(config, self.ranks)
+        self.start = None if checkpoint else agreed_start(config, self.ranks)
         if self.start is not None:
             self.resources.callback(self.start.close)
 
@@ -170,7 +169,7 @@ class Trainer:
     def prepare_model(self, meta: dict[str, Any]) -> None:
         """Lay the model out over the processes, and fill it: new values, a checkpoint's, or train.init_from's."""
         config, start = self.config, self.start
-        set_seed(config.run.seed)  # mythos does not draw from global generators, but code that users add may
+        seed_generators(config.run.seed)  # mythos does not draw from global generators, but code that users add may
         with torch.device("meta"):
             self.model = RecurrentDepthTransformer(config.model)
         self.layout = layout = agree_on_layout(config, self.world)

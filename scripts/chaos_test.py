@@ -302,7 +302,7 @@ class Chaos:
                 if self.flipped is not None:
                     path = self.run.checkpoints / f"step-{self.flipped:08d}"
                     if f"checkpoint {path} is damaged" not in self.run.printed():
-                        raise Failed(f"{path} is damaged, which was not told\n{self.run.said()}")
+                        raise Failed(f"{path} is damaged, which was not reported\n{self.run.said()}")
                     self.flipped = None
 
     def look(self) -> None:

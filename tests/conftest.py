@@ -2,10 +2,16 @@
 
 import gc
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from mythos.checkpoints.stored_model import OpenedModel
+    from mythos.trainer import Trainer
 
 # Read by libraries when they are imported, so set before any test module is.
 os.environ.update(
@@ -18,34 +24,55 @@ os.environ.update(
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # many small operations: threads cost more than they bring
 
 
+# A shell without job control starts background jobs with SIGINT ignored, which the processes of tests would inherit.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 SLOW = (
+    "benchmarks/",
+    "checkpoints/test_older_runs.py",
+    "checkpoints/test_ownership.py",
+    "cli/test_dry_run.py",
+    "cli/test_estimate.py",
+    "cli/test_evaluate.py",
     "cli/test_tokenize.py",
+    "cli/test_train.py",
+    "data/test_embedded.py",
+    "data/test_hub.py",
     "data/test_kills.py",
     "data/test_loader.py",
+    "data/test_remote.py",
     "data/test_remote_hostile.py",
+    "data/test_tasks.py::test_workers_read_the_same_batches",
     "distributed/",
-    "evaluation/test_validation_stops.py",
+    "evaluation/",
     "gpu_check/",
-    "hf/test_generate.py",
-    "hf/test_peft.py",
-    "hf/test_trainer.py",
+    "hf/",
+    "model/ops/test_device_choice.py::test_flex_attention_takes_few_graphs",
+    "model/ops/test_recompute.py::test_a_compiled_pass_keeps_less_and_has_the_same_gradients",
     "model/test_compiled_decoding.py",
     "model/test_gpu_readiness.py",
+    "model/test_recurrence.py::test_memory_of_a_step_does_not_grow_with_the_loops",
     "planning/",
+    "reports/test_comparison.py",
+    "reports/test_page.py",
     "test_docs.py",
     "test_fuzzing.py",
     "test_missing_packages.py",
     "test_progress.py",
     "trainer/",
+    "training/test_trackers.py",
 )
-"""Files and folders whose tests start processes, compile, or train for long: left out by `pytest -m "not slow"`."""
+"""Folders, files and tests that start processes, compile, or train for long: left out by `pytest -m "not slow"`."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark slow tests, and run them first: the workers then share what is left evenly."""
     for item in items:
-        if item.path.relative_to(Path(__file__).parent).as_posix().startswith(SLOW):
+        path = item.path.relative_to(Path(__file__).parent).as_posix()
+        if f"{path}::{item.name}".startswith(SLOW):
             item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: "slow" not in item.keywords)
 
@@ -82,3 +109,25 @@ def no_plots() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "draw_plots", lambda *_: [])
         yield
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> "Trainer":
+    """A run of four steps on text, with checkpoints after two and four, that no test changes."""
+    from mythos import trainer
+    from tests.runs import tiny
+    from tests.trainers import run
+
+    samples = {"eval__samples": 1, "eval__prompts": ["The river crosses the garden. " * 15]}
+    config = tiny(tmp_path_factory.mktemp("trained"), checkpoint__every=2, optim__lr=0.02, depth__mean=2, **samples)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "draw_plots", lambda *_: [])
+        return run(config)
+
+
+@pytest.fixture(scope="session")
+def opened(trained: "Trainer") -> "OpenedModel":
+    """The newest checkpoint of `trained`."""
+    from mythos.checkpoints.stored_model import open_model
+
+    return open_model(trained.run_dir)

@@ -67,7 +67,7 @@ def busy(_: Path) -> None:
         pass
 
 
-def test_outcomes_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outcomes_are_distinguished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def raising(error: BaseException) -> Callable[[Path], object]:
         def read(copy: Path) -> None:
             assert (copy / "a").read_bytes() == b"uext"

@@ -28,7 +28,7 @@ def test_files_and_functions_are_short(path: Path) -> None:
     assert list(too_long(path.read_text("utf-8"))) == []
 
 
-def test_long_ones_are_found() -> None:
+def test_long_functions_and_files_are_detected() -> None:
     body = "    pass\n" * 80
     assert list(too_long(f"def f():\n{body}")) == ["f: 81 lines"]
     assert list(too_long("pass\n" * 601)) == ["601 lines"]

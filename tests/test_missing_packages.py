@@ -1,4 +1,4 @@
-"""Training needs neither datasets, W&B, shtab nor a tracker; what does need one says which."""
+"""Training needs neither datasets, matplotlib, W&B, shtab nor a tracker; what does need one says which."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ ABSENT = """
 from importlib import metadata
 from importlib.machinery import PathFinder
 
-MISSING = {"datasets", "wandb", "shtab", "tensorboard"}
+MISSING = {"datasets", "matplotlib", "wandb", "shtab", "tensorboard"}
 find_spec, from_name = PathFinder.find_spec, metadata.Distribution.from_name
 
 
@@ -49,8 +49,8 @@ def test_a_run_on_embedded_data_saves_and_resumes_without_them(tmp_path: Path) -
         )
         assert done.returncode == 0, done.stderr
 
-    for package in ("datasets", "wandb", "shtab", "tensorboard"):
-        python("-c", f"import importlib.util; assert importlib.util.find_spec('{package}') is None")
+    packages = ("datasets", "matplotlib", "wandb", "shtab", "tensorboard")
+    python("-c", f"from importlib.util import find_spec; assert not any(map(find_spec, {packages}))")
     small = ("checkpoint.every=1", "eval.every=0", "eval.samples=0", "data.workers=0", "train.device=cpu")
     python(str(ROOT / "train.py"), str(ROOT / "configs/debug.yaml"), "train.steps=2", *small)
     python(str(ROOT / "train.py"), str(ROOT / "configs/debug.yaml"), "train.steps=3", *small)

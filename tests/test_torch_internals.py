@@ -100,7 +100,7 @@ def test_every_way_to_a_private_name_is_seen() -> None:
     assert defined(ast.parse(code)) == {"_inherited"}
 
 
-def test_backward_passes_are_told_apart() -> None:
+def test_backward_passes_are_distinguished() -> None:
     numbers: list[int] = []
     x = torch.ones(2, requires_grad=True)
     y = x * 2

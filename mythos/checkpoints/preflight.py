@@ -13,7 +13,8 @@ from mythos.checkpoints.config_changes import Change, consequences, former_file
 from mythos.config.sections import Config
 from mythos.data.tasks import hardest
 from mythos.errors import MythosError
-from mythos.model.config import ModelConfig, padded_vocab_size
+from mythos.model.config import HALTING_RULES, ModelConfig, padded_vocab_size
+from mythos.model.halting import trained_module
 from mythos.training.depth_schedule import DepthSchedule
 from mythos.training.lr import learning_rate
 
@@ -113,8 +114,9 @@ def check_same_model(config: Config, saved: dict[str, Any], path: Path | str | N
     # Fields that the version of the checkpoint did not know had their defaults.
     saved = {name: field.default for name, field in ModelConfig.model_fields.items()} | saved
     # Halting rules without parameters may be exchanged as well.
-    trained_rules = [rule if rule in ("gate", "act") else None for rule in (config.model.halting, saved["halting"])]
-    free = FREE_MODEL_FIELDS | ({"halting"} if trained_rules[0] == trained_rules[1] else set())
+    former = saved["halting"]
+    same_module = former in HALTING_RULES.names and trained_module(config.model.halting) is trained_module(former)
+    free = FREE_MODEL_FIELDS | ({"halting"} if same_module else set())
     if differences := model_differences(saved, config.model, free, "in the checkpoint"):
         raise MythosError(
             f"checkpoint {path} is of another model:\n{differences}\n"

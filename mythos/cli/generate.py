@@ -194,11 +194,9 @@ def set_up(options: argparse.Namespace, loops: list[int] | None) -> tuple[Opened
     from mythos.distributed.parallel import choose_dtype
     from mythos.distributed.ranks import choose_device
     from mythos.generation.text import choose_depth
-    from mythos.model.config import HALTING_RULES
 
     sampling = chosen_sampling(options)
-    if options.halting is not None and options.halting not in HALTING_RULES.names:
-        raise MythosError(f"--halting: got {options.halting!r}; allowed: {', '.join(HALTING_RULES.names)}")
+    check_halting(options.halting, options.exit_threshold)
     device = choose_device(options.device, option="--device")
     # On a CPU decoding's small matmuls are slower in bfloat16, with its casts, than in float32.
     use_float32 = options.dtype == "auto" and device.type == "cpu"
@@ -329,8 +327,6 @@ def check_values(options: argparse.Namespace) -> None:
             )
         if not 0 < threshold < float("inf"):
             raise MythosError(f"--exit-threshold: got {threshold:g}; allowed: a number above 0 (act: at most 1)")
-        if options.halting == "act" and threshold > 1:
-            raise MythosError(f"--exit-threshold: got {threshold:g}; allowed for act: above 0 and at most 1")
     if "" in options.stop:
         raise MythosError("--stop: the text is empty; give at least one character")
 
@@ -346,6 +342,20 @@ def check_page(name: str | None) -> None:
         raise MythosError(f"--html: {name} is a folder; give a file in it")
     if not page.parent.is_dir():
         raise MythosError(f"--html: there is no folder {page.parent}")
+
+
+def check_halting(name: str | None, threshold: float | None) -> None:
+    """Raise MythosError for a rule that does not exist, or a threshold that is too high for it."""
+    from mythos.model.config import HALTING_RULES
+
+    if name is None:
+        return
+    if name not in HALTING_RULES.names:
+        raise MythosError(f"--halting: got {name!r}; allowed: {', '.join(HALTING_RULES.names)}")
+    rule = HALTING_RULES[name]
+    if rule is not None and threshold is not None and threshold > rule.highest_threshold:
+        bound = f"above 0 and at most {rule.highest_threshold:g}"
+        raise MythosError(f"--exit-threshold: got {threshold:g}; allowed for {name}: {bound}")
 
 
 def read_prompts(values: list[tuple[str, str]]) -> list[str | None]:

@@ -4,7 +4,7 @@ import argparse
 
 from mythos.cli.common import command_parser, exit_status
 from mythos.config.presets import BPE_VOCAB_SIZE, PRESETS, preset_config
-from mythos.model.config import ModelConfig
+from mythos.model.config import CORES, ModelConfig
 from mythos.planning.parameters import Parameters, parameters_by_formula
 
 UNITS = (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3))
@@ -30,11 +30,6 @@ def preset_table() -> str:
         config = preset_config(name)
         vocabulary = BPE_VOCAB_SIZE if config.vocab_size == "auto" else config.vocab_size
         count = counted(config.model_copy(update={"vocab_size": vocabulary}))
-        core = (
-            f"{config.n_experts} experts, top {config.experts_per_token}"
-            if config.core_ffn == "moe"
-            else config.core_ffn
-        )
         rows.append(
             (
                 name,
@@ -43,7 +38,7 @@ def preset_table() -> str:
                 str(config.dim),
                 f"{config.prelude_layers}+{config.core_layers}+{config.coda_layers}",
                 config.attention,
-                core,
+                CORES.summary(config.core_ffn, config),
                 str(config.loops),
                 str(config.context_length),
                 str(config.vocab_size),

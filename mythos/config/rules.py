@@ -11,7 +11,8 @@ from mythos.config.checking import Contradiction, shown
 from mythos.config.data import TaskConfig
 from mythos.config.data_rules import SOURCE_RULES, TASK_RULES
 from mythos.config.sections import Config, CurriculumConfig, DepthConfig, OptimConfig
-from mythos.model.config import model_contradictions, padded_vocab_size
+from mythos.model.config import model_contradictions, model_training_contradictions, padded_vocab_size
+from mythos.model.registry import Setting, TrainingDepth
 
 
 def contradictions(config: Config) -> Iterator[Contradiction]:
@@ -117,12 +118,6 @@ def _time_limit_is_positive(config: Config) -> Iterator[Contradiction]:
     limit = config.train.max_time
     if limit is not None and not any(digit in limit for digit in "123456789"):
         yield ("train.max_time",), f"got {shown(limit)}; allowed: a time such as 90s or 3h30m, or null"
-
-
-def _tokens_choose_several_experts(config: Config) -> Iterator[Contradiction]:
-    if config.model.core_ffn == "moe" and config.model.experts_per_token == 1:
-        rule = "the weights of a token's experts sum to 1, so with a single expert the router would get no gradient"
-        yield ("model.experts_per_token",), f"got 1; {rule}: give 2 or more, or set model.core_ffn to dense"
 
 
 # --- optim
@@ -233,7 +228,6 @@ TRAINING_RULES = (
     _run_has_one_length,
     _run_has_one_start,
     _time_limit_is_positive,
-    _tokens_choose_several_experts,
     _momentum_is_for_muon,
     _warmup_and_decay_fit,
     _learning_rate_stays_above_zero,
@@ -288,43 +282,15 @@ def _depths_are_in_order(config: Config, paths: DepthPaths) -> Iterator[Contradi
         yield (paths.backprop, paths.maximum), f"{values}; backpropagate through no more"
 
 
-def _initial_injection_gets_gradient(config: Config, paths: DepthPaths) -> Iterator[Contradiction]:
-    if config.model.injection != "initial":
-        return
-    depth, deepest = config.depth, config.depth_deepest
-    deepest_path = paths.mean if depth.sampling == "fixed" else paths.maximum
-    loops_with_gradient = {"depth.backprop": float(config.depth_backprop)}
+def _model_can_be_trained(config: Config, paths: DepthPaths) -> Iterator[Contradiction]:
+    depth = config.depth
+    backprop = Setting(paths.backprop, config.depth_backprop)
+    limits = [Setting("depth.backprop", config.depth_backprop)]
     if depth.backprop_curriculum.shape != "none":
-        loops_with_gradient["depth.backprop_curriculum.start"] = depth.backprop_curriculum.start
-    for path, loops in loops_with_gradient.items():
-        if loops < deepest:
-            values = f"got initial, {loops:g} and sequences of up to {deepest} loops"
-            rule = (
-                "initial reads the input in the first loop only, so embedding and prelude learn nothing from a "
-                "sequence whose first loop carries no gradient: set depth.backprop to null (all loops) and "
-                "depth.backprop_curriculum.shape to none"
-            )
-            yield ("model.injection", path, deepest_path), f"{values}; {rule}"
-
-
-def _halting_has_loops_to_learn_from(config: Config, paths: DepthPaths) -> Iterator[Contradiction]:
-    halting = config.model.halting
-    if halting in ("gate", "act") and config.depth_mean == 1:
-        rule = "it learns from loops before the last, and there are none: set the first to none or convergence"
-        yield ("model.halting", paths.mean), f"got {halting} and a mean of 1 loop; {rule}"
-    elif halting == "act" and config.depth_backprop == 1:
-        rule = (
-            "the last loop takes all remaining probability, so act learns only from the loops before it: set "
-            "depth.backprop to 2 or more"
-        )
-        yield ("model.halting", paths.backprop), f"got act and gradient through 1 loop; {rule}"
-
-
-def _lanes_are_written_with_gradient(config: Config, paths: DepthPaths) -> Iterator[Contradiction]:
-    lanes = config.model.lanes
-    if lanes > 1 and config.depth_backprop == 1:
-        rule = "what a pass writes to the lanes is read in the next pass only: set depth.backprop to 2 or more"
-        yield ("model.lanes", paths.backprop), f"got {lanes} and gradient through 1 loop; {rule}"
+        limits.append(Setting("depth.backprop_curriculum.start", depth.backprop_curriculum.start))
+    deepest = Setting(paths.mean if depth.sampling == "fixed" else paths.maximum, config.depth_deepest)
+    loops = TrainingDepth(Setting(paths.mean, config.depth_mean), deepest, backprop, tuple(limits))
+    yield from model_training_contradictions(config.model, loops)
 
 
 def _curricula_start_below_their_target(config: Config, paths: DepthPaths) -> Iterator[Contradiction]:
@@ -340,8 +306,6 @@ def _curricula_start_below_their_target(config: Config, paths: DepthPaths) -> It
 
 DEPTH_RULES = (
     _depths_are_in_order,
-    _initial_injection_gets_gradient,
-    _halting_has_loops_to_learn_from,
-    _lanes_are_written_with_gradient,
+    _model_can_be_trained,
     _curricula_start_below_their_target,
 )

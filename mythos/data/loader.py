@@ -16,8 +16,7 @@ import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mythos.data.processes import START_METHOD, begin_worker, signals_blocked
-from mythos.data.stream import Batch, TokenStreams, merge_states
-from mythos.data.tasks import TaskStreams
+from mythos.data.stream import Batch, Streams, merge_states
 from mythos.errors import MythosError
 
 REQUESTS_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -39,7 +38,7 @@ class _Share(NamedTuple):
 class _Shares(IterableDataset):
     """The endless shares of the worker process that iterates, as lists of ``steps``; an error is the last item."""
 
-    def __init__(self, streams: TokenStreams | TaskStreams, slots: int, steps: int) -> None:
+    def __init__(self, streams: Streams, slots: int, steps: int) -> None:
         self.streams = streams
         self.slots = slots
         self.steps = steps
@@ -75,7 +74,7 @@ class Loader:
         MythosError: the number of processes does not divide the number of streams.
     """
 
-    def __init__(self, streams: TokenStreams | TaskStreams, *, slots: int, workers: int, prefetch: int) -> None:
+    def __init__(self, streams: Streams, *, slots: int, workers: int, prefetch: int) -> None:
         if streams.streams % streams.world_size:
             raise MythosError(
                 f"data.streams: {streams.streams} is not a multiple of the {streams.world_size} processes. Use a "
@@ -158,11 +157,11 @@ class Loader:
             ) from error
 
     def state_dict(self) -> dict[str, Any]:
-        """Position after the last batch handed out, see :meth:`TokenStreams.state_dict`."""
+        """Position after the last batch handed out, see :meth:`Streams.state_dict`."""
         return self._state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly after the batch after which ``state`` was saved; raises as :class:`TokenStreams` does."""
+        """Continue exactly after the batch after which ``state`` was saved; raises as :class:`Streams` does."""
         self.close()
         self.streams.load_state_dict(state)
         self._state = self.streams.state_dict()

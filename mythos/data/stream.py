@@ -4,10 +4,11 @@ import hashlib
 from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from functools import lru_cache
 from heapq import heapreplace
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -218,27 +219,92 @@ class _Stream:
         self.walks = walks
         self.sequences = 0
 
+    def copy(self) -> "_Stream":
+        """An independent stream at the same position."""
+        stream = _Stream(self.index, [copy(walk) for walk in self.walks])
+        stream.sequences = self.sequences
+        for walk in stream.walks:
+            walk.seek(*walk.tell())  # with queue and counters of its own
+        return stream
 
-class TokenStreams:
-    """Endless packed sequences; the global batches are the same at every world size.
 
-    Each logical stream owns a fixed share of every source's documents (:func:`deal_parts`) and reads it once per epoch
-    of its own, so that in an epoch of all streams every training document is read exactly once. Documents end with the
+class Streams:
+    """Endless sequences in a fixed number of logical streams; the global batches are the same at every world size.
+
+    Stream i belongs to rank i % world_size. A rank's streams are dealt to its worker processes in turn.
+
+    Args:
+        streams: number of streams.
+        sequence_length: inputs of a sequence.
+        seed: seed of the order, or of the sequences.
+        rank: this process.
+        world_size: number of processes.
+    """
+
+    def __init__(self, streams: int, sequence_length: int, seed: int, rank: int, world_size: int) -> None:
+        self.streams = streams
+        self.sequence_length = sequence_length
+        self.seed = seed
+        self.world_size = world_size
+        self.indices = np.arange(rank, streams, world_size)
+
+    def next_ids(self, slots: int) -> tuple[np.ndarray, np.ndarray]:
+        """Consume ``slots`` sequences of each of these streams: int32 (rows, ...), and int64 rows (rows,)."""
+        raise NotImplementedError
+
+    def as_batch(self, ids: Tensor, rows: Tensor) -> Batch:
+        """A batch of int64 ids of :meth:`next_ids` in order of their rows."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position after the last :meth:`next_batch`; plain JSON that :func:`merge_states` joins."""
+        raise NotImplementedError
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue exactly after the batch after which ``state`` was saved. Raises MythosError for other data."""
+        raise NotImplementedError
+
+    def share(self, worker: int, workers: int) -> Self:
+        """The streams of one of this rank's worker processes, at the same position."""
+        share = copy(self)
+        share.indices = self.indices[worker::workers]
+        return share
+
+    def next_batch(self, slots: int) -> Batch:
+        """Consume ``slots`` sequences of each of these streams. Raises MythosError as :meth:`next_ids`."""
+        return self.batch(*self.next_ids(slots))
+
+    def batch(self, ids: np.ndarray, rows: np.ndarray) -> Batch:
+        """Turn results of :meth:`next_ids`, of these streams or of all their shares, into a batch ordered by row."""
+        order = np.argsort(rows, kind="stable")
+        return self.as_batch(torch.from_numpy(ids[order].astype(np.int64)), torch.from_numpy(rows[order]))
+
+    def global_rows(self, slots: int) -> np.ndarray:
+        """Rows of the global batch that ``slots`` sequences of each of these streams fill, int64 (rows,)."""
+        return (np.arange(slots)[:, None] * self.streams + self.indices).reshape(-1)
+
+    def check_streams(self, state: dict[str, Any]) -> None:
+        """Raise MythosError if a saved state lacks some of these streams."""
+        missing = [stream for stream in self.indices.tolist() if str(stream) not in state["sequences"]]
+        if missing:
+            raise MythosError(
+                f"data: the checkpoint has no position for streams {missing}; merge the state of every rank that saved."
+            )
+
+
+class TokenStreams(Streams):
+    """Packed sequences of the documents of one source, or of a weighted mixture of several.
+
+    Each stream owns a fixed share of every source's documents (:func:`deal_parts`) and reads it once per epoch of its
+    own, so that in an epoch of all streams every training document is read exactly once. Documents end with the
     end-of-document token and are packed without padding. The last id of a sequence is also the first of the stream's
     next sequence from that source, so every token but the very first is a target exactly once. With several sources,
     each sequence comes from one (:func:`drawn_source`).
 
-    Stream i belongs to rank i % world_size. A rank's streams are divided among its worker processes in the same way:
-    worker w of W on rank r has those that rank r + w * world_size of world_size * W would have.
-
     Args:
         sources: sources and their weights by name.
-        streams: number of streams.
-        sequence_length: inputs of a sequence.
-        seed: seed of the order.
         eos_id: end-of-document token, needed to number the documents of every sequence; None = no document ids.
-        rank: this process.
-        world_size: number of processes.
+        others: as of :class:`Streams`.
     """
 
     def __init__(
@@ -252,15 +318,11 @@ class TokenStreams:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        super().__init__(streams, sequence_length, seed, rank, world_size)
         self.sources = dict(sources)
-        self.streams = streams
-        self.sequence_length = sequence_length
-        self.seed = seed
         self.eos_id = eos_id
-        self.rank = rank
-        self.world_size = world_size
         self._weights = tuple(weight for _, weight in self.sources.values())
-        indices = range(rank, streams, world_size)
+        indices = self.indices.tolist()
         walks: dict[int, list[Walk]] = {index: [] for index in indices}
         for name, (source, _) in self.sources.items():
             parts = deal_parts(source.sizes, streams, seed, source.ordered)
@@ -275,16 +337,8 @@ class TokenStreams:
 
     def share(self, worker: int, workers: int) -> "TokenStreams":
         """The streams of one of this rank's worker processes, at the same position."""
-        share = TokenStreams(
-            self.sources,
-            streams=self.streams,
-            sequence_length=self.sequence_length,
-            seed=self.seed,
-            eos_id=self.eos_id,
-            rank=self.rank + worker * self.world_size,
-            world_size=workers * self.world_size,
-        )
-        share.load_state_dict(self.state_dict())
+        share = super().share(worker, workers)
+        share._local = [stream.copy() for stream in self._local[worker::workers]]
         return share
 
     def next_ids(self, slots: int) -> tuple[np.ndarray, np.ndarray]:
@@ -294,24 +348,11 @@ class TokenStreams:
             MythosError: a stream has no training documents, or (``on_error: fail``) cannot be read.
         """
         sequences = np.stack([self._next_sequences(stream, slots) for stream in self._local], axis=1)
-        indices = np.array([stream.index for stream in self._local])
-        rows = np.arange(slots)[:, None] * self.streams + indices
-        return sequences.reshape(-1, self.sequence_length + 1), rows.reshape(-1)
+        return sequences.reshape(-1, self.sequence_length + 1), self.global_rows(slots)
 
-    def next_batch(self, slots: int) -> Batch:
-        """Consume ``slots`` sequences of each of these streams: slots x streams / world_size rows.
-
-        Raises:
-            MythosError: as :meth:`next_ids`.
-        """
-        return self.batch(*self.next_ids(slots))
-
-    def batch(self, ids: np.ndarray, rows: np.ndarray) -> Batch:
-        """Turn results of :meth:`next_ids`, of these streams or of all their shares, into a batch ordered by row."""
-        order = np.argsort(rows, kind="stable")
-        tokens = torch.from_numpy(ids[order].astype(np.int64))
-        documents = None if self.eos_id is None else number_documents(tokens, self.eos_id)
-        return Batch(tokens, documents, torch.from_numpy(rows[order]))
+    def as_batch(self, ids: Tensor, rows: Tensor) -> Batch:
+        """Ids (rows, L + 1) as a batch."""
+        return Batch(ids, None if self.eos_id is None else number_documents(ids, self.eos_id), rows)
 
     def _next_sequences(self, stream: _Stream, slots: int) -> np.ndarray:
         """The stream's next sequences, int32 (slots, L + 1)."""
@@ -358,11 +399,7 @@ class TokenStreams:
                 "started with, or start a new run (another run.name), or set data.on_mismatch=restart to go on from "
                 "the same weights and read the data from its beginning."
             )
-        missing = [stream.index for stream in self._local if str(stream.index) not in state["positions"]]
-        if missing:
-            raise MythosError(
-                f"data: the checkpoint has no position for streams {missing}; merge the state of every rank that saved."
-            )
+        self.check_streams(state)
         for stream in self._local:
             key = str(stream.index)
             stream.sequences = state["sequences"][key]

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mythos.config.data import TaskConfig
-from mythos.data.stream import Batch
+from mythos.data.stream import Batch, Streams
 from mythos.errors import MythosError
 from mythos.model import IGNORE_INDEX
 
@@ -303,22 +303,17 @@ def sequence_keys(name: str, numbers: np.ndarray) -> np.ndarray:
     return mixed(base) + numbers.astype(np.uint64)
 
 
-class TaskStreams:
-    """Endless sequences of a task; the global batches are the same at every world size.
+class TaskStreams(Streams):
+    """Generated sequences of a task.
 
     Sequence n of stream s is a function of (task, seed, n, s); its difficulty is that of slot n % slots of step
-    n // slots (:func:`slot_difficulties`). Streams are divided among ranks and workers as in
-    :class:`mythos.data.stream.TokenStreams`.
+    n // slots (:func:`slot_difficulties`).
 
     Args:
         task: the task.
-        streams: number of streams.
         slots: sequences of every stream in a step.
         steps: steps of the schedule; the ramp of the difficulty is a share of them.
-        sequence_length: tokens of a sequence.
-        seed: seed of the sequences.
-        rank: this process.
-        world_size: number of processes.
+        others: as of :class:`Streams`.
     """
 
     def __init__(
@@ -333,15 +328,10 @@ class TaskStreams:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        super().__init__(streams, sequence_length, seed, rank, world_size)
         self.task = task
-        self.streams = streams
         self.slots = slots
         self.steps = steps
-        self.sequence_length = sequence_length
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self._local = np.arange(rank, streams, world_size)
         self._consumed = 0
         self.identity = {
             "task": task.model_dump(mode="json"),
@@ -351,21 +341,6 @@ class TaskStreams:
             "seed": seed,
         }
 
-    def share(self, worker: int, workers: int) -> "TaskStreams":
-        """The streams of one of this rank's worker processes, at the same position."""
-        share = TaskStreams(
-            self.task,
-            streams=self.streams,
-            slots=self.slots,
-            steps=self.steps,
-            sequence_length=self.sequence_length,
-            seed=self.seed,
-            rank=self.rank + worker * self.world_size,
-            world_size=workers * self.world_size,
-        )
-        share.load_state_dict(self.state_dict())
-        return share
-
     def next_ids(self, slots: int) -> tuple[np.ndarray, np.ndarray]:
         """Consume a step: int32 inputs and targets (rows, 2, L), and int64 rows (rows,)."""
         assert slots == self.slots
@@ -374,25 +349,19 @@ class TaskStreams:
         self._consumed += slots
         batch = []
         for slot, difficulty in enumerate(slot_difficulties(self.task, slots, self.seed, step, self.steps)):
-            numbers = (step * slots + slot) * self.streams + self._local
+            numbers = (step * slots + slot) * self.streams + self.indices
             keys = sequence_keys(f"train/{self.seed}", numbers)
             batch.append(np.stack(make_sequences(self.task, keys, difficulty, self.sequence_length), axis=1))
-        rows = np.arange(slots)[:, None] * self.streams + self._local
-        return np.concatenate(batch), rows.reshape(-1)
+        return np.concatenate(batch), self.global_rows(slots)
 
-    def next_batch(self, slots: int) -> Batch:
-        """Consume a step of these streams: slots x streams / world_size rows."""
-        return self.batch(*self.next_ids(slots))
-
-    def batch(self, ids: np.ndarray, rows: np.ndarray) -> Batch:
-        """Turn results of :meth:`next_ids`, of these streams or of all their shares, into a batch ordered by row."""
-        order = np.argsort(rows, kind="stable")
-        inputs, targets = torch.from_numpy(ids[order].astype(np.int64)).unbind(1)
-        return Batch(F.pad(inputs, (0, 1)), None, torch.from_numpy(rows[order]), targets)
+    def as_batch(self, ids: Tensor, rows: Tensor) -> Batch:
+        """Inputs and targets (rows, 2, L) as a batch."""
+        inputs, targets = ids.unbind(1)
+        return Batch(F.pad(inputs, (0, 1)), None, rows, targets)
 
     def state_dict(self) -> dict[str, Any]:
         """Position after the last :meth:`next_batch`; plain JSON that ``merge_states`` joins."""
-        consumed = {str(stream): self._consumed for stream in self._local.tolist()}
+        consumed = {str(stream): self._consumed for stream in self.indices.tolist()}
         return {**self.identity, "sequences": consumed, "positions": {}, "skipped": {}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -412,9 +381,5 @@ class TaskStreams:
                 f"data.task: the checkpoint's position is in another task: {'; '.join(different)}. Restore what the "
                 "run was started with, or start a new run (another run.name)."
             )
-        missing = [stream for stream in self._local.tolist() if str(stream) not in state["sequences"]]
-        if missing:
-            raise MythosError(
-                f"data: the checkpoint has no position for streams {missing}; merge the state of every rank that saved."
-            )
-        self._consumed = state["sequences"][str(self._local[0])]
+        self.check_streams(state)
+        self._consumed = state["sequences"][str(self.indices[0])]

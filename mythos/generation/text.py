@@ -15,7 +15,7 @@ from mythos.data.tokenizer import Tokenizer
 from mythos.errors import MythosError
 from mythos.generation.sampling import Sampling
 from mythos.generation.tokens import End, cache_bytes_needed, generate
-from mythos.model.halting import HaltingRule, halting_rule
+from mythos.model.halting import HaltingRule, halting_rule, is_exclusive
 from mythos.model.layers import autocast_to
 from mythos.model.rdt import RecurrentDepthTransformer
 
@@ -218,14 +218,13 @@ def choose_depth(
     """The maximum number of loops of each row, and the halting rule.
 
     With `loops` None (auto) the maximum is the training mean, and `rule` or the model's own rule may stop earlier.
-    Explicit loops run in full, unless a rule or a threshold is passed or the model was trained with act.
+    Explicit loops run in full, unless a rule or a threshold is passed or the model was trained for a rule that
+    computes its output (act).
 
     Raises MythosError for a rule that is unknown or that the model does not support, or a threshold out of range.
     """
     try:
-        # An act model outputs an average weighted by its halting probabilities: its rule is part of the model.
-        averaged = opened.model.config.halting == "act"
-        halts = loops is None or rule is not None or threshold is not None or averaged
+        halts = loops is None or rule is not None or threshold is not None or is_exclusive(opened.model.config.halting)
         chosen = halting_rule(opened.model, rule, threshold) if halts else None
     except ValueError as error:
         raise MythosError(str(error)) from error
@@ -305,7 +304,7 @@ def generate_text(
         row.end = continuations[index].end
         for piece in stream.finish():
             on_piece(index, piece)
-    halting = depth.rule is not None or model.config.halting == "act"
+    halting = depth.rule is not None or is_exclusive(model.config.halting)
     first_seconds = seconds if first_seconds is None else first_seconds
     return TextGeneration(rows, sum(map(len, ids)), first_seconds, seconds, cache_bytes, halting)
 

@@ -7,7 +7,7 @@ from typing import Any
 from mythos.checkpoints.stored_model import StoredModel
 from mythos.config.data import DataConfig, MixtureSourceConfig
 from mythos.config.sections import Config
-from mythos.model.config import ModelConfig
+from mythos.model.config import CORES, ModelConfig
 from mythos.model.halting import default_threshold
 from mythos.planning.flops import count_parameters
 from mythos.training.metrics import losses_by_depth
@@ -48,11 +48,8 @@ def _description(stored: StoredModel) -> str:
 
 
 def _core(config: ModelConfig) -> str:
-    text = f"{config.core_layers} in it ({config.attention}"
-    if config.core_ffn == "moe":
-        text += f", {config.experts_per_token} of {config.n_experts} experts per token"
-        text += f", {config.n_shared_experts} shared" if config.n_shared_experts else ""
-    return text + ")"
+    core = CORES.entries[config.core_ffn].summary
+    return f"{config.core_layers} in it ({config.attention}{'' if core is None else f', {core(config)}'})"
 
 
 def _usage(stored: StoredModel, name: str) -> str:

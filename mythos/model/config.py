@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mythos.model.registry import Contradiction, Registry
+from mythos.model.registry import Contradiction, Registry, TrainingDepth, no_parameters
 from mythos.section import (
     Count,
     CountOrZero,
@@ -157,17 +157,29 @@ def model_contradictions(config: ModelConfig) -> Iterator[Contradiction]:
     Fields that the chosen attention or feed-forward does not use are not checked.
     """
     yield from _multiples_of_8(config, "dim", "ffn_dim")
-    yield from CORES.contradictions(config.core_ffn, config)
-    yield from FEED_FORWARDS.contradictions(config.dense_ffn, config)
-    yield from ATTENTIONS.contradictions(config.attention, config)
-    yield from INJECTIONS.contradictions(config.injection, config)
+    for registry, name in registered_parts(config):
+        yield from registry.contradictions(name, config)
     if config.lanes > 1 and config.injection != "lti":
         values = f"got {config.lanes} and {config.injection}"
-        yield (
-            ("lanes", "injection"),
-            f"{values}; lanes differ by their decays, which only lti has: set lanes to 1, or use lti",
-        )
-    yield from HALTING_RULES.contradictions(config.halting, config)
+        rule = "lanes differ by their decays, which only lti has: set lanes to 1, or use lti"
+        yield ("lanes", "injection"), f"{values}; {rule}"
+
+
+def model_training_contradictions(config: ModelConfig, depth: TrainingDepth) -> Iterator[Contradiction]:
+    """Yield full paths of fields with which the model cannot be trained, though it can run, with an explanation."""
+    for registry, name in registered_parts(config):
+        yield from registry.entries[name].training_rules(config, depth)
+
+
+def registered_parts(config: ModelConfig) -> tuple[tuple[Registry, str], ...]:
+    """The registries and the names that the configuration chooses of them."""
+    return (
+        (CORES, config.core_ffn),
+        (FEED_FORWARDS, config.dense_ffn),
+        (ATTENTIONS, config.attention),
+        (INJECTIONS, config.injection),
+        (HALTING_RULES, config.halting),
+    )
 
 
 def _multiples_of_8(config: ModelConfig, *names: str) -> Iterator[Contradiction]:
@@ -188,11 +200,31 @@ def _moe_rules(config: ModelConfig) -> Iterator[Contradiction]:
     yield from _multiples_of_8(config, "expert_dim", *(["shared_expert_dim"] if config.n_shared_experts else []))
 
 
+def _moe_parameters(config: ModelConfig) -> int:
+    hidden = config.n_experts * config.expert_dim + config.n_shared_experts * config.shared_expert_dim
+    return config.dim * config.n_experts + 3 * config.dim * hidden
+
+
+def _dense_parameters(config: ModelConfig) -> int | None:
+    formula = FEED_FORWARDS.entries[config.dense_ffn].parameters
+    return None if formula is None else formula(config)
+
+
+def _idle_experts(config: ModelConfig) -> int:
+    return (config.n_experts - config.experts_per_token) * 3 * config.dim * config.expert_dim
+
+
 def _gqa_rules(config: ModelConfig) -> Iterator[Contradiction]:
     if config.n_heads % config.n_kv_heads:
         values = f"got {config.n_heads} and {config.n_kv_heads}"
         yield ("n_heads", "n_kv_heads"), f"{values}; n_kv_heads must divide n_heads"
     yield from _even(config, "head_dim")
+
+
+def _gqa_parameters(config: ModelConfig) -> int:
+    heads = config.n_heads + config.n_kv_heads
+    projections = 2 * config.dim * config.head_dim * heads
+    return projections + config.qk_norm * 2 * config.head_dim + config.qk_bias * heads * config.head_dim
 
 
 def _mla_rules(config: ModelConfig) -> Iterator[Contradiction]:
@@ -203,6 +235,17 @@ def _mla_rules(config: ModelConfig) -> Iterator[Contradiction]:
     yield from _even(config, "qk_rope_head_dim")
 
 
+def _mla_parameters(config: ModelConfig) -> int:
+    query_width = config.n_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
+    query = config.dim * query_width
+    if config.q_lora_rank:  # down, norm, up
+        query = config.dim * config.q_lora_rank + config.q_lora_rank + config.q_lora_rank * query_width
+    latent = config.dim * (config.kv_lora_rank + config.qk_rope_head_dim) + config.kv_lora_rank
+    expand = config.kv_lora_rank * config.n_heads * (config.qk_nope_head_dim + config.v_head_dim)
+    norms = config.qk_norm * (config.qk_nope_head_dim + 2 * config.qk_rope_head_dim)
+    return query + latent + expand + config.n_heads * config.v_head_dim * config.dim + norms
+
+
 def _fixed_depth_rules(config: ModelConfig) -> Iterator[Contradiction]:
     for name, only in (("loops", 1), ("lora_rank", 0), ("loop_embedding", False)):
         if getattr(config, name) != only:
@@ -210,24 +253,98 @@ def _fixed_depth_rules(config: ModelConfig) -> Iterator[Contradiction]:
             yield ("injection", name), f"got none and {str(getattr(config, name)).lower()}; {rule}"
 
 
-# Name, class (imported at first use, because it imports torch), and what the class requires of other fields.
-ATTENTIONS.add("gqa", "mythos.model.attention.gqa:GroupedQueryAttention", _gqa_rules)
-ATTENTIONS.add("mla", "mythos.model.attention.mla:MultiHeadLatentAttention", _mla_rules)
+def _several_experts(config: ModelConfig, depth: TrainingDepth) -> Iterator[Contradiction]:
+    if config.experts_per_token == 1:
+        rule = "the weights of a token's experts sum to 1, so with a single expert the router would get no gradient"
+        yield ("model.experts_per_token",), f"got 1; {rule}: give 2 or more, or set model.core_ffn to dense"
 
-CORES.add("moe", "mythos.model.moe:MixtureCore", _moe_rules)
-CORES.add("dense", "mythos.model.moe:DenseCore")
 
-FEED_FORWARDS.add("swiglu", "mythos.model.layers:SwiGLU")
-FEED_FORWARDS.add("relu2", "mythos.model.layers:SquaredReLU")
+def _experts(config: ModelConfig) -> str:
+    shared = f", {config.n_shared_experts} shared" if config.n_shared_experts else ""
+    return f"{config.experts_per_token} of {config.n_experts} experts per token{shared}"
 
-INJECTIONS.add("lti", "mythos.model.injection:LTIInjection")
-INJECTIONS.add("linear", "mythos.model.injection:LinearInjection")
-INJECTIONS.add("add", "mythos.model.injection:AddInjection")
-INJECTIONS.add("initial", "mythos.model.injection:InitialInjection")
-INJECTIONS.add("none", None, _fixed_depth_rules)
 
-HALTING_RULES.add("none", None)
-HALTING_RULES.add("convergence", "mythos.model.halting:Convergence")
-HALTING_RULES.add("second_difference", "mythos.model.halting:SecondDifference")
-HALTING_RULES.add("gate", "mythos.model.halting:Gate")
-HALTING_RULES.add("act", "mythos.model.halting:Act")
+def _first_loop_has_gradient(config: ModelConfig, depth: TrainingDepth) -> Iterator[Contradiction]:
+    deepest = depth.deepest
+    for path, loops in depth.gradient_limits:
+        if loops < deepest.loops:
+            values = f"got {config.injection}, {loops:g} and sequences of up to {deepest.loops:g} loops"
+            rule = (
+                f"{config.injection} reads the input in the first loop only, so embedding and prelude learn nothing "
+                "from a sequence whose first loop carries no gradient: set depth.backprop to null (all loops) and "
+                "depth.backprop_curriculum.shape to none"
+            )
+            yield ("model.injection", path, deepest.path), f"{values}; {rule}"
+
+
+def _lanes_are_read_with_gradient(config: ModelConfig, depth: TrainingDepth) -> Iterator[Contradiction]:
+    if config.lanes > 1 and depth.backprop.loops == 1:
+        rule = "what a pass writes to the lanes is read in the next pass only: set depth.backprop to 2 or more"
+        yield ("model.lanes", depth.backprop.path), f"got {config.lanes} and gradient through 1 loop; {rule}"
+
+
+def _earlier_loops(config: ModelConfig, depth: TrainingDepth) -> Iterator[Contradiction]:
+    if depth.mean.loops == 1:
+        rule = "it learns from loops before the last, and there are none: set the first to none or convergence"
+        yield ("model.halting", depth.mean.path), f"got {config.halting} and a mean of 1 loop; {rule}"
+
+
+def _earlier_loops_with_gradient(config: ModelConfig, depth: TrainingDepth) -> Iterator[Contradiction]:
+    yield from _earlier_loops(config, depth)
+    if depth.mean.loops != 1 and depth.backprop.loops == 1:
+        rule = (
+            f"the last loop takes all remaining probability, so {config.halting} learns only from the loops before it: "
+            "set depth.backprop to 2 or more"
+        )
+        yield ("model.halting", depth.backprop.path), f"got {config.halting} and gradient through 1 loop; {rule}"
+
+
+# Name, class (imported at first use, because it imports torch), what the class requires of other fields, and facts.
+ATTENTIONS.add("gqa", "mythos.model.attention.gqa:GroupedQueryAttention", _gqa_rules, parameters=_gqa_parameters)
+ATTENTIONS.add("mla", "mythos.model.attention.mla:MultiHeadLatentAttention", _mla_rules, parameters=_mla_parameters)
+
+CORES.add(
+    "moe",
+    "mythos.model.moe:MixtureCore",
+    _moe_rules,
+    parameters=_moe_parameters,
+    idle_parameters=_idle_experts,
+    training_rules=_several_experts,
+    summary=_experts,
+)
+CORES.add("dense", "mythos.model.moe:DenseCore", parameters=_dense_parameters)
+
+FEED_FORWARDS.add("swiglu", "mythos.model.layers:SwiGLU", parameters=lambda c: 3 * c.dim * c.ffn_dim)
+FEED_FORWARDS.add("relu2", "mythos.model.layers:SquaredReLU", parameters=lambda c: 2 * c.dim * c.ffn_dim)
+
+INJECTIONS.add(
+    "lti",
+    "mythos.model.injection:LTIInjection",
+    parameters=lambda c: c.dim * c.dim + 2 * c.lanes * c.dim,
+    training_rules=_lanes_are_read_with_gradient,
+)
+INJECTIONS.add("linear", "mythos.model.injection:LinearInjection", parameters=lambda c: 2 * c.dim * c.dim)
+INJECTIONS.add("add", "mythos.model.injection:AddInjection", parameters=no_parameters)
+INJECTIONS.add(
+    "initial",
+    "mythos.model.injection:InitialInjection",
+    parameters=lambda c: c.dim,
+    training_rules=_first_loop_has_gradient,
+)
+INJECTIONS.add("none", None, _fixed_depth_rules, parameters=no_parameters)
+
+HALTING_RULES.add("none", None, parameters=no_parameters)
+HALTING_RULES.add("convergence", "mythos.model.halting:Convergence", parameters=no_parameters)
+HALTING_RULES.add("second_difference", "mythos.model.halting:SecondDifference", parameters=no_parameters)
+HALTING_RULES.add(
+    "gate",
+    "mythos.model.halting:Gate",
+    parameters=lambda c: GATE_WIDTH * (c.dim + 3) + 1,
+    training_rules=_earlier_loops,
+)
+HALTING_RULES.add(
+    "act",
+    "mythos.model.halting:Act",
+    parameters=lambda c: c.dim + 1,
+    training_rules=_earlier_loops_with_gradient,
+)

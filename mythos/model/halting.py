@@ -257,6 +257,18 @@ def rule_class(name: str) -> type[RegisteredRule] | None:
     return HALTING_RULES[name]
 
 
+def trained_module(name: str) -> type[nn.Module] | None:
+    """The type of module that a halting rule needs in the model; None if it needs no training."""
+    rule = rule_class(name)
+    return None if rule is None else rule.trained_module
+
+
+def is_exclusive(name: str) -> bool:
+    """Whether a model trained for a halting rule can use no other, because the rule computes what is read out."""
+    rule = rule_class(name)
+    return rule is not None and rule.exclusive
+
+
 def build_halting(config: ModelConfig) -> nn.Module | None:
     """The module that `model.halting` adds to a model; None if the rule trains nothing."""
     rule = rule_class(config.halting)
@@ -319,11 +331,7 @@ def halting_rule(model: HaltingModel, name: str | None = None, threshold: float 
 
 def usable_rules(model: HaltingModel) -> list[str]:
     """Names of the rules that a model can use: those without training, and the one that it was trained for."""
-    own = rule_class(model.config.halting)
-    if own is not None and own.exclusive:
-        return [model.config.halting]
-    return [
-        name
-        for name in HALTING_RULES.names
-        if (rule := rule_class(name)) is None or rule.trained_module is None or rule is own
-    ]
+    own = model.config.halting
+    if is_exclusive(own):
+        return [own]
+    return [name for name in HALTING_RULES.names if trained_module(name) is None or name == own]

@@ -14,19 +14,56 @@ Contradiction = tuple[tuple[str, ...], str]
 """Names of fields whose values cannot be combined, and the message."""
 Rules = Callable[[Any], Iterator[Contradiction]]
 """Yields the contradictions of a `ModelConfig` that uses the entry."""
+Formula = Callable[[Any], int | None]
+"""A number of parameters of a `ModelConfig` that uses the entry; None if unknown."""
 
 
-def no_rules(config: Any) -> Iterator[Contradiction]:
+class Setting(NamedTuple):
+    """A number of loops, and the path of the field that sets it."""
+
+    path: str
+    loops: float
+
+
+class TrainingDepth(NamedTuple):
+    """The loops of a training run."""
+
+    mean: Setting
+    deepest: Setting
+    """The most loops of a sequence."""
+    backprop: Setting
+    """The loops with gradient, at the end of training."""
+    gradient_limits: tuple[Setting, ...]
+    """The loops with gradient at any time of training, by the fields that could raise them."""
+
+
+TrainingRules = Callable[[Any, TrainingDepth], Iterator[Contradiction]]
+"""Yields full paths of fields with which a `ModelConfig` that uses the entry cannot be trained, though it can run."""
+
+
+def no_rules(config: Any, depth: TrainingDepth | None = None) -> Iterator[Contradiction]:
     """Rules of an entry that works with all values of the other fields."""
     return iter(())
 
 
+def no_parameters(config: Any) -> int:
+    """Formula of an entry without parameters."""
+    return 0
+
+
 class Entry(NamedTuple):
-    """One implementation."""
+    """One implementation, and what is known of it without importing torch."""
 
     source: type | str | None
     """The class; or "module:Class", imported at first use; or None: the part is left out of the model."""
-    rules: Rules
+    rules: Rules = no_rules
+    parameters: Formula | None = None
+    """Number of parameters of one instance. If None, a model is built to count them."""
+    idle_parameters: Callable[[Any], int] = no_parameters
+    """How many of them a token does not use."""
+    training_rules: TrainingRules = no_rules
+    summary: Callable[[Any], str] | None = None
+    """Describes the part in a few words; if None, its name does."""
 
 
 class Registry:
@@ -38,11 +75,11 @@ class Registry:
     def __init__(self) -> None:
         self.entries: dict[str, Entry] = {}
 
-    def add(self, name: str, source: type | str | None, rules: Rules = no_rules) -> None:
-        """Register an implementation; see `Entry`. Raises ValueError if the name is taken."""
+    def add(self, name: str, source: type | str | None, rules: Rules = no_rules, **facts: Any) -> None:
+        """Register an implementation; `facts` are other fields of `Entry`. Raises ValueError if the name is taken."""
         if name in self.entries:
             raise ValueError(f"{name!r} is registered already; choose another name")
-        self.entries[name] = Entry(source, rules)
+        self.entries[name] = Entry(source, rules, **facts)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -60,6 +97,11 @@ class Registry:
     def contradictions(self, name: str, config: Any) -> Iterator[Contradiction]:
         """Contradictions in a `ModelConfig` that uses the entry `name`."""
         return self.entries[name].rules(config)
+
+    def summary(self, name: str, config: Any) -> str:
+        """Describe the entry `name` of a `ModelConfig` in a few words."""
+        describe = self.entries[name].summary
+        return name if describe is None else describe(config)
 
     def _check(self, name: str) -> str:
         if name not in self.entries:

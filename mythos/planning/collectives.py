@@ -71,7 +71,7 @@ def expert_exchanges(config: Config, layout: Layout, loops: int, backprop: int) 
 
     Each micro-batch, block and loop exchanges counts, rows (with their gates, 4 bytes each) and results; a backward
     pass the gradients of both. With checkpointing "loop" the recomputation exchanges rows and results once more, except
-    for results that no gradient needs: those of the last block, unless a norm follows.
+    for results that no gradient needs: those of the last block, unless a norm follows or lanes are written.
     """
     model, itemsize = config.model, compute_dtype(config).itemsize
     micro, blocks = micro_batches(config, layout.size), model.core_layers
@@ -80,7 +80,7 @@ def expert_exchanges(config: Config, layout: Layout, loops: int, backprop: int) 
     counts, rows, results = loops * blocks, (loops + backprop) * blocks, (loops + backprop) * blocks
     if config.parallel.activation_checkpointing == "loop":
         rows += backprop * blocks
-        results += backprop * (blocks - (model.block_norm == "pre"))
+        results += backprop * (blocks - (model.block_norm == "pre" and model.lanes == 1))
     size = micro * counts * model.n_experts * torch.int64.itemsize + rows * row + results * result
     return Exchange(micro * (counts + rows + results), size)
 

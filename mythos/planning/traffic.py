@@ -15,6 +15,7 @@ from torch.utils.flop_counter import flop_registry
 
 from mythos.model.config import ModelConfig
 from mythos.model.layers import RMSNorm, autocast_dtype
+from mythos.model.moe import MixtureOfExperts
 from mythos.model.ops import device_choice
 from mythos.model.ops.grouped_experts import ExpertWeights, run_backward_in_graph, run_in_graph
 from mythos.planning.fake_step import FLOP_FORMULAS, Step, fake_model, run_forward
@@ -98,7 +99,8 @@ def compiled_pass_traffic(config: ModelConfig, length: int, rows: int = 1) -> Tr
         # Differentiate with respect to the embedding only: the experts' operators do not run here, so the gradients of
         # experts' weights that they would leave behind do not exist.
         torch.autograd.grad(run_forward(model, step), [model.embedding.weight])
-    experts = _expert_traffic(config, rows * length) if config.core_ffn == "moe" else NO_TRAFFIC
+    routed = any(isinstance(module, MixtureOfExperts) for module in model.modules())
+    experts = _expert_traffic(config, rows * length) if routed else NO_TRAFFIC
     figures = []
     for backward in (False, True):
         fused = [kernel.size for kernel in planned[backward] if not kernel.extern]

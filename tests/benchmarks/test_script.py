@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from mythos.errors import MythosError
-from mythos.planning.traffic import step_traffic
+from mythos.planning import traffic
 from scripts.benchmark import main
 from scripts.benchmarks import checkpoint, decode, open_mythos, scaling, train
 from scripts.benchmarks import model as parts
+from scripts.benchmarks import traffic as traffic_benchmark
 from scripts.benchmarks.steps import configuration
 from tests.runs import write_settings
 
@@ -233,9 +234,13 @@ def test_sizes_that_open_mythos_has_not(override, message):
         open_mythos.check_sizes(configuration("reference", [override]).model)
 
 
-def test_traffic(tmp_path, capsys):
+def test_traffic(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(traffic, "DEPTHS", (1, 2))  # fewer loops to trace
+    compiled = traffic.Traffic(1, 2, 3000.0, 4, 5, 6000.0)  # tests/planning/test_traffic.py plans real graphs
+    monkeypatch.setattr(traffic_benchmark, "compiled_pass_traffic", lambda *arguments: compiled)
     assert main(["traffic", "mythos_nano", "--rows", "2", "--length", "64"]) == 0
     figures = results(tmp_path, "traffic")
-    counted = step_traffic(configuration("mythos_nano").model, 64, 2)
+    counted = traffic.step_traffic(configuration("mythos_nano").model, 64, 2)
     assert figures["loop"] == asdict(counted.loop) and figures["once"] == asdict(counted.once)
+    assert figures["compiled_loop"] == asdict(compiled)
     assert f"{counted.loop.bytes_backward / 1000:,.0f}" in capsys.readouterr().out

@@ -245,7 +245,7 @@ def test_damaged_newest_is_reported_and_the_one_before_is_used(tmp_path, caplog,
     reports = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert f"checkpoint {second} is damaged" in reports[0].getMessage()
     caplog.clear()
-    assert open_checkpoints(tmp_path).find("auto") == first and not caplog.records  # told once
+    assert open_checkpoints(tmp_path).find("auto") == first and not caplog.records  # reported once
     assert (tmp_path / "latest").read_text() == first.name
     # Pruning must not count the damaged one among those it keeps: it would be all that is left.
     run.save(2, tensors(), {})
@@ -469,7 +469,7 @@ def test_error_of_a_background_save_comes_with_the_next_call(tmp_path, monkeypat
     with pytest.raises(MythosError, match=r"step 2 .*No space left on device; the newest .*step-00000001"):
         calls[next_call]()
     monkeypatch.undo()
-    assert not saving.failed  # told once
+    assert not saving.failed  # reported once
     assert_first_survives(tmp_path, tmp_path / "step-00000001")
     saving.save(3, tensors(), {})
     saving.close()

@@ -203,7 +203,7 @@ def test_a_checkpoint_stays_this_runs_when_a_file_that_tells_it_is_damaged(tmp_p
     old, new = (run_id, f"{int(run_id[0] == '0')}{run_id[1:]}") if what == "id" else ('"step": 2', '"step": 3')
     path.write_text(path.read_text().replace(old, new))
     again = begin(tmp_path / "mine", place, keep=9)
-    # The marker has no checksum of its own; what it tells of the run counts for no reading.
+    # The marker has no checksum of its own; readers ignore what it says of the run.
     if file == "meta.json":
         assert again.find("auto") == place / "step-00000001" and "step-00000002 is damaged" in caplog.text
     save(again, 2)
@@ -289,7 +289,7 @@ def test_a_place_is_locked_while_a_job_saves_there(tmp_path):
 
 
 def test_older_runs_go_on_in_their_own_directory(tmp_path):
-    """Their checkpoints tell no id; the directory in their configuration, or where they are, tells whose they are."""
+    """Their checkpoints have no id; the owner follows from the directory in their configuration, or from their path."""
     shared = {"checkpoint__dir": str(tmp_path / "shared"), "checkpoint__every": 2, "checkpoint__keep": 9}
     run(tiny(tmp_path, train__steps=4, **shared))
     run(tiny(tmp_path, train__steps=4, run__dir=str(tmp_path / "usual")))
@@ -351,7 +351,7 @@ UNUSABLE = {
 
 
 @pytest.mark.parametrize("spoil", UNUSABLE, ids=lambda spoil: spoil.__name__)
-def test_unusable_places_are_told_before_training(tmp_path, spoil):
+def test_unusable_folders_are_reported_before_training(tmp_path, spoil):
     place = tmp_path / "parent" / "place"
     place.parent.mkdir()
     spoil(place)
@@ -363,7 +363,7 @@ def test_unusable_places_are_told_before_training(tmp_path, spoil):
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT])
-def test_a_place_that_takes_no_file_is_told_before_training(tmp_path, monkeypatch, number):
+def test_a_folder_that_takes_no_file_is_reported_before_training(tmp_path, monkeypatch, number):
     def refused(path: Path, content: bytes, **_: bool) -> None:
         raise OSError(number, os.strerror(number), str(path))
 
@@ -374,7 +374,7 @@ def test_a_place_that_takes_no_file_is_told_before_training(tmp_path, monkeypatc
     assert ("Free some space" in str(caught.value)) == full
 
 
-def test_a_disk_without_room_for_a_checkpoint_is_told_before_training(tmp_path, monkeypatch):
+def test_a_disk_without_room_for_a_checkpoint_is_reported_before_training(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(

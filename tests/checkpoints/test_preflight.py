@@ -84,7 +84,7 @@ def test_checkpoints_of_earlier_versions_have_no_length_of_the_schedule(tmp_path
     assert "took 1,000 steps" in str(schedule_change(tiny(tmp_path, train__steps=3000), saved, 10))
 
 
-def test_a_model_that_no_memory_holds_is_refused_before_it_is_made() -> None:
+def test_a_model_too_large_for_memory_is_refused_before_it_is_built() -> None:
     there = virtual_memory().total
     check_memory(there // 8, 1, torch.device("cpu"))
     check_memory(there, 8, torch.device("cpu"))

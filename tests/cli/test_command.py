@@ -1,5 +1,6 @@
 """The command `mythos`: its help, its errors, completion, and the files that package it."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -68,18 +69,34 @@ def test_help_and_errors_come_without_torch():
     assert misspelt.stdout == "False 1\n" and "did you mean" in misspelt.stderr
 
 
-@pytest.mark.parametrize("name", ["sweep", "generate", "evaluate", "reasoning", "report", "compare", "export"])
-def test_a_wrong_path_is_reported_without_torch(name, tmp_path):
+WRONG_PATHS = """
+import contextlib, io, json, sys
+from mythos.cli import main
+
+for words in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        status = main(words)
+    print(json.dumps([status, "torch" in sys.modules, out.getvalue(), err.getvalue()]))
+"""
+
+
+def test_a_wrong_path_is_reported_without_torch(tmp_path):
     """Importing torch takes seconds."""
-    program = "import sys; from mythos.cli import main; code = main(sys.argv[1:]); print('torch' in sys.modules, code)"
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     (tmp_path / "runs" / "mine" / "config.yaml").touch()
-    for path, meant in (("runs/nope", None), ("runs/mime", "runs/mine"), ("mine", "runs/mine")):
-        folder = ["exported"] if name == "export" else []
-        answer = run("-c", program, name, path, *folder, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
-        assert answer.stdout == "False 1\n"
-        assert answer.stderr.startswith(f"error: {path}: no such file or folder. Give a run directory")
-        assert (f"Did you mean {meant}?" in answer.stderr) == (meant is not None)
+    cases = [
+        (name, path, meant)
+        for name in ("sweep", "generate", "evaluate", "reasoning", "report", "compare", "export")
+        for path, meant in (("runs/nope", None), ("runs/mime", "runs/mine"), ("mine", "runs/mine"))
+    ]
+    commands = [[name, path, *(["exported"] if name == "export" else [])] for name, path, _ in cases]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    answers = run("-c", WRONG_PATHS, json.dumps(commands), cwd=tmp_path, env=environment).stdout.splitlines()
+    for (name, path, meant), answer in zip(cases, map(json.loads, answers), strict=True):
+        status, torch_loaded, printed, errors = answer
+        assert (status, torch_loaded, printed) == (1, False, ""), name
+        assert errors.startswith(f"error: {path}: no such file or folder. Give a run directory"), name
+        assert (f"Did you mean {meant}?" in errors) == (meant is not None), name
 
 
 LONG = ["-c", "from mythos.cli.common import *; sys.exit(quiet_without_reader(lambda: print('x' * 10**6)))"]

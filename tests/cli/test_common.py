@@ -35,7 +35,7 @@ def test_only_standard_output_may_lose_its_reader(capfd: pytest.CaptureFixture[s
     assert quiet_without_reader(lambda: 3) == 3
 
 
-def test_numbers_in_the_order_given() -> None:
+def test_numbers_keep_the_order_of_the_command_line() -> None:
     assert whole_numbers("--loops", "4,1,1, 2") == [4, 1, 1, 2]
     assert positive_numbers("--thresholds", "0.2,1e-3") == [0.2, 1e-3]
 

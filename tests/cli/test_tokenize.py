@@ -306,7 +306,7 @@ def test_arguments_are_those_of_the_command_tokenizer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", [main, tokenizer_main])
-def test_one_corpus_is_given(
+def test_one_corpus_is_allowed(
     command: Callable[[list[str]], int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for arguments in ([], ["quickstart", "--embedded"], ["train.steps=3"]):

@@ -174,7 +174,7 @@ def test_a_run_directory_continues(finished, copy, tmp_path):
     assert load_config(copy, [f"run.dir={tmp_path / 'fork'}"]).run_dir == tmp_path / "fork"
 
 
-def test_a_relative_run_directory_is_found_from_elsewhere(tmp_path, monkeypatch):
+def test_a_relative_run_directory_is_resolved_from_elsewhere(tmp_path, monkeypatch):
     folder = tmp_path / "runs" / "mine"
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text("run: {name: mine}\ntrain: {steps: 7}\n")

@@ -366,7 +366,7 @@ def test_a_row_group_of_more_than_2_gib_of_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("on_error", ["skip", "fail"])
-def test_a_key_that_a_record_lacks_is_null_wherever_it_stands(on_error: str, tmp_path: Path) -> None:
+def test_a_key_that_a_record_lacks_is_null_at_any_row(on_error: str, tmp_path: Path) -> None:
     rows = [{"text": "a"}, {"text": "b", "score": 5}, {"text": "c", "score": 0}, {"other": 1, "text": "d"}]
     passes = {"a": Skipped.FILTERED, "b": "b", "c": Skipped.FILTERED, "d": Skipped.FILTERED}
     for turn in range(4):

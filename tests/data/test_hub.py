@@ -112,7 +112,7 @@ def test_a_pinned_list_needs_no_hub(hub: StandInHub, cache: Path) -> None:
         resolve(cache, revision=hub.commit, subset="sample-100BT", patience=0.1)
 
 
-def test_a_damaged_list_is_made_again(hub: StandInHub, cache: Path) -> None:
+def test_a_damaged_list_is_written_again(hub: StandInHub, cache: Path) -> None:
     first = resolve(cache)
     [kept] = (cache / "hub").iterdir()
     for damage in ("", '{"sample/10BT/0'):

@@ -78,7 +78,7 @@ def consumed(tmp_path: Path) -> tuple[Path, Reference]:
     return folder, reference
 
 
-def test_going_on_from_what_was_prefetched_is_found(
+def test_continuing_from_prefetched_data_is_detected(
     consumed: tuple[Path, Reference], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The classic fault: a state of what has been prefetched, not of what has been consumed."""

@@ -62,7 +62,7 @@ def test_workers_and_prefetch_change_nothing(
 
     alone = make_streams(source, streams=6, eos_id=tokenizer.eos_id)
     state = None
-    for stretch in (workers, 2):
+    for stretch in (workers, 1 if workers > 1 else 2):
         loaders = ranks(state, stretch)
         for _ in range(7):
             expected = alone.next_batch(2)
@@ -127,7 +127,7 @@ PARENT = """
 
     if __name__ == "__main__":
         source = text_source(sys.argv[1], Tokenizer.load(sys.argv[2]))
-        loader = Loader(make_streams(source), slots=2, workers=2, prefetch=50)
+        loader = Loader(make_streams(source), slots=2, workers=1, prefetch=50)
         loader.next_batch()
         print("reading", flush=True)
         time.sleep(600)  # and does not close the loader: an exception may come anywhere
@@ -170,7 +170,7 @@ def test_workers_end_with_their_parent(
     process = parents[number]
     assert process.stdout and process.stdout.readline() == "reading\n"
     workers = psutil.Process(process.pid).children(recursive=True)
-    assert len(workers) >= 2
+    assert len(workers) >= 2  # a worker, and multiprocessing's resource tracker
     if number is signal.SIGINT:  # as a terminal does: to the whole group
         os.killpg(process.pid, number)
     else:

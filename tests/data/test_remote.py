@@ -179,7 +179,7 @@ def test_an_outage_comes_through_pyarrow_as_what_it_is(
             parquet.read_row_group(0, columns=["text"])
 
 
-def test_a_stalled_server_is_given_up_in_the_patience(hub: StandInHub) -> None:
+def test_a_stalled_server_is_abandoned_within_the_patience(hub: StandInHub) -> None:
     hub.faults = Faults(rate=1, kinds=("stall",))
     began = time.monotonic()
     with pytest.raises(Unreachable, match="Timeout"):

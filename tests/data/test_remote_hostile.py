@@ -95,7 +95,7 @@ def drip_chunks(send: Callable[[bytes], None], _: int) -> None:
 
 @pytest.mark.parametrize("answer", [drip_body, drip_headers, drip_redirect, drip_chunks])
 @pytest.mark.parametrize("what", ["range", "size", "listing"])
-def test_a_server_that_drips_is_given_up_in_the_patience(
+def test_a_server_that_drips_is_abandoned_within_the_patience(
     answer: Answer, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if what == "size" and answer in (drip_body, drip_chunks):

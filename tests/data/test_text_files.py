@@ -315,7 +315,7 @@ def test_data_of_a_continued_run_is_opened_as_before(tmp_path: Path, tokenizer: 
 # --- folders and refusals
 
 
-def test_a_folder_stands_for_its_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_folder_means_its_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("b.txt", "deeper/a.txt", ".git/c.txt", ".hidden.txt"):
         (tmp_path / "books" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "books" / name).write_text(name)

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mythos import trainer
 from mythos.errors import MythosError
+from tests.trainers import no_drawing
 
 
 class RankPool:
@@ -72,7 +74,7 @@ class RankPool:
             return
         # Forked from a process that has done nothing but import, which takes each of them seconds otherwise.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["mythos.trainer"])
+        context.set_forkserver_preload(["mythos.trainer", "tests.trainers"])
         for _ in range(self.size):
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(there,), daemon=False)
@@ -98,6 +100,7 @@ def free_port() -> int:
 
 def _serve(connection: Connection) -> None:
     torch.set_num_threads(1)
+    trainer.draw_plots = no_drawing
     while True:
         try:
             environment, function, arguments = connection.recv()

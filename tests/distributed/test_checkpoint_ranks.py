@@ -235,7 +235,7 @@ def check_failure_to_copy_on_one_rank_is_everyones(directory: Path, layouts: dic
     assert "step 1 could not be written" in text and "rank 3: IndexError" in text
 
 
-def check_damage_is_found_by_all(directory: Path, layouts: dict[str, Layout]) -> None:
+def check_all_ranks_detect_damage(directory: Path, layouts: dict[str, Layout]) -> None:
     layout = layouts["fsdp4"]
     checkpoints = layout.open(directory)
     for step in (1, 2):

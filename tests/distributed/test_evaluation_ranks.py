@@ -83,7 +83,7 @@ def test_tasks_of_the_harness(pool: RankPool, single: tuple[Path, dict[str, floa
         assert two == {**one, "mean_loops": pytest.approx(one["mean_loops"], rel=1e-6)}
 
 
-def test_what_cannot_be_scored_is_told_by_all(pool: RankPool, single: tuple[Path, dict[str, float]]) -> None:
+def test_all_ranks_report_what_cannot_be_scored(pool: RankPool, single: tuple[Path, dict[str, float]]) -> None:
     directory, _ = single
     arguments = [str(directory / "single"), "--tasks", "nothing.jsonl"]
     assert pool.run(evaluate.main, arguments, ranks=2) == [1, 1]

@@ -174,7 +174,7 @@ def test_options_of_torchrun(launch):
     assert (options["--max-restarts"], options["--shutdown-timeout"]) == ("0", "50")
 
 
-def test_a_torchrun_that_cannot_be_told_how_long_to_wait(launch):
+def test_a_torchrun_without_an_option_for_the_wait(launch):
     launch.program("python", STAND_IN.replace("else sys.exit()", "else sys.exit(print('fixed'))"))
     options, _, _ = launch.started("--cpu", "1", CONFIG)
     assert "--shutdown-timeout" not in options and options["--signals-to-handle"] == "SIGTERM,SIGQUIT"
@@ -227,7 +227,7 @@ def test_bad_command_line(launch, arguments, message):
     assert message in launch.refused(*arguments, CHECK="yes")
 
 
-def test_unknown_options_of_training_are_told_once(launch):
+def test_unknown_options_of_training_are_reported_once(launch):
     result = launch("--cpu", "2", CONFIG, "--gpu", "2", CHECK="yes")
     assert result.returncode == 2 and not launch.record.exists()
     assert result.stderr.count("unrecognized arguments: --gpu 2") == 1
@@ -241,12 +241,12 @@ def test_a_run_directory_is_a_configuration(launch):
     assert launch.started("--cpu", "2", "run", CHECK="yes")[1] == ["run", "train.device=cpu"]
 
 
-def test_bad_configuration_is_told_once(launch):
+def test_bad_configuration_is_reported_once(launch):
     said = launch.refused("--cpu", "2", CONFIG, "train.stepz=3", "--dry-run", CHECK="yes")
     assert said.count("error: ") == 1 and "did you mean steps" in said and "Traceback" not in said
 
 
-def test_error_is_told_below_the_rest(launch):
+def test_error_is_printed_below_the_rest(launch):
     result = launch("--cpu", "2", CONFIG, ERROR="error: no such corpus\n", STATUS="7")
     assert (result.returncode, result.stderr) == (7, "starting; processes: 2\nerror: no such corpus\n")
     assert launch("--cpu", "2", CONFIG, ERROR="error: no such corpus\n", STATUS="0").returncode == 1
@@ -420,7 +420,7 @@ time.sleep(60)  # as an upload of what a tracker has left
 
 @pytest.mark.parametrize(("word", "status"), [("saved", 0), ("saving", 1)])
 def test_second_signal_ends_all_at_once(tmp_path, word, status):
-    """With 0 where everything is saved, else with 1 and one message; torchrun tells nothing of its own."""
+    """With 0 where everything is saved, else with 1 and one message; torchrun prints nothing of its own."""
     shutil.copy(ROOT / "launch.sh", tmp_path)
     (tmp_path / "train.py").write_text(SAVES)
     environment = {name: value for name, value in os.environ.items() if not re.match("SLURM_|NNODES|MASTER_", name)}

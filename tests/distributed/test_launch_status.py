@@ -24,7 +24,7 @@ def test_error_rules_out_restarts(capfd, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert launch_status() is LaunchStatus.RUNNING
-    for rank in range(3):  # all processes of the machine fail; one tells
+    for rank in range(3):  # all processes of the machine fail; one reports
         monkeypatch.setenv("RANK", str(rank))
         assert end_launch("no such corpus") == 1
     assert capfd.readouterr().err == "error: no such corpus\n"

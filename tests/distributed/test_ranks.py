@@ -80,7 +80,7 @@ def join(directory: Path, changes: dict[str, Any]) -> None:
     join_world(tiny(directory, **{key: v[rank] if isinstance(v, list) else v for key, v in changes.items()}))
 
 
-def test_unequal_configurations_are_told_by_rank_and_key(pool: RankPool, tmp_path: Path) -> None:
+def test_unequal_configurations_are_reported_by_rank_and_key(pool: RankPool, tmp_path: Path) -> None:
     with pytest.raises(MythosError, match=r"different configurations:\n  rank 2: optim.lr=0.5, rank 0: 0.1\n"):
         pool.run(join, tmp_path, {"data__streams": 4, "optim__lr": [0.1, 0.1, 0.5, 0.1]}, ranks=4)
 

@@ -6,12 +6,14 @@ import os
 import re
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from mythos import trainer
 from mythos.checkpoints.stored_checkpoint import complete_checkpoints
 from mythos.config.loading import load_config
 from mythos.data.stream import Batch
@@ -23,7 +25,7 @@ from mythos.trainer import StepResult, Trainer
 from mythos.training.metrics import read_metrics
 from tests.distributed.pool import RankPool
 from tests.runs import measurements, tiny
-from tests.trainers import fail_at
+from tests.trainers import fail_at, no_drawing
 
 CHANGES: dict[str, Any] = {
     "data__streams": 4,
@@ -45,18 +47,26 @@ MODES: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-def made_on(directory: Path, name: str, **changes: Any) -> Trainer:
+def trainer_on(directory: Path, name: str, **changes: Any) -> Trainer:
     return Trainer(tiny(directory, **{**CHANGES, **changes}, run__dir=str(directory / name)))
 
 
 def run(directory: Path, name: str, changes: dict[str, Any]) -> dict[str, torch.Tensor]:
-    trainer = made_on(directory, name, **changes)
+    trainer = trainer_on(directory, name, **changes)
     trainer.run()
     return (
         {key: value.clone() for key, value in trainer.model.state_dict().items()}
         if trainer.layout.mode == "ddp"
         else {}
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plots() -> Iterator[None]:
+    """What the processes of the pool do instead of drawing, in this process too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "draw_plots", no_drawing)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +137,7 @@ def at_step(trainer: Trainer, step: int, action: Any) -> None:
 
 
 def run_signalled(directory: Path, number: int) -> tuple[int, list[int]]:
-    trainer = made_on(directory, f"signal-{number}", checkpoint__every=0)
+    trainer = trainer_on(directory, f"signal-{number}", checkpoint__every=0)
     if rank() == 1:
         at_step(trainer, 2, lambda: (os.kill(os.getpid(), number), time.sleep(0.2)))
     trainer.run()
@@ -144,7 +154,7 @@ def test_signal_on_one_rank_stops_and_saves_all(pool: RankPool, single: Path, nu
 
 
 def run_out_of_time(directory: Path) -> tuple[int, list[int]]:
-    trainer = made_on(directory, "time", train__max_time="3s", checkpoint__every=0)
+    trainer = trainer_on(directory, "time", train__max_time="3s", checkpoint__every=0)
     at_step(trainer, 2, lambda: time.sleep(3))
     trainer.run()
     return trainer.step, [step_of(p) for p in complete_checkpoints(trainer.run_dir / "checkpoints")]
@@ -156,7 +166,7 @@ def test_time_limit_stops_and_saves_all(pool: RankPool, single: Path) -> None:
 
 
 def run_without_data(directory: Path) -> tuple[str, int]:
-    trainer = made_on(directory, "data", checkpoint__every=0)
+    trainer = trainer_on(directory, "data", checkpoint__every=0)
     if rank() == 1:
         fail_at(trainer, 4, "shard x cannot be reached")
     with pytest.raises(TransientError) as caught:
@@ -174,7 +184,7 @@ def test_missing_data_on_one_rank_saves_and_stops_all(pool: RankPool, single: Pa
 
 
 def run_spoilt(directory: Path, where: str) -> tuple[list[float], int]:
-    trainer = made_on(directory, where)
+    trainer = trainer_on(directory, where)
     if rank() == 1 and where == "loss":
         forward = trainer.forward
 
@@ -206,7 +216,7 @@ def test_spoilt_step_of_one_rank_is_skipped_by_all(pool: RankPool, single: Path,
 
 def choose(directory: Path, name: str) -> int:
     """Micro-batches of more than 2 rows run out of memory on rank 1, the second of two that hold 8 each."""
-    trainer = made_on(directory, name, train__micro_batch=4, parallel__mode=name)
+    trainer = trainer_on(directory, name, train__micro_batch=4, parallel__mode=name)
     trainer.config = trainer.config.model_copy(
         update={"train": trainer.config.train.model_copy(update={"micro_batch": "auto", "global_batch": 16})}
     )
@@ -230,7 +240,7 @@ def test_micro_batch_that_fits_on_every_rank(pool: RankPool, single: Path) -> No
 
 
 def run_slowly(directory: Path) -> None:
-    trainer = made_on(directory, "slow", parallel__mode="ddp")
+    trainer = trainer_on(directory, "slow", parallel__mode="ddp")
     if rank() == 1:
         forward = trainer.forward
 
@@ -257,7 +267,7 @@ def run_beside_a_lost_rank(directory: Path, how: str) -> str:
     changes: dict[str, Any] = {"checkpoint__asynchronous": False}
     changes |= {"parallel__timeout": 3, "data__patience": 1, "parallel__stall_after": 1}
     changes |= {"parallel__mode": "hsdp", "parallel__shard": 2} if how == "hanging" else {}
-    trainer = made_on(directory, how, **changes)
+    trainer = trainer_on(directory, how, **changes)
     if rank() == 1:
         at_step(trainer, 3, lambda: os.kill(os.getpid(), signal.SIGKILL if how == "dead" else signal.SIGSTOP))
     started = time.monotonic()
@@ -265,7 +275,7 @@ def run_beside_a_lost_rank(directory: Path, how: str) -> str:
         trainer.run()
     (directory / how / "message").write_text(str(caught.value))
     assert time.monotonic() - started < 12
-    return "told"
+    return "ended"
 
 
 @pytest.mark.parametrize("how", ["dead", "hanging"])
@@ -275,7 +285,7 @@ def test_lost_rank_ends_the_others_within_the_timeout(pool: RankPool, single: Pa
             run_beside_a_lost_rank, single, how, ranks=4 if how == "hanging" else 2, timeout=20, lost=how == "hanging"
         )
     message = (single / how / "message").read_text()
-    # Of whichever was told last: all but the lost one, rank 1, write it.
+    # All ranks but the lost one, rank 1, write it; the last to notice wins.
     assert re.match(r"rank [023] lost the other processes in step 4: ", message) and "(" in message
     assert message.endswith("step-00000002")
     if how == "hanging":

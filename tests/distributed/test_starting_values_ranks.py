@@ -51,7 +51,7 @@ def draw_on_ranks(shape: tuple[int, ...], placements: list[Placement]) -> tuple[
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_rank_draws_the_experts_that_it_holds(pool: RankPool, layout: str) -> None:
+def test_a_rank_draws_its_own_experts(pool: RankPool, layout: str) -> None:
     expected = torch.empty(SHAPE)
     for expert, matrix in enumerate(expected):
         truncated_normal(SHAPE[1])(matrix, random_stream(5, "stack", expert))

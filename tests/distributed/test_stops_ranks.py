@@ -1,4 +1,4 @@
-"""Two processes: stops while the model is measured, and unusable places of checkpoints, told to all alike."""
+"""Two processes: stops while the model is measured, and folders that checkpoints cannot use, reported by all ranks."""
 
 import errno
 import json
@@ -30,7 +30,7 @@ def rank() -> int:
     return int(os.environ["RANK"])
 
 
-def made_on(directory: Path, name: str, mode: str, **changes: Any) -> Trainer:
+def trainer_on(directory: Path, name: str, mode: str, **changes: Any) -> Trainer:
     tasks = directory / "science.jsonl"
     usual: dict[str, Any] = {
         "data__streams": 2,
@@ -60,11 +60,11 @@ def directory(tmp_path_factory: pytest.TempPathFactory, pool: RankPool) -> Path:
 
 
 def train(directory: Path, name: str, mode: str) -> None:
-    made_on(directory, name, mode).run()
+    trainer_on(directory, name, mode).run()
 
 
 def stop_while(directory: Path, name: str, mode: str, what: str, asked: int) -> tuple[int, list[int], float]:
-    trainer = made_on(directory, name, mode)
+    trainer = trainer_on(directory, name, mode)
     target, function = {
         "validation": (in_training, "validation_metrics"),
         "tasks": (in_training, "choice_metrics"),
@@ -156,7 +156,7 @@ def test_another_runs_place_is_refused_on_all_ranks(pool: RankPool, directory: P
         ("not shared", r"rank 0 does not see files that rank 1 writes there.*must share"),
     ],
 )
-def test_unusable_places_are_told_on_all_ranks_before_training(
+def test_unusable_folders_are_reported_on_all_ranks_before_training(
     pool: RankPool, directory: Path, spoil: str, message: str
 ) -> None:
     texts = pool.run(begin, directory, f"start {spoil}", spoil, ranks=2)

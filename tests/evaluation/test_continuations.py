@@ -74,7 +74,7 @@ def test_each_depth_equals_one_text_at_a_time(model, tokenizer):
     assert len({round(scores[0].log_likelihood, 4) for scores in scores_by_setting}) == 4, "settings must differ"
 
 
-def test_greedy_continuations_are_found(model, tokenizer):
+def test_greedy_continuations_are_recognised(model, tokenizer):
     requests, _ = encode_requests(tokenizer, TEXTS[:2], CONTEXT)
     for loops in (1, 4):
         with torch.no_grad():

@@ -205,7 +205,7 @@ def test_a_fixed_depth_model_generates_too(model: Build) -> None:
         greedy(network, 5, loops=2)
 
 
-def test_logits_that_are_not_finite_are_told(model: Build) -> None:
+def test_logits_that_are_not_finite_are_reported(model: Build) -> None:
     network = model()
     with torch.no_grad():
         network.norm.weight[3] = float("nan")

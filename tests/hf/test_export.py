@@ -64,7 +64,7 @@ def test_run_checkpoint_export_and_transformers_agree_to_the_bit(trained: Traine
     assert opened.tokenizer is not None and opened.tokenizer.fingerprint == trained.tokenizer.fingerprint
 
 
-def test_what_a_folder_holds(trained: Trainer, exported: Path) -> None:
+def test_files_of_an_export(trained: Trainer, exported: Path) -> None:
     values = json.loads((exported / "config.json").read_text())
     assert values["architectures"] == ["MythosForCausalLM"] and values["dtype"] == "float32" and values["dim"] == 32
     # CUDA wheels have their build (+cu130) in torch.__version__ only, not in the metadata.
@@ -260,7 +260,7 @@ def test_an_export_that_fails_leaves_nothing(
     assert [path.name for path in full.iterdir()] == ["note"]
 
 
-def test_damage_is_found(trained: Trainer, exported: Path, tmp_path: Path) -> None:
+def test_damage_is_detected(trained: Trainer, exported: Path, tmp_path: Path) -> None:
     folder = tmp_path / "damaged"
     shutil.copytree(exported, folder)
     config = json.loads((folder / "config.json").read_text())

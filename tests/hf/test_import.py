@@ -410,7 +410,7 @@ def test_command_tells_what_it_did(parcae: Path, tmp_path: Path, capsys: pytest.
     assert "Imported from `source` (parcae)" in card and str(tmp_path) not in card
 
 
-def test_every_known_architecture_is_told_apart() -> None:
+def test_every_known_architecture_is_recognised() -> None:
     assert [architecture_of(values).name for _, values in list(PUBLISHED.values())[::2]] == [a.name for a in KNOWN]
     with pytest.raises(MythosError, match=r"model_type 'llama'; known: parcae .*; huginn .*; ouro"):
         architecture_of({"model_type": "llama"})

@@ -110,7 +110,7 @@ def test_logits_to_keep(model: MythosForCausalLM) -> None:
 # Caches
 
 
-def test_a_cache_continues_where_it_stands(model: MythosForCausalLM) -> None:
+def test_a_cache_continues_at_its_length(model: MythosForCausalLM) -> None:
     """Caches filled in pieces, copied, cropped, reordered and repeated; `past_key_values` is an older name."""
     ids, mask = random_ids(2, 9), torch.ones(2, 9, dtype=torch.int64)
     mask[1, :2] = 0

@@ -205,7 +205,7 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0}
         ("out", ALL, "exists and is not empty"),
     ],
 )
-def test_what_cannot_be_done_is_told_and_nothing_is_written(
+def test_errors_write_nothing(
     tmp_path: Path, spoil: Any, arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, out = published(tmp_path / "dense", dense()), tmp_path / "out"

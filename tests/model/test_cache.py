@@ -155,7 +155,7 @@ def test_size_of_blocks_changes_nothing(model: Build) -> None:
         assert cache.entries.shape[2] == -(-13 // block) * block
 
 
-def test_room_is_made_once(model: Build) -> None:
+def test_the_cache_is_allocated_once(model: Build) -> None:
     """Reserved room is not allocated again."""
     built, ids = model(), random_ids(2, 10)
     cache = new(built)

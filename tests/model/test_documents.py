@@ -23,7 +23,7 @@ ATTENTIONS = [{"attention": "gqa"}, {"attention": "mla"}]
 
 
 def document_ids(rows: list[list[int]]) -> Tensor:
-    """Ids that repeat along a row, where only a change tells a new document."""
+    """Ids that repeat along a row, where only a change marks a new document."""
     ids = [[place % 2 for place, length in enumerate(lengths) for _ in range(length)] for lengths in rows]
     return torch.tensor(ids, dtype=torch.int32)
 
@@ -148,7 +148,7 @@ def test_positions_restart_in_every_document(small, changes):
 
 
 @pytest.mark.parametrize("changes", ATTENTIONS, ids=str)
-def test_queries_and_keys_do_not_tell_where_a_document_lies(small, changes, monkeypatch):
+def test_queries_and_keys_do_not_depend_on_where_a_document_starts(small, changes, monkeypatch):
     """Scores depend on distances alone, so that outputs could not show positions that run on; queries and keys do."""
     seen: list[tuple[Tensor, Tensor]] = []
 

@@ -17,13 +17,13 @@ from mythos.hf.export import export_model
 from mythos.model.attention.base import Attention
 from mythos.model.attention.context import AttentionContext, attend
 from mythos.model.cache import DecodeCache, cache_bytes_per_token
-from mythos.model.config import ATTENTIONS, CORES, HALTING_RULES, ModelConfig
+from mythos.model.config import ATTENTIONS, CORES, HALTING_RULES, INJECTIONS, ModelConfig
 from mythos.model.decoding import CachedContext
 from mythos.model.halting import RegisteredRule, halting_rule
 from mythos.model.layers import Linear, zeros
 from mythos.model.moe import CoreFeedForward
 from mythos.model.rdt import RecurrentDepthTransformer
-from mythos.model.registry import Contradiction, Registry
+from mythos.model.registry import Contradiction, Registry, TrainingDepth
 from mythos.planning.fake_step import Step
 from mythos.planning.flops import count_parameters, forward_flops
 from mythos.planning.memory import step_activations
@@ -169,8 +169,10 @@ class DoublingCore(CoreFeedForward):
 
 def test_a_registered_core_runs_and_is_planned(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CORES, "entries", dict(CORES.entries))
-    CORES.add("doubling", DoublingCore)
+    CORES.add("doubling", DoublingCore, summary=lambda config: f"twice {config.dim}")
     config = small(core_ffn="doubling")
+    assert CORES.summary("doubling", config) == f"twice {config.dim}" and CORES.summary("dense", config) == "dense"
+    assert CORES.summary("moe", small(n_experts=8, n_shared_experts=0)) == "2 of 8 experts per token"
     model = RecurrentDepthTransformer(config).initialize(0)
     ids = torch.arange(12).view(2, 6)
     output = model(ids, ids)
@@ -180,6 +182,20 @@ def test_a_registered_core_runs_and_is_planned(small: Any, monkeypatch: pytest.M
     assert dense == 2 * config.core_layers * 3 * config.dim * config.ffn_dim
     count = count_parameters(config)
     assert count.total == count.active
+
+
+def test_rules_of_training_hold_for_training_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def three_loops(config: ModelConfig, depth: TrainingDepth) -> Iterator[Contradiction]:
+        if depth.mean.loops < 3:
+            yield ("model.injection", depth.mean.path), f"got {config.injection} and {depth.mean.loops:g}"
+
+    monkeypatch.setattr(INJECTIONS, "entries", dict(INJECTIONS.entries))
+    INJECTIONS.add("third", INJECTIONS["add"], training_rules=three_loops)
+    values = settings(tmp_path, model__injection="third", model__loops=2)
+    with pytest.raises(MythosError, match=r"model\.injection, model\.loops: got third and 2$"):
+        config_from_dict(values)
+    assert config_from_dict(values, to_train=False).model.injection == "third"
+    assert config_from_dict(settings(tmp_path, model__injection="third", depth__mean=3)).depth_mean == 3
 
 
 class Halfway(RegisteredRule):

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
+from mythos.cli.presets import counted
 from mythos.config.presets import PRESETS, preset_config
 from mythos.model.config import ATTENTIONS, CORES, FEED_FORWARDS, HALTING_RULES, INJECTIONS
 from mythos.planning.flops import count_parameters
-from mythos.planning.parameters import parameters_by_formula
+from mythos.planning.parameters import Parameters, parameters_by_formula
 
 VARIATIONS: list[dict[str, Any]] = [
     *({"attention": name} for name in ATTENTIONS.names),
@@ -44,9 +45,24 @@ def test_every_part_is_counted_as_its_model(changes: dict[str, Any]) -> None:
     assert parameters_by_formula(config) == count_parameters(config)
 
 
-def test_a_part_of_others_has_no_formula() -> None:
-    config = preset_config("mythos_nano").model_copy(update={"attention": "somebody_elses"})
+def test_a_part_without_formula_is_counted_on_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CORES, "entries", dict(CORES.entries))
+    CORES.add("ours", CORES["dense"])
+    config = preset_config("mythos_nano", core_ffn="ours")
     assert parameters_by_formula(config) is None
+    assert counted(config) == count_parameters(preset_config("mythos_nano", core_ffn="dense"))
+    CORES.add("formula", CORES["dense"], parameters=lambda config: 1000, idle_parameters=lambda config: 10)
+    total = count_parameters(preset_config("mythos_nano", core_ffn="dense")).total - 3 * config.dim * config.ffn_dim
+    changed = config.model_copy(update={"core_ffn": "formula"})
+    assert parameters_by_formula(changed) == Parameters(total + 1000, total + 990)
+
+
+def test_a_dense_core_of_an_unknown_feed_forward_has_no_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FEED_FORWARDS, "entries", dict(FEED_FORWARDS.entries))
+    FEED_FORWARDS.add("ours", FEED_FORWARDS["swiglu"])
+    config = preset_config("mythos_nano", core_ffn="dense", dense_ffn="ours")
+    assert parameters_by_formula(config) is None
+    assert counted(config) == count_parameters(preset_config("mythos_nano", core_ffn="dense"))
 
 
 def test_the_table_of_presets_needs_no_torch() -> None:

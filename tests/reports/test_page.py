@@ -304,7 +304,7 @@ def test_a_measurement_that_is_not_finite(tmp_path):
     ("place", "message"),
     [("nosuch://bucket/run", "nosuch://bucket/run cannot be read: "), (None, "meta.json")],
 )
-def test_checkpoints_that_cannot_be_read_are_told(tmp_path, place, message):
+def test_checkpoints_that_cannot_be_read_are_reported(tmp_path, place, message):
     directory = write_run(tmp_path / "run", records(3), checkpoint__dir=place)
     damaged = directory / "checkpoints" / "step-00000002"
     damaged.mkdir(parents=True)

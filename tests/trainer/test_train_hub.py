@@ -16,6 +16,7 @@ from tests.data.hub_server import DATASET, FAULTS, Faults, StandInHub, use_hub, 
 from tests.runs import documents, losses, write_settings
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("no_plots")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]:
 
 
 @pytest.fixture(scope="module")
-def expected(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+def expected(folder: Path, tmp_path_factory: pytest.TempPathFactory, no_plots: None) -> list[float]:
     """The losses of a run on a hub without faults."""
     config = write(tmp_path_factory.mktemp("sound"))
     with StandInHub(folder) as hub, pytest.MonkeyPatch.context() as patch:

@@ -33,7 +33,7 @@ def branches(x: Tensor, weight: Tensor, first: Counted, second: Counted) -> Tens
     return one @ weight + one.flip(0) @ weight.square() + two @ weight[3:]
 
 
-def test_results_are_made_once_again_for_all_who_read_them_and_not_kept() -> None:
+def test_results_are_recomputed_once_for_all_readers_and_not_kept() -> None:
     x, weight = torch.randn(4, 6, requires_grad=True), torch.randn(6, 5, requires_grad=True)
     plain = torch.autograd.grad(branches(x, weight, Counted(), Counted()).square().sum(), (x, weight))
     first, second = Counted(), Counted()
@@ -54,7 +54,7 @@ def test_outside_of_the_context_results_are_kept() -> None:
     assert function.calls == 1 and Selective.current is None
 
 
-def test_what_is_made_again_has_the_type_that_autocast_gave_it() -> None:
+def test_recomputed_tensors_have_the_type_that_autocast_gave_them() -> None:
     x, weight = torch.randn(4, 6, requires_grad=True), torch.randn(6, 5, requires_grad=True)
     gradients = []
     for selective in (False, True):

@@ -94,7 +94,7 @@ def test_core_gradients_of_many_loops(attention: str, injection: str, checkpoint
         assert (gradient - total).norm() < 1e-6 * total.norm(), name
 
 
-def test_weights_are_given_back_after_a_pass_that_fails() -> None:
+def test_weights_are_restored_after_a_pass_that_fails() -> None:
     model = scrambled(RecurrentDepthTransformer(preset_config("mythos_nano").model_copy(update={"vocab_size": 128})))
 
     def fails(*inputs: object) -> None:
@@ -136,7 +136,7 @@ def test_weights_of_the_core_are_cast_once_a_step(checkpointing: str, small: Cal
     assert {shape: casts.shapes[shape] for shape in expected} == expected
 
 
-def test_graphs_of_a_pass_are_given_cast_weights(small: Callable[..., ModelConfig]) -> None:
+def test_graphs_of_a_pass_receive_cast_weights(small: Callable[..., ModelConfig]) -> None:
     model = RecurrentDepthTransformer(small()).initialize(0)
     shapes = {linear.weight.shape for linear in model.recurrence.looped}
     matrices: list[torch.Tensor] = []
