@@ -17,11 +17,15 @@ from mythos.data.tokenizer import Tokenizer, check_vocabulary
 from mythos.distributed.ranks import Ranks
 from mythos.errors import MythosError
 from mythos.model.config import padded_vocab_size
-from mythos.model.layers import place, starting_value
+from mythos.model.layers import is_loop_table, place, starting_value
 from mythos.model.rdt import RecurrentDepthTransformer
 
-CHANGEABLE = FREE_MODEL_FIELDS | {"vocab_size", "halting", "lora_rank", "loop_embedding", "rope_theta"}
+CHANGEABLE = FREE_MODEL_FIELDS | {
+    *("vocab_size", "halting", "lora_rank", "loop_embedding", "router_loop", "loop_norm", "rope_theta"),
+}
 """Fields of the model that may differ from the source's."""
+UNREPORTED = {"preset", "vocab_size", "router_bias_rate", "router_loop_start", "state_init", "ponder_weight"}
+"""Fields of these whose difference is not printed: no tensor depends on it, or it is reported otherwise."""
 SCALES = "recurrence.adapter.scale"
 LEAST_SHARED = 0.1
 """Smallest share of a tokenizer's tokens that the source's tokenizer must have; with fewer its rows are of no use."""
@@ -66,7 +70,8 @@ class Start:
             model = RecurrentDepthTransformer(config.model)
         here, there = tensors_of(model), tensors_of(self.stored.model)
         taken = self._taken(model)
-        differing = [n for n in taken if here[n].shape != there[n].shape and n != SCALES and not _is_table(n)]
+        resized = [name for name in taken if here[name].shape != there[name].shape]
+        differing = [n for n in resized if not _has_row_per_loop(n, here[n]) and not _is_table(n)]
         if differing:
             first = differing[0]
             raise MythosError(
@@ -77,9 +82,12 @@ class Start:
         self.changes.insert(
             0, f"{self.stored.source} at step {self.stored.step}: {count:,} values of {len(taken)} tensors"
         )
-        if SCALES in taken and (old := len(there[SCALES])) != (new := len(here[SCALES])):
-            what = "the last scale is repeated" if new > old else "the scales of the first are kept"
-            self.changes.append(f"depth-wise adapter: {old} -> {new} loops; {what}")
+        for name in resized:
+            if _has_row_per_loop(name, here[name]):
+                old, new = len(there[name]), len(here[name])
+                part, row = ("depth-wise adapter", "scale") if name == SCALES else (name, "row")
+                what = f"the last {row} is repeated" if new > old else f"the {row}s of the first are kept"
+                self.changes.append(f"{part}: {old} -> {new} loops; {what}")
         for what, names in (("new", here.keys() - taken), ("not taken", there.keys() - taken)):
             if names:
                 self.changes.append(f"{what}: {_shortened(names)}")
@@ -99,11 +107,15 @@ class Start:
             self.stored.read(shared | values)
             for name in list(values):
                 value = values.pop(name)
-                if name == SCALES:
+                if _has_row_per_loop(name, here[name]):
                     value = value[torch.arange(len(here[name])).clamp(max=len(value) - 1)]
                 elif _is_table(name) and self.rows is not None:
                     value = _with_rows(value, starting_value(model, name, seed), self.rows)
                 place(value, here[name])
+        # A new table of the loop starts at zero, where it changes nothing, even if a new model would start with noise.
+        for name in here.keys() - there.keys():
+            if is_loop_table(name):
+                here[name].zero_()
 
     def _taken(self, model: RecurrentDepthTransformer) -> list[str]:
         """Names of the tensors whose values come from the source."""
@@ -173,7 +185,7 @@ def open_start(config: Config, source: str | None = None) -> Start | None:
                 f"train.init_from: {config.train.init_from} is of another model:\n{differences}\n"
                 "Leave these fields out, and model.preset too: then they are the model's own."
             )
-        reported = sorted(CHANGEABLE - {"preset", "vocab_size", "router_bias_rate", "state_init", "ponder_weight"})
+        reported = sorted(CHANGEABLE - UNREPORTED)
         changes = [f"{name}: {there[name]} -> {here[name]}" for name in reported if here[name] != there[name]]
         return Start(stored, files.pop_all(), changes)
 
@@ -213,6 +225,11 @@ def planned_start(config: Config) -> list[str]:
             check_vocabulary(tokenizer, int(config.model.vocab_size))
         start.match(config, tokenizer)
         return start.changes
+
+
+def _has_row_per_loop(name: str, tensor: Tensor) -> bool:
+    """Whether a tensor has a row for each trained loop."""
+    return name == SCALES or is_loop_table(name) or (name.endswith("router.bias") and tensor.ndim > 1)
 
 
 def _is_table(name: str) -> bool:

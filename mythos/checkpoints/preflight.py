@@ -60,11 +60,13 @@ def check_memory(parameters: int, shards: int, device: torch.device) -> None:
         )
 
 
-FREE_MODEL_FIELDS = {"preset", "context_length", "loops", "router_bias_rate", "state_init", "ponder_weight"}
+FREE_MODEL_FIELDS = {
+    *("preset", "context_length", "loops", "router_bias_rate", "router_loop_start", "state_init", "ponder_weight"),
+}
 """Fields of the model that may change between a checkpoint and the run that continues it.
 
-None of them changes the function that the weights compute at a given number of loops. (The adapter has a slot per loop;
-its shape is checked with all other shapes.)"""
+None of them changes the function that the weights compute at a given number of loops. (Some parameters have a row per
+loop; their shapes are checked with all other shapes.)"""
 
 
 def check_continued(

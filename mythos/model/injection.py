@@ -128,7 +128,8 @@ class LTIInjection(Injection):
         """A * h + Delta * (e B^T): (n, S, D), or with lanes (n, S, K, D)."""
         if self.lanes == 1:
             return torch.addcmul(injected, shared, state)
-        return inject_lanes(state, *shared.unbind(), injected)
+        decay, delta = shared.unbind()
+        return inject_lanes(state, decay, delta, injected)
 
 
 class LinearInjection(Injection):

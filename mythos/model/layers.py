@@ -76,6 +76,11 @@ def _fill_truncated_normal(std: float, weight: Tensor, generator: np.random.Gene
     weight.add_(2**-25 - 0.5).mul_(2 * within).erfinv_().mul_(sqrt(2) * std)
 
 
+def noise(std: float) -> Initializer:
+    """Normal of this standard deviation, truncated at three of them."""
+    return partial(_fill_truncated_normal, std)
+
+
 def random_stream(seed: int, name: str, expert: int | None = None) -> np.random.Generator:
     """Random generator for one parameter, or for one expert's matrix in a stack.
 
@@ -223,7 +228,7 @@ class RMSNorm(nn.Module):
     With `cast` the result is in the autocast type, for the matmuls that read it; without, it is float32.
     """
 
-    float32 = ("weight",)
+    float32: tuple[str, ...] = ("weight",)
 
     def __init__(self, dim: int, eps: float, cast: bool = True) -> None:
         super().__init__()
@@ -271,6 +276,51 @@ class _RMSNorm(torch.autograd.Function):
             grad_weight = scales @ products
             along = (products @ weight).mul_(scales**3).div_(-x.shape[-1]).view_as(scale)
         return (gradient * weight).mul_(scale).addcmul_(values, along).to(x.dtype), grad_weight, None, None
+
+
+def is_loop_table(name: str) -> bool:
+    """Whether a parameter has one row for each trained loop, by its full name: the last part begins with `loop_`."""
+    return name.rpartition(".")[2].startswith("loop_")
+
+
+def loop_rows(table: Tensor, loop: Tensor) -> Tensor:
+    """The rows of `table` (loops, W) for loop indices (n,) int64 -> (n, 1, W). Later loops use the last row.
+
+    So the core computes the same function in all passes beyond the trained ones, and the state can settle.
+    """
+    slot = loop.clamp(max=table.shape[0] - 1).unsqueeze(1)
+    if not torch.is_grad_enabled():
+        return F.embedding(slot, table)
+    # A masked sum over all rows instead of an index: its backward pass is one deterministic operation. It is exact,
+    # whereas a matmul with a one-hot vector would run in the autocast type.
+    rows = torch.arange(table.shape[0], device=loop.device)
+    return torch.where((slot == rows).unsqueeze(-1), table, 0.0).sum(1, keepdim=True)
+
+
+class LoopNorm(RMSNorm):
+    """RMSNorm whose result is scaled and shifted by vectors of the loop: (1 + scale[t]) * RMSNorm(x) + shift[t].
+
+    Both start at zero, and loops beyond the trained ones use the last. After the adaptive norm of LoopMoE (arXiv
+    2606.04438), whose scale and shift depend on the token's state too.
+    """
+
+    float32 = ("weight", "loop_scale", "loop_shift")
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config.dim, config.norm_eps, cast=False)
+        self.loop_scale, self.loop_shift = (nn.Parameter(torch.empty(config.loops, config.dim)) for _ in range(2))
+        self.initializers |= {"loop_scale": zeros, "loop_shift": zeros}
+
+    def forward(self, x: Tensor, loop: Tensor | None = None) -> Tensor:
+        """(n, S, D) of any float type, loop index of each row (n,) or of all (1,) int64 -> (n, S, D), autocast type."""
+        assert loop is not None
+        scale, shift = loop_rows(self.loop_scale, loop), loop_rows(self.loop_shift, loop)
+        return recomputable(modulated, super().forward(x), scale, shift)
+
+
+def modulated(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """(1 + scale) * x + shift, float32 (n, S, D) and (n, 1, D), in the autocast type."""
+    return torch.addcmul(shift, x, 1 + scale).to(autocast_dtype(x))
 
 
 class FeedForward(nn.Module):

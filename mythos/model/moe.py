@@ -3,13 +3,15 @@
 import torch
 from torch import Tensor, nn
 
-from mythos.model.config import CORES, FEED_FORWARDS, ModelConfig
+from mythos.model.config import CORES, FEED_FORWARDS, ROUTERS, ModelConfig
 from mythos.model.layers import (
     Initializer,
     SwiGLU,
     autocast_dtype,
     dense_feed_forward,
     local_part,
+    loop_rows,
+    noise,
     truncated_normal,
     without_autocast,
     zeros,
@@ -17,38 +19,113 @@ from mythos.model.layers import (
 from mythos.model.ops.expert_exchange import ExpertExchange
 from mythos.model.ops.grouped_experts import ExpertWeights, run_experts
 from mythos.model.ops.matmul import float32_linear
+from mythos.model.ops.recompute import recomputable
 
 
 class Router(nn.Module):
     """Chooses k experts for each token (arXiv 2408.15664, 2412.19437).
 
     Affinity is sigmoid(x W^T) in float32. The k experts with the largest affinity + bias are chosen. The gate weights
-    are the affinities of the chosen experts, without the bias, normalised to sum 1. Only `rebalance` changes the bias.
+    are the affinities of the chosen experts, without the bias, normalised to sum 1. Only `rebalance` changes the bias,
+    which is (E,), or (loops, E) with one row for each trained loop.
     """
 
-    float32 = ("weight",)
+    float32: tuple[str, ...] = ("weight",)
     bias: Tensor
 
-    def __init__(self, dim: int, experts: int, chosen: int) -> None:
+    def __init__(self, dim: int, experts: int, chosen: int, bias_loops: int = 0) -> None:
         super().__init__()
         self.chosen = chosen
         self.weight = nn.Parameter(torch.empty(experts, dim))
         self.initializers: dict[str, Initializer] = {"weight": truncated_normal(dim)}
-        self.register_buffer("bias", torch.zeros(experts))
+        self.register_buffer("bias", torch.zeros((bias_loops, experts) if bias_loops else experts))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, D) -> gates (N, k) float32, chosen experts (N, k) int64."""
+    @classmethod
+    def build(cls, config: ModelConfig) -> "Router":
+        """The router of one core block."""
+        bias_loops = config.loops if config.router_bias_per_loop else 0
+        router = cls(config.dim, config.n_experts, config.experts_per_token, bias_loops)
+        router.add_loop_parameters(config)
+        return router
+
+    def add_loop_parameters(self, config: ModelConfig) -> None:
+        """Add what makes the affinities depend on the loop: nothing."""
+
+    def logits(self, x: Tensor, loop: Tensor | None) -> Tensor:
+        """x W^T, (N, E) float32."""
+        return float32_linear(x, self.weight.float())
+
+    def forward(self, x: Tensor, loop: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(N, D) -> gates (N, k) float32, chosen experts (N, k) int64.
+
+        `loop` int64 is the loop index of all tokens (1,), or of the n rows that these are the tokens of, (n,).
+        """
         with without_autocast(x):
-            affinity_NE = torch.sigmoid(float32_linear(x, self.weight.float()))
-        experts_NK = (affinity_NE.detach() + self.bias).topk(self.chosen, dim=-1).indices
+            affinity_NE = torch.sigmoid(self.logits(x, loop))
+        biased_NE = affinity_NE.detach()
+        if self.bias.ndim == 1:
+            biased_NE = biased_NE + self.bias
+        else:
+            assert loop is not None
+            biased_NE = (by_row(biased_NE, loop) + loop_rows(self.bias, loop)).flatten(0, 1)
+        experts_NK = biased_NE.topk(self.chosen, dim=-1).indices
         gates_NK = affinity_NE.gather(-1, experts_NK)
         return gates_NK / gates_NK.sum(-1, keepdim=True).clamp_min(1e-9), experts_NK
 
     @torch.no_grad()
     def rebalance(self, load: Tensor, rate: float | Tensor) -> None:
-        """Move the bias by +-rate against the load, (E,) tokens per expert of a whole optimizer step."""
+        """Move the bias by +-rate against the load, tokens per expert of a whole optimizer step in the bias's shape."""
         load = load.float()
-        self.bias += rate * torch.sign(load.mean() - load)
+        self.bias += rate * torch.sign(load.mean(-1, keepdim=True) - load)
+
+
+def by_row(tokens: Tensor, loop: Tensor) -> Tensor:
+    """Tokens (N, W) of the rows whose loop indices are (n,) -> (n, N / n, W)."""
+    return tokens.unflatten(0, (loop.shape[0], -1))
+
+
+class LoopBiasRouter(Router):
+    """Affinity sigmoid(x W^T + loop_bias[t]); loops beyond the trained ones use the last row.
+
+    The same experts gain in a loop for all tokens. Rows start as noise: equal ones would hardly grow apart.
+    """
+
+    float32 = ("weight", "loop_bias")
+
+    def add_loop_parameters(self, config: ModelConfig) -> None:
+        """Add the bias, (loops, E)."""
+        self.loop_bias = nn.Parameter(torch.empty(config.loops, config.n_experts))
+        self.initializers["loop_bias"] = noise(config.router_loop_start)
+
+    def logits(self, x: Tensor, loop: Tensor | None) -> Tensor:
+        """x W^T + loop_bias[t], (N, E) float32."""
+        assert loop is not None
+        return (by_row(super().logits(x, loop), loop) + loop_rows(self.loop_bias, loop)).flatten(0, 1)
+
+
+class LoopEmbeddingRouter(Router):
+    """Affinity sigmoid((x * (1 + loop_embedding[t])) W^T); loops beyond the trained ones use the last row.
+
+    Which experts gain in a loop depends on the token. Rows start as noise, as in `LoopBiasRouter`.
+    """
+
+    float32 = ("weight", "loop_embedding")
+
+    def add_loop_parameters(self, config: ModelConfig) -> None:
+        """Add the embedding, (loops, D)."""
+        self.loop_embedding = nn.Parameter(torch.empty(config.loops, config.dim))
+        self.initializers["loop_embedding"] = noise(config.router_loop_start)
+
+    def logits(self, x: Tensor, loop: Tensor | None) -> Tensor:
+        """(x * (1 + loop_embedding[t])) W^T, (N, E) float32."""
+        assert loop is not None
+        scaled = recomputable(scaled_rows, by_row(x, loop), loop_rows(self.loop_embedding, loop))
+        return super().logits(scaled.flatten(0, 1), loop)
+
+
+def scaled_rows(x: Tensor, scale: Tensor) -> Tensor:
+    """x * (1 + scale), (n, S, D) and (n, 1, D) -> (n, S, D) float32."""
+    return x.float() * (1 + scale)
 
 
 class MixtureOfExperts(nn.Module):
@@ -60,7 +137,8 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         dim, hidden, experts = config.dim, config.expert_dim, config.n_experts
-        self.router = Router(dim, experts, config.experts_per_token)
+        router: type[Router] = ROUTERS[config.router_loop]
+        self.router = router.build(config)
         self.gate_up = nn.Parameter(torch.empty(experts, dim, 2 * hidden))
         self.down = nn.Parameter(torch.empty(experts, hidden, dim))
         self.initializers: dict[str, Initializer] = {"gate_up": truncated_normal(dim), "down": zeros}
@@ -78,13 +156,16 @@ class MixtureOfExperts(nn.Module):
         """The weights of the routed experts that this rank holds, for a step whose matmuls are in `dtype`."""
         return ExpertWeights(local_part(self.gate_up), local_part(self.down), dtype)
 
-    def forward(self, x: Tensor, weights: ExpertWeights | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, weights: ExpertWeights | None = None, loop: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """(B, S, D) -> output (B, S, D), chosen experts (B, S, k) int64.
 
-        `weights` are those that all loops of the step share; None = use the parameters for this call alone.
+        `weights` are those that all loops of the step share; None = use the parameters for this call alone. `loop` is
+        the loop index of each row (B,), or of all (1,), int64; a router that does not depend on it needs none.
         """
         tokens_ND = x.flatten(0, 1)
-        gates_NK, experts_NK = self.router(tokens_ND)
+        gates_NK, experts_NK = self.router(tokens_ND, loop)
         weights = weights or self.weights(autocast_dtype(x))
         if self.exchange is None:
             output = run_experts(tokens_ND, gates_NK, experts_NK, weights).view_as(x)
@@ -95,7 +176,15 @@ class MixtureOfExperts(nn.Module):
             output = dispatch.run(tokens_ND, gates_NK, weights).view_as(x)
         if shared is not None:
             output = output + shared
-        return output, experts_NK.unflatten(0, x.shape[:2])  # also of no tokens
+        return output, experts_NK.view(*x.shape[:2], -1)
+
+    def serve(self, x: Tensor, weights: ExpertWeights | None) -> None:
+        """Run this rank's experts for the tokens of other ranks, without own ones; x (..., D) gives type and device."""
+        assert self.exchange is not None, "the experts are shared"
+        weights = weights or self.weights(autocast_dtype(x))
+        gates = torch.empty(0, self.router.chosen, device=x.device)
+        dispatch = self.exchange.start(gates.long(), len(weights.gate_up))
+        dispatch.run(x.flatten(0, -2)[:0], gates, weights)
 
 
 class CoreFeedForward:

@@ -449,7 +449,8 @@ class RecurrentDepthTransformer(nn.Module):
         """
         for block, counts in zip(self.recurrence.blocks, load, strict=True):
             assert isinstance(block.ffn, MixtureOfExperts)
-            block.ffn.router.rebalance(counts.sum(0), self.config.router_bias_rate * applied)
+            counts = counts if self.config.router_bias_per_loop else counts.sum(0)
+            block.ffn.router.rebalance(counts, self.config.router_bias_rate * applied)
 
     @torch.no_grad()
     def spectral_radius(self) -> Tensor | None:

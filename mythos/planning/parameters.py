@@ -19,10 +19,14 @@ def parameters_by_formula(config: ModelConfig) -> Parameters | None:
 
     None if a registered part has no formula; then the model must be built to be counted.
     """
-    formulas = [registry.entries[name].parameters for registry, name in registered_parts(config)]
-    core, dense, attention, injection, halting = (None if f is None else f(config) for f in formulas)
-    if core is None or dense is None or attention is None or injection is None or halting is None:
-        return None
+    counts = []
+    for registry, name in registered_parts(config):
+        formula = registry.entries[name].parameters
+        count = None if formula is None else formula(config)
+        if count is None:
+            return None
+        counts.append(count)
+    core, router, loop_norm, dense, attention, injection, halting = counts
     dim, looped = config.dim, config.injection != "none"
     vocab = padded_vocab_size(config.vocab_size) if isinstance(config.vocab_size, int) else padded_vocab_size(1)
     norms = dim * (2 if config.block_norm == "pre" else 4)
@@ -30,7 +34,7 @@ def parameters_by_formula(config: ModelConfig) -> Parameters | None:
     total = vocab * dim * (1 if config.tie_embeddings else 2)
     total += layers * (attention + norms)
     total += (config.prelude_layers + config.coda_layers) * dense
-    total += config.core_layers * core
+    total += config.core_layers * (core + router + loop_norm)
     total += injection + halting
     total += dim  # the norm before the head
     total += looped * (dim * dim + dim * (config.prelude_norm + config.readout_norm))

@@ -6,6 +6,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from mythos.config.sections import OptimConfig
+from mythos.model.layers import is_loop_table
 from mythos.training.adamw import FusedAdamW
 from mythos.training.muon import Muon
 
@@ -14,7 +15,8 @@ UNDECAYED = (
     *("recurrence.lanes.", "recurrence.injection.", "recurrence.embedding.", "recurrence.adapter.scale"),
 )
 """Name prefixes of matrices that weight decay would pull away from their meaning: tables, injection and readout (which
-start as the identity), gates of lanes, and per-loop scales."""
+start as the identity), gates of lanes, and per-loop scales. Other tables with a row per loop (`is_loop_table`) are not
+decayed either."""
 
 HIDDEN = ("prelude.", "recurrence.blocks.", "coda.")
 """Name prefixes of the matrices that Muon updates, except for those of routers."""
@@ -22,7 +24,8 @@ HIDDEN = ("prelude.", "recurrence.blocks.", "coda.")
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
     """Whether Muon updates a parameter: a matrix of attention or feed-forward, or a stack of experts' matrices."""
-    return parameter.ndim > 1 and name.startswith(HIDDEN) and not name.endswith("router.weight")
+    is_matrix = parameter.ndim > 1 and not is_loop_table(name)
+    return is_matrix and name.startswith(HIDDEN) and not name.endswith("router.weight")
 
 
 def build_optimizer(
@@ -39,7 +42,8 @@ def build_optimizer(
     # whole tensors, or shards over one mesh.
     groups: dict[tuple[float, DeviceMesh | None, int], list[nn.Parameter]] = {}
     for name, parameter in named.items():
-        decay = config.weight_decay if parameter.ndim > 1 and not name.startswith(UNDECAYED) else 0.0
+        decayed = parameter.ndim > 1 and not name.startswith(UNDECAYED) and not is_loop_table(name)
+        decay = config.weight_decay if decayed else 0.0
         parts = 0 if parameter not in matrices else 2 if "gate_up" in name else 1
         mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
         groups.setdefault((decay, mesh, parts), []).append(parameter)

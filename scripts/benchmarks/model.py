@@ -23,10 +23,13 @@ PARTS = {
     "GroupedQueryAttention": "attention",
     "MultiHeadLatentAttention": "attention",
     "Router": "experts: router",
+    "LoopBiasRouter": "experts: router",
+    "LoopEmbeddingRouter": "experts: router",
     "MixtureOfExperts": "experts: ",  # followed by a key of DISPATCH
     "SwiGLU": "dense and shared feed-forward",
     "SquaredReLU": "dense and shared feed-forward",
     "RMSNorm": "norms",
+    "LoopNorm": "norms",
     "LTIInjection": "injection",
     "LinearInjection": "injection",
     "AddInjection": "injection",

@@ -114,6 +114,43 @@ def test_depth_context_halting_and_adapter_may_change(trained: Trainer, tmp_path
     trainer.resources.close()
 
 
+def test_passes_may_differ_from_a_start_at_which_they_do_not(trained: Trainer, tmp_path: Path) -> None:
+    """New tables of the loop start at zero, whatever a new model starts them with."""
+    changes = {"model__router_loop": "embedding", "model__loop_norm": "adaptive", "model__router_loop_start": 2.0}
+    trainer = Trainer(config_from_dict(started(trained, tmp_path, **changes)))
+    ids = trainer.validation.ids[:2, :-1]
+    with torch.no_grad():
+        assert torch.equal(trainer.model(ids, loops=5).logits, trained.model(ids, loops=5).logits)
+    printed = "\n".join(trainer.start.changes)
+    for line in ("router_loop: none -> embedding", "loop_norm: none -> adaptive", "new: recurrence.blocks.0."):
+        assert line in printed
+    trainer.resources.close()
+
+
+def test_tables_of_the_loop_follow_the_number_of_loops(tmp_path: Path) -> None:
+    changes = {"model__router_loop": "bias", "model__router_bias_per_loop": True, "model__loop_norm": "adaptive"}
+    source = run(tiny(tmp_path, **changes, optim__lr=0.02, model__router_bias_rate=0.1))
+    names = [
+        f"recurrence.blocks.0.{name}" for name in ("ffn.router.loop_bias", "ffn.router.bias", "ffn_norm.loop_scale")
+    ]
+    for loops in (5, 2):
+        values = started(source, tmp_path / str(loops), model__loops=loops)
+        trainer = Trainer(config_from_dict(values))
+        for name in names:
+            old = tensors(source)[name]
+            assert old.any() and torch.equal(tensors(trainer)[name], old[[0, 1, 2, 2, 2][:loops]])
+        assert f"{names[0]}: 3 -> {loops} loops" in "\n".join(trainer.start.changes)
+        trainer.resources.close()
+
+
+def test_options_that_change_what_weights_compute_are_refused(trained: Trainer, tmp_path: Path) -> None:
+    changes = {"model__residual_scale": 0.25, "model__router_bias_per_loop": True}
+    with pytest.raises(MythosError) as refused:
+        Trainer(config_from_dict(started(trained, tmp_path, **changes)))
+    for line in ("residual_scale: 1.0 in the model, 0.25 here", "router_bias_per_loop: False in the model, True here"):
+        assert line in str(refused.value)
+
+
 def with_tokens(folder: Path, vocabulary: dict[str, int], end: str = "<|endoftext|>") -> Path:
     fast = PreTrainedTokenizerFast(tokenizer_object=Backend(models.BPE(vocabulary, [])), eos_token=end)
     fast.save_pretrained(folder)

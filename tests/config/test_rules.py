@@ -23,6 +23,10 @@ CONTRADICTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"model": {"preset": "dense_140m", "loops": 2}}, ("model.injection", "model.loops")),
     ({"model": {"preset": "dense_140m", "lora_rank": 4}}, ("model.injection", "model.lora_rank")),
     ({"model": {"preset": "dense_140m", "loop_embedding": True}}, ("model.injection", "model.loop_embedding")),
+    ({"model": {"preset": "dense_140m", "loop_norm": "adaptive"}}, ("model.injection", "model.loop_norm")),
+    ({"model": {"preset": "dense_140m", "residual_scale": 0.5}}, ("model.injection", "model.residual_scale")),
+    ({"model": {"core_ffn": "dense", "router_loop": "bias"}}, ("model.core_ffn", "model.router_loop")),
+    ({"model": {"core_ffn": "dense", "router_bias_per_loop": True}}, ("model.core_ffn", "model.router_bias_per_loop")),
     (
         {"data": {"kind": "reasoning"}, "depth": {"follow": "difficulty"}, "eval": {"tasks": ["a.jsonl"]}},
         ("data.kind", "eval.tasks"),
@@ -127,6 +131,7 @@ def test_contradiction_names_all_its_fields(sections: dict[str, Any], paths: tup
         {"model": {"n_heads": 5, "n_kv_heads": 2, "head_dim": 33}},  # of gqa, and attention is mla
         {"model": {"core_ffn": "dense", "experts_per_token": 99, "expert_dim": 3}},
         {"model": {"core_ffn": "dense", "experts_per_token": 1}},
+        {"model": {"core_ffn": "dense", "router_loop_start": 0.5}},
         {"model": {"n_shared_experts": 0, "shared_expert_dim": 3}},
         {"tokenizer": {"vocab_size": 1024}, "model": {"vocab_size": 1000}},  # padded to 1,024
         {"tokenizer": {"name": "some/tokenizer", "vocab_size": 1}},
@@ -154,6 +159,16 @@ def test_fixed_depth_model_from_any_preset_must_give_up_everything_of_the_loop()
         "model.injection, model.lora_rank",
         "model.injection, depth.mean",
     }
+
+
+def test_options_of_the_loop_are_refused_together() -> None:
+    model = {"injection": "none", "loops": 1, "lora_rank": 0, "router_loop": "embedding", "router_bias_per_loop": True}
+    lines = problems({"train": {"steps": 1}, "model": {**model, "loop_norm": "adaptive", "residual_scale": 0.5}})
+    options = ("loop_norm", "residual_scale", "router_loop", "router_bias_per_loop")
+    assert {line.split(":")[0] for line in lines} >= {f"model.injection, model.{name}" for name in options}
+    lines = problems({"train": {"steps": 1}, "model": {"core_ffn": "dense", "router_loop": "bias", "dim": 100}})
+    assert {line.split(":")[0] for line in lines} == {"model.core_ffn, model.router_loop", "model.dim"}
+    assert "got dense and bias; a dense core has no router: set router_loop to none, or core_ffn to moe" in lines[1]
 
 
 def test_all_problems_come_in_one_message(tmp_path: Path) -> None:

@@ -217,8 +217,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
         # All loops carry gradient: up to 4, for rounding grows with their number.
         **{"depth__mean": 2, "depth__backprop": None},
     },
+    "passes that differ": {
+        **{"model__router_loop": "bias", "model__loop_norm": "adaptive", "model__residual_scale": 0.25},
+        **{"model__router_bias_per_loop": True, "optim__name": "muon"},
+    },
 }
-"""What published looped models have, and ours by itself has not; and lanes."""
+"""What published looped models have, and ours by itself has not; lanes; and options by which loops differ."""
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +239,8 @@ def with_options(single: tuple[Path, Trained]) -> dict[str, Trained]:
         ("fsdp on 2, recomputed", "ouro"),
         ("ddp on 2", "two lanes"),
         ("hsdp 2 x 2", "two lanes"),
+        ("ddp on 2", "passes that differ"),
+        ("fsdp on 2, blocks, recomputed in part", "passes that differ"),
     ],
 )
 def test_options_of_models_equal_one_process(

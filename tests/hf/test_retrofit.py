@@ -25,6 +25,7 @@ from transformers import (
 from mythos.checkpoints.stored_model import open_model
 from mythos.cli import retrofit
 from mythos.config.loading import load_config
+from mythos.errors import MythosError
 from mythos.hf.retrofit import DECAY
 from mythos.trainer import Trainer
 from mythos.training.metrics import read_metrics
@@ -155,6 +156,13 @@ def test_its_own_configuration_trains_it_on(tmp_path: Path) -> None:
     assert (config.optim.name, config.depth.curriculum.shape, config.depth_backprop) == ("muon", "1-sqrt", 4)
     trainer = run(config)
     first = read_metrics(trainer.run_dir / "metrics.jsonl")[0]
+    with pytest.raises(MythosError, match="a dense core has no router"):
+        load_config(folder / "train.yaml", [*overrides, "model.router_loop=bias"])
+    # A norm that depends on the loop starts as one that does not.
+    adaptive = [*overrides, f"run.dir={tmp_path / 'adaptive'}", "train.steps=1", "model.loop_norm=adaptive"]
+    adaptive_first = read_metrics(run(load_config(folder / "train.yaml", adaptive)).run_dir / "metrics.jsonl")[0]
+    for depth in (1, 4):
+        assert adaptive_first[f"val/loss@{depth}"] == pytest.approx(first[f"val/loss@{depth}"], abs=1e-6)
     validation = trainer.validation.ids
     with torch.no_grad():
         logits = model(validation[:, :-1]).logits.flatten(0, 1)

@@ -104,23 +104,32 @@ class SlowRow:
         if config.lora_rank:
             scale = w[at + "adapter.scale"][min(loop, config.loops) - 1]
             low = w[at + "adapter.down.weight"] @ self.norm(at + "adapter.norm.", u)
-            x = x + w[at + "adapter.up.weight"] @ (low * scale)
+            x = x + config.residual_scale * (w[at + "adapter.up.weight"] @ (low * scale))
         return x
 
     def block(self, at: str, layer: tuple[str, int], x: Tensor, loop: int) -> Tensor:
-        attended = self.attention(at + "attention.", layer, self.norm(at + "attention_norm.", x), loop)
-        x = self.add(at + "attention_out_norm.", x, attended)
-        normed = self.norm(at + "ffn_norm.", x)
+        attended = self.attention(at + "attention.", layer, self.loop_norm(at + "attention_norm.", x, loop), loop)
+        scale = self.config.residual_scale if layer[0] == "core" else 1
+        x = self.add(at + "attention_out_norm.", x, attended, scale)
+        normed = self.loop_norm(at + "ffn_norm.", x, loop)
         if at + "ffn.router.weight" in self.weights:
-            return self.add(at + "ffn_out_norm.", x, self.experts(at + "ffn.", normed))
+            return self.add(at + "ffn_out_norm.", x, self.experts(at + "ffn.", normed, loop), scale)
         ffn = self.swiglu if self.config.dense_ffn == "swiglu" else self.squared_relu
-        return self.add(at + "ffn_out_norm.", x, ffn(at + "ffn.", normed))
+        return self.add(at + "ffn_out_norm.", x, ffn(at + "ffn.", normed), scale)
 
-    def add(self, at: str, x: Tensor, output: Tensor) -> Tensor:
+    def add(self, at: str, x: Tensor, output: Tensor, scale: float) -> Tensor:
         kind = self.config.block_norm
         if kind == "pre":
-            return x + output
-        return x + self.norm(at, output) if kind == "peri" else self.norm(at, x + output)
+            return x + scale * output
+        return x + scale * self.norm(at, output) if kind == "peri" else self.norm(at, x + scale * output)
+
+    def of_loop(self, name: str, loop: int) -> Tensor | float:
+        """The row of a table with one for each trained loop; 0 without the table."""
+        table = self.weights.get(name)
+        return 0.0 if table is None else table[min(loop, len(table)) - 1]
+
+    def loop_norm(self, at: str, x: Tensor, loop: int) -> Tensor:
+        return (1 + self.of_loop(at + "loop_scale", loop)) * self.norm(at, x) + self.of_loop(at + "loop_shift", loop)
 
     def attention(self, at: str, layer: tuple[str, int], x: Tensor, loop: int) -> Tensor:
         kept = self.kept.setdefault(layer, [])
@@ -201,10 +210,12 @@ class SlowRow:
     def squared_relu(self, at: str, x: Tensor) -> Tensor:
         return self.weights[at + "down.weight"] @ (self.weights[at + "up.weight"] @ x).clamp(min=0) ** 2
 
-    def experts(self, at: str, x: Tensor) -> Tensor:
+    def experts(self, at: str, x: Tensor, loop: int) -> Tensor:
         w, chosen = self.weights, self.config.experts_per_token
-        affinity = torch.sigmoid(w[at + "router.weight"] @ x)
-        biased = (affinity + w[at + "router.bias"]).tolist()
+        logits = w[at + "router.weight"] @ (x * (1 + self.of_loop(at + "router.loop_embedding", loop)))
+        affinity = torch.sigmoid(logits + self.of_loop(at + "router.loop_bias", loop))
+        balance = w[at + "router.bias"]
+        biased = (affinity + (balance if balance.ndim == 1 else balance[min(loop, len(balance)) - 1])).tolist()
         best = sorted(range(len(biased)), key=lambda expert: -biased[expert])[:chosen]
         output = self.swiglu(at + "shared.", x) if self.config.n_shared_experts else torch.zeros_like(x)
         for expert in best:

@@ -76,7 +76,10 @@ class Pair:
 
 
 VARIANTS: list[dict[str, Any]] = [
-    {"qk_rope_head_dim": 4, "loop_embedding": True, "lanes": 2},
+    {
+        **{"qk_rope_head_dim": 4, "loop_embedding": True, "router_loop": "embedding", "router_bias_per_loop": True},
+        **{"loop_norm": "adaptive", "residual_scale": 0.5, "lanes": 2},
+    },
     {
         **{"attention": "gqa", "core_ffn": "dense", "injection": "linear", "lora_rank": 0},
         **{"value_embeddings": True, "dense_ffn": "relu2", "qk_bias": True, "block_norm": "sandwich"},

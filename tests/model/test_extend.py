@@ -127,6 +127,9 @@ VARIANTS: list[dict[str, Any]] = [
     {"attention": "gqa", "dim": 48, "value_embeddings": True, "dense_ffn": "relu2", "prelude_layers": 2},
     {"attention": "gqa", "core_ffn": "dense", "block_norm": "sandwich", "qk_bias": True, "readout_norm": True},
     {"block_norm": "peri", "injection": "initial", "prelude_layers": 0, "coda_layers": 0},
+    {"router_loop": "bias", "loop_norm": "adaptive", "residual_scale": 0.25, "router_bias_per_loop": True},
+    {"router_loop": "embedding", "loop_norm": "adaptive", "block_norm": "peri", "residual_scale": 0.5},
+    {"core_ffn": "dense", "loop_norm": "adaptive", "block_norm": "sandwich", "residual_scale": 0.5},
 ]
 
 

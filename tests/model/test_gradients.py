@@ -33,7 +33,7 @@ TINY: dict[str, Any] = {
     **{"qk_rope_head_dim": 2, "qk_nope_head_dim": 2, "v_head_dim": 4},
     **{"n_experts": 3, "experts_per_token": 2, "expert_dim": 8, "shared_expert_dim": 8},
 }
-LOOPED = {"loops": 4, "lora_rank": 2, "loop_embedding": True}
+LOOPED = {"loops": 4, "lora_rank": 2, "loop_embedding": True, "router_loop": "embedding", "loop_norm": "adaptive"}
 FIXED_DEPTH = {"loops": 1, "lora_rank": 0, "loop_embedding": False}
 ATTENTIONS: dict[str, dict[str, Any]] = {
     "gqa": {"attention": "gqa", "value_embeddings": True, "qk_bias": True, "dense_ffn": "relu2"},
@@ -122,7 +122,13 @@ def test_router_of_a_single_expert_learns_nothing():
     config = configured("lti", "none", None)
     single = config.model.model_copy(update={"experts_per_token": 1})
     missing = without_gradient(RecurrentDepthTransformer(single).initialize(0), config)
-    assert missing == {"recurrence.blocks.0.ffn.router.weight"}
+    assert missing == {f"recurrence.blocks.0.ffn.router.{name}" for name in ("weight", "loop_embedding")}
+
+
+def test_bias_of_the_loop_learns_from_a_start_at_zero():
+    config = configured("lti", "none", None)
+    biased = config.model.model_copy(update={"router_loop": "bias", "router_loop_start": 0.0})
+    assert not without_gradient(RecurrentDepthTransformer(biased).initialize(0), config)
 
 
 def test_every_parameter_of_lanes_learns():

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mythos.model.config import ModelConfig
+from mythos.model.config import ROUTERS, ModelConfig
 from mythos.model.halting import ActHalting, HaltingGate
 from mythos.model.injection import LTIInjection
 from mythos.model.layers import RMSNorm
@@ -50,7 +50,16 @@ def act(config: ModelConfig) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     return module, module
 
 
-PARTS = (lti, router, gate, act, embedding, norm)
+def loop_router(name: str) -> Callable[[ModelConfig], tuple[nn.Module, Callable[[Tensor], Tensor]]]:
+    def build(config: ModelConfig) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+        module = ROUTERS[name].build(config)
+        return module, lambda x: module(x.flatten(0, 1), SLOTS)[0]
+
+    return build
+
+
+LOOP_ROUTERS = [pytest.param(loop_router(name), id=f"{name} router") for name in ("bias", "embedding")]
+PARTS = (lti, router, *LOOP_ROUTERS, gate, act, embedding, norm)
 
 
 @pytest.fixture
@@ -77,7 +86,7 @@ def test_autocast_changes_nothing(small, inputs, part):
         torch.testing.assert_close(actual, exact, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("part", [lti, router, norm])
+@pytest.mark.parametrize("part", [lti, router, *LOOP_ROUTERS, norm])
 def test_autocast_changes_nothing_where_compiled(small, inputs, part):
     """The backward pass too, which the compiler traces under the autocast of the forward pass; and in one graph."""
     module, function = part(small(dim=DIM))

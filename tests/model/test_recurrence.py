@@ -163,6 +163,8 @@ def test_gradient_of_dt_outside_its_bound_is_judged_as_a_whole(small, weight):
         {"injection": "add", "prelude_norm": False, "loop_embedding": True},
         PUBLISHED,
         {"injection": "initial", "block_norm": "peri", "prelude_norm": False},
+        {"router_loop": "bias", "loop_norm": "adaptive", "residual_scale": 0.25},
+        {"router_loop": "embedding", "router_bias_per_loop": True, "loop_norm": "adaptive"},
         {"lanes": 2},
     ],
     ids=str,

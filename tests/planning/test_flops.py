@@ -54,6 +54,8 @@ VARIANTS: list[dict[str, Any]] = [
     },
     {"lanes": 3, "attention": "gqa"},
     {"injection": "initial", "block_norm": "peri", "prelude_norm": False},
+    {"router_loop": "embedding", "router_bias_per_loop": True, "loop_norm": "adaptive", "residual_scale": 0.25},
+    {"router_loop": "bias"},
 ]
 
 

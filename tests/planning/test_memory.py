@@ -58,6 +58,11 @@ SIZES = {
         preset_config("mythos_tiny", vocab_size=1024, core_layers=2, prelude_layers=1, coda_layers=1), 2, 512,
         torch.bfloat16,
     ),
+    "passes that differ": (
+        preset_config(
+            "mythos_nano", vocab_size=512, router_loop="embedding", loop_norm="adaptive", residual_scale=0.125
+        ), 4, 128, torch.bfloat16,
+    ),
 }  # fmt: skip
 
 

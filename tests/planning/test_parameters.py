@@ -8,7 +8,7 @@ import pytest
 
 from mythos.cli.presets import counted
 from mythos.config.presets import PRESETS, preset_config
-from mythos.model.config import ATTENTIONS, CORES, FEED_FORWARDS, HALTING_RULES, INJECTIONS
+from mythos.model.config import ATTENTIONS, CORES, FEED_FORWARDS, HALTING_RULES, INJECTIONS, LOOP_NORMS, ROUTERS
 from mythos.planning.flops import count_parameters
 from mythos.planning.parameters import Parameters, parameters_by_formula
 
@@ -30,6 +30,9 @@ VARIATIONS: list[dict[str, Any]] = [
     {"tie_embeddings": False, "vocab_size": 1000},
     {"n_shared_experts": 0},
     {"core_layers": 3, "prelude_layers": 0, "coda_layers": 2},
+    *({"router_loop": name, "core_layers": 2} for name in ROUTERS.names),
+    {"router_loop": "bias", "router_bias_per_loop": True, "residual_scale": 0.5},
+    *({"loop_norm": name, "core_layers": 2, "block_norm": "peri"} for name in LOOP_NORMS.names),
 ]
 
 

@@ -165,6 +165,18 @@ def test_resume_is_exact(tmp_path, uninterrupted, stop):
     assert_identical(uninterrupted, continued)
 
 
+def test_resume_is_exact_with_passes_that_differ(tmp_path):
+    """Tables with a row per loop, and a router's bias for each loop."""
+    changes = {"model__router_loop": "embedding", "model__router_bias_per_loop": True, "model__loop_norm": "adaptive"}
+    changes |= {"model__residual_scale": 0.3, "optim__name": "muon", "train__steps": 6, "checkpoint__every": 3}
+    whole = run(tiny(tmp_path, **changes, run__dir=str(tmp_path / "whole")))
+    config = tiny(tmp_path, **changes)
+    interrupt(config, 4)
+    assert_identical(whole, run(config))
+    assert measurements(config.run_dir) == measurements(whole.run_dir)
+    assert whole.model.recurrence.blocks[0].ffn.router.bias.shape == (3, 4)
+
+
 def test_leftovers_of_a_kill_in_the_middle_of_a_save(tmp_path, uninterrupted):
     config = tiny(tmp_path, **EVERYTHING)
     interrupt(config, 7)

@@ -98,7 +98,8 @@ def step_without_waiting(trainer: Trainer) -> tuple[StepResult, set[str]]:
     [
         {"model__halting": "gate", "model__core_layers": 2},
         {"model__halting": "act", "model__attention": "gqa", "model__core_ffn": "dense", "data__mask_documents": True},
-        {"train__dtype": "bfloat16", "parallel__activation_checkpointing": "loop", "model__loop_embedding": True},
+        {"train__dtype": "bfloat16", "parallel__activation_checkpointing": "loop", "model__loop_embedding": True}
+        | {"model__router_loop": "embedding", "model__router_bias_per_loop": True, "model__loop_norm": "adaptive"},
         {"optim__name": "muon", "model__core_layers": 2},
         {"train__dtype": "bfloat16", "parallel__activation_checkpointing": "selective", "model__lanes": 2},
     ],

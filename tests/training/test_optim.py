@@ -29,6 +29,18 @@ def test_decay_on_matrices_only():
     assert not any("norm" in name for name in decayed)
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_tables_of_the_loop_are_neither_decayed_nor_orthogonalised(name):
+    config = preset_config("mythos_nano", vocab_size=128, router_loop="bias", loop_norm="adaptive")
+    model = RecurrentDepthTransformer(config).initialize(0)
+    optimizer = build_optimizer(model, OptimConfig(name=name, weight_decay=0.3))
+    tables = {parameter for name, parameter in model.named_parameters() if ".loop_" in name}
+    assert len(tables) == 5 and all(table.shape[0] == config.loops for table in tables)
+    for group in optimizer.param_groups:
+        if tables & set(group["params"]):
+            assert group["weight_decay"] == 0 and "momentum" not in group
+
+
 def test_step_equals_adamw_written_out():
     model = RecurrentDepthTransformer(preset_config("mythos_nano", vocab_size=128)).initialize(0)
     config = OptimConfig(lr=0.01, weight_decay=0.5, betas=(0.8, 0.9))
