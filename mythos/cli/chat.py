@@ -42,7 +42,8 @@ examples:
 
 The text goes to standard output, everything else to standard error.
 """
-HELP = """An empty line lets the model go on. /new begins a new text, /loops N or /loops auto sets the depth.
+HELP = """Type the beginning of a text; an empty line lets the model go on.
+/new begins a new text; /loops N or /loops auto sets the depth.
 Ctrl-C stops the model, Ctrl-D leaves."""
 
 
@@ -102,7 +103,7 @@ class Chat:
             if sys.stdout.isatty():
                 with contextlib.suppress(ImportError):
                     import readline  # noqa: F401 - gives `input` its editing keys and a history
-            print(f"{opened.source}: type the beginning of a text. {HELP}", file=sys.stderr)
+            print(f"{opened.source}\n{HELP}", file=sys.stderr)
         self.print_legend()
         for line in self.lines():
             try:
@@ -148,7 +149,7 @@ class Chat:
         print(flush=True)
         print(f"({generation.ending()}; {generation.loops_summary()})", file=sys.stderr)
         if left_out := self.conversation.left_out:
-            print(f"(the context is full: the first {left_out:,} tokens are left out)", file=sys.stderr)
+            print(f"(the context is full; tokens left out at the beginning: {left_out:,})", file=sys.stderr)
 
     def obey(self, line: str) -> None:
         """Follow a command. Raises MythosError for an unknown one, and for a depth that the model cannot run."""

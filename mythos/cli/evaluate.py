@@ -155,7 +155,8 @@ def write(
         with unused_stem(out / name, "json", "png") as stem:
             document = save(results, stem, about)
             picture = draw_scores(results, stem.with_name(f"{stem.name}.png"))
-        return [document, picture, append_to_table(results, document, about)]
+        table = append_to_table(results, document, about)
+    return [path for path in (document, picture, table) if path is not None]
 
 
 def check_writable(folder: Path) -> None:

@@ -126,6 +126,7 @@ def _add_output_options(group: TakesArguments) -> None:
         help="colour the text by the loops of each token (or write them in brackets)",
     )
     group.add_argument("--html", metavar="FILE", help="write the text, coloured by loops, as a web page")
+    group.add_argument("--picture", metavar="FILE", help="the same as a picture, .svg or .png")
 
 
 def add_computation_options(group: TakesArguments) -> None:
@@ -160,7 +161,7 @@ def run(options: argparse.Namespace) -> None:
     # Check the options before importing torch, which takes seconds.
     loops = parse_loops(options.loops)
     check_values(options)
-    check_page(options.html)
+    check_files(options)
     check_model_path(options.path)
     prompts = read_prompts(options.prompts)
     from mythos.generation.depth_view import histogram, html_page, write_page
@@ -181,6 +182,19 @@ def run(options: argparse.Namespace) -> None:
         name = opened.run.run.name if opened.run else Path(opened.source).name
         write_page(Path(options.html), html_page(generation, f"{name}, step {opened.step}"))
         print(f"page: {options.html}", file=sys.stderr)
+    if options.picture:
+        write_picture(generation, Path(options.picture))
+        print(f"picture: {options.picture}", file=sys.stderr)
+
+
+def write_picture(generation: TextGeneration, path: Path) -> None:
+    """Draw the text, coloured by loops. Raises MythosError if the file cannot be written."""
+    from mythos.reports.text_picture import draw_text
+
+    try:
+        draw_text(generation, path)
+    except OSError as error:
+        raise MythosError(f"{path} cannot be written: {error}; give another file") from error
 
 
 def set_up(options: argparse.Namespace, loops: list[int] | None) -> tuple[OpenedModel, Depth, dict[str, Any]]:
@@ -331,17 +345,25 @@ def check_values(options: argparse.Namespace) -> None:
         raise MythosError("--stop: the text is empty; give at least one character")
 
 
-def check_page(name: str | None) -> None:
-    """Raise MythosError for the value of --html if no file of this name can be written."""
+def check_files(options: argparse.Namespace) -> None:
+    """Raise MythosError for names of --html and --picture that no file to write can have."""
+    check_new_file("--html", options.html)
+    check_new_file("--picture", options.picture)
+    if options.picture is not None and Path(options.picture).suffix not in (".svg", ".png"):
+        raise MythosError(f"--picture: got {options.picture}; give a file that ends in .svg or .png")
+
+
+def check_new_file(option: str, name: str | None) -> None:
+    """Raise MythosError for a name that no file to write can have."""
     if name is None:
         return
     if not name:
-        raise MythosError("--html: got no name; give a file to write")
-    page = Path(name).resolve()
-    if page.is_dir():
-        raise MythosError(f"--html: {name} is a folder; give a file in it")
-    if not page.parent.is_dir():
-        raise MythosError(f"--html: there is no folder {page.parent}")
+        raise MythosError(f"{option}: got no name; give a file to write")
+    path = Path(name).resolve()
+    if path.is_dir():
+        raise MythosError(f"{option}: {name} is a folder; give a file in it")
+    if not path.parent.is_dir():
+        raise MythosError(f"{option}: there is no folder {path.parent}")
 
 
 def check_halting(name: str | None, threshold: float | None) -> None:

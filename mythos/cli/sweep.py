@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
     from mythos.evaluation.depth_sweep import depth_sweep, sweep_depths
     from mythos.evaluation.text import as_in_training, validation_data
     from mythos.model.layers import autocast_to
-    from mythos.reports.plots import draw_sweep
+    from mythos.reports.sweep_plots import draw_sweep
 
     device = choose_device(options.device, option="--device")
     opened = open_model(options.path, device)

@@ -9,15 +9,18 @@ from mythos.files.local import write_whole
 from mythos.generation.text import Piece, TextGeneration
 
 PALETTE = (
-    (39, "#9ecbff"),
-    (44, "#8ee3e0"),
-    (78, "#9be8b0"),
-    (154, "#d3ee8a"),
-    (220, "#ffe08a"),
-    (208, "#ffbe85"),
-    (203, "#ff9a8f"),
+    (33, "#93cdf8"),
+    (39, "#b8dcf7"),
+    (74, "#d8e8f2"),
+    (145, "#f0eadf"),
+    (179, "#ffddb5"),
+    (214, "#ffc37f"),
+    (202, "#ffa146"),
 )
-"""From few loops to many: a colour of a 256-colour terminal, and a background colour of a page."""
+"""From few loops to many: a colour of a 256-colour terminal, and a background colour of pages and pictures.
+
+Blue to orange without green, so that people with colour-blindness see the order too.
+"""
 
 # Control characters as visible symbols: a model may generate escape sequences, which must not reach a terminal.
 CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
@@ -78,7 +81,8 @@ body { font: 16px/1.6 system-ui, sans-serif; max-width: 46em; margin: 2em auto; 
 .prompt { color: #777 }
 span { border-radius: 2px }
 .legend span { padding: 0 .5em }
-footer { color: #555; white-space: pre-wrap; font-size: 14px }
+footer { color: #555; font-size: 14px }
+pre { font: 13px/1.4 ui-monospace, "DejaVu Sans Mono", monospace; overflow-x: auto }
 """
 
 
@@ -97,7 +101,7 @@ def html_page(generation: TextGeneration, title: str) -> str:
         f'<!doctype html>\n<html>\n<head>\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'
         f"<style>{STYLE}{colours}\n</style>\n</head>\n<body>\n<h1>{html.escape(title)}</h1>\n"
         f'<p class="legend">loops: {scale}</p>\n{texts}\n'
-        f"<footer>{html.escape(generation.summary())}\n\n{html.escape(histogram(generation))}</footer>\n"
+        f"<footer>{html.escape(generation.summary())}\n<pre>{html.escape(histogram(generation))}</pre></footer>\n"
         "</body>\n</html>\n"
     )
 

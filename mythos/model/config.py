@@ -122,9 +122,9 @@ class ModelConfig(Section):
     router_loop: Annotated[str, ROUTERS] = "none"
     """How routing depends on the loop, by a table with a row for each trained loop, the last of which serves all later
     loops: none = not; bias = a bias on the router's logits; embedding = a factor on each dimension of its input."""
-    router_loop_start: Weight = 1.0
+    router_loop_start: Weight = 0.5
     """router_loop: standard deviation of the table's initial values; 0 starts from the routing of `none`. The router's
-    logits start with a standard deviation of 0.63."""
+    logits start with a standard deviation of 0.63. docs/depth.md has measurements."""
 
     # Recurrence
     loops: Count = 8

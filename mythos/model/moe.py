@@ -87,7 +87,7 @@ def by_row(tokens: Tensor, loop: Tensor) -> Tensor:
 class LoopBiasRouter(Router):
     """Affinity sigmoid(x W^T + loop_bias[t]); loops beyond the trained ones use the last row.
 
-    The same experts gain in a loop for all tokens. Rows start as noise: equal ones would hardly grow apart.
+    The same experts gain in a loop for all tokens. Rows start as noise, so that loops differ from the first step.
     """
 
     float32 = ("weight", "loop_bias")

@@ -1,24 +1,28 @@
 """Compare several runs by tokens and by FLOPs needed."""
 
+from __future__ import annotations
+
 import csv
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
-from typing import Any
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from mythos.errors import MythosError, short_reason, without_credentials
 from mythos.files.local import replacing
 from mythos.planning.flops import count_parameters
-from mythos.reports.plots import finish, loop_axis
+from mythos.reports.plots import draw_points
 from mythos.reports.recorded import RecordedRun, open_run, run_names
+from mythos.reports.style import Entry, Panel, after_warm_up, compose, describe, fit_range, loop_axis, save, series
 from mythos.training.metrics import losses_by_depth
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 DATA = (
     *("kind", "path", "dataset", "subset", "split", "revision", "text_column", "filters", "task", "sources", "streams"),
@@ -145,64 +149,68 @@ class Comparison:
             writer = csv.DictWriter(file, rows[0], lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-        return [stem.with_suffix(".csv"), finish(self.figure(), stem.with_suffix(".png"))]
+        return [stem.with_suffix(".csv"), save(self.figure(), stem.with_suffix(".png"))]
 
     @property
-    def measures(self) -> dict[str, str]:
-        """Metrics that are drawn over tokens and FLOPs, with their labels."""
+    def measures(self) -> dict[str, tuple[str, str]]:
+        """Metrics that are drawn over tokens and FLOPs, with their titles and labels."""
         if not self.one_vocabulary:
-            return {"val/bits_per_byte": "bits per byte in validation"}
-        return {"loss": "training loss (nats per token)", "val/loss": "validation loss (nats per token)"}
+            return {"val/bits_per_byte": ("Bits per byte", "bits per byte in validation")}
+        unit = "loss (nats per token)"
+        return {"loss": ("Training loss", unit), "val/loss": ("Validation loss", unit)}
 
     def figure(self) -> Figure:
         """Plot losses over tokens and over FLOPs, and the last validation by loops."""
-        measures = self.measures
-        figure = Figure(figsize=(5.5 * (len(measures) + 1), 8), layout="constrained")
-        panels = figure.subplots(2, len(measures) + 1)
-        for column, (key, label) in enumerate(measures.items()):
-            for row, unit in enumerate(("tokens", "FLOPs needed")):
-                panels[row, column].set(title=self.title(key, unit), xlabel=unit, ylabel=label)
-                self.draw_curves(panels[row, column], key, over_flops=bool(row))
-        self.draw_depths(panels[0, -1])
-        # The legend gets a panel of its own, because names may be long.
-        panels[1, -1].axis("off")
-        handles = panels[0, -1].get_lines()
-        labels = [shown_name(name) for name in self.names]
-        panels[1, -1].legend(handles, labels, loc="upper left", frameon=False)
-        for axes in panels.flat:
-            axes.grid(alpha=0.3)
-        return figure
+        return compose(self.panels(), self.key())
 
-    def title(self, key: str, unit: str) -> str:
-        """The title of a plot of a metric over tokens or FLOPs."""
-        titles = {"loss": "Training loss", "val/loss": "Validation loss", "val/bits_per_byte": "Bits per byte"}
-        return f"{titles[key]} over {unit.removesuffix(' needed')}"
+    def key(self) -> list[Entry]:
+        """The names of the runs with the styles of their lines."""
+        return [Entry(name, series(number)) for number, name in enumerate(self.names)]
+
+    def panels(self) -> list[Panel]:
+        """The plots in which at least one run has a line; runs with a single measurement show it as a point."""
+        panels = []
+        for key in self.measures:
+            if max(len(run.measured(key)) for run in self.runs) > 1:
+                draw = partial(self.draw_curves, key=key)
+                panels += [Panel(partial(draw, over_flops=over), wide=False, height=3.2) for over in (False, True)]
+        if any(len(losses_by_depth(run.validations[-1])) > 1 for run in self.runs if run.validations):
+            panels.append(Panel(self.draw_depths))
+        return panels
 
     def draw_curves(self, axes: Axes, key: str, over_flops: bool) -> None:
         """Plot a metric of each run over tokens or over FLOPs."""
-        for number, run in enumerate(self.runs):
+        title, label = self.measures[key]
+        unit = "FLOPs" if over_flops else "tokens"
+        describe(axes, f"{title} over {unit}", "FLOPs needed" if over_flops else unit, label)
+        late: list[float] = []
+        for number, (name, run) in enumerate(zip(self.names, self.runs, strict=True)):
             points = [
                 (cost if over_flops else record["tokens"], record[key])
                 for record, cost in zip(run.records, run.flops, strict=True)
                 if record.get(key) is not None
             ]
-            style = {"alpha": 0.7} if key == "loss" else {"marker": "o", "markersize": 3}
-            axes.plot(*zip(*points, strict=True) if points else ([], []), color=f"C{number}", **style)
+            style = series(number) | ({"alpha": 0.8, "linewidth": 1} if key == "loss" else {})
+            draw_points(axes, points, label=f"_{name}", **style)
+            late += after_warm_up(points)
+        fit_range(axes, late)
 
     def draw_depths(self, axes: Axes) -> None:
         """Plot the last validation of each run by loops; a run without validation gets an empty line."""
+        unit = "loss (nats per token)" if self.one_vocabulary else "bits per byte in validation"
+        describe(axes, "Last validation by loops", "loops", unit)
         ticks: set[int] = set()
-        for number, run in enumerate(self.runs):
+        for number, (name, run) in enumerate(zip(self.names, self.runs, strict=True)):
             last = run.validations[-1] if run.validations else {}
             curve = losses_by_depth(last)
             # The ratio of bits per byte to loss is the same at every depth.
             scale = 1.0 if self.one_vocabulary else last.get("val/bits_per_byte", 0) / last.get("val/loss", 1)
-            axes.plot(list(curve), [loss * scale for loss in curve.values()], "o-", color=f"C{number}")
+            draw_points(
+                axes, [(loops, loss * scale) for loops, loss in curve.items()], label=f"_{name}", **series(number)
+            )
             ticks |= curve.keys()
-        unit = "validation loss (nats per token)" if self.one_vocabulary else "bits per byte in validation"
-        axes.set(xlabel="loops", ylabel=unit, title="Last validation by depth")
-        if ticks:
-            loop_axis(axes, sorted(ticks))
+        fit_range(axes)
+        loop_axis(axes, ticks)
 
 
 def compared_directories(table: Path) -> list[str | None]:
@@ -231,11 +239,6 @@ def flat_fields(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[s
 def shown_value(value: Any) -> str:
     """A value of a configuration as YAML writes it in one line."""
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def shown_name(name: str) -> str:
-    """Escape a run's name for matplotlib, which reads $ as mathematics and hides labels that start with _."""
-    return name.replace("$", r"\$").replace("_", "\u200b_", name.startswith("_"))
 
 
 def compare(paths: Sequence[str]) -> Comparison:

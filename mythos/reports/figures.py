@@ -1,57 +1,81 @@
-"""The figures of a run's page, as inline SVG in the page's colours without external references."""
+"""The plots of a run's page, and their conversion to inline SVG in the page's colours, without external references."""
+
+from __future__ import annotations
 
 import html
 import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib
-from matplotlib.figure import Figure
 
-from mythos.reports.plots import draw_depths, draw_over_tokens, draw_training, loop_axis, new_axes
+from mythos.reports.plots import depth_panels, draw_points, loss_panels, points_of
 from mythos.reports.recorded import RecordedRun
+from mythos.reports.style import (
+    BLUE,
+    GREY,
+    ORANGE,
+    SKY,
+    Panel,
+    describe,
+    fit_range,
+    log_scale,
+    loop_axis,
+    name_lines,
+)
 from mythos.training.metrics import losses_by_depth
 
-# `inline_svg` replaces black by the page's text colour. All other colours must be readable on white and on black.
-SETTINGS: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "legend.facecolor": "none",
-    "legend.edgecolor": "0.5",
-    "path.simplify_threshold": 0.5,
-}
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-Panels = Mapping[str, tuple[str, str, Mapping[str, str]]]
-"""Panels over tokens by title: label of the y axis, its scale, and the metrics with their labels."""
-TRAINING: Panels = {
-    "Learning rate": ("", "linear", {"lr": ""}),
-    "Loops of a sequence": ("mean over the batch", "linear", {"loops": "all", "backprop_loops": "with gradient"}),
-    "Norm of the gradient": ("before clipping", "log", {"grad_norm": ""}),
-    "Size of the state": ("mean log ||h||", "linear", {"state_norm": ""}),
-    "Change of the state in its last loop": (
-        "||h_t - h_(t-1)|| / ||h_t||",
-        "log",
-        {"state_delta": "training", "val/state_delta": "validation"},
+# `inline_svg` replaces black by the page's text colour. All other colours must be readable on white and on black.
+SETTINGS: dict[Any, Any] = {"svg.fonttype": "none", "path.simplify_threshold": 0.5}
+
+
+class Curves(NamedTuple):
+    """Metrics over tokens in one plot."""
+
+    label: str
+    """Of the y axis."""
+    keys: Mapping[str, str]
+    """The metrics, each with its name in the plot; no name where there is only one."""
+    scale: str = "linear"
+    low: float | None = None
+    high: float | None = None
+    """Limits of the y axis, where the metric has natural ones."""
+
+
+TRAINING: Mapping[str, Curves] = {
+    "Learning rate": Curves("learning rate", {"lr": ""}, low=0),
+    "Loops of a sequence": Curves("mean over the batch", {"loops": "all", "backprop_loops": "with gradient"}, low=0),
+    "Norm of the gradient": Curves("before clipping", {"grad_norm": ""}, "log"),
+    "Size of the state": Curves("mean log ||h||", {"state_norm": ""}),
+    "Change of the state in its last loop": Curves(
+        "share of its size", {"state_delta": "training", "val/state_delta": "validation"}, "log"
     ),
-    "Spectral radius of the injection": ("rho(A)", "linear", {"rho_a": ""}),
+    "Spectral radius of the injection": Curves("rho(A), below 1", {"rho_a": ""}, low=0, high=1),
 }
-EXPERTS: Panels = {
-    "Load of the busiest expert": ("over the mean", "linear", {"moe/load_max_over_mean": ""}),
-    "Experts that no token reached": ("in a step", "linear", {"moe/dead_experts": ""}),
-    "Experts chosen in the loop before too": ("share, in validation", "linear", {"moe/depth_overlap": ""}),
+"""Plots over tokens by title."""
+EXPERTS: Mapping[str, Curves] = {
+    "Load of the busiest expert": Curves("times the mean", {"moe/load_max_over_mean": ""}, low=1),
+    "Experts that no token reached": Curves("experts in a step", {"moe/dead_experts": ""}, low=0),
+    "Experts kept from the loop before": Curves("share, in validation", {"moe/depth_overlap": ""}, low=0, high=1.05),
 }
-HALTING: Panels = {
-    "Loops run where positions halt": ("mean over positions", "linear", {"val/auto_loops": ""}),
+HALTING: Mapping[str, Curves] = {
+    "Loops run where positions halt": Curves("mean over positions", {"val/auto_loops": ""}, low=0),
 }
-RATES: dict[str, tuple[str, str, float]] = {
-    "Throughput": ("tokens_per_second", "tokens/s", 1),
-    "Utilisation": ("mfu", "share of the peak", 1),
+RATES: Mapping[str, tuple[str, str, float]] = {
+    "Throughput": ("tokens_per_second", "tokens per second", 1),
+    "Utilisation": ("mfu", "% of the peak FLOPs", 0.01),
     "Peak memory": ("peak_memory_bytes", "GiB", 2**30),
 }
-"""Panels over hours by title: metric, label of the y axis, and the unit that values are divided by."""
-FEW = 50
-"""Up to this many measurements each get a marker."""
+"""Plots over time by title: metric, label of the y axis, and the unit that values are divided by."""
+UNITS = {"seconds": 1, "minutes": 60, "hours": 3600, "days": 86_400}
+"""Units of time: the largest is chosen of which a run took at least two."""
 SHOWN_LOADS = 4
 """Number of the last validations whose load by loops is drawn."""
 
@@ -61,83 +85,111 @@ def page_style() -> AbstractContextManager[None]:
     return matplotlib.rc_context(SETTINGS)
 
 
-def marker(measured: Sequence[Any]) -> str | None:
-    """The marker of a curve; None for many points, because markers would be most of a page's bytes."""
-    return "o" if len(measured) <= FEW else None
+def run_loss_panels(run: RecordedRun) -> list[Panel]:
+    """Training and validation loss over tokens."""
+    depth = "loops = steps" if run.config.depth.follow == "difficulty" else f"at {run.depth_label}"
+    return loss_panels(run.records, f"validation\n{depth}")
 
 
-def loss_figure(run: RecordedRun) -> Figure:
-    """Plot training and validation loss over tokens."""
-    figure, axes = new_axes("Training and validation loss", "tokens", "loss (nats per token)")
-    draw_training(axes, run.records, f"validation at {run.depth_label}")
-    return figure
+def panels(run: RecordedRun, kind: Mapping[str, Curves]) -> Iterator[Panel]:
+    """The plots of TRAINING, EXPERTS or HALTING for which the run has two measurements, and not only zeros."""
+    for title, curves in kind.items():
+        points = {key: measured for key in curves.keys if (measured := points_of(run.records, key))}
+        several = max(map(len, points.values()), default=0) > 1
+        if several and any(value for measured in points.values() for _, value in measured):
+            yield Panel(partial(draw_curves, title=title, curves=curves, points=points))
 
 
-def panels(run: RecordedRun, kind: Panels) -> Iterator[Figure]:
-    """Plot the panels of TRAINING, EXPERTS or HALTING for which the run has measurements."""
-    for title, (label, scale, keys) in kind.items():
-        labels = {key: name for key, name in keys.items() if run.measured(key)}
-        if not labels:
-            continue
-        figure, axes = new_axes(title, "tokens", label)
-        for key, name in labels.items():
-            draw_over_tokens(axes, run.records, key, marker=marker(run.measured(key)), markersize=4, label=name)
-        axes.set_yscale(scale)
-        if len(labels) > 1:
-            axes.legend()
-        yield figure
+def draw_curves(axes: Axes, title: str, curves: Curves, points: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+    """Plot metrics over tokens."""
+    describe(axes, title, "tokens", curves.label)
+    colours = [SKY, BLUE] if "training" in curves.keys.values() else [BLUE, ORANGE]
+    for colour, (key, name) in zip(colours, curves.keys.items(), strict=False):
+        if key in points:
+            named = {"label": name} if len(points) > 1 else {}
+            draw_points(axes, points[key], color=colour, linewidth=1.2, **named)
+    if curves.scale == "log":
+        log_scale(axes)
+    else:
+        fit_range(axes, low=curves.low, high=curves.high)
+    name_lines(axes)
 
 
-def rate_figures(run: RecordedRun) -> Iterator[Figure]:
-    """Plot throughput, utilisation and memory over hours since the first record, pauses of the run included."""
-    begin = next(iter(run.measured("time")), 0.0)
-    for title, (key, label, unit) in RATES.items():
-        points = [record for record in run.records if record.get(key) is not None and record.get("time") is not None]
-        if points:
-            figure, axes = new_axes(title, "hours since the first record", label)
-            hours = [(record["time"] - begin) / 3600 for record in points]
-            axes.plot(hours, [record[key] / unit for record in points], marker=marker(points), markersize=4)
-            axes.set_ylim(bottom=0)
-            yield figure
+def rate_panels(run: RecordedRun) -> Iterator[Panel]:
+    """Throughput, utilisation and memory over the time since the first record, pauses of the run included."""
+    times = run.measured("time")
+    begin, span = (times[0], times[-1] - times[0]) if times else (0.0, 0.0)
+    unit = next((name for name, seconds in reversed(UNITS.items()) if span >= 2 * seconds), "seconds")
+    for title, (key, label, divisor) in RATES.items():
+        points = [
+            ((record["time"] - begin) / UNITS[unit], record[key] / divisor)
+            for record in run.records
+            if record.get(key) is not None and record.get("time") is not None
+        ]
+        if len(points) > 1:
+            yield Panel(partial(draw_rate, title=title, label=label, unit=unit, points=points))
 
 
-def depth_figures(run: RecordedRun) -> Iterator[Figure]:
-    """Plot loss by loops of the validations and, for a task, the share of right answers."""
-    if not run.validations:
-        return
-    figure, axes = new_axes("Validation loss by depth", "loops", "loss (nats per token)")
-    draw_depths(axes, run.validations, run.config.depth_mean)
-    yield figure
+def draw_rate(axes: Axes, title: str, label: str, unit: str, points: Sequence[tuple[float, float]]) -> None:
+    """Plot a measurement over time."""
+    describe(axes, title, f"{unit} since the first record", label)
+    draw_points(axes, points, color=BLUE, linewidth=1.2)
+    fit_range(axes, low=0)
+
+
+def run_depth_panels(run: RecordedRun) -> list[Panel]:
+    """Loss by loops of the validations and, for a task, the share of right answers."""
+    drawn = depth_panels(run.validations, run.config.depth_mean)
+    if not run.validations or "val/accuracy" not in run.validations[-1]:
+        return drawn
     last = run.validations[-1]
-    if "val/accuracy" in last:
-        loops = list(losses_by_depth(last))
-        figure, axes = new_axes("Right answers by depth", "loops", f"share of the sequences, step {last['step']}")
-        axes.plot(loops, [last[f"val/accuracy@{depth}"] for depth in loops], "o-", color="tab:red")
-        loop_axis(axes, loops)
-        axes.set_ylim(-0.02, 1.02)
-        yield figure
-        figure, axes = new_axes("Right answers over training", "tokens", f"at {run.depth_label}")
-        draw_over_tokens(axes, run.records, "val/accuracy", marker="o", markersize=3, color="tab:red")
-        axes.set_ylim(-0.02, 1.02)
-        yield figure
+    by_loops = [(loops, 100 * last[f"val/accuracy@{loops}"]) for loops in losses_by_depth(last)]
+    if len(by_loops) > 1:
+        title = f"Right answers by loops, step {last['step']:,}"
+        drawn.append(Panel(partial(draw_answers, title=title, x="loops", points=by_loops)))
+    over_tokens = [(tokens, 100 * share) for tokens, share in points_of(run.records, "val/accuracy")]
+    if len(over_tokens) > 1:
+        title = f"Right answers at {run.depth_label}"
+        drawn.append(Panel(partial(draw_answers, title=title, x="tokens", points=over_tokens)))
+    return drawn
 
 
-def expert_figures(run: RecordedRun) -> Iterator[Figure]:
-    """Plot the load of experts by loops at the last validations, and the panels of EXPERTS."""
+def draw_answers(axes: Axes, title: str, x: str, points: Sequence[tuple[float, float]]) -> None:
+    """Plot the share of sequences that are answered right, in percent."""
+    describe(axes, title, x, "% of the sequences")
+    draw_points(axes, points, color=BLUE)
+    axes.set_ylim(-2, 102)
+    if x == "loops":
+        loop_axis(axes, [loops for loops, _ in points])
+
+
+def expert_panels(run: RecordedRun) -> Iterator[Panel]:
+    """Load of experts by loops at the last validations, and the plots of EXPERTS."""
     prefix = "moe/load_max_over_mean@"
     measured = [record for record in run.records if f"{prefix}1" in record]
-    if measured:
-        figure, axes = new_axes(
-            "Load of the busiest expert by loop", "loop; the last counts all deeper", "over the mean"
-        )
-        for record in measured[-SHOWN_LOADS:]:
-            loads = {int(key.removeprefix(prefix)): load for key, load in record.items() if key.startswith(prefix)}
-            newest = record is measured[-1]
-            style = {"color": "tab:red"} if newest else {"color": "tab:gray", "alpha": 0.4}
-            axes.plot(list(loads), list(loads.values()), "o-", label=f"step {record['step']}", **style)
-        axes.legend()
-        yield figure
+    if measured and f"{prefix}2" in measured[-1]:
+        yield Panel(partial(draw_loads, records=measured[-SHOWN_LOADS:], prefix=prefix))
     yield from panels(run, EXPERTS)
+
+
+def draw_loads(axes: Axes, records: Sequence[Mapping[str, Any]], prefix: str) -> None:
+    """Plot the load of the busiest expert by loops; the newest validation is blue."""
+    describe(axes, "Load of the busiest expert by loop", "loop (the last counts all deeper)", "times the mean")
+    for record in records:
+        loads = {int(key.removeprefix(prefix)): load for key, load in record.items() if key.startswith(prefix)}
+        style = {"color": BLUE} if record is records[-1] else {"color": GREY, "alpha": 0.5}
+        axes.plot(list(loads), list(loads.values()), "o-", markersize=4, label=f"step {record['step']:,}", **style)
+    fit_range(axes, low=1)
+    axes.set_xticks(sorted({int(key.removeprefix(prefix)) for r in records for key in r if key.startswith(prefix)}))
+    name_lines(axes)
+
+
+def unreached(run: RecordedRun) -> str:
+    """A sentence that every expert received tokens; empty if that was not measured or is not so."""
+    counts = run.measured("moe/dead_experts")
+    if not counts or any(counts):
+        return ""
+    return "Every expert received tokens in " + ("the recorded step." if len(counts) == 1 else "every recorded step.")
 
 
 def inline_svg(figure: Figure, name: str) -> str:
@@ -152,7 +204,7 @@ def inline_svg(figure: Figure, name: str) -> str:
     text = re.sub(r"<(metadata|style)\b.*?</\1>\s*", "", text, flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # these ids repeat in every figure and are not referenced
     text = re.sub(r'font-family: [^;"]*(; )?', "", text)
-    titles = ", ".join(axes.get_title() for axes in figure.axes)
+    titles = ", ".join(axes.get_title("left") for axes in figure.axes)
     box = re.search(r'viewBox="[^"]*"', text)
     assert box is not None, "matplotlib writes the size of every figure"
     text = re.sub(r"<svg [^>]*>", f'<svg role="img" aria-label="{html.escape(titles)}" {box[0]}>', text, count=1)

@@ -122,7 +122,7 @@ def test_commands(talk: Chatting) -> None:
     status, out, err = talk("The\n/new\nThe\n/loops 3\n/new\nThe\n/loops auto\n\n", *options, by_hand=True)
     turns = out.replace("> ", "").splitlines()
     assert status == 0 and turns[0] == turns[1] and turns[0].count("[1]") == 4 and turns[2].count("[3]") == 4
-    assert "type the beginning of a text" in err and "/new begins a new text" in err and "\n(ended: " in err
+    assert "Type the beginning of a text" in err and "/new begins a new text" in err and "\n(ended: " in err
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_chat_on_a_terminal(trained: Path) -> None:
     command = [sys.executable, "-m", "mythos", "chat", str(trained), "--tokens", "63"]
     with Terminal([*command, "--loops", "5000", "--cache-loops", "1"], 100) as terminal:
         wait_for_prompt(terminal)
-        assert "type the beginning of a text" in terminal.text and "loops: 1 " in terminal.text
+        assert "Type the beginning of a text" in terminal.text and "loops: 1 " in terminal.text
         terminal.send("The river\r")
         terminal.until(lambda text: len(text.split("> The river\n")[-1].strip()) > 2)
         terminal.send("\x03")

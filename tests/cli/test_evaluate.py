@@ -218,7 +218,7 @@ def test_every_call_keeps_its_results(trained: Trainer, tmp_path: Path) -> None:
         assert evaluate.main([*arguments, "--loops", loops]) == 0
     stems = ["step-00000004_local_loops-1", "step-00000004_local_loops-1-2", "step-00000004_local_loops-2"]
     files = {path.name: path for path in (tmp_path / "out").iterdir()}
-    assert files.keys() == {"results.csv", *(f"{stem}.{kind}" for stem in stems for kind in ("json", "png"))}
+    assert files.keys() == {"results.csv", *(f"{stem}.json" for stem in stems)}, "a single depth is no picture"
     for stem, loops in zip(stems, (1, 1, 2), strict=True):
         assert {r["loops"] for r in json.loads(files[f"{stem}.json"].read_text())["results"]} == {loops}
     lines = lines_of(files["results.csv"])
@@ -257,14 +257,21 @@ def test_names_of_files() -> None:
 
 def test_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Figure] = []
-    finish = evaluation_plots.finish
-    monkeypatch.setattr(evaluation_plots, "finish", lambda figure, path: seen.append(figure) or finish(figure, path))
+    save_figure = evaluation_plots.save
+    monkeypatch.setattr(evaluation_plots, "save", lambda figure, path: seen.append(figure) or save_figure(figure, path))
     assert draw_scores(RESULTS, tmp_path / "a.png").stat().st_size > 5_000
     first, second = seen[0].axes
-    assert (first.get_title(), first.get_ylabel(), second.get_title()) == ("a", "acc", "b")
+    assert [axes.get_title("left") for axes in (first, second)] == ["a: acc", "b: perplexity"]
     line, star = (container.lines[0] for container in first.containers)
     assert (list(line.get_xdata()), list(line.get_ydata())) == ([1, 8], [0.25, 0.5])
     assert (list(star.get_xdata()), list(star.get_ydata())) == ([3.5], [0.375])
-    many = [Result(f"task {n}", "acc", DepthSetting(1), 1.0, 0.5, None, 1) for n in range(MOST_PANELS + 3)]
+    many = [
+        Result(f"task {n}", "acc", DepthSetting(d), d, 0.5, None, 1) for n in range(MOST_PANELS + 3) for d in (1, 2)
+    ]
     draw_scores(many, tmp_path / "b.png")
     assert len(seen[1].axes) == MOST_PANELS
+    at_one_depth = [Result(f"task {n}", "acc", DepthSetting(1), 1.0, n / 8, 0.1, 9) for n in range(8)]
+    draw_scores(at_one_depth, tmp_path / "c.png")
+    bars = [container.lines[0].get_xydata().tolist() for container in seen[2].axes[0].containers]
+    assert bars == [[[n / 8, n]] for n in range(8)]
+    assert draw_scores(RESULTS[:1], tmp_path / "d.png") is None, "a single score is no picture"

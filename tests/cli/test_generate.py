@@ -95,7 +95,9 @@ def test_depth_is_shown_without_colours_where_there_is_no_terminal(
     halting = ("--halting", "convergence", "--exit-threshold", "1e9")
     arguments = ("--prompt", "The", "--tokens", "6", "--loops", "5", *halting)
     plain = generate(*arguments)[1]
-    status, out, err = generate(*arguments, "--show-depth", "--html", str(page))
+    picture = tmp_path / "depth.svg"
+    status, out, err = generate(*arguments, "--show-depth", "--html", str(page), "--picture", str(picture))
+    assert picture.read_text().startswith("<?xml") and f"picture: {picture}" in err
     assert status == 0 and "\x1b" not in out
     assert out.replace("[1]", "") == plain and "[1]" in out, "so high a threshold stops all after the first loop"
     assert "1.00 loops per token on average of 5 (80% saved)" in err and "1 loop        6" in err
@@ -186,6 +188,8 @@ def test_bad_input_is_reported_in_a_line(
         (["--cache-loops", "0"], "--cache-loops: got 0; give at least 1"),
         (["--html", "no/such/folder/a.html"], "--html: there is no folder"),
         (["--html", ""], "--html: got no name; give a file"),
+        (["--picture", "no/such/folder/a.svg"], "--picture: there is no folder"),
+        (["--picture", "a.pdf"], "--picture: got a.pdf; give a file that ends in .svg or .png"),
         (["--html", "."], "--html: . is a folder; give a file in it"),
         (["--device", "cuda"], "--device is cuda, but torch finds no CUDA GPU: set --device=auto or cpu"),
     ],

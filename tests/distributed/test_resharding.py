@@ -22,8 +22,7 @@ CHANGES: dict[str, Any] = {
     "optim__lr": 3e-3,
     "optim__eps": 1e-5,
 }
-SAVED_AFTER, STEPS = 3, 5
-"""The first loss after the save depends on the weights, the second on the optimizer's state too."""
+SAVED_AFTER, STEPS = 3, 6
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "single": (1, {}),

@@ -38,7 +38,7 @@ from mythos.model.cache import DecodeCache
 from mythos.model.config import ModelConfig
 from mythos.model.halting import halting_rule
 from mythos.model.rdt import RecurrentDepthTransformer
-from mythos.reports import plots
+from mythos.reports import plots, sweep_plots
 from mythos.training.metrics import read_metrics
 from tests.noise import name_generator
 from tests.runs import SETTINGS, tiny
@@ -324,13 +324,14 @@ def test_files(tmp_path):
 def figures(monkeypatch) -> list[Figure]:
     """Collects every figure that is saved."""
     seen: list[Figure] = []
-    finish = plots.finish
+    save = plots.save
 
     def keep(figure: Figure, path: Path) -> Path:
         seen.append(figure)
-        return finish(figure, path)
+        return save(figure, path)
 
-    monkeypatch.setattr(plots, "finish", keep)
+    for module in (plots, sweep_plots):
+        monkeypatch.setattr(module, "save", keep)
     return seen
 
 
@@ -339,25 +340,29 @@ def test_a_run_shows_its_default_point(tmp_path, figures):
     record |= {"val/auto_loss": 2.6, "val/auto_loops": 3.5, "val/auto_saved": 0.5625}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
     plots.draw_plots(tmp_path, 8)
-    stars = [line for line in figures[1].axes[0].lines if line.get_label() == "with halting"]
+    stars = [line for line in figures[0].axes[0].lines if line.get_label() == "with halting: 3.50 loops"]
     assert [(*line.get_xdata(), *line.get_ydata()) for line in stars] == [(3.5, 2.6)]
 
 
 def test_picture(tmp_path, figures):
     model = build()
     sweep = measure(model, data(False), rules=sweep_rules(model, ["convergence"]))
-    assert plots.draw_sweep(sweep, tmp_path / "sweep.png").stat().st_size > 10_000
+    assert sweep_plots.draw_sweep(sweep, tmp_path / "sweep.png").stat().st_size > 10_000
     loss, exits, *others = figures[0].axes
     lines = {line.get_label(): line for line in loss.lines}
     losses = [measures.loss for measures in sweep.read_out]
-    assert list(lines["all alike"].get_ydata()) == pytest.approx([loss - min(losses) for loss in losses])
+    assert list(lines["every position alike"].get_ydata()) == pytest.approx([loss - min(losses) for loss in losses])
     assert list(lines["convergence"].get_ydata()) == pytest.approx([p.loss - min(losses) for p in sweep.halting])
     assert list(lines["convergence"].get_xdata()) == [point.loops for point in sweep.halting]
-    assert [sum(line.get_ydata()) for line in exits.lines[:5]] == pytest.approx([1] * 5)
+    bars = {}
+    for bar in exits.patches:
+        bars.setdefault(round(bar.get_y() + bar.get_height() / 2), []).append(bar.get_width())
+    shares = [[100 * count / sum(point.exits) for count in point.exits] for point in sweep.halting]
+    assert [bars[row] for row in range(5)] == [pytest.approx(row) for row in shares]
     assert len(others) == 4
     dense = measure(build(core_ffn="dense"), data(False))
-    plots.draw_sweep(dense, tmp_path / "dense.png")
-    assert len(figures[1].axes) == 4, "no panels of experts"
+    sweep_plots.draw_sweep(dense, tmp_path / "dense.png")
+    assert len(figures[1].axes) == 3, "no panels of exits and experts"
 
 
 @pytest.fixture(scope="module")

@@ -143,7 +143,7 @@ def test_at_the_start_norms_change_nothing_and_routers_choose_other_experts(smal
         assert torch.equal(plain(ids, loops=6).logits, differing(ids, loops=6).logits)
     overlaps = {}
     for name in ("none", options["router_loop"]):
-        built = RecurrentDepthTransformer(small(router_loop=name)).initialize(0)
+        built = RecurrentDepthTransformer(small(router_loop=name, router_loop_start=1.0)).initialize(0)
         readouts = built.read_depths(ids, ids, [1, 2, 3, 4])
         overlaps[name] = sum(readout.depth_overlap.item() for readout in readouts[1:]) / 3
     assert overlaps.pop("none") > 0.8 and overlaps.popitem()[1] < 0.7

@@ -15,6 +15,7 @@ from mythos.config.loading import load_config
 from mythos.planning.flops import count_parameters, forward_flops
 from mythos.reports.comparison import compare
 from mythos.reports.comparison_page import comparison_page
+from tests.reports.drawn import titles
 from tests.reports.handmade import Page, records, write_run
 
 HOPS = Path(__file__).parents[2] / "configs" / "reasoning-hops.yaml"
@@ -96,9 +97,8 @@ def test_runs_of_one_vocabulary(folders, tmp_path, capsys):
 
 
 def test_every_plot_has_a_title(folders):
-    figure = compare(folders).figure()
-    assert sorted(axes.get_title() for axes in figure.axes if axes.get_xlabel()) == [
-        "Last validation by depth",
+    assert sorted(titles(compare(folders).figure())) == [
+        "Last validation by loops",
         *(f"{kind} loss over {unit}" for kind in ("Training", "Validation") for unit in ("FLOPs", "tokens")),
     ]
 
@@ -106,18 +106,16 @@ def test_every_plot_has_a_title(folders):
 def test_curves_are_the_records(folders):
     panels = {}
     for axes in compare(folders).figure().axes:
-        panels[axes.get_xlabel(), axes.get_ylabel()] = [
-            list(zip(*map(list, line.get_data()), strict=True)) for line in axes.lines
-        ]
-    for key, label in (("loss", "training loss (nats per token)"), ("val/loss", "validation loss (nats per token)")):
-        for unit in ("tokens", "FLOPs needed"):
-            drawn = panels[unit, label]
+        panels[axes.get_title("left")] = [list(zip(*map(list, line.get_data()), strict=True)) for line in axes.lines]
+    for key, title in (("loss", "Training loss"), ("val/loss", "Validation loss")):
+        for unit in ("tokens", "FLOPs"):
+            drawn = panels[f"{title} over {unit}"]
             for line, folder in zip(drawn, folders, strict=True):
                 lines = lines_of(folder)
                 places = flops_of(folder) if unit != "tokens" else [r["tokens"] for r in lines]
                 expected = [(x, r[key]) for x, r in zip(places, lines, strict=True) if key in r]
                 assert np.allclose(line, expected, rtol=1e-12)
-    for line, folder in zip(panels["loops", "validation loss (nats per token)"], folders, strict=True):
+    for line, folder in zip(panels["Last validation by loops"], folders, strict=True):
         last = [r for r in lines_of(folder) if "val/loss" in r][-1]
         assert line == [(loops, last[f"val/loss@{loops}"]) for loops in (1, 3, 6)]
 
@@ -158,7 +156,7 @@ def test_the_page_has_table_curves_and_differences(folders):
         ["model.dim", "32", "64"],
         ["data.path", *(str(config.data.path) for config in configs)],
     ]
-    drawn = re.findall(r'<path d="([^"]*)"[^>]*stroke: #1f77b4', page.raw)
+    drawn = re.findall(r'<path d="([^"]*)"[^>]*stroke: #0072b2', page.raw)
     lines = lines_of(folders[0])
     points = np.array(re.findall(r"[ML] (\S+) (\S+)", drawn[0]), dtype=float)
     expected = np.array([[line["tokens"], line["loss"]] for line in lines])

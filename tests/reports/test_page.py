@@ -4,6 +4,7 @@ import json
 import math
 import re
 import statistics
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,15 @@ from mythos.distributed.run_lock import RunLock
 from mythos.errors import MythosError
 from mythos.evaluation.continuations import DepthSetting
 from mythos.evaluation.depth_sweep import DepthSweep, fit_metrics
+from mythos.evaluation.reasoning import AccuracyMap
 from mythos.evaluation.results import Result, load, save
 from mythos.planning.flops import forward_flops
 from mythos.reports import figures
+from mythos.reports.evaluation_plots import score_panels
 from mythos.reports.page import run_page
 from mythos.reports.recorded import open_run
+from mythos.reports.style import separate
+from tests.reports.drawn import titles
 from tests.reports.handmade import Page, records, write_run
 from tests.runs import tiny
 from tests.trainers import run
@@ -130,7 +135,7 @@ def test_curves_on_the_page_are_the_records(tmp_path):
     """The path of the training loss in the page is an affine image of the records."""
     written = records(12)
     page = page_of(write_run(tmp_path / "run", written))
-    path = re.search(r'<path d="([^"]*)"[^>]*stroke: #1f77b4', page.raw)[1]
+    path = re.search(r'<path d="([^"]*)"[^>]*stroke: #56b4e9', page.raw)[1]
     drawn = np.array(re.findall(r"[ML] (\S+) (\S+)", path), dtype=float)
     expected = np.array([[record["tokens"], record["loss"]] for record in written])
     assert drawn.shape == expected.shape
@@ -143,11 +148,12 @@ def test_curves_on_the_page_are_the_records(tmp_path):
 def test_panels_show_what_was_measured(tmp_path):
     written = records(5)
     written[2]["grad_norm"] = written[2]["loss"] = None
-    written[3] |= {"moe/load_max_over_mean": 1.5, "moe/dead_experts": 2}
+    for record in written[3:]:
+        record |= {"moe/load_max_over_mean": 1.5, "moe/dead_experts": record["step"] - 4}
+    written[2] |= {"val/auto_loops": 3.0}
     opened = open_run(write_run(tmp_path / "run", written))
-    drawn = {figure.axes[0].get_title(): figure.axes[0] for figure in figures.panels(opened, figures.TRAINING)}
-    drawn |= {figure.axes[0].get_title(): figure.axes[0] for figure in figures.panels(opened, figures.EXPERTS)}
-    drawn |= {figure.axes[0].get_title(): figure.axes[0] for figure in figures.rate_figures(opened)}
+    panels = [*figures.panels(opened, figures.TRAINING), *figures.panels(opened, figures.EXPERTS)]
+    drawn = {titles(figure)[0]: figure.axes[0] for figure in separate([*panels, *figures.rate_panels(opened)])}
     keys = {
         "Learning rate": ["lr"],
         "Loops of a sequence": ["loops", "backprop_loops"],
@@ -163,14 +169,14 @@ def test_panels_show_what_was_measured(tmp_path):
         expected = [[(r["tokens"], r[name]) for r in written if r.get(name) is not None] for name in names]
         assert [list(zip(*line.get_data(), strict=True)) for line in drawn[title].lines] == expected
     [line] = drawn["Throughput"].lines
-    assert np.allclose(line.get_xdata(), [n / 60 for n in range(5)])
+    assert np.allclose(line.get_xdata(), range(5)) and drawn["Throughput"].get_xlabel().startswith("minutes")
     assert list(line.get_ydata()) == [record["tokens_per_second"] for record in written]
     [line] = drawn["Peak memory"].lines
     assert list(line.get_ydata()) == [record["peak_memory_bytes"] / 2**30 for record in written]
 
 
 def test_load_of_the_experts_by_loop(trained):
-    by_loop, *_ = figures.expert_figures(open_run(trained))
+    by_loop, *_ = separate(figures.expert_panels(open_run(trained)))
     measured = [line for line in lines_of(trained) if "val/loss" in line]
     for drawn, line in zip(by_loop.axes[0].lines, measured, strict=True):
         expected = [(loop, line[f"moe/load_max_over_mean@{loop}"]) for loop in (1, 2, 3)]
@@ -184,7 +190,7 @@ def test_depth_curve_with_its_law_and_the_halting_point(tmp_path):
     written[-1] |= {"val/loss": losses[3], "val/bits_per_byte": 1.0, **fit_metrics(losses)}
     written[-1] |= {"val/auto_loss": 3.3, "val/auto_loops": 1.75, "val/auto_saved": 0.4}
     directory = write_run(tmp_path / "run", written)
-    figure, *_ = figures.depth_figures(open_run(directory))
+    figure, *_ = separate(figures.run_depth_panels(open_run(directory)))
     curve, law, star, _ = figure.axes[0].lines
     assert dict(zip(*curve.get_data(), strict=True)) == losses
     loops, values = (np.asarray(numbers) for numbers in law.get_data())
@@ -192,6 +198,52 @@ def test_depth_curve_with_its_law_and_the_halting_point(tmp_path):
     assert np.allclose(values, 3 + np.exp(-0.7 * loops), atol=1e-6)
     assert [float(x[0]) for x in star.get_data()] == [1.75, 3.3]
     assert "L(T) = 3.0000 +1.0000 exp(-0.7000 T)" in page_of(directory).raw
+
+
+def test_experts_without_tokens(tmp_path):
+    """Zeros are said in words, because a plot of zeros would range from -0.04 to 0.04."""
+    for name, counts, said in (("none", [0, 0, 0], True), ("some", [0, 2, 0], False)):
+        written = [line | {"moe/dead_experts": count} for line, count in zip(records(3), counts, strict=True)]
+        raw = page_of(write_run(tmp_path / name, written)).raw
+        assert ("Every expert received tokens in every recorded step." in raw) == said
+        assert ("Experts that no token reached" in raw) != said
+
+
+def test_evaluations_are_shown_as_pictures(tmp_path):
+    directory = write_run(tmp_path / "run", records(3))
+    folder, results = directory / "evaluation", []
+    folder.mkdir()
+    for step in (2, 3):
+        results = [
+            Result(task, "acc", setting, loops, 0.25 + step / 16, 0.5, 40)
+            for task in ("river", NASTY)
+            for setting, loops in ((DepthSetting(1), 1.0), (DepthSetting(8, "gate", 0.05), 3.5))
+        ]
+        about = {"step": step, "dtype": "float32", "limit": None, "fewshot": None}
+        save(results, folder / f"step-{step:08d}_a", about)
+    page = page_of(directory)
+    evaluations = page.raw[page.raw.index("<h2>Evaluations") : page.raw.index("<h2>Throughput")]
+    assert evaluations.count("<svg") == 4, "each task by loops, and over training"
+    assert evaluations.count("over training") == 4, "as title and as label"
+    drawn = {titles(figure)[0]: figure.axes[0] for figure in separate(score_panels(results))}
+    assert [c.lines[0].get_xydata().tolist() for c in drawn["river: acc"].containers] == [
+        [[1, 0.4375]],
+        [[3.5, 0.4375]],
+    ]
+
+
+def test_reasoning_map_on_the_page(tmp_path):
+    directory = write_run(tmp_path / "run", records(3), load_config(HOPS))
+    one = AccuracyMap("hops", "hops", 3, (1, 2), [1, 2, 3], [1, 2], 10, [[1.0, 0.5], [0.25, 1.0], [0.0, 0.125]])
+    one.write(directory / "reasoning" / "step-00000003")
+    replace(one, step=2, sequences=9).write(directory / "reasoning" / "step-00000002")
+    (directory / "reasoning" / "step-00000001.json").write_text(json.dumps(asdict(one) | {"accuracy": [[1.0]]}))
+    page = page_of(directory)
+    reasoning = page.raw[page.raw.index("<h2>Reasoning") : page.raw.index("<h2>Throughput")]
+    assert "step-00000003.json: step 3, 10 sequences" in reasoning and reasoning.count("<svg") == 1
+    cells = re.findall(r"<text [^>]*>(\d+)</text>", reasoning)
+    assert [cell for cell in cells if cell in ("100", "50", "25", "0", "12")] == ["100", "50", "25", "100", "0", "12"]
+    assert "step-00000001.json cannot be read as a map of accuracies" in reasoning
 
 
 def test_flops_are_those_of_the_loops_that_ran(tmp_path):
@@ -239,7 +291,8 @@ def test_a_run_that_has_just_begun(tmp_path):
         file.write('{"step": 2, "tok')
     page = page_of(directory)
     assert page.headline["steps"] == "1 of 100" and "last training loss" not in page.headline
-    assert "No validation yet." in page.raw
+    assert "No validation yet." in page.raw and "curves begin with the second" in page.raw
+    assert not page.tags & {"svg"}, "no plot of single points"
     assert page.table("step", "time (UTC)", "event") == [
         ["1", "2025-10-09 08:54:20", "1 update skipped: not finite"],
     ]
@@ -257,9 +310,12 @@ def test_a_reasoning_run_has_answers_instead_of_text(tmp_path):
     assert "bits per byte" not in page.headline
     rows = page.table("loops", "loss", "right answers")
     assert [(int(loops), right) for loops, _, right, _ in rows] == [(1, "12.50%"), (3, "75.00%"), (5, "50.00%")]
-    assert not {"Samples", "Depth sweep", "Experts"} & set(page.headings)
-    by_depth = next(f.axes[0] for f in figures.depth_figures(open_run(directory)) if "Right" in f.axes[0].get_title())
-    assert dict(zip(*by_depth.lines[0].get_data(), strict=True)) == accuracy
+    assert not {"Samples", "Depth sweep", "Experts", "Evaluations"} & set(page.headings)
+    assert "None yet: mythos reasoning measures right answers" in page.raw
+    drawn = {titles(figure)[0]: figure.axes[0] for figure in separate(figures.run_depth_panels(open_run(directory)))}
+    by_loops = drawn["Right answers by loops, step 4"].lines[0]
+    assert dict(zip(*by_loops.get_data(), strict=True)) == {loops: 100 * share for loops, share in accuracy.items()}
+    assert "Right answers at as many loops as steps" not in drawn, "one validation is no curve"
 
 
 NASTY = '</title><script>alert("x")</script>&<img src=x onerror=alert(1)>'
@@ -348,7 +404,9 @@ def test_stored_evaluations_are_shown(trained, tmp_path):
         {(r["metric"], r["loops"], r["rule"]): r for r in json.loads(file.read_text())["results"]}
         for file in sorted(folder.glob("step-00000006*.json"))
     )
-    shown = [page.table("task", "metric", "1 loops", "3 loops"), page.table("task", "metric", "3 loops", "convergence")]
+    shown = [
+        page.table("task", "metric", *depths) for depths in (("1 loop", "3 loops"), ("3 loops", "convergence 0.2"))
+    ]
     metrics = ("bits_per_byte", "perplexity")
     assert [row[1:4] for row in shown[0]] == [
         [metric, *(f"{plain[metric, loops, None]['value']:.4f}" for loops in (1, 3))] for metric in metrics
