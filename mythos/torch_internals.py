@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard
 from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_leaves as tree_leaves
@@ -283,6 +285,27 @@ def fsdp_param_groups(module: nn.Module) -> list[Any]:
     if hasattr(state, "_fsdp_param_groups"):
         return list(state._fsdp_param_groups)
     return [state._fsdp_param_group] if state._fsdp_param_group is not None else []
+
+
+def mesh_placements(mesh: DeviceMesh) -> Callable[[Shard], Any]:
+    """How a `shard_placement_fn` of `fully_shard` tells that a parameter is sharded over another mesh than its unit.
+
+    `mesh` is (shard,), or (replicate, shard). Returns a function from a parameter's placement to the result. Earlier
+    versions than 2.13, in which all parameters of a unit share a mesh, raise AttributeError: see `has_mesh_placements`.
+    This entry was run with torch 2.13.0 only.
+    """
+    from torch.distributed.fsdp._fully_shard import _fsdp_common as fsdp
+
+    # One object for all parameters, by whose identity torch groups them.
+    info = fsdp.HSDPMeshInfo(mesh, 1, 0) if mesh.ndim == 2 else fsdp.FSDPMeshInfo(mesh, 0)
+    return lambda placement: fsdp.ShardPlacementResult(placement, info)
+
+
+def has_mesh_placements() -> bool:
+    """Whether this version of torch has what `mesh_placements` needs."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_common as fsdp
+
+    return hasattr(fsdp, "ShardPlacementResult")
 
 
 def init_fake_processes(size: int) -> None:

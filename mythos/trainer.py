@@ -282,7 +282,7 @@ class Trainer:
                 if logged:
                     seconds = window.lap() / (self.step - logged_step)
                     record = self.measure(result) | self.throughput(result.plan, seconds)
-                    record |= loop_loads(result.expert_load) if validating else {}
+                    record |= loop_loads(result.expert_load, self.layout.expert) if validating else {}
                     self.console.report(record)
                     logged_step = self.step
                 with window.pause():
@@ -501,7 +501,7 @@ class Trainer:
             "rng": random_state(),
             "data": merge_states(self.ranks.gather(self.position)),
             "config": self.config.model_dump(mode="json"),
-            "layout": {"mode": self.layout.mode, "replicate": self.layout.replicate, "shard": self.layout.shard},
+            "layout": self.layout.sizes,
             "versions": installed_versions(("torch", "transformers", "tokenizers", "datasets")),
         }
         self.checkpoints.save(self.step, self.state(), meta, wait=wait)

@@ -345,15 +345,23 @@ class Layout(NamedTuple):
 
     mode: str
     processes: int
+    expert: int = 1
+    """Processes that share the experts."""
+
+    def __str__(self) -> str:
+        experts = f", experts over {self.expert}" if self.expert > 1 else ""
+        return f"{self.mode} x {self.processes}{experts}"
 
 
 LAYOUTS = (
     Layout("ddp", 2),
     Layout("fsdp", 2),
+    Layout("fsdp", 2, expert=2),
     Layout("ddp", 2),
     Layout("fsdp", 2),
     Layout("fsdp", 4),
     Layout("ddp", 4),
+    Layout("fsdp", 4, expert=2),
 )
 """Layouts of the runs, in turn."""
 
@@ -378,7 +386,7 @@ def settings(folder: Path, layout: Layout, steps: int) -> dict[str, Any]:
         "train": {"steps": steps, "global_batch": 8, "micro_batch": 2, "dtype": "float32"},
         "eval": {"every": 0, "batches": 1, "loops": [3], "samples": 0},
         "checkpoint": {"every": EVERY, "keep": KEEP, "asynchronous": True},
-        "parallel": {"mode": layout.mode, "start_timeout": 120, "timeout": 30},
+        "parallel": {"mode": layout.mode, "expert": layout.expert, "start_timeout": 120, "timeout": 30},
         "log": {"every": 1},
     }
 
@@ -400,7 +408,7 @@ def disturb(folder: Path, name: str, layout: Layout, faults: list[Fault], draw: 
     def progress(outcome: Outcome) -> None:
         result = f"at step {chaos.newest}, {outcome.lost or 0} lost" if outcome.gone is not None else "skipped"
         print(
-            f"{layout.mode} x {layout.processes}, {len(chaos.outcomes):2d}/{len(faults)}: {outcome.fault}; {result}",
+            f"{layout}, {len(chaos.outcomes):2d}/{len(faults)}: {outcome.fault}; {result}",
             flush=True,
         )
 
@@ -427,7 +435,7 @@ def summary(runs: list[tuple[Layout, Chaos]], seconds: float) -> str:
 
     killed = [outcome for outcome in outcomes if "killed" in outcome.fault.kind]
     lines = {
-        "runs, processes each": counts([f"{layout.mode} x {layout.processes}" for layout, _ in runs]),
+        "runs, processes each": counts([str(layout) for layout, _ in runs]),
         "steps": f"{sum(max(chaos.reference.complete()) for _, chaos in runs)}",
         "faults": str(len(outcomes)),
         "killed": counts([outcome.fault.target for outcome in killed]),

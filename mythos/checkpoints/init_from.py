@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from mythos.checkpoints.preflight import FREE_MODEL_FIELDS, model_differences
 from mythos.checkpoints.stored_checkpoint import complete_checkpoints
@@ -95,13 +96,16 @@ class Start:
     def fill(self, model: RecurrentDepthTransformer, seed: int) -> None:
         """Copy the source's values into the model, which has its starting values. Each rank reads; none sends.
 
-        Beside the model a rank needs memory for about BATCH_BYTES. Raises MythosError if a file cannot be read.
+        Beside the model a rank needs memory for about BATCH_BYTES, or the largest tensor that is no stack of experts.
+        Raises MythosError if a file cannot be read.
         """
         here, there = tensors_of(model), tensors_of(self.stored.model)
         for names in _batches(self._taken(model), there):
-            values = {name: torch.empty_like(there[name], device="cpu") for name in names}
-            self.stored.read(values)
-            for name in names:
+            # Of experts that ranks share, each reads its own part: all of them may be more than a machine's memory.
+            shared = {name: here[name] for name in names if here[name].ndim == 3 and isinstance(here[name], DTensor)}
+            values = {name: torch.empty_like(there[name], device="cpu") for name in names if name not in shared}
+            self.stored.read(shared | values)
+            for name in list(values):
                 value = values.pop(name)
                 if _has_row_per_loop(name, here[name]):
                     value = value[torch.arange(len(here[name])).clamp(max=len(value) - 1)]

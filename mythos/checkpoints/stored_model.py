@@ -10,6 +10,7 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from mythos.checkpoints.stored_checkpoint import (
     complete_checkpoints,
@@ -27,6 +28,7 @@ from mythos.errors import MythosError, short_reason
 from mythos.files.storage import MARKER, LocalStorage, is_step, locate
 from mythos.files.text import read_json, unusable_text
 from mythos.model.config import ModelConfig, model_contradictions
+from mythos.model.layers import local_part, local_slices
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.section import MOST, MOST_LOOPS
 
@@ -85,7 +87,7 @@ class StoredModel:
     model: RecurrentDepthTransformer
     """On the meta device, in eval mode: names and shapes only."""
     read: Callable[[dict[str, Tensor]], None]
-    """Fills tensors in place, by name; any subset of the model's."""
+    """Fills tensors in place, by name; any subset of the model's. Of a DTensor, this rank's part."""
     tokenizer: Path | None
     """Folder of its tokenizer; None for a run without text."""
     mean_loops: int
@@ -238,7 +240,10 @@ def _stored_export(folder: Path) -> Iterator[StoredModel]:
             for name, tensor in tensors.items():
                 file, key = places[name]
                 with _reading(file):
-                    tensor.copy_(opened[file].get_tensor(key))
+                    if isinstance(tensor, DTensor):
+                        local_part(tensor).copy_(opened[file].get_slice(key)[local_slices(tensor)])
+                    else:
+                        tensor.copy_(opened[file].get_tensor(key))
 
         tokenizer = folder if (folder / TOKENIZER_FILE).is_file() else None
         model = _fitting_model(str(folder), config, shapes)

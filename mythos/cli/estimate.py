@@ -113,7 +113,7 @@ def estimate(options: argparse.Namespace) -> dict[str, Any]:
         "parameters": asdict(counted(model)),
         "sequence_length": length,
         "flops_per_token": flops,
-        "layout": {"mode": layout.mode, "replicate": layout.replicate, "shard": layout.shard, "why": layout.why},
+        "layout": layout.sizes | {"why": layout.why},
         "checkpointing": config.parallel.activation_checkpointing,
         "micro_batch": config.train.micro_batch,
         "memory": memory_per_gpu(config, layout, state, gpu.memory),

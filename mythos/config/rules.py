@@ -160,6 +160,25 @@ def _hsdp_sizes(config: Config) -> Iterator[Contradiction]:
             yield ("parallel.mode", f"parallel.{name}"), f"{values}; the second is for mode hsdp only"
 
 
+def _experts_can_be_divided(config: Config) -> Iterator[Contradiction]:
+    parallel, model = config.parallel, config.model
+    expert = parallel.expert
+    if expert == 1:
+        return
+    if model.core_ffn != "moe":
+        rule = "there are no experts to divide: set the second to 1, or the first to moe"
+        yield ("model.core_ffn", "parallel.expert"), f"got {model.core_ffn} and {expert}; {rule}"
+    elif model.n_experts % expert:
+        values = f"got {model.n_experts} and {expert}"
+        yield ("model.n_experts", "parallel.expert"), f"{values}; the second must divide the first"
+    if parallel.mode in ("single", "ddp"):
+        rule = "experts are divided in modes fsdp and hsdp: set the first to one of them or auto, or the second to 1"
+        yield ("parallel.mode", "parallel.expert"), f"got {parallel.mode} and {expert}; {rule}"
+    if parallel.mode == "hsdp" and parallel.shard is not None and parallel.shard % expert:
+        rule = "the experts of a copy are divided among its processes, so the second must divide the first"
+        yield ("parallel.shard", "parallel.expert"), f"got {parallel.shard} and {expert}; {rule}"
+
+
 def _evaluated_loops_increase(config: Config) -> Iterator[Contradiction]:
     loops = config.eval.loops
     if not loops or any(left >= right for left, right in itertools.pairwise(loops)):
@@ -213,6 +232,7 @@ TRAINING_RULES = (
     _warmup_and_decay_fit,
     _learning_rate_stays_above_zero,
     _hsdp_sizes,
+    _experts_can_be_divided,
     _evaluated_loops_increase,
     _samples_have_prompts,
     _difficulty_sets_the_loops,

@@ -215,6 +215,10 @@ class ParallelConfig(Section):
     """hsdp: processes that share one copy of the model; null = the processes of a node."""
     replicate: Rows | None = None
     """hsdp: copies of the model; null = number of processes / shard."""
+    expert: Rows = 1
+    """fsdp, hsdp: processes that share the experts of each core block. Each holds model.n_experts / expert of them, and
+    tokens are sent to the processes that hold their experts. Must divide model.n_experts and the processes that share
+    a copy of the model; needs torch 2.13. 1 = no expert parallelism."""
     wrap: Literal["loop", "block"] = "loop"
     """fsdp, hsdp: unit of parameter gathering. loop = the whole core, gathered once whatever the number of loops;
     block = one core block at a time, again in every loop, for a core that does not fit."""

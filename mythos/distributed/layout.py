@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 
 import psutil
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -15,6 +16,7 @@ from mythos.config.sections import ParallelConfig
 from mythos.distributed.ranks import World
 from mythos.errors import MythosError
 from mythos.model.halting import HaltingGate
+from mythos.model.moe import MixtureOfExperts
 from mythos.model.rdt import RecurrentDepthTransformer
 
 
@@ -30,6 +32,8 @@ class Layout(NamedTuple):
     """The reason for the choice, in a few words for people."""
     fits: bool = True
     """Whether the layout chosen by `parallel.mode: auto` fits in the device's memory; not checked for a named mode."""
+    expert: int = 1
+    """Processes, among the `shard` of a copy, that share the experts and exchange tokens; 1 = each has all experts."""
 
     @property
     def size(self) -> int:
@@ -40,6 +44,16 @@ class Layout(NamedTuple):
     def sharded(self) -> bool:
         """Whether parameters are shards (FSDP2)."""
         return self.mode in ("fsdp", "hsdp")
+
+    @property
+    def expert_shard(self) -> int:
+        """Processes that share the matrices of one expert (FSDP2)."""
+        return self.shard // self.expert
+
+    @property
+    def sizes(self) -> dict[str, str | int]:
+        """Mode and numbers of processes, for records."""
+        return {name: getattr(self, name) for name in ("mode", "replicate", "shard", "expert")}
 
 
 def named_layout(settings: ParallelConfig, size: int, local_size: int) -> Layout:
@@ -64,8 +78,19 @@ def named_layout(settings: ParallelConfig, size: int, local_size: int) -> Layout
                 f"parallel.replicate, parallel.shard: {replicate} x {shard} is not the {size} processes: give numbers "
                 "whose product is, or only one of them"
             )
-        return Layout("hsdp", replicate, shard, f"{replicate} copies, each over {shard} processes")
-    return Layout("ddp", size, 1, "a copy each") if mode == "ddp" else Layout("fsdp", 1, size, "one copy over all")
+        why = f"{replicate} copies, each over {shard} processes"
+    elif mode == "ddp":
+        return Layout("ddp", size, 1, "a copy each")
+    else:
+        shard, replicate, why = size, 1, "one copy over all"
+    expert = settings.expert
+    if shard % expert:
+        raise MythosError(
+            f"parallel.expert: got {expert}, which does not divide the {shard} processes that share a copy of the "
+            "model (parallel.shard): the experts of a copy are divided among processes of that copy"
+        )
+    why += f"; {expert} processes share the experts" if expert > 1 else ""
+    return Layout("hsdp" if mode == "hsdp" else "fsdp", replicate, shard, why, expert=expert)
 
 
 def memory_of_device(world: World) -> int:
@@ -80,11 +105,31 @@ def usable_bytes(device: torch.device, local_size: int) -> int:
     return psutil.virtual_memory().total // local_size
 
 
-def build_mesh(layout: Layout, device_type: str) -> DeviceMesh:
-    """The processes as one row, or as `replicate` rows of `shard`; expert parallelism would add a dimension here."""
-    if layout.mode == "hsdp":
-        return init_device_mesh(device_type, (layout.replicate, layout.shard), mesh_dim_names=("replicate", "shard"))
-    return init_device_mesh(device_type, (layout.size,), mesh_dim_names=("shard",))
+class Meshes(NamedTuple):
+    """The processes as the dimensions that parameters are cut or copied along."""
+
+    dense: DeviceMesh
+    """(shard,) or (replicate, shard)."""
+    experts: DeviceMesh | None
+    """(shard, expert) or (replicate, shard, expert), where the last two divide the `shard` of `dense`; None without
+    expert parallelism. Ranks that exchange tokens are adjacent, so within a machine if it has enough of them."""
+
+    @property
+    def groups(self) -> list[dist.ProcessGroup]:
+        """The groups of this process along all dimensions."""
+        return [mesh.get_group(dimension) for mesh in self if mesh is not None for dimension in range(mesh.ndim)]
+
+
+def build_mesh(layout: Layout, device_type: str) -> Meshes:
+    """The processes as one row, or as `replicate` rows of `shard`; and once more for experts that are divided."""
+
+    def mesh(**sizes: int) -> DeviceMesh:
+        copies = {"replicate": layout.replicate} if layout.mode == "hsdp" else {}
+        shape = copies | sizes
+        return init_device_mesh(device_type, tuple(shape.values()), mesh_dim_names=tuple(shape))
+
+    dense = mesh(shard=layout.shard)
+    return Meshes(dense, mesh(shard=layout.expert_shard, expert=layout.expert) if layout.expert > 1 else None)
 
 
 class FsdpUnit(NamedTuple):
@@ -138,6 +183,26 @@ def shard_placement(parameter: nn.Parameter, shards: int) -> Shard | None:
     """
     dimension = next((d for d, size in enumerate(parameter.shape) if size % shards == 0), 0)
     return Shard(dimension) if dimension else None
+
+
+def routed_stacks(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that have one matrix per routed expert."""
+    return [stack for module in model.modules() if isinstance(module, MixtureOfExperts) for stack in module.stacks]
+
+
+def matrix_placement(stack: nn.Parameter, shards: int) -> Shard:
+    """The dimension along which the matrices of a stack of experts are cut: their rows, else their columns.
+
+    Not the experts themselves, which another dimension of the mesh divides. Raises MythosError if neither is possible.
+    """
+    dimension = next((d for d in (1, 2) if stack.shape[d] % shards == 0), None)
+    if dimension is None:
+        raise MythosError(
+            f"parallel.expert: {shards} processes share each expert's matrices, and neither {stack.shape[1]} rows nor "
+            f"{stack.shape[2]} columns can be divided by that: raise parallel.expert, or set parallel.mode=hsdp with a "
+            "smaller parallel.shard"
+        )
+    return Shard(dimension)
 
 
 def shard_numel(parameter: nn.Parameter, shards: int) -> int:

@@ -2,25 +2,35 @@
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 from mythos.config.sections import Config, ParallelConfig
-from mythos.distributed.layout import Layout, build_mesh, float32_parameters, fsdp_units, shard_placement
+from mythos.distributed.layout import (
+    Layout,
+    Meshes,
+    build_mesh,
+    float32_parameters,
+    fsdp_units,
+    matrix_placement,
+    routed_stacks,
+    shard_placement,
+)
 from mythos.distributed.ranks import World
 from mythos.errors import MythosError
 from mythos.model.halting import HaltingGate
-from mythos.model.layers import autocast_to
+from mythos.model.layers import autocast_to, local_part
+from mythos.model.moe import MixtureOfExperts
+from mythos.model.ops.expert_exchange import ExpertExchange
 from mythos.model.rdt import RDTOutput, RecurrentDepthTransformer
-from mythos.torch_internals import no_buffer_sync, prepare_compiler
+from mythos.torch_internals import mesh_placements, no_buffer_sync, prepare_compiler
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -90,6 +100,9 @@ class ParallelModel:
 
     def finish_gradients(self) -> None:
         """Average the gradients that FSDP2 does not manage, in one all-reduce. Call it after the last micro-batch."""
+        # A divided expert has the gradient of all ranks' tokens, but FSDP2 divides it only by the ranks that reduce it.
+        for gradient in _gradients(routed_stacks(self.model) if self.layout.expert > 1 else ()):
+            local_part(gradient).div_(self.layout.expert)
         if self.layout.sharded:
             gradients = _gradients(self.unsharded)
             average = self.world.sum(torch.cat([g.flatten() for g in gradients])) / self.layout.size
@@ -113,7 +126,7 @@ class ParallelModel:
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for parameters, copies in ((self.shards, self.layout.replicate), (self.unsharded, self.layout.size)):
             gradients = _gradients(p for p in parameters if p not in self.gate_parameters)
-            gradients = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+            gradients = [local_part(g) for g in gradients]
             if gradients:
                 total += get_total_norm(gradients).double().square() / copies
         return total
@@ -136,9 +149,9 @@ def parallelize(config: Config, model: RecurrentDepthTransformer, layout: Layout
     prepare_model(config, model, world.device)
     dtype = choose_dtype(config.train.dtype, world.device)
     if layout.sharded:
-        mesh = build_mesh(layout, world.device.type)
-        world.add_groups([mesh.get_group(dimension) for dimension in range(mesh.ndim)], config.parallel.start_timeout)
-        shard_model(config.parallel, model, mesh, dtype)
+        meshes = build_mesh(layout, world.device.type)
+        world.add_groups(meshes.groups, config.parallel.start_timeout)
+        shard_model(config.parallel, model, meshes, dtype)
     model.to_empty(device=world.device).initialize(config.run.seed)
     parallel = ParallelModel(model, layout, world, config.parallel, dtype)
     if parallel.ddp is not None:
@@ -200,8 +213,13 @@ def prepare_model(config: Config, model: RecurrentDepthTransformer, device: torc
     if not compiles(config, device):
         return
     prepare_compiler()
-    # With a unit for each block FSDP2 adds hooks around the blocks, which cannot be inside a graph.
-    looped = list(recurrence.blocks) if config.parallel.wrap == "block" else [recurrence]
+    if config.parallel.expert > 1:
+        looped = []  # a graph cannot contain an exchange, whose sizes are known only once tokens have been routed
+    elif config.parallel.wrap == "block":
+        # With a unit for each block FSDP2 adds hooks around the blocks, which cannot be inside a graph.
+        looped = list(recurrence.blocks)
+    else:
+        looped = [recurrence]
     for part in (*model.prelude, *looped, *model.coda):
         part.compile()
 
@@ -211,14 +229,39 @@ def compiles(config: Config, device: torch.device) -> bool:
     return device.type == "cuda" if config.train.compile == "auto" else config.train.compile
 
 
-def shard_model(
-    settings: ParallelConfig, model: RecurrentDepthTransformer, mesh: DeviceMesh, dtype: torch.dtype
-) -> None:
-    """Apply `fully_shard` to the units of :func:`~mythos.distributed.layout.fsdp_units`."""
+def divide_experts(model: RecurrentDepthTransformer, mesh: DeviceMesh) -> None:
+    """Replace the experts of a model on the meta device by the share of this rank, along the dimension "expert"."""
+    mesh = mesh["expert"]
+    for module in model.recurrence.modules():
+        if not isinstance(module, MixtureOfExperts):
+            continue
+        for name in ("gate_up", "down"):
+            whole = getattr(module, name)
+            share = whole.new_empty(len(whole) // mesh.size(), *whole.shape[1:])
+            setattr(module, name, nn.Parameter(DTensor.from_local(share, mesh, [Shard(0)], run_check=False)))
+        module.exchange = ExpertExchange(mesh.get_group(), mesh.size())
+
+
+def _expert_placements(model: RecurrentDepthTransformer, mesh: DeviceMesh) -> dict[nn.Parameter, Any]:
+    """For the parameters of divided experts, how `fully_shard` cuts their matrices: along "shard" of their own mesh."""
+    over = mesh["replicate", "shard"] if mesh.ndim == 3 else mesh["shard"]
+    on_mesh = mesh_placements(over)
+    return {stack: on_mesh(matrix_placement(stack, over.size(over.ndim - 1))) for stack in routed_stacks(model)}
+
+
+def shard_model(settings: ParallelConfig, model: RecurrentDepthTransformer, meshes: Meshes, dtype: torch.dtype) -> None:
+    """Apply `fully_shard` to the units of :func:`~mythos.distributed.layout.fsdp_units`.
+
+    Raises MythosError if the experts' matrices cannot be divided.
+    """
+    shards, experts = meshes.dense.size(meshes.dense.ndim - 1), {}
+    if meshes.experts is not None:
+        divide_experts(model, meshes.experts)
+        experts = _expert_placements(model, meshes.experts)
     common: dict[str, Any] = {
-        "mesh": mesh,
+        "mesh": meshes.dense,
         "ignored_params": set(float32_parameters(model)),
-        "shard_placement_fn": partial(shard_placement, shards=mesh.size(mesh.ndim - 1)),
+        "shard_placement_fn": lambda parameter: experts.get(parameter) or shard_placement(parameter, shards),
     }
     if settings.wrap == "block":
         model.recurrence.share_weights = False
@@ -227,3 +270,5 @@ def shard_model(
         fully_shard(unit.module, mp_policy=unit.policy, reshard_after_forward=unit.reshard, **common)
     for module, method in ((model, "read_depths"), (model, "extend"), (model.recurrence, "extend")):
         register_fsdp_forward_method(module, method)
+    for block in model.recurrence.blocks if settings.wrap == "block" else ():
+        register_fsdp_forward_method(block, "serve_experts")

@@ -14,7 +14,7 @@ from mythos.config.sections import Config
 from mythos.distributed.host_memory import keep_freed_memory
 from mythos.errors import MythosError, short_reason
 from mythos.files.local import advise
-from mythos.torch_internals import set_timeout
+from mythos.torch_internals import has_mesh_placements, set_timeout
 
 T = TypeVar("T")
 
@@ -167,8 +167,8 @@ def join_world(config: Config) -> World:
     """
     parallel = config.parallel
     world = meet_world(config.train.device, start_timeout=parallel.start_timeout, timeout=parallel.timeout)
+    check_fit(config, world.size)
     if world.size > 1:
-        check_fit(config, world.size)
         check_same_config(config, world.ranks)
     if world.device.type == "cpu":
         keep_freed_memory()
@@ -251,15 +251,29 @@ def _meeting_failed(rank: int, size: int, error: Exception) -> str:
 
 
 def check_fit(config: Config, size: int) -> None:
-    """Raise MythosError if `size` processes cannot share the configuration's streams evenly."""
-    streams = config.data.streams
+    """Raise MythosError, naming all reasons, if `size` processes cannot share the streams evenly, or the experts."""
+    streams, expert = config.data.streams, config.parallel.expert
+    problems = []
     if streams % size:
         fitting = [n for n in range(1, streams + 1) if streams % n == 0]
         nearest = sorted(sorted(fitting, key=lambda n: abs(n - size))[:3])
-        raise MythosError(
+        problems.append(
             f"data.streams: {streams} is not a multiple of the {size} processes. Use a number of processes that "
             f"divides it (nearest: {', '.join(map(str, nearest))}); changing data.streams starts another run."
         )
+    if size % expert:
+        processes = "1 process" if size == 1 else f"{size} processes"
+        problems.append(
+            f"parallel.expert: got {expert} and {processes}; the first must divide the number of processes. Start a "
+            f"multiple of {expert}, or set parallel.expert to a divisor of both that number and model.n_experts"
+        )
+    if expert > 1 and not has_mesh_placements():
+        problems.append(
+            f"parallel.expert: got {expert} with torch {torch.__version__}; expert parallelism needs torch 2.13 or "
+            "later. Install it, or set parallel.expert=1"
+        )
+    if problems:
+        raise MythosError("\n".join(problems))
 
 
 def check_same_config(config: Config, ranks: Ranks) -> None:

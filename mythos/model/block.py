@@ -58,6 +58,11 @@ class Block(nn.Module):
             return norm(torch.add(x, output, alpha=self.scale))
         return torch.add(x, norm(output), alpha=self.scale)
 
+    def serve_experts(self, x: Tensor, weights: ExpertWeights | None) -> None:
+        """`MixtureOfExperts.serve` of this block, which FSDP2 may have to gather first."""
+        assert isinstance(self.ffn, MixtureOfExperts), "dense blocks exchange nothing"
+        self.ffn.serve(x, weights)
+
 
 def input_norm(config: ModelConfig, looped: bool) -> RMSNorm:
     """The norm before attention or feed-forward; `model.loop_norm` names that of `looped` blocks."""

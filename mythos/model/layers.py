@@ -132,6 +132,11 @@ def initialize(model: nn.Module, seed: int) -> None:
         buffer.zero_()
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor: all of it, unless it is a DTensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def _initializer(model: nn.Module, name: str) -> Initializer:
     owner_name, _, leaf = name.rpartition(".")
     return vars(model.get_submodule(owner_name))["initializers"][leaf]
@@ -139,12 +144,17 @@ def _initializer(model: nn.Module, name: str) -> Initializer:
 
 def _draw_stack(initializer: Initializer, parameter: Tensor, seed: int, name: str) -> None:
     """Fill a stack (E, n, m), or this rank's shard of it, using memory for one more matrix (n, m)."""
-    experts, rows, columns = (_local_slice(parameter, dim) for dim in range(3))
-    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    experts, rows, columns = local_slices(parameter)
+    local = local_part(parameter)
     matrix = torch.empty(parameter.shape[1:], dtype=torch.float32, device="cpu")
     for index, expert in enumerate(range(experts.start, experts.stop)):
         initializer(matrix, random_stream(seed, name, expert))
         local[index].copy_(matrix[rows, columns])
+
+
+def local_slices(tensor: Tensor) -> tuple[slice, ...]:
+    """For every dimension of a tensor, the range of its indices that this rank has."""
+    return tuple(_local_slice(tensor, dim) for dim in range(tensor.ndim))
 
 
 def _local_slice(parameter: Tensor, dim: int) -> slice:

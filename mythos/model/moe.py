@@ -9,12 +9,14 @@ from mythos.model.layers import (
     SwiGLU,
     autocast_dtype,
     dense_feed_forward,
+    local_part,
     loop_rows,
     noise,
     truncated_normal,
     without_autocast,
     zeros,
 )
+from mythos.model.ops.expert_exchange import ExpertExchange
 from mythos.model.ops.grouped_experts import ExpertWeights, run_experts
 from mythos.model.ops.matmul import float32_linear
 from mythos.model.ops.recompute import recomputable
@@ -142,10 +144,17 @@ class MixtureOfExperts(nn.Module):
         self.initializers: dict[str, Initializer] = {"gate_up": truncated_normal(dim), "down": zeros}
         shared = config.n_shared_experts * config.shared_expert_dim
         self.shared = SwiGLU(dim, shared) if shared else None
+        self.exchange: ExpertExchange | None = None
+        """Sends tokens to the ranks that hold their experts; None if this rank holds all."""
+
+    @property
+    def stacks(self) -> list[nn.Parameter]:
+        """The routed experts' parameters, each with one matrix per expert."""
+        return [self.gate_up, self.down]
 
     def weights(self, dtype: torch.dtype) -> ExpertWeights:
-        """The routed experts' weights for a step whose matmuls are in `dtype`."""
-        return ExpertWeights(self.gate_up, self.down, dtype)
+        """The weights of the routed experts that this rank holds, for a step whose matmuls are in `dtype`."""
+        return ExpertWeights(local_part(self.gate_up), local_part(self.down), dtype)
 
     def forward(
         self, x: Tensor, weights: ExpertWeights | None = None, loop: Tensor | None = None
@@ -158,10 +167,24 @@ class MixtureOfExperts(nn.Module):
         tokens_ND = x.flatten(0, 1)
         gates_NK, experts_NK = self.router(tokens_ND, loop)
         weights = weights or self.weights(autocast_dtype(x))
-        output = run_experts(tokens_ND, gates_NK, experts_NK, weights).view_as(x)
-        if self.shared is not None:
-            output = output + self.shared(x)
+        if self.exchange is None:
+            output = run_experts(tokens_ND, gates_NK, experts_NK, weights).view_as(x)
+            shared = None if self.shared is None else self.shared(x)
+        else:
+            dispatch = self.exchange.start(experts_NK, len(weights.gate_up))
+            shared = None if self.shared is None else self.shared(x)  # runs while the counts travel
+            output = dispatch.run(tokens_ND, gates_NK, weights).view_as(x)
+        if shared is not None:
+            output = output + shared
         return output, experts_NK.view(*x.shape[:2], -1)
+
+    def serve(self, x: Tensor, weights: ExpertWeights | None) -> None:
+        """Run this rank's experts for the tokens of other ranks, without own ones; x (..., D) gives type and device."""
+        assert self.exchange is not None, "the experts are shared"
+        weights = weights or self.weights(autocast_dtype(x))
+        gates = torch.empty(0, self.router.chosen, device=x.device)
+        dispatch = self.exchange.start(gates.long(), len(weights.gate_up))
+        dispatch.run(x.flatten(0, -2)[:0], gates, weights)
 
 
 class CoreFeedForward:

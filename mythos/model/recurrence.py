@@ -18,6 +18,7 @@ from mythos.model.injection import Injection
 from mythos.model.lanes import StateLanes, write_lanes
 from mythos.model.layers import Initializer, Linear, RMSNorm, autocast_dtype, loop_rows, ones, zeros
 from mythos.model.moe import MixtureOfExperts, core_class
+from mythos.model.ops.expert_exchange import CheckpointedPass, ExpertExchange
 from mythos.model.ops.grouped_experts import ExpertWeights
 from mythos.model.ops.recompute import Selective, recomputable
 from mythos.model.ops.shared_weight import SharedWeight
@@ -122,6 +123,11 @@ class Recurrence(nn.Module):
         """Encoded input of stage `number` (1 and up), of the shape of the last state of the stage before."""
         return self.stage_norms[number - 1](state) if self.stage_norms else state
 
+    @property
+    def exchange(self) -> ExpertExchange | None:
+        """The exchange of tokens with the ranks that share the experts; None if this rank holds all."""
+        return next((block.ffn.exchange for block in self.blocks if isinstance(block.ffn, MixtureOfExperts)), None)
+
     def compile(self, **options: Any) -> None:
         """Run each pass of training and validation (injection, adapter, blocks) as one graph of torch.compile."""
         self.compiled_step = torch.compile(self.step, fullgraph=True, **options)
@@ -204,7 +210,12 @@ class Recurrence(nn.Module):
                 pass_weights = list(zip(stage.linears, in_pass, strict=bool(in_pass)))
                 if self.checkpointing == "loop" and torch.is_grad_enabled():
                     after, output, experts = checkpoint(
-                        self.run, pass_weights, *inputs, use_reentrant=False, preserve_rng_state=random
+                        self.run,
+                        pass_weights,
+                        *inputs,
+                        use_reentrant=False,
+                        preserve_rng_state=random,
+                        context_fn=CheckpointedPass.contexts,
                     )
                 elif self.checkpointing == "selective" and torch.is_grad_enabled() and not self.compiled_step:
                     with Selective(e.device):
@@ -231,9 +242,11 @@ class Recurrence(nn.Module):
         """Run packed positions until `halting` stops them or for their number of loops, and write them to the cache.
 
         e is (N, 1, D); `loops` is one host integer for all positions, or one for each. A position that has stopped
-        leaves the batch: later passes compute nothing for it, and other positions see its last keys and values. Returns
-        h_T (N, 1, D) float32, and the passes of each position, (N,) int64. With several stages `halting` stops a
-        position in each of them anew, and the passes are the mean over the stages, rounded up.
+        leaves the batch: later passes compute nothing for it, and other positions see its last keys and values. With
+        several stages `halting` stops a position in each of them anew, and its passes are the mean over the stages,
+        rounded up. Ranks that share experts must call this together, with the same largest number of loops; a rank
+        whose positions have all stopped goes on to compute for the others. Returns h_T (N, 1, D) float32, and the
+        passes of each position, (N,) int64.
         """
         state, passes = self.extend_stage(self.stages[0], e, context, loops, halting, minimum)
         for number, stage in enumerate(self.stages[1:], start=1):
@@ -272,7 +285,14 @@ class Recurrence(nn.Module):
         final_state, loops_run = torch.empty_like(output), torch.empty_like(limits)
         # Indices of the running positions among the N, and the rule's memory of them.
         running, memory = torch.arange(len(e), device=e.device), None
+        exchange = self.exchange
         for done in range(1, deepest + 1):
+            if exchange is not None:
+                if not exchange.any_rank(len(running) > 0, e.device):
+                    break
+                if len(running) == 0:
+                    self.serve_experts(e, blocks, weights)
+                    continue
             before, slot, at_loop = output, slots[done - 1 : done], context.at_loop(done - 1)
             state, output, _ = self.step(state, shared, injected, slot, at_loop, blocks, weights)
             stop = limits[running] <= done if done in depths else None
@@ -290,12 +310,21 @@ class Recurrence(nn.Module):
             loops_run[running[stopped]] = done
             context.cache.freeze(context.rows[stopped], context.positions[stopped], done - 1, stage.layers)
             if len(stopped) == len(running):
-                break
+                running = running[:0]
+                if exchange is None:
+                    break
+                continue
             going = (~stop).nonzero().squeeze(1)
             running, context = running[going], context.keep(going)
             state, output, injected = state[going], output[going], injected[going]
             memory = None if memory is None else memory[going]
         return final_state, loops_run
+
+    def serve_experts(self, x: Tensor, blocks: Sequence[nn.Module], weights: Sequence[ExpertWeights | None]) -> None:
+        """Take part in the exchanges of one pass without positions of this rank; x as in `Block.serve_experts`."""
+        for block, block_weights in zip(blocks, weights, strict=True):
+            assert isinstance(block, Block), "the core has no other modules"
+            block.serve_experts(x, block_weights)
 
     def run(self, pass_weights: Sequence[tuple[Linear, Tensor]], *inputs: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
         """`step` with this pass's weights of the linear maps, compiled if the core is."""

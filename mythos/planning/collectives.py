@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 
 from mythos.config.sections import Config
@@ -15,6 +16,9 @@ from mythos.planning.rank_state import RankState, accumulates, compute_dtype, mi
 from mythos.torch_internals import init_fake_processes
 from mythos.training.muon import Muon
 from mythos.training.optim import build_optimizer
+
+EXPERT_EXCHANGE = "token all-to-all"
+"""Kind of the collectives of expert parallelism."""
 
 
 @dataclass
@@ -63,6 +67,25 @@ def muon_exchanges(config: Config, layout: Layout) -> tuple[tuple[int, ...], tup
         return gathered, tuple(exchange.bytes for exchange in optimizer.exchanges)
 
 
+def expert_exchanges(config: Config, layout: Layout, loops: int, backprop: int) -> Exchange:
+    """All-to-alls of expert parallelism in a step, and the bytes of the rows that a rank's own tokens make.
+
+    Each micro-batch, block and loop exchanges counts, rows (with their gates, 4 bytes each) and results; a backward
+    pass the gradients of both. With checkpointing "loop" the recomputation exchanges rows and results once more, except
+    for results that no gradient needs: those of the last block, unless a norm follows or lanes are written.
+    """
+    model, itemsize = config.model, compute_dtype(config).itemsize
+    micro, blocks = micro_batches(config, layout.size), model.core_layers
+    slots = config.train.global_batch // layout.size * config.data.sequence_length * model.experts_per_token
+    result, row = slots * model.dim * itemsize, slots * (model.dim * itemsize + 4)
+    counts, rows, results = loops * blocks, (loops + backprop) * blocks, (loops + backprop) * blocks
+    if config.parallel.activation_checkpointing == "loop":
+        rows += backprop * blocks
+        results += backprop * (blocks - (model.block_norm == "pre" and model.lanes == 1))
+    size = micro * counts * model.n_experts * torch.int64.itemsize + rows * row + results * result
+    return Exchange(micro * (counts + rows + results), size)
+
+
 def collectives(config: Config, state: RankState, loops: int, backprop: int) -> dict[str, Exchange]:
     """Collectives of an optimizer step whose micro-batches all run `loops` loops, the last `backprop` with gradient.
 
@@ -83,23 +106,23 @@ def collectives(config: Config, state: RankState, loops: int, backprop: int) -> 
     if layout.mode == "ddp":
         sums = Exchange(state.buckets, state.gradients)
     stages = len(loop_stages(config.model))
-    several = sum(unit.looped for unit in state.units) > 1 and stages == 1
-    last = max((index for index, unit in enumerate(state.units) if unit.looped), default=-1)
+    looped_blocks = [index for index, unit in enumerate(state.units) if unit.looped and not unit.experts]
+    several, last = len(looped_blocks) > 1 and stages == 1, max(looped_blocks, default=-1)
     for index, unit in enumerate(state.units):
         if unit.looped:
             passes = backprop if unit.kept else loops + backprop
-            in_vain = several and index == last and loops > backprop
+            in_vain = several and index >= last and loops > backprop  # its experts follow it
             times = passes + in_vain
         else:
             times = (stages if unit.injects else 1) if unit.kept else 2
         backward_passes = backprop if unit.looped else stages if unit.injects else 1
         separate = backward_passes > 1 and accumulates(config, layout.size)
         reductions = 2 if separate else 1
-        if layout.shard > 1:
+        if unit.ranks(layout) > 1:
             gathers.add(micro * times, unit.gathered)
             scatters.add(reductions if config.parallel.reduce == "step" else micro, unit.reduced)
         if layout.mode == "hsdp":
-            sums.add(reductions, unit.reduced // layout.shard)
+            sums.add(reductions, unit.reduced // unit.ranks(layout))
     if layout.sharded:
         sums.add(1, state.replicated)
     if layout.size > 1:
@@ -109,4 +132,7 @@ def collectives(config: Config, state: RankState, loops: int, backprop: int) -> 
         for size in gathered:
             gathers.add(1, size)
         exchanges = Exchange(2 * len(exchanged), 2 * sum(exchanged))
-    return {"all-gather": gathers, "reduce-scatter": scatters, "all-reduce": sums, "all-to-all": exchanges}
+    kinds = {"all-gather": gathers, "reduce-scatter": scatters, "all-reduce": sums, "all-to-all": exchanges}
+    if layout.expert > 1:
+        kinds[EXPERT_EXCHANGE] = expert_exchanges(config, layout, loops, backprop)
+    return kinds

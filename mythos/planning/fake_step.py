@@ -2,20 +2,22 @@
 
 import gc
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mythos.config.sections import Config, ParallelConfig
 from mythos.distributed.layout import float32_parameters
 from mythos.distributed.parallel import prepare_model
 from mythos.model.config import ModelConfig
+from mythos.model.moe import MixtureOfExperts
 from mythos.model.ops import device_choice
+from mythos.model.ops.expert_exchange import Dispatch, ExpertExchange, Splits
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.planning.trace_cache import remembered
 from mythos.torch_internals import CPU_FLASH, CPU_FLASH_BACKWARD, FakeTensorMode
@@ -44,6 +46,8 @@ class Step:
     """FSDP2 gathers the weights in `dtype` and reduces the gradients. The caller counts those bytes, not the trace."""
     shared: bool = True
     """All loops share what is derived from the weights. False if FSDP2 gathers the core's blocks one by one."""
+    expert: int = 1
+    """Ranks that share the experts. The step runs on one of them, and every expert gets equally many tokens."""
 
 
 @contextmanager
@@ -60,6 +64,8 @@ def fake_model(config: ModelConfig, step: Step) -> Iterator[RecurrentDepthTransf
             model = RecurrentDepthTransformer(config)
             parallel = ParallelConfig.model_validate({"activation_checkpointing": step.checkpointing})
             prepare_model(Config(parallel=parallel), model, torch.device("cpu"))
+            if step.expert > 1:
+                hold_share_of_experts(model, step.expert)
             if not step.shared:
                 model.recurrence.share_weights = False
             if step.gathered:
@@ -71,6 +77,38 @@ def fake_model(config: ModelConfig, step: Step) -> Iterator[RecurrentDepthTransf
     finally:
         if not frozen:
             gc.unfreeze()
+
+
+class BalancedExchange(ExpertExchange):
+    """Stands for the exchange of tokens in a plan: sends nothing, and as many rows arrive as leave."""
+
+    def __init__(self, ranks: int) -> None:
+        super().__init__(None, ranks)
+
+    def start(self, experts: Tensor, held: int) -> Dispatch:
+        """As if every rank's share of the chosen experts (N, k) were equally large."""
+        slots = experts.numel()
+        self.rows = [slots // self.ranks + (rank < slots % self.ranks) for rank in range(self.ranks)]
+        return super().start(experts, held)
+
+    def exchange_counts(self, sent: Tensor) -> Callable[[], Splits]:
+        """The same counts as leave."""
+        rows = self.rows
+        return lambda: Splits(rows, rows, torch.empty_like(sent))
+
+    def send(self, rows: Tensor, leaving: list[int], coming: list[int]) -> Tensor:
+        """Rows without values."""
+        return rows.new_empty(sum(coming), *rows.shape[1:])
+
+
+def hold_share_of_experts(model: RecurrentDepthTransformer, ranks: int) -> None:
+    """Leave a model the experts that one of `ranks` ranks holds."""
+    for module in model.modules():
+        if isinstance(module, MixtureOfExperts):
+            for name in ("gate_up", "down"):
+                whole = getattr(module, name)
+                setattr(module, name, nn.Parameter(whole.new_empty(len(whole) // ranks, *whole.shape[1:])))
+            module.exchange = BalancedExchange(ranks)
 
 
 def run_forward(model: RecurrentDepthTransformer, step: Step) -> Tensor:

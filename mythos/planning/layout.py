@@ -10,7 +10,9 @@ from mythos.config.sections import Config, ParallelConfig
 from mythos.distributed.layout import Layout, memory_of_device, named_layout
 from mythos.distributed.parallel import choose_dtype
 from mythos.distributed.ranks import World
+from mythos.errors import MythosError
 from mythos.planning.rank_state import activations, rank_state, working_memory
+from mythos.torch_internals import has_mesh_placements
 
 logger = logging.getLogger(__name__)
 
@@ -27,19 +29,21 @@ MOST_RANKS = 2**16
 def choose_layout(config: Config, size: int, local_size: int, memory: int) -> Layout:
     """Resolve `parallel.mode` for `size` processes, `local_size` per machine, on devices of `memory` bytes.
 
-    auto takes the first of ddp, hsdp within each machine, and fsdp (least communication first) whose training state,
-    buffers and activations of the deepest micro-batch fit in USABLE_SHARE of the memory. If none fits it takes the one
-    that needs least; the layout's `fits` is false if that exceeds the memory. Activations are traced, which takes
-    seconds, only where they decide. Raises MythosError for a mode that does not suit the number of processes.
+    auto takes the first of ddp (unless parallel.expert divides the experts), hsdp within each machine, and fsdp (least
+    communication first) whose training state, buffers and activations of the deepest micro-batch fit in USABLE_SHARE of
+    the memory. If none fits it takes the one that needs least; the layout's `fits` is false if that exceeds the memory.
+    Activations are traced, which takes seconds, only where they decide. Raises MythosError for a mode that does not
+    suit the number of processes.
     """
     if size == 1 or config.parallel.mode != "auto":
         return named_layout(config.parallel, size, local_size)
     if config.train.micro_batch == "auto":  # The trainer fits it to the memory that is left, which must hold one row.
         config = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": 1})})
-    candidates = [Layout("ddp", size, 1, "")]
-    if 1 < local_size < size and size % local_size == 0:
-        candidates.append(Layout("hsdp", size // local_size, local_size, ""))
-    candidates.append(Layout("fsdp", 1, size, ""))
+    expert = config.parallel.expert
+    candidates = [Layout("ddp", size, 1, "")] if expert == 1 else []
+    if 1 < local_size < size and size % local_size == 0 and local_size % expert == 0:
+        candidates.append(Layout("hsdp", size // local_size, local_size, "", expert=expert))
+    candidates.append(Layout("fsdp", 1, size, "", expert=expert))
 
     @cache
     def traced(sharded: bool) -> int:
@@ -102,7 +106,7 @@ class Fit:
 
 
 def find_fit(config: Config, ranks: int, machine_ranks: int, device_memory: int) -> Fit | int:
-    """Find a layout that fits on `ranks` processes, or on 2, 4, 8... times as many.
+    """Find a layout that fits on `ranks` processes, or on 2, 4, 8... times as many, with parallel.expert as configured.
 
     Settings that communicate least are tried first: as configured, then gradients reduced in every micro-batch, then
     the core's blocks gathered one at a time; for each, copies of the model over as few processes as possible. If none
@@ -111,17 +115,20 @@ def find_fit(config: Config, ranks: int, machine_ranks: int, device_memory: int)
     settings = config.parallel
     ways = list(product(dict.fromkeys((settings.wrap, "block")), dict.fromkeys((settings.reduce, "micro_batch"))))
     working_bytes: list[int] = []
-    size = max(2, ranks)
+    size = max(2, ranks, settings.expert)
     while not working_bytes or size <= MOST_RANKS:
         shards = [n for n in range(2, size + 1) if size % n == 0] if size == ranks else [size]
         open_ways = len(ways)
         for wrap, reduce in ways:
-            for shard in shards:
+            for shard in (n for n in shards if n % settings.expert == 0):
                 mode = {"mode": "fsdp", "shard": None} if shard == size else {"mode": "hsdp", "shard": shard}
                 changes = {**mode, "replicate": None, "wrap": wrap, "reduce": reduce, "reshard_after_forward": True}
                 changed = with_parallel(config, **changes)
                 layout = named_layout(changed.parallel, size, min(size, machine_ranks))
-                state = rank_state(changed, layout)
+                try:
+                    state = rank_state(changed, layout)
+                except MythosError:  # so many processes cannot divide an expert's matrices, nor can more
+                    return min(working_bytes, default=device_memory)
                 working = working_memory(changed, state).total
                 if state.total + working <= device_memory:
                     return Fit(changed.parallel, size, state.total + working)
@@ -135,28 +142,45 @@ def find_fit(config: Config, ranks: int, machine_ranks: int, device_memory: int)
     return min(working_bytes)
 
 
+def expert_counts(config: Config) -> list[int]:
+    """Values of parallel.expert to try: the configured one, then powers of 2 above it that divide the experts."""
+    experts = config.model.n_experts if config.model.core_ffn == "moe" and has_mesh_placements() else 1
+    powers = [2**power for power in range(1, experts.bit_length()) if experts % 2**power == 0]
+    return [config.parallel.expert, *(power for power in powers if power > config.parallel.expert)]
+
+
 def shortage(config: Config, ranks: int, machine_ranks: int, device_memory: int) -> str:
     """Say that a configuration does not fit, and what would fit on devices of `device_memory` bytes."""
-    sharded = activations(config, Layout("fsdp", 1, max(2, ranks), ""))
-    if sharded.peak >= device_memory:
+    least: list[tuple[int, int]] = []  # bytes of what is gathered and reduced, and of activations
+    alone: list[int] = []  # bytes of activations that do not fit alone
+    for expert in expert_counts(config):
+        divided = with_parallel(config, expert=expert)
+        size = max(2, ranks, expert)
+        step = activations(divided, Layout("fsdp", 1, size - size % expert, "", expert=expert)).peak
+        if step >= device_memory:
+            alone.append(step)
+            continue
+        fit = find_fit(divided, ranks, machine_ranks, device_memory - step)
+        if isinstance(fit, Fit):
+            overrides = [
+                f"parallel.{name}={'null' if value is None else str(value).lower()}"
+                for name, value in fit.parallel
+                if value != getattr(config.parallel, name)
+            ]
+            where = "" if fit.ranks == ranks else f" on {fit.ranks:,} processes"
+            return f"does not fit; {' '.join(overrides)}{where} would, with {gib(fit.needed + step)} GiB"
+        least.append((fit, step))
+    if not least:
         return (
-            f"does not fit, for activations alone take {gib(sharded.peak)} GiB: lower train.micro_batch or "
+            f"does not fit, for activations alone take {gib(min(alone))} GiB: lower train.micro_batch or "
             "data.sequence_length, or set parallel.activation_checkpointing=loop"
         )
-    fit = find_fit(config, ranks, machine_ranks, device_memory - sharded.peak)
-    if isinstance(fit, int):
-        return (
-            f"does not fit, nor would any mode on any number of processes: each needs at least {gib(fit)} GiB for the "
-            f"unit it gathers and reduces, and {gib(sharded.peak)} for activations. That takes expert parallelism, "
-            "which is planned, smaller micro-batches, or devices of more memory."
-        )
-    overrides = [
-        f"parallel.{name}={'null' if value is None else str(value).lower()}"
-        for name, value in fit.parallel
-        if value != getattr(config.parallel, name)
-    ]
-    where = "" if fit.ranks == ranks else f" on {fit.ranks:,} processes"
-    return f"does not fit; {' '.join(overrides)}{where} would, with {gib(fit.needed + sharded.peak)} GiB"
+    working, step = min(least, key=sum)
+    return (
+        f"does not fit, nor would any mode on any number of processes: each needs at least {gib(working)} GiB for the "
+        f"unit it gathers and reduces, and {gib(step)} for activations. Lower train.micro_batch or "
+        "data.sequence_length, or use devices of more memory."
+    )
 
 
 def with_parallel(config: Config, **changes: Any) -> Config:

@@ -138,7 +138,8 @@ def training_cost(config: Config) -> TrainingCost:
 
 
 def _mode(layout: Layout) -> str:
-    return f"hsdp, {layout.replicate} x {layout.shard}" if layout.mode == "hsdp" else layout.mode
+    copies = f"hsdp, {layout.replicate} x {layout.shard}" if layout.mode == "hsdp" else layout.mode
+    return f"{copies}, experts over {layout.expert}" if layout.expert > 1 else copies
 
 
 def _cache_line(config: Config) -> str:

@@ -1,13 +1,21 @@
 """Bytes that a rank holds and allocates under a layout, computed before any process starts."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from mythos.config.sections import Config
-from mythos.distributed.layout import Layout, float32_parameters, fsdp_units, shard_numel
+from mythos.distributed.layout import (
+    Layout,
+    float32_parameters,
+    fsdp_units,
+    matrix_placement,
+    routed_stacks,
+    shard_numel,
+)
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.planning.fake_step import Step
 from mythos.planning.flops import build_on_meta
@@ -43,6 +51,12 @@ class Unit:
     """The core's parameters outside such blocks, which stay gathered while the blocks run."""
     injects: bool = False
     """The injection, which runs once before each loop over core layers."""
+    experts: bool = False
+    """Experts that expert parallelism divides: gathered together with the unit before, but over fewer ranks."""
+
+    def ranks(self, layout: Layout) -> int:
+        """Number of ranks that gather it together."""
+        return layout.expert_shard if self.experts else layout.shard
 
 
 @dataclass(frozen=True)
@@ -115,11 +129,22 @@ def _decoded(value: dict[str, Any]) -> RankState:
 
 @stored(_decoded)
 def rank_state(config: Config, layout: Layout) -> RankState:
-    """Compute the training state of rank 0 from the shapes of a model on the meta device."""
+    """Compute the training state of rank 0 from the shapes of a model on the meta device.
+
+    Raises MythosError if experts cannot be divided as the layout says.
+    """
     model = build_on_meta(config.model)
     parameters = list(model.parameters())
     whole = set(float32_parameters(model) if layout.sharded else parameters)
-    numel: dict[torch.Tensor, int] = {p: p.numel() if p in whole else shard_numel(p, layout.shard) for p in parameters}
+    divided = set(routed_stacks(model) if layout.expert > 1 else ())
+
+    def held(parameter: nn.Parameter) -> int:
+        if parameter in divided:  # evenly, or `matrix_placement` raises
+            matrix_placement(parameter, layout.expert_shard)
+            return parameter.numel() // layout.shard
+        return parameter.numel() if parameter in whole else shard_numel(parameter, layout.shard)
+
+    numel: dict[torch.Tensor, int] = {p: held(p) for p in parameters}
     optimizer = build_optimizer(model, config.optim, compute_dtype(config))
     # A moment has its parameter's shape and is sharded like it; a step counter is a scalar.
     states = [
@@ -146,24 +171,43 @@ def _units(config: Config, model: RecurrentDepthTransformer, layout: Layout) -> 
     """Sizes of the units of :func:`fsdp_units`, in the order of the forward pass."""
     order = {module: number for number, module in enumerate(model.modules())}
     blocks, split = set(model.recurrence.blocks), config.parallel.wrap == "block"
+    divided = set(routed_stacks(model) if layout.expert > 1 else ())
     units = fsdp_units(config.parallel, model, compute_dtype(config))
     for unit in sorted(units, key=lambda unit: order[unit.module]):
         if not unit.parameters:
             continue
         computed = unit.policy.param_dtype or unit.parameters[0].dtype
         reduced = unit.policy.reduce_dtype or computed
-        padded = layout.shard * sum(shard_numel(p, layout.shard) for p in unit.parameters)
-        unpadded = sum(p.numel() for p in unit.parameters)
-        yield Unit(
-            gathered=padded * computed.itemsize,
-            gradient=unpadded * computed.itemsize,
-            accumulated=unpadded * reduced.itemsize,
-            reduced=padded * reduced.itemsize,
-            kept=not unit.reshard,
-            looped=unit.module in blocks,
-            outer=unit.module is model.recurrence and split,
-            injects=unit.module is model.recurrence.injection,
-        )
+        for experts in (False, True):
+            parameters = [p for p in unit.parameters if (p in divided) == experts]
+            if not parameters:
+                continue
+            unpadded = padded = sum(p.numel() for p in parameters) // (layout.expert if experts else 1)
+            if not experts:
+                padded = layout.shard * sum(shard_numel(p, layout.shard) for p in parameters)
+            yield Unit(
+                gathered=padded * computed.itemsize,
+                gradient=unpadded * computed.itemsize,
+                accumulated=unpadded * reduced.itemsize,
+                reduced=padded * reduced.itemsize,
+                kept=not unit.reshard,
+                looped=unit.module in blocks,
+                outer=unit.module is model.recurrence and split,
+                experts=experts,
+                injects=unit.module is model.recurrence.injection,
+            )
+
+
+def gathered_together(units: Sequence[Unit]) -> list[Unit]:
+    """The units, with divided experts added to the unit that they are gathered with."""
+    joined: list[Unit] = []
+    for unit in units:
+        if not unit.experts:
+            joined.append(unit)
+            continue
+        sizes = ("gathered", "gradient", "accumulated", "reduced")
+        joined[-1] = replace(joined[-1], **{name: getattr(joined[-1], name) + getattr(unit, name) for name in sizes})
+    return joined
 
 
 def working_memory(config: Config, state: RankState) -> Working:
@@ -174,7 +218,7 @@ def working_memory(config: Config, state: RankState) -> Working:
     before it; then the reduce-scatter's buffer replaces its weights. Whole gradients of the core's blocks stay until
     the backward pass has reached the first loop, and those of the root (embedding and head) throughout.
     """
-    units = state.units
+    units = gathered_together(state.units)
     if not units:
         return Working(0, 0, 0)
     accumulating = accumulates(config, state.layout.size)
@@ -199,7 +243,8 @@ def working_memory(config: Config, state: RankState) -> Working:
 def activations(config: Config, layout: Layout, checkpointing: str | None = None) -> Activations:
     """Activation memory of a rank's deepest micro-batch, with `checkpointing` instead of the configured mode.
 
-    All rows are assumed to have the largest depth. Document masks are not counted. Under DDP the gradients always
+    All rows are assumed to have the largest depth, and all experts of an expert-parallel layout equally many tokens.
+    Document masks are not counted. Under DDP the gradients always
     exist, because its buckets do.
     """
     rows, backprop = deepest_micro_batch(config, layout.size)
@@ -216,5 +261,6 @@ def activations(config: Config, layout: Layout, checkpointing: str | None = None
             accumulating=layout.mode == "ddp" or micro_batches(config, layout.size) > 1,
             gathered=layout.sharded,
             shared=not (layout.sharded and config.parallel.wrap == "block"),
+            expert=layout.expert,
         ),
     )

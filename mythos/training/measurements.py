@@ -94,14 +94,20 @@ def expert_balance(load: Tensor) -> dict[str, float]:
     }
 
 
-def loop_loads(load: Tensor | None) -> dict[str, float]:
+def loop_loads(load: Tensor | None, ranks: int = 1) -> dict[str, float]:
     """`moe/load_max_over_mean@<loop>` from the same counts, for the loops that tokens ran; empty for dense cores.
 
-    The last loop index counts all deeper loops too.
+    If `ranks` share the experts, `moe/rank_load_max_over_mean@<loop>` is the same of the rank with most tokens: the
+    others wait for it in every exchange. The last loop index counts all deeper loops too.
     """
     if load is None:
         return {}
-    counts = load.double()
-    busiest = (counts.amax(-1) / counts.mean(-1)).amax(0).tolist()
-    # NaN: 0 / 0 in a loop that no token ran.
-    return {f"moe/load_max_over_mean@{loop}": x for loop, x in enumerate(busiest, start=1) if not math.isnan(x)}
+    figures = {"moe/load_max_over_mean": load.double()}
+    if ranks > 1:
+        figures["moe/rank_load_max_over_mean"] = load.double().unflatten(-1, (ranks, -1)).sum(-1)
+    return {
+        f"{name}@{loop}": most
+        for name, counts in figures.items()
+        for loop, most in enumerate((counts.amax(-1) / counts.mean(-1)).amax(0).tolist(), start=1)
+        if not math.isnan(most)  # 0 / 0 in a loop that no token ran
+    }

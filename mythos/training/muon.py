@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from mythos.model.layers import local_part
 from mythos.torch_internals import foreach_copy_, foreach_div_, foreach_lerp_, foreach_mul_
 from mythos.training.adamw import FusedAdamW
 
@@ -65,8 +67,15 @@ class Muon(FusedAdamW):
         self.parts: dict[Tensor, int] = {p: group["parts"] for group in self._matrix_groups for p in group["params"]}
         for parameter in self.parts:
             self.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
-        sharded = [p for p in self.parts if isinstance(p, DTensor) and _shards_matrices(p)]
-        self.exchanges = [Exchange(parameters, dtype) for parameters in _in_rounds(sharded, elements)]
+        sharded: dict[tuple[DeviceMesh, int], list[DTensor]] = {}
+        for parameter in self.parts:
+            if isinstance(parameter, DTensor) and (dimension := _cut_along(parameter)) is not None:
+                sharded.setdefault((parameter.device_mesh, dimension), []).append(parameter)
+        self.exchanges = [
+            Exchange(parameters, dimension, dtype)
+            for (_, dimension), members in sharded.items()
+            for parameters in _in_rounds(members, elements)
+        ]
         replicated = {p: parts for p, parts in self.parts.items() if not isinstance(p, DTensor)}
         self.sharing = Sharing(replicated, ranks, dtype, elements) if replicated and ranks > 1 else None
 
@@ -88,7 +97,7 @@ class Muon(FusedAdamW):
     def _follow_momentum(self, group: dict[str, Any]) -> None:
         """Move the momenta towards the gradients; the gradients become Nesterov momenta."""
         gradients = [_local_gradient(p) for p in group["params"]]
-        momenta = [_local(self.state[p]["momentum_buffer"]) for p in group["params"]]
+        momenta = [local_part(self.state[p]["momentum_buffer"]) for p in group["params"]]
         if self.grad_scale is not None:
             foreach_div_(gradients, self.grad_scale)
         if self.found_inf is not None:
@@ -117,7 +126,7 @@ class Muon(FusedAdamW):
     def _apply(self, group: dict[str, Any]) -> None:
         """Decay the weights and subtract the updates in the gradients; nothing moves if `found_inf` is 1."""
         applied: Tensor | float = 1.0 if self.found_inf is None else 1 - self.found_inf
-        weights = [_local(p) for p in group["params"]]
+        weights = [local_part(p) for p in group["params"]]
         foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"] * applied)
         for parameter, weight in zip(group["params"], weights, strict=True):
             outputs, inputs = parameter.shape if parameter.ndim == 2 else parameter.shape[:0:-1]
@@ -249,12 +258,15 @@ class Exchange:
     Each direction is one all-to-all, in `dtype`. Ranks are assigned in turn, largest matrices first.
     """
 
-    def __init__(self, parameters: list[DTensor], dtype: torch.dtype) -> None:
+    def __init__(self, parameters: list[DTensor], dimension: int, dtype: torch.dtype) -> None:
+        """`parameters` are on one mesh, and their matrices are cut along `dimension` of it."""
         self.parameters, self.dtype = set(parameters), dtype
         mesh = parameters[0].device_mesh
-        self.group, self.ranks = mesh.get_group(mesh.ndim - 1), mesh.shape[-1]
-        rank = mesh.get_local_rank(mesh.ndim - 1)
-        pieces = [Piece(p, index, self.ranks) for p in parameters for index in range(len(p) if p.ndim == 3 else 1)]
+        self.group, self.ranks = mesh.get_group(dimension), mesh.shape[dimension]
+        rank = mesh.get_local_rank(dimension)
+        pieces = [
+            Piece(p, index, dimension) for p in parameters for index in range(len(p.to_local()) if p.ndim == 3 else 1)
+        ]
         pieces.sort(key=lambda piece: -piece.numel())
         self.pieces = [piece for owner in range(self.ranks) for piece in pieces[owner :: self.ranks]]
         self.mine = pieces[rank :: self.ranks]
@@ -298,10 +310,10 @@ class Exchange:
 
 
 class Piece:
-    """A sharded matrix, or one of a sharded stack."""
+    """A sharded matrix, or one of a sharded stack: that with `index` among those of this rank."""
 
-    def __init__(self, parameter: DTensor, index: int, ranks: int) -> None:
-        placement = parameter.placements[-1]
+    def __init__(self, parameter: DTensor, index: int, dimension: int) -> None:
+        placement, ranks = parameter.placements[dimension], parameter.device_mesh.shape[dimension]
         assert isinstance(placement, Shard), "only sharded parameters are exchanged"
         self.parameter, self.index, self.dim = parameter, index, placement.dim
         whole = list(parameter.shape if parameter.ndim == 2 else (1, *parameter.shape[1:]))
@@ -325,7 +337,7 @@ def _in_rounds(parameters: list[DTensor], elements: int) -> list[list[DTensor]]:
     rounds: list[list[DTensor]] = []
     room = 0.0
     for parameter in sorted(parameters, key=lambda p: p.shape):
-        share = parameter.numel() / parameter.device_mesh.shape[-1]
+        share = parameter.to_local().numel()
         if not rounds or share > room:
             rounds.append([])
             room = elements
@@ -340,18 +352,18 @@ def _matrices(tensor: Tensor, parts: int) -> list[Tensor]:
     return [part for matrix in stack for part in matrix.chunk(parts, dim=0 if tensor.ndim == 2 else 1)]
 
 
-def _shards_matrices(parameter: DTensor) -> bool:
-    """Whether ranks hold parts of matrices, as opposed to whole matrices of a stack."""
-    if parameter.device_mesh.shape[-1] == 1:
-        return False
-    return parameter.ndim == 2 or parameter.placements[-1] != Shard(0)
+def _cut_along(parameter: DTensor) -> int | None:
+    """The dimension of the mesh whose ranks hold parts of the same matrices; None if each matrix is on one rank.
 
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    Ranks along other dimensions have copies, or other matrices of a stack.
+    """
+    for dimension, (placement, ranks) in enumerate(zip(parameter.placements, parameter.device_mesh.shape, strict=True)):
+        if ranks > 1 and isinstance(placement, Shard) and (parameter.ndim == 2 or placement.dim != 0):
+            return dimension
+    return None
 
 
 def _local_gradient(parameter: Tensor) -> Tensor:
     """This rank's part of a parameter's gradient."""
     assert parameter.grad is not None, "Muon needs a gradient of every matrix"
-    return _local(parameter.grad)
+    return local_part(parameter.grad)

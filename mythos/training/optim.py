@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from mythos.config.sections import OptimConfig
@@ -37,14 +38,15 @@ def build_optimizer(
     named = dict(model.named_parameters())
     muon = config.name == "muon"
     matrices = {p for name, p in named.items() if muon and is_hidden_matrix(name, p)}
-    # (weight decay, sharded, matrices side by side in a parameter of Muon or 0 for AdamW). One fused kernel takes
-    # shards or whole tensors, not both.
-    groups: dict[tuple[float, bool, int], list[nn.Parameter]] = {}
+    # (weight decay, mesh or None, matrices side by side in a parameter of Muon or 0 for AdamW). One fused kernel takes
+    # whole tensors, or shards over one mesh.
+    groups: dict[tuple[float, DeviceMesh | None, int], list[nn.Parameter]] = {}
     for name, parameter in named.items():
         decayed = parameter.ndim > 1 and not name.startswith(UNDECAYED) and not is_loop_table(name)
         decay = config.weight_decay if decayed else 0.0
         parts = 0 if parameter not in matrices else 2 if "gate_up" in name else 1
-        groups.setdefault((decay, isinstance(parameter, DTensor), parts), []).append(parameter)
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        groups.setdefault((decay, mesh, parts), []).append(parameter)
     settings = [
         {"params": members, "weight_decay": decay} | ({"momentum": config.momentum, "parts": parts} if parts else {})
         for (decay, _, parts), members in groups.items()

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from mythos.config.sections import Config
 from mythos.distributed.layout import named_layout
-from mythos.planning.collectives import Exchange, collectives
+from mythos.planning.collectives import EXPERT_EXCHANGE, Exchange, collectives
 from mythos.planning.rank_state import rank_state
 from mythos.trainer import Trainer
 from tests.distributed.pool import RankPool
@@ -40,6 +40,8 @@ CHANGES: dict[str, Any] = {
 
 FSDP, BLOCK = {"parallel__mode": "fsdp"}, {"parallel__mode": "fsdp", "parallel__wrap": "block"}
 HSDP = {"parallel__mode": "hsdp", "parallel__shard": 2, "train__micro_batch": 2}
+EXPERTS, COPIES = FSDP | {"parallel__expert": 2}, HSDP | {"parallel__expert": 2}
+LOOP = {"parallel__activation_checkpointing": "loop"}
 KEPT, ALWAYS = {"parallel__reshard_after_forward": False}, {"parallel__reduce": "micro_batch"}
 ONCE, MUON, LAYERS = {"train__micro_batch": 16}, {"optim__name": "muon"}, {"model__loop_over": "layer"}
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
@@ -65,6 +67,14 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "hsdp 2 x 2": (4, HSDP),
     "hsdp 2 x 2, blocks": (4, HSDP | {"parallel__wrap": "block"}),
     "hsdp 2 x 2, reduced in each micro-batch": (4, HSDP | ALWAYS),
+    "experts over 2": (2, EXPERTS),
+    "experts over 2, shards over 2, recomputed": (4, EXPERTS | LOOP | {"train__micro_batch": 3}),
+    "experts over 2, shards over 2, recomputed blocks": (
+        4,
+        EXPERTS | LOOP | BLOCK | {"model__block_norm": "peri", "train__micro_batch": 2},
+    ),
+    "experts over 2, 2 copies, muon": (4, COPIES | MUON),
+    "experts over 2, shards over 2, muon": (4, EXPERTS | MUON | {"train__micro_batch": 2}),
 }
 
 
@@ -74,13 +84,18 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.seen: dict[str, Exchange] = {kind: Exchange() for kind in KINDS.values()}
+        self.updating = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
             kind = KINDS.get(func._schema.name.partition("::")[2], str(func))
             tensors = [value for value in tree_leaves(args) if isinstance(value, Tensor)]
             # The larger of input and output: what is gathered, or what is reduced.
-            self.seen.setdefault(kind, Exchange()).add(1, max(t.numel() * t.itemsize for t in tensors))
+            size = max(t.numel() * t.itemsize for t in tensors)
+            if kind == "all-to-all" and not self.updating:
+                # What a rank sends, of both directions: how many rows it receives depends on the routing.
+                kind, size = EXPERT_EXCHANGE, args[1].numel() * args[1].itemsize
+            self.seen.setdefault(kind, Exchange()).add(1, size)
         return func(*args, **(kwargs or {}))
 
 
@@ -88,10 +103,18 @@ def count(directory: Path, changes: dict[str, Any], first: int, last: int) -> tu
     """Collectives of the 0-based steps from `first` to `last`."""
     trainer = Trainer(tiny(directory, run__dir=str(directory / "run"), **{**CHANGES, **changes}))
     recorded = []
+    update, recorder = trainer.update, Recorder()
+
+    def updating(*results: Any) -> float:
+        recorder.updating = True  # all-to-alls from here on are Muon's
+        return update(*results)
+
+    trainer.update = updating  # type: ignore[method-assign]
     for _ in range(last + 1):
         batch, problem = trainer.read_ahead()
         assert batch is not None, problem
-        with Recorder() as recorder:
+        recorder = Recorder()
+        with recorder:
             trainer.train_step(batch)
         trainer.step += 1
         recorded.append(recorder.seen)
@@ -112,6 +135,11 @@ def test_plan_counts_what_a_step_exchanges(pool: RankPool, tmp_path: Path, case:
     config, (seen,) = everyone[0]
     expected = planned(config, ranks)
     print(f"{case}: " + ", ".join(f"{e.count} {kind}s of {e.bytes:,} bytes" for kind, e in seen.items()))
+    tokens = [of_rank.pop(EXPERT_EXCHANGE, Exchange()) for _, (of_rank,) in everyone]
+    if EXPERT_EXCHANGE in expected:  # what some ranks send more than others, these receive less: compare the sums
+        exchange = expected.pop(EXPERT_EXCHANGE)
+        assert [each.count for each in tokens] == [exchange.count] * ranks
+        assert sum(each.bytes for each in tokens) == ranks * exchange.bytes
     assert seen == expected
     for _, (others,) in everyone:  # ranks take different matrices to make whole, the first the largest
         assert others["all-to-all"].bytes <= seen["all-to-all"].bytes
@@ -119,15 +147,17 @@ def test_plan_counts_what_a_step_exchanges(pool: RankPool, tmp_path: Path, case:
     assert case != "ddp" or expected["all-reduce"].count > 2, "there must be several buckets"
 
 
-@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("changes", [{}, KEPT, {"parallel__expert": 2}], ids=str)
 def test_depths_that_are_drawn_change_nothing_when_the_unit_owns_the_loop(
-    pool: RankPool, tmp_path: Path, kept: bool
+    pool: RankPool, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
+    """Except for tokens that are sent to experts, in every loop."""
     drawn = {"depth__sampling": "poisson", "depth__curriculum": {"shape": "linear", "over": 1.0, "start": 1}}
-    more = {"train__steps": 6, "parallel__reshard_after_forward": not kept}
-    config, steps = pool.run(count, tmp_path, FSDP | drawn | more, 0, 3, ranks=2)[0]
+    config, steps = pool.run(count, tmp_path, FSDP | drawn | {"train__steps": 6} | changes, 0, 3, ranks=2)[0]
     counts = [(step["all-gather"].count, step["reduce-scatter"].count) for step in steps]
     print(f"all-gathers and reduce-scatters of four steps: {counts}")
-    assert all(seen == planned(config, 2) for seen in steps)
     deeper = config.model_copy(update={"depth": config.depth.model_copy(update={"mean": 9})})
-    assert planned(config, 2) == planned(deeper, 2)
+    plans = [planned(config, 2), planned(deeper, 2)]
+    tokens = [exchanges.pop(EXPERT_EXCHANGE, None) for exchanges in (*steps, *plans)]
+    assert all(seen == plans[0] for seen in (*steps, plans[1]))
+    assert tokens[0] is None or len({exchange.count for exchange in tokens if exchange}) > 2

@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from mythos.distributed.layout import Layout, named_layout
-from mythos.distributed.ranks import World, join_world
+from mythos.distributed.ranks import World, check_fit, join_world
 from mythos.errors import MythosError
 from mythos.planning import layout as planning
 from mythos.planning import rank_state
 from mythos.planning.flops import count_parameters
 from mythos.planning.memory import Activations
+from mythos.trainer import Trainer
 from tests.distributed.pool import RankPool
 from tests.runs import tiny
 
@@ -139,6 +140,31 @@ def test_layouts_by_name() -> None:
         layout(4, 4, mode="single")
     with pytest.raises(MythosError, match="3 x 2 is not the 8 processes"):
         layout(8, 8, mode="hsdp", replicate=3, shard=2)
+
+
+def test_layouts_with_divided_experts() -> None:
+    whole, copies = layout(8, 8, mode="fsdp", expert=4), layout(8, 4, mode="hsdp", expert=2)
+    assert (whole.mode, whole.shard, whole.expert_shard, whole.expert) == ("fsdp", 8, 2, 4)
+    assert copies.sizes == {"mode": "hsdp", "replicate": 2, "shard": 4, "expert": 2} and copies.expert_shard == 2
+    with pytest.raises(MythosError, match="got 4, which does not divide the 2 processes that share a copy"):
+        layout(8, 2, mode="hsdp", expert=4)
+
+
+def test_experts_that_processes_cannot_divide(tmp_path: Path) -> None:
+    """One message names everything, before any work."""
+    config = tiny(tmp_path, parallel__expert=4, data__streams=4)
+    check_fit(config, 4)
+    with pytest.raises(MythosError) as caught:
+        check_fit(config, 6)
+    first, second = str(caught.value).splitlines()
+    assert first.startswith("data.streams: 4") and second.startswith("parallel.expert: got 4 and 6 processes; ")
+    with pytest.raises(MythosError, match="got 4 and 1 process; the first must divide"):
+        Trainer(config)
+    with (
+        patch("mythos.distributed.ranks.has_mesh_placements", lambda: False),
+        pytest.raises(MythosError, match=r"expert parallelism needs torch 2\.13 or later"),
+    ):
+        check_fit(config, 4)
 
 
 def agree(directory: Path, memory: list[int]) -> tuple[Layout, list[str]]:

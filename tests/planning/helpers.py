@@ -78,7 +78,8 @@ def read_off(config: Config, layout: Layout) -> tuple[int, int, int, list[Unit]]
                 padded = group.mesh_info.shard_mesh_size * sum(
                     p.padded_sharded_param_size.numel() for p in group.fsdp_params
                 )
-                real = sum(p.sharded_param.numel() for p in group.fsdp_params)
+                divided = layout.expert if group.fsdp_params[0].is_dtensor else 1
+                real = sum(p.sharded_param.numel() for p in group.fsdp_params) // divided
                 units.append(
                     Unit(
                         gathered=padded * computed.itemsize,
@@ -88,6 +89,7 @@ def read_off(config: Config, layout: Layout) -> tuple[int, int, int, list[Unit]]
                         kept=group.post_forward_mesh_info is None,
                         looped=module in blocks,
                         outer=module is model.recurrence and split,
+                        experts=group.fsdp_params[0].is_dtensor,
                     )
                 )
         whole = [p for p in parameters if not isinstance(p, DTensor)]

@@ -1,5 +1,6 @@
 """The mode that `parallel.mode: auto` chooses, and the smallest layout that fits."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -132,13 +133,15 @@ def test_shipped_1b_is_copied_to_every_gpu() -> None:
     assert (layout.mode, layout.fits) == ("ddp", True)
 
 
-def test_shipped_10b_fits_no_mode_on_80_gib() -> None:
+def test_shipped_10b_fits_80_gib_with_divided_experts_only() -> None:
     """State takes 150 GiB, and whole float32 gradients of the core's experts 33 GiB at any number of ranks."""
     config = shipped("fineweb-edu-10b")
     layout = choose_layout(config, 64, 8, 80 * GIB)
+    assert (layout.mode, layout.shard, layout.expert, layout.fits) == ("hsdp", 8, 8, True)
+    whole = layouts.with_parallel(config, expert=1)
+    layout = choose_layout(whole, 64, 8, 80 * GIB)
     assert (layout.mode, layout.fits) == ("fsdp", False)
     experts = 4 * 3 * config.model.n_experts * config.model.expert_dim * config.model.dim
-    assert activations(config, layout).peak > experts == 33 * GIB
-    text = plan(config, 64)
-    assert "does not fit, nor would any mode" in text and f"({layout.why})" in text
-    assert choose_layout(config, 64, 8, 141 * GIB).fits
+    assert activations(whole, layout).peak > experts == 33 * GIB
+    text = plan(whole, 64)
+    assert re.search(r"^does not fit; .*parallel\.expert=\d+.* would", text, re.MULTILINE) and f"({layout.why})" in text

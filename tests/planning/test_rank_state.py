@@ -96,6 +96,8 @@ def test_units_add_up_and_shards_are_padded_to_equal_length(tmp_path: Path) -> N
         ("mythos_1b", 64, {"mode": "hsdp", "shard": 8}),
         ("mythos_3b", 96, {"mode": "hsdp", "shard": 6, "wrap": "block"}),
         ("mythos_10b", 64, {"mode": "fsdp"}),
+        ("mythos_10b", 64, {"mode": "fsdp", "expert": 8}),
+        ("mythos_50b", 64, {"mode": "hsdp", "shard": 32, "expert": 32, "wrap": "block"}),
         ("mythos_500b", 1000, {"mode": "fsdp", "wrap": "block"}),
     ],
     ids=str,

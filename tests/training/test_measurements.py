@@ -25,6 +25,9 @@ def test_loads_by_loop_by_hand():
     load = torch.tensor([[[5, 0, 4, 1], [3, 0, 0, 3], [0] * 4], [[1, 1, 6, 0], [1, 1, 5, 1], [0] * 4]])
     assert loop_loads(load) == {"moe/load_max_over_mean@1": 3.0, "moe/load_max_over_mean@2": 2.5}
     assert loop_loads(None) == {}
+    # Experts 0 and 1 are on one rank: loads [5, 5] and [3, 3] in the first layer, [2, 6] and [2, 6] in the second.
+    ranks = {"moe/rank_load_max_over_mean@1": 1.5, "moe/rank_load_max_over_mean@2": 1.5}
+    assert loop_loads(load, 2) == loop_loads(load) | ranks
 
 
 def test_peak_memory_is_the_process(tmp_path):

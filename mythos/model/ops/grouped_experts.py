@@ -20,6 +20,8 @@ from mythos.model.ops.shared_weight import BackwardPass
 @torch.library.custom_op("mythos::grouped_product", mutates_args=())
 def grouped_product(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """Each group's rows times its matrix: x (n, K), weights (E, K, M), ends (E,) int32 -> (n, M); no autograd."""
+    if len(x) == 0:  # a rank that no token reached, under expert parallelism
+        return x.new_empty(0, weights.shape[2])
     if device_choice.groups_on_device(x.device):
         return F.grouped_mm(x, weights, offs=ends)
     product = x.new_empty(len(x), weights.shape[2])
@@ -39,6 +41,8 @@ def _(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 @torch.library.custom_op("mythos::grouped_outer", mutates_args=())
 def grouped_outer(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
     """Each group's x^T y: x (n, K), y (n, M), ends (E,) int32 -> (E, K, M); no autograd."""
+    if len(x) == 0:
+        return x.new_zeros(len(ends), x.shape[1], y.shape[1])
     if device_choice.groups_on_device(x.device):
         return F.grouped_mm(x.T, y, offs=ends)
     product = x.new_empty(len(ends), x.shape[1], y.shape[1])
@@ -265,7 +269,7 @@ def _backward(
     grad_gate_up, activation, grad_weight = device_choice.fused(_gating_backward, x.device)(
         grad_activation, projected, weight
     )
-    grad_x = _summed(grouped_product(grad_gate_up, gate_up.transpose(1, 2), ends), place, gates.shape)
+    grad_x = sum_slots(grouped_product(grad_gate_up, gate_up.transpose(1, 2), ends), place, gates.shape)
     if gradient is not None:
         # Detached: if the backward pass fails half way, the stored factors must not keep the graph alive.
         gradient.add(_Factors(x.detach(), grad_y, activation, grad_gate_up, experts, tokens, ends))
@@ -303,10 +307,10 @@ def _sorted_products(
     ends = expert_ends(experts, len(gate_up))
     projected = grouped_product(x.index_select(0, order // gates.shape[-1]), gate_up, ends)
     activation = device_choice.fused(_gating, x.device)(projected, gates.flatten()[order].unsqueeze(1))
-    return _summed(grouped_product(activation, down, ends), place, gates.shape), experts, order, place, projected
+    return sum_slots(grouped_product(activation, down, ends), place, gates.shape), experts, order, place, projected
 
 
-def _summed(slots: Tensor, place: Tensor, shape: torch.Size) -> Tensor:
+def sum_slots(slots: Tensor, place: Tensor, shape: torch.Size) -> Tensor:
     """Sum each token's slots, found at `place`: (N k, D) -> (N, D) float32; `shape` is (N, k)."""
     return device_choice.fused(_sum_of_slots, slots.device)(slots, place, shape)
 
@@ -416,7 +420,7 @@ train_experts.register_autograd(_operator_backward, setup_context=_keep_for_back
 
 
 def _run_without_gradient(x: Tensor, gates: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    if len(x) > 1 or device_choice.groups_on_device(x.device):
+    if len(x) != 1 or device_choice.groups_on_device(x.device):
         return _sorted_products(x, gates, experts, gate_up, down)[0]
     # A single token on a CPU needs no sorting.
     chosen = experts[0].tolist()

@@ -1,0 +1,199 @@
+"""Expert parallelism: ranks hold some experts each, and send every token to the ranks that hold its experts."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mythos.model.layers import without_autocast
+from mythos.model.ops.grouped_experts import ExpertWeights, expert_ends, run_experts, sum_slots
+
+
+class Splits(NamedTuple):
+    """Sizes of an exchange between R ranks, each of which holds E / R experts."""
+
+    leaving: list[int]
+    """Rows that this rank sends to each rank."""
+    coming: list[int]
+    """Rows that it receives from each rank."""
+    arrived: Tensor
+    """(R, E / R) int64 on the device: rows from each rank for each of this rank's experts."""
+
+
+class ExpertExchange:
+    """Runs the experts of a block that R ranks share: rank r holds experts r E / R to (r + 1) E / R - 1.
+
+    No token is dropped, whatever the routing. Every rank takes part in every exchange, also with no token at all, so
+    all ranks must call it equally often, in the forward and in the backward pass.
+
+    A call makes three all-to-alls: the number of rows for each expert (the host waits for them, because they are the
+    sizes of the others), rows with their gates, and results. The backward pass makes two.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, ranks: int) -> None:
+        self.group, self.ranks = group, ranks
+
+    def start(self, experts: Tensor, held: int) -> "Dispatch":
+        """Sort the chosen experts (N, k) int64 and exchange counts, without waiting; `held` is E / R.
+
+        Work that is queued between this call and `Dispatch.run` hides the wait for the counts.
+        """
+        ids, order = experts.flatten().sort(stable=True)
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        recomputed = CheckpointedPass.recomputed_splits()
+        if recomputed is not None:
+            return Dispatch(self, experts.shape, order, place, lambda: recomputed)
+        ends = expert_ends(ids, held * self.ranks).long()
+        sent = torch.diff(ends, prepend=ends.new_zeros(1)).view(self.ranks, held)
+        return Dispatch(self, experts.shape, order, place, self.exchange_counts(sent))
+
+    def exchange_counts(self, sent: Tensor) -> Callable[[], Splits]:
+        """Exchange (R, E / R) int64 counts of rows; returns a function that waits for the result."""
+        arrived = torch.empty_like(sent)
+        dist.all_to_all_single(arrived, sent, group=self.group)
+        sums = torch.stack((sent.sum(1), arrived.sum(1)))
+        if not sums.is_cuda:
+            leaving, coming = sums.tolist()
+            return lambda: Splits(leaving, coming, arrived)
+        # A copy to pinned memory is queued and not waited for.
+        host = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True).copy_(sums, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+
+        def wait() -> Splits:
+            copied.synchronize()
+            leaving, coming = host.tolist()
+            return Splits(leaving, coming, arrived)
+
+        return wait
+
+    def send(self, rows: Tensor, leaving: list[int], coming: list[int]) -> Tensor:
+        """Send rows (sum(leaving), m), ordered by target rank; returns (sum(coming), m), by source. No autograd."""
+        received = rows.new_empty(sum(coming), *rows.shape[1:])
+        dist.all_to_all_single(received, rows.contiguous(), coming, leaving, group=self.group)
+        return received
+
+    def any_rank(self, running: bool, device: torch.device) -> bool:
+        """Whether `running` is true on any process of the run; waits for the device."""
+        votes = torch.tensor(int(running), device=device)
+        dist.all_reduce(votes, dist.ReduceOp.MAX)
+        return bool(votes)
+
+
+class Dispatch:
+    """One call of a block's experts for N tokens with k experts each, between `ExpertExchange.start` and the result."""
+
+    def __init__(
+        self, exchange: ExpertExchange, shape: torch.Size, order: Tensor, place: Tensor, wait: Callable[[], Splits]
+    ) -> None:
+        self.exchange, self.shape = exchange, shape
+        self.order, self.place = order, place
+        """(N k,) int64: the slot at each place of the order by expert, and the inverse."""
+        self.wait = wait
+
+    def run(self, x: Tensor, gates: Tensor, weights: ExpertWeights) -> Tensor:
+        """`run_experts` over all ranks: x (N, D), gates (N, k) float32, this rank's experts -> (N, D) float32."""
+        splits = self.wait()
+        CheckpointedPass.keep(splits)
+        held = len(weights.gate_up)
+        local = torch.arange(held, device=x.device).repeat(self.exchange.ranks)
+        experts = local.repeat_interleave(splits.arrived.flatten(), output_size=sum(splits.coming)).unsqueeze(1)
+        with without_autocast(x):
+            rows, row_gates = _ToExperts.apply(x, gates, self, splits, weights.gate_up.dtype)
+            results = run_experts(rows, row_gates, experts, weights)
+            return _FromExperts.apply(results, self, splits, weights.gate_up.dtype)
+
+    def by_expert(self, values: Tensor) -> Tensor:
+        """Values of tokens (N, m) -> those of their slots, ordered by expert (N k, m)."""
+        return values.index_select(0, self.order // self.shape[1])
+
+
+class _ToExperts(torch.autograd.Function):
+    """Tokens (N, D) and gates (N, k) -> the rows (n, D) that this rank's experts compute, and their gates (n, 1)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gates: Tensor, dispatch: Dispatch, splits: Splits, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        ctx.dispatch, ctx.splits, ctx.dtype = dispatch, splits, x.dtype
+        rows = _packed(dispatch.by_expert(x.to(dtype)), gates.flatten()[dispatch.order].unsqueeze(1))
+        return _unpacked(dispatch.exchange.send(rows, splits.leaving, splits.coming), x.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_rows: Tensor, grad_gates: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        dispatch, splits = ctx.dispatch, ctx.splits
+        returned = dispatch.exchange.send(_packed(grad_rows, grad_gates), splits.coming, splits.leaving)
+        slots, gates = _unpacked(returned, grad_rows.shape[1])
+        grad_x = sum_slots(slots, dispatch.place, dispatch.shape).to(ctx.dtype)
+        return grad_x, gates[dispatch.place].view(dispatch.shape), None, None, None
+
+
+class _FromExperts(torch.autograd.Function):
+    """Results of this rank's experts (n, D) float32 -> sum of each of its tokens' results (N, D) float32."""
+
+    @staticmethod
+    def forward(ctx: Any, results: Tensor, dispatch: Dispatch, splits: Splits, dtype: torch.dtype) -> Tensor:
+        ctx.dispatch, ctx.splits, ctx.dtype = dispatch, splits, dtype
+        # Each row is the product of one expert, computed in `dtype`: the cast loses nothing.
+        slots = dispatch.exchange.send(results.to(dtype), splits.coming, splits.leaving)
+        return sum_slots(slots, dispatch.place, dispatch.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
+        dispatch, splits = ctx.dispatch, ctx.splits
+        rows = dispatch.by_expert(grad_y.to(ctx.dtype))
+        return dispatch.exchange.send(rows, splits.leaving, splits.coming).float(), None, None, None
+
+
+def _packed(rows: Tensor, gates: Tensor) -> Tensor:
+    """Rows (n, D) with their float32 gates (n, 1) in further columns of the same type, so that one message has both."""
+    return torch.cat((rows, gates.view(rows.dtype)), dim=1)
+
+
+def _unpacked(packed: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Inverse of `_packed`: rows (n, width) and gates (n, 1) float32."""
+    return packed[:, :width].contiguous(), packed[:, width:].contiguous().view(torch.float32)
+
+
+class CheckpointedPass:
+    """Context of a checkpointed pass, or of its recomputation, which takes the sizes from the pass: no waiting."""
+
+    current: "CheckpointedPass | None" = None
+
+    def __init__(self, splits: list[Splits], recomputes: bool) -> None:
+        self.splits, self.recomputes = splits, recomputes
+        self.used = 0
+        self.outer: CheckpointedPass | None = None
+
+    @classmethod
+    def contexts(cls) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Contexts of a pass and of its recomputation: `context_fn` of torch.utils.checkpoint."""
+        splits: list[Splits] = []
+        return cls(splits, False), cls(splits, True)
+
+    @classmethod
+    def recomputed_splits(cls) -> Splits | None:
+        """The next splits of the pass that is being recomputed; None outside of a recomputation."""
+        current = cls.current
+        if current is None or not current.recomputes:
+            return None
+        current.used += 1
+        return current.splits[current.used - 1]
+
+    @classmethod
+    def keep(cls, splits: Splits) -> None:
+        """Keep splits for the recomputation, if there will be one."""
+        if cls.current is not None and not cls.current.recomputes:
+            cls.current.splits.append(splits)
+
+    def __enter__(self) -> None:
+        self.used, self.outer, CheckpointedPass.current = 0, CheckpointedPass.current, self
+
+    def __exit__(self, *exception: object) -> None:
+        CheckpointedPass.current = self.outer
