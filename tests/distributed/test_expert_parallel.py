@@ -112,5 +112,8 @@ def test_memory_of_a_rank_is_planned(pool: RankPool, tmp_path: Path, layout: str
     ranks, changes = LAYOUTS[layout]
     sizes = pool.run(memory, tmp_path, layout, changes, ranks=ranks)
     print(layout, [f"{planned:,} planned, {peak:,} allocated: {planned / peak:.3f}" for peak, planned in sizes])
-    # The mean over ranks: the plan assumes even routing, and what uneven routing adds to one it takes from others.
-    assert 1.0 <= sizes[0][1] / (sum(peak for peak, _ in sizes) / ranks) <= 1.25
+    peaks = [peak for peak, _ in sizes]
+    if ranks == 4 and layout.startswith("ep 4"):
+        # Two experts a rank: the plan assumes even routing, and what uneven routing adds to one it takes from others.
+        peaks = [sum(peaks) // ranks]
+    assert all(1.0 <= sizes[0][1] / peak <= 1.25 for peak in peaks)

@@ -1,0 +1,52 @@
+"""scripts/study.py: results of runs, and their table."""
+
+import json
+from math import log
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts.study import main, table
+
+
+def one(seed: int, perplexities: dict[int, float], tokens: int = 600_000, **model: Any) -> dict[str, Any]:
+    loops = [{"loops": loops, "loss": log(value), "expert_overlap": 0.5} for loops, value in perplexities.items()]
+    architecture = {"model": {"dim": 8, "lanes": 1, **model}, "depth": {"backprop": 4}}
+    figures = {"parameters": 1, "tokens": tokens, "training_flops": 1e13, "mean_loops": 2.0, "sequences": 8}
+    return {"seed": seed, "architecture": architecture, "loops": loops, **figures}
+
+
+def test_seeds_share_a_line_and_architectures_are_named_by_what_differs() -> None:
+    results = {
+        "a": one(0, {1: 50.0, 2: 40.0, 16: 40.5}, lanes=2),
+        "b": one(1, {1: 52.0, 2: 42.0, 16: 42.5}, lanes=2),
+        "c": one(0, {1: 60.0, 2: 44.0, 16: 44.0}),
+        "d": one(1, {1: 60.0, 2: 44.0, 16: 44.0}),
+        "e": one(2, {1: 60.0, 2: 44.0, 16: 44.0}),
+        "f": one(0, {1: 30.0, 2: 20.0}, tokens=1_200_000),
+    }
+    lines = table(results).splitlines()[2:]
+    others = "| (the most frequent values)"
+    assert [line.split(" | ")[0] for line in lines] == [others, "| `model.lanes=2`", others]
+    assert lines[1].startswith("| `model.lanes=2` | 0.6M | 1.00e+13 | 0, 1 | 51.00 (50.00 to 52.00) | 41.00 (40.00 to ")
+    assert lines[1].endswith("42.00) | 41.50 (40.50 to 42.50) | 0.50 (0.50 to 0.50) |")
+    assert "| 0, 1, 2 | 60.00 (60.00 to 60.00) | 44.00 (44.00 to 44.00) |" in lines[0]
+    assert lines[2] == f"{others} | 1.2M | 1.00e+13 | 0 | 30.00 | 20.00 |  | 0.50 |"
+
+
+def test_committed_results_make_the_documented_table() -> None:
+    root = Path(__file__).parents[1]
+    results = json.loads((root / "docs/results/architecture-study.json").read_text())
+    page = (root / "docs/architecture-study.md").read_text()
+    assert not [line for line in table(results).splitlines() if line not in page]
+
+
+def test_what_holds_no_results_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").mkdir()
+    assert main(["collect", str(tmp_path / "results.json"), str(tmp_path / "run")]) == 1
+    assert "run: no depth sweep; run `mythos sweep " in capsys.readouterr().err
+    assert not (tmp_path / "results.json").exists()
+    (tmp_path / "other.json").write_text("[1]")
+    assert main(["table", str(tmp_path / "other.json")]) == 1
+    assert "other.json: no results of runs; give a file that `collect` wrote" in capsys.readouterr().err
