@@ -63,7 +63,7 @@ class Trainer:
         self.world = join_world(config)
         self.ranks, self.device = self.world.ranks, self.world.device
         self.main = self.ranks.main  # whether this process prints, logs and draws
-        self.console = Console(shown=self.main)
+        console = self.console = Console(shown=self.main)
         self.run_dir = config.run_dir
         check_trackers(config.log.trackers)
         questions = self.ranks.agreed(lambda: read_tasks(config.eval.tasks, what="eval.tasks"))
@@ -77,7 +77,8 @@ class Trainer:
             keep=config.checkpoint.keep,
             keep_every=config.checkpoint.keep_every,
             asynchronous=config.checkpoint.asynchronous,
-            committed=lambda step, path: self.console.write(checkpoint_line(config, step, path), style="dim"),
+            # Not through self: a trainer in a cycle of references would keep its lock after a refused start.
+            committed=lambda step, path: console.write(checkpoint_line(config, step, path), style="dim"),
         )
         self.resources.callback(self.checkpoints.close)
         self.checkpoints.claim(lock, config.run.name)
