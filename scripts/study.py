@@ -122,7 +122,9 @@ def most_frequent(architectures: list[dict[str, Any]]) -> dict[tuple[str, str], 
         for section, fields in one.items():
             for name, value in fields.items():
                 values.setdefault((section, name), []).append(json.dumps(value))
-    return {field: json.loads(max(dict.fromkeys(all_values), key=all_values.count)) for field, all_values in values.items()}
+    return {
+        field: json.loads(max(dict.fromkeys(all_values), key=all_values.count)) for field, all_values in values.items()
+    }
 
 
 def described(architecture: dict[str, Any], common: dict[tuple[str, str], Any]) -> str:

@@ -89,6 +89,7 @@ def read_off(config: Config, layout: Layout) -> tuple[int, int, int, list[Unit]]
                         kept=group.post_forward_mesh_info is None,
                         looped=module in blocks,
                         outer=module is model.recurrence and split,
+                        injects=module is model.recurrence.injection,
                         experts=group.fsdp_params[0].is_dtensor,
                     )
                 )
