@@ -304,7 +304,8 @@ class TokenStreams(Streams):
     Args:
         sources: sources and their weights by name.
         eos_id: end-of-document token, needed to number the documents of every sequence; None = no document ids.
-        others: as of :class:`Streams`.
+
+    The others are those of :class:`Streams`.
     """
 
     def __init__(

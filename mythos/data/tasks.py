@@ -313,7 +313,8 @@ class TaskStreams(Streams):
         task: the task.
         slots: sequences of every stream in a step.
         steps: steps of the schedule; the ramp of the difficulty is a share of them.
-        others: as of :class:`Streams`.
+
+    The others are those of :class:`Streams`.
     """
 
     def __init__(
