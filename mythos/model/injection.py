@@ -138,8 +138,8 @@ class LTIInjection(Injection):
 class OrthogonalInjection(LTIInjection):
     """u = P(A * h) + b with b = Delta * (e B^T), where P removes the component along b (OrthoInj, arXiv 2610.06833).
 
-    P(x) = x - b (x . b) / (||b||^2 + 1e-6), for each position, so what a pass keeps of the state does not repeat what is
-    injected again. P is symmetric with eigenvalues between 0 and 1, so ||P A|| <= max(A) < 1 in every pass, and
+    P(x) = x - b (x . b) / (||b||^2 + 1e-6), for each position, so what a pass keeps of the state does not repeat what
+    is injected again. P is symmetric with eigenvalues between 0 and 1, so ||P A|| <= max(A) < 1 in every pass, and
     `decay` bounds what is left of a state by a product over the passes. Parameters, their initial values and bounds are
     those of `LTIInjection`; so is float32. The formula and the constant are those of the authors' code
     (github.com/ifm-ai/xllm-loop at 3af99f4); their models inject e without a norm (`model.prelude_norm: false`).
