@@ -66,24 +66,26 @@ def read(file: Path) -> dict[str, Any]:
 
 def result(run: Path) -> dict[str, Any]:
     """Architecture, size and depth sweep of a run. Raises MythosError if it has no sweep."""
-    sweeps = sorted((run / "sweep").glob("step-*.json"), key=lambda file: file.stat().st_mtime)
-    if not sweeps:
-        raise MythosError(f"{run}: no depth sweep; run `mythos sweep {run}` first")
-    from mythos.planning.flops import count_parameters  # imports torch, which takes seconds
+    from mythos.evaluation.depth_sweep import DepthSweep, newest_sweep  # imports torch, which takes seconds
+    from mythos.planning.flops import count_parameters
     from mythos.reports.recorded import open_run
 
+    newest = newest_sweep(run)
+    if newest is None:
+        raise MythosError(f"{run}: no depth sweep; run `mythos sweep {run}` first")
     recorded = open_run(run)
-    config, sweep = recorded.config, json.loads(sweeps[-1].read_text())
+    config, (sweep, _) = recorded.config, DepthSweep.load(newest)
     return {
         "seed": config.run.seed,
         "architecture": config.model_dump(include=FIELDS),
         "parameters": count_parameters(config.model).total,
         "tokens": recorded.last("tokens"),
         "training_flops": recorded.flops[-1],
-        "mean_loops": sweep["mean_loops"],
-        "sequences": sweep["sequences"],
+        "mean_loops": sweep.mean_loops,
+        "sequences": sweep.sequences,
         "loops": [
-            {name: loop[name] for name in ("loops", "loss", "state_delta", "expert_overlap")} for loop in sweep["loops"]
+            {name: getattr(loop, name) for name in ("loops", "loss", "state_delta", "expert_overlap")}
+            for loop in sweep.loops
         ],
     }
 

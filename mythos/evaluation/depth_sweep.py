@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
@@ -145,6 +146,16 @@ class DepthSweep:
             return cls(**values), about
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise MythosError(f"{document} cannot be read as a depth sweep: {short_reason(error)}") from error
+
+
+def newest_sweep(run_dir: Path) -> Path | None:
+    """The document of a run's newest depth sweep: the last one at the highest step; None if there is none."""
+
+    def step_and_number(path: Path) -> tuple[int, int]:
+        match = re.fullmatch(r"step-([0-9]+)(?:-([0-9]+))?", path.stem)
+        return (int(match[1]), int(match[2] or 1)) if match else (-1, 0)
+
+    return max((run_dir / "sweep").glob("step-*.json"), key=step_and_number, default=None)
 
 
 class Rows(NamedTuple):

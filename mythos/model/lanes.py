@@ -90,10 +90,7 @@ class _Inject(torch.autograd.Function):
         lanes, flat = gradient.unbind(-2), injected.flatten(0, -2)
         grad_decay = torch.linalg.vecdot(gradient.flatten(0, -3), state.flatten(0, -3), dim=0)
         grad_delta = torch.stack([torch.linalg.vecdot(lane.flatten(0, -2), flat, dim=0) for lane in lanes])
-        grad_injected = lanes[0] * delta[0]
-        for lane, rate in zip(lanes[1:], delta[1:], strict=True):
-            grad_injected.addcmul_(lane, rate)
-        return gradient * decay, grad_decay, grad_delta, grad_injected
+        return gradient * decay, grad_decay, grad_delta, _weighted_sum(gradient, delta)
 
 
 class _Gates(torch.autograd.Function):
@@ -111,7 +108,7 @@ class _Gates(torch.autograd.Function):
             opened.addcmul_(product, scale[..., lane : lane + 1])
         read, write = opened[..., :count].softmax(-1), 2 * opened[..., count:].sigmoid()
         ctx.save_for_backward(lanes, weight, scale, read, write, *products)
-        return _weighted_sum(lanes, read), write
+        return _weighted_sum(lanes, read.unsqueeze(-1)), write
 
     @staticmethod
     @once_differentiable
@@ -145,15 +142,15 @@ class _Write(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         write, change = ctx.saved_tensors
-        return gradient, _dots(gradient, change), _weighted_sum(gradient, write)
+        return gradient, _dots(gradient, change), _weighted_sum(gradient, write.unsqueeze(-1))
 
 
 def _weighted_sum(lanes: Tensor, weights: Tensor) -> Tensor:
-    """sum_k weights_k lanes_k, lane by lane: (..., K, D) and (..., K) -> (..., D)."""
-    first, *others = lanes.unbind(-2)
-    total = first * weights[..., :1]
-    for lane, others_lane in enumerate(others, start=1):
-        total.addcmul_(others_lane, weights[..., lane : lane + 1])
+    """sum_k weights_k lanes_k, lane by lane: (..., K, D) and (..., K, 1), or (K, D) for all positions -> (..., D)."""
+    (first, factor), *others = zip(lanes.unbind(-2), weights.unbind(-2), strict=True)
+    total = first * factor
+    for lane, weight in others:
+        total.addcmul_(lane, weight)
     return total
 
 

@@ -1,14 +1,12 @@
 """A run as one self-contained page of HTML: no scripts, no other files, no network."""
 
-import re
 import statistics
 from collections.abc import Iterator
 from datetime import timedelta
-from pathlib import Path
 
 from mythos.config.loading import dump_config
 from mythos.errors import MythosError, without_credentials
-from mythos.evaluation.depth_sweep import DepthSweep, fit_losses, prediction
+from mythos.evaluation.depth_sweep import DepthSweep, fit_losses, newest_sweep, prediction
 from mythos.planning.flops import count_parameters
 from mythos.reports.evaluation_section import evaluations_section, reasoning_section
 from mythos.reports.figures import (
@@ -134,13 +132,13 @@ def depth_section(run: RecordedRun, pictures: Pictures) -> str:
 
 def sweep_section(run: RecordedRun, pictures: Pictures) -> str:
     """The run's newest depth sweep, written by `mythos sweep`: measurements by loops, and what halting saves."""
-    files = sorted((run.directory / "sweep").glob("step-*.json"), key=sweep_step)
-    if not files and run.config.depth.follow == "difficulty":
+    newest = newest_sweep(run.directory)
+    if newest is None and run.config.depth.follow == "difficulty":
         return ""
-    if not files:
+    if newest is None:
         return '<p class="dim">None yet: mythos sweep measures loss, halting and experts by depth.</p>'
     try:
-        sweep, about = DepthSweep.load(files[-1])
+        sweep, about = DepthSweep.load(newest)
         figures = pictures.row(sweep_panels(sweep))
     except MythosError as error:
         return f"<p>{escape(str(error))}</p>"
@@ -154,17 +152,9 @@ def sweep_section(run: RecordedRun, pictures: Pictures) -> str:
         ]
         for point in sweep.halting
     ]
-    caption = (
-        f"{files[-1].name}: step {about.get('step')}, {sweep.sequences} sequences of {sweep.sequence_length} tokens"
-    )
+    caption = f"{newest.name}: step {about.get('step')}, {sweep.sequences} sequences of {sweep.sequence_length} tokens"
     rules = table(["rule", "threshold", "loops", "saved", "loss"], rows) if rows else ""
     return f'<p class="dim">{escape(caption)}</p>\n{figures}{rules}'
-
-
-def sweep_step(path: Path) -> tuple[int, int]:
-    """The step in a sweep's file name, and the number of the sweep at that step; (-1, 0) for other names."""
-    match = re.fullmatch(r"step-([0-9]+)(?:-([0-9]+))?", path.stem)
-    return (int(match[1]), int(match[2] or 1)) if match else (-1, 0)
 
 
 def samples_section(run: RecordedRun) -> str:
