@@ -185,7 +185,7 @@ def allowed(schema: dict[str, Any], value: Any = None) -> str:
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     if schema.get("maximum", 0) >= 1000 and not _exceeds(value, schema["maximum"]):
         del signs["maximum"]
-    bounds = " ".join(
+    bounds = " and ".join(
         f"{sign} {schema[key] if abs(schema[key]) < 10**10 else format(schema[key], 'g')}"
         for key, sign in signs.items()
         if key in schema
