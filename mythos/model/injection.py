@@ -135,6 +135,18 @@ class LTIInjection(Injection):
         return inject_lanes(state, decay, delta, injected)
 
 
+def spread_lanes(name: str, value: Tensor, lanes: int) -> Tensor:
+    """The parameter `name`, dt or log_a, of K lanes that start from one lane's: (D,) -> (K, D).
+
+    All lanes take the one lane's Delta, and lane k takes A ** (1 / (2 k + 1)), so that they differ as new lanes do.
+    From a state of zeros the first pass computes what it did with one lane.
+    """
+    repeated = value.expand(lanes, -1)
+    if name == "dt":
+        return repeated.clone()
+    return repeated - torch.arange(1, 2 * lanes, 2, device=value.device).log().unsqueeze(-1)
+
+
 class OrthogonalInjection(LTIInjection):
     """u = P(A * h) + b with b = Delta * (e B^T), where P removes the component along b (OrthoInj, arXiv 2610.06833).
 
