@@ -45,7 +45,9 @@ def forkserver() -> multiprocessing.context.ForkServerContext:
 
 
 class WarmPopen(subprocess.Popen):
-    """`subprocess.Popen`, warm for [sys.executable, ...] with -m MODULE, -c TEXT or a script. Linux only.
+    """`subprocess.Popen`, warm for [sys.executable, ...] with -m MODULE, -c TEXT or a script.
+
+    Other programs start as usual, as do all where there is no Linux.
 
     Settings that Python and libraries read when they are started or imported are those of the tests, not of `env`. A
     new session takes a terminal that is its standard input.
@@ -80,7 +82,8 @@ class WarmPopen(subprocess.Popen):
         start_new_session: bool,
         process_group: Any,
     ) -> None:
-        if isinstance(args, str) or args[0] != sys.executable or preexec_fn or pass_fds:
+        usual = isinstance(args, str) or args[0] != sys.executable or preexec_fn or pass_fds
+        if usual or sys.platform != "linux":
             arguments = locals()
             super()._execute_child(**{name: value for name, value in arguments.items() if name in EXECUTE_CHILD})
             return
