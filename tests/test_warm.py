@@ -56,3 +56,9 @@ def test_a_module_is_run() -> None:
     process = WarmPopen([sys.executable, "-m", "mythos", "--version"], stdout=subprocess.PIPE, text=True)
     assert process.communicate(timeout=60)[0].startswith("mythos ")
     assert process.returncode == 0
+
+
+def test_other_programs_start_as_usual() -> None:
+    for command, options in ((["sh", "-c", "exit 3"], {}), ([sys.executable, "-c", "exit(3)"], {"preexec_fn": int})):
+        process = WarmPopen(command, **options)
+        assert process.wait(60) == 3 and process.poll() == 3

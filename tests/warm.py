@@ -28,7 +28,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PRELOADED = ("mythos.trainer", "mythos.cli.tokenize")
-EXECUTE_CHILD = inspect.signature(subprocess.Popen._execute_child).parameters
+EXECUTE_CHILD = tuple(inspect.signature(subprocess.Popen._execute_child).parameters)[1:]
+PIPES = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
 MOST_BYTES = 2**17
 """Size of a request, most of which is the environment."""
 
@@ -56,48 +57,27 @@ class WarmPopen(subprocess.Popen):
     status: socket.socket | None = None
     """Tells a warm process's number, and then its exit status."""
 
-    def _execute_child(
-        self,
-        args: Any,
-        executable: Any,
-        preexec_fn: Any,
-        close_fds: Any,
-        pass_fds: Any,
-        cwd: Any,
-        env: Any,
-        startupinfo: Any,
-        creationflags: Any,
-        shell: Any,
-        p2cread: int,
-        p2cwrite: int,
-        c2pread: int,
-        c2pwrite: int,
-        errread: int,
-        errwrite: int,
-        restore_signals: Any,
-        gid: Any,
-        gids: Any,
-        uid: Any,
-        umask: Any,
-        start_new_session: bool,
-        process_group: Any,
-    ) -> None:
-        usual = isinstance(args, str) or args[0] != sys.executable or preexec_fn or pass_fds
+    def _execute_child(self, *arguments: Any) -> None:
+        given = dict(zip(EXECUTE_CHILD, arguments, strict=True))
+        words = given["args"]
+        usual = isinstance(words, str) or words[0] != sys.executable or given["preexec_fn"] or given["pass_fds"]
         if usual or sys.platform != "linux":
-            arguments = locals()
-            super()._execute_child(**{name: value for name, value in arguments.items() if name in EXECUTE_CHILD})
+            super()._execute_child(*arguments)
             return
         request = {
-            "arguments": [str(word) for word in args[1:]],
-            "cwd": str(cwd or os.getcwd()),
-            "env": dict(os.environ if env is None else env),
-            "session": bool(start_new_session),
+            "arguments": [str(word) for word in words[1:]],
+            "cwd": str(given["cwd"] or os.getcwd()),
+            "env": dict(os.environ if given["env"] is None else given["env"]),
+            "session": bool(given["start_new_session"]),
         }
         self.status, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        files = [own if passed == -1 else passed for own, passed in enumerate((p2cread, c2pwrite, errwrite))]
+        files = [
+            own if passed == -1 else passed
+            for own, passed in enumerate(given[name] for name in ("p2cread", "c2pwrite", "errwrite"))
+        ]
         with theirs:
             socket.send_fds(_server(), [json.dumps(request).encode()], [*files, theirs.fileno()])
-        self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
+        self._close_pipe_fds(*(given[name] for name in PIPES))
         self.pid = int(self.status.recv(64))
         self._child_created = True
 
