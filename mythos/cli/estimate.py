@@ -133,6 +133,7 @@ def estimate(options: argparse.Namespace) -> dict[str, Any]:
             "utilisation": utilisation,
             "model_utilisation": utilisation * needed / executed,
             "compiled": compiles(config, torch.device("cuda")),
+            "compiled_parts": compiled_parts(compiles(config, torch.device("cuda")), layout),
             "seconds_per_token": seconds_per_token,
             "dollars_per_hour": price,
             "tokens": tokens,
@@ -143,6 +144,13 @@ def estimate(options: argparse.Namespace) -> dict[str, Any]:
         "longest_context": longest_contexts(search, gpu),
         "split": asdict(optimal_split(model, length, options.flops or tokens * needed)),
     }
+
+
+def compiled_parts(compiled: bool, layout: Layout) -> str:
+    """Say what torch.compile compiles."""
+    if not compiled:
+        return "eager"
+    return "compiled" if layout.expert == 1 else "compiled but for the core"
 
 
 def fixed_fields(overrides: Sequence[str]) -> frozenset[str]:
@@ -313,9 +321,7 @@ def utilisation_source(run: dict[str, Any]) -> str:
         return "by --mfu"
     total = sum(time.values())
     parts = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in time.items() if seconds)
-    return (
-        f"from a model of a step's traffic, {'compiled' if run['compiled'] else 'eager'}, not measured ({parts}; --mfu)"
-    )
+    return f"from a model of a step's traffic, {run['compiled_parts']}, not measured ({parts}; --mfu)"
 
 
 def page(figures: dict[str, Any]) -> str:

@@ -1,6 +1,5 @@
 """Collectives of a step on groups of 8 to 4,096 fake processes, executed and counted, against the plan."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -15,10 +14,11 @@ from torch.utils._pytree import tree_leaves
 from mythos.distributed.layout import named_layout
 from mythos.distributed.parallel import parallelize
 from mythos.distributed.ranks import Ranks, World
-from mythos.model.ops.expert_exchange import ExpertExchange, Splits
+from mythos.model.ops.expert_exchange import ExpertExchange
 from mythos.planning.collectives import EXPERT_EXCHANGE, Exchange, collectives, fake_processes
 from mythos.planning.flops import build_on_meta
 from mythos.planning.rank_state import rank_state
+from tests.planning.helpers import as_if_alike
 from tests.runs import tiny
 
 KINDS = {
@@ -51,13 +51,6 @@ class Counter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def as_if_alike(self: ExpertExchange, sent: Tensor) -> Callable[[], Splits]:
-    """Counts, as if every rank sent what this one sends: a fake collective brings nothing."""
-    dist.all_to_all_single(torch.empty_like(sent), sent, group=self.group)
-    sizes = sent.sum(1).tolist()
-    return lambda: Splits(sizes, sizes, sent)
-
-
 @pytest.mark.parametrize("ranks", LAYOUTS)
 def test_plan_counts_what_a_rank_of_many_exchanges(tmp_path: Path, ranks: int) -> None:
     changes = {f"parallel__{name}": value for name, value in LAYOUTS[ranks].items()}
@@ -79,3 +72,27 @@ def test_plan_counts_what_a_rank_of_many_exchanges(tmp_path: Path, ranks: int) -
         world.sum(torch.zeros(state.measured // 8, dtype=torch.float64))
     print(f"{ranks:,} ranks: {counter.seen}")
     assert counter.seen == {kind: exchange for kind, exchange in planned.items() if exchange.count}
+
+
+def test_each_unit_is_gathered_while_the_one_before_runs(tmp_path: Path) -> None:
+    """The core is gathered before the last block of the prelude runs, and the coda before the core does."""
+    changes = {"data__streams": 8, "train__global_batch": 8, "model__prelude_layers": 2, "model__coda_layers": 2}
+    config = tiny(tmp_path, parallel__mode="fsdp", model__vocab_size=384, **changes)
+    layout = named_layout(config.parallel, 8, 8)
+    ids = torch.zeros(1, 17, dtype=torch.int64)
+    gathered: dict[str, int] = {}
+    with fake_processes(8), Counter() as counter:
+        world = World(torch.device("cpu"), Ranks(dist.group.WORLD), Ranks())
+        model = parallelize(config, build_on_meta(config.model), layout, world).model
+        modules = {"prelude 0": model.prelude[0], "prelude 1": model.prelude[1]}
+        modules |= {"core": model.recurrence.blocks[0], "coda 0": model.coda[0], "coda 1": model.coda[1]}
+        for name, module in modules.items():  # these hooks run after those of FSDP2
+
+            def note(*_: Any, name: str = name) -> None:
+                gathered.setdefault(name, counter.seen["all-gather"].count)
+
+            module.register_forward_pre_hook(note)
+        counter.seen.clear()
+        model(ids[:, :-1], ids[:, 1:], loops=LOOPS, backprop=BACKPROP)
+    # The root, then each block with the one after it; the injection is a unit of its own within the core.
+    assert gathered == {"prelude 0": 3, "prelude 1": 4, "core": 6, "coda 0": 7, "coda 1": 7}
