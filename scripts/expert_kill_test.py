@@ -156,12 +156,12 @@ def relay(folder: Path, generations: list[Generation], steps: int) -> list[int]:
     return continued
 
 
-def main() -> int:
-    """Draw generations and run them."""
+def main(arguments: list[str] | None = None) -> int:
+    """Draw generations and run them; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, metavar="N", help="number of kills (default 20)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn (default 0)")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     generations = draw_generations(random.Random(options.seed), options.kills)
     folder = Path(tempfile.mkdtemp(prefix="expert-kills-"))
     try:
