@@ -23,9 +23,7 @@ from mythos.errors import MythosError
 
 if TYPE_CHECKING:
     from mythos.distributed.layout import Layout
-    from mythos.planning.budget import Gpu
     from mythos.planning.rank_state import RankState
-    from mythos.planning.traffic import StepTime
 
 GIB = 2**30
 TOKENS_PER_PARAMETER = 20
@@ -86,6 +84,7 @@ def estimate(options: argparse.Namespace) -> dict[str, Any]:
     from mythos.distributed.ranks import check_fit
     from mythos.model.cache import cache_bytes_per_token
     from mythos.planning.budget import named_gpu, optimal_split, training_run
+    from mythos.planning.cost import step_time_per_token
     from mythos.planning.layout import choose_layout
     from mythos.planning.rank_state import rank_state
 
@@ -194,31 +193,6 @@ def memory_per_gpu(config: Config, layout: Layout, state: RankState, capacity: i
         "device": capacity,
         "activations": by_mode,
     }
-
-
-def step_time_per_token(config: Config, gpu: Gpu, gpus: int, state: RankState, executed: float) -> StepTime:
-    """Estimate the seconds per token of a step from a model of its memory traffic; `executed` is FLOPs per token."""
-    import torch
-
-    from mythos.distributed.parallel import compiles
-    from mythos.planning.budget import mean_depths
-    from mythos.planning.traffic import OPTIMIZER_BYTES, step_time, step_traffic
-
-    length, micro_batch, means = config.data.sequence_length, config.train.micro_batch, mean_depths(config)
-    rows = max(1, config.train.global_batch // gpus)
-    rows = rows if micro_batch == "auto" else min(rows, micro_batch)
-    return step_time(
-        step_traffic(config.model, length, rows, config.parallel.activation_checkpointing),
-        executed=executed,
-        loops=means.loops,
-        backprop=means.backprop,
-        tokens=rows * length,
-        # 4 bytes a parameter; each GPU updates its shard once per step of all GPUs.
-        optimizer=OPTIMIZER_BYTES * state.parameters / 4 * gpus / config.tokens_per_step,
-        peak=gpu.peak,
-        bandwidth=gpu.bandwidth,
-        compiled=compiles(config, torch.device("cuda")),
-    )
 
 
 def read_config(name: str, overrides: Sequence[str], gpus: int, tokens: float | None) -> Config:

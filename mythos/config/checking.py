@@ -5,6 +5,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeGuard, get_args, get_origin
 
@@ -107,7 +108,7 @@ def apply_override(data: dict[str, Any], override: str, problems: Problems) -> d
         value = text  # for instance *.txt, which YAML reads as an alias
     section_path, _, name = path.rpartition(".")
     section = dict(sections(problems.root)).get(section_path)
-    schema = section.model_json_schema()["properties"].get(name, {}) if section else {}
+    schema = schemas_of(section).get(name, {}) if section else {}
     accepts_text = "text" in [allowed(option) for option in _options(schema)]
     if accepts_text and not isinstance(value, str | list | dict | None):
         value = text  # run.name=7 is the text 7
@@ -126,7 +127,7 @@ def valid_values(section: type[Section], data: Any, problems: Problems, prefix: 
     if not isinstance(data, dict):
         problems.add(prefix[:-1], f"got {shown(data)}; allowed: a mapping of {', '.join(section.model_fields)}")
         return {}
-    schemas = section.model_json_schema()["properties"]
+    schemas = schemas_of(section)
     values: dict[str, Any] = {}
     for name, value in data.items():
         path = f"{prefix}{shortened(str(name))}"
@@ -155,6 +156,13 @@ def valid_values(section: type[Section], data: Any, problems: Problems, prefix: 
                 rule += ", in decimal and without leading zeros"
             problems.add(path, f"got {shown(value)}; allowed: {rule}")
     return values
+
+
+@cache
+def schemas_of(section: type[Section]) -> dict[str, Any]:
+    """JSON schemas of a section's fields; kept, because generating them takes most of the time of a check."""
+    schemas: dict[str, Any] = section.model_json_schema()["properties"]
+    return schemas
 
 
 def sections(root: type[Section], prefix: str = "") -> Iterator[tuple[str, type[Section]]]:
