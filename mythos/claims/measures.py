@@ -6,22 +6,28 @@ from typing import Any
 
 import torch
 
+from mythos.checkpoints.stored_checkpoint import complete_checkpoints
 from mythos.checkpoints.stored_model import OpenedModel, open_model
 from mythos.config.presets import PRESETS, preset_config
+from mythos.data.facts import Split
+from mythos.data.tasks import task_set
 from mythos.distributed.ranks import choose_device
 from mythos.errors import MythosError
 from mythos.evaluation.depth_sweep import adaptive_losses, batches_of, depth_sweep, sweep_rules
 from mythos.evaluation.reasoning import accuracy_map
 from mythos.evaluation.text import as_in_training, validation_data
+from mythos.evaluation.validation import right_rows
+from mythos.files.storage import step_of
 from mythos.model import IGNORE_INDEX
 from mythos.model.attention.base import attention_class
 from mythos.model.cache import DecodeCache, cache_bytes_per_token
 from mythos.model.config import ModelConfig
 from mythos.model.halting import default_threshold, halting_rule, usable_rules
 from mythos.model.layers import autocast_to
-from mythos.model.rdt import RecurrentDepthTransformer
+from mythos.model.rdt import DepthReadout, RecurrentDepthTransformer
 
 Measure = Callable[..., dict[str, Any]]
+SPLITS: tuple[Split, ...] = ("train", "in", "out")
 
 
 def measure_run(run_dir: Path, measures: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -114,6 +120,35 @@ def reasoning(opened: OpenedModel, difficulties: list[int], loops: list[int], se
     return {"difficulties": accuracy.difficulties, "loops": accuracy.loops, "accuracy": accuracy.accuracy}
 
 
+def facts(opened: OpenedModel, loops: list[int], sequences: int) -> dict[str, Any]:
+    """Accuracy on composed questions of a graph of facts, of every checkpoint that the run has kept.
+
+    `train`, `in` and `out` (`mythos.data.facts.Split`): one row per checkpoint, one column per number of loops; the
+    first loop count only for a fixed-depth model. Questions are those of the largest difficulty, one in a sequence.
+    """
+    if opened.run is None or opened.run.data.task.name != "facts":
+        raise MythosError(f"{opened.source}: this is measured of runs on data.task.name facts")
+    task = opened.run.data.task.model_copy(update={"queries": 1})
+    device, hardest, splits = opened.model.head_weight.device, task.difficulty[1], SPLITS
+    depths = loops[:1] if opened.model.config.injection == "none" else loops
+    taken: dict[str, Any] = {"loops": depths, "steps": [], **{split: [] for split in splits}}
+    for checkpoint in complete_checkpoints(Path(opened.source).parent):
+        model = open_model(checkpoint, device).model
+        taken["steps"].append(step_of(checkpoint))
+        for split in splits:
+            data = task_set(task, [hardest], sequences, task.length(hardest), "claim", split)
+            targets = data.targets.to(device)
+            readouts = model.read_depths(data.ids.to(device), targets, depths, judged=True)
+            taken[split].append([accuracy_of(readout, targets) for readout in readouts])
+    return taken
+
+
+def accuracy_of(readout: DepthReadout, targets: torch.Tensor) -> float:
+    """Share of sequences with every answer right."""
+    assert readout.right is not None, "judged=True was requested"
+    return float(right_rows(readout.right, targets).double().mean())
+
+
 def frequency(opened: OpenedModel, rules: list[str], classes: int = 8, sequences: int | None = None) -> dict[str, Any]:
     """Loops of positions under halting rules at their default thresholds, by frequency of the token to be predicted.
 
@@ -127,7 +162,9 @@ def frequency(opened: OpenedModel, rules: list[str], classes: int = 8, sequences
     data = validation_data(opened, None, sequences)
     taken = {}
     for rule in (rule for rule in rules if rule in supported):
-        targets, used, losses = [], [], []
+        targets: list[torch.Tensor] = []
+        used: list[torch.Tensor] = []
+        losses: list[torch.Tensor] = []
         with autocast_to(dtype, device):
             for rows in batches_of(data, micro_batch, device):
                 loss, loops = adaptive_losses(
@@ -216,7 +253,7 @@ def decoded_bytes(config: ModelConfig, tokens: int) -> int:
     return store.bytes
 
 
-OF_A_RUN: dict[str, Measure] = {"sweep": sweep, "reasoning": reasoning, "frequency": frequency}
+OF_A_RUN: dict[str, Measure] = {"sweep": sweep, "reasoning": reasoning, "facts": facts, "frequency": frequency}
 """Measurements of a trained model, by the name in a claim's `measure`."""
 ONCE: dict[str, Measure] = {"cache": cache}
 """Measurements without a run, by the name in a claim's `once`."""

@@ -43,7 +43,8 @@ def plan_text(task: Task) -> str:
         gpus = GPUS_OF_SIZE[claim.size]
         with kept_on_disk():
             hours = [gpu_hours(run.config, gpus) for run in left]
-        lines.append(f"time            about {sum(hours):,.1f} hours of an {GPU}, from a model of a step's traffic")
+        lines.append(f"time            about {duration(3600 * sum(hours))} of GPU time on {gpus} {GPU}")
+        lines.append("                from a model of a step's traffic, without communication: a lower bound")
     lines += ["", *(f"  {run.name}" + " (recorded)" * (run.name in results.runs) for run in planned)]
     return "\n".join(lines)
 

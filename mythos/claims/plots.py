@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mythos.reports.style import (
     NAMED_BESIDE,
@@ -45,7 +45,7 @@ def lines_panel(
         for number, (name, points) in enumerate(lines.items()):
             finite = sorted((float(a), float(b)) for a, b in points if abs(a) + abs(b) < float("inf"))
             if len(finite) > 1:
-                style = series(number)
+                style: dict[str, Any] = series(number)
                 axes.plot([a for a, _ in finite], [b for _, b in finite], label=name, markersize=4, **style)
         if log_y:
             log_scale(axes)

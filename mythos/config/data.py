@@ -10,6 +10,9 @@ from mythos.section import Count, CountOrZero, Positions, PositiveInt, Section
 MOST_NUMBER_TOKENS = 64
 """Largest number of hops with a token of its own (tell: number)."""
 
+FACT_FIELDS = ("entities", "relations", "facts_per_entity", "graph", "ratio", "unseen")
+"""Fields of a task that only facts use."""
+
 SourceKind = Literal["embedded", "files", "hub", "tokens"]
 DataKind = Literal[SourceKind, "mixture", "reasoning"]
 Size = Annotated[int, Field(ge=2, le=200)]
@@ -38,10 +41,11 @@ class FilterConfig(Section):
 class TaskConfig(Section):
     """A reasoning task whose difficulty is a number of sequential steps; the run's seed generates its sequences."""
 
-    name: Literal["hops", "mano", "permutations", "addition"] = "hops"
+    name: Literal["hops", "mano", "permutations", "addition", "facts"] = "hops"
     """hops = follow a random permutation, listed as pairs in the text, for a number of steps from a start symbol;
     mano = value of a prefix expression with that number of operations; permutations = product of that number of group
-    elements; addition = sum of that number of numbers."""
+    elements; addition = sum of that number of numbers; facts = questions about a fixed graph of facts, which must be
+    memorised: the entity at the end of that number of relations (arXiv 2405.15071, 2604.07822)."""
     difficulty: tuple[Count, Count] = (1, 5)
     """Fewest and most steps of a training sequence; every number between is equally frequent."""
     ramp: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -68,6 +72,21 @@ class TaskConfig(Section):
     digits: Annotated[int, Field(ge=1, le=9)] = 2
     """addition: digits of every number; the answer is the sum modulo 10^digits."""
 
+    entities: Annotated[int, Field(ge=2, le=65536)] = 200
+    """facts: number of entities."""
+    relations: Size = 40
+    """facts: number of relations."""
+    facts_per_entity: Size = 20
+    """facts: relations that each entity has, at most `relations`."""
+    graph: Literal["random", "permutations"] = "random"
+    """facts: random = relations and targets are drawn for each entity; permutations = every relation permutes the
+    entities, and every entity has all relations (facts_per_entity is not used)."""
+    ratio: Annotated[float, Field(gt=0, le=1000)] = 7.2
+    """facts: questions of training of each difficulty above 1, for each fact."""
+    unseen: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """facts: share of the facts that no question of training composes. They are trained as facts only; questions made
+    of nothing else are the test out of distribution."""
+
     def targets(self, difficulty: int) -> int:
         """Count the answer tokens of a sequence of this difficulty."""
         answers = self.queries * (difficulty if self.ask == "steps" else 1)
@@ -88,12 +107,21 @@ class TaskConfig(Section):
                 + self.symbols**2  # a token for each pair
                 + {"nothing": 0, "number": MOST_NUMBER_TOKENS, "marks": 1}[self.tell]
             )
+        if self.name == "facts":
+            return 1 + self.entities + self.relations
         return {"mano": 5 + self.modulus, "permutations": 2 + self.elements, "addition": 12}[self.name]
 
     @property
     def hardest(self) -> float:
-        """Largest difficulty that a text can state."""
+        """Largest difficulty that a text can state; of facts, that of training, because their questions are listed."""
+        if self.name == "facts":
+            return self.difficulty[1]
         return MOST_NUMBER_TOKENS if self.tell == "number" else inf
+
+    @property
+    def relations_per_entity(self) -> int:
+        """facts: relations of every entity."""
+        return self.relations if self.graph == "permutations" else self.facts_per_entity
 
     def length(self, difficulty: int) -> int:
         """Tokens of the shortest sequence that fits this difficulty.
@@ -105,6 +133,7 @@ class TaskConfig(Section):
             "hops": self.symbols + self.queries * (1 + difficulty * (self.tell == "marks")) + (self.tell == "number"),
             "mano": 2 * difficulty + 2,
             "permutations": 1 + self.queries * (1 + difficulty) if self.ask != "windows" else self.queries + difficulty,
+            "facts": self.queries * (1 + difficulty),
             "addition": 1 + self.queries * (1 + self.digits * difficulty),
         }[self.name]
 

@@ -251,7 +251,30 @@ def test_scaling() -> None:
     assert judge(*scaling(-0.2)).outcome == NOT_SUPPORTED
 
 
+def generalization(four: dict[str, float], one: float = 0.1) -> Any:
+    """Accuracies at the end with 4 loops by split (else 20%), and with fewer loops."""
+    claim = loaded("systematic-generalization")
+
+    def make(arm: str, seed: int, point: dict[str, Any]) -> Any:
+        def rows(split: str) -> list[list[float]]:
+            return [[0.0] * 3, [four.get(split, 0.2) if arm == "loops-4" else one] * 3]
+
+        taken = {"loops": [1, 2, 4], "steps": [300, 600], **{split: rows(split) for split in ("train", "in", "out")}}
+        return run(arm, seed, point, mean_loops=int(arm[-1]), measured={"facts": taken})
+
+    return claim, results(claim, all_runs(claim, make))
+
+
+def test_systematic_generalization() -> None:
+    verdict = judge(*generalization({"out": 0.85}))
+    assert verdict.outcome == SUPPORTED and verdict.number == "85% out of distribution with 4 loops"
+    assert judge(*generalization({"in": 0.9, "out": 0.3})).outcome == CONDITIONS
+    assert judge(*generalization({"in": 0.9, "out": 0.9}, one=0.9)).outcome == NOT_SUPPORTED
+    assert judge(*generalization({})).outcome == NOT_SUPPORTED
+
+
 MADE = {
+    "systematic-generalization": lambda: generalization({"out": 0.85}),
     "memory": lambda: memory(400, 1500),
     "stability": lambda: stability({"lti": 0.1}),
     "curriculum": lambda: curriculum(linear_50=(3.1, 75.0)),
