@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mythos.claims.definition import claim_names
-from mythos.claims.results import FILE
+from mythos.claims.results import FILE, read_results
 from mythos.claims.verdict_page import (
     PICTURE,
     VERDICT,
@@ -32,18 +32,18 @@ def problems(root: Path, page: Path) -> Iterator[str]:
     if not folders:
         raise MythosError(f"{root}: no results of claims; run in a checkout, or give the folder with --results")
     for folder in folders:
-        if folder.name not in claim_names():
-            yield f"{folder}: there is no claim of this name in configs/claims"
-            continue
         yield from problems_of(folder)
     if page.is_file() and page.read_text("utf-8") != updated_page(page, root):
         yield f"{page}: not what the results yield"
 
 
 def problems_of(folder: Path) -> Iterator[str]:
-    """What differs in the folder of one claim."""
-    claim, results, judgement = outcome_line(folder.name, folder.parent)
-    assert results is not None, "the folder has results"
+    """What differs in a folder with results."""
+    results = read_results(folder)
+    if results is None or results.claim not in claim_names():
+        yield f"{folder / FILE}: there is no such claim in configs/claims"
+        return
+    claim, _, judgement = outcome_line(results.claim, folder)
     if (folder / FILE).read_text("utf-8") != results.dump():
         yield f"{folder / FILE}: not as `mythos claims` writes it"
     if results.config != claim.digest():
@@ -62,8 +62,11 @@ def problems_of(folder: Path) -> Iterator[str]:
 def write(root: Path, page: Path) -> None:
     """Write verdicts, pictures and the page's table anew, from the results; those of changed definitions stay."""
     for path in sorted(root.glob(f"*/{FILE}")):
-        claim, results, judgement = outcome_line(path.parent.name, root)
-        if results is not None and results.config == claim.digest():
+        results = read_results(path.parent)
+        if results is None or results.claim not in claim_names():
+            continue
+        claim, _, judgement = outcome_line(results.claim, path.parent)
+        if results.config == claim.digest():
             write_verdict(path.parent, claim, results, judgement)
     if page.is_file():
         write_whole(page, updated_page(page, root))

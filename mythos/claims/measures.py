@@ -143,6 +143,57 @@ def facts(opened: OpenedModel, loops: list[int], sequences: int) -> dict[str, An
     return taken
 
 
+def frontier(opened: OpenedModel, loops: list[int], sequences: int) -> dict[str, Any]:
+    """How well a linear probe of the state after t loops finds the nodes t edges below the root of the task `trees`.
+
+    The probe is a ridge regression from the state at a position to membership of every node, fitted to half of the
+    sequences; `recall` is the share of the nodes of level t among the probe's highest scores, as many as there are such
+    nodes, on the other half. `root` is at the root's token, `last` at the last one. `depth_first` is the recall of a
+    state that holds one of the nodes and guesses the others, `chance` that of a guess.
+    """
+    if opened.run is None or opened.run.data.task.name != "trees":
+        raise MythosError(f"{opened.source}: this is measured of runs on data.task.name trees")
+    task, model = opened.run.data.task, opened.model
+    data = task_set(task, [task.difficulty[1]], sequences, task.length(task.difficulty[1]), "claim")
+    states: list[torch.Tensor] = []
+    device, edges = model.head_weight.device, task.nodes - 2
+    with torch.no_grad():
+        targets = data.targets.to(device)
+        model.read_depths(data.ids.to(device), targets, [max(loops)], observe=lambda after: states.append(after.state))
+    taken: dict[str, Any] = {"loops": loops, "root": [], "last": [], "depth_first": [], "chance": []}
+    for count in loops:
+        members_BN = level_members(data.ids, task.nodes, edges, count)
+        for name, position in (("root", edges), ("last", -1)):
+            taken[name].append(probe_recall(states[count - 1][:, position].cpu().double(), members_BN))
+        size = task.branches**count
+        chance = size / task.nodes
+        taken["chance"].append(chance)
+        taken["depth_first"].append((1 + (size - 1) * (size - 1) / (task.nodes - 1)) / size)
+    return taken
+
+
+def level_members(ids_BL: torch.Tensor, nodes: int, edges: int, level: int) -> torch.Tensor:
+    """Whether each node is that many edges below the root: (B, nodes) float64, by breadth-first search in the text."""
+    members = torch.zeros(len(ids_BL), nodes, dtype=torch.float64)
+    for row, ids in enumerate(ids_BL.tolist()):
+        pairs = [divmod(token - 1 - nodes, nodes) for token in ids[:edges]]
+        here = {ids[edges] - 1}
+        for _ in range(level):
+            here = {child for parent, child in pairs if parent in here}
+        members[row, list(here)] = 1
+    return members
+
+
+def probe_recall(state_BD: torch.Tensor, members_BN: torch.Tensor, ridge: float = 1.0) -> float:
+    """Mean recall of the members among the highest scores of a ridge regression, on the second half of the rows."""
+    half, features = len(state_BD) // 2, torch.cat([state_BD, torch.ones(len(state_BD), 1).double()], dim=1)
+    train, test = features[:half], features[half:]
+    gram = train.T @ train + ridge * torch.eye(train.shape[1], dtype=torch.float64)
+    scores = test @ torch.linalg.solve(gram, train.T @ members_BN[:half])
+    size = int(members_BN[0].sum())
+    return float(members_BN[half:].gather(1, scores.topk(size, dim=1).indices).mean())
+
+
 def accuracy_of(readout: DepthReadout, targets: torch.Tensor) -> float:
     """Share of sequences with every answer right."""
     assert readout.right is not None, "judged=True was requested"
@@ -253,7 +304,13 @@ def decoded_bytes(config: ModelConfig, tokens: int) -> int:
     return store.bytes
 
 
-OF_A_RUN: dict[str, Measure] = {"sweep": sweep, "reasoning": reasoning, "facts": facts, "frequency": frequency}
+OF_A_RUN: dict[str, Measure] = {
+    "sweep": sweep,
+    "reasoning": reasoning,
+    "facts": facts,
+    "frontier": frontier,
+    "frequency": frequency,
+}
 """Measurements of a trained model, by the name in a claim's `measure`."""
 ONCE: dict[str, Measure] = {"cache": cache}
 """Measurements without a run, by the name in a claim's `once`."""

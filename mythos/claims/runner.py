@@ -5,6 +5,7 @@ its newest checkpoint.
 """
 
 import contextlib
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,9 @@ class Task:
     @property
     def directory(self) -> Path:
         """Parent of the run directories: another one for another definition or text."""
-        digest = self.claim.digest() if self.data is None else f"{self.claim.digest()}-{Path(self.data).stem}"
+        digest = self.claim.digest()
+        if self.data is not None:
+            digest += f"-{hashlib.blake2b(self.data.encode(), digest_size=4).hexdigest()}"
         return RUNS / f"{self.claim.name}-{self.claim.size}-{digest}"
 
     def planned(self, results: Results | None = None) -> list[PlannedRun]:

@@ -125,9 +125,9 @@ def fields(overrides: dict[str, object]) -> str:
     return ", ".join(f"`{path}={json.dumps(value)}`".replace('"', "") for path, value in overrides.items())
 
 
-def outcome_line(name: str, root: Path) -> tuple[Claim, Results | None, Judgement]:
-    """A claim at the size of its results in `root` (nano if there are none), those results, and the verdict."""
-    results = read_results(root / name)
+def outcome_line(name: str, folder: Path) -> tuple[Claim, Results | None, Judgement]:
+    """A claim at the size of its results in `folder` (nano if there are none), those results, and the verdict."""
+    results = read_results(folder)
     claim = load_claim(name, results.size if results else "nano")
     if results is None:
         return claim, None, Judgement(NOT_RUN, f"about {duration(cpu_seconds(claim))} on one core", "")
@@ -140,7 +140,7 @@ def claims_table(root: Path) -> str:
     """The table of all claims as Markdown: claim, who says it, verdict, number, command."""
     rows = []
     for name in claim_names():
-        claim, results, judgement = outcome_line(name, root)
+        claim, results, judgement = outcome_line(name, root / name)
         outcome = f"[{judgement.outcome}]({PAGES}/{name}/{VERDICT})" if results else judgement.outcome
         line = f"`{command(claim, results.data if results else EMBEDDED)}`"
         rows.append([claim.definition.claim, claim.definition.source, outcome, judgement.number, line])
@@ -151,7 +151,7 @@ def claims_pictures(root: Path) -> str:
     """Reason and picture of every claim that has results, as Markdown."""
     parts = ["## Results so far"]
     for name in claim_names():
-        claim, results, judgement = outcome_line(name, root)
+        claim, results, judgement = outcome_line(name, root / name)
         if results is not None and judgement.tables:
             picture = f"![{claim.definition.claim}]({PAGES}/{name}/{PICTURE})"
             parts += [f"### {name}", f"{judgement.outcome.capitalize()}: {judgement.why}", picture]

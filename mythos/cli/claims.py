@@ -124,7 +124,7 @@ def listing(root: Path | None) -> str:
 
     rows = []
     for name in claim_names():
-        claim, _, judgement = outcome_line(name, root or results.FOLDER)
+        claim, _, judgement = outcome_line(name, (root or results.FOLDER) / name)
         rows.append((name, judgement.outcome, judgement.number, claim.definition.claim))
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}\n{'':<{widths[0]}}  {d}" for a, b, c, d in rows)

@@ -6,7 +6,15 @@ A rule is a function that yields the paths and an explanation of values that can
 from collections.abc import Iterator
 
 from mythos.config.checking import Contradiction, shown
-from mythos.config.data import FACT_FIELDS, DataConfig, FilterConfig, SourceConfig, TaskConfig, reads_text_files
+from mythos.config.data import (
+    FACT_FIELDS,
+    TREE_FIELDS,
+    DataConfig,
+    FilterConfig,
+    SourceConfig,
+    TaskConfig,
+    reads_text_files,
+)
 from mythos.config.sections import Config
 from mythos.model.config import padded_vocab_size
 
@@ -107,7 +115,7 @@ SOURCE_RULES = (
 # --- reasoning tasks
 
 TASK_OF_FIELD = {"tell": "hops", "symbols": "hops", "modulus": "mano", "group": "permutations", "digits": "addition"}
-TASK_OF_FIELD |= dict.fromkeys(FACT_FIELDS, "facts")
+TASK_OF_FIELD |= dict.fromkeys(FACT_FIELDS, "facts") | dict.fromkeys(TREE_FIELDS, "trees")
 """The one task that uses a field."""
 MOST_CHAINS = 10_000_000
 """Questions of facts that are listed in memory, 8 bytes a token."""
@@ -148,7 +156,10 @@ def _window_is_stated(config: Config) -> Iterator[Contradiction]:
 def _difficulty_has_a_number_token(config: Config) -> Iterator[Contradiction]:
     task = config.data.task
     low, high = task.difficulty
-    if high > task.hardest:
+    if high > task.hardest and task.name == "trees":
+        values = f"got {task.levels} and [{low}, {high}]"
+        yield ("data.task.levels", "data.task.difficulty"), f"{values}; no node is more levels below the root"
+    elif high > task.hardest:
         rule = f"only numbers up to {task.hardest} have a token of their own"
         yield ("data.task.tell", "data.task.difficulty"), f"got {task.tell} and [{low}, {high}]; {rule}"
 

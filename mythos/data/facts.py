@@ -48,9 +48,9 @@ class FactGraph:
             self.tails_EK = draws.integers(count, per_entity)
         total = count * per_entity
         order = np.argsort(Draws(sequence_keys("facts/unseen", np.arange(total))).bits(1)[:, 0], kind="stable")
-        self.unseen_EK = np.zeros(total, bool)
-        self.unseen_EK[order[: round(task.unseen * total)]] = True
-        self.unseen_EK = self.unseen_EK.reshape(count, per_entity)
+        unseen = np.zeros(total, bool)
+        unseen[order[: round(task.unseen * total)]] = True
+        self.unseen_EK = unseen.reshape(count, per_entity)
 
     def questions(self, difficulty: int, split: Split) -> Questions:
         """The questions of a split with that number of relations. Raises ValueError if there are none."""

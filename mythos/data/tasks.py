@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mythos.config.data import FACT_FIELDS, TaskConfig
+from mythos.config.data import FACT_FIELDS, TREE_FIELDS, TaskConfig
 from mythos.data.facts import Split, fact_graph
 from mythos.data.random_bits import Draws, sequence_keys
 from mythos.data.stream import Batch, Streams
@@ -219,7 +219,33 @@ def _facts(
     targets_RL[:, difficulty : end : 1 + difficulty] = 1 + answers_N[chosen_RQ]
 
 
-_GENERATORS = {"hops": _hops, "mano": _mano, "permutations": _permutations, "addition": _addition}
+def _trees(task: TaskConfig, draws: Draws, difficulty: int, inputs_RL: np.ndarray, targets_RL: np.ndarray) -> None:
+    """List the edges of two trees in random order, one token each, the root of the first, then pairs of nodes.
+
+    One node of each pair is `difficulty` edges below the root, the other as far below the other root; the target, at
+    the second of them, is the first of these. Every inner node has `branches` children. Tokens: nodes from 1, then
+    pairs (parent, child). After the graphs of arXiv 2412.06769.
+    """
+    rows, half, size = len(inputs_RL), task.nodes // 2, task.nodes
+    label_RN = draws.permutations(size)  # the second half is the other tree; each in the order of levels
+    child = np.concatenate([np.arange(1, half), half + np.arange(1, half)])
+    parent = np.concatenate(
+        [(np.arange(1, half) - 1) // task.branches, half + (np.arange(1, half) - 1) // task.branches]
+    )
+    order = draws.permutations(len(child))
+    edges = 1 + size + label_RN[:, parent] * size + label_RN[:, child]
+    inputs_RL[:, : len(child)] = np.take_along_axis(edges, order, axis=1)
+    inputs_RL[:, len(child)] = 1 + label_RN[:, 0]
+    first = (task.branches**difficulty - 1) // (task.branches - 1)
+    reached, other = (first + draws.integers(task.branches**difficulty, task.queries) for _ in range(2))
+    pair = np.stack([np.take_along_axis(label_RN, nodes, axis=1) for nodes in (reached, half + other)], axis=-1)
+    turned = draws.integers(2, task.queries)[..., None].astype(bool)
+    start, end = len(child) + 1, len(child) + 1 + 2 * task.queries
+    inputs_RL[:, start:end] = (1 + np.where(turned, pair[..., ::-1], pair)).reshape(rows, -1)
+    targets_RL[:, start + 1 : end : 2] = 1 + pair[..., 0]
+
+
+_GENERATORS = {"hops": _hops, "mano": _mano, "permutations": _permutations, "addition": _addition, "trees": _trees}
 
 
 def hardest(task: TaskConfig, step: int, steps: int) -> int:
@@ -280,6 +306,12 @@ def task_set(
     )
 
 
+def unused_fields(task: TaskConfig) -> set[str]:
+    """Fields of the newer tasks that a task does not use."""
+    groups = {"facts": FACT_FIELDS, "trees": TREE_FIELDS}
+    return {field for name, fields in groups.items() if name != task.name for field in fields}
+
+
 class TaskStreams(Streams):
     """Generated sequences of a task.
 
@@ -312,8 +344,8 @@ class TaskStreams(Streams):
         self.steps = steps
         self._consumed = 0
         self.identity = {
-            # Without the fields of facts in other tasks: checkpoints of earlier versions lack them.
-            "task": task.model_dump(mode="json", exclude=set() if task.name == "facts" else set(FACT_FIELDS)),
+            # Without fields of other tasks that checkpoints of earlier versions lack.
+            "task": task.model_dump(mode="json", exclude=unused_fields(task)),
             "streams": streams,
             "slots": slots,
             "sequence_length": sequence_length,

@@ -273,7 +273,28 @@ def test_systematic_generalization() -> None:
     assert judge(*generalization({})).outcome == NOT_SUPPORTED
 
 
+def breadth(recall: float) -> Any:
+    """This recall at the root at levels 2 and 3; depth first 40%."""
+    claim = loaded("latent-breadth")
+
+    def make(arm: str, seed: int, point: dict[str, Any]) -> Any:
+        bounds = {"depth_first": [1.0, 0.4, 0.4], "chance": [0.1, 0.2, 0.3], "last": [1.0, 0.3, 0.3]}
+        accuracy = {"difficulties": [1, 2, 3], "loops": [1, 2, 3], "accuracy": [[1.0] * 3] * 3}
+        taken = {"loops": [1, 2, 3], "root": [1.0, recall, recall], **bounds}
+        return run(arm, seed, point, measured={"frontier": taken, "reasoning": accuracy})
+
+    return claim, results(claim, all_runs(claim, make))
+
+
+def test_latent_breadth() -> None:
+    verdict = judge(*breadth(0.85))
+    assert verdict.outcome == SUPPORTED and verdict.number == "recall 85% and 85%"
+    assert judge(*breadth(0.5)).outcome == CONDITIONS
+    assert judge(*breadth(0.35)).outcome == NOT_SUPPORTED
+
+
 MADE = {
+    "latent-breadth": lambda: breadth(0.5),
     "systematic-generalization": lambda: generalization({"out": 0.85}),
     "memory": lambda: memory(400, 1500),
     "stability": lambda: stability({"lti": 0.1}),
