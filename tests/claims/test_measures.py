@@ -31,6 +31,8 @@ def test_a_run_of_two_steps_is_measured(name: str, tmp_path: Path, monkeypatch: 
     values["arms"] = {ARMS[name]: claim.arms[ARMS[name]]}
     for options in values["measure"].values():
         options["sequences"] = 8
+    if name == "depth-extrapolation":
+        values["measure"]["sweep"]["most"] = [2, 64]
     claim = type(claim)(claim.name, claim.size, ClaimSection.model_validate(values))
     [planned] = claim.runs(1, tmp_path / "runs", None)
     taken = runner.train_and_collect(claim, planned, lambda _: None).measured
@@ -39,7 +41,7 @@ def test_a_run_of_two_steps_is_measured(name: str, tmp_path: Path, monkeypatch: 
     if "sweep" in taken:
         assert all(loop["loss"] > 0 for loop in taken["sweep"]["loops"] if loop["loops"] in (1, 8))
     if name == "depth-extrapolation":
-        assert sorted({point["most"] for point in taken["sweep"]["halting"]}) == [2, 4, 8, 16, 32, 64]
+        assert sorted({point["most"] for point in taken["sweep"]["halting"]}) == [2, 64]
     if name == "moe-depth-routing":
         assert 0 <= taken["sweep"]["loops"][1]["expert_overlap"] <= 1
     if name == "halting":
