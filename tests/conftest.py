@@ -62,6 +62,7 @@ SLOW = (
     "test_fuzzing.py",
     "test_missing_packages.py",
     "test_progress.py",
+    "test_warm.py",
     "trainer/",
     "training/test_trackers.py",
 )
@@ -100,6 +101,17 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MYTHOS_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def warm_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start data workers as forks of a process that has imported what they need; otherwise each takes two seconds."""
+    from mythos.data import loader, processes
+    from tests.warm import forkserver
+
+    forkserver()
+    for module in (loader, processes):
+        monkeypatch.setattr(module, "START_METHOD", "forkserver")
 
 
 @pytest.fixture(scope="module")

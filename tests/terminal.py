@@ -14,11 +14,15 @@ from typing import Self
 
 import pyte
 
+from tests.warm import WarmPopen
+
 
 class Terminal:
-    """A program that runs in a terminal; use as a context manager, which ends it."""
+    """A program that runs in a terminal, started warm or not; use as a context manager, which ends it."""
 
-    def __init__(self, command: list[str], columns: int = 80, lines: int = 24, **environment: str) -> None:
+    def __init__(
+        self, command: list[str], columns: int = 80, lines: int = 24, warm: bool = False, **environment: str
+    ) -> None:
         self.master, slave = pty.openpty()
         self.emulated = pyte.HistoryScreen(columns, lines, history=5000, ratio=0.5)
         self.stream = pyte.ByteStream(self.emulated)
@@ -29,13 +33,13 @@ class Terminal:
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # Ctrl-C then sends SIGINT
 
         inherited = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS", "LINES")}
-        self.process = subprocess.Popen(
+        self.process = (WarmPopen if warm else subprocess.Popen)(
             command,
             stdin=slave,
             stdout=slave,
             stderr=slave,
             start_new_session=True,
-            preexec_fn=take_terminal,
+            preexec_fn=None if warm else take_terminal,
             env={**inherited, "TERM": "xterm-256color", **environment},
         )
         os.close(slave)

@@ -354,7 +354,7 @@ def test_terminal_that_is_gone() -> None:
 def test_run_on_a_terminal(tmp_path: Path) -> None:
     """A whole run: validations, samples and checkpoints above the display, the summary below it."""
     command = [sys.executable, str(ROOT / "train.py"), str(write_settings(tmp_path, **SHOWN))]
-    with Terminal(command, 100) as terminal:
+    with Terminal(command, 100, warm=True) as terminal:
         assert terminal.end() == 0, terminal.text
     [bar] = displays(terminal)
     above, _, below = terminal.text.partition(bar)
@@ -366,7 +366,7 @@ def test_run_on_a_terminal(tmp_path: Path) -> None:
 
 def test_ctrl_c_of_a_run_on_a_terminal(tmp_path: Path) -> None:
     settings = write_settings(tmp_path, train__steps=100_000, eval__every=0)
-    with Terminal([sys.executable, str(ROOT / "train.py"), str(settings)]) as terminal:
+    with Terminal([sys.executable, str(ROOT / "train.py"), str(settings)], warm=True) as terminal:
         displays_once(terminal, lambda bar: "ETA" in bar)
         terminal.send("\x03")
         assert terminal.end() == 0, terminal.text

@@ -17,16 +17,19 @@ from mythos.data.tokenizer import Tokenizer, check_vocabulary
 from mythos.distributed.ranks import Ranks
 from mythos.errors import MythosError
 from mythos.model.config import padded_vocab_size
+from mythos.model.injection import spread_lanes
 from mythos.model.layers import is_loop_table, place, starting_value
 from mythos.model.rdt import RecurrentDepthTransformer
 
 CHANGEABLE = FREE_MODEL_FIELDS | {
     *("vocab_size", "halting", "lora_rank", "loop_embedding", "router_loop", "loop_norm", "rope_theta"),
 }
-"""Fields of the model that may differ from the source's."""
+"""Fields of the model that may differ from the source's. So may `lanes` if the source has one."""
 UNREPORTED = {"preset", "vocab_size", "router_bias_rate", "router_loop_start", "state_init", "ponder_weight"}
 """Fields of these whose difference is not printed: no tensor depends on it, or it is reported otherwise."""
 SCALES = "recurrence.adapter.scale"
+RATES = ("recurrence.injection.dt", "recurrence.injection.log_a")
+"""Parameters of which every lane has a row, and a model of one lane only that."""
 LEAST_SHARED = 0.1
 """Smallest share of a tokenizer's tokens that the source's tokenizer must have; with fewer its rows are of no use."""
 BATCH_BYTES = 2**28
@@ -71,7 +74,7 @@ class Start:
         here, there = tensors_of(model), tensors_of(self.stored.model)
         taken = self._taken(model)
         resized = [name for name in taken if here[name].shape != there[name].shape]
-        differing = [n for n in resized if not _has_row_per_loop(n, here[n]) and not _is_table(n)]
+        differing = [n for n in resized if not _has_row_per_loop(n, here[n]) and not _is_table(n) and n not in RATES]
         if differing:
             first = differing[0]
             raise MythosError(
@@ -109,6 +112,8 @@ class Start:
                 value = values.pop(name)
                 if _has_row_per_loop(name, here[name]):
                     value = value[torch.arange(len(here[name])).clamp(max=len(value) - 1)]
+                elif name in RATES and value.ndim < here[name].ndim:
+                    value = spread_lanes(name.rpartition(".")[2], value, len(here[name]))
                 elif _is_table(name) and self.rows is not None:
                     value = _with_rows(value, starting_value(model, name, seed), self.rows)
                 place(value, here[name])
@@ -180,12 +185,13 @@ def open_start(config: Config, source: str | None = None) -> Start | None:
         except MythosError as error:
             raise MythosError(f"train.init_from: {error}") from error
         there, here = stored.model.config.model_dump(mode="json"), config.model.model_dump(mode="json")
-        if differences := model_differences(there, config.model, CHANGEABLE, "in the model"):
+        changeable = CHANGEABLE | ({"lanes"} if there["lanes"] == 1 else set())
+        if differences := model_differences(there, config.model, changeable, "in the model"):
             raise MythosError(
                 f"train.init_from: {config.train.init_from} is of another model:\n{differences}\n"
                 "Leave these fields out, and model.preset too: then they are the model's own."
             )
-        reported = sorted(CHANGEABLE - UNREPORTED)
+        reported = sorted(changeable - UNREPORTED)
         changes = [f"{name}: {there[name]} -> {here[name]}" for name in reported if here[name] != there[name]]
         return Start(stored, files.pop_all(), changes)
 

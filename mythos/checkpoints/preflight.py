@@ -11,7 +11,7 @@ from psutil import virtual_memory
 
 from mythos.checkpoints.config_changes import Change, consequences, former_file
 from mythos.config.sections import Config
-from mythos.data.tasks import hardest
+from mythos.data.difficulty import hardest
 from mythos.errors import MythosError
 from mythos.model.config import HALTING_RULES, ModelConfig, padded_vocab_size
 from mythos.model.halting import trained_module

@@ -13,6 +13,7 @@ from mythos.config.checking import (
     Problems,
     allowed,
     apply_override,
+    field_schemas,
     read_yaml,
     sections,
     shown,
@@ -155,7 +156,7 @@ def describe(section: str | None = None) -> str:
     if section not in known:
         raise MythosError(f"{section}: unknown section; {suggestion(section, list(known))}")
     lines = [f"{section}: {_summary(known[section])}"]
-    schemas = known[section].model_json_schema()["properties"]
+    schemas = field_schemas(known[section])
     for name, field in known[section].model_fields.items():
         path = f"{section}.{name}"
         if path in known:

@@ -14,9 +14,10 @@ from mythos.data.corpus import (
     weighted,
     with_stored_documents,
 )
+from mythos.data.difficulty import slot_difficulties
 from mythos.data.source import Source, open_sources, open_validation_sources
 from mythos.data.stream import TokenStreams
-from mythos.data.tasks import TaskSet, TaskStreams, slot_difficulties, task_set
+from mythos.data.tasks import TaskSet, TaskStreams, task_set
 from mythos.data.tokenizer import Tokenizer, load_tokenizer
 from mythos.data.validation import ValidationSet, validation_set
 

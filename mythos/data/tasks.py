@@ -9,7 +9,6 @@ Shape suffixes: R rows (sequences), L tokens and Q queries of a sequence, N symb
 from collections.abc import Sequence
 from functools import cache
 from itertools import permutations
-from random import Random
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mythos.config.data import FACT_FIELDS, TREE_FIELDS, TaskConfig
+from mythos.data.difficulty import slot_difficulties
 from mythos.data.facts import Split, fact_graph
 from mythos.data.random_bits import Draws, sequence_keys
 from mythos.data.stream import Batch, Streams
@@ -246,25 +246,6 @@ def _trees(task: TaskConfig, draws: Draws, difficulty: int, inputs_RL: np.ndarra
 
 
 _GENERATORS = {"hops": _hops, "mano": _mano, "permutations": _permutations, "addition": _addition, "trees": _trees}
-
-
-def hardest(task: TaskConfig, step: int, steps: int) -> int:
-    """The highest difficulty drawn at a step; the ramp is a share of `steps`."""
-    low, high = task.difficulty
-    if step < task.ramp * steps:
-        return low + int(step / (task.ramp * steps) * (high - low + 1))
-    return high
-
-
-def slot_difficulties(task: TaskConfig, slots: int, seed: int, step: int, steps: int) -> list[int]:
-    """Difficulty of every slot of a step, the same for all streams: a function of the arguments alone.
-
-    The ramp is a share of `steps`. The slots of a step are drawn by stratified sampling in random order, like depths.
-    """
-    low, high = task.difficulty[0], hardest(task, step, steps)
-    random = Random(f"difficulty/{seed}/{step}")
-    order = sorted(range(slots), key=lambda _: random.random())
-    return [low + int((stratum + random.random()) / slots * (high - low + 1)) for stratum in order]
 
 
 class TaskSet(NamedTuple):

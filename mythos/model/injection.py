@@ -79,7 +79,7 @@ class LTIInjection(Injection):
     its bounds can still be trained back inside. All in float32.
 
     With K state lanes, u_k = A_k * h_k + Delta_k * (e B^T) for each lane k, where dt and log_a are (K, D). The decay of
-    lane k starts at START_DECAY ** (1 / (2 k + 1)), k from 0, so that later lanes remember longer.
+    lane k starts at START_DECAY ** (1 / (k + 1)), k from 0, so that later lanes remember longer.
     """
 
     float32 = ("dt", "log_a")
@@ -92,7 +92,7 @@ class LTIInjection(Injection):
         self.dt = nn.Parameter(torch.empty(shape))
         self.log_a = nn.Parameter(torch.empty(shape))
         self.weight = nn.Parameter(torch.empty(dim, dim))
-        decays = [START_DECAY ** (1 / (2 * lane + 1)) for lane in range(lanes)]
+        decays = [START_DECAY ** (1 / (lane + 1)) for lane in range(lanes)]
         self.initializers: dict[str, Initializer] = {
             "dt": by_row([log(expm1(-log(decay))) for decay in decays]),  # inverse softplus: A starts at `decays`
             "log_a": zeros,
@@ -133,6 +133,18 @@ class LTIInjection(Injection):
             return torch.addcmul(injected, shared, state)
         decay, delta = shared.unbind()
         return inject_lanes(state, decay, delta, injected)
+
+
+def spread_lanes(name: str, value: Tensor, lanes: int) -> Tensor:
+    """The parameter `name`, dt or log_a, of K lanes that start from one lane's: (D,) -> (K, D).
+
+    All lanes take the one lane's Delta, and lane k takes A ** (1 / (k + 1)), so that they differ as new lanes do.
+    From a state of zeros the first pass computes what it did with one lane.
+    """
+    repeated = value.expand(lanes, -1)
+    if name == "dt":
+        return repeated.clone()
+    return repeated - torch.arange(1, lanes + 1, device=value.device).log().unsqueeze(-1)
 
 
 class OrthogonalInjection(LTIInjection):

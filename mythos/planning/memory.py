@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mythos.model.config import ModelConfig
+from mythos.model.config import ModelConfig, loop_stages
+from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.planning.fake_step import Step, fake_model, run_forward
 from mythos.planning.trace_cache import remembered
 from mythos.torch_internals import TorchDispatchMode, storage_address, tree_leaves
@@ -36,20 +37,33 @@ def step_activations(config: ModelConfig, step: Step) -> Activations:
     The figures follow the model's code, because that code runs. Beyond TRACED_LOOPS loops with gradient they are
     extrapolated: each further loop adds what the last traced ones added, or what a pass keeps if that is more.
     """
-    per_loop = 0
-    if config.injection != "none":
-        per_loop = _trace(config, replace(step, backprop=2), forward_only=True)
-        per_loop -= _trace(config, replace(step, backprop=1), forward_only=True)
     depth = min(step.backprop, TRACED_LOOPS)
-    peak = _trace(config, replace(step, backprop=depth))
+    traced = _trace(config, replace(step, backprop=depth))
+    per_loop, peak = traced.per_loop, traced.peak
+    if config.injection != "none" and per_loop is None:
+        shallow, deeper = (_trace(config, replace(step, backprop=loops), forward_only=True) for loops in (1, 2))
+        per_loop = deeper.live - shallow.live
+    per_loop = per_loop or 0
     if step.backprop > depth:
-        half = _trace(config, replace(step, backprop=depth // 2))
+        half = _trace(config, replace(step, backprop=depth // 2)).peak
         peak += (step.backprop - depth) * max(per_loop, (peak - half) // (depth - depth // 2))
     return Activations(per_loop * step.backprop, peak)
 
 
-def _trace(config: ModelConfig, step: Step, forward_only: bool = False) -> int:
-    """Bytes at the peak of a step; with `forward_only`, bytes that are alive after the forward pass."""
+@dataclass(frozen=True)
+class _Trace:
+    """Bytes of one traced step."""
+
+    live: int
+    """What is alive after the forward pass."""
+    per_loop: int | None
+    """What a pass of the core keeps for the backward pass; None if this step is too short to show it."""
+    peak: int = 0
+    """The most at any time; 0 if only the forward pass was traced."""
+
+
+def _trace(config: ModelConfig, step: Step, forward_only: bool = False) -> _Trace:
+    """Run a step over fake tensors, or with `forward_only` its forward pass."""
     with fake_model(config, step) as model:
         weights = [*model.parameters(), *model.buffers()]
         if step.accumulating and not step.gathered:
@@ -58,16 +72,34 @@ def _trace(config: ModelConfig, step: Step, forward_only: bool = False) -> int:
                 weights.append(parameter.grad)
         shapes = {shape for p in model.parameters() for shape in (p.shape, p.shape[::-1])}
         with Ledger(weights, shapes) as ledger:
+            starts = _live_at_passes(model, ledger)
             objective = run_forward(model, step)
+            per_loop = _kept_by_pass(config, step, starts)
+            live = ledger.live
             if forward_only:
-                return ledger.live
+                return _Trace(live, per_loop)
             ledger.collecting = step.checkpointing != "none"
             objective.backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         peak = ledger.peak(without=gradients if step.gathered else ())
         if not (step.gathered or step.accumulating):
             peak -= sum(gradient.nbytes for gradient in gradients)  # counted with the training state
-    return max(0, peak)
+    return _Trace(live, per_loop, max(0, peak))
+
+
+def _live_at_passes(model: RecurrentDepthTransformer, ledger: "Ledger") -> list[int]:
+    """A list that grows by the bytes alive whenever the core's first block starts."""
+    starts: list[int] = []
+    model.recurrence.blocks[0].register_forward_pre_hook(lambda *_: starts.append(ledger.live))
+    return starts
+
+
+def _kept_by_pass(config: ModelConfig, step: Step, starts: list[int]) -> int | None:
+    """What one pass keeps: from the start of the third last to that of the second last pass of a forward pass.
+
+    Earlier passes also cast weights, which all passes share; later ones keep what the loss reads.
+    """
+    return starts[-2] - starts[-3] if step.backprop >= 4 and len(loop_stages(config)) == 1 else None
 
 
 class Ledger(TorchDispatchMode):

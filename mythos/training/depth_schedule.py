@@ -10,7 +10,7 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 from mythos.config.sections import Config, CurriculumConfig
-from mythos.data.tasks import hardest, slot_difficulties
+from mythos.data.difficulty import hardest, slot_difficulties
 
 LOGNORMAL_SIGMA = 0.5
 """Spread of the log-normal Poisson (Huginn, arXiv 2502.05171)."""

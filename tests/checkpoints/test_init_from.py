@@ -127,6 +127,26 @@ def test_passes_may_differ_from_a_start_at_which_they_do_not(trained: Trainer, t
     trainer.resources.close()
 
 
+def test_lanes_start_from_the_one_lane(trained: Trainer, tmp_path: Path) -> None:
+    """From zeros the first pass computes what it did; lane k decays by A^(1/(k+1)), and all have the same step."""
+    trainer = Trainer(config_from_dict(started(trained, tmp_path, model__lanes=3, model__state_init="zero")))
+    one, three = trained.model.recurrence.injection.rates(), trainer.model.recurrence.injection.rates()
+    torch.testing.assert_close(three[0], torch.stack([one[0] ** (1 / power) for power in (1, 2, 3)]))
+    torch.testing.assert_close(three[1], one[1].expand(3, -1))
+    ids = trainer.validation.ids[:2, :-1]
+    with torch.no_grad():
+        source = RecurrentDepthTransformer(trained.config.model.model_copy(update={"state_init": "zero"}))
+        source.load_state_dict(trained.model.state_dict())
+        torch.testing.assert_close(trainer.model(ids, loops=1).logits, source.eval()(ids, loops=1).logits)
+    printed = "\n".join(trainer.start.changes)
+    for line in ("lanes: 1 -> 3", "new: recurrence.lanes."):
+        assert line in printed
+    export_model(run(config_from_dict(started(trained, tmp_path / "two", model__lanes=2))).run_dir, tmp_path / "out")
+    with pytest.raises(MythosError, match="lanes: 2 in the model, 3 here"):
+        Trainer(config_from_dict(started(trained, tmp_path / "three", tmp_path / "out", model__lanes=3)))
+    trainer.resources.close()
+
+
 def test_tables_of_the_loop_follow_the_number_of_loops(tmp_path: Path) -> None:
     changes = {"model__router_loop": "bias", "model__router_bias_per_loop": True, "model__loop_norm": "adaptive"}
     source = run(tiny(tmp_path, **changes, optim__lr=0.02, model__router_bias_rate=0.1))

@@ -187,7 +187,7 @@ def wait_for_prompt(terminal: Terminal) -> None:
 def test_chat_on_a_terminal(trained: Path) -> None:
     """A legend and tokens in colour; Ctrl-C stops the model, Ctrl-D leaves."""
     command = [sys.executable, "-m", "mythos", "chat", str(trained), "--tokens", "63"]
-    with Terminal([*command, "--loops", "5000", "--cache-loops", "1"], 100) as terminal:
+    with Terminal([*command, "--loops", "5000", "--cache-loops", "1"], 100, warm=True) as terminal:
         wait_for_prompt(terminal)
         assert "Type the beginning of a text" in terminal.text and "loops: 1 " in terminal.text
         terminal.send("The river\r")
@@ -213,7 +213,7 @@ def test_chat_on_a_terminal(trained: Path) -> None:
 @pytest.mark.slow
 def test_chat_without_colours(trained: Path) -> None:
     command = [sys.executable, "-m", "mythos", "chat", str(trained), "--tokens", "4", "--loops", "2"]
-    with Terminal(command, 100, NO_COLOR="1") as terminal:
+    with Terminal(command, 100, warm=True, NO_COLOR="1") as terminal:
         wait_for_prompt(terminal)
         terminal.send("The river\r")
         terminal.until(lambda text: "loops per token on average" in text)

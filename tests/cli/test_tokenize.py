@@ -27,6 +27,7 @@ from mythos.data.source import TextSource
 from mythos.data.tokenizer import Tokenizer, load_tokenizer
 from mythos.data.tokens import TokenSource
 from tests.runs import documents, losses, write_settings
+from tests.warm import WarmPopen
 
 PARTS = 120
 
@@ -76,7 +77,7 @@ def started() -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
     def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "mythos", "tokenize", *map(str, arguments)]
-        process = subprocess.Popen(
+        process = WarmPopen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **options
         )
         processes.append(process)
@@ -100,7 +101,9 @@ def is_gone(process: psutil.Process) -> bool:
     return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
-def test_any_number_of_workers_makes_the_same(config: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_any_number_of_workers_makes_the_same(
+    config: Path, undisturbed: Path, tmp_path: Path, warm_workers: None
+) -> None:
     assert main([str(config), "--out", str(tmp_path / "three"), "--workers", "3"]) == 0
     assert contents(tmp_path / "three") == contents(undisturbed)
     assert {name.partition(".")[2] for name in contents(undisturbed) if "/" not in name} == {
@@ -172,7 +175,7 @@ def test_interrupts_do_not_reach_the_workers(
     assert contents(out) == contents(undisturbed)
 
 
-def test_full_disk(tmp_path: Path, started: Callable[..., subprocess.Popen[str]]) -> None:
+def test_full_disk(tmp_path: Path, started: Callable[..., subprocess.Popen[str]], warm_workers: None) -> None:
     """One message; with room, the same command goes on."""
     (tmp_path / "a.txt").write_text("\n\n".join(documents(3000)))
     path = write_settings(tmp_path, data__path=str(tmp_path / "a.txt"), data__txt="paragraph")

@@ -2,8 +2,10 @@
 
 import json
 import random
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -12,6 +14,7 @@ import pytest
 
 from mythos.config.loading import config_from_dict, save_config
 from mythos.data.loader import Loader
+from scripts import kill_test
 from scripts.kill_test import (
     Failed,
     Reference,
@@ -23,6 +26,7 @@ from scripts.kill_test import (
     newest,
     record_path,
 )
+from tests.warm import WarmPopen
 
 from .conftest import make_documents
 from .hub_server import DATASET, Faults, StandInHub, use_hub, write_fineweb_edu
@@ -63,6 +67,12 @@ def test_a_kill_and_a_faulty_hub_change_nothing(tmp_path: Path, monkeypatch: pyt
         monkeypatch.setattr(Reference, "ids", without_faults)
         kill_run("hub", config_from_dict(values), tmp_path / "run", 1, random.Random(1), workers=(1,))
     assert sum(count for name, count in hub.counts.items() if name.startswith("fault")) > 3
+
+
+@pytest.fixture(autouse=True)
+def warm_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks start warm; their data workers as ever."""
+    monkeypatch.setattr(kill_test, "subprocess", SimpleNamespace(Popen=WarmPopen, PIPE=subprocess.PIPE))
 
 
 @pytest.fixture

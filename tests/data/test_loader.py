@@ -1,6 +1,7 @@
 """Worker processes do not change the batches, end with their parent, and pass on errors."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from mythos.data.loader import Loader
 from mythos.data.stream import TokenStreams
 from mythos.data.tokenizer import Tokenizer
 from mythos.errors import MythosError
+from tests.warm import WarmPopen
 
 from .conftest import make_documents, make_streams, text_source, write_jsonl, write_parquet
 
@@ -40,7 +42,12 @@ def test_a_worker_imports_no_model() -> None:
 
 @pytest.mark.parametrize(("workers", "prefetch", "world_size"), [(1, 4, 2), (4, 2, 1)])
 def test_workers_and_prefetch_change_nothing(
-    workers: int, prefetch: int, world_size: int, parquet_folder: Callable[..., str], tokenizer: Tokenizer
+    workers: int,
+    prefetch: int,
+    world_size: int,
+    parquet_folder: Callable[..., str],
+    tokenizer: Tokenizer,
+    warm_workers: None,
 ) -> None:
     """Two stretches with a resume and another number of workers between, against streams read in this process."""
     source = text_source(parquet_folder([*make_documents(90), None, ""], 3), tokenizer, 0.1, on_error="skip")
@@ -61,7 +68,7 @@ def test_workers_and_prefetch_change_nothing(
         return loaders
 
     alone = make_streams(source, streams=6, eos_id=tokenizer.eos_id)
-    state = None
+    others, state = set(multiprocessing.active_children()), None
     for stretch in (workers, 1 if workers > 1 else 2):
         loaders = ranks(state, stretch)
         for _ in range(7):
@@ -81,8 +88,9 @@ def test_workers_and_prefetch_change_nothing(
             assert state == alone.state_dict(), "what is prefetched is not consumed"
             state = json.loads(json.dumps(state))
         for loader in loaders:
+            assert len(set(multiprocessing.active_children()) - others) >= stretch
             loader.close()
-    assert not running_workers()
+    assert not set(multiprocessing.active_children()) - others
 
 
 def test_world_size_must_divide_streams(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -92,7 +100,9 @@ def test_world_size_must_divide_streams(tmp_path: Path, tokenizer: Tokenizer) ->
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_problem_comes_in_its_turn_and_the_state_stays(workers: int, tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_a_problem_comes_in_its_turn_and_the_state_stays(
+    workers: int, tmp_path: Path, tokenizer: Tokenizer, warm_workers: None
+) -> None:
     documents: list = make_documents(400)
     documents[300] = None
     write_jsonl(tmp_path / "x.jsonl", documents)
@@ -147,7 +157,7 @@ def parents(
     tokenizer.save(folder / "tokenizer")
     (folder / "parent.py").write_text(textwrap.dedent(PARENT))
     started = {
-        number: subprocess.Popen(
+        number: WarmPopen(
             [sys.executable, str(folder / "parent.py"), str(folder / "x.parquet"), str(folder / "tokenizer")],
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from mythos.config.data import TaskConfig
+from mythos.data.difficulty import slot_difficulties
 from mythos.data.loader import Loader
 from mythos.data.stream import count_skipped, merge_states
-from mythos.data.tasks import TaskStreams, make_sequences, multiplication_table, slot_difficulties, task_set
+from mythos.data.tasks import TaskStreams, make_sequences, multiplication_table, task_set
 from mythos.errors import MythosError
 
 ROWS = 64
@@ -280,7 +281,7 @@ def test_ranks_share_the_same_batches(world_size: int) -> None:
             assert parts[rank][step] == ([ids[r] for r in mine], [targets[r] for r in mine], mine)
 
 
-def test_workers_read_the_same_batches() -> None:
+def test_workers_read_the_same_batches(warm_workers: None) -> None:
     whole = taken(streams(), 4)
     loader = Loader(streams(), slots=3, workers=2, prefetch=2)
     try:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.pool import RankPool
+from tests.warm import WarmPopen
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,7 +29,7 @@ def start() -> Iterator[Callable[..., subprocess.Popen]]:
     def program(source: str, *arguments: object) -> subprocess.Popen:
         command = [sys.executable, "-u", "-c", source, *map(str, arguments)]
         pipe = subprocess.PIPE
-        running.append(subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True))
+        running.append(WarmPopen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True))
         return running[-1]
 
     try:

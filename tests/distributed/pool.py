@@ -15,6 +15,7 @@ import torch.distributed as dist
 from mythos import trainer
 from mythos.errors import MythosError
 from tests.trainers import no_drawing
+from tests.warm import forkserver
 
 
 class RankPool:
@@ -72,9 +73,7 @@ class RankPool:
         """Start the processes, unless they run."""
         if self.workers:
             return
-        # Forked from a process that has done nothing but import, which takes each of them seconds otherwise.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["mythos.trainer", "tests.trainers"])
+        context = forkserver()
         for _ in range(self.size):
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(there,), daemon=False)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from mythos.distributed.collective_errors import collective_failure
 from mythos.errors import MythosError
+from tests.warm import WarmPopen
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -70,8 +71,7 @@ def gloo(tmp_path_factory) -> Iterator[tuple[list[dict], list]]:
     path = tmp_path_factory.mktemp("gloo") / "store"
     command = [sys.executable, "-c", GLOO]
     ranks = [
-        subprocess.Popen([*command, str(rank), str(path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        for rank in range(2)
+        WarmPopen([*command, str(rank), str(path)], cwd=ROOT, stdout=subprocess.PIPE, text=True) for rank in range(2)
     ]
     watch = threading.Timer(60, lambda: [rank.kill() for rank in ranks])
     watch.start()

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,6 +12,7 @@ from mythos.cli import main
 from mythos.gpu_check import catalog, report, runner
 from mythos.gpu_check.report import Report
 from mythos.gpu_check.runner import Runner
+from tests.warm import WarmPopen
 
 FAULTY = "tests.gpu_check.faulty"
 QUICK = {"catalog": FAULTY, "grace": 6.0, "patience": 1.0}
@@ -20,7 +22,9 @@ QUICK = {"catalog": FAULTY, "grace": 6.0, "patience": 1.0}
 def faulty(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, str]], list[str]]:
     folder, shown = tmp_path_factory.mktemp("faulty"), []
     checks = Runner(Report(folder, shown.append), 5, **QUICK)
-    checks.run()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "subprocess", SimpleNamespace(Popen=WarmPopen, TimeoutExpired=subprocess.TimeoutExpired))
+        checks.run()
     assert checks.report.unexpected
     lines = json.loads((folder / "report.json").read_text())["lines"]
     return folder, {line["name"]: line for line in lines}, shown

@@ -163,6 +163,10 @@ def test_its_own_configuration_trains_it_on(tmp_path: Path) -> None:
     adaptive_first = read_metrics(run(load_config(folder / "train.yaml", adaptive)).run_dir / "metrics.jsonl")[0]
     for depth in (1, 4):
         assert adaptive_first[f"val/loss@{depth}"] == pytest.approx(first[f"val/loss@{depth}"], abs=1e-6)
+    # With lanes, which start from the state of zeros, a single loop is the dense model too.
+    lanes = [*overrides, f"run.dir={tmp_path / 'lanes'}", "train.steps=1", "model.lanes=2"]
+    lanes_first = read_metrics(run(load_config(folder / "train.yaml", lanes)).run_dir / "metrics.jsonl")[0]
+    assert lanes_first["val/loss@1"] == pytest.approx(first["val/loss@1"], abs=1e-5)
     validation = trainer.validation.ids
     with torch.no_grad():
         logits = model(validation[:, :-1]).logits.flatten(0, 1)

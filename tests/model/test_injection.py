@@ -76,6 +76,15 @@ def test_injection_starts_where_the_design_says(small, injection):
     assert torch.equal(injection.weight, torch.eye(32))
 
 
+def test_lanes_start_with_memories_of_different_lengths(small):
+    """A_k = sqrt(1/5)^(1/(k+1)): lane k keeps over k + 1 passes what the first keeps over one."""
+    model = RecurrentDepthTransformer(small(dim=6, lanes=3)).initialize(0)
+    decay, delta = model.recurrence.injection.rates()
+    for lane, (a, step) in enumerate(zip(decay.tolist(), delta.tolist(), strict=True)):
+        assert [value ** (lane + 1) for value in a] == pytest.approx([0.2**0.5] * 6, rel=1e-5)
+        assert step == pytest.approx([-math.log(0.2**0.5) / (lane + 1)] * 6, rel=1e-5)
+
+
 def test_linear_add_and_initial_injections(small):
     linear, loop = scrambled(LinearInjection(small(dim=6))), torch.tensor([1, 0])
     e, state = torch.randn(2, 3, 6), torch.randn(2, 3, 6)

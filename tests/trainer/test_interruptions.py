@@ -23,6 +23,7 @@ from mythos.errors import MythosError
 from mythos.trainer import StepResult, Trainer
 from tests.runs import documents, losses, measurements, tiny, write_settings
 from tests.trainers import assert_identical, fail_at, run, saved, state_of, take_step
+from tests.warm import WarmPopen
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("no_plots")
@@ -274,7 +275,7 @@ def test_killed_process_continues_with_identical_losses(tmp_path):
     (tmp_path / "reference").mkdir()
     whole = run(tiny(tmp_path / "reference", **changes))
     command = write_settings(tmp_path, **changes)
-    process = subprocess.Popen(
+    process = WarmPopen(
         [sys.executable, "train.py", str(command)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     marker = tmp_path / "run" / "checkpoints" / "step-00000008" / "committed"

@@ -1,0 +1,58 @@
+"""Warm processes behave as those of subprocess.Popen."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.warm import WarmPopen
+
+PROGRAM = """
+import os, sys
+print(sys.argv, os.getcwd(), os.environ.get("WORD"), "torch" in sys.modules, os.getsid(0) == os.getpid(), flush=True)
+text = sys.stdin.read()
+print(text.upper())
+print("said", file=sys.stderr)
+sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize("popen", [subprocess.Popen, WarmPopen])
+def test_a_program_has_its_arguments_streams_and_status(popen: type[subprocess.Popen[str]], tmp_path: Path) -> None:
+    process = popen(
+        [sys.executable, "-c", PROGRAM, "one", "two"],
+        cwd=tmp_path,
+        env={**os.environ, "WORD": "here"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.poll() is None
+    out, errors = process.communicate("read\n", timeout=60)
+    warm = popen is WarmPopen
+    assert out == f"['-c', 'one', 'two'] {tmp_path} here {warm} True\nREAD\n\n" and errors == "said\n"
+    assert process.returncode == process.wait() == 3
+
+
+@pytest.mark.parametrize("popen", [subprocess.Popen, WarmPopen])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_script(popen: type[subprocess.Popen[str]], number: signal.Signals, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("import time; print(__name__, __file__, flush=True); time.sleep(60)")
+    process = popen([sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout and process.stdout.readline() == f"__main__ {script}\n"
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == -number
+    assert ("KeyboardInterrupt" in errors) == (number is signal.SIGINT)
+
+
+def test_a_module_is_run() -> None:
+    process = WarmPopen([sys.executable, "-m", "mythos", "--version"], stdout=subprocess.PIPE, text=True)
+    assert process.communicate(timeout=60)[0].startswith("mythos ")
+    assert process.returncode == 0

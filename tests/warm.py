@@ -1,0 +1,232 @@
+"""Python programs that start in a tenth of a second: forks of a process that has imported torch and mythos.
+
+A usual start takes two seconds of CPU time, nearly all of it for imports. Tests whose subject is not the start use
+`WarmPopen` as they would use `subprocess.Popen`. The server is started at the first use, one for each pytest process.
+"""
+
+import atexit
+import faulthandler
+import fcntl
+import importlib
+import inspect
+import json
+import multiprocessing.context
+import multiprocessing.forkserver
+import os
+import random
+import runpy
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import termios
+import traceback
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PRELOADED = ("mythos.trainer", "mythos.cli.tokenize")
+EXECUTE_CHILD = inspect.signature(subprocess.Popen._execute_child).parameters
+MOST_BYTES = 2**17
+"""Size of a request, most of which is the environment."""
+
+
+def forkserver() -> multiprocessing.context.ForkServerContext:
+    """A context whose processes are forked from one that has done nothing but import, which takes seconds.
+
+    It runs when this returns, with the signals of this process: multiprocessing starts one for all its contexts.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*PRELOADED, "tests.trainers"])
+    multiprocessing.forkserver.ensure_running()
+    return context
+
+
+class WarmPopen(subprocess.Popen):
+    """`subprocess.Popen`, warm for [sys.executable, ...] with -m MODULE, -c TEXT or a script.
+
+    Other programs start as usual, as do all where there is no Linux.
+
+    Settings that Python and libraries read when they are started or imported are those of the tests, not of `env`. A
+    new session takes a terminal that is its standard input.
+    """
+
+    status: socket.socket | None = None
+    """Tells a warm process's number, and then its exit status."""
+
+    def _execute_child(
+        self,
+        args: Any,
+        executable: Any,
+        preexec_fn: Any,
+        close_fds: Any,
+        pass_fds: Any,
+        cwd: Any,
+        env: Any,
+        startupinfo: Any,
+        creationflags: Any,
+        shell: Any,
+        p2cread: int,
+        p2cwrite: int,
+        c2pread: int,
+        c2pwrite: int,
+        errread: int,
+        errwrite: int,
+        restore_signals: Any,
+        gid: Any,
+        gids: Any,
+        uid: Any,
+        umask: Any,
+        start_new_session: bool,
+        process_group: Any,
+    ) -> None:
+        usual = isinstance(args, str) or args[0] != sys.executable or preexec_fn or pass_fds
+        if usual or sys.platform != "linux":
+            arguments = locals()
+            super()._execute_child(**{name: value for name, value in arguments.items() if name in EXECUTE_CHILD})
+            return
+        request = {
+            "arguments": [str(word) for word in args[1:]],
+            "cwd": str(cwd or os.getcwd()),
+            "env": dict(os.environ if env is None else env),
+            "session": bool(start_new_session),
+        }
+        self.status, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        files = [own if passed == -1 else passed for own, passed in enumerate((p2cread, c2pwrite, errwrite))]
+        with theirs:
+            socket.send_fds(_server(), [json.dumps(request).encode()], [*files, theirs.fileno()])
+        self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
+        self.pid = int(self.status.recv(64))
+        self._child_created = True
+
+    def _try_wait(self, wait_flags: int) -> tuple[int, int]:
+        """As os.waitpid, of a process that is the server's child."""
+        if self.status is None:
+            return super()._try_wait(wait_flags)
+        self.status.setblocking(not wait_flags & os.WNOHANG)
+        try:
+            status = self.status.recv(64)
+        except BlockingIOError:
+            return 0, 0
+        assert status, "the server of warm processes has ended"
+        self.status.close()
+        return self.pid, int(status)
+
+    def _internal_poll(self, *arguments: Any, **options: Any) -> int | None:
+        if self.status is None:
+            return super()._internal_poll(*arguments, **options)
+        if self.returncode is None and self._waitpid_lock.acquire(False):
+            try:
+                if self.returncode is None:
+                    pid, status = self._try_wait(os.WNOHANG)
+                    if pid:
+                        self._handle_exitstatus(status)
+            finally:
+                self._waitpid_lock.release()
+        return self.returncode
+
+
+@cache
+def _server() -> socket.socket:
+    """A connection to the server."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    command = [sys.executable, "-m", "tests.warm", str(theirs.fileno())]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True
+    )
+    theirs.close()
+
+    def end() -> None:
+        ours.close()
+        process.wait()
+
+    atexit.register(end)
+    return ours
+
+
+def serve(connection: socket.socket) -> dict[str, Any] | None:
+    """Fork for every request. Returns the request in the fork, and None in the server when the tests have ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with selectors.DefaultSelector() as selector:
+        selector.register(connection, selectors.EVENT_READ)
+        while True:
+            for key, _ in selector.select():
+                if key.data is not None:
+                    pid, status = key.data
+                    status.send(str(os.waitpid(pid, 0)[1]).encode())
+                    status.close()
+                    selector.unregister(key.fd)
+                    os.close(key.fd)
+                    continue
+                content, files, _, _ = socket.recv_fds(connection, MOST_BYTES, 4)
+                if not content:
+                    return None
+                status = socket.socket(fileno=files[3])
+                pid = os.fork()
+                if pid == 0:
+                    connection.close()
+                    request = json.loads(content)
+                    if request["session"]:
+                        os.setsid()
+                    for number, file in enumerate(files[:3]):
+                        os.dup2(file, number)
+                        os.close(file)
+                    status.send(str(os.getpid()).encode())
+                    status.close()
+                    return request
+                for file in files[:3]:
+                    os.close(file)
+                selector.register(os.pidfd_open(pid), selectors.EVENT_READ, (pid, status))
+
+
+def reopen_streams() -> None:
+    """Replace the server's standard streams, which learned what they are (a terminal, a file) when they were made."""
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", buffering=1 if os.isatty(1) else -1, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
+
+
+def become(request: dict[str, Any]) -> None:
+    """Run the requested program in this process."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if os.isatty(0) and request["session"]:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # Ctrl-C then sends SIGINT
+    reopen_streams()
+    if "PYTHONFAULTHANDLER" in request["env"]:
+        faulthandler.enable()
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["env"])
+    random.seed()
+    words = request["arguments"]
+    if words[0] == "-u":
+        sys.stdout.reconfigure(write_through=True)
+        words = words[1:]
+    sys.path[:1] = [request["cwd"], *filter(None, request["env"].get("PYTHONPATH", "").split(os.pathsep))]
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    elif words[0] == "-c":
+        sys.argv = ["-c", *words[2:]]
+        exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        sys.argv = words
+        sys.path[0] = str(Path(words[0]).resolve().parent)
+        runpy.run_path(words[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    for name in PRELOADED:
+        importlib.import_module(name)
+    request = serve(socket.socket(fileno=int(sys.argv[1])))
+    if request is not None:
+        try:
+            become(request)
+        except KeyboardInterrupt:  # Python ends by the signal
+            traceback.print_exc()
+            sys.stdout.flush()
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
