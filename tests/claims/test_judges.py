@@ -62,7 +62,9 @@ def test_stability() -> None:
     verdict = judge(*stability({"lti": 0.1}))
     assert verdict.outcome == SUPPORTED
     assert verdict.number == "highest stable rate: lti 0.1, add 0.01, linear 0.01"
-    assert judge(*stability({"lti": 0.1, "add": 0.1})).outcome == CONDITIONS
+    assert judge(*stability({"lti": 0.1, "add": 0.1}, {"add": 3.1})).outcome == CONDITIONS
+    falsified = judge(*stability({"lti": 0.1, "add": 0.1}))  # as stable at an equal loss
+    assert falsified.outcome == NOT_SUPPORTED and "Falsified: add is as stable" in falsified.why
     assert judge(*stability({"lti": 0.1}, {"lti": 3.1})).outcome == CONDITIONS
     assert judge(*stability({})).outcome == NOT_SUPPORTED
     claim, found = stability({"lti": 0.1})

@@ -50,7 +50,16 @@ def judge(claim: Claim, results: Results) -> Judgement:
     }
     wider = [arm for arm in OTHERS if highest[OURS] >= claim.thresholds["range"] * highest[arm]]
     lower = [arm for arm in OTHERS if best[OURS] <= best[arm] + claim.thresholds["loss"]]
-    outcome = SUPPORTED if len(wider) == len(lower) == len(OTHERS) else CONDITIONS if wider else NOT_SUPPORTED
+    # What the definition calls a falsification comes before its conditions, which this result may meet as well.
+    falsified = [
+        arm
+        for arm in OTHERS
+        if 0 < highest[OURS] <= highest[arm] and best[arm] <= best[OURS] + claim.thresholds["loss"]
+    ]
+    if falsified or not wider:
+        outcome = NOT_SUPPORTED
+    else:
+        outcome = SUPPORTED if len(wider) == len(lower) == len(OTHERS) else CONDITIONS
     rows = [
         [f"`{arm}`", *(cell(runs, limit) for runs in rates.values()), f"{highest[arm]:g}", f"{best[arm]:.3f}"]
         for arm, rates in arms.items()
@@ -73,6 +82,7 @@ def judge(claim: Claim, results: Results) -> Judgement:
         f"The LTI injection is stable up to {highest[OURS]:g} (lowest loss {best[OURS]:.3f}), "
         + ", ".join(f"{arm} up to {highest[arm]:g} ({best[arm]:.3f})" for arm in arms if arm != OURS)
         + f". Stable means at most {limit:.3f} nats."
+        + f" Falsified: {' and '.join(falsified)} is as stable at an equal or lower loss." * bool(falsified)
     )
     head = ["arm", *grid, "highest stable", "lowest mean loss"]
     return Judgement(
