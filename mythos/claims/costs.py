@@ -70,14 +70,13 @@ def _run_flops(text: str) -> float:
 
 
 def gpu_hours(config: Config, gpus: int) -> float:
-    """GPU hours of a run on `gpus` H100, from the model of memory traffic that `mythos estimate` uses."""
-    from mythos.planning.cost import executed_flops, step_time_per_token
+    """GPU hours of a run on `gpus` H100, from the model of a step that `mythos estimate` uses."""
     from mythos.planning.layout import choose_layout
     from mythos.planning.rank_state import rank_state
+    from mythos.planning.speed import time_per_token
 
     config, gpu = sized(config), GPUS[GPU]
-    executed = executed_flops(config)
     state = rank_state(config, choose_layout(config, gpus, min(8, gpus), gpu.memory))
-    time = step_time_per_token(config, gpu, gpus, state, executed)
+    time = time_per_token(config, state, gpu, min(8, gpus))
     # `total` is the time of one GPU for one token.
     return config.train_steps * config.tokens_per_step * time.total / 3600

@@ -44,7 +44,7 @@ def plan_text(task: Task) -> str:
         with kept_on_disk():
             hours = [gpu_hours(run.config, gpus) for run in left]
         lines.append(f"time            about {duration(3600 * sum(hours))} of GPU time on {gpus} {GPU}")
-        lines.append("                from a model of a step's traffic, without communication: a lower bound")
+        lines.append("                from a model of a step, not measured")
     lines += ["", *(f"  {run.name}" + " (recorded)" * (run.name in results.runs) for run in planned)]
     return "\n".join(lines)
 

@@ -1,7 +1,9 @@
 """Estimate the cost of training a model: size, FLOPs, memory, time, money.
 
-For a preset assumes a vocabulary of 4,096 if it has none, sequences of its context (at most 8,192 tokens),
-micro-batches of one sequence, and 20 tokens per active parameter; override them like fields of a configuration.
+For a preset assumes a vocabulary of 4,096 if it has none, sequences of its context (at most 8,192 tokens), and 20
+tokens per active parameter; override them like fields of a configuration. Finds the layout (fields of parallel, and
+train.micro_batch) that fits and is fastest, by a model of matmuls, memory traffic and network. A preset is estimated
+under that layout, a configuration under its own.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from mythos.errors import MythosError
 
 if TYPE_CHECKING:
     from mythos.distributed.layout import Layout
+    from mythos.planning.budget import Gpu
     from mythos.planning.rank_state import RankState
+    from mythos.planning.search import Found, Least, Search
 
 GIB = 2**30
 TOKENS_PER_PARAMETER = 20
@@ -84,14 +88,19 @@ def estimate(options: argparse.Namespace) -> dict[str, Any]:
     from mythos.distributed.ranks import check_fit
     from mythos.model.cache import cache_bytes_per_token
     from mythos.planning.budget import named_gpu, optimal_split, training_run
-    from mythos.planning.cost import step_time_per_token
     from mythos.planning.layout import choose_layout
     from mythos.planning.rank_state import rank_state
+    from mythos.planning.search import Search
+    from mythos.planning.speed import time_per_token
 
     gpu = named_gpu(options.gpu)
     check_numbers(options)
     config = read_config(options.config, options.overrides, options.gpus, options.tokens)
     check_fit(config, options.gpus)
+    search = Search(config, options.gpus, options.machine_gpus, fixed_fields(options.overrides))
+    found = search.fastest(gpu)
+    if found and options.config in PRESETS:
+        config = found.candidate.config
     model, length, tokens = config.model, config.data.sequence_length, config.train_steps * config.tokens_per_step
     depths = sorted({1, round(config.depth_mean), config.depth_maximum})
     flops = flops_per_token(config, depths)
@@ -104,7 +113,7 @@ def estimate(options: argparse.Namespace) -> dict[str, Any]:
     seconds_per_token: dict[str, float] | None = None
     utilisation = options.mfu
     if utilisation is None:
-        time = step_time_per_token(config, gpu, options.gpus, state, executed)
+        time = time_per_token(config, state, gpu, options.machine_gpus)
         seconds_per_token, utilisation = asdict(time), executed / (gpu.peak * time.total)
     run = training_run(tokens, executed, gpu.peak, options.gpus, utilisation, price)
     return {
@@ -124,14 +133,75 @@ def estimate(options: argparse.Namespace) -> dict[str, Any]:
             "utilisation": utilisation,
             "model_utilisation": utilisation * needed / executed,
             "compiled": compiles(config, torch.device("cuda")),
+            "compiled_parts": compiled_parts(compiles(config, torch.device("cuda")), layout),
             "seconds_per_token": seconds_per_token,
             "dollars_per_hour": price,
             "tokens": tokens,
             "flops": tokens * needed,
             **asdict(run),
         },
+        "fastest": fastest_layout(search, found, gpu),
+        "longest_context": longest_contexts(search, gpu),
         "split": asdict(optimal_split(model, length, options.flops or tokens * needed)),
     }
+
+
+def compiled_parts(compiled: bool, layout: Layout) -> str:
+    """Say what torch.compile compiles."""
+    if not compiled:
+        return "eager"
+    return "compiled" if layout.expert == 1 else "compiled but for the core"
+
+
+def fixed_fields(overrides: Sequence[str]) -> frozenset[str]:
+    """Fields that the search for a layout leaves as they are, because the command line sets them."""
+    from mythos.planning.search import SEARCHED
+
+    names = {override.partition("=")[0] for override in overrides}
+    chosen = {name for name in SEARCHED if f"parallel.{name}" in names}
+    return frozenset(chosen | ({"micro_batch"} & {name.removeprefix("train.") for name in names}))
+
+
+def fastest_layout(search: Search, found: Found | None, gpu: Gpu) -> dict[str, Any]:
+    """The fastest layout that fits; if none does, the one that needs least memory, and how many GPUs would do."""
+    if found:
+        candidate = found.candidate
+        return {
+            "fits": True,
+            "overrides": candidate.overrides,
+            "needed": found.needed,
+            "tried": found.tried,
+            "tokens_per_second": search.gpus / search.model(gpu).time(candidate.config, candidate.state).total,
+        }
+    nearest, more = search.least(), search.fewest_gpus(gpu.memory)
+    return {
+        "fits": False,
+        "nearest": least_figures(nearest),
+        "fewest_gpus": least_figures(more),
+        "most_gpus_tried": search.most_gpus,
+    }
+
+
+def least_figures(least: Least | None) -> dict[str, Any] | None:
+    """A layout that needs least memory, as JSON values."""
+    if least is None:
+        return None
+    return {
+        "gpus": least.candidate.layout.size,
+        "overrides": least.candidate.overrides,
+        "needed": least.needed,
+        "activations": least.activations,
+    }
+
+
+def longest_contexts(search: Search, gpu: Gpu) -> dict[str, Any] | None:
+    """Tokens of the longest sequences to train on, by GiB of a GPU; None if no layout is possible."""
+    least = search.least()
+    if least is None:
+        return None
+    sizes = sorted({80, 141, gpu.memory // GIB})
+    tokens = {size: search.longest_context(least, size * GIB) for size in sizes}
+    return {"overrides": least.candidate.overrides, "context": search.config.model.context_length, "tokens": tokens}
 
 
 def check_numbers(options: argparse.Namespace) -> None:
@@ -251,9 +321,7 @@ def utilisation_source(run: dict[str, Any]) -> str:
         return "by --mfu"
     total = sum(time.values())
     parts = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in time.items() if seconds)
-    return (
-        f"from a model of a step's traffic, {'compiled' if run['compiled'] else 'eager'}, not measured ({parts}; --mfu)"
-    )
+    return f"from a model of a step's traffic, {run['compiled_parts']}, not measured ({parts}; --mfu)"
 
 
 def page(figures: dict[str, Any]) -> str:
@@ -295,8 +363,46 @@ def page(figures: dict[str, Any]) -> str:
         f"FLOPs executed ({run['model_utilisation']:.0%} for those needed), {utilisation_source(run)}; "
         f"${run['dollars_per_hour']:g} an hour (--price)",
         "",
+        *layout_lines(figures),
+        "",
         f"the best split of a budget of {split['flops']:.2e} FLOPs: {split['loops']:.1f} mean loops and "
         f"{split['tokens']:.2e} tokens",
         "  after arXiv 2604.12946 (mu* ~ C^0.40, D* ~ C^0.78, fitted to dense models of 140M and 370M)",
     ]
     return "\n".join(lines)
+
+
+def layout_lines(figures: dict[str, Any]) -> list[str]:
+    """The fastest layout, or what is missing; and the longest sequences."""
+    run, fastest, longest = figures["run"], figures["fastest"], figures["longest_context"]
+    gpus = f"{run['gpus']:,} {run['gpu']}"
+    if fastest["fits"]:
+        lines = [
+            f"fastest of {fastest['tried']:,} layouts on {gpus}, by the same model: "
+            f"{fastest['needed'] / GIB:,.1f} GiB, {fastest['tokens_per_second']:,.0f} tokens/s",
+            f"  {' '.join(fastest['overrides'])}",
+        ]
+    elif fastest["nearest"] is None:
+        lines = [f"no layout is possible on {gpus} with the given fields of parallel"]
+    else:
+        nearest, more = fastest["nearest"], fastest["fewest_gpus"]
+        lines = [f"no layout fits on {gpus}. The one that needs least memory:", f"  {least_line(nearest)}"]
+        if more:
+            lines += [f"{more['gpus']:,} GPUs are enough:", f"  {least_line(more)}"]
+        else:
+            lines.append(f"nor does any on up to {fastest['most_gpus_tried']:,} GPUs")
+    if longest:
+        lengths = ", ".join(f"{tokens:,} on {size} GiB" for size, tokens in longest["tokens"].items())
+        lines += [
+            f"longest sequences to train on, in tokens, of a context of {longest['context']:,}: {lengths}",
+            f"  {' '.join(longest['overrides'])}",
+        ]
+    return lines
+
+
+def least_line(least: dict[str, Any]) -> str:
+    """The memory of a layout, and how to configure it."""
+    return (
+        f"{least['needed'] / GIB:,.1f} GiB, {least['activations'] / GIB:,.1f} of them activations: "
+        f"{' '.join(least['overrides'])}"
+    )

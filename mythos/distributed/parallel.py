@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -249,6 +250,20 @@ def _expert_placements(model: RecurrentDepthTransformer, mesh: DeviceMesh) -> di
     return {stack: on_mesh(matrix_placement(stack, over.size(over.ndim - 1))) for stack in routed_stacks(model)}
 
 
+def prefetch(settings: ParallelConfig, model: RecurrentDepthTransformer) -> None:
+    """Let each unit gather the next one before it runs forward, so that the gathering hides behind its computation.
+
+    FSDP2 does so by itself in a backward pass. In a forward pass it relies on a host that runs ahead, which it does not
+    while it waits for the counts of an exchange. Blocks of the core that are units are not prefetched: their order in a
+    loop is not that of the model.
+    """
+    core = [model.recurrence] if settings.wrap == "loop" else []
+    for chain in ((*model.prelude, *core), (*core, *model.coda)):
+        units = [module for module in chain if isinstance(module, FSDPModule)]
+        for unit, following in pairwise(units):
+            unit.set_modules_to_forward_prefetch([following])
+
+
 def shard_model(settings: ParallelConfig, model: RecurrentDepthTransformer, meshes: Meshes, dtype: torch.dtype) -> None:
     """Apply `fully_shard` to the units of :func:`~mythos.distributed.layout.fsdp_units`.
 
@@ -268,6 +283,7 @@ def shard_model(settings: ParallelConfig, model: RecurrentDepthTransformer, mesh
     # A list, because fully_shard replaces the parameters by whose identity the generator separates units.
     for unit in list(fsdp_units(settings, model, dtype)):
         fully_shard(unit.module, mp_policy=unit.policy, reshard_after_forward=unit.reshard, **common)
+    prefetch(settings, model)
     for module, method in ((model, "read_depths"), (model, "extend"), (model.recurrence, "extend")):
         register_fsdp_forward_method(module, method)
     for block in model.recurrence.blocks if settings.wrap == "block" else ():

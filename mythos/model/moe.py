@@ -171,9 +171,9 @@ class MixtureOfExperts(nn.Module):
             output = run_experts(tokens_ND, gates_NK, experts_NK, weights).view_as(x)
             shared = None if self.shared is None else self.shared(x)
         else:
-            dispatch = self.exchange.start(experts_NK, len(weights.gate_up))
-            shared = None if self.shared is None else self.shared(x)  # runs while the counts travel
-            output = dispatch.run(tokens_ND, gates_NK, weights).view_as(x)
+            run = self.exchange.start(experts_NK, len(weights.gate_up)).send(tokens_ND, gates_NK, weights)
+            shared = None if self.shared is None else self.shared(x)  # runs while the rows travel
+            output = run().view_as(x)
         if shared is not None:
             output = output + shared
         return output, experts_NK.view(*x.shape[:2], -1)

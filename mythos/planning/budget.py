@@ -22,19 +22,25 @@ class Gpu:
     """US dollars per hour."""
     bandwidth: float
     """Memory bandwidth, bytes/s."""
+    nvlink: float
+    """To other GPUs of the machine, bytes/s in each direction."""
+    infiniband: float
+    """To other machines, bytes/s in each direction: one network card per GPU."""
 
 
 GPUS = {
-    name: Gpu(PEAK_BF16_FLOPS[name], memory * 2**30, price, bandwidth)
-    for name, memory, price, bandwidth in (
-        ("A100", 80, 1.5, 2.0e12),
-        ("H100", 80, 3.0, 3.35e12),
-        ("H200", 141, 4.0, 4.8e12),
-        ("B200", 180, 6.0, 8.0e12),
+    name: Gpu(PEAK_BF16_FLOPS[name], memory * 2**30, price, bandwidth, nvlink, infiniband)
+    for name, memory, price, bandwidth, nvlink, infiniband in (
+        ("A100", 80, 1.5, 2.0e12, 300e9, 25e9),
+        ("H100", 80, 3.0, 3.35e12, 450e9, 50e9),
+        ("H200", 141, 4.0, 4.8e12, 450e9, 50e9),
+        ("B200", 180, 6.0, 8.0e12, 900e9, 50e9),
     )
 }
-"""SXM modules of 80, 80, 141 and 180 GB, with bandwidths from NVIDIA's data sheets. Prices are on-demand prices of
-specialised clouds in spring 2026: an order of magnitude, to be replaced by your own."""
+"""SXM modules of 80, 80, 141 and 180 GB, with bandwidths from NVIDIA's data sheets: NVLink has 600, 900, 900 and 1,800
+GB/s in both directions together, and DGX machines have one card of 200 Gb/s (A100) or 400 Gb/s (others) for each of 8
+GPUs. Prices are on-demand prices of specialised clouds in spring 2026: an order of magnitude, to be replaced by your
+own."""
 
 
 def named_gpu(name: str) -> Gpu:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,21 @@ class Exchange:
         """Count `times` collectives of `size` bytes each."""
         self.count += times
         self.bytes += times * size
+
+
+Group = Literal["shard", "expert_shard", "replicate", "expert", "world"]
+"""Which ranks take part: those that share a copy of the model, the matrices of an expert, or the experts; those that
+hold the same shard of different copies; or all."""
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Equal collectives of an optimizer step; `bytes` are those of all of them, as in `Exchange`."""
+
+    kind: str
+    group: Group
+    count: int
+    bytes: int
 
 
 @contextmanager
@@ -87,6 +103,25 @@ def expert_exchanges(config: Config, layout: Layout, loops: int, backprop: int) 
 
 
 def collectives(config: Config, state: RankState, loops: int, backprop: int) -> dict[str, Exchange]:
+    """The collectives of :func:`step_calls`, summed by kind."""
+    kinds = {kind: Exchange() for kind in ("all-gather", "reduce-scatter", "all-reduce", "all-to-all")}
+    for call in (*step_calls(config, state, loops, backprop), *muon_calls(config, state.layout)):
+        exchange = kinds.setdefault(call.kind, Exchange())
+        exchange.count += call.count
+        exchange.bytes += call.bytes
+    return kinds
+
+
+def muon_calls(config: Config, layout: Layout) -> Iterator[Calls]:
+    """Collectives of an optimizer step of Muon; none for another optimizer."""
+    if config.optim.name != "muon" or layout.size == 1:
+        return
+    gathered, exchanged = muon_exchanges(config, layout)
+    yield Calls("all-gather", "world", len(gathered), sum(gathered))
+    yield Calls("all-to-all", "shard", 2 * len(exchanged), 2 * sum(exchanged))
+
+
+def step_calls(config: Config, state: RankState, loops: int, backprop: int) -> Iterator[Calls]:
     """Collectives of an optimizer step whose micro-batches all run `loops` loops, the last `backprop` with gradient.
 
     FSDP2 gathers a unit at its forward pass, and again at its backward pass unless it stays gathered in between; a
@@ -98,13 +133,12 @@ def collectives(config: Config, state: RankState, loops: int, backprop: int) -> 
     all uses. But if such a block has several backward passes, the sum over earlier micro-batches is reduced separately,
     at the first of them. HSDP all-reduces what the last micro-batch reduces. With `loop_over: layer` the injection's
     unit has a backward pass for each core layer, and is gathered for each; and no block is gathered in vain, because
-    the block that ran before is the same one.
+    the block that ran before is the same one. Muon's collectives are those of :func:`muon_calls`.
     """
-    gathers, scatters, sums, exchanges = Exchange(), Exchange(), Exchange(), Exchange()
     layout, micro = state.layout, micro_batches(config, state.layout.size)
     backprop = min(loops, backprop)
     if layout.mode == "ddp":
-        sums = Exchange(state.buckets, state.gradients)
+        yield Calls("all-reduce", "world", state.buckets, state.gradients)
     stages = len(loop_stages(config.model))
     looped_blocks = [index for index, unit in enumerate(state.units) if unit.looped and not unit.experts]
     several, last = len(looped_blocks) > 1 and stages == 1, max(looped_blocks, default=-1)
@@ -119,20 +153,16 @@ def collectives(config: Config, state: RankState, loops: int, backprop: int) -> 
         separate = backward_passes > 1 and accumulates(config, layout.size)
         reductions = 2 if separate else 1
         if unit.ranks(layout) > 1:
-            gathers.add(micro * times, unit.gathered)
-            scatters.add(reductions if config.parallel.reduce == "step" else micro, unit.reduced)
+            group: Group = "expert_shard" if unit.experts else "shard"
+            yield Calls("all-gather", group, micro * times, micro * times * unit.gathered)
+            scatters = reductions if config.parallel.reduce == "step" else micro
+            yield Calls("reduce-scatter", group, scatters, scatters * unit.reduced)
         if layout.mode == "hsdp":
-            sums.add(reductions, unit.reduced // unit.ranks(layout))
+            yield Calls("all-reduce", "replicate", reductions, reductions * (unit.reduced // unit.ranks(layout)))
     if layout.sharded:
-        sums.add(1, state.replicated)
+        yield Calls("all-reduce", "world", 1, state.replicated)
     if layout.size > 1:
-        sums.add(1, state.measured)
-    if config.optim.name == "muon" and layout.size > 1:
-        gathered, exchanged = muon_exchanges(config, layout)
-        for size in gathered:
-            gathers.add(1, size)
-        exchanges = Exchange(2 * len(exchanged), 2 * sum(exchanged))
-    kinds = {"all-gather": gathers, "reduce-scatter": scatters, "all-reduce": sums, "all-to-all": exchanges}
+        yield Calls("all-reduce", "world", 1, state.measured)
     if layout.expert > 1:
-        kinds[EXPERT_EXCHANGE] = expert_exchanges(config, layout, loops, backprop)
-    return kinds
+        exchange = expert_exchanges(config, layout, loops, backprop)
+        yield Calls(EXPERT_EXCHANGE, "expert", exchange.count, exchange.bytes)

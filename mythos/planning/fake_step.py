@@ -17,7 +17,7 @@ from mythos.distributed.parallel import prepare_model
 from mythos.model.config import ModelConfig
 from mythos.model.moe import MixtureOfExperts
 from mythos.model.ops import device_choice
-from mythos.model.ops.expert_exchange import Dispatch, ExpertExchange, Splits
+from mythos.model.ops.expert_exchange import Dispatch, ExpertExchange, Splits, Transfer
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.planning.trace_cache import remembered
 from mythos.torch_internals import CPU_FLASH, CPU_FLASH_BACKWARD, FakeTensorMode
@@ -96,9 +96,9 @@ class BalancedExchange(ExpertExchange):
         rows = self.rows
         return lambda: Splits(rows, rows, torch.empty_like(sent))
 
-    def send(self, rows: Tensor, leaving: list[int], coming: list[int]) -> Tensor:
+    def send(self, rows: Tensor, leaving: list[int], coming: list[int]) -> Transfer:
         """Rows without values."""
-        return rows.new_empty(sum(coming), *rows.shape[1:])
+        return Transfer(rows.new_empty(sum(coming), *rows.shape[1:]), rows, None)
 
 
 def hold_share_of_experts(model: RecurrentDepthTransformer, ranks: int) -> None:

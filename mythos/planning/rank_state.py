@@ -89,7 +89,7 @@ class Working:
     gathered: int
     """Gathered weights: the largest unit, and the units that stay gathered."""
     accumulated: int
-    """Whole gradients kept between micro-batches."""
+    """Whole gradients kept between micro-batches, less their shards, which do not exist before they are reduced."""
     in_transit: int
     """Buffers of collectives, and the largest unit's gradient before it is reduced."""
 
@@ -235,7 +235,9 @@ def working_memory(config: Config, state: RankState) -> Working:
     root = 0 if accumulating else units[0].gradient
     return Working(
         gathered=staying + largest,
-        accumulated=sum(unit.accumulated for unit in units) if accumulating else 0,
+        accumulated=sum(unit.accumulated - unit.reduced // unit.ranks(state.layout) for unit in state.units)
+        if accumulating
+        else 0,
         in_transit=max(0, max(peaks) - largest) + root,
     )
 

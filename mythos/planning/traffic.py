@@ -6,7 +6,7 @@ attention and grouped matmuls are left out: arithmetic limits them, and `mythos.
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -61,6 +61,18 @@ class StepTraffic:
 
     once: Traffic
     loop: Traffic
+
+    def minus(self, share: float, larger: "StepTraffic", smaller: "StepTraffic") -> "StepTraffic":
+        """This traffic with fewer bytes, by `share` of what `larger` has more than `smaller`."""
+
+        def part(own: Traffic, of_larger: Traffic, of_smaller: Traffic) -> Traffic:
+            return replace(
+                own,
+                bytes_forward=own.bytes_forward - share * (of_larger.bytes_forward - of_smaller.bytes_forward),
+                bytes_backward=own.bytes_backward - share * (of_larger.bytes_backward - of_smaller.bytes_backward),
+            )
+
+        return StepTraffic(part(self.once, larger.once, smaller.once), part(self.loop, larger.loop, smaller.loop))
 
 
 def step_traffic(
@@ -184,11 +196,13 @@ class StepTime:
     """Memory traffic of all other kernels, the optimizer included."""
     waiting: float
     """Idle time, if the host launches eager kernels more slowly than the GPU runs them."""
+    communication: float = 0.0
+    """Collectives, none of which is assumed to overlap with computation."""
 
     @property
     def total(self) -> float:
-        """The sum. Communication is left out, so this is a lower bound under the other assumptions."""
-        return self.products + self.elementwise + self.waiting
+        """The sum."""
+        return self.products + self.elementwise + self.waiting + self.communication
 
 
 def step_time(
@@ -202,26 +216,27 @@ def step_time(
     peak: float,
     bandwidth: float,
     compiled: bool,
+    compiled_loop: bool | None = None,
 ) -> StepTime:
-    """Model the time of a token on one GPU of `peak` FLOP/s and `bandwidth` bytes/s.
+    """Model the time of a token on one GPU of `peak` FLOP/s and `bandwidth` bytes/s, without communication.
 
     `executed` is FLOPs per token, `loops` and `backprop` are mean loops and mean loops with gradient, `tokens` is the
-    size of a micro-batch, and `optimizer` is bytes per token that the optimizer moves.
+    size of a micro-batch, and `optimizer` is bytes per token that the optimizer moves. `compiled_loop` is given if the
+    core is not compiled like the rest.
     """
     once, loop = traffic.once, traffic.loop
-    moved = once.bytes_forward + once.bytes_backward + loops * loop.bytes_forward + backprop * loop.bytes_backward
-    moved = moved * (COMPILED_BYTES if compiled else 1) + optimizer
-    products, elementwise = executed / (PRODUCT_EFFICIENCY * peak), moved / bandwidth
-    launches = sum(
-        share * (getattr(part, f"kernels_{name}") + getattr(part, f"products_{name}"))
-        for part, name, share in (
-            (once, "forward", 1.0),
-            (once, "backward", 1.0),
-            (loop, "forward", loops),
-            (loop, "backward", backprop),
-        )
-    )
-    host = 0.0 if compiled else launches * LAUNCH_SECONDS / tokens
+    moved = launches = 0.0
+    for part, whether, name, share in (
+        (once, compiled, "forward", 1.0),
+        (once, compiled, "backward", 1.0),
+        (loop, compiled if compiled_loop is None else compiled_loop, "forward", loops),
+        (loop, compiled if compiled_loop is None else compiled_loop, "backward", backprop),
+    ):
+        moved += share * getattr(part, f"bytes_{name}") * (COMPILED_BYTES if whether else 1)
+        kernels = getattr(part, f"kernels_{name}") + getattr(part, f"products_{name}")
+        launches += 0.0 if whether else share * kernels
+    products, elementwise = executed / (PRODUCT_EFFICIENCY * peak), (moved + optimizer) / bandwidth
+    host = launches * LAUNCH_SECONDS / tokens
     return StepTime(products, elementwise, max(0.0, host - products - elementwise))
 
 

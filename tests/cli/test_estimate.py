@@ -24,6 +24,11 @@ def test_page_and_json_of_a_preset(tmp_path: Path, capsys: pytest.CaptureFixture
     assert run["seconds_per_token"] is None and "by --mfu" in text
     assert "25% of 312 TFLOP/s" in text and "$2 an hour" in text and f"{run['tokens_per_second']:,.0f} tokens/s" in text
     assert set(figures["memory"]["activations"]) == set(CHECKPOINTING)
+    fastest = figures["fastest"]
+    assert fastest["fits"] and fastest["needed"] < 0.95 * GPUS["A100"].memory
+    assert f"fastest of {fastest['tried']:,} layouts on 16 A100" in text and " ".join(fastest["overrides"]) in text
+    assert figures["longest_context"]["tokens"] == {"80": 1024, "141": 1024}, "the model's context"
+    assert "of a context of 1,024: 1,024 on 80 GiB, 1,024 on 141 GiB" in text
 
 
 def test_utilisation_comes_from_the_traffic_of_the_configuration(

@@ -238,7 +238,7 @@ def test_saved_file_has_every_field_and_survives_awkward_text(tmp_path: Path) ->
 
 
 def test_promised_configurations_are_shipped() -> None:
-    promised = {"quickstart", "debug", "fineweb-edu-1b", "fineweb-edu-3b", "fineweb-edu-10b"}
+    promised = {"quickstart", "debug", "fineweb-edu-1b", "fineweb-edu-3b", "fineweb-edu-10b", "fineweb-edu-50b"}
     assert {path.stem for path in CONFIGS} >= promised
 
 

@@ -18,7 +18,8 @@ from mythos.model.decoding import Extension
 from mythos.model.halting import halting_rule
 from mythos.model.layers import truncated_normal
 from mythos.model.moe import MixtureOfExperts
-from mythos.model.ops.expert_exchange import CheckpointedPass, ExpertExchange
+from mythos.model.ops import expert_exchange
+from mythos.model.ops.expert_exchange import CheckpointedPass, ExpertExchange, Transfer
 from mythos.model.ops.grouped_experts import ExpertWeights, run_experts
 from mythos.model.rdt import RecurrentDepthTransformer
 from tests.distributed.pool import RankPool
@@ -139,6 +140,60 @@ def test_a_recomputation_exchanges_no_counts(pool: RankPool) -> None:
         assert sent[:1] == counts and sent[1] == rows and sent[3] == values
         assert sent_again == [*sent[:4], rows, sent[4]]  # once the gradient of the results is here
         assert all(torch.equal(one, other) for one, other in zip(found, found_again, strict=True))
+
+
+def order_of_calls(recomputed: bool) -> list[str]:
+    """Starts and ends of transfers, and when a block's shared and routed experts run, forward and backward."""
+    dist.init_process_group("gloo")
+    with torch.device("meta"):
+        model = RecurrentDepthTransformer(preset_config("mythos_nano", vocab_size=128, context_length=32))
+    divide_experts(model, init_device_mesh("cpu", (1, 2), mesh_dim_names=("shard", "expert")))
+    ffn = experts_are_used(model).recurrence.blocks[0].ffn
+    calls: list[str] = []
+    send, wait, run = ExpertExchange.send, Transfer.wait, expert_exchange.run_experts
+
+    def sends(self: ExpertExchange, *arguments: Any) -> Transfer:
+        calls.append("send")
+        return send(self, *arguments)
+
+    def waits(self: Transfer) -> Tensor:
+        calls.append("wait")
+        return wait(self)
+
+    def runs(rows: Tensor, *arguments: Any) -> Tensor:
+        calls.append("experts")
+        if rows.requires_grad:
+            rows.register_hook(lambda gradient: calls.append("experts backward"))
+        return run(rows, *arguments)
+
+    ffn.shared.register_forward_hook(lambda *_: calls.append("shared"))
+    ffn.shared.register_full_backward_hook(lambda *_: calls.append("shared backward"))
+    x = draw(1, 6, model.config.dim, seed=dist.get_rank()).requires_grad_()
+    with (
+        patch.object(ExpertExchange, "send", sends),
+        patch.object(Transfer, "wait", waits),
+        patch.object(expert_exchange, "run_experts", runs),
+    ):
+        if recomputed:
+            options: dict[str, Any] = {"use_reentrant": False, "context_fn": CheckpointedPass.contexts}
+            output = checkpoint(lambda value: ffn(value)[0], x, **options)
+        else:
+            output = ffn(x)[0]
+        calls.append("|")
+        output.square().sum().backward()
+    dist.barrier()
+    return calls
+
+
+def test_shared_experts_run_while_rows_travel(pool: RankPool) -> None:
+    """Forward between sending and waiting for tokens, backward between sending and waiting for their gradients."""
+    forward = ["send", "shared", "wait", "experts", "send", "wait"]
+    backward = ["send", "wait", "experts backward", "send", "shared backward", "wait"]
+    for calls in pool.run(order_of_calls, False, ranks=2):
+        assert calls == [*forward, "|", *backward]
+    for calls in pool.run(order_of_calls, True, ranks=2):
+        # The recomputation, which overlaps too, begins once the gradient of the results is here.
+        assert calls == [*forward, "|", *backward[:2], *forward[:4], *backward[2:]]
 
 
 PROMPTS = [[[3, 4, 5, 6, 7, 8, 9]], [[40, 41, 42]]]

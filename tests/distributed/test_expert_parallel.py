@@ -106,7 +106,7 @@ def memory(directory: Path, name: str, changes: dict[str, Any]) -> tuple[int, in
     return peak, state.total + working_memory(config, state).total + activations(config, layout).peak
 
 
-@pytest.mark.parametrize("layout", ["ep 2", "ep 2 x fsdp 2, recomputed", "ep 4, recomputed in part"])
+@pytest.mark.parametrize("layout", [*LAYOUTS][:4])
 def test_memory_of_a_rank_is_planned(pool: RankPool, tmp_path: Path, layout: str) -> None:
     tiny(tmp_path)
     ranks, changes = LAYOUTS[layout]

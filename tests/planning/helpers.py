@@ -1,10 +1,12 @@
 """Configurations to plan, and the memory table of a plan."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -13,6 +15,7 @@ from mythos.config.loading import config_from_dict, load_config
 from mythos.config.sections import Config
 from mythos.distributed.layout import Layout, build_mesh
 from mythos.distributed.parallel import shard_model
+from mythos.model.ops.expert_exchange import ExpertExchange, Splits
 from mythos.planning.collectives import fake_processes
 from mythos.planning.flops import build_on_meta
 from mythos.planning.layout import choose_layout
@@ -95,6 +98,13 @@ def read_off(config: Config, layout: Layout) -> tuple[int, int, int, list[Unit]]
                 )
         whole = [p for p in parameters if not isinstance(p, DTensor)]
         return local(parameters), local(whole), local(states), units
+
+
+def as_if_alike(self: ExpertExchange, sent: Tensor) -> Callable[[], Splits]:
+    """Counts, as if every rank sent what this one sends: a fake collective brings nothing."""
+    dist.all_to_all_single(torch.empty_like(sent), sent, group=self.group)
+    sizes = sent.sum(1).tolist()
+    return lambda: Splits(sizes, sizes, sent)
 
 
 def memory_table(text: str) -> dict[str, float]:

@@ -5,6 +5,7 @@ import weakref
 from math import ceil
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,11 +18,12 @@ from torch.utils._pytree import tree_leaves
 from mythos.distributed.layout import named_layout
 from mythos.distributed.parallel import parallelize
 from mythos.distributed.ranks import Ranks, World
+from mythos.model.ops.expert_exchange import ExpertExchange
 from mythos.planning.collectives import fake_processes
 from mythos.planning.flops import build_on_meta, count_parameters
 from mythos.planning.rank_state import rank_state, working_memory
 from mythos.training.optim import build_optimizer
-from tests.planning.helpers import WIDE, preset, read_off, state_on
+from tests.planning.helpers import WIDE, as_if_alike, preset, read_off, state_on
 from tests.runs import tiny
 
 FLOAT32 = re.compile(r"norm\.weight$|router\.weight$|\.dt$|\.log_a$|adapter\.scale$")
@@ -155,6 +157,7 @@ class Peak(TorchDispatchMode):
         (2, {"parallel__wrap": "block"}),
         (2, {"train__dtype": "float32"}),
         (2, {"parallel__mode": "hsdp", "parallel__shard": 2, "model__vocab_size": 16384}),
+        (2, {"parallel__mode": "hsdp", "parallel__shard": 2, "parallel__expert": 2, "parallel__reduce": "step"}),
     ],
     ids=str,
 )
@@ -166,7 +169,7 @@ def test_memory_is_what_steps_allocate(tmp_path: Path, micro_batches: int, chang
     planned = state.total + working_memory(config, state).total
     ids = torch.zeros(1, 3, dtype=torch.int64)
     autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.train.dtype == "bfloat16")
-    with fake_processes(4):
+    with fake_processes(4), patch.object(ExpertExchange, "exchange_counts", as_if_alike):
         model = build_on_meta(config.model)
         parallel = parallelize(config, model, layout, World(torch.device("cpu"), Ranks(), Ranks()))
         optimizer = build_optimizer(model, config.optim)

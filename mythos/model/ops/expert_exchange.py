@@ -24,6 +24,20 @@ class Splits(NamedTuple):
     """(R, E / R) int64 on the device: rows from each rank for each of this rank's experts."""
 
 
+class Transfer:
+    """Rows on their way between ranks."""
+
+    def __init__(self, received: Tensor, rows: Tensor, work: dist.Work | None) -> None:
+        self.received, self.rows, self.work = received, rows, work
+
+    def wait(self) -> Tensor:
+        """The rows that arrived. On a GPU the stream waits, not the host."""
+        if self.work is not None:
+            self.work.wait()
+        self.rows = self.received[:0]  # what was sent may be freed
+        return self.received
+
+
 class ExpertExchange:
     """Runs the experts of a block that R ranks share: rank r holds experts r E / R to (r + 1) E / R - 1.
 
@@ -40,7 +54,7 @@ class ExpertExchange:
     def start(self, experts: Tensor, held: int) -> "Dispatch":
         """Sort the chosen experts (N, k) int64 and exchange counts, without waiting; `held` is E / R.
 
-        Work that is queued between this call and `Dispatch.run` hides the wait for the counts.
+        Work that is queued between this call and `Dispatch.send` hides the wait for the counts.
         """
         ids, order = experts.flatten().sort(stable=True)
         place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
@@ -71,11 +85,14 @@ class ExpertExchange:
 
         return wait
 
-    def send(self, rows: Tensor, leaving: list[int], coming: list[int]) -> Tensor:
-        """Send rows (sum(leaving), m), ordered by target rank; returns (sum(coming), m), by source. No autograd."""
-        received = rows.new_empty(sum(coming), *rows.shape[1:])
-        dist.all_to_all_single(received, rows.contiguous(), coming, leaving, group=self.group)
-        return received
+    def send(self, rows: Tensor, leaving: list[int], coming: list[int]) -> Transfer:
+        """Start to send rows (sum(leaving), m), by target rank; (sum(coming), m) arrive, by source. No autograd.
+
+        Work that is queued before `Transfer.wait` runs while they travel.
+        """
+        rows, received = rows.contiguous(), rows.new_empty(sum(coming), *rows.shape[1:])
+        work = dist.all_to_all_single(received, rows, coming, leaving, group=self.group, async_op=True)
+        return Transfer(received, rows, work)
 
     def any_rank(self, running: bool, device: torch.device) -> bool:
         """Whether `running` is true on any process of the run; waits for the device."""
@@ -94,43 +111,81 @@ class Dispatch:
         self.order, self.place = order, place
         """(N k,) int64: the slot at each place of the order by expert, and the inverse."""
         self.wait = wait
+        self.travelling: Transfer | None = None
+        """Rows on their way to the experts, or gradients on their way back."""
 
-    def run(self, x: Tensor, gates: Tensor, weights: ExpertWeights) -> Tensor:
-        """`run_experts` over all ranks: x (N, D), gates (N, k) float32, this rank's experts -> (N, D) float32."""
+    def send(self, x: Tensor, gates: Tensor, weights: ExpertWeights) -> Callable[[], Tensor]:
+        """Send x (N, D) with gates (N, k) float32 to the experts; `weights` are those of this rank.
+
+        Returns a function that completes `run_experts` over all ranks: -> (N, D) float32. What is computed before it is
+        called runs while the rows travel; and in the backward pass while their gradients do, because autograd goes
+        through calls in reverse order.
+        """
         splits = self.wait()
         CheckpointedPass.keep(splits)
-        held = len(weights.gate_up)
-        local = torch.arange(held, device=x.device).repeat(self.exchange.ranks)
-        experts = local.repeat_interleave(splits.arrived.flatten(), output_size=sum(splits.coming)).unsqueeze(1)
+        held, dtype = len(weights.gate_up), weights.gate_up.dtype
         with without_autocast(x):
-            rows, row_gates = _ToExperts.apply(x, gates, self, splits, weights.gate_up.dtype)
-            results = run_experts(rows, row_gates, experts, weights)
-            return _FromExperts.apply(results, self, splits, weights.gate_up.dtype)
+            packed = _Leave.apply(x, gates, self, splits, dtype)
+
+        def run() -> Tensor:
+            local = torch.arange(held, device=x.device).repeat(self.exchange.ranks)
+            experts = local.repeat_interleave(splits.arrived.flatten(), output_size=sum(splits.coming)).unsqueeze(1)
+            with without_autocast(x):
+                rows, row_gates = _Arrive.apply(packed, self, splits, x.shape[1])
+                results = run_experts(rows, row_gates, experts, weights)
+                return _FromExperts.apply(results, self, splits, dtype)
+
+        return run
+
+    def run(self, x: Tensor, gates: Tensor, weights: ExpertWeights) -> Tensor:
+        """Both steps of `send`."""
+        return self.send(x, gates, weights)()
+
+    def arrived(self) -> Tensor:
+        """Wait for what is on its way."""
+        assert self.travelling is not None, "something was sent"
+        transfer, self.travelling = self.travelling, None
+        return transfer.wait()
 
     def by_expert(self, values: Tensor) -> Tensor:
         """Values of tokens (N, m) -> those of their slots, ordered by expert (N k, m)."""
         return values.index_select(0, self.order // self.shape[1])
 
 
-class _ToExperts(torch.autograd.Function):
-    """Tokens (N, D) and gates (N, k) -> the rows (n, D) that this rank's experts compute, and their gates (n, 1)."""
+class _Leave(torch.autograd.Function):
+    """Tokens (N, D) and gates (N, k) -> the packed rows that this rank's experts get, which have not arrived yet."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, gates: Tensor, dispatch: Dispatch, splits: Splits, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        ctx.dispatch, ctx.splits, ctx.dtype = dispatch, splits, x.dtype
+    def forward(ctx: Any, x: Tensor, gates: Tensor, dispatch: Dispatch, splits: Splits, dtype: torch.dtype) -> Tensor:
+        ctx.dispatch, ctx.dtype, ctx.width = dispatch, x.dtype, x.shape[1]
         rows = _packed(dispatch.by_expert(x.to(dtype)), gates.flatten()[dispatch.order].unsqueeze(1))
-        return _unpacked(dispatch.exchange.send(rows, splits.leaving, splits.coming), x.shape[1])
+        dispatch.travelling = dispatch.exchange.send(rows, splits.leaving, splits.coming)
+        return dispatch.travelling.received
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_rows: Tensor, grad_gates: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        dispatch, splits = ctx.dispatch, ctx.splits
-        returned = dispatch.exchange.send(_packed(grad_rows, grad_gates), splits.coming, splits.leaving)
-        slots, gates = _unpacked(returned, grad_rows.shape[1])
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        dispatch = ctx.dispatch
+        slots, gates = _unpacked(dispatch.arrived(), ctx.width)  # which `_Arrive` has sent
         grad_x = sum_slots(slots, dispatch.place, dispatch.shape).to(ctx.dtype)
         return grad_x, gates[dispatch.place].view(dispatch.shape), None, None, None
+
+
+class _Arrive(torch.autograd.Function):
+    """Waits for packed rows: -> the rows (n, D) that this rank's experts compute, and their gates (n, 1)."""
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, dispatch: Dispatch, splits: Splits, width: int) -> tuple[Tensor, Tensor]:
+        ctx.dispatch, ctx.splits = dispatch, splits
+        return _unpacked(dispatch.arrived(), width)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_rows: Tensor, grad_gates: Tensor) -> tuple[Tensor, None, None, None]:
+        dispatch, splits = ctx.dispatch, ctx.splits
+        packed = _packed(grad_rows, grad_gates)
+        dispatch.travelling = dispatch.exchange.send(packed, splits.coming, splits.leaving)
+        return packed, None, None, None  # `_Leave` takes what comes back from the dispatch, not this
 
 
 class _FromExperts(torch.autograd.Function):
@@ -140,7 +195,7 @@ class _FromExperts(torch.autograd.Function):
     def forward(ctx: Any, results: Tensor, dispatch: Dispatch, splits: Splits, dtype: torch.dtype) -> Tensor:
         ctx.dispatch, ctx.splits, ctx.dtype = dispatch, splits, dtype
         # Each row is the product of one expert, computed in `dtype`: the cast loses nothing.
-        slots = dispatch.exchange.send(results.to(dtype), splits.coming, splits.leaving)
+        slots = dispatch.exchange.send(results.to(dtype), splits.coming, splits.leaving).wait()
         return sum_slots(slots, dispatch.place, dispatch.shape)
 
     @staticmethod
@@ -148,7 +203,7 @@ class _FromExperts(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
         dispatch, splits = ctx.dispatch, ctx.splits
         rows = dispatch.by_expert(grad_y.to(ctx.dtype))
-        return dispatch.exchange.send(rows, splits.leaving, splits.coming).float(), None, None, None
+        return dispatch.exchange.send(rows, splits.leaving, splits.coming).wait().float(), None, None, None
 
 
 def _packed(rows: Tensor, gates: Tensor) -> Tensor:

@@ -1,0 +1,290 @@
+"""Search for the fastest layout, for the least memory that training needs, and for the longest context that fits."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from typing import Any, NamedTuple
+
+from mythos.config.sections import Config
+from mythos.distributed.layout import Layout, named_layout
+from mythos.errors import MythosError
+from mythos.planning.budget import Gpu
+from mythos.planning.fake_step import CHECKPOINTING
+from mythos.planning.layout import USABLE_SHARE, expert_counts, with_parallel
+from mythos.planning.memory import Activations
+from mythos.planning.rank_state import RankState, activations, micro_batches, rank_state, working_memory
+from mythos.planning.speed import TimeModel
+from mythos.planning.traffic import StepTraffic, step_traffic
+
+SEARCHED = ("mode", "shard", "replicate", "expert", "wrap", "reduce", "activation_checkpointing")
+"""Fields of `parallel` that are chosen, beside train.micro_batch."""
+MOST_GPUS = 4096
+"""Largest number of GPUs that `fewest_gpus` tries, or 4 times as many as the run has."""
+CONTEXT_STEP = 1024
+"""Longest contexts are multiples of this many tokens."""
+
+
+class Candidate(NamedTuple):
+    """A layout, and settings of a step under it."""
+
+    config: Config
+    state: RankState
+
+    @property
+    def layout(self) -> Layout:
+        """The layout."""
+        return self.state.layout
+
+    @property
+    def held(self) -> int:
+        """Bytes of a rank without activations."""
+        return self.state.total + working_memory(self.config, self.state).total
+
+    @property
+    def overrides(self) -> list[str]:
+        """What to write on the command line."""
+        values = {f"parallel.{name}": getattr(self.config.parallel, name) for name in SEARCHED}
+        values["train.micro_batch"] = self.config.train.micro_batch
+        unset = ("parallel.shard", "parallel.replicate")
+        return [f"{name}={value}" for name, value in values.items() if value is not None or name not in unset]
+
+
+@dataclass(frozen=True)
+class Found:
+    """The fastest candidate that fits."""
+
+    candidate: Candidate
+    needed: int
+    """Bytes of a rank."""
+    tried: int
+    """Candidates that were compared."""
+
+
+@dataclass(frozen=True)
+class Least:
+    """The candidate that needs least memory."""
+
+    candidate: Candidate
+    held: int
+    """Bytes of a rank without activations."""
+    activations: int
+
+    @property
+    def needed(self) -> int:
+        """Bytes of a rank."""
+        return self.held + self.activations
+
+
+class Search:
+    """Candidates for a run on `gpus` GPUs, `machine_gpus` of them on a machine.
+
+    Candidates have every mode, number of copies (powers of 2), parallel.expert (powers of 2 that divide the experts),
+    time of reduction, micro-batch (powers of 2) and activation checkpointing. parallel.wrap=block is tried only if
+    nothing fits without. Fields of SEARCHED and "micro_batch" that are in `fixed` keep the values that `config` has.
+    """
+
+    def __init__(self, config: Config, gpus: int, machine_gpus: int, fixed: frozenset[str] = frozenset()) -> None:
+        self.config, self.gpus, self.machine_gpus, self.fixed = config, gpus, machine_gpus, fixed
+        self.models: dict[Gpu, TimeModel] = {}
+        self.states: dict[tuple[Layout, str], RankState | None] = {}
+        self.traced: dict[tuple[str, bool, int, int], Activations] = {}
+        """Activations by checkpointing mode, whether the model is sharded, parallel.expert and rows."""
+
+    def values(self, name: str, allowed: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Values of a field of `parallel` to try."""
+        return (getattr(self.config.parallel, name),) if name in self.fixed else allowed
+
+    def state(self, config: Config, layout: Layout) -> RankState | None:
+        """The training state; None if the experts' matrices cannot be divided so."""
+        key = layout._replace(why=""), config.parallel.wrap
+        if key not in self.states:
+            try:
+                self.states[key] = rank_state(config, layout)
+            except MythosError:
+                self.states[key] = None
+        return self.states[key]
+
+    def settings(self, gpus: int, wrap: str, copies: bool = True) -> Iterator[tuple[Config, RankState]]:
+        """Configurations whose `parallel` has modes, sizes and `wrap`; and their training states.
+
+        Without `copies` only the layouts that divide the model among all GPUs, unless the mode is fixed.
+        """
+        counts = self.values("expert", tuple(sorted({1, *expert_counts(with_parallel(self.config, expert=1))})))
+        if gpus == 1:
+            layouts: list[dict[str, Any]] = [{"mode": "single", "expert": 1}]
+        else:
+            copies = copies or not self.fixed.isdisjoint({"mode", "shard", "replicate"})
+            layouts = [{"mode": "ddp", "expert": 1}] if copies and 1 in counts else []
+            shards = [n for n in range(2, gpus) if copies and gpus % n == 0]
+            for expert in (n for n in counts if gpus % n == 0):
+                sizes = [n for n in shards if n % expert == 0 and _is_power_of_2(n // expert)]
+                layouts += [{"mode": "hsdp", "shard": shard, "expert": expert} for shard in sizes]
+                layouts.append({"mode": "fsdp", "expert": expert})
+        chosen = self.config.parallel
+        for layout in layouts:
+            if any(name in self.fixed and layout.get(name) != getattr(chosen, name) for name in ("mode", "shard")):
+                continue
+            if "replicate" in self.fixed and chosen.replicate != gpus // layout.get("shard", gpus):
+                continue
+            config = with_parallel(self.config, **{"shard": None, "replicate": None, "wrap": wrap, **layout})
+            state = self.state(config, named_layout(config.parallel, gpus, min(gpus, self.machine_gpus)))
+            if state is not None:
+                yield config, state
+
+    def candidates(self, wrap: str) -> Iterator[Candidate]:
+        """All candidates with that value of parallel.wrap."""
+        rows = max(1, self.config.train.global_batch // self.gpus)
+        sizes: tuple[Any, ...] = tuple(2**power for power in range(rows.bit_length()))
+        if "micro_batch" in self.fixed:
+            sizes = (self.config.train.micro_batch,)
+        for config, state in self.settings(self.gpus, wrap):
+            for size, mode in product(sizes, self.values("activation_checkpointing", CHECKPOINTING)):
+                train = config.train.model_copy(update={"micro_batch": size})
+                sized = config.model_copy(update={"train": train})
+                several = state.layout.sharded and micro_batches(sized, self.gpus) > 1
+                for reduce in self.values("reduce", ("micro_batch", "step") if several else ("micro_batch",)):
+                    yield Candidate(with_parallel(sized, activation_checkpointing=mode, reduce=reduce), state)
+
+    def trace(self, candidate: Candidate) -> int:
+        """Bytes of activations of a candidate at their peak."""
+        key = self._key(candidate)
+        if key not in self.traced:
+            self.traced[key] = activations(candidate.config, candidate.layout)
+        return self.traced[key].peak
+
+    def _key(self, candidate: Candidate) -> tuple[str, bool, int, int]:
+        rows = candidate.config.train.micro_batch
+        size = max(1, self.config.train.global_batch // candidate.layout.size) if rows == "auto" else rows
+        mode = candidate.config.parallel.activation_checkpointing
+        return mode, candidate.layout.sharded, candidate.layout.expert, size
+
+    def at_least(self, candidate: Candidate) -> int:
+        """A lower bound of `trace`, from traces of fewer rows and of ranks that hold fewer experts."""
+        mode, sharded, expert, rows = self._key(candidate)
+        bounds = [
+            max(traced.peak, traced.kept * rows // of_rows)
+            for (of_mode, of_sharded, of_expert, of_rows), traced in self.traced.items()
+            if (of_mode, of_sharded) == (mode, sharded) and of_expert >= expert and of_rows <= rows
+        ]
+        return max(bounds, default=0)
+
+    def fastest(self, gpu: Gpu) -> Found | None:
+        """The fastest candidate whose memory is within USABLE_SHARE of the GPU's; None if none is.
+
+        Speed is that of :class:`TimeModel` without Muon's collectives, which hardly differ between layouts. The memory
+        traffic of micro-batches is interpolated between those of one and of two rows.
+        """
+        usable = int(USABLE_SHARE * gpu.memory)
+        model, tried = self.model(gpu), 0
+        for wrap in self.values("wrap", ("loop", "block")):
+            every = list(self.candidates(wrap))
+            tried += len(every)
+            fitting = [candidate for candidate in every if candidate.held < usable]
+            # Equal times are ordered by memory: the first of them leaves most free.
+            fitting.sort(key=lambda each: (model.time(each.config, each.state).total, each.held))
+            for candidate in fitting:
+                if candidate.held + self.at_least(candidate) > usable:
+                    continue
+                self._trace_smallest(fitting, candidate)
+                if candidate.held + self.at_least(candidate) > usable:
+                    continue
+                needed = candidate.held + self.trace(candidate)
+                if needed <= usable:
+                    return Found(candidate, needed, tried)
+        return None
+
+    def model(self, gpu: Gpu) -> TimeModel:
+        """The time of candidates."""
+        if gpu not in self.models:
+            self.models[gpu] = TimeModel(self.config, gpu, self.machine_gpus, self._traffic())
+        return self.models[gpu]
+
+    def _traffic(self) -> Callable[[str, int], StepTraffic]:
+        """Traffic by checkpointing mode and rows: what weights cause is shared by the rows of a micro-batch."""
+        model, length = self.config.model, self.config.data.sequence_length
+
+        @cache
+        def of_one(mode: str) -> StepTraffic:
+            return step_traffic(model, length, 1, mode)
+
+        @cache
+        def traffic(mode: str, rows: int) -> StepTraffic:
+            if rows == 1:
+                return of_one(mode)
+            saved = 2 * (1 - 1 / rows)  # of the difference between one row and two
+            return of_one(mode).minus(saved, of_one("none"), step_traffic(model, length, 2, "none"))
+
+        return traffic
+
+    def _trace_smallest(self, candidates: list[Candidate], candidate: Candidate) -> None:
+        """Trace, of the candidates with the same checkpointing, the one with most expert ranks and fewest rows."""
+        mode, sharded, _, _ = self._key(candidate)
+        same = [each for each in candidates if self._key(each)[:2] == (mode, sharded)]
+        self.trace(min(same, key=lambda each: (-each.layout.expert, self._key(each)[3])))
+
+    def least(self, gpus: int | None = None) -> Least | None:
+        """The candidate that needs least memory, with micro-batches of one row and loops recomputed.
+
+        `gpus` instead of the search's number may exceed the global batch. None if no layout is possible.
+        """
+        gpus = self.gpus if gpus is None else gpus
+        best: Least | None = None
+        smallest: list[Candidate] = []
+        modes = self.values("activation_checkpointing", ("loop",))
+        for wrap in self.values("wrap", ("loop", "block")):
+            for config, state in self.settings(gpus, wrap, copies=False):
+                train = config.train.model_copy(update={"micro_batch": 1})
+                one = with_parallel(config, activation_checkpointing=modes[0], reduce="micro_batch")
+                smallest.append(Candidate(one.model_copy(update={"train": train}), state))
+        if smallest:
+            self._trace_smallest(smallest, smallest[0])
+        for candidate in sorted(smallest, key=lambda each: each.held):
+            if best is None or candidate.held + self.at_least(candidate) < best.needed:
+                found = Least(candidate, candidate.held, self.trace(candidate))
+                best = found if best is None or found.needed < best.needed else best
+        return best
+
+    @property
+    def most_gpus(self) -> int:
+        """Largest number that `fewest_gpus` tries."""
+        return max(MOST_GPUS, 4 * self.gpus)
+
+    def fewest_gpus(self, memory: int) -> Least | None:
+        """The least memory on the first of 2, 4, 8... times as many GPUs where that fits; None if it never does."""
+        gpus = 2 * self.gpus
+        while gpus <= self.most_gpus:
+            least = self.least(gpus)
+            if least is None:
+                return None
+            if least.needed <= USABLE_SHARE * memory:
+                return least
+            gpus *= 2
+        return None
+
+    def longest_context(self, least: Least, memory: int) -> int:
+        """Tokens of the longest sequence that fits with the settings of `least`; 0 if not even CONTEXT_STEP do.
+
+        Activations are traced at two lengths and extrapolated: they are linear in the length, because attention keeps
+        no scores. At most the model's `context_length`.
+        """
+        usable, context = int(USABLE_SHARE * memory), self.config.model.context_length
+        if self.config.data.sequence_length >= context and least.needed <= usable:
+            return context
+        lengths = (2 * CONTEXT_STEP, 4 * CONTEXT_STEP)
+        short, long = (
+            activations(at_length(least.candidate.config, length), least.candidate.layout).peak for length in lengths
+        )
+        free = usable - least.held
+        per_token = (long - short) / (lengths[1] - lengths[0])
+        tokens = int((free - short) / per_token) + lengths[0]
+        return context if tokens >= context else max(0, tokens // CONTEXT_STEP * CONTEXT_STEP)
+
+
+def at_length(config: Config, length: int) -> Config:
+    """The configuration with sequences of `length` tokens."""
+    return config.model_copy(update={"data": config.data.model_copy(update={"sequence_length": length})})
+
+
+def _is_power_of_2(number: int) -> bool:
+    return number & (number - 1) == 0

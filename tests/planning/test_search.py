@@ -1,0 +1,128 @@
+"""The search for a layout against trying all of them, with activations and traffic that cost no trace."""
+
+from typing import Any
+
+import pytest
+
+from mythos.cli.estimate import fastest_layout, layout_lines, least_figures, least_line
+from mythos.config.sections import Config
+from mythos.distributed.layout import Layout
+from mythos.planning import search as searches
+from mythos.planning import speed
+from mythos.planning.budget import GPUS
+from mythos.planning.layout import USABLE_SHARE
+from mythos.planning.memory import Activations
+from mythos.planning.rank_state import deepest_micro_batch
+from mythos.planning.search import Candidate, Search, at_length
+from mythos.planning.traffic import StepTraffic, Traffic
+from tests.planning.helpers import GIB, preset
+
+PER_TOKEN = {"none": 900_000, "selective": 600_000, "loop": 200_000}
+RECOMPUTED = {"none": 0.0, "selective": 1e7, "loop": 5e8}
+
+
+def activations_by_hand(config: Config, layout: Layout, checkpointing: str | None = None) -> Activations:
+    """Proportional to tokens, and to the experts that a rank holds."""
+    rows, _ = deepest_micro_batch(config, layout.size)
+    tokens = rows * config.data.sequence_length
+    peak = tokens * PER_TOKEN[config.parallel.activation_checkpointing] + 2 * GIB // layout.expert
+    return Activations(peak // 2, peak)
+
+
+def traffic_by_hand(model: Any, length: int, rows: int, mode: str) -> StepTraffic:
+    size = 1e5 + 4e5 / rows
+    return StepTraffic(Traffic(10, 5, size, 20, 10, size), Traffic(10, 5, size, 20, 10, size))
+
+
+@pytest.fixture(autouse=True)
+def no_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(searches, "activations", activations_by_hand)
+    monkeypatch.setattr(searches, "step_traffic", traffic_by_hand)
+    monkeypatch.setattr(speed, "recomputed_flops", lambda model, length, mode: RECOMPUTED[mode])
+
+
+def needed(candidate: Candidate) -> int:
+    return candidate.held + activations_by_hand(candidate.config, candidate.layout).peak
+
+
+@pytest.mark.parametrize(("name", "gpus", "gpu"), [("mythos_1b", 8, "A100"), ("mythos_10b", 128, "H100")])
+def test_fastest_of_all_that_fit(name: str, gpus: int, gpu: str) -> None:
+    search = Search(preset(name), gpus, 8)
+    found = search.fastest(GPUS[gpu])
+    assert found is not None
+    candidates = list(search.candidates("loop"))
+    usable = USABLE_SHARE * GPUS[gpu].memory
+    times = [search.model(GPUS[gpu]).time(each.config, each.state).total for each in candidates]
+    fitting = [time for each, time in zip(candidates, times, strict=True) if needed(each) <= usable]
+    assert 0 < len(fitting) < len(candidates) == found.tried, "some fit, some do not"
+    chosen = found.candidate
+    assert search.model(GPUS[gpu]).time(chosen.config, chosen.state).total == min(fitting)
+    assert found.needed == needed(chosen)
+    modes = {(each.layout.mode, each.layout.shard, each.layout.expert) for each in candidates}
+    assert {("ddp", 1, 1), ("fsdp", gpus, 1), ("fsdp", gpus, 8), ("hsdp", 4, 2)} <= modes
+
+
+def test_more_bandwidth_between_machines_never_costs_time() -> None:
+    search = Search(preset("mythos_10b"), 128, 8)
+    candidates = list(search.candidates("loop"))[::20]
+    one_machine = Search(preset("mythos_10b"), 128, 128)
+    for candidate in candidates:
+        across = search.model(GPUS["H100"]).time(candidate.config, candidate.state)
+        within = one_machine.model(GPUS["H100"]).time(candidate.config, candidate.state)
+        assert within.communication < across.communication
+        assert within.products == across.products
+
+
+def test_fields_that_are_set_are_kept() -> None:
+    config = preset("mythos_10b", mode="hsdp", shard=16, expert=4)
+    search = Search(config, 64, 8, frozenset({"mode", "shard", "expert", "activation_checkpointing"}))
+    candidates = list(search.candidates("loop"))
+    assert candidates
+    for candidate in candidates:
+        parallel = candidate.config.parallel
+        assert (parallel.mode, parallel.shard, parallel.expert) == ("hsdp", 16, 4)
+        assert parallel.activation_checkpointing == "none"
+
+
+def test_least_memory_and_the_fewest_gpus() -> None:
+    search = Search(preset("mythos_100b"), 8, 8)
+    assert search.fastest(GPUS["H100"]) is None
+    nearest, more = search.least(), search.fewest_gpus(80 * GIB)
+    assert nearest is not None and more is not None
+    assert nearest.needed > USABLE_SHARE * 80 * GIB >= more.needed == needed(more.candidate)
+    figures = fastest_layout(search, None, GPUS["H100"])
+    run = {"gpus": 8, "gpu": "H100"}
+    first, of_nearest, second, of_more = layout_lines({"run": run, "fastest": figures, "longest_context": None})
+    assert first == "no layout fits on 8 H100. The one that needs least memory:"
+    assert second == f"{more.candidate.layout.size:,} GPUs are enough:"
+    assert of_nearest == "  " + least_line(least_figures(nearest) or {}) and " parallel.expert=" in of_nearest
+    assert of_more.startswith(f"  {more.needed / GIB:,.1f} GiB, {more.activations / GIB:,.1f} of them activations: ")
+    half = search.least(more.candidate.layout.size // 2)
+    assert half is not None and half.needed > USABLE_SHARE * 80 * GIB
+    for wrap in ("loop", "block"):
+        for candidate in search.candidates(wrap):
+            assert nearest.needed <= needed(candidate)
+
+
+def test_500b_fits_no_number_of_gpus() -> None:
+    """The shared experts of its core, 3 x 12,288 x 64 x 23,040 weights, are gathered whole, with a whole gradient."""
+    search = Search(preset("mythos_500b"), 1024, 8)
+    assert search.fastest(GPUS["B200"]) is None and search.fewest_gpus(GPUS["B200"].memory) is None
+    run = {"gpus": 1024, "gpu": "B200"}
+    lines = layout_lines({"run": run, "fastest": fastest_layout(search, None, GPUS["B200"]), "longest_context": None})
+    assert lines[-1] == "nor does any on up to 4,096 GPUs"
+    least = search.least()
+    assert least is not None
+    assert least.held > 2 * 2 * 3 * 12_288 * 64 * 23_040 > GPUS["B200"].memory
+
+
+def test_longest_context_by_hand() -> None:
+    search = Search(at_length(preset("mythos_100b"), 4096), 256, 8)
+    least = search.least()
+    assert least is not None
+    for memory in (80 * GIB, 141 * GIB):
+        free = USABLE_SHARE * memory - least.held - 2 * GIB / least.candidate.layout.expert
+        expected = int(free / PER_TOKEN["loop"])
+        assert expected - 1024 < search.longest_context(least, memory) <= expected
+    assert search.longest_context(least, 10_000 * GIB) == 1_000_000, "the model's own limit"
+    assert search.longest_context(least, GIB) == 0
