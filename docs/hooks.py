@@ -12,7 +12,7 @@ from typing import Any, get_args, get_origin
 
 import griffe
 from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
 from mythos.cli.presets import preset_table
@@ -23,6 +23,8 @@ from mythos.section import Section
 ROOT = Path(__file__).parent.parent
 OUTSIDE = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 """Files of the repository root and their page on the site."""
+RESULTS = ("results/claims/*/verdict.md", "results/claims/*/figure.png")
+"""Verdicts of claims and their pictures, which claims.md shows."""
 
 
 NOTEBOOK_CODE = ("mythos/**/*.py", "configs/quickstart.yaml")
@@ -48,9 +50,13 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the files of the repository root as pages."""
+    """Add the files of the repository root as pages, and verdicts of claims as pages outside of the navigation."""
     for name, page in OUTSIDE.items():
         files.append(File.generated(config, page, content=(ROOT / name).read_text("utf-8").replace("](docs/", "](")))
+    for path in sorted(path for pattern in RESULTS for path in ROOT.glob(pattern)):
+        name = path.relative_to(ROOT).as_posix()
+        inclusion = InclusionLevel.NOT_IN_NAV if path.suffix == ".md" else InclusionLevel.INCLUDED
+        files.append(File.generated(config, name, abs_src_path=str(path), inclusion=inclusion))
     return files
 
 
@@ -58,6 +64,8 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Redirect links to root files to their pages, and append the reference to configuration.md."""
     for name, target in OUTSIDE.items():
         markdown = markdown.replace(f"](../{name}", f"]({target}")
+    if page.file.src_uri == "claims.md":
+        markdown = markdown.replace("](../results/", "](results/")
     if page.file.src_uri == "configuration.md":
         markdown = "\n\n".join([markdown, *reference(), "## Presets", f"```text\n{preset_table()}\n```"])
     return markdown

@@ -18,6 +18,10 @@ class MythosError(Exception):
         super().__init__(*map(without_credentials, args))
 
 
+class DivergedError(MythosError):
+    """A training whose loss or gradient is not finite any more."""
+
+
 class TransientError(MythosError):
     """A failure that a restart may avoid: another process was lost, a server did not answer."""
 

@@ -30,7 +30,7 @@ from mythos.distributed.ranks import join_world
 from mythos.distributed.run_lock import RunLock
 from mythos.distributed.stop import StopRequests, parse_duration
 from mythos.distributed.watchdog import Watchdog
-from mythos.errors import MythosError, TransientError
+from mythos.errors import DivergedError, MythosError, TransientError
 from mythos.evaluation.choices import ChoiceTask, EncodedTask, encode_task, read_tasks
 from mythos.evaluation.in_training import Interrupted, Measurement, write_samples
 from mythos.model.rdt import RDTOutput, RecurrentDepthTransformer
@@ -456,7 +456,7 @@ class Trainer:
                 loaded = f"weights and optimizer are loaded from {self.checkpoints.newest}"
                 logger.warning("%s. %s: %s; the data that led here is not repeated", diverged, rollback, loaded)
             return False
-        raise MythosError(
+        raise DivergedError(
             f"{diverged}. The last checkpoint is {self.checkpoints.newest or 'not yet written'}; lower optim.lr, or "
             "set a lower optim.clip than the norms before, and continue from it; or set train.rollbacks if the data "
             "causes it."

@@ -32,6 +32,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 SLOW = (
     "benchmarks/",
     "checkpoints/test_older_runs.py",
+    "claims/",
     "checkpoints/test_ownership.py",
     "cli/test_dry_run.py",
     "cli/test_estimate.py",

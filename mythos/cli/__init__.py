@@ -15,7 +15,7 @@ from mythos.config.checking import suggestion
 GROUPS = {
     "train a model": ("train", "tokenizer", "tokenize", "configs", "presets"),
     "use a model": ("generate", "chat", "export", "import", "retrofit"),
-    "measure": ("sweep", "evaluate", "reasoning", "estimate", "gpu-check"),
+    "measure": ("sweep", "evaluate", "reasoning", "claims", "estimate", "gpu-check"),
     "look at runs": ("runs", "report", "compare"),
     "set up the shell": ("completion",),
 }

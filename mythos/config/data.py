@@ -10,6 +10,11 @@ from mythos.section import Count, CountOrZero, Positions, PositiveInt, Section
 MOST_NUMBER_TOKENS = 64
 """Largest number of hops with a token of its own (tell: number)."""
 
+TREE_FIELDS = ("branches", "levels")
+"""Fields of a task that only trees use."""
+FACT_FIELDS = ("entities", "relations", "facts_per_entity", "graph", "ratio", "unseen")
+"""Fields of a task that only facts use."""
+
 SourceKind = Literal["embedded", "files", "hub", "tokens"]
 DataKind = Literal[SourceKind, "mixture", "reasoning"]
 Size = Annotated[int, Field(ge=2, le=200)]
@@ -38,10 +43,12 @@ class FilterConfig(Section):
 class TaskConfig(Section):
     """A reasoning task whose difficulty is a number of sequential steps; the run's seed generates its sequences."""
 
-    name: Literal["hops", "mano", "permutations", "addition"] = "hops"
+    name: Literal["hops", "mano", "permutations", "addition", "facts", "trees"] = "hops"
     """hops = follow a random permutation, listed as pairs in the text, for a number of steps from a start symbol;
     mano = value of a prefix expression with that number of operations; permutations = product of that number of group
-    elements; addition = sum of that number of numbers."""
+    elements; addition = sum of that number of numbers; facts = questions about a fixed graph of facts, which must be
+    memorised: the entity at the end of that number of relations (arXiv 2405.15071, 2604.07822); trees = which of two
+    nodes is that many edges below the root, given the edges of two trees (after arXiv 2412.06769)."""
     difficulty: tuple[Count, Count] = (1, 5)
     """Fewest and most steps of a training sequence; every number between is equally frequent."""
     ramp: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -68,6 +75,26 @@ class TaskConfig(Section):
     digits: Annotated[int, Field(ge=1, le=9)] = 2
     """addition: digits of every number; the answer is the sum modulo 10^digits."""
 
+    entities: Annotated[int, Field(ge=2, le=65536)] = 200
+    """facts: number of entities."""
+    relations: Size = 40
+    """facts: number of relations."""
+    facts_per_entity: Size = 20
+    """facts: relations that each entity has, at most `relations`."""
+    graph: Literal["random", "permutations"] = "random"
+    """facts: random = relations and targets are drawn for each entity; permutations = every relation permutes the
+    entities, and every entity has all relations (facts_per_entity is not used)."""
+    ratio: Annotated[float, Field(gt=0, le=1000)] = 7.2
+    """facts: questions of training of each difficulty above 1, for each fact."""
+    unseen: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """facts: share of the facts that no question of training composes. They are trained as facts only; questions made
+    of nothing else are the test out of distribution."""
+
+    branches: Annotated[int, Field(ge=2, le=4)] = 2
+    """trees: children of every inner node."""
+    levels: Annotated[int, Field(ge=1, le=5)] = 3
+    """trees: edges from the root to a leaf."""
+
     def targets(self, difficulty: int) -> int:
         """Count the answer tokens of a sequence of this difficulty."""
         answers = self.queries * (difficulty if self.ask == "steps" else 1)
@@ -88,12 +115,33 @@ class TaskConfig(Section):
                 + self.symbols**2  # a token for each pair
                 + {"nothing": 0, "number": MOST_NUMBER_TOKENS, "marks": 1}[self.tell]
             )
+        if self.name == "facts":
+            return 1 + self.entities + self.relations
+        if self.name == "trees":
+            return 1 + self.nodes + self.nodes**2  # a token for each pair
         return {"mano": 5 + self.modulus, "permutations": 2 + self.elements, "addition": 12}[self.name]
 
     @property
     def hardest(self) -> float:
-        """Largest difficulty that a text can state."""
+        """Largest difficulty that a text can state.
+
+        Of trees, their levels; of facts, the largest of training, because their questions are listed.
+        """
+        if self.name == "trees":
+            return self.levels
+        if self.name == "facts":
+            return self.difficulty[1]
         return MOST_NUMBER_TOKENS if self.tell == "number" else inf
+
+    @property
+    def nodes(self) -> int:
+        """trees: nodes of both trees together."""
+        return 2 * sum(self.branches**level for level in range(self.levels + 1))
+
+    @property
+    def relations_per_entity(self) -> int:
+        """facts: relations of every entity."""
+        return self.relations if self.graph == "permutations" else self.facts_per_entity
 
     def length(self, difficulty: int) -> int:
         """Tokens of the shortest sequence that fits this difficulty.
@@ -105,6 +153,8 @@ class TaskConfig(Section):
             "hops": self.symbols + self.queries * (1 + difficulty * (self.tell == "marks")) + (self.tell == "number"),
             "mano": 2 * difficulty + 2,
             "permutations": 1 + self.queries * (1 + difficulty) if self.ask != "windows" else self.queries + difficulty,
+            "facts": self.queries * (1 + difficulty),
+            "trees": self.nodes - 2 + 1 + 2 * self.queries,
             "addition": 1 + self.queries * (1 + self.digits * difficulty),
         }[self.name]
 

@@ -6,7 +6,15 @@ A rule is a function that yields the paths and an explanation of values that can
 from collections.abc import Iterator
 
 from mythos.config.checking import Contradiction, shown
-from mythos.config.data import DataConfig, FilterConfig, SourceConfig, TaskConfig, reads_text_files
+from mythos.config.data import (
+    FACT_FIELDS,
+    TREE_FIELDS,
+    DataConfig,
+    FilterConfig,
+    SourceConfig,
+    TaskConfig,
+    reads_text_files,
+)
 from mythos.config.sections import Config
 from mythos.model.config import padded_vocab_size
 
@@ -107,7 +115,10 @@ SOURCE_RULES = (
 # --- reasoning tasks
 
 TASK_OF_FIELD = {"tell": "hops", "symbols": "hops", "modulus": "mano", "group": "permutations", "digits": "addition"}
+TASK_OF_FIELD |= dict.fromkeys(FACT_FIELDS, "facts") | dict.fromkeys(TREE_FIELDS, "trees")
 """The one task that uses a field."""
+MOST_CHAINS = 10_000_000
+"""Questions of facts that are listed in memory, 8 bytes a token."""
 
 
 def _sequence_fits_the_difficulty(config: Config) -> Iterator[Contradiction]:
@@ -145,7 +156,10 @@ def _window_is_stated(config: Config) -> Iterator[Contradiction]:
 def _difficulty_has_a_number_token(config: Config) -> Iterator[Contradiction]:
     task = config.data.task
     low, high = task.difficulty
-    if high > task.hardest:
+    if high > task.hardest and task.name == "trees":
+        values = f"got {task.levels} and [{low}, {high}]"
+        yield ("data.task.levels", "data.task.difficulty"), f"{values}; no node is more levels below the root"
+    elif high > task.hardest:
         rule = f"only numbers up to {task.hardest} have a token of their own"
         yield ("data.task.tell", "data.task.difficulty"), f"got {task.tell} and [{low}, {high}]; {rule}"
 
@@ -184,6 +198,27 @@ def _fields_of_other_tasks_are_unset(config: Config) -> Iterator[Contradiction]:
             yield ("data.task.name", f"data.task.{name}"), f"got {task.name} and {value}; {rule}"
 
 
+def _facts_fit(config: Config) -> Iterator[Contradiction]:
+    task = config.data.task
+    if task.name != "facts":
+        return
+    if task.graph == "random" and task.facts_per_entity > task.relations:
+        values = f"got {task.facts_per_entity} and {task.relations}"
+        yield (
+            ("data.task.facts_per_entity", "data.task.relations"),
+            f"{values}; an entity has each relation at most once: lower the first or raise the second",
+        )
+    chains = task.entities * task.relations_per_entity ** task.difficulty[1]
+    if chains > MOST_CHAINS:
+        yield (
+            ("data.task.entities", "data.task.difficulty"),
+            f"got {task.entities} entities and {task.difficulty[1]} relations in a question: {chains:,} questions; at "
+            f"most {MOST_CHAINS:,} are listed: lower entities, facts_per_entity (relations) or difficulty",
+        )
+    elif task.unseen * task.entities * task.relations_per_entity < 1:
+        yield ("data.task.unseen",), f"got {task.unseen}: less than one fact; raise it, or have more facts"
+
+
 def _task_needs_no_text(config: Config) -> Iterator[Contradiction]:
     if config.data.mask_documents:
         yield ("data.kind", "data.mask_documents"), "got reasoning and true; a task has no documents"
@@ -200,6 +235,7 @@ TASK_RULES = (
     _task_can_be_asked_so,
     _model_has_a_row_for_every_token,
     _fields_of_other_tasks_are_unset,
+    _facts_fit,
     _task_needs_no_text,
 )
 """Rules of data.kind reasoning."""

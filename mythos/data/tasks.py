@@ -6,7 +6,6 @@ never a target.
 Shape suffixes: R rows (sequences), L tokens and Q queries of a sequence, N symbols, W tokens of an expression.
 """
 
-import hashlib
 from collections.abc import Sequence
 from functools import cache
 from itertools import permutations
@@ -17,15 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mythos.config.data import TaskConfig
+from mythos.config.data import FACT_FIELDS, TREE_FIELDS, TaskConfig
 from mythos.data.difficulty import slot_difficulties
+from mythos.data.facts import Split, fact_graph
+from mythos.data.random_bits import Draws, sequence_keys
 from mythos.data.stream import Batch, Streams
 from mythos.errors import MythosError
 from mythos.model import IGNORE_INDEX
-
-# Increment and multipliers of SplitMix64.
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
 
 class Sequences(NamedTuple):
@@ -40,47 +37,9 @@ class Sequences(NamedTuple):
     targets: np.ndarray
 
 
-def mixed(values: np.ndarray) -> np.ndarray:
-    """64 well-mixed bits of every value: uint64 to uint64 of the same shape (the finaliser of SplitMix64).
-
-    Written out here, because a library's generator may change with its version, and a run that resumes after an upgrade
-    must continue with the same sequences.
-    """
-    with np.errstate(over="ignore"):
-        values = values + _GOLDEN
-        values = (values ^ (values >> np.uint64(30))) * _MIX[0]
-        values = (values ^ (values >> np.uint64(27))) * _MIX[1]
-    return values ^ (values >> np.uint64(31))
-
-
-class Draws:
-    """Independent random bits for every row. Each call draws new ones, so the order of calls matters.
-
-    Args:
-        keys: uint64 (rows,); equal keys draw equally.
-    """
-
-    def __init__(self, keys: np.ndarray) -> None:
-        self._keys = mixed(keys)
-        self._drawn = 0
-
-    def bits(self, count: int) -> np.ndarray:
-        """uint64 (rows, count)."""
-        numbers = np.arange(self._drawn, self._drawn + count, dtype=np.uint64)
-        self._drawn += count
-        with np.errstate(over="ignore"):
-            return mixed(self._keys[:, None] + numbers * _GOLDEN)
-
-    def integers(self, below: int, count: int) -> np.ndarray:
-        """Uniform 0..below - 1, int64 (rows, count)."""
-        return (self.bits(count) % np.uint64(below)).astype(np.int64)
-
-    def permutations(self, size: int) -> np.ndarray:
-        """Uniform permutations of 0..size - 1, int64 (rows, size)."""
-        return np.argsort(self.bits(size), axis=1, kind="stable")
-
-
-def make_sequences(task: TaskConfig, keys: np.ndarray, difficulty: int, length: int) -> Sequences:
+def make_sequences(
+    task: TaskConfig, keys: np.ndarray, difficulty: int, length: int, split: Split = "train"
+) -> Sequences:
     """Generate one sequence for each key.
 
     Args:
@@ -90,6 +49,7 @@ def make_sequences(task: TaskConfig, keys: np.ndarray, difficulty: int, length: 
         length: tokens of a sequence. Longer than needed, it is padded at the end. In permutations and addition, whose
             steps follow one another in the text, it is filled with random tokens of the task before and after the
             questions instead, a random number of each: the number before a question must not reveal its difficulty.
+        split: facts: which questions. The questions of other tasks are drawn anew for every sequence.
 
     Raises:
         ValueError: the text cannot ask for this difficulty, or does not fit the length.
@@ -103,6 +63,9 @@ def make_sequences(task: TaskConfig, keys: np.ndarray, difficulty: int, length: 
     draws = Draws(keys)
     inputs_RL = np.zeros((len(keys), length), np.int32)
     targets_RL = np.full((len(keys), length), IGNORE_INDEX, np.int32)
+    if task.name == "facts":
+        _facts(task, draws, difficulty, inputs_RL, targets_RL, split)
+        return Sequences(inputs_RL, targets_RL)
     _GENERATORS[task.name](task, draws, difficulty, inputs_RL, targets_RL)
     if task.name in ("permutations", "addition"):
         # The questions are at the end: rotate by a random number of the filling tokens before them.
@@ -239,7 +202,50 @@ def _addition(task: TaskConfig, draws: Draws, difficulty: int, inputs_RL: np.nda
     answers[:, :, -asked:] = digits[:, :, -asked:]
 
 
-_GENERATORS = {"hops": _hops, "mano": _mano, "permutations": _permutations, "addition": _addition}
+def _facts(
+    task: TaskConfig, draws: Draws, difficulty: int, inputs_RL: np.ndarray, targets_RL: np.ndarray, split: Split
+) -> None:
+    """Ask about a graph of facts: each question is an entity and relations, answered at the last relation.
+
+    Tokens: entities from 1, then relations. The answers are never in the text. Facts take one relation; of the longer
+    questions the split says which.
+    """
+    chains_NC, answers_N = fact_graph(task).questions(difficulty, split)
+    chosen_RQ = draws.integers(len(chains_NC), task.queries)
+    end = task.queries * (1 + difficulty)
+    tokens_NC = 1 + chains_NC
+    tokens_NC[:, 1:] += task.entities
+    inputs_RL[:, :end] = tokens_NC[chosen_RQ].reshape(len(inputs_RL), end)
+    targets_RL[:, difficulty : end : 1 + difficulty] = 1 + answers_N[chosen_RQ]
+
+
+def _trees(task: TaskConfig, draws: Draws, difficulty: int, inputs_RL: np.ndarray, targets_RL: np.ndarray) -> None:
+    """List the edges of two trees in random order, one token each, the root of the first, then pairs of nodes.
+
+    One node of each pair is `difficulty` edges below the root, the other as far below the other root; the target, at
+    the second of them, is the first of these. Every inner node has `branches` children. Tokens: nodes from 1, then
+    pairs (parent, child). After the graphs of arXiv 2412.06769.
+    """
+    rows, half, size = len(inputs_RL), task.nodes // 2, task.nodes
+    label_RN = draws.permutations(size)  # the second half is the other tree; each in the order of levels
+    child = np.concatenate([np.arange(1, half), half + np.arange(1, half)])
+    parent = np.concatenate(
+        [(np.arange(1, half) - 1) // task.branches, half + (np.arange(1, half) - 1) // task.branches]
+    )
+    order = draws.permutations(len(child))
+    edges = 1 + size + label_RN[:, parent] * size + label_RN[:, child]
+    inputs_RL[:, : len(child)] = np.take_along_axis(edges, order, axis=1)
+    inputs_RL[:, len(child)] = 1 + label_RN[:, 0]
+    first = (task.branches**difficulty - 1) // (task.branches - 1)
+    reached, other = (first + draws.integers(task.branches**difficulty, task.queries) for _ in range(2))
+    pair = np.stack([np.take_along_axis(label_RN, nodes, axis=1) for nodes in (reached, half + other)], axis=-1)
+    turned = draws.integers(2, task.queries)[..., None].astype(bool)
+    start, end = len(child) + 1, len(child) + 1 + 2 * task.queries
+    inputs_RL[:, start:end] = (1 + np.where(turned, pair[..., ::-1], pair)).reshape(rows, -1)
+    targets_RL[:, start + 1 : end : 2] = 1 + pair[..., 0]
+
+
+_GENERATORS = {"hops": _hops, "mano": _mano, "permutations": _permutations, "addition": _addition, "trees": _trees}
 
 
 class TaskSet(NamedTuple):
@@ -256,7 +262,9 @@ class TaskSet(NamedTuple):
     difficulties: Tensor
 
 
-def task_set(task: TaskConfig, difficulties: Sequence[int], count: int, length: int, name: str) -> TaskSet:
+def task_set(
+    task: TaskConfig, difficulties: Sequence[int], count: int, length: int, name: str, split: Split = "train"
+) -> TaskSet:
     """Generate ``count`` sequences of each of the difficulties, in their order: a function of the arguments alone.
 
     Args:
@@ -266,9 +274,10 @@ def task_set(task: TaskConfig, difficulties: Sequence[int], count: int, length: 
         length: tokens of a sequence.
         name: sets of different names are drawn independently, and independently of training. (In a small task equal
             sequences may still come up by chance.)
+        split: facts: which questions.
     """
     parts = [
-        make_sequences(task, sequence_keys(f"{name}/{index}", np.arange(count)), difficulty, length)
+        make_sequences(task, sequence_keys(f"{name}/{index}", np.arange(count)), difficulty, length, split)
         for index, difficulty in enumerate(difficulties)
     ]
     return TaskSet(
@@ -278,10 +287,10 @@ def task_set(task: TaskConfig, difficulties: Sequence[int], count: int, length: 
     )
 
 
-def sequence_keys(name: str, numbers: np.ndarray) -> np.ndarray:
-    """Keys of numbered sequences, uint64, different for every name."""
-    base = np.frombuffer(hashlib.blake2b(name.encode(), digest_size=8).digest(), "<u8")
-    return mixed(base) + numbers.astype(np.uint64)
+def unused_fields(task: TaskConfig) -> set[str]:
+    """Fields of the newer tasks that a task does not use."""
+    groups = {"facts": FACT_FIELDS, "trees": TREE_FIELDS}
+    return {field for name, fields in groups.items() if name != task.name for field in fields}
 
 
 class TaskStreams(Streams):
@@ -316,7 +325,8 @@ class TaskStreams(Streams):
         self.steps = steps
         self._consumed = 0
         self.identity = {
-            "task": task.model_dump(mode="json"),
+            # Without fields of other tasks that checkpoints of earlier versions lack.
+            "task": task.model_dump(mode="json", exclude=unused_fields(task)),
             "streams": streams,
             "slots": slots,
             "sequence_length": sequence_length,

@@ -1,0 +1,82 @@
+"""What a claim costs before it runs: tokens, FLOPs, time on a CPU core, GPU hours."""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from mythos.claims.definition import Claim, PlannedRun
+from mythos.config.presets import BPE_VOCAB_SIZE
+from mythos.config.sections import Config
+from mythos.planning.budget import GPUS, mean_depths
+from mythos.planning.flops import forward_flops
+
+CPU_FLOPS = 1.8e10
+"""FLOP/s of training at nano size: a dense core of width 64, batches of 512 tokens, float32, one thread of a Zen 5 core
+beside other work (11 CPU seconds for 150 steps of 1.2 GFLOP). Small operations take most of the time, not matmuls."""
+CPU_SECONDS = 3.0
+"""CPU seconds of a nano run beside its training steps: opening, validation, plots; measured there."""
+GPU = "H100"
+GPUS_OF_SIZE = {"nano": 1, "small": 1, "full": 8}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Sums over runs."""
+
+    runs: int
+    tokens: int
+    flops: float
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Seconds on one CPU core."""
+        return self.runs * CPU_SECONDS + self.flops / CPU_FLOPS
+
+
+def cost_of(runs: list[PlannedRun]) -> Cost:
+    """What planned runs cost together."""
+    tokens = sum(run.config.train_steps * run.config.tokens_per_step for run in runs)
+    return Cost(len(runs), tokens, sum(run_flops(run.config) for run in runs))
+
+
+def cpu_seconds(claim: Claim) -> float:
+    """CPU seconds of all runs of a claim, from those of seed 0: other seeds have one value of the tuning grid each."""
+    first = cost_of(claim.runs(1, Path("unused"), None)).cpu_seconds
+    values = math.prod(map(len, claim.tune.values()))
+    return first * (1 + (claim.at_size.seeds - 1) / values)
+
+
+def sized(config: Config) -> Config:
+    """A configuration with a definite vocabulary: that of a trained tokenizer, or the usual size."""
+    if config.model.vocab_size != "auto":
+        return config
+    size = config.tokenizer.vocab_size if config.tokenizer.name == "bpe" else BPE_VOCAB_SIZE
+    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
+
+
+def run_flops(config: Config) -> float:
+    """FLOPs of the matmuls of a run's training, at the mean depths of its schedule."""
+    key = config.model_copy(update={"run": Config().run})
+    return _run_flops(key.model_dump_json())
+
+
+@cache
+def _run_flops(text: str) -> float:
+    config = sized(Config.model_validate_json(text, strict=False))
+    means = mean_depths(config)
+    flops = forward_flops(config.model, config.data.sequence_length)
+    return flops.training_at(means.loops, means.backprop) * config.train_steps * config.tokens_per_step
+
+
+def gpu_hours(config: Config, gpus: int) -> float:
+    """GPU hours of a run on `gpus` H100, from the model of a step that `mythos estimate` uses."""
+    from mythos.planning.layout import choose_layout
+    from mythos.planning.rank_state import rank_state
+    from mythos.planning.speed import time_per_token
+
+    config, gpu = sized(config), GPUS[GPU]
+    state = rank_state(config, choose_layout(config, gpus, min(8, gpus), gpu.memory))
+    time = time_per_token(config, state, gpu, min(8, gpus))
+    # `total` is the time of one GPU for one token.
+    return config.train_steps * config.tokens_per_step * time.total / 3600

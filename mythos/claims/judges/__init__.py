@@ -1,0 +1,1 @@
+"""One module for each claim: `judge` computes its verdict, `panels` its picture."""

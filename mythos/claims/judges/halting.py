@@ -1,0 +1,96 @@
+"""Loss against mean loops by halting rule, and which tokens get the loops."""
+
+from math import expm1
+
+from mythos.claims.definition import Claim
+from mythos.claims.judgement import CONDITIONS, NOT_SUPPORTED, SUPPORTED, Judgement, Table, mean, spread
+from mythos.claims.plots import Panel, lines_panel
+from mythos.claims.results import Results, RunResult
+
+BASE = "none"
+TRAINED = ("gate", "act")
+"""Rules whose runs have their own arm; the others are measured on the arm without one."""
+
+
+def frontier(results: Results, claim: Claim) -> dict[str, list[tuple[float, float, float]]]:
+    """By rule: threshold, mean loops and mean loss over seeds, from few loops to many."""
+    found: dict[tuple[str, float], list[tuple[float, float]]] = {}
+    for arm in claim.arms:
+        for run in results.of_arm(arm):
+            for point in run.measured.get("sweep", {}).get("halting", []):
+                if arm == (point["rule"] if point["rule"] in TRAINED else BASE):
+                    found.setdefault((point["rule"], point["threshold"]), []).append((point["loops"], point["loss"]))
+    rules: dict[str, list[tuple[float, float, float]]] = {}
+    for (rule, threshold), points in found.items():
+        loops, loss = (mean([point[n] for point in points]) for n in (0, 1))
+        rules.setdefault(rule, []).append((threshold, loops, loss))
+    return {rule: sorted(points, key=lambda point: point[1]) for rule, points in rules.items()}
+
+
+def full_loss(run: RunResult) -> float:
+    """Loss with all loops of the training mean."""
+    return next(one["loss"] for one in run.measured["sweep"]["loops"] if one["loops"] == run.mean_loops)
+
+
+def more_for_rare(results: Results, rule: str) -> float:
+    """Loops of the rarest tokens minus those of the most frequent ones, mean over seeds; 0 if not measured."""
+    runs = [run.measured["frequency"][rule]["loops"] for run in finished(results, rule)]
+    return mean([loops[-1] - loops[0] for loops in runs]) if runs else 0.0
+
+
+def finished(results: Results, rule: str) -> list[RunResult]:
+    """Runs on which the rule's loops by frequency were measured."""
+    runs = results.of_arm(rule if rule in TRAINED else BASE)
+    return [run for run in runs if rule in run.measured.get("frequency", {})]
+
+
+def judge(claim: Claim, results: Results) -> Judgement:
+    """The largest saving of each rule at the allowed loss, and whether rare tokens get more loops."""
+    base = [run for run in results.of_arm(BASE) if run.diverged is None]
+    full, loops = mean([full_loss(run) for run in base]), base[0].mean_loops
+    limit, wanted = full + claim.thresholds["nats"], claim.thresholds["saved"]
+    rules = frontier(results, claim)
+    saved = {
+        rule: max((1 - mean_loops / loops for _, mean_loops, loss in points if loss <= limit), default=0.0)
+        for rule, points in rules.items()
+    }
+    rare = {rule: more_for_rare(results, rule) for rule in rules}
+    saving = [rule for rule, share in saved.items() if share >= wanted]
+    outcome = SUPPORTED if any(rare[rule] > 0 for rule in saving) else CONDITIONS if saving else NOT_SUPPORTED
+    best = max(saved, key=lambda rule: saved[rule])
+    rows = [
+        [rule, f"{threshold:.4g}", f"{mean_loops:.2f}", f"{1 - mean_loops / loops:.0%}", f"{expm1(loss - full):+.2%}"]
+        for rule, points in rules.items()
+        for threshold, mean_loops, loss in points
+    ]
+    table = Table(
+        f"Rules at their thresholds, means over seeds; perplexity against all {loops} loops of `{BASE}`",
+        ["rule", "threshold", "mean loops", "saved", "perplexity"],
+        rows,
+    )
+    compute = Table(
+        "Mean loops by frequency of the predicted token: the most frequent eighth of all positions, the rarest",
+        ["rule", "most frequent", "rarest"],
+        [
+            [
+                rule,
+                *(
+                    spread([run.measured["frequency"][rule]["loops"][n] for run in finished(results, rule)], ".2f")
+                    for n in (0, -1)
+                ),
+            ]
+            for rule in rules
+        ],
+    )
+    why = "Largest saving within the allowed loss: " + ", ".join(f"{rule} {share:.0%}" for rule, share in saved.items())
+    why += f". With {best} the rarest tokens get {rare[best]:+.2f} loops against the most frequent."
+    return Judgement(outcome, f"{best} saves {saved[best]:.0%} of the loops", why, [table, compute])
+
+
+def panels(claim: Claim, results: Results) -> list[Panel]:
+    """Loss by mean loops of each rule."""
+    lines = {
+        rule.replace("_", " "): [(loops, loss) for _, loops, loss in points]
+        for rule, points in frontier(results, claim).items()
+    }
+    return [lines_panel("Loss by mean loops of halting rules", "mean loops", "nats per token", lines)]

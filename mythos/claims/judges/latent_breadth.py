@@ -1,0 +1,60 @@
+"""Whether the state after t loops holds all nodes that a breadth-first search reaches in t steps."""
+
+from mythos.claims.definition import Claim
+from mythos.claims.judgement import CONDITIONS, NOT_SUPPORTED, SUPPORTED, Judgement, Table, mean, spread
+from mythos.claims.plots import Panel, lines_panel
+from mythos.claims.results import Results
+
+ARM = "looped"
+LEVELS = (2, 3)
+
+
+def values(results: Results, name: str, level: int) -> list[float]:
+    """A measured figure of every finished run at a level; `best` is the better of both positions."""
+    found = []
+    for run in results.of_arm(ARM):
+        if run.diverged is None:
+            taken = run.measured["frontier"]
+            place = taken["loops"].index(level)
+            names = ("root", "last") if name == "best" else (name,)
+            found.append(max(float(taken[one][place]) for one in names))
+    return found
+
+
+def accuracy(results: Results, level: int) -> list[float]:
+    """Right answers at a level, with as many loops."""
+    runs = [run.measured["reasoning"] for run in results.of_arm(ARM) if run.diverged is None]
+    return [taken["accuracy"][taken["difficulties"].index(level)][taken["loops"].index(level)] for taken in runs]
+
+
+def judge(claim: Claim, results: Results) -> Judgement:
+    """Compare the probe's recall with the threshold and with depth-first search."""
+    recall = {level: mean(values(results, "best", level)) for level in LEVELS}
+    bound = {level: mean(values(results, "depth_first", level)) for level in LEVELS}
+    if all(recall[level] >= claim.thresholds["recall"] for level in LEVELS):
+        outcome = SUPPORTED
+    else:
+        outcome = CONDITIONS if all(recall[level] > bound[level] for level in LEVELS) else NOT_SUPPORTED
+    names = ("root", "last", "depth_first", "chance")
+    rows = [
+        [
+            str(level),
+            *(spread(values(results, name, level), ".2f") for name in names),
+            spread(accuracy(results, level), ".2f"),
+        ]
+        for level in (1, *LEVELS)
+    ]
+    head = ["level and loops", "at the root", "at the last token", "depth first", "chance", "right answers"]
+    why = "; ".join(f"after {level} loops {recall[level]:.0%}, depth first {bound[level]:.0%}" for level in LEVELS)
+    table = Table("Recall of the nodes of a level by the probe, means over seeds (range)", head, rows)
+    return Judgement(outcome, f"recall {recall[2]:.0%} and {recall[3]:.0%}", f"Recall {why}.", [table])
+
+
+def panels(claim: Claim, results: Results) -> list[Panel]:
+    """Recall by level."""
+    names = {"root": "at the root", "last": "last token", "depth_first": "depth first", "chance": "chance"}
+    lines = {
+        text: [(level, 100 * mean(values(results, name, level))) for level in (1, *LEVELS)]
+        for name, text in names.items()
+    }
+    return [lines_panel("Nodes of a level found by the probe", "level and loops", "percent", lines, loops=True)]

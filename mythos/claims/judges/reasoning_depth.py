@@ -1,0 +1,61 @@
+"""Accuracy beyond the steps of training, by task: looped against fixed-depth models."""
+
+from mythos.claims.definition import Claim
+from mythos.claims.judgement import CONDITIONS, NOT_SUPPORTED, SUPPORTED, Judgement, Table, mean, spread
+from mythos.claims.plots import Panel, lines_panel
+from mythos.claims.results import Results, RunResult
+
+LOOPED, FIXED = "looped", ("parameters", "flops")
+
+
+def accuracy(run: RunResult, steps: int) -> float:
+    """Share of right sequences of so many steps, with as many loops; 0 for a run that diverged."""
+    if run.diverged is not None:
+        return 0.0
+    taken = run.measured["reasoning"]
+    row = taken["accuracy"][taken["difficulties"].index(steps)]
+    return float(row[taken["loops"].index(steps) if len(taken["loops"]) > 1 else 0])
+
+
+def tasks(claim: Claim) -> list[str]:
+    """The tasks, by the first parts of the arms' names."""
+    return list(dict.fromkeys(arm.rpartition("-")[0] for arm in claim.arms))
+
+
+def judge(claim: Claim, results: Results) -> Judgement:
+    """The tasks on which only the looped model reaches the accuracy at the threshold's steps."""
+    steps, enough = int(claim.thresholds["steps"]), claim.thresholds["accuracy"]
+
+    def reached(arm: str) -> float:
+        return mean([accuracy(run, steps) for run in results.of_arm(arm)])
+
+    won = [
+        task
+        for task in tasks(claim)
+        if reached(f"{task}-{LOOPED}") >= enough > max(reached(f"{task}-{kind}") for kind in FIXED)
+    ]
+    outcome = SUPPORTED if won == tasks(claim) else CONDITIONS if won else NOT_SUPPORTED
+    difficulties = claim.measure["reasoning"]["difficulties"]
+    rows = [
+        [f"`{arm}`", *(spread([100 * accuracy(run, n) for run in results.of_arm(arm)], ".1f") for n in difficulties)]
+        for arm in claim.arms
+    ]
+    why = (
+        f"At {steps} steps only the looped model reaches {enough:.0%} on {', '.join(won) or 'no task'}; looped: "
+        + ", ".join(f"{task} {reached(f'{task}-{LOOPED}'):.0%}" for task in tasks(claim))
+    )
+    head = ["arm", *(f"{n} steps" for n in difficulties)]
+    table = Table("Right sequences in percent, with as many loops as steps, means over seeds (range)", head, rows)
+    return Judgement(outcome, f"{len(won)} of {len(tasks(claim))} tasks at {steps} steps", f"{why}.", [table])
+
+
+def panels(claim: Claim, results: Results) -> list[Panel]:
+    """Accuracy of the looped models by steps."""
+    difficulties = claim.measure["reasoning"]["difficulties"]
+    lines = {
+        task: [(n, 100 * mean([accuracy(r, n) for r in results.of_arm(f"{task}-{LOOPED}")])) for n in difficulties]
+        for task in tasks(claim)
+    }
+    return [
+        lines_panel("Right answers of the looped models", "steps, and loops", "percent", lines, loops=True, trained=5)
+    ]

@@ -1,0 +1,46 @@
+"""How the best loops and tokens grow with the training FLOPs."""
+
+from mythos.claims.definition import Claim
+from mythos.claims.judgement import CONDITIONS, NOT_SUPPORTED, SUPPORTED, Judgement, Table, mean
+from mythos.claims.plots import Panel, lines_panel
+from mythos.claims.results import Results
+from mythos.claims.scaling_fits import Point, budgets, exponents, isoflop
+
+
+def points_of(results: Results) -> list[Point]:
+    """The finished runs."""
+    return [
+        Point(run.flops, run.mean_loops, run.tokens, run.last("val/loss"))
+        for run in results.runs.values()
+        if run.diverged is None
+    ]
+
+
+def judge(claim: Claim, results: Results) -> Judgement:
+    """Compare the fitted exponents with the published ones."""
+    points = points_of(results)
+    fitted = exponents(points)
+    agree = [name for name, one in fitted.items() if one.low <= claim.thresholds[name] <= one.high]
+    outcome = SUPPORTED if len(agree) == len(fitted) else CONDITIONS if fitted["loops"].low > 0 else NOT_SUPPORTED
+    best = [isoflop(group) for group in budgets(points)]
+    rows = [
+        [f"{one.flops:.2e}", f"{one.loops:.2f}", f"{one.tokens:,.0f}", f"{one.loss:.3f}", "yes" if one.inside else "no"]
+        for one in best
+    ]
+    head = ["FLOPs", "best loops", "best tokens", "loss", "between the loops that were run"]
+    why = (
+        f"Best loops grow with exponent {fitted['loops']}, published {claim.thresholds['loops']:g}; best tokens with "
+        f"{fitted['tokens']}, published {claim.thresholds['tokens']:g}."
+    )
+    number = f"loops ~ C^{fitted['loops'].value:.2f}, tokens ~ C^{fitted['tokens'].value:.2f}"
+    return Judgement(outcome, number, why, [Table("Lowest points of the isoFLOP parabolas", head, rows)])
+
+
+def panels(claim: Claim, results: Results) -> list[Panel]:
+    """Loss by loops for every budget."""
+    lines = {}
+    for group in budgets(points_of(results)):
+        counts = sorted({point.loops for point in group})
+        name = f"{group[0].flops:.1e}".replace("e+", " x 10^") + " FLOPs"
+        lines[name] = [(n, mean([point.loss for point in group if point.loops == n])) for n in counts]
+    return [lines_panel("Loss by loops at equal FLOPs", "mean loops", "nats per token", lines, loops=True)]

@@ -1,0 +1,110 @@
+"""Stable learning rates by injection: the highest of each arm, and its lowest loss."""
+
+import math
+
+from mythos.claims.definition import Claim
+from mythos.claims.judgement import CONDITIONS, NOT_SUPPORTED, SUPPORTED, Judgement, Table, mean, spread
+from mythos.claims.plots import lines_panel
+from mythos.claims.results import Results, RunResult
+from mythos.reports.style import Panel
+
+RATE = "optim.lr"
+OURS, OTHERS = "lti", ("add", "linear")
+DEEPER = 4
+"""The second depth at which a stable run's loss is bounded, in training means."""
+
+
+def losses(run: RunResult) -> tuple[float, float]:
+    """Losses at the training mean and at four times as many loops; infinite for a run that diverged."""
+    values = [run.last(f"val/loss@{run.mean_loops * factor}") for factor in (1, DEEPER)]
+    bad = run.diverged is not None or any(map(math.isnan, values))
+    return (math.inf, math.inf) if bad else (values[0], values[1])
+
+
+def by_rate(results: Results, arm: str) -> dict[float, list[RunResult]]:
+    """The runs of an arm by learning rate, lowest first."""
+    rates: dict[float, list[RunResult]] = {}
+    for run in results.of_arm(arm):
+        rates.setdefault(float(run.point[RATE]), []).append(run)
+    return dict(sorted(rates.items()))
+
+
+def mean_loss(runs: list[RunResult]) -> float:
+    """Mean loss over seeds at the training mean."""
+    return mean([losses(run)[0] for run in runs])
+
+
+def stable(runs: list[RunResult], limit: float) -> bool:
+    """Whether on every seed no update was skipped and both losses are within the limit."""
+    return all(run.skipped == 0 and max(losses(run)) <= limit for run in runs)
+
+
+def judge(claim: Claim, results: Results) -> Judgement:
+    """Compare the highest stable rate and the lowest loss of the LTI injection with those of the unconstrained ones."""
+    arms = {arm: by_rate(results, arm) for arm in claim.arms}
+    best = {arm: min(map(mean_loss, rates.values())) for arm, rates in arms.items()}
+    limit = min(best.values()) + claim.thresholds["nats"]
+    highest = {
+        arm: max((rate for rate, runs in rates.items() if stable(runs, limit)), default=0.0)
+        for arm, rates in arms.items()
+    }
+    wider = [arm for arm in OTHERS if highest[OURS] >= claim.thresholds["range"] * highest[arm]]
+    lower = [arm for arm in OTHERS if best[OURS] <= best[arm] + claim.thresholds["loss"]]
+    # What the definition calls a falsification comes before its conditions, which this result may meet as well.
+    falsified = [
+        arm
+        for arm in OTHERS
+        if 0 < highest[OURS] <= highest[arm] and best[arm] <= best[OURS] + claim.thresholds["loss"]
+    ]
+    if falsified or not wider:
+        outcome = NOT_SUPPORTED
+    else:
+        outcome = SUPPORTED if len(wider) == len(lower) == len(OTHERS) else CONDITIONS
+    rows = [
+        [f"`{arm}`", *(cell(runs, limit) for runs in rates.values()), f"{highest[arm]:g}", f"{best[arm]:.3f}"]
+        for arm, rates in arms.items()
+    ]
+    grid = [f"{rate:g}" for rate in arms[OURS]]
+    state = Table(
+        "Size of the state, log ||h||, in the last validation's record, and the largest rho(A) during training",
+        ["arm", *grid, "rho(A)"],
+        [
+            [
+                f"`{arm}`",
+                *(spread([run.last("state_norm") for run in runs], ".2f") for runs in rates.values()),
+                radius(rates),
+            ]
+            for arm, rates in arms.items()
+        ],
+    )
+    number = "highest stable rate: " + ", ".join(f"{arm} {highest[arm]:g}" for arm in (OURS, *OTHERS))
+    why = (
+        f"The LTI injection is stable up to {highest[OURS]:g} (lowest loss {best[OURS]:.3f}), "
+        + ", ".join(f"{arm} up to {highest[arm]:g} ({best[arm]:.3f})" for arm in arms if arm != OURS)
+        + f". Stable means at most {limit:.3f} nats."
+        + f" Falsified: {' and '.join(falsified)} is as stable at an equal or lower loss." * bool(falsified)
+    )
+    head = ["arm", *grid, "highest stable", "lowest mean loss"]
+    return Judgement(
+        outcome, number, why, [Table("Validation loss, nats per token, by learning rate (* stable)", head, rows), state]
+    )
+
+
+def cell(runs: list[RunResult], limit: float) -> str:
+    """Losses of the seeds, with a mark if the rate is stable."""
+    diverged = sum(run.diverged is not None for run in runs)
+    if diverged:
+        return f"{diverged} of {len(runs)} diverged"
+    return spread([losses(run)[0] for run in runs]) + (" *" if stable(runs, limit) else "")
+
+
+def radius(rates: dict[float, list[RunResult]]) -> str:
+    """The largest spectral radius of all runs; empty for an injection without decay."""
+    values = [run.largest["rho_a"] for runs in rates.values() for run in runs if "rho_a" in run.largest]
+    return f"{max(values):.3f}" if values else ""
+
+
+def panels(claim: Claim, results: Results) -> list[Panel]:
+    """Loss by learning rate."""
+    lines = {arm: [(rate, mean_loss(runs)) for rate, runs in by_rate(results, arm).items()] for arm in claim.arms}
+    return [lines_panel("Loss by learning rate and injection", "learning rate", "nats per token", lines, log_x=True)]

@@ -1,0 +1,158 @@
+"""Scaling laws of looped models, fitted to any runs: isoFLOP parabolas, their exponents, and what a loop is worth.
+
+IsoFLOP parabolas after arXiv 2203.15556, for loops instead of parameters after arXiv 2604.12946; the worth of a loop
+after arXiv 2604.21106. The law of the loss by loops at inference is `mythos.evaluation.depth_sweep.fit_losses`.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Point(NamedTuple):
+    """A run of a sweep over loops and tokens."""
+
+    flops: float
+    """Training FLOPs; runs of one budget may differ by some percent."""
+    loops: float
+    """Mean loops of training."""
+    tokens: float
+    loss: float
+    """Nats per token."""
+
+
+class Optimum(NamedTuple):
+    """The best split of a budget."""
+
+    flops: float
+    loops: float
+    tokens: float
+    loss: float
+    inside: bool
+    """Whether the parabola opens upward with its lowest point between the loops that were run."""
+
+
+class Exponent(NamedTuple):
+    """An exponent with its bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
+
+
+def budgets(points: Sequence[Point], tolerance: float = 0.2) -> list[list[Point]]:
+    """Group runs by budget: neighbours in FLOPs that differ by at most `tolerance`."""
+    groups: list[list[Point]] = []
+    for point in sorted(points, key=lambda one: one.flops):
+        if groups and point.flops <= groups[-1][-1].flops * (1 + tolerance):
+            groups[-1].append(point)
+        else:
+            groups.append([point])
+    return groups
+
+
+def isoflop(points: Sequence[Point]) -> Optimum:
+    """Fit a parabola of the loss in log loops to the runs of one budget, and take its lowest point.
+
+    Tokens at that point follow from a straight line of log tokens in log loops. If the parabola has no lowest point
+    between the loops that were run, the best run stands for it, and `inside` is false.
+
+    Raises ValueError with fewer than three different numbers of loops.
+    """
+    loops, tokens, losses, flops = (
+        np.array([getattr(p, name) for p in points]) for name in ("loops", "tokens", "loss", "flops")
+    )
+    if len(set(loops.tolist())) < 3:
+        raise ValueError(f"a parabola needs three different numbers of loops; got {sorted(set(loops.tolist()))}")
+    x = np.log(loops)
+    a, b, c = np.polyfit(x, losses, 2)
+    place = -b / (2 * a) if a > 0 else np.inf
+    budget = float(np.exp(np.log(flops).mean()))
+    if not x.min() <= place <= x.max():
+        best = points[int(losses.argmin())]
+        return Optimum(budget, best.loops, best.tokens, best.loss, False)
+    slope, level = np.polyfit(x, np.log(tokens), 1)
+    return Optimum(
+        budget, float(np.exp(place)), float(np.exp(level + slope * place)), float(a * place**2 + b * place + c), True
+    )
+
+
+def exponents(points: Sequence[Point], samples: int = 1000, seed: int = 0) -> dict[str, Exponent]:
+    """Exponents of the best loops and tokens by FLOPs (`loops`, `tokens`), with 90% bootstrap intervals.
+
+    The runs of each budget are drawn again with replacement; draws with fewer than three different numbers of loops in
+    a budget are drawn anew.
+
+    Raises ValueError with fewer than three budgets, or if a budget has fewer than three different numbers of loops.
+    """
+    groups = budgets(points)
+    if len(groups) < 3:
+        raise ValueError(f"an exponent needs at least three budgets; got {len(groups)}")
+    values = slopes(groups)
+    generator = np.random.default_rng(seed)
+    drawn = np.array([slopes([resampled(group, generator) for group in groups]) for _ in range(samples)])
+    low, high = np.quantile(drawn, [0.05, 0.95], axis=0)
+    return {name: Exponent(values[n], float(low[n]), float(high[n])) for n, name in enumerate(("loops", "tokens"))}
+
+
+def slopes(groups: Sequence[Sequence[Point]]) -> tuple[float, float]:
+    """Slopes of the best log loops and log tokens in log FLOPs."""
+    best = [isoflop(group) for group in groups]
+    x = np.log([one.flops for one in best])
+    return tuple(
+        float(np.polyfit(x, np.log([getattr(one, name) for one in best]), 1)[0]) for name in ("loops", "tokens")
+    )  # type: ignore[return-value]
+
+
+def resampled(group: Sequence[Point], generator: np.random.Generator) -> list[Point]:
+    """As many runs of a budget, drawn with replacement, with at least three different numbers of loops."""
+    while True:
+        drawn = [group[n] for n in generator.integers(len(group), size=len(group))]
+        if len({point.loops for point in drawn}) >= 3:
+            return drawn
+
+
+class LoopRun(NamedTuple):
+    """A run for the fit of what a loop is worth."""
+
+    once: float
+    """Parameters outside of the loop."""
+    core: float
+    """Parameters in the loop."""
+    loops: float
+    tokens: float
+    loss: float
+    """Nats per token."""
+
+
+def loop_worth(runs: Sequence[LoopRun]) -> float:
+    """Fit phi of L = E + A (N_once + r^phi N_core)^-alpha + B D^-beta: r loops are worth r^phi layers (2604.21106).
+
+    phi 1: a loop is worth a layer of its own; phi 0: nothing. Variable projection: for given phi, alpha and beta the
+    law is linear in E, A and B, so only three numbers are searched for, on grids that are refined four times.
+
+    Raises ValueError with fewer than eight runs, or if all have the same number of loops.
+    """
+    if len(runs) < 8 or len({run.loops for run in runs}) < 2:
+        raise ValueError(f"the fit needs at least 8 runs with different loops; got {len(runs)}")
+    once, core, loops, tokens, losses = (np.array(column) for column in zip(*runs, strict=True))
+    log_size = np.log(once.mean() + core.mean())
+
+    def error(phi: float, alpha: float, beta: float) -> float:
+        size = np.log(once + loops**phi * core) - log_size
+        basis = np.stack([np.ones_like(losses), np.exp(-alpha * size), (tokens / tokens.mean()) ** -beta], axis=1)
+        solution, *_ = np.linalg.lstsq(basis, losses, rcond=None)
+        return float(((basis @ solution - losses) ** 2).sum())
+
+    centre, width = np.array([0.5, 0.5, 0.5]), np.array([0.7, 0.45, 0.45])
+    for _ in range(5):
+        axes = [np.linspace(c - w, c + w, 9) for c, w in zip(centre, width, strict=True)]
+        axes[1:] = [np.clip(axis, 0.02, 2.0) for axis in axes[1:]]
+        grid = [(p, a, b) for p in axes[0] for a in axes[1] for b in axes[2]]
+        centre = np.array(min(grid, key=lambda values: error(*values)))
+        width = width / 3
+    return float(centre[0])

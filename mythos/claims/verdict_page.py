@@ -1,0 +1,163 @@
+"""What a claim's folder shows: verdict.md and its picture, and the table of all claims."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from mythos.claims.costs import cpu_seconds
+from mythos.claims.definition import Claim, claim_names, load_claim
+from mythos.claims.judgement import NOT_RUN, UNDECIDED, Judgement, judge, panels
+from mythos.claims.results import EMBEDDED, FILE, Results, read_results
+from mythos.errors import MythosError
+from mythos.files.local import replacing, write_whole
+from mythos.progress import duration
+
+VERDICT, PICTURE = "verdict.md", "figure.png"
+PAGES = "../results/claims"
+"""Folder of the committed results, seen from docs/."""
+STAMP = "Results"
+"""Key of the picture's text that names the results it was drawn from."""
+
+
+def write_verdict(folder: Path, claim: Claim, results: Results, judgement: Judgement) -> None:
+    """Write verdict.md and, if there is something to draw, figure.png. Raises MythosError if that is impossible."""
+    try:
+        write_whole(folder / VERDICT, verdict_text(claim, results, judgement))
+        if judgement.outcome != NOT_RUN and judgement.tables:
+            draw(folder / PICTURE, claim, results)
+    except OSError as error:
+        raise MythosError(f"{folder} cannot be written: {error}. Give another folder with --out.") from error
+
+
+def draw(path: Path, claim: Claim, results: Results) -> None:
+    """Draw the claim's picture, stamped with the hash of the results."""
+    from mythos.reports.style import DPI, compose
+
+    figure = compose(panels(claim, results))
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=DPI, metadata={STAMP: results.digest(), "Software": None})
+
+
+def stamp_of(path: Path) -> str | None:
+    """The hash of the results that a picture was drawn from; None without a readable picture."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return str(image.info.get(STAMP))
+    except OSError:
+        return None
+
+
+def command(claim: Claim, data: str = EMBEDDED) -> str:
+    """The command that runs a claim."""
+    size = "" if claim.size == "nano" else f" --size {claim.size}"
+    return f"mythos claims {claim.name}{size}" + ("" if data == EMBEDDED else f" --data {data}")
+
+
+def verdict_text(claim: Claim, results: Results, judgement: Judgement) -> str:
+    """The Markdown page of a verdict: a function of the definition and the results."""
+    about = claim.definition
+    lines = [
+        f"# {claim.name}: {judgement.outcome}",
+        "",
+        f"> {about.claim}",
+        "",
+        f"**{judgement.number}.** {judgement.why}",
+        "",
+        f"- Who says it: {about.source}",
+        f"- Hypothesis: {about.hypothesis}",
+        f"- Metric: {about.metric}",
+        *(
+            [f"- Thresholds: {', '.join(f'{key} {value:g}' for key, value in about.thresholds.items())}"]
+            * bool(about.thresholds)
+        ),
+        f"- What would falsify it: {about.falsified_by}",
+        f"- Command: `{command(claim, results.data)}`",
+        "",
+        "## Set-up",
+        "",
+        *set_up(claim, results),
+        "",
+        "## Result",
+        "",
+    ]
+    for table in judgement.tables:
+        lines += [table.markdown(), ""]
+    if judgement.tables:
+        lines += [f"![{claim.name}]({PICTURE})", ""]
+    lines.append(f"Computed from `{FILE}` by `mythos claims check`; definition {results.config}.")
+    return "\n".join(lines) + "\n"
+
+
+def set_up(claim: Claim, results: Results) -> list[str]:
+    """How the runs were made, as lines of a Markdown list."""
+    versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
+    lines = [f"- Size {claim.size}; {versions}."]
+    if not claim.arms:
+        return [*lines, f"- Nothing is trained: `{json.dumps(claim.definition.once)}`."]
+    runs = list(results.runs.values())
+    for arm, overrides in claim.arms.items():
+        of_arm = results.of_arm(arm)
+        facts = ""
+        if of_arm:
+            first = of_arm[0]
+            facts = (
+                f": {len(of_arm)} runs, {first.parameters:,} parameters, {first.tokens:,} tokens, "
+                f"{max(run.flops for run in of_arm):.2e} training FLOPs"
+            )
+        lines.append(f"- Arm `{arm}` ({fields(overrides) or 'the base'}){facts}.")
+    if claim.at_size.set:
+        lines.append(f"- All runs: {fields(claim.at_size.set)}.")
+    for name, grid in (("Grid, for every seed", claim.grid), ("Tuning grid, by the loss of seed 0", claim.tune)):
+        lines += [f"- {name}: `{path}` in {', '.join(map(str, values))}." for path, values in grid.items()]
+    seconds = sum(run.seconds for run in runs)
+    text = "embedded text" if results.data == EMBEDDED else f"text of `{results.data}`"
+    what = text if claim.on_text else "generated tasks"
+    lines.append(
+        f"- {what[0].upper()}{what[1:]}; training steps of all {len(runs)} runs took {duration(seconds)} of wall time."
+    )
+    return lines
+
+
+def fields(overrides: dict[str, object]) -> str:
+    """Overrides as text for Markdown."""
+    return ", ".join(f"`{path}={json.dumps(value)}`".replace('"', "") for path, value in overrides.items())
+
+
+def outcome_line(name: str, folder: Path) -> tuple[Claim, Results | None, Judgement]:
+    """A claim at the size of its results in `folder` (nano if there are none), those results, and the verdict."""
+    results = read_results(folder)
+    claim = load_claim(name, results.size if results else "nano")
+    if results is None:
+        return claim, None, Judgement(NOT_RUN, f"about {duration(cpu_seconds(claim))} on one core", "")
+    if results.config != claim.digest():
+        return claim, results, Judgement(UNDECIDED, "its definition has changed since", "Run it anew.")
+    return claim, results, judge(claim, results)
+
+
+def claims_table(root: Path) -> str:
+    """The table of all claims as Markdown: claim, who says it, verdict, number, command."""
+    rows = []
+    for name in claim_names():
+        claim, results, judgement = outcome_line(name, root / name)
+        outcome = f"[{judgement.outcome}]({PAGES}/{name}/{VERDICT})" if results else judgement.outcome
+        line = f"`{command(claim, results.data if results else EMBEDDED)}`"
+        rows.append([claim.definition.claim, claim.definition.source, outcome, judgement.number, line])
+    return markdown(["claim", "who says it", "verdict", "number", "command"], rows)
+
+
+def claims_pictures(root: Path) -> str:
+    """Reason and picture of every claim that has results, as Markdown."""
+    parts = ["## Results so far"]
+    for name in claim_names():
+        claim, results, judgement = outcome_line(name, root / name)
+        if results is not None and judgement.tables:
+            picture = f"![{claim.definition.claim}]({PAGES}/{name}/{PICTURE})"
+            parts += [f"### {name}", f"{judgement.outcome.capitalize()}: {judgement.why}", picture]
+    return "\n\n".join(parts)
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])

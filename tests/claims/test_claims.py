@@ -1,0 +1,256 @@
+"""Definitions, results, the runner and the check: everything of `mythos claims` but the verdicts of single claims."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mythos.claims import definition, judgement, runner
+from mythos.claims.check import problems, updated_page
+from mythos.claims.costs import cpu_seconds
+from mythos.claims.definition import SIZES, claim_names, load_claim
+from mythos.claims.judgement import UNDECIDED, Judgement, Table, judge
+from mythos.claims.plots import lines_panel
+from mythos.claims.results import read_results
+from mythos.cli.claims import main
+from mythos.errors import MythosError
+from tests.claims.handmade import results, run
+from tests.runs import settings
+
+ROOT = Path(__file__).parents[2]
+COMMITTED = ROOT / "results" / "claims"
+
+
+@pytest.mark.parametrize("name", claim_names())
+def test_every_definition_is_complete(name: str) -> None:
+    for size in SIZES:
+        if size not in load_claim(name).definition.sizes:
+            continue
+        claim = load_claim(name, size)
+        seeds = claim.at_size.seeds
+        planned = claim.runs(1, Path("runs/claims"), None)  # raises for an invalid configuration
+        assert len({one.name for one in planned}) == len(planned)
+        assert seeds >= 3 or not planned
+        if size == "nano":
+            assert cpu_seconds(claim) <= 2 * 3600  # 60 minutes on two cores
+    assert callable(judgement.module_of(name, "judge")) and callable(judgement.module_of(name, "panels"))
+
+
+def test_the_hash_is_of_the_definition_and_its_own_size(toy: Path) -> None:
+    values = yaml.safe_load((toy / "toy.yaml").read_text())
+    before = load_claim("toy").digest()
+    values["sizes"]["small"] = {"seeds": 4}
+    (toy / "toy.yaml").write_text(yaml.safe_dump(values))
+    assert load_claim("toy").digest() == before != load_claim("toy", "small").digest()
+    values["hypothesis"] = "another one, after the fact"
+    (toy / "toy.yaml").write_text(yaml.safe_dump(values))
+    assert load_claim("toy").digest() != before
+
+
+# The check
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    shutil.copytree(COMMITTED, tmp_path / "claims")
+    return tmp_path / "claims"
+
+
+def test_the_committed_results_yield_the_committed_verdicts_and_page() -> None:
+    assert list(problems(COMMITTED, ROOT / "docs" / "claims.md")) == []
+
+
+def test_a_tampered_number_fails_the_check(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = copied / "memory"
+    assert list(problems(copied, Path("none"))) == []
+    verdict, stored = (folder / "verdict.md").read_text(), (folder / "results.json").read_text()
+    (folder / "verdict.md").write_text(verdict.replace("3.6", "9.6"))
+    assert list(problems(copied, Path("none"))) == [f"{folder / 'verdict.md'}: not what the results yield"]
+    (folder / "verdict.md").write_text(verdict)
+    (folder / "results.json").write_text(stored.replace('"entry": 2048', '"entry": 4096'))
+    assert [line.partition(": ")[0] for line in problems(copied, Path("none"))] == [
+        str(folder / "verdict.md"),
+        str(folder / "figure.png"),
+    ]
+    (folder / "results.json").write_text(stored + " ")
+    assert list(problems(copied, Path("none"))) == [f"{folder / 'results.json'}: not as `mythos claims` writes it"]
+    (folder / "results.json").write_text(stored)
+    assert main(["check", "--results", str(copied)]) == 0
+    definitions = copied.parent / "definitions"
+    shutil.copytree(definition.FOLDER, definitions)
+    changed = (definitions / "memory.yaml").read_text().replace("factor: 10", "factor: 3")
+    (definitions / "memory.yaml").write_text(changed)
+    monkeypatch.setattr(definition, "FOLDER", definitions)
+    [problem] = problems(copied, Path("none"))
+    assert "made with definition" in problem and "run the claim anew" in problem
+
+
+def test_the_page_has_the_table_of_the_results(copied: Path) -> None:
+    page = copied.parent / "claims.md"
+    text = (ROOT / "docs" / "claims.md").read_text()
+    page.write_text(text.replace("supported under conditions", "supported", 1))
+    assert list(problems(copied, page)) == [f"{page}: not what the results yield"]
+    page.write_text("# Claims")
+    with pytest.raises(MythosError, match="the marks"):
+        updated_page(page, copied)
+
+
+# The runner, on a claim of two arms of the tests' smallest model
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of the definition of a claim `toy`; runs and results go to the current directory, an empty one."""
+    base = settings(tmp_path, train__steps=4, checkpoint__every=1, eval__loops=[1, 3], model__core_ffn="dense")
+    del base["run"]
+    words = dict.fromkeys(("claim", "source", "hypothesis", "metric", "falsified_by"), "words")
+    arms = {"a": {}, "b": {"model.loops": 2}}
+    values = words | {
+        "base": base,
+        "arms": arms,
+        "measure": {"sweep": {"loops": [1, 2]}},
+        "sizes": {"nano": {"seeds": 1}},
+    }
+    folder = tmp_path / "definitions"
+    folder.mkdir()
+    (folder / "toy.yaml").write_text(yaml.safe_dump(values))
+    monkeypatch.setattr(definition, "FOLDER", folder)
+    monkeypatch.chdir(tmp_path)
+    judged = {"judge": lambda claim, found: Judgement("supported", "1", "It is so.", [Table("t", ["x"], [["1"]])])}
+    points = [(1, 2.0), (2, 3.0)]
+    judged["panels"] = lambda claim, found: [lines_panel("Toy", "x", "y", {"a": points})]
+    monkeypatch.setattr(judgement, "module_of", lambda name, function: judged[function])
+    yield folder
+
+
+def without_times(path: Path) -> dict[str, Any]:
+    stored = json.loads((path / "results.json").read_text())
+    return stored | {"runs": [{**one, "seconds": 0} for one in stored["runs"]]}
+
+
+def test_a_claim_is_run_judged_and_not_run_again(toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    assert main(["toy", "--dry-run"]) == 0
+    assert "2 (2 arms x 1 grid points x 1 seeds), 0 recorded" in capsys.readouterr().out
+    assert main(["toy"]) == 0
+    assert "toy: undecided. 1 of the 3 seeds" in capsys.readouterr().out
+    folder = Path("results/claims/toy")
+    found = read_results(folder)
+    assert found is not None and list(found.runs) == ["a-seed0", "b-seed0"]
+    first = found.runs["a-seed0"]
+    # Losses of the ordinary trainer, and the same model measured once more by the sweep.
+    metrics = [json.loads(line) for line in next(Path("runs/claims").glob("toy-nano-*/a-seed0/metrics.jsonl")).open()]
+    assert first.last("val/loss@3") == pytest.approx(metrics[-1]["val/loss@3"], rel=1e-5)
+    assert first.measured["sweep"]["loops"][0]["loss"] == pytest.approx(metrics[-1]["val/loss@1"], rel=1e-5)
+    assert first.tokens == 4 * 8 * 32 and 0 < first.core_flops < first.flops
+    assert (folder / "figure.png").is_file() and "# toy: undecided" in (folder / "verdict.md").read_text()
+    assert list(problems(Path("results/claims"), Path("none"))) == []
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(runner, "train", fail)
+    assert main(["toy"]) == 0
+    shutil.rmtree(folder)
+    assert main(["toy"]) == 0  # results come from the runs that are there
+    assert read_results(folder) is not None
+
+
+def test_an_interrupted_claim_continues_to_the_same_results(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["toy", "--out", "whole"]) == 0
+    shutil.rmtree("runs")
+    step_done, steps = runner.CountingConsole.step_done, []
+
+    def stop_in_second_run(console: runner.CountingConsole) -> None:
+        step_done(console)
+        steps.append(console.step)
+        if len(steps) == 6:
+            import os
+            import signal
+
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(runner.CountingConsole, "step_done", stop_in_second_run)
+    assert main(["toy", "--out", "parts"]) == 130
+    found = read_results(Path("parts"))
+    assert found is not None and list(found.runs) == ["a-seed0"]
+    assert main(["toy", "--out", "parts"]) == 0
+    assert len(steps) == 8  # the second run went on from its third step
+    whole, parts = without_times(Path("whole")), without_times(Path("parts"))
+    assert whole == parts
+
+
+def test_a_run_that_diverges_is_recorded(toy: Path) -> None:
+    values = yaml.safe_load((toy / "toy.yaml").read_text())
+    values["arms"] = {"a": {}, "b": {"optim.lr": 1e30, "optim.clip": 0, "train.steps": 12, "optim.warmup": 0}}
+    (toy / "toy.yaml").write_text(yaml.safe_dump(values))
+    assert main(["toy"]) == 0
+    found = read_results(Path("results/claims/toy"))
+    assert found is not None
+    bad = found.runs["b-seed0"]
+    assert bad.diverged is not None and bad.diverged <= 12 and bad.validations == [] and bad.skipped == 5
+
+
+def test_tuned_arms_get_their_best_value_for_further_seeds(toy: Path) -> None:
+    values = yaml.safe_load((toy / "toy.yaml").read_text()) | {"tune": {"optim.lr": [0.1, 0.2, 0.3]}}
+    (toy / "toy.yaml").write_text(yaml.safe_dump(values))
+    claim = load_claim("toy")
+    losses = {("a", 0.1): 3.0, ("a", 0.2): 2.0, ("a", 0.3): 2.5, ("b", 0.1): 1.0, ("b", 0.2): 2.0, ("b", 0.3): 9.0}
+    runs = [run(arm, 0, {"optim.lr": lr}, loss) for (arm, lr), loss in losses.items()]
+    found = results(claim, runs)
+    assert found.best(claim) == {"a": {"optim.lr": 0.2}, "b": {"optim.lr": 0.1}}
+    planned = claim.runs(2, Path("runs"), None, found.best(claim))
+    assert [one.name for one in planned if one.seed == 1] == ["a-lr=0.2-seed1", "b-lr=0.1-seed1"]
+    assert [one.config.optim.lr for one in planned if one.seed == 1] == [0.2, 0.1]
+    later = results(claim, [*runs, run("a", 1, {"optim.lr": 0.2}), run("b", 1, {"optim.lr": 0.1})])
+    assert later.seeds(claim) == 2 and len(list(later.chosen(claim))) == 4
+
+
+def test_fewer_than_three_seeds_or_a_missing_arm_is_undecided(toy: Path) -> None:
+    claim = load_claim("toy")
+    missing = judge(claim, results(claim, [run("a", seed) for seed in range(3)]))
+    assert missing.outcome == UNDECIDED and "no run of b" in missing.why
+    both = [run(arm, seed) for arm in "ab" for seed in range(3)]
+    assert judge(claim, results(claim, both)).outcome == "supported"
+    assert judge(claim, results(claim, both[:-1])).outcome == UNDECIDED
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["to"], "to: unknown claim; did you mean toy?"),
+        (["toy", "--size", "large"], "--size: got large; allowed: nano, small, full"),
+        (["toy", "--size", "small"], "--size: got small; toy has nano"),
+        (["toy", "--seeds", "0"], "--seeds: got 0; give at least 1"),
+        (["toy", "--data", "nothing.txt"], "--data: nothing.txt: there is no such file"),
+        (["toy", "--write"], "--write: not for `mythos claims toy`"),
+        (["check", "--seeds", "2"], "--seeds: not for `mythos claims check`"),
+        (["check"], "results/claims: no results of claims"),
+    ],
+)
+def test_wrong_use_is_one_message_before_any_work(toy: Path, words: list[str], message: str, capsys: Any) -> None:
+    assert main(words) == 1
+    assert message in capsys.readouterr().err
+    assert not Path("runs").exists() and not Path("results").exists()
+
+
+def test_results_of_another_definition_or_text_are_kept(toy: Path, capsys: Any) -> None:
+    claim = load_claim("toy")
+    results(claim, [run("a", 0)]).write(Path("old"))
+    changed = yaml.safe_load((toy / "toy.yaml").read_text()) | {"hypothesis": "another"}
+    (toy / "toy.yaml").write_text(yaml.safe_dump(changed))
+    before = Path("old/results.json").read_bytes()
+    assert main(["toy", "--out", "old"]) == 1
+    assert "old/results.json: results of another configuration (config " in capsys.readouterr().err
+    assert Path("old/results.json").read_bytes() == before and not Path("runs").exists()
+
+
+def test_a_damaged_file_of_results_is_named(toy: Path, capsys: Any) -> None:
+    folder = Path("results/claims/toy")
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text('{"runs": [{"arm": "a"}]}')
+    assert main(["toy"]) == 1
+    assert "results.json cannot be read as results of a claim" in capsys.readouterr().err
