@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from mythos.config.sections import DepthConfig, OptimConfig
 from mythos.errors import MythosError
 from mythos.files.local import replacing
 from mythos.model.config import ModelConfig
@@ -27,6 +28,9 @@ FIELDS = {
     "optim": {"name", "lr"},
 }
 """Fields that distinguish architectures and how they were trained, by section."""
+DEFAULTS = {"model": ModelConfig, "depth": DepthConfig, "optim": OptimConfig}
+ONLY_LOOPED = {"loops", "injection", "lora_rank", "halting", *FIELDS["depth"]}
+"""Fields of model and depth that mean nothing without a loop."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -95,14 +99,14 @@ def table(results: dict[str, Any]) -> str:
     groups: dict[str, list[dict[str, Any]]] = {}
     for one in results.values():
         groups.setdefault(json.dumps([one["architecture"], one["tokens"]], sort_keys=True), []).append(one)
-    common = most_frequent([one["architecture"] for one in results.values()])
+    varying = varying_fields([one["architecture"] for one in results.values()])
     lines = []
     for runs in groups.values():
         mean = round(runs[0]["mean_loops"])
         at_mean, at_deepest = ([perplexity(run, loops) for run in runs] for loops in (mean, 8 * mean))
         overlap = [loop["expert_overlap"] for run in runs for loop in run["loops"] if loop["loops"] == mean]
         cells = [
-            described(runs[0]["architecture"], common),
+            described(runs[0]["architecture"], varying),
             f"{runs[0]['tokens'] / 1e6:.1f}M",
             f"{runs[0]['training_flops']:.2e}",
             ", ".join(str(seed) for seed in sorted(run["seed"] for run in runs)),
@@ -117,27 +121,31 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(f"| {line} |" for line in (head, " | ".join(["---"] * 8), *ordered))
 
 
-def most_frequent(architectures: list[dict[str, Any]]) -> dict[tuple[str, str], Any]:
-    """The most frequent value of every field, by section and name."""
-    values: dict[tuple[str, str], list[str]] = {}
+def varying_fields(architectures: list[dict[str, Any]]) -> set[tuple[str, str]]:
+    """Section and name of the fields that are not the same in all results."""
+    values: dict[tuple[str, str], set[str]] = {}
     for one in architectures:
         for section, fields in one.items():
             for name, value in fields.items():
-                values.setdefault((section, name), []).append(json.dumps(value))
-    return {
-        field: json.loads(max(dict.fromkeys(all_values), key=all_values.count)) for field, all_values in values.items()
-    }
+                values.setdefault((section, name), set()).add(json.dumps(value))
+    return {field for field, found in values.items() if len(found) > 1}
 
 
-def described(architecture: dict[str, Any], common: dict[tuple[str, str], Any]) -> str:
-    """The fields in which an architecture differs from the common values."""
+def described(architecture: dict[str, Any], varying: set[tuple[str, str]]) -> str:
+    """The varying fields that differ from their defaults, and those of the optimizer in any case.
+
+    Without a loop, fields that only a loop has are left out.
+    """
+    looped = architecture["model"].get("injection") != "none"
     differing = [
         f"`{section}.{name}={json.dumps(value)}`".replace('"', "")
         for section, fields in architecture.items()
         for name, value in fields.items()
-        if value != common.get((section, name))
+        if (section, name) in varying
+        and (section == "optim" or value != DEFAULTS[section].model_fields[name].default)
+        and (looped or section == "optim" or name not in ONLY_LOOPED)
     ]
-    return " ".join(differing) or "(the most frequent values)"
+    return " ".join(differing if looped else ["not looped", *differing]) or "(the defaults)"
 
 
 def perplexity(run: dict[str, Any], loops: int) -> float | None:

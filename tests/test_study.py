@@ -12,7 +12,7 @@ from scripts.study import main, table
 
 def one(seed: int, perplexities: dict[int, float], tokens: int = 600_000, **model: Any) -> dict[str, Any]:
     loops = [{"loops": loops, "loss": log(value), "expert_overlap": 0.5} for loops, value in perplexities.items()]
-    architecture = {"model": {"dim": 8, "lanes": 1, **model}, "depth": {"backprop": 4}}
+    architecture = {"model": {"dim": 8, "lanes": 1, "loops": 8, "injection": "lti", **model}, "depth": {"backprop": 4}}
     figures = {"parameters": 1, "tokens": tokens, "training_flops": 1e13, "mean_loops": 2.0, "sequences": 8}
     return {"seed": seed, "architecture": architecture, "loops": loops, **figures}
 
@@ -27,12 +27,24 @@ def test_seeds_share_a_line_and_architectures_are_named_by_what_differs() -> Non
         "f": one(0, {1: 30.0, 2: 20.0}, tokens=1_200_000),
     }
     lines = table(results).splitlines()[2:]
-    others = "| (the most frequent values)"
+    others = "| (the defaults)"
     assert [line.split(" | ")[0] for line in lines] == [others, "| `model.lanes=2`", others]
     assert lines[1].startswith("| `model.lanes=2` | 0.6M | 1.00e+13 | 0, 1 | 51.00 (50.00 to 52.00) | 41.00 (40.00 to ")
     assert lines[1].endswith("42.00) | 41.50 (40.50 to 42.50) | 0.50 (0.50 to 0.50) |")
     assert "| 0, 1, 2 | 60.00 (60.00 to 60.00) | 44.00 (44.00 to 44.00) |" in lines[0]
     assert lines[2] == f"{others} | 1.2M | 1.00e+13 | 0 | 30.00 | 20.00 |  | 0.50 |"
+
+
+def test_blocks_without_a_loop_are_named_so() -> None:
+    results = {
+        "a": one(0, {1: 50.0, 2: 40.0}, lanes=2),
+        "b": one(0, {1: 52.0}, injection="none", loops=1, block_norm="pre"),
+        "c": one(0, {1: 51.0}, injection="none", loops=1, block_norm="sandwich"),
+    }
+    for name in ("b", "c"):
+        results[name]["mean_loops"] = 1.0
+    names = [line.split(" | ")[0] for line in table(results).splitlines()[2:]]
+    assert names == ["| not looped", "| not looped `model.block_norm=sandwich`", "| `model.lanes=2`"]
 
 
 def test_committed_results_make_the_documented_table() -> None:
