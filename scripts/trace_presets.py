@@ -5,8 +5,9 @@ changes to the model or to the code that traces it; until then plans are traced 
 a minute on one core; started again, it goes on with what it has written.
 """
 
+import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from mythos.cli.estimate import estimate, parser
@@ -35,8 +36,9 @@ def shipped_plans() -> Iterator[tuple[str, Callable[[], object]]]:
             yield f"{name} {' '.join(machine)}", partial(plan, config, 1, 8, DEVICE_MEMORY)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Write the file after every plan."""
+    argparse.ArgumentParser(description=__doc__).parse_args(arguments)
     with recorded(shipped_values()) as values:
         for name, plan_it in shipped_plans():
             plan_it()

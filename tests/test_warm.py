@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,17 @@ def test_a_signal_ends_a_script(popen: type[subprocess.Popen[str]], number: sign
     _, errors = process.communicate(timeout=60)
     assert process.returncode == -number
     assert ("KeyboardInterrupt" in errors) == (number is signal.SIGINT)
+
+
+def test_output_is_unbuffered_if_asked() -> None:
+    command = [sys.executable, "-u", "-c", "import time; print('here'); time.sleep(60)"]
+    process = WarmPopen(command, stdout=subprocess.PIPE, text=True)
+    watch = threading.Timer(20, process.kill)
+    watch.start()
+    assert process.stdout and process.stdout.readline() == "here\n"
+    watch.cancel()
+    process.kill()
+    process.communicate()
 
 
 def test_a_module_is_run() -> None:

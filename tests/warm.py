@@ -9,6 +9,7 @@ import faulthandler
 import fcntl
 import importlib
 import inspect
+import io
 import json
 import multiprocessing.context
 import multiprocessing.forkserver
@@ -183,7 +184,7 @@ def become(request: dict[str, Any]) -> None:
     random.seed()
     words = request["arguments"]
     if words[0] == "-u":
-        sys.stdout.reconfigure(write_through=True)
+        sys.stdout = io.TextIOWrapper(open(1, "wb", buffering=0, closefd=False), write_through=True)  # noqa: SIM115
         words = words[1:]
     sys.path[:1] = [request["cwd"], *filter(None, request["env"].get("PYTHONPATH", "").split(os.pathsep))]
     if words[0] == "-m":

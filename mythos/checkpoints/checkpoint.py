@@ -448,11 +448,14 @@ class Checkpoints:
         except Exception as error:
             problem, cause = (reason(error), is_full(error)), error
         outcomes = self.ranks.gather((problem, result))
-        for rank, (problem, _) in enumerate(outcomes):
-            if problem is not None:
-                text, full = problem
-                kind = DiskFullError if full else MythosError
-                raise kind(f"rank {rank}: {text}" if rank else text) from cause
+        try:
+            for rank, (problem, _) in enumerate(outcomes):
+                if problem is not None:
+                    text, full = problem
+                    kind = DiskFullError if full else MythosError
+                    raise kind(f"rank {rank}: {text}" if rank else text) from cause
+        finally:
+            del cause  # its traceback has this frame: a cycle, which would keep the run's lock
         return [result for _, result in outcomes]
 
     @contextlib.contextmanager
