@@ -112,7 +112,7 @@ def test_memory_of_a_rank_is_planned(pool: RankPool, tmp_path: Path, layout: str
     ranks, changes = LAYOUTS[layout]
     sizes = pool.run(memory, tmp_path, layout, changes, ranks=ranks)
     print(layout, [f"{planned:,} planned, {peak:,} allocated: {planned / peak:.3f}" for peak, planned in sizes])
-    # Mean over ranks: what uneven routing adds to one it takes from others. On a busy machine one rank at times has 3 MB
-    # more, a ratio of 0.91, which nothing explains so far.
+    # Mean over ranks: what uneven routing adds to one it takes from others. On a busy machine one rank at times has 3
+    # MB more, a ratio of 0.91, which nothing explains so far.
     peak = sum(peak for peak, _ in sizes) / ranks
     assert 1.0 <= sizes[0][1] / peak <= 1.25 and all(sizes[0][1] / peak >= 0.9 for peak, _ in sizes)
