@@ -286,8 +286,6 @@ def decoded_bytes(config: ModelConfig, tokens: int) -> int:
         "shared_expert_dim": 8,
         "n_experts": 2,
         "vocab_size": 128,
-    }
-    narrow |= {
         "experts_per_token": 2,
         "lora_rank": 0,
         "q_lora_rank": 8,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mythos.reports.style import (
+    BLUE,
     NAMED_BESIDE,
     Panel,
     describe,
@@ -78,8 +79,6 @@ def bars_panel(title: str, x: str, y: str, values: Mapping[str, float]) -> Panel
     """A horizontal bar for each arm."""
 
     def draw(axes: Axes) -> None:
-        from mythos.reports.style import BLUE
-
         describe(axes, title, x, y)
         axes.barh(range(len(values)), list(values.values()), color=BLUE, height=0.7)
         axes.set_yticks(range(len(values)), list(values))

@@ -115,6 +115,7 @@ def estimate(options: argparse.Namespace) -> dict[str, Any]:
     if utilisation is None:
         time = time_per_token(config, state, gpu, options.machine_gpus)
         seconds_per_token, utilisation = asdict(time), executed / (gpu.peak * time.total)
+    compiled = compiles(config, torch.device("cuda"))
     run = training_run(tokens, executed, gpu.peak, options.gpus, utilisation, price)
     return {
         "config": options.config,
@@ -132,8 +133,8 @@ def estimate(options: argparse.Namespace) -> dict[str, Any]:
             "peak_flops": gpu.peak,
             "utilisation": utilisation,
             "model_utilisation": utilisation * needed / executed,
-            "compiled": compiles(config, torch.device("cuda")),
-            "compiled_parts": compiled_parts(compiles(config, torch.device("cuda")), layout),
+            "compiled": compiled,
+            "compiled_parts": compiled_parts(compiled, layout),
             "seconds_per_token": seconds_per_token,
             "dollars_per_hour": price,
             "tokens": tokens,

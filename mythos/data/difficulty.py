@@ -1,4 +1,4 @@
-"""Difficulty of reasoning tasks by training step.."""
+"""Difficulty of reasoning tasks by training step."""
 
 from random import Random
 
