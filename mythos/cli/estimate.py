@@ -218,21 +218,18 @@ def check_numbers(options: argparse.Namespace) -> None:
 def flops_per_token(config: Config, depths: Sequence[int]) -> dict[str, Any]:
     """Compute FLOPs per token, forward by depth and of training by checkpointing mode."""
     from mythos.planning.budget import mean_depths
-    from mythos.planning.fake_step import CHECKPOINTING, recomputed_flops
+    from mythos.planning.fake_step import CHECKPOINTING
     from mythos.planning.flops import forward_flops
+    from mythos.planning.speed import executed_flops
 
-    model, length = config.model, config.data.sequence_length
-    flops, means = forward_flops(model, length), mean_depths(config)
-    needed = flops.training_at(means.loops, means.backprop)
+    flops, means = forward_flops(config.model, config.data.sequence_length), mean_depths(config)
     return {
         "forward": {depth: flops.forward(depth) for depth in depths},
         "attention_scores_share": attention_share(config),
         "mean_loops": means.loops,
         "mean_backprop": means.backprop,
-        "training_needed": needed,
-        "training_executed": {
-            mode: needed + means.backprop * recomputed_flops(model, length, mode) for mode in CHECKPOINTING
-        },
+        "training_needed": flops.training_at(means.loops, means.backprop),
+        "training_executed": {mode: executed_flops(config, means, mode) for mode in CHECKPOINTING},
     }
 
 

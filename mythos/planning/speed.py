@@ -16,9 +16,9 @@ from mythos.planning.rank_state import RankState, deepest_micro_batch
 from mythos.planning.traffic import OPTIMIZER_BYTES, StepTime, StepTraffic, step_time, step_traffic
 
 
-def executed_flops(config: Config, means: DepthMeans) -> float:
-    """FLOPs per token of training, with what the configured activation checkpointing computes again."""
-    model, length, mode = config.model, config.data.sequence_length, config.parallel.activation_checkpointing
+def executed_flops(config: Config, means: DepthMeans, mode: str) -> float:
+    """FLOPs per token of training, with what this mode of activation checkpointing computes again."""
+    model, length = config.model, config.data.sequence_length
     needed = forward_flops(model, length).training_at(means.loops, means.backprop)
     return needed + means.backprop * recomputed_flops(model, length, mode)
 
@@ -53,7 +53,7 @@ class TimeModel:
         """GPU seconds per token; `others` are collectives beside those of the layout."""
         layout, mode = state.layout, config.parallel.activation_checkpointing
         if mode not in self.executed:
-            self.executed[mode] = executed_flops(config, self.means)
+            self.executed[mode] = executed_flops(config, self.means, mode)
         compiled = compiles(config, torch.device("cuda"))
         rows, _ = deepest_micro_batch(config, layout.size)
         time = step_time(
