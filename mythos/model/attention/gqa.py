@@ -72,6 +72,7 @@ class GroupedQueryAttention(Attention):
         key_BSHK = key_BSD.unflatten(-1, (self.kv_heads, self.head_dim))
         value_BSHK = self.value(x).unflatten(-1, (self.kv_heads, self.head_dim))
         if self.value_gate is not None:
+            assert context.value is not None, "this layer has a value embedding"
             gate_BSH = 2 * self.value_gate(x[..., :GATE_INPUTS]).sigmoid()
             value_BSHK = value_BSHK + gate_BSH.unsqueeze(-1) * context.value.to(value_BSHK.dtype)
         if self.query_norm is not None and self.key_norm is not None:
