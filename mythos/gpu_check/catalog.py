@@ -145,6 +145,13 @@ def _training() -> Iterator[Task]:
         dtype="bfloat16",
     )
     yield _task(
+        "training:against_cpu",
+        ("losses against the CPU's, lanes and passes that differ, bfloat16", against_cpu.format("2e-2", "6%")),
+        seconds=40,
+        dtype="bfloat16",
+        varied=True,
+    )
+    yield _task(
         "training:asynchronous_save",
         ("asynchronous checkpoint, steps meanwhile", "training goes on: a step does not wait for the write"),
         ("asynchronous checkpoint, restored", "equal to what was saved, bit by bit"),
@@ -225,9 +232,9 @@ def _decoding() -> Iterator[Task]:
 
 
 def _ranks() -> Iterator[Task]:
-    for mode in ("ddp", "fsdp", "hsdp"):
-        check = (f"{mode} against one process", "losses and gradient norms of 3 steps within 1e-4")
-        yield _task("ranks:parity", check, seconds=30, on_cpu=mode == "fsdp", mode=mode)
+    for mode, name in (("ddp", "ddp"), ("fsdp", "fsdp"), ("hsdp", "hsdp"), ("expert", "fsdp, experts divided by 2,")):
+        check = (f"{name} against one process", "losses and gradient norms of 3 steps within 1e-4")
+        yield _task("ranks:parity", check, seconds=30, on_cpu=mode in ("fsdp", "expert"), mode=mode)
     yield _task("ranks:gathers", ("all-gathers of a step, fsdp", "as many at 2 loops as at 4"), seconds=30)
     overlap = ("communication behind computation, fsdp", "recorded: share of its time that is hidden")
     yield _task("ranks:overlap", overlap, seconds=40)

@@ -10,9 +10,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,17 +31,25 @@ FIRST, LAST = 10, 20
 experts are chosen, but training ends at about the same loss."""
 CLOSE = {"float32": (1e-3, 0.03), "bfloat16": (2e-2, 0.06)}
 """Largest relative difference of a loss of the first steps, and of the mean of the last steps."""
+VARIED: dict[str, Any] = {
+    "model__lanes": 2,
+    "model__router_loop": "bias",
+    "model__router_bias_per_loop": True,
+    "model__loop_norm": "adaptive",
+    "model__residual_scale": 0.25,
+}
+"""A model whose state has lanes and whose passes differ."""
 START_SECONDS = 120.0
 """Limit of the time until the step at which a run is killed."""
 
 
-def against_cpu(setting: Setting, *, dtype: str) -> Iterator[Result]:
-    """Compare a run on this device with the same run on the CPU in float32."""
+def against_cpu(setting: Setting, *, dtype: str, varied: bool = False) -> Iterator[Result]:
+    """Compare a run on this device with the same run on the CPU in float32; `varied`: of a model with VARIED."""
     if not setting.cuda and dtype == "float32":
         yield not_run("the CPU is the reference")
         return
-    expected = losses(setting, "cpu", "float32")
-    measured = losses(setting, setting.device.type, dtype)
+    expected = losses(setting, "cpu", "float32", varied)
+    measured = losses(setting, setting.device.type, dtype, varied)
     yield close(measured, expected, *CLOSE[dtype])
 
 
@@ -100,8 +109,10 @@ def steps_in(setting: Setting) -> int:
     return TRAINING_STEPS if setting.cuda else 12
 
 
-def run_of(setting: Setting, name: str, device: str, dtype: str, every: int = 0) -> Config:
-    """Configure a run in an empty folder."""
+def run_of(
+    setting: Setting, name: str, device: str, dtype: str, every: int = 0, changes: Mapping[str, Any] | None = None
+) -> Config:
+    """Configure a run in an empty folder; `changes` as in `task_run`."""
     folder = setting.scratch / name
     shutil.rmtree(folder, ignore_errors=True)
     return task_run(
@@ -111,13 +122,15 @@ def run_of(setting: Setting, name: str, device: str, dtype: str, every: int = 0)
         train__device=device,
         train__dtype=dtype,
         checkpoint__every=every,
+        **(changes or {}),
     )
 
 
 @cache
-def losses(setting: Setting, device: str, dtype: str) -> list[float]:
+def losses(setting: Setting, device: str, dtype: str, varied: bool = False) -> list[float]:
     """Losses of all steps of an uninterrupted run."""
-    config = run_of(setting, f"{device}-{dtype}", device, dtype)
+    changes = VARIED if varied else {}
+    config = run_of(setting, f"{device}-{dtype}{'-varied' * varied}", device, dtype, changes=changes)
     Trainer(config).run()
     return [record["loss"] for record in read_metrics(config.run_dir / METRICS_FILE)]
 

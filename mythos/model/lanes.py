@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from mythos.model.config import ModelConfig
 from mythos.model.layers import Initializer, RMSNorm, without_autocast, zeros
+from mythos.model.ops.matmul import float32_linear
 
 
 class StateLanes(nn.Module):
@@ -44,7 +45,8 @@ class StateLanes(nn.Module):
             weight = (self.weight.unflatten(-1, (self.count, -1)) * self.norm.weight).flatten(-2)
             if torch.compiler.is_compiling():
                 normed = F.rms_norm(lanes, lanes.shape[-1:], eps=self.norm.eps)
-                read, write = F.linear(normed.flatten(-2), weight, self.bias).chunk(2, dim=-1)
+                # Not F.linear, whose backward pass the compiler may trace under the forward pass's autocast.
+                read, write = (float32_linear(normed.flatten(-2), weight) + self.bias).chunk(2, dim=-1)
                 read = read.softmax(-1)
                 return (read.unsqueeze(-1) * lanes).sum(-2), 2 * write.sigmoid()
             mixed, gates = _Gates.apply(lanes, weight, self.bias, self.norm.eps)

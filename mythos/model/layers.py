@@ -21,6 +21,9 @@ from mythos.model.ops.recompute import recomputable
 Initializer = Callable[[Tensor, np.random.Generator], None]
 """Fills a tensor, which is unsharded, contiguous, float32 and on the CPU."""
 
+DRAWN_AT_ONCE = 2**22
+"""About how many numbers of a matrix are drawn at a time: 16 MiB beside the parameters, of matrices of any size."""
+
 
 def zeros(weight: Tensor, generator: np.random.Generator) -> None:
     """Fill with 0."""
@@ -117,15 +120,15 @@ def initialize(model: nn.Module, seed: int) -> None:
 
     Values are drawn on the CPU in float32. A module that owns parameters declares `initializers`, one per parameter,
     and lists in `float32` the parameters that are never used in bfloat16. A parameter of three dimensions is a stack of
-    experts' matrices, each a function of (seed, name, expert): a rank draws only the matrices of which it has a shard,
-    one at a time. Buffers start at 0.
+    experts' matrices, each a function of (seed, name, expert). Of random matrices a rank draws only the rows of which
+    it has a shard, DRAWN_AT_ONCE numbers at a time. Buffers start at 0.
     """
     for name, parameter in model.named_parameters():
         initializer = _initializer(model, name)
         if initializer is zeros:
             parameter.zero_()
-        elif parameter.ndim == 3:
-            _draw_stack(initializer, parameter, seed, name)
+        elif parameter.ndim == 3 or (parameter.ndim == 2 and _is_random(initializer)):
+            _fill_matrices(initializer, parameter, seed, name)
         else:
             place(starting_value(model, name, seed), parameter)
     for buffer in model.buffers():
@@ -142,14 +145,49 @@ def _initializer(model: nn.Module, name: str) -> Initializer:
     return vars(model.get_submodule(owner_name))["initializers"][leaf]
 
 
-def _draw_stack(initializer: Initializer, parameter: Tensor, seed: int, name: str) -> None:
-    """Fill a stack (E, n, m), or this rank's shard of it, using memory for one more matrix (n, m)."""
-    experts, rows, columns = local_slices(parameter)
-    local = local_part(parameter)
-    matrix = torch.empty(parameter.shape[1:], dtype=torch.float32, device="cpu")
-    for index, expert in enumerate(range(experts.start, experts.stop)):
-        initializer(matrix, random_stream(seed, name, expert))
-        local[index].copy_(matrix[rows, columns])
+def _is_random(initializer: Initializer) -> bool:
+    """Whether an initializer draws one number for each element, in order."""
+    return isinstance(initializer, partial) and initializer.func is _fill_truncated_normal
+
+
+def _fill_matrices(initializer: Initializer, parameter: Tensor, seed: int, name: str) -> None:
+    """Fill a matrix (n, m) or a stack of them (E, n, m), or this rank's shard of it."""
+    *experts, rows, columns = local_slices(parameter)
+    local, shape = local_part(parameter), parameter.shape[-2:]
+    if not experts:
+        _fill_matrix(initializer, local, shape, rows, columns, random_stream(seed, name))
+    for stacked in experts:
+        for index, expert in enumerate(range(stacked.start, stacked.stop)):
+            _fill_matrix(initializer, local[index], shape, rows, columns, random_stream(seed, name, expert))
+
+
+def _fill_matrix(
+    initializer: Initializer,
+    part: Tensor,
+    shape: torch.Size,
+    rows: slice,
+    columns: slice,
+    generator: np.random.Generator,
+) -> None:
+    """Fill `part` with these rows and columns of a matrix of `shape`, whose first number `generator` draws next."""
+    height, width = shape
+    if not _is_random(initializer):
+        whole = torch.empty(height, width, dtype=torch.float32, device="cpu")
+        initializer(whole, generator)
+        part.copy_(whole[rows, columns])
+        return
+    skip_numbers(generator, rows.start * width)
+    for some in part.split(max(1, DRAWN_AT_ONCE // width)):
+        drawn = torch.empty(len(some), width, dtype=torch.float32, device="cpu")
+        initializer(drawn, generator)
+        some.copy_(drawn[:, columns])
+
+
+def skip_numbers(generator: np.random.Generator, count: int) -> None:
+    """Advance a new generator of `random_stream` as if it had drawn `count` float32 numbers."""
+    # Each value of Philox's counter gives 256 bits, and a float32 takes 32 of them.
+    generator.bit_generator.advance(count // 8)  # type: ignore[attr-defined]
+    generator.random(count % 8, dtype=np.float32)
 
 
 def local_slices(tensor: Tensor) -> tuple[slice, ...]:

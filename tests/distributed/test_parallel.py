@@ -256,9 +256,11 @@ def test_options_of_models_equal_one_process(
         assert_same(trained, with_options[options])
 
 
-def dtypes_in_forward(directory: Path) -> tuple[dict[str, torch.dtype], dict[str, torch.dtype], float]:
+def dtypes_in_forward(
+    directory: Path, changes: dict[str, Any]
+) -> tuple[dict[str, torch.dtype], dict[str, torch.dtype], float]:
     """Every parameter's type while its module computes and while it rests, and the loss of the first step."""
-    changes = {"parallel__mode": "fsdp", "train__dtype": "bfloat16", "run__dir": str(directory / "bfloat16")}
+    changes |= {"parallel__mode": "fsdp", "train__dtype": "bfloat16", "run__dir": str(directory / "bfloat16")}
     trainer = Trainer(tiny(directory, **{**CHANGES, **changes}))
     seen: dict[str, torch.dtype] = {}
     resting = {name: parameter.dtype for name, parameter in trainer.model.named_parameters()}
@@ -276,11 +278,17 @@ def dtypes_in_forward(directory: Path) -> tuple[dict[str, torch.dtype], dict[str
     return seen, resting, loss
 
 
-def test_what_stays_float32_under_bfloat16(pool: RankPool, single: tuple[Path, Trained]) -> None:
+@pytest.mark.parametrize("options", [None, "parcae and huginn"])
+def test_what_stays_float32_under_bfloat16(
+    pool: RankPool, single: tuple[Path, Trained], with_options: dict[str, Trained], options: str | None
+) -> None:
     directory, expected = single
-    for seen, resting, loss in pool.run(dtypes_in_forward, directory, ranks=2):
+    changes = {}
+    if options is not None:
+        changes, expected = dict(OPTIONS[options]), with_options[options]
+    for seen, resting, loss in pool.run(dtypes_in_forward, directory, changes, ranks=2):
         assert set(resting.values()) == {torch.float32}
-        precise = ("norm", "router", "recurrence.injection", "adapter.scale")
+        precise = ("norm", "router", "recurrence.injection", "adapter.scale", "_bias")
         for name in resting.keys() - {"head.weight"}:  # which is used as a matrix, not called
             assert seen[name] == (torch.float32 if any(part in name for part in precise) else torch.bfloat16), name
         assert loss == pytest.approx(expected.losses[0], rel=2e-3)

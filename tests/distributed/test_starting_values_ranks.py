@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
+from mythos.model import layers
 from mythos.model.layers import initialize, random_stream, truncated_normal
 from mythos.trainer import Trainer
 from tests.distributed.pool import RankPool
@@ -59,6 +61,45 @@ def test_a_rank_draws_its_own_experts(pool: RankPool, layout: str) -> None:
     for (whole, drawn), count in zip(pool.run(draw_on_ranks, shape, placements, ranks=ranks), counts, strict=True):
         assert torch.equal(whole, expected)
         assert drawn == [SHAPE[1:]] * count
+
+
+MATRIX = (10, 9)
+MATRICES: dict[str, tuple[int, tuple[int, ...], list[Placement], list[int]]] = {
+    "rows on 2": (2, (2,), [Shard(0)], [45, 45]),
+    "rows on 4, unevenly": (4, (4,), [Shard(0)], [27, 27, 27, 9]),
+    "columns on 2": (2, (2,), [Shard(1)], [90, 90]),
+    "copies of rows": (4, (2, 2), [Replicate(), Shard(0)], [45] * 4),
+}
+"""Ranks, their mesh, where the matrix is, and how many numbers each rank draws."""
+
+
+def draw_matrix_on_ranks(shape: tuple[int, ...], placements: list[Placement]) -> tuple[Tensor, int, int]:
+    torch.distributed.init_process_group("gloo")
+    drawn: list[int] = []
+    fill = layers._fill_truncated_normal
+
+    def counted(std: float, weight: Tensor, generator: Any) -> None:
+        drawn.append(weight.numel())
+        fill(std, weight, generator)
+
+    mesh = DeviceMesh("cpu", torch.arange(torch.Size(shape).numel()).view(shape))
+    with patch.multiple(layers, _fill_truncated_normal=counted, DRAWN_AT_ONCE=20):
+        linear = layers.Linear(MATRIX[1], MATRIX[0])
+        linear.weight = nn.Parameter(distribute_tensor(torch.full(MATRIX, torch.nan), mesh, placements))
+        initialize(linear, 5)
+    assert isinstance(linear.weight, DTensor)
+    return linear.weight.full_tensor().detach(), sum(drawn), max(drawn)
+
+
+@pytest.mark.parametrize("layout", MATRICES)
+def test_a_rank_draws_its_own_rows(pool: RankPool, layout: str) -> None:
+    expected = torch.empty(MATRIX)
+    truncated_normal(MATRIX[1])(expected, random_stream(5, "weight"))
+    ranks, shape, placements, counts = MATRICES[layout]
+    results = pool.run(draw_matrix_on_ranks, shape, placements, ranks=ranks)
+    for (whole, drawn, at_once), count in zip(results, counts, strict=True):
+        assert torch.equal(whole, expected)
+        assert drawn == count and at_once <= 20
 
 
 MODES: dict[str, tuple[int, dict[str, Any]]] = {

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mythos.model.config import ROUTERS, ModelConfig
 from mythos.model.halting import ActHalting, HaltingGate
 from mythos.model.injection import LTIInjection
+from mythos.model.lanes import StateLanes
 from mythos.model.layers import RMSNorm
 from mythos.model.moe import Router
 from mythos.model.recurrence import LoopAdapter, LoopEmbedding
@@ -50,6 +51,15 @@ def act(config: ModelConfig) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     return module, module
 
 
+def lanes(config: ModelConfig) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    module = StateLanes(config.model_copy(update={"lanes": 2}))
+
+    def read_and_gates(x: Tensor) -> Tensor:
+        return torch.cat(module(torch.stack((x, x.roll(1, 0)), dim=-2)), dim=-1)
+
+    return module, read_and_gates
+
+
 def loop_router(name: str) -> Callable[[ModelConfig], tuple[nn.Module, Callable[[Tensor], Tensor]]]:
     def build(config: ModelConfig) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
         module = ROUTERS[name].build(config)
@@ -59,7 +69,7 @@ def loop_router(name: str) -> Callable[[ModelConfig], tuple[nn.Module, Callable[
 
 
 LOOP_ROUTERS = [pytest.param(loop_router(name), id=f"{name} router") for name in ("bias", "embedding")]
-PARTS = (lti, router, *LOOP_ROUTERS, gate, act, embedding, norm)
+PARTS = (lti, router, *LOOP_ROUTERS, lanes, gate, act, embedding, norm)
 
 
 @pytest.fixture
@@ -86,7 +96,7 @@ def test_autocast_changes_nothing(small, inputs, part):
         torch.testing.assert_close(actual, exact, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("part", [lti, router, *LOOP_ROUTERS, norm])
+@pytest.mark.parametrize("part", [lti, router, *LOOP_ROUTERS, lanes, norm])
 def test_autocast_changes_nothing_where_compiled(small, inputs, part):
     """The backward pass too, which the compiler traces under the autocast of the forward pass; and in one graph."""
     module, function = part(small(dim=DIM))

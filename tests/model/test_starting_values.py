@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mythos.model import layers
 from mythos.model.config import ModelConfig
-from mythos.model.layers import random_stream, truncated_normal
+from mythos.model.layers import random_stream, skip_numbers, truncated_normal
 from mythos.model.rdt import RecurrentDepthTransformer
 
 EXPERTS = {"dim": 32, "n_experts": 6, "expert_dim": 48, "vocab_size": 128, "core_layers": 2}
@@ -96,3 +97,22 @@ def test_no_tensor_is_larger_than_one_expert_or_matrix() -> None:
     with Largest(model) as largest:
         model.initialize(0)
     assert largest.elements == max(matrices, 32 * 96) < 64 * 32 * 96
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 31, 800])
+def test_skipped_numbers_are_those_that_would_have_been_drawn(count: int) -> None:
+    whole = random_stream(2, "a").random(count + 20, dtype=np.float32)
+    generator = random_stream(2, "a")
+    skip_numbers(generator, count)
+    assert np.array_equal(generator.random(20, dtype=np.float32), whole[count:])
+
+
+def test_matrices_are_drawn_in_parts_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ModelConfig(**{**EXPERTS, "attention": "gqa", "lora_rank": 3})
+    expected = RecurrentDepthTransformer(config).initialize(1).state_dict()
+    monkeypatch.setattr(layers, "DRAWN_AT_ONCE", 100)  # rows of 3 to 96 numbers: one row or several at a time
+    model = RecurrentDepthTransformer(config)
+    with Largest(model) as largest:
+        model.initialize(1)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    assert largest.elements == 32 * 32, "the identity of the injection is not drawn"

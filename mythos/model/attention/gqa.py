@@ -33,6 +33,8 @@ class GroupedQueryAttention(Attention):
             self.query_bias = nn.Parameter(torch.empty(self.heads * self.head_dim))
             self.key_bias = nn.Parameter(torch.empty(self.kv_heads * self.head_dim))
             self.initializers = {"query_bias": zeros, "key_bias": zeros}
+        # In bfloat16, as FSDP2 gathers matrices, gradients of all loops would be summed in bfloat16.
+        self.float32: tuple[str, ...] = tuple(self.initializers)
         self.value_gate = Linear(min(GATE_INPUTS, dim), self.kv_heads, zeros) if value_embedding else None
 
     @classmethod
@@ -70,8 +72,9 @@ class GroupedQueryAttention(Attention):
         key_BSHK = key_BSD.unflatten(-1, (self.kv_heads, self.head_dim))
         value_BSHK = self.value(x).unflatten(-1, (self.kv_heads, self.head_dim))
         if self.value_gate is not None:
+            assert context.value is not None, "this layer has a value embedding"
             gate_BSH = 2 * self.value_gate(x[..., :GATE_INPUTS]).sigmoid()
-            value_BSHK = value_BSHK + gate_BSH.unsqueeze(-1) * context.value
+            value_BSHK = value_BSHK + gate_BSH.unsqueeze(-1) * context.value.to(value_BSHK.dtype)
         if self.query_norm is not None and self.key_norm is not None:
             query_BSHK, key_BSHK = self.query_norm(query_BSHK), self.key_norm(key_BSHK)
         query_BSHK = recomputable(context.rotate, query_BSHK, value_BSHK.dtype)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mythos.model.config import ModelConfig, Part
-from mythos.model.layers import Initializer, autocast_dtype, truncated_normal
+from mythos.model.layers import Initializer, truncated_normal
 
 ValueRows = Mapping[tuple[Part, int], Tensor]
 """The rows of each layer that has a value embedding, (B, S, KV, K), by part and index of the layer."""
@@ -24,7 +24,7 @@ class ValueEmbeddings(nn.Module):
             self.add_module(f"{part}_{layer}", ValueTable(vocabulary, config.n_kv_heads * config.head_dim))
 
     def forward(self, ids: Tensor) -> ValueRows:
-        """(B, S) int64 -> the rows of each layer, (B, S, KV, K) in the autocast type."""
+        """(B, S) int64 -> the rows of each layer, (B, S, KV, K) float32."""
         tables = {place: self.get_submodule("{}_{}".format(*place)) for place in self.layers}
         return {place: table(ids).unflatten(-1, (self.heads, -1)) for place, table in tables.items()}
 
@@ -38,8 +38,8 @@ class ValueTable(nn.Module):
         self.initializers: dict[str, Initializer] = {"weight": truncated_normal(1)}
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(B, S) int64 -> (B, S, n), in the autocast type."""
-        return F.embedding(ids, self.weight).to(autocast_dtype(self.weight))
+        """(B, S) int64 -> (B, S, n) float32. Each pass of the loop casts them: so their gradients add up in float32."""
+        return F.embedding(ids, self.weight).float()
 
 
 def value_embedding_layers(config: ModelConfig) -> list[tuple[Part, int]]:
