@@ -74,7 +74,8 @@ class ListedRun:
         with suppress(KeyError, ValueError, OverflowError, OSError):  # no time, or none that a calendar has
             time = f"{datetime.fromtimestamp(last['time']):%Y-%m-%d %H:%M}"
         return [
-            self.name,
+            # The name of a folder may contain commands to the terminal.
+            "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in self.name),
             self.state,
             f"{last.get('step', 0)}{steps}",
             f"{last['loss']:.4f}" if last.get("loss") is not None else "",
