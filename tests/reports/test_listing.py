@@ -165,3 +165,6 @@ def test_checkpoints_elsewhere_stay(tmp_path: Path, capsys: pytest.CaptureFixtur
     write_run(tmp_path / "runs" / "a", records(1), checkpoint__dir=str(place.parent))
     assert main(["rm", "--yes", "a", "--dir", str(tmp_path / "runs")]) == 0
     assert f"its checkpoints in {place.parent} stay" in capsys.readouterr().out and place.exists()
+    write_run(tmp_path / "runs" / "b", records(1), checkpoint__dir="s3://key:secret@bucket/b")
+    assert main(["rm", "--yes", "b", "--dir", str(tmp_path / "runs")]) == 0
+    assert "its checkpoints in s3://***@bucket/b stay" in capsys.readouterr().out
