@@ -82,10 +82,8 @@ class Start:
                 f"there, {tuple(here[first].shape)} here"
             )
         count = sum(there[name].numel() for name in taken)
-        self.changes.insert(
-            0,
-            f"{without_credentials(self.stored.source)} at step {self.stored.step}: {count:,} values of {len(taken)} tensors",
-        )
+        values = f"{count:,} values of {len(taken)} tensors"
+        self.changes.insert(0, f"{without_credentials(self.stored.source)} at step {self.stored.step}: {values}")
         for name in resized:
             if _has_row_per_loop(name, here[name]):
                 old, new = len(there[name]), len(here[name])
