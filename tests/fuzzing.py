@@ -16,7 +16,7 @@ import signal
 import time
 import traceback
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -320,7 +320,7 @@ def _configurations(folder: Path, exported: Path) -> list[Target]:
 class NoPictures(Pictures):
     """Draws nothing: pictures take a second, and no file is read for them alone."""
 
-    def row(self, panels: Iterable[Any], *_: Any) -> str:
+    def row(self, panels: Iterable[Any], key: Sequence[Any] = ()) -> str:
         """Only prepares the panels."""
         return "".join("" for _ in panels)
 

@@ -51,12 +51,13 @@ def check_measures(measures: dict[str, dict[str, Any]], once: dict[str, dict[str
 
     Raises MythosError for an unknown kind, and for options that it does not take.
     """
-    for kinds, asked, given in ((OF_A_RUN, measures, [None]), (ONCE, once, [])):
+    for kinds, asked in ((OF_A_RUN, measures), (ONCE, once)):
+        model = [None] if kinds is OF_A_RUN else []  # stands for the argument `opened`
         for kind, options in asked.items():
             function = chosen(kinds, kind)
             hints = get_type_hints(function)
             try:
-                signature(function).bind(*given, **options)
+                signature(function).bind(*model, **options)
                 for name, value in options.items():
                     TypeAdapter(hints[name]).validate_python(value, strict=True)
                     if not _positive(value):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import io
 import os
 import sys
@@ -392,6 +391,14 @@ def check_halting(name: str | None, threshold: float | None) -> None:
         raise MythosError(f"--exit-threshold: got {threshold:g}; allowed for {name}: {bound}")
 
 
+def read_prompt(file: str) -> bytes:
+    """Read a file, or standard input if it is -, to its end or one byte beyond the limit."""
+    if file == "-":
+        return sys.stdin.buffer.read(MOST_BYTES + 1)
+    with open(file, "rb") as stream:
+        return stream.read(MOST_BYTES + 1)
+
+
 def read_prompts(values: list[tuple[str, str]]) -> list[str | None]:
     """Read the prompts from pairs of option and value, in order; return [None] if there are none.
 
@@ -402,8 +409,7 @@ def read_prompts(values: list[tuple[str, str]]) -> list[str | None]:
         source, text = option, value
         if option == "--prompt-file":
             try:
-                with contextlib.nullcontext(sys.stdin.buffer) if value == "-" else open(value, "rb") as file:
-                    data = file.read(MOST_BYTES + 1)
+                data = read_prompt(value)
                 if len(data) > MOST_BYTES:
                     raise MythosError(f"{option} {value}: it has more than {MOST_BYTES:,} bytes; give a shorter text")
                 text = data.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
