@@ -11,7 +11,6 @@ import select
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Generic, Self, TextIO, TypeVar, overload
 
 if TYPE_CHECKING:
@@ -241,11 +240,12 @@ def scaled(number: float) -> str:
 
 def duration(seconds: float) -> str:
     """A time in its two largest units: 45s, 3m05s, 2h10m, 4d02h."""
-    whole = timedelta(seconds=round(seconds))
-    minutes, rest = divmod(whole.seconds, 60)
+    # Not timedelta, which ends after 2.7 million years: a run may be configured to take longer.
+    minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    if whole.days:
-        return f"{whole.days}d{hours:02}h"
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d{hours:02}h"
     if hours:
         return f"{hours}h{minutes:02}m"
     return f"{minutes}m{rest:02}s" if minutes else f"{rest}s"

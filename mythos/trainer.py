@@ -30,7 +30,7 @@ from mythos.distributed.ranks import join_world
 from mythos.distributed.run_lock import RunLock
 from mythos.distributed.stop import StopRequests, parse_duration
 from mythos.distributed.watchdog import Watchdog
-from mythos.errors import DivergedError, MythosError, TransientError
+from mythos.errors import DivergedError, MythosError, TransientError, without_credentials
 from mythos.evaluation.choices import ChoiceTask, EncodedTask, encode_task, read_tasks
 from mythos.evaluation.in_training import Interrupted, Measurement, write_samples
 from mythos.model.rdt import RDTOutput, RecurrentDepthTransformer
@@ -215,7 +215,7 @@ class Trainer:
             lines["schedule"] = f"over {config.schedule_steps:,} steps"
         if restarts := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
             lines["restart"] = f"{restarts}, because a process was lost"
-        self.console.write("\n".join(f"{name:9} {line}" for name, line in lines.items()))
+        self.console.write(without_credentials("\n".join(f"{name:9} {line}" for name, line in lines.items())))
         for number, line in enumerate(self.start.changes if self.start else []):
             self.console.write(f"{'' if number else 'start':9} {line}")
 

@@ -16,11 +16,12 @@ import signal
 import time
 import traceback
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
+from unittest import mock
 
 import psutil
 import pyarrow as pa
@@ -30,23 +31,42 @@ import yaml
 from safetensors.torch import save_file
 
 from mythos.checkpoints.stored_model import open_model
+from mythos.claims import definition
+from mythos.claims.check import problems
+from mythos.claims.costs import cpu_seconds
+from mythos.claims.definition import load_claim
+from mythos.claims.measures import check_measures
+from mythos.claims.results import FILE
+from mythos.claims.verdict_page import PICTURE, VERDICT
 from mythos.cli import export, tokenize
 from mythos.config.data import DataConfig, FilterConfig
-from mythos.config.inherited import inherited_sections
+from mythos.config.inherited import RUN_FILE, inherited_sections
 from mythos.config.loading import config_from_dict, load_config
+from mythos.data import embedded
 from mythos.data.corpus import open_corpora
 from mythos.data.tokenizer import Tokenizer
 from mythos.data.tokens import TokenSource
+from mythos.distributed.run_lock import LOCK_FILE, RunLock, is_locked
 from mythos.errors import MythosError
 from mythos.evaluation.choices import read_tasks
 from mythos.evaluation.continuations import DepthSetting
+from mythos.evaluation.depth_sweep import DepthFit, DepthSweep, HaltingPoint, LoopMeasures
+from mythos.evaluation.reasoning import AccuracyMap
 from mythos.evaluation.results import Result, load, save
 from mythos.files.storage import MARKER, META
 from mythos.hf.importing import import_model
+from mythos.planning import trace_cache
+from mythos.reports.evaluation_plots import map_panels
+from mythos.reports.listing import list_run
+from mythos.reports.markup import Pictures
+from mythos.reports.page import run_page
+from mythos.reports.recorded import open_run
 from mythos.trainer import Trainer
+from mythos.training.metrics import METRICS_FILE
 from tests.hf.published import published
 from tests.runs import documents, settings, tiny, write_settings
 
+ROOT = Path(__file__).parents[1]
 MOST_SECONDS = 10.0
 """Most processor time (not wall time: the machine may be busy)."""
 HANG_SECONDS = 60
@@ -246,6 +266,7 @@ def build_targets(folder: Path) -> list[Target]:
     exported = folder / "export"
     assert export.main([str(run), str(exported)]) == 0
     targets = [*_configurations(folder, exported), *_models(folder, run, exported), *_data(folder, run / "tokenizer")]
+    targets += [*_reports(folder, run), *_claims(folder), *_files_of_the_package(folder), *_state(folder, run)]
     for target in targets:
         target.read(shutil.copytree(target.folder, folder / "copy"))
         shutil.rmtree(folder / "copy")
@@ -294,6 +315,104 @@ def _configurations(folder: Path, exported: Path) -> list[Target]:
         Target("init_from (export)", exported, ("config.json",), lambda copy: inherited_sections(str(copy), {})),
         Target("init_from (run)", start, ("config.yaml",), lambda copy: inherited_sections(str(copy), {})),
     ]
+
+
+class NoPictures(Pictures):
+    """Draws nothing: pictures take a second, and no file is read for them alone."""
+
+    def row(self, panels: Iterable[Any], key: Sequence[Any] = ()) -> str:
+        """Only prepares the panels."""
+        return "".join("" for _ in panels)
+
+
+def _reports(folder: Path, run: Path) -> list[Target]:
+    place, maps = folder / "report", folder / "reasoning"
+    shutil.copytree(run, place, ignore=shutil.ignore_patterns("checkpoints", "plots"))
+    more = {"resumed_from": 0, "skipped_steps": 1, "rollbacks": 1, "mfu": 0.25, "data/document": 3}
+    records = [json.loads(line) | more for line in (place / METRICS_FILE).read_text().splitlines()]
+    later = [record | {"step": record["step"] + 1, "tokens": 2 * record["tokens"]} for record in records]
+    (place / METRICS_FILE).write_text("".join(json.dumps(record) + "\n" for record in [*records, *later]))
+    measures = [LoopMeasures(loops, 3.5 - loops / 10, 20.0, 1.5, 0.5, 0.1, 1.25, 0.9) for loops in range(1, 7)]
+    points = [HaltingPoint("convergence", 0.1, True, 2.5, 12.5, 1.5, 2.25, 0.25, [1, 2, 3])]
+    for name in ("sweep", "evaluation"):
+        (place / name).mkdir()
+    fit = DepthFit(2.5, 1.5, 0.5, 0.01, [1, 2, 3])
+    DepthSweep(3, 4, 32, measures, fit, points).save(place / "sweep" / "step-00000001", {"step": 1})
+    scores = [Result("a", "acc", DepthSetting(8, rule, 0.1), 2.5, 0.25, 0.125, 8) for rule in (None, "convergence")]
+    save(scores, place / "evaluation" / "step-00000001", {"step": 1, "limit": 5})
+    AccuracyMap("a", "hops", 1, (1, 2), [1, 2], [1, 4], 8, [[0.5, 1.0], [0.25, 0.5]]).write(maps / "step-00000001")
+
+    def page(copy: Path) -> object:
+        with mock.patch("mythos.reports.page.Pictures", NoPictures):
+            return run_page(open_run(copy))
+
+    def accuracies(copy: Path) -> object:
+        measured = AccuracyMap.load(copy / "step-00000001.json")
+        return measured.table(), map_panels([measured])
+
+    stored = ("sweep/step-00000001.json", "evaluation/step-00000001.json")
+    return [
+        Target("records of a run", place, (METRICS_FILE,), page),
+        Target("stored measurements", place, stored, page),
+        Target("run in a list", place, (METRICS_FILE, RUN_FILE), lambda copy: list_run(copy.parent, copy).cells()),
+        Target("map of accuracies", maps, ("step-00000001.json",), accuracies),
+    ]
+
+
+def _claims(folder: Path) -> list[Target]:
+    results, definitions = folder / "claims", folder / "definitions"
+    shutil.copytree(ROOT / "results" / "claims", results)
+    shutil.copytree(definition.FOLDER, definitions)
+
+    def defined(copy: Path) -> object:
+        with mock.patch.object(definition, "FOLDER", copy):
+            claim = load_claim("parameter-efficiency")
+            check_measures(claim.measure, claim.definition.once)
+            return claim.digest(), claim.runs(1, Path("unused"), None), cpu_seconds(claim)
+
+    files = [f"{name}/{file}" for name in ("memory", "stability") for file in (FILE, VERDICT, PICTURE)]
+    return [
+        Target("results of a claim", results, tuple(files), lambda copy: list(problems(copy, Path("none")))),
+        Target("definition of a claim", definitions, ("parameter-efficiency.yaml",), defined),
+    ]
+
+
+def _files_of_the_package(folder: Path) -> list[Target]:
+    texts, traces = folder / "speeches", folder / "traces"
+    texts.mkdir()
+    for number, text in enumerate(documents(3)):
+        (texts / f"18{number:02}-a.txt").write_text(text)
+    traces.mkdir()
+    shutil.copy(trace_cache.SHIPPED, traces)
+
+    def embedded_text(copy: Path) -> object:
+        with mock.patch.object(embedded, "files", lambda: sorted(copy.glob("*.txt"))):
+            embedded._hash.cache_clear()
+            opened = open_corpora(DataConfig(kind="embedded"))["corpus"]
+            return [list(opened.read(shard)) for shard in range(len(opened.shards))]
+
+    def shipped(copy: Path) -> object:
+        with mock.patch.object(trace_cache, "SHIPPED", copy / trace_cache.SHIPPED.name):
+            trace_cache.shipped_values.cache_clear()
+            return trace_cache.shipped_values()
+
+    return [
+        Target("embedded text", texts, ("1800-a.txt",), embedded_text),
+        Target("traces of the package", traces, (trace_cache.SHIPPED.name,), shipped),
+    ]
+
+
+def _state(folder: Path, run: Path) -> list[Target]:
+    """Small files that a start reads: the lock, and the list of results of `mythos evaluate`."""
+    place = folder / "lock"
+    place.mkdir()
+    shutil.copy(run / LOCK_FILE, place)
+
+    def locked(copy: Path) -> object:
+        with RunLock(copy) as lock:
+            return lock.run, is_locked(copy)
+
+    return [Target("lock of a run", place, (LOCK_FILE,), locked)]
 
 
 def _seal_checkpoint(copy: Path) -> None:

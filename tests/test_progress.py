@@ -141,7 +141,14 @@ def test_scaled(number: float, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.4, "0s"), (59.6, "1m00s"), (185, "3m05s"), (7800, "2h10m"), (4 * 86400 + 7300, "4d02h")],
+    [
+        (0.4, "0s"),
+        (59.6, "1m00s"),
+        (185, "3m05s"),
+        (7800, "2h10m"),
+        (4 * 86400 + 7300, "4d02h"),
+        (1e20, "1157407407407407d09h"),
+    ],
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text

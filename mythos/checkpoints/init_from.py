@@ -15,7 +15,7 @@ from mythos.checkpoints.stored_model import StoredModel, stored_model, tensors_o
 from mythos.config.sections import Config
 from mythos.data.tokenizer import Tokenizer, check_vocabulary
 from mythos.distributed.ranks import Ranks
-from mythos.errors import MythosError
+from mythos.errors import MythosError, without_credentials
 from mythos.model.config import padded_vocab_size
 from mythos.model.injection import spread_lanes
 from mythos.model.layers import is_loop_table, place, starting_value
@@ -82,9 +82,8 @@ class Start:
                 f"there, {tuple(here[first].shape)} here"
             )
         count = sum(there[name].numel() for name in taken)
-        self.changes.insert(
-            0, f"{self.stored.source} at step {self.stored.step}: {count:,} values of {len(taken)} tensors"
-        )
+        values = f"{count:,} values of {len(taken)} tensors"
+        self.changes.insert(0, f"{without_credentials(self.stored.source)} at step {self.stored.step}: {values}")
         for name in resized:
             if _has_row_per_loop(name, here[name]):
                 old, new = len(there[name]), len(here[name])
@@ -221,7 +220,7 @@ def planned_start(config: Config) -> list[str]:
         text, name = config.data.kind != "reasoning", config.tokenizer.name
         if text and name == "bpe":
             later = "vocabulary: compared once the tokenizer has been trained"
-            return [f"{start.stored.source}", *start.changes, later]
+            return [without_credentials(start.stored.source), *start.changes, later]
         tokenizer = Tokenizer.load(name) if text else None
         if config.model.vocab_size == "auto":
             assert tokenizer is not None

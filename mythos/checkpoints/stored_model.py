@@ -24,7 +24,7 @@ from mythos.config.loading import config_from_dict, load_config
 from mythos.config.model_paths import incomplete_checkpoint, require_model
 from mythos.config.sections import Config
 from mythos.data.tokenizer import Tokenizer
-from mythos.errors import MythosError, short_reason
+from mythos.errors import MythosError, short_reason, without_credentials
 from mythos.files.storage import MARKER, LocalStorage, is_step, locate
 from mythos.files.text import read_json, unusable_text
 from mythos.model.config import ModelConfig, model_contradictions
@@ -75,7 +75,7 @@ class OpenedModel:
     run: Config | None
     """The run's configuration; None for an exported model."""
     source: str
-    """Path or URL of the weights."""
+    """Path or URL of the weights, for people and files of results: without credentials."""
     corpora: Mapping[str, str] = field(default_factory=dict)
     """Hash of the text of each data source in training, by its name; empty if it is not known."""
 
@@ -110,7 +110,8 @@ def open_model(path: str | Path, device: torch.device | str = "cpu") -> OpenedMo
         model = stored.model.to_empty(device=device)
         stored.read(tensors_of(model))
         tokenizer = None if stored.tokenizer is None else Tokenizer.load(stored.tokenizer)
-        return OpenedModel(model, tokenizer, stored.mean_loops, stored.step, stored.run, stored.source, stored.corpora)
+        source = without_credentials(stored.source)
+        return OpenedModel(model, tokenizer, stored.mean_loops, stored.step, stored.run, source, stored.corpora)
 
 
 @contextlib.contextmanager

@@ -15,8 +15,9 @@ from mythos.claims.verdict_page import (
     verdict_text,
     write_verdict,
 )
-from mythos.errors import MythosError
+from mythos.errors import MythosError, short_reason
 from mythos.files.local import write_whole
+from mythos.files.text import read_bytes, read_text
 
 PAGE = Path("docs/claims.md")
 BEGIN, END = "<!-- mythos claims check --write -->", "<!-- end -->"
@@ -33,7 +34,7 @@ def problems(root: Path, page: Path) -> Iterator[str]:
         raise MythosError(f"{root}: no results of claims; run in a checkout, or give the folder with --results")
     for folder in folders:
         yield from problems_of(folder)
-    if page.is_file() and page.read_text("utf-8") != updated_page(page, root):
+    if page.is_file() and not _contains(page, updated_page(page, root)):
         yield f"{page}: not what the results yield"
 
 
@@ -44,7 +45,7 @@ def problems_of(folder: Path) -> Iterator[str]:
         yield f"{folder / FILE}: there is no such claim in configs/claims"
         return
     claim, _, judgement = outcome_line(results.claim, folder)
-    if (folder / FILE).read_text("utf-8") != results.dump():
+    if not _contains(folder / FILE, results.dump()):
         yield f"{folder / FILE}: not as `mythos claims` writes it"
     if results.config != claim.digest():
         yield (
@@ -53,10 +54,18 @@ def problems_of(folder: Path) -> Iterator[str]:
         )
         return
     verdict = folder / VERDICT
-    if not verdict.is_file() or verdict.read_text("utf-8") != verdict_text(claim, results, judgement):
+    if not _contains(verdict, verdict_text(claim, results, judgement)):
         yield f"{verdict}: not what the results yield"
     if judgement.tables and stamp_of(folder / PICTURE) != results.digest():
         yield f"{folder / PICTURE}: drawn from other results"
+
+
+def _contains(path: Path, text: str) -> bool:
+    """Whether a file has exactly this text."""
+    try:
+        return read_bytes(path) == text.encode()
+    except (OSError, ValueError):  # no file, or a larger one than ours
+        return False
 
 
 def write(root: Path, page: Path) -> None:
@@ -74,7 +83,10 @@ def write(root: Path, page: Path) -> None:
 
 def updated_page(page: Path, root: Path) -> str:
     """The page with the present table and pictures. Raises MythosError if it lacks the marks."""
-    text = page.read_text("utf-8")
+    try:
+        text = read_text(page)
+    except (OSError, ValueError) as error:
+        raise MythosError(f"{page} cannot be read: {short_reason(error)}") from error
     if BEGIN not in text or END not in text:
         raise MythosError(f"{page}: the marks {BEGIN} and {END} around the table are missing")
     before, _, rest = text.partition(BEGIN)

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -11,10 +12,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from mythos.config.checking import Problems, apply_override, read_yaml, suggestion
+from mythos.config.checking import PLAIN_TEXT, Problems, apply_override, read_yaml, shortened, shown, suggestion
 from mythos.config.loading import config_from_dict
 from mythos.config.sections import Config
 from mythos.errors import MythosError
+from mythos.files.text import unusable_text
 from mythos.section import Section
 
 FOLDER = Path(__file__).parents[1] / "configs" / "claims"
@@ -24,6 +26,11 @@ SIZES = ("nano", "small", "full")
 SizeName = Literal["nano", "small", "full"]
 ENOUGH_SEEDS = 3
 """Seeds that a verdict needs."""
+
+MOST_RUNS = 10_000
+"""Most runs of a claim, with every value of the tuning grid for every seed."""
+MOST_NAME = 200
+"""Longest name of a run; file systems allow 255 bytes, and files beside it have longer names."""
 
 Overrides = dict[str, Any]
 """Values by the full names of fields: {optim.lr: 0.003}."""
@@ -158,6 +165,11 @@ class Claim:
 
         Raises MythosError for values that are no valid configuration.
         """
+        count = seeds * len(self.arms) * math.prod(map(len, [*self.grid.values(), *self.tune.values()]))
+        if count > MOST_RUNS:
+            raise MythosError(
+                f"claim {self.name}, size {self.size}: got {count:,} runs; at most {MOST_RUNS:,} are allowed"
+            )
         planned = []
         for seed in range(seeds):
             for arm, overrides in self.arms.items():
@@ -176,6 +188,11 @@ class Claim:
     ) -> Config:
         """The configuration of one run."""
         name = run_name(arm, point, seed)
+        if Path(name).name != name or len(name.encode()) > MOST_NAME:
+            raise MythosError(
+                f"claim {self.name}, size {self.size}: {shortened(name)} cannot name a run's folder: arms and values "
+                f"of a grid must have no / and at most {MOST_NAME} characters together; set long values in arms"
+            )
         values: dict[str, Any] = dict(self.definition.base)
         run: Overrides = {"run.name": f"{self.name}-{name}", "run.dir": str(directory / name), "run.seed": seed}
         if data is not None:
@@ -212,6 +229,30 @@ def run_name(arm: str, point: Overrides, seed: int) -> str:
     return f"{place_name(arm, point)}-seed{seed}"
 
 
+def _check_plain(values: dict[str, Any], problems: Problems) -> None:
+    """Report values that are not JSON, such as YAML's dates: definitions are hashed and runs configured as JSON."""
+    for name, value in values.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            problems.add(f"{name!s}", f"{error}; allowed: text, finite numbers, true, false, null, lists and mappings")
+        if unusable_text(name) or unusable_text(value):
+            problems.add(f"{name!a}", f"allowed: {PLAIN_TEXT}")
+
+
+def _check_grids(definition: ClaimSection, problems: Problems) -> None:
+    """Report grids without values, and a `data` of the base that is no section."""
+    if not isinstance(definition.base.get("data", {}), dict):
+        problems.add("base.data", f"got {shown(definition.base['data'])}; allowed: a section")
+    sections: list[tuple[str, ClaimSection | SizeSection]] = [("", definition)]
+    sections += [(f"sizes.{size}.", section) for size, section in definition.sizes.items()]
+    for prefix, section in sections:
+        for name in ("grid", "tune"):
+            for path, choices in (getattr(section, name) or {}).items():
+                if not choices:
+                    problems.add(f"{prefix}{name}.{path}", "got []; allowed: a list of one value or more")
+
+
 def claim_names() -> list[str]:
     """The names of all claims."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -227,6 +268,8 @@ def load_claim(name: str, size: str = "nano") -> Claim:
     path = FOLDER / f"{name}.yaml"
     problems = Problems(str(path), ClaimSection)
     values = read_yaml(path, problems)
+    _check_plain(values, problems)
+    problems.raise_any()
     try:
         definition = ClaimSection.model_validate(values)
     except ValidationError as error:
@@ -234,6 +277,7 @@ def load_claim(name: str, size: str = "nano") -> Claim:
             problems.add(".".join(map(str, one["loc"])), one["msg"])
         problems.raise_any()
         raise
+    _check_grids(definition, problems)
     problems.raise_any()
     if size not in definition.sizes:
         raise MythosError(f"--size: got {size}; {name} has {', '.join(definition.sizes)}")

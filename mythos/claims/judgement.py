@@ -2,14 +2,15 @@
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from mythos.claims.definition import ENOUGH_SEEDS, Claim
 from mythos.claims.results import Results
-from mythos.errors import MythosError
+from mythos.errors import MythosError, short_reason
 
 if TYPE_CHECKING:
     from mythos.reports.style import Panel
@@ -45,7 +46,15 @@ class Judgement:
 
 
 def judge(claim: Claim, results: Results) -> Judgement:
-    """The verdict, computed from the results alone. Undecided with fewer than three seeds, or with an arm missing."""
+    """The verdict, computed from the results alone. Undecided with fewer than three seeds, or with an arm missing.
+
+    Raises MythosError for results that lack what the verdict is computed from.
+    """
+    with _readable(claim):
+        return _judge(claim, results)
+
+
+def _judge(claim: Claim, results: Results) -> Judgement:
     seeds = results.seeds(claim)
     if seeds == 0:
         missing = sorted(claim.arms.keys() - {run.arm for run in results.runs.values()})
@@ -59,9 +68,23 @@ def judge(claim: Claim, results: Results) -> Judgement:
 
 
 def panels(claim: Claim, results: Results) -> "list[Panel]":
-    """The plots of the claim's picture."""
-    drawn: list[Panel] = module_of(claim.name, "panels")(claim, results)
+    """The plots of the claim's picture. Raises as :func:`judge`."""
+    with _readable(claim):
+        drawn: list[Panel] = module_of(claim.name, "panels")(claim, results)
     return drawn
+
+
+@contextmanager
+def _readable(claim: Claim) -> Iterator[None]:
+    """Raise MythosError for values that are missing in the results, or are of another kind: an edited file."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, StopIteration, RuntimeError) as error:
+        cause = f"{type(error).__name__}: {short_reason(error)}"
+        raise MythosError(
+            f"{claim.name}: no verdict can be computed from its results ({cause}). Restore results.json from a copy, "
+            "or delete it to run the claim anew."
+        ) from error
 
 
 def module_of(name: str, function: str) -> Callable[..., Any]:

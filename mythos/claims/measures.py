@@ -1,10 +1,12 @@
 """Measurements of a claim: of a trained run, or of the model code itself (`once`). Results are plain JSON values."""
 
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from mythos.checkpoints.stored_checkpoint import complete_checkpoints
 from mythos.checkpoints.stored_model import OpenedModel, open_model
@@ -25,6 +27,7 @@ from mythos.model.config import ModelConfig
 from mythos.model.halting import default_threshold, halting_rule, usable_rules
 from mythos.model.layers import autocast_to
 from mythos.model.rdt import DepthReadout, RecurrentDepthTransformer
+from mythos.section import MOST_LOOPS
 
 Measure = Callable[..., dict[str, Any]]
 SPLITS: tuple[Split, ...] = ("train", "in", "out")
@@ -41,6 +44,39 @@ def measure_run(run_dir: Path, measures: dict[str, dict[str, Any]]) -> dict[str,
 def measure_once(measures: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Take measurements that need no run, by kind. Raises MythosError for an unknown kind."""
     return {kind: chosen(ONCE, kind)(**options) for kind, options in measures.items()}
+
+
+def check_measures(measures: dict[str, dict[str, Any]], once: dict[str, dict[str, Any]]) -> None:
+    """Check the measurements of a claim before its runs are trained.
+
+    Raises MythosError for an unknown kind, and for options that it does not take.
+    """
+    for kinds, asked in ((OF_A_RUN, measures), (ONCE, once)):
+        model = [None] if kinds is OF_A_RUN else []  # stands for the argument `opened`
+        for kind, options in asked.items():
+            function = chosen(kinds, kind)
+            hints = get_type_hints(function)
+            try:
+                signature(function).bind(*model, **options)
+                for name, value in options.items():
+                    TypeAdapter(hints[name]).validate_python(value, strict=True)
+                    if not _positive(value):
+                        raise ValueError(f"{name}: allowed: numbers above 0, at most {MOST_LOOPS:,}, no empty list")
+            except (TypeError, ValueError) as error:
+                reason = f"{name}: {error.errors()[0]['msg']}" if isinstance(error, ValidationError) else str(error)
+                raise MythosError(f"measure: {kind}: {reason}") from error
+
+
+def _positive(value: Any) -> bool:
+    """Whether the numbers in an option are above 0 and sensible, and its lists have entries.
+
+    In a mapping, of halting rules, an empty list stands for the default threshold.
+    """
+    if isinstance(value, dict):
+        return all(_positive(part) for parts in value.values() for part in parts)
+    if isinstance(value, list):
+        return bool(value) and all(map(_positive, value))
+    return not isinstance(value, int | float) or isinstance(value, bool) or 0 < value <= MOST_LOOPS
 
 
 def chosen(kinds: dict[str, Measure], kind: str) -> Measure:

@@ -11,7 +11,7 @@ from typing import Any
 from mythos.claims.definition import ENOUGH_SEEDS, Claim, Overrides, place_name, points, run_name
 from mythos.errors import MythosError, short_reason
 from mythos.files.local import write_whole
-from mythos.files.text import read_json
+from mythos.files.text import from_plain, read_json
 
 FOLDER = Path("results/claims")
 FILE = "results.json"
@@ -42,8 +42,8 @@ class RunResult:
     """Step at which training ended because it had diverged; None for a finished run."""
     skipped: int
     """Updates that were skipped, because loss or gradient were not finite."""
-    largest: dict[str, float]
-    """Largest values of rho_a, state_norm and grad_norm in the records."""
+    largest: dict[str, float | None]
+    """Largest values of rho_a, state_norm and grad_norm in the records; None for one that is not finite."""
     validations: list[dict[str, Any]]
     """Records with a validation, without times."""
     measured: dict[str, Any] = field(default_factory=dict)
@@ -155,10 +155,13 @@ def read_results(folder: Path) -> Results | None:
         return None
     try:
         content = read_json(path)
+        from_plain(list[RunResult], content["runs"])  # checks the types
         runs = [RunResult(**run) for run in content.pop("runs")]
-        return Results(**content, runs={run.name: run for run in runs})
+        results = Results(**content, runs={run.name: run for run in runs})
+        from_plain(Results, asdict(results))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise MythosError(f"{path} cannot be read as results of a claim: {short_reason(error)}") from error
+    return results
 
 
 def rounded(value: Any) -> Any:

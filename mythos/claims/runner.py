@@ -16,7 +16,7 @@ from mythos.claims.collect import collect, is_finished
 from mythos.claims.costs import run_flops
 from mythos.claims.definition import Claim, PlannedRun
 from mythos.claims.judgement import Judgement, judge
-from mythos.claims.measures import measure_once
+from mythos.claims.measures import check_measures, measure_once
 from mythos.claims.results import EMBEDDED, FILE, Results, read_results, rounded
 from mythos.claims.verdict_page import write_verdict
 from mythos.errors import DivergedError, MythosError
@@ -80,6 +80,7 @@ def run_claim(task: Task, say: Callable[[str], None] = print) -> Judgement:
     if a signal stops a run, which has then been saved.
     """
     claim, results = task.claim, open_results(task)
+    check_measures(claim.measure, claim.definition.once)
     if claim.definition.once and not results.once:
         results.once = rounded(measure_once(claim.definition.once))
         results.write(task.out)
@@ -110,6 +111,7 @@ def run_claim(task: Task, say: Callable[[str], None] = print) -> Judgement:
 def collect_finished(task: Task) -> Judgement | None:
     """Collect the runs that others have trained, and judge; None if there are no results yet."""
     claim, results = task.claim, open_results(task)
+    check_measures(claim.measure, claim.definition.once)
     for planned in task.planned(results):
         if planned.name not in results.runs and is_finished(planned):
             results.runs[planned.name] = collect(claim, planned)

@@ -1,6 +1,9 @@
 """What a claim's folder shows: verdict.md and its picture, and the table of all claims."""
 
+import io
 import json
+import struct
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +13,7 @@ from mythos.claims.judgement import NOT_RUN, UNDECIDED, Judgement, judge, panels
 from mythos.claims.results import EMBEDDED, FILE, Results, read_results
 from mythos.errors import MythosError
 from mythos.files.local import replacing, write_whole
+from mythos.files.text import read_bytes
 from mythos.progress import duration
 
 VERDICT, PICTURE = "verdict.md", "figure.png"
@@ -43,9 +47,10 @@ def stamp_of(path: Path) -> str | None:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(read_bytes(path))) as image:
             return str(image.info.get(STAMP))
-    except OSError:
+    # Pillow's PNG reader raises all of these for damaged files.
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError):
         return None
 
 

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from mythos.generation.conversation import Conversation
     from mythos.generation.text import Depth, Piece
 
+MOST_LINE = 2**20
+"""Longest line that is read; longer ones than a model's context are cut at their beginning anyway."""
+
 EXAMPLES = """
 examples:
   %(prog)s runs/quickstart                       loops per token as the halting rule decides
@@ -122,10 +125,17 @@ class Chat:
         """Lines of standard input, without their ends. Ctrl-C discards a line that is being typed."""
         while True:
             try:
-                yield input("> " if self.by_hand else "")
+                if not self.by_hand:
+                    line = sys.stdin.readline(MOST_LINE)
+                    if not line:
+                        return
+                    if len(line) == MOST_LINE:  # a stream without line breaks would be read until memory is full
+                        raise MythosError(f"a line has more than {MOST_LINE:,} characters; give shorter ones")
+                    yield line.removesuffix("\n")
+                else:
+                    yield input("> ")
             except EOFError:
-                if self.by_hand:
-                    print()
+                print()
                 return
             except KeyboardInterrupt:
                 if not self.by_hand:

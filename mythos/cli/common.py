@@ -15,6 +15,7 @@ from mythos.config.loading import config_from_dict, load_config
 from mythos.config.model_paths import require_model
 from mythos.config.sections import Config
 from mythos.errors import MythosError, log_messages
+from mythos.files.local import is_full
 from mythos.files.text import unusable_text
 from mythos.hf import SHARD_SIZE
 from mythos.progress import discard_output, reader_is_gone
@@ -84,7 +85,11 @@ def exit_status(action: Callable[[], None], interrupted: str = "\nstopped") -> i
 
 
 def quiet_without_reader(command: Callable[[], int]) -> int:
-    """Run a whole command and return its exit status; 0 if the reader of its output has closed it (`| head -1`)."""
+    """Run a whole command and return its exit status.
+
+    0 if the reader of its output has closed it (`| head -1`), 1 with a message if the disk with its output is full.
+    """
+    open_closed_streams()
     try:
         try:
             status = command()
@@ -98,6 +103,23 @@ def quiet_without_reader(command: Callable[[], int]) -> int:
             raise
         discard_output()
         return 0
+    except OSError as error:
+        if error.filename is not None or not is_full(error):  # an error of writing to an open file has no name
+            raise
+        discard_output()
+        print(f"error: standard output cannot be written: {error.strerror}", file=sys.stderr)
+        return 1
+
+
+def open_closed_streams() -> None:
+    """Open standard streams that the caller has closed (`>&-`) on /dev/null.
+
+    Python has None in their place, and the next file that is opened gets the number of the closed stream: what a
+    library writes to standard output would go into that file.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - open until the end
 
 
 class TakesArguments(Protocol):

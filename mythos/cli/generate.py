@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +20,9 @@ from mythos.cli.common import (
     exit_status,
     whole_numbers,
 )
+from mythos.config.checking import shortened
 from mythos.errors import MythosError
+from mythos.files.text import MOST_BYTES
 from mythos.progress import can_colour
 
 if TYPE_CHECKING:
@@ -359,11 +362,19 @@ def check_new_file(option: str, name: str | None) -> None:
         return
     if not name:
         raise MythosError(f"{option}: got no name; give a file to write")
-    path = Path(name).resolve()
-    if path.is_dir():
-        raise MythosError(f"{option}: {name} is a folder; give a file in it")
-    if not path.parent.is_dir():
-        raise MythosError(f"{option}: there is no folder {path.parent}")
+    path = Path(os.path.abspath(name))
+    try:
+        if path.is_symlink():
+            raise MythosError(f"{option}: {name} is a link, which would be replaced; give the file that it points to")
+        if path.is_dir():
+            raise MythosError(f"{option}: {name} is a folder; give a file in it")
+        if not path.parent.is_dir():
+            raise MythosError(f"{option}: there is no folder {path.parent}")
+        if path.exists() and not path.is_file():
+            raise MythosError(f"{option}: {name} is not a regular file; give another name")
+    except OSError as error:  # a name that is too long, or a folder that cannot be entered
+        reason = f"{shortened(name)} cannot be written: {error.strerror}"
+        raise MythosError(f"{option}: {reason}; give another file") from error
 
 
 def check_halting(name: str | None, threshold: float | None) -> None:
@@ -380,6 +391,14 @@ def check_halting(name: str | None, threshold: float | None) -> None:
         raise MythosError(f"--exit-threshold: got {threshold:g}; allowed for {name}: {bound}")
 
 
+def read_prompt(file: str) -> bytes:
+    """Read a file, or standard input if it is -, to its end or one byte beyond the limit."""
+    if file == "-":
+        return sys.stdin.buffer.read(MOST_BYTES + 1)
+    with open(file, "rb") as stream:
+        return stream.read(MOST_BYTES + 1)
+
+
 def read_prompts(values: list[tuple[str, str]]) -> list[str | None]:
     """Read the prompts from pairs of option and value, in order; return [None] if there are none.
 
@@ -390,7 +409,9 @@ def read_prompts(values: list[tuple[str, str]]) -> list[str | None]:
         source, text = option, value
         if option == "--prompt-file":
             try:
-                data = sys.stdin.buffer.read() if value == "-" else Path(value).read_bytes()
+                data = read_prompt(value)
+                if len(data) > MOST_BYTES:
+                    raise MythosError(f"{option} {value}: it has more than {MOST_BYTES:,} bytes; give a shorter text")
                 text = data.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
             except (OSError, UnicodeDecodeError) as error:
                 raise MythosError(f"--prompt-file: {value} cannot be read as UTF-8 text: {error}") from error

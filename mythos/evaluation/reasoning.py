@@ -4,7 +4,7 @@ import csv
 import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from mythos.data.tasks import TaskSet, task_set
 from mythos.distributed.ranks import World
 from mythos.errors import MythosError, short_reason
 from mythos.evaluation.validation import right_rows
-from mythos.files.text import read_json
+from mythos.files.text import from_plain, read_json
 from mythos.model import IGNORE_INDEX
 from mythos.model.rdt import DepthReadout, RecurrentDepthTransformer
 
@@ -116,12 +116,11 @@ class AccuracyMap:
     def load(cls, path: Path) -> "AccuracyMap":
         """Read a .json that `write` wrote. Raises MythosError for another file."""
         try:
-            values = cls(**read_json(path))
-            low, high = map(int, values.trained)
-            shape = {len(list(map(float, row))) for row in values.accuracy}
+            values = from_plain(cls, asdict(cls(**read_json(path))))
+            shape = set(map(len, values.accuracy))
             if len(values.accuracy) != len(values.difficulties) or shape != {len(values.loops)}:
                 raise ValueError("the rows of accuracy are not difficulties x loops")
-            return replace(values, trained=(low, high))
+            return values
         except (OSError, ValueError, TypeError) as error:
             raise MythosError(f"{path} cannot be read as a map of accuracies: {short_reason(error)}") from error
 

@@ -74,11 +74,18 @@ def replacing(path: Path, *, unique: bool = False, durable: bool = False) -> Ite
             write the same file at the same time.
         durable: fsync the file before the rename and its folder after it, so that it survives a loss of power.
 
+    A link to a file is replaced itself; the file that it points to stays.
+
     Raises:
-        OSError: the file cannot be written.
+        OSError: the file cannot be written, or `path` is something else: a folder, or a device such as /dev/null, in
+            whose place root could put a file.
     """
+    with suppress(FileNotFoundError):
+        _require_regular(path, os.stat(path))
     number = f".{_random.getrandbits(32)}" if unique else ""
     temporary = path.with_name(f"{path.name}{number}.tmp")
+    with suppress(FileNotFoundError):
+        temporary.unlink()  # left by a killed process; or a link, which would be followed, or a FIFO, which blocks
     try:
         yield temporary
         if durable:

@@ -268,10 +268,12 @@ class LocalStorage(Storage):
             self._path(name).rmdir()
 
     def probe(self, key: str) -> None:
-        """Write the probe; raises OSError too where `latest`, which every save writes, is a directory."""
+        """Write the probe; raises OSError too where `latest`, which every save writes, is anything but a file."""
         for path in (self._path(LATEST), self._path(f"{LATEST}.tmp")):
             if path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, "Is a directory, where a file is to be written", str(path))
+        if self._path(LATEST).exists() and not self._path(LATEST).is_file():
+            raise OSError(errno.EINVAL, "Is not a regular file", str(self._path(LATEST)))
         super().probe(key)
 
     def require_space(self, needed: int) -> None:

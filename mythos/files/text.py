@@ -1,10 +1,15 @@
 """Read small text and JSON files that anybody may have written or damaged, within limits of size and depth."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from mythos.files.local import open_regular
+
+T = TypeVar("T")
 
 MOST_BYTES = 64 * 2**20
 """Largest file that is read whole. The largest that this project writes, an index of all tensors, has a few MB."""
@@ -58,6 +63,30 @@ def parse_json(content: bytes | str) -> Any:
             for inner in (outer.values() if isinstance(outer, dict) else outer)
         ]
     return value
+
+
+def from_plain(kind: type[T], values: Any) -> T:
+    """Build a dataclass, which may contain others, from plain values that were read as JSON.
+
+    Raises ValueError that names the first value of another type than its field's, and for numbers that are not finite
+    or exceed 64 bits.
+    """
+    if any(type(value) is int and abs(value) >= 2**63 for value in _leaves(values)):
+        raise ValueError("a whole number has more than 64 bits")
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(values, allow_nan=False), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """The values in lists and mappings."""
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(inner)
+    else:
+        yield value
 
 
 def unusable_text(value: Any) -> bool:

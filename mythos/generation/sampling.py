@@ -7,6 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+MOST_PENALTY = 1e9
+"""Largest repetition penalty, and the inverse of the smallest: logits stay finite in float32."""
+LEAST_TEMPERATURE = 1e-30
+"""Lower temperatures are raised to this one, which always takes the likeliest token: quotients stay finite."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -17,7 +22,7 @@ class Sampling:
 
     repetition_penalty: float = 1.0
     """Divides positive logits, and multiplies negative ones, of ids that are already in the row (arXiv 1909.05858);
-    above 0, 1 = off."""
+    1e-9 to 1e9, 1 = off."""
     temperature: float = 0.8
     """Divides the logits; at least 0, and 0 takes the likeliest token."""
     top_k: int | None = None
@@ -29,8 +34,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise ValueError(f"repetition penalty: got {self.repetition_penalty}; allowed: above 0 (1 = off)")
+        if not 1 / MOST_PENALTY <= self.repetition_penalty <= MOST_PENALTY:
+            raise ValueError(
+                f"repetition penalty: got {self.repetition_penalty}; allowed: {1 / MOST_PENALTY:g} to "
+                f"{MOST_PENALTY:g} (1 = off)"
+            )
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature: got {self.temperature}; allowed: at least 0 (0 = the likeliest token)")
         if self.top_k is not None and self.top_k < 1:
@@ -77,7 +85,7 @@ class Sampling:
             best, candidates = logits.topk(self.top_k, dim=-1)
         else:
             best, candidates = logits.sort(dim=-1, descending=True, stable=True)
-        weights = (best.double() / self.temperature).softmax(-1)
+        weights = (best.double() / max(self.temperature, LEAST_TEMPERATURE)).softmax(-1)
         if self.top_p is not None:
             likelier = weights.cumsum(-1) - weights  # total probability of the ids before this one
             weights = weights.masked_fill(likelier >= self.top_p, 0.0)

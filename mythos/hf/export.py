@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 from mythos.checkpoints.stored_model import INDEX_FILE, PREFIX, StoredModel, stored_model, tensors_of
 from mythos.config.model_paths import run_directory
 from mythos.data.tokenizer import PROBE, REQUEST_FILE, Tokenizer
-from mythos.errors import MythosError, short_reason
+from mythos.errors import MythosError, short_reason, without_credentials
 from mythos.files.local import remedy, replacing_folder
 from mythos.files.storage import require_space
 from mythos.files.tensors import save_file
@@ -116,7 +116,7 @@ def write_export(
             files = _write_weights(stored, temporary, DTYPES[dtype], max_shard_size)
     except (OSError, SafetensorError) as error:
         raise MythosError(f"{folder} cannot be written: {error}. {remedy(error)} or give another folder.") from error
-    return Exported(folder, stored.source, stored.step, files)
+    return Exported(folder, without_credentials(stored.source), stored.step, files)
 
 
 def push(folder: str | Path, repository: str) -> str:

@@ -15,7 +15,7 @@ from mythos.config.inherited import RUN_FILE
 from mythos.config.loading import load_config
 from mythos.config.sections import Config
 from mythos.distributed.run_lock import LOCK_FILE, RunLock, is_locked
-from mythos.errors import MythosError, short_reason
+from mythos.errors import MythosError, short_reason, without_credentials
 from mythos.files.storage import LocalStorage, step_of
 from mythos.training.metrics import METRICS_FILE, scan_metrics
 
@@ -51,11 +51,11 @@ class ListedRun:
 
     @property
     def other_checkpoints(self) -> str | None:
-        """Where its checkpoints are, if outside of its directory."""
+        """Where its checkpoints are, if outside of its directory, for people."""
         place = self.config.checkpoint.dir if self.config else None
         if place is None or Path(os.path.realpath(place)).is_relative_to(os.path.realpath(self.directory)):
             return None
-        return str(place)
+        return without_credentials(str(place))
 
     def _is_saved(self) -> bool:
         """Whether the checkpoint of the last step exists; true for one in an object store, which is not asked."""
@@ -74,7 +74,8 @@ class ListedRun:
         with suppress(KeyError, ValueError, OverflowError, OSError):  # no time, or none that a calendar has
             time = f"{datetime.fromtimestamp(last['time']):%Y-%m-%d %H:%M}"
         return [
-            self.name,
+            # The name of a folder may contain commands to the terminal.
+            "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in self.name),
             self.state,
             f"{last.get('step', 0)}{steps}",
             f"{last['loss']:.4f}" if last.get("loss") is not None else "",

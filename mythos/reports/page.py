@@ -117,9 +117,14 @@ def depth_section(run: RecordedRun, pictures: Pictures) -> str:
     law = f"<p>{escape(str(fit))}</p>\n" if fit else ""
     column = "right answers" if is_task else "perplexity"
     newest = f"<p>Step {last['step']:,}</p>\n" + table(["loops", "loss", column, ""], rows) + "\n" + law
+    key = "val/accuracy" if is_task else "val/bits_per_byte"
     every = [
-        [f"{record['step']:,}", f"{record['tokens']:,}", f"{record['val/loss']:.4f}"]
-        + [f"{record[key]:.4f}" for key in ("val/bits_per_byte", "val/accuracy") if key in record]
+        [
+            f"{record['step']:,}",
+            f"{record['tokens']:,}",
+            f"{record['val/loss']:.4f}",
+            f"{record[key]:.4f}" if key in record else "",
+        ]
         for record in run.validations
     ]
     names = ["step", "tokens", f"loss at {run.depth_label}", "right answers" if is_task else "bits per byte"]

@@ -19,12 +19,14 @@ from mythos.config.sections import Config
 from mythos.errors import MythosError, short_reason, without_credentials
 from mythos.files.storage import step_of
 from mythos.planning.flops import forward_flops
-from mythos.training.metrics import METRICS_FILE, damaged_lines, scan_metrics
+from mythos.training.metrics import METRICS_FILE, damaged_lines, losses_by_depth, scan_metrics
 
 logger = logging.getLogger(__name__)
 
 NEEDED = ("step", "tokens", "loops", "backprop_loops")
 """Fields of every record of a training step."""
+LATEST_TIME = 253_402_300_799
+"""End of the year 9999 in seconds since 1970; Python has no later dates."""
 
 
 class Event(NamedTuple):
@@ -165,13 +167,22 @@ def open_run(path: str | Path) -> RecordedRun:
         logger.warning("%s: %s. The report is of the sound records", file, damaged_lines(damaged))
     if not records:
         raise MythosError(f"{file} has no records yet; the run writes one every log.every steps")
+    records = [{key: value for key, value in record.items() if value is not None} for record in records]
+    for record in records:
+        if not 0 <= record.get("time", 0) <= LATEST_TIME:  # NaN neither
+            del record["time"]
     return RecordedRun(directory, load_config(directory, to_train=False), records)
 
 
 def needed_fields(record: dict[str, Any]) -> Sequence[str]:
     """Fields that a report needs of a record."""
     # A record before the first step describes the model that the run starts from (train.init_from).
-    return ("step", "tokens") if record.get("step") == 0 else NEEDED
+    keys = ["step", "tokens"] if record.get("step") == 0 else list(NEEDED)
+    if record.get("val/auto_loss") is not None:
+        keys += ["val/auto_loops", "val/auto_saved"]
+    if record.get("val/accuracy") is not None:
+        keys += [f"val/accuracy@{loops}" for loops in losses_by_depth(record)]
+    return keys
 
 
 def run_names(paths: Sequence[str]) -> list[str]:

@@ -4,6 +4,8 @@ import codecs
 import json
 import logging
 import os
+import re
+import sys
 from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
@@ -104,8 +106,9 @@ class MetricsLog:
 def losses_by_depth(record: dict[str, float]) -> dict[int, float]:
     """The `val/loss@<loops>` of a record, by number of loops, shallowest first."""
     prefix = "val/loss@"
-    losses = {int(key.removeprefix(prefix)): value for key, value in record.items() if key.startswith(prefix)}
-    return dict(sorted(losses.items()))
+    losses = {key.removeprefix(prefix): value for key, value in record.items() if key.startswith(prefix)}
+    # A key that no run writes, of a file that was edited, is left out.
+    return dict(sorted((int(loops), value) for loops, value in losses.items() if re.fullmatch("[0-9]{1,9}", loops)))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -157,9 +160,14 @@ def _unsound(record: Any, needed: Callable[[dict[str, Any]], Sequence[str]]) -> 
     """Keys without a number: `step`, other needed keys, and those whose values are neither numbers nor null."""
     fields = record if isinstance(record, dict) else {}
     wrong = [key for key in needed(fields) if fields.get(key) is None]
-    wrong += [key for key, value in fields.items() if type(value) not in (int, float, type(None))]
+    wrong += [key for key, value in fields.items() if not (value is None or _is_number(value))]
     step = fields.get("step", 0)
     return wrong if "step" in wrong or (type(step) is int and step >= 0) else ["step", *wrong]
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value of JSON is a number that fits in a float, as plots and tables need; NaN and infinity do."""
+    return type(value) is float or (type(value) is int and abs(value) <= sys.float_info.max)
 
 
 def sound_records(path: Path) -> list[dict[str, Any]]:

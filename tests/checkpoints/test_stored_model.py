@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import Mock
 
+import fsspec
 import pytest
 import torch
 
@@ -50,6 +51,18 @@ def test_an_older_checkpoint_is_opened_by_its_path(trained: Trainer, opened: Ope
     newer, values = weights(opened.model), weights(older.model)
     assert any(not torch.equal(newer[name], values[name]) for name in newer)
     assert_same(weights(open_model(f"{saved(trained, 4)}/").model), newer)
+
+
+def test_no_credentials_of_a_url_are_shown(
+    trained: Trainer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Sources are printed, and written to files of results; a run prints what it continues."""
+    files = fsspec.filesystem("memory")
+    files.put(str(saved(trained, 4)), "/key:secret@bucket/step-00000004", recursive=True)
+    assert open_model("memory://key:secret@bucket/step-00000004").source == "memory://***@bucket/step-00000004"
+    monkeypatch.setattr(trained, "resumed_from", "memory://key:secret@bucket/step-00000004")
+    trained.announce()
+    assert "continuing at step 4 from memory://***@bucket/step-00000004\n" in capsys.readouterr().out
 
 
 def test_a_run_may_be_called_like_a_checkpoint(trained: Trainer, tmp_path: Path) -> None:

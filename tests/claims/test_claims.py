@@ -1,8 +1,10 @@
 """Definitions, results, the runner and the check: everything of `mythos claims` but the verdicts of single claims."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,60 @@ def test_a_tampered_number_fails_the_check(copied: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(definition, "FOLDER", definitions)
     [problem] = problems(copied, Path("none"))
     assert "made with definition" in problem and "run the claim anew" in problem
+
+
+def edited(folder: Path, name: str, places: list[Any], value: Any) -> None:
+    path = folder / name / "results.json"
+    content = json.loads(path.read_text())
+    *outer, key = places
+    inner = content
+    for place in outer:
+        inner = inner[place]
+    inner[key] = value
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("name", "places", "value", "message"),
+    [
+        ("stability", ["runs", 0, "arm"], 5, "results.json cannot be read as results of a claim: 0.arm: Input should"),
+        ("stability", ["runs", 0, "seconds"], 10**400, "a whole number has more than 64 bits"),
+        ("stability", ["runs", 0, "seconds"], float("inf"), "results.json cannot be read as results of a claim: "),
+        ("stability", ["runs", 0, "point"], [], "results.json cannot be read as results of a claim: "),
+        ("stability", ["runs", 0, "point"], {}, "stability: no verdict can be computed from its results (KeyError: "),
+        (
+            "stability",
+            ["runs", 0, "validations", 0, "val/loss@4"],
+            "x",
+            "no verdict can be computed from its results (",
+        ),
+        ("memory", ["once"], {}, "memory: no verdict can be computed from its results (KeyError: 'cache')"),
+        ("memory", ["once", "cache", "rows", 0, "measured"], None, "no verdict can be computed from its results ("),
+    ],
+)
+def test_damaged_results_are_named(
+    copied: Path, capsys: pytest.CaptureFixture[str], name: str, places: list[Any], value: Any, message: str
+) -> None:
+    edited(copied, name, places, value)
+    for action in ("check", "list"):
+        assert main([action, "--results", str(copied)]) == 1
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", None])
+def test_what_is_damaged_beside_the_results_is_reported(copied: Path, content: bytes | None) -> None:
+    for name in ("verdict.md", "figure.png"):
+        path = copied / "memory" / name
+        sound = path.read_bytes()
+        path.unlink()
+        os.mkfifo(path) if content is None else path.write_bytes(content)
+        assert [line.partition(": ")[0] for line in problems(copied, Path("none"))] == [str(path)]
+        path.unlink()
+        path.write_bytes(sound)
+    page = copied / "claims.md"
+    page.write_bytes(b"\xff")
+    with pytest.raises(MythosError, match="cannot be read"):
+        list(problems(copied, page))
 
 
 def test_the_page_has_the_table_of_the_results(copied: Path) -> None:
@@ -235,6 +291,49 @@ def test_wrong_use_is_one_message_before_any_work(toy: Path, words: list[str], m
     assert main(words) == 1
     assert message in capsys.readouterr().err
     assert not Path("runs").exists() and not Path("results").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base": {"data": 5}}, "base.data: got 5; allowed: a section"),
+        (
+            {"arms": {"../../x": {}}},
+            "../../x-seed0 cannot name a run's folder: arms and values of a grid must have no /",
+        ),
+        ({"arms": {"a" * 300: {}}}, "cannot name a run's folder"),
+        ({"arms": {"a\ud800": {}}}, "arms': allowed: text without the character NUL"),
+        ({"grid": {"optim.lr": []}}, "grid.optim.lr: got []; allowed: a list of one value or more"),
+        ({"tune": {"optim.lr": []}}, "tune.optim.lr: got []; allowed: a list of one value or more"),
+        ({"grid": {"optim.lr": [date(2020, 1, 1)]}}, "grid: Object of type date is not JSON serializable; allowed: "),
+        ({"grid": {"optim.lr": [0.1] * 101, "model.dim": [32] * 101}}, "got 20,402 runs; at most 10,000 are allowed"),
+        ({"thresholds": {"x": float("nan")}}, "thresholds: Out of range float values"),
+    ],
+)
+def test_a_hostile_definition_is_refused(toy: Path, changes: dict[str, Any], message: str, capsys: Any) -> None:
+    values = yaml.safe_load((toy / "toy.yaml").read_text())
+    (toy / "toy.yaml").write_text(yaml.safe_dump(values | changes))
+    assert main(["toy", "--dry-run"]) == 1 and message in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"measure": {"weight": {}}}, "measure: got weight; allowed: sweep, "),
+        ({"measure": {"sweep": {"loop": [1]}}}, "measure: sweep: missing a required argument: 'loops'"),
+        ({"measure": {"sweep": {"loops": "all"}}}, "measure: sweep: loops: Input should be a valid list"),
+        ({"measure": {"sweep": {"loops": [0]}}}, "measure: sweep: loops: allowed: numbers above 0"),
+        ({"once": {"cache": {"presets": [], "tokens": 1}}}, "measure: cache: presets: allowed: numbers above 0"),
+    ],
+)
+def test_measurements_are_checked_before_anything_is_trained(
+    toy: Path, changes: dict[str, Any], message: str, capsys: Any
+) -> None:
+    values = yaml.safe_load((toy / "toy.yaml").read_text())
+    (toy / "toy.yaml").write_text(yaml.safe_dump(values | changes))
+    assert main(["toy"]) == 1 and message in capsys.readouterr().err
+    assert not Path("runs").exists()
 
 
 def test_results_of_another_definition_or_text_are_kept(toy: Path, capsys: Any) -> None:

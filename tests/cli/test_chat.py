@@ -145,6 +145,11 @@ def test_a_line_that_is_refused(talk: Chatting, line: str, message: str) -> None
     assert status == 1 and out == "" and err.startswith(f"error: {message}") and len(err.splitlines()) == 1
 
 
+def test_a_stream_without_line_breaks_is_not_read_to_its_end(talk: Chatting) -> None:
+    status, out, err = talk("a" * 2**20 + "\nThe\n", "--tokens", "2")
+    assert (status, out) == (1, "") and err == "error: a line has more than 1,048,576 characters; give shorter ones\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -14,6 +14,7 @@ import yaml
 import mythos
 from mythos.cli import COMMANDS, GROUPS, command, main
 from mythos.config.loading import load_config, packaged_configs
+from tests.reports.handmade import records, write_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -123,6 +124,24 @@ def test_the_reader_of_the_output_may_stop(words):
     ended = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     assert (ended.returncode, ended.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        ("configs >&-", 0),
+        ("configs <&- >&- 2>&-", 0),
+        ("runs rm done --dir runs <&-", 1),
+        ("configs quickstart >/dev/full", 1),
+    ],
+)
+def test_standard_streams_may_be_closed_or_full(tmp_path: Path, words: str, status: int) -> None:
+    write_run(tmp_path / "runs" / "done", records(1), train__steps=3)
+    shell = ["bash", "-c", f"{sys.executable} -m mythos {words}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(shell, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ended.returncode == status and len(ended.stderr.splitlines()) == status, ended.stderr
+    assert ended.stderr.startswith("error: " * status)
 
 
 def test_continuing_has_no_command_of_its_own(capsys):

@@ -148,6 +148,7 @@ def test_compiled_text_is_the_same(
         (["--prompt", ""], "--prompt: the prompt is empty"),
         (["--prompt", "word " * 80], "tokens, and the model's context is 64: shorten it"),
         (["--prompt-file", "no/such/file"], "--prompt-file: no/such/file cannot be read as UTF-8 text"),
+        (["--prompt-file", "/dev/zero"], "--prompt-file /dev/zero: it has more than 67,108,864 bytes"),
         (["--top-k", "385"], "top-k: got 385; allowed: at most the vocabulary, "),
         (
             ["--loops", "65536", "--tokens", "10000"],
@@ -191,6 +192,9 @@ def test_bad_input_is_reported_in_a_line(
         (["--picture", "no/such/folder/a.svg"], "--picture: there is no folder"),
         (["--picture", "a.pdf"], "--picture: got a.pdf; give a file that ends in .svg or .png"),
         (["--html", "."], "--html: . is a folder; give a file in it"),
+        (["--html", "/dev/null"], "--html: /dev/null is not a regular file; give another name"),
+        (["--html", "/dev/stdout"], "--html: /dev/stdout is a link, which would be replaced; give the file"),
+        (["--picture", "a" * 300 + ".png"], "cannot be written: File name too long; give another file"),
         (["--device", "cuda"], "--device is cuda, but torch finds no CUDA GPU: set --device=auto or cpu"),
     ],
 )

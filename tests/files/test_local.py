@@ -100,6 +100,30 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, unique: bool, du
         write_whole(tmp_path / "missing" / "a.txt", b"")
 
 
+@pytest.mark.parametrize("make", ["fifo", "device", "folder", "loop"])
+def test_only_a_file_is_replaced(tmp_path: Path, make: str) -> None:
+    path = tmp_path / "it"
+    if make == "fifo":
+        os.mkfifo(path)
+    elif make == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/null" if make == "device" else "it")
+    before = os.lstat(path)
+    with pytest.raises(OSError, match=r"it is not a regular file|Is a directory|Too many levels"):
+        write_whole(path, b"text")
+    assert os.lstat(path).st_mode == before.st_mode and [file.name for file in tmp_path.iterdir()] == ["it"]
+
+
+def test_what_has_the_name_of_the_temporary_file_is_not_written_to(tmp_path: Path) -> None:
+    """A FIFO would block, and a link would be followed."""
+    for make in (lambda path: path.symlink_to(tmp_path / "other"), os.mkfifo, Path.touch):
+        (tmp_path / "other").write_bytes(b"other")
+        make(tmp_path / "it.tmp")
+        write_whole(tmp_path / "it", b"text")
+        assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"it": b"text", "other": b"other"}
+
+
 def test_a_folder_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "folder"
     with pytest.raises(KeyboardInterrupt), replacing_folder(path) as temporary:

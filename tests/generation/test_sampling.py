@@ -55,6 +55,19 @@ def published(sampling: Sampling) -> Tensor:
     return processors(PROMPTS, logits()).double().softmax(-1)
 
 
+def test_the_lowest_temperatures_take_the_likeliest_token() -> None:
+    """Quotients by them are not finite."""
+    for temperature in (5e-324, 1e-300, 1e-30):
+        drawn = Sampling(temperature=temperature).draw(logits(), torch.full((3,), 0.9, dtype=torch.float64))
+        assert drawn.tolist() == logits().argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("penalty", [1e-320, 1e-10, 1e10, float("inf"), float("nan")])
+def test_penalties_that_overflow_are_refused(penalty: float) -> None:
+    with pytest.raises(ValueError, match=r"repetition penalty: got .*; allowed: 1e-09 to 1e"):
+        Sampling(repetition_penalty=penalty)
+
+
 @pytest.mark.parametrize("sampling", SETTINGS, ids=str)
 def test_every_id_is_drawn_as_often_as_published_samplers_do(sampling: Sampling) -> None:
     count = 4000

@@ -72,6 +72,13 @@ def test_damaged_records_do_not_end_the_list(tmp_path: Path, capsys: pytest.Capt
     assert main(["rm", "--yes", "x", "--dir", str(tmp_path)]) == 1 and main(["rm", "x", "--dir", "none"]) == 1
 
 
+def test_a_name_sends_no_commands_to_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "a\x1b[2Jb", records(1), train__steps=3)
+    assert main(["--dir", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and out.splitlines()[1].startswith("a\N{REPLACEMENT CHARACTER}[2Jb ")
+
+
 def test_sizes_in_words() -> None:
     sizes = (0, 1023, 1024, 1536 * 1024, 5 * 2**30, 3 * 2**50)
     assert [shown_size(size) for size in sizes] == ["0 B", "1023 B", "1.0 KiB", "1.5 MiB", "5.0 GiB", "3,072.0 TiB"]
@@ -158,3 +165,6 @@ def test_checkpoints_elsewhere_stay(tmp_path: Path, capsys: pytest.CaptureFixtur
     write_run(tmp_path / "runs" / "a", records(1), checkpoint__dir=str(place.parent))
     assert main(["rm", "--yes", "a", "--dir", str(tmp_path / "runs")]) == 0
     assert f"its checkpoints in {place.parent} stay" in capsys.readouterr().out and place.exists()
+    write_run(tmp_path / "runs" / "b", records(1), checkpoint__dir="s3://key:secret@bucket/b")
+    assert main(["rm", "--yes", "b", "--dir", str(tmp_path / "runs")]) == 0
+    assert "its checkpoints in s3://***@bucket/b stay" in capsys.readouterr().out

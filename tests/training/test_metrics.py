@@ -27,6 +27,11 @@ DAMAGES = {
     "zeros before a record": (b"\n".join([*LINES[:2], bytes(99) + LINES[2], b""]), "line 3 has zeros"),
     "zeros alone between": (b"\n".join([LINES[0], bytes(99), *LINES[1:]]), "line 2 has zeros"),
     "deep nesting": (b"\n".join([b"[" * 200_000, *LINES]), "line 1 has not JSON"),
+    "beyond a float": (
+        b"\n".join([b'{"step": 1, "loss": 1' + b"0" * 400 + b"}", *LINES]),
+        "line 1 has no number for loss",
+    ),
+    "step beyond a float": (b"\n".join([b'{"step": 1' + b"0" * 400 + b"}", *LINES]), "line 1 has no number for step"),
     "endless number": (b"\n".join([b'{"step": ' + b"9" * 5000 + b"}", *LINES]), "line 1 has not JSON"),
 }
 

@@ -100,8 +100,9 @@ def cell(runs: list[RunResult], limit: float) -> str:
 
 def radius(rates: dict[float, list[RunResult]]) -> str:
     """The largest spectral radius of all runs; empty for an injection without decay."""
-    values = [run.largest["rho_a"] for runs in rates.values() for run in runs if "rho_a" in run.largest]
-    return f"{max(values):.3f}" if values else ""
+    values = [run.largest.get("rho_a") for runs in rates.values() for run in runs]
+    finite = [value for value in values if value is not None]
+    return f"{max(finite):.3f}" if finite else ""
 
 
 def panels(claim: Claim, results: Results) -> list[Panel]:
