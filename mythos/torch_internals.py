@@ -18,7 +18,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Shard
 from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_leaves as tree_leaves
@@ -287,7 +286,7 @@ def fsdp_param_groups(module: nn.Module) -> list[Any]:
     return [state._fsdp_param_group] if state._fsdp_param_group is not None else []
 
 
-def mesh_placements(mesh: DeviceMesh) -> Callable[[Shard], Any]:
+def mesh_placements(mesh: DeviceMesh) -> Callable[[Any], Any]:
     """How a `shard_placement_fn` of `fully_shard` tells that a parameter is sharded over another mesh than its unit.
 
     `mesh` is (shard,), or (replicate, shard). Returns a function from a parameter's placement to the result. Earlier
