@@ -2,10 +2,11 @@
 
 from typing import Any
 
-from mythos.claims.costs import run_flops, sized
+from mythos.claims.costs import run_flops
 from mythos.claims.definition import Claim, PlannedRun
 from mythos.claims.measures import measure_run
 from mythos.claims.results import RunResult, rounded
+from mythos.planning.budget import sized
 from mythos.planning.flops import count_parameters, forward_flops
 from mythos.reports.recorded import RecordedRun, open_run
 from mythos.training.metrics import METRICS_FILE, read_metrics
@@ -28,7 +29,6 @@ def collect(claim: Claim, planned: PlannedRun, diverged: int | None = None) -> R
         return collect_diverged(planned, diverged)
     recorded = open_run(planned.config.run_dir)
     model = recorded.config.model
-    largest = {key: max(recorded.measured(key)) for key in LARGEST if recorded.measured(key)}
     return RunResult(
         arm=planned.arm,
         point=planned.point,
@@ -41,7 +41,7 @@ def collect(claim: Claim, planned: PlannedRun, diverged: int | None = None) -> R
         seconds=rounded(training_seconds(recorded.records)),
         diverged=None,
         skipped=recorded.last("skipped_steps") or 0,
-        largest=rounded(largest),
+        largest=rounded(largest_values(recorded.records)),
         validations=[
             rounded({key: value for key, value in record.items() if key not in TIMES and not key.startswith("data/")})
             for record in recorded.validations
@@ -55,7 +55,6 @@ def collect_diverged(planned: PlannedRun, step: int) -> RunResult:
     config, path = planned.config, planned.config.run_dir / METRICS_FILE
     records = read_metrics(path) if path.is_file() else []
     share = step / config.train_steps
-    values = {key: [record[key] for record in records if record.get(key) is not None] for key in LARGEST}
     return RunResult(
         arm=planned.arm,
         point=planned.point,
@@ -68,9 +67,15 @@ def collect_diverged(planned: PlannedRun, step: int) -> RunResult:
         seconds=rounded(training_seconds(records)),
         diverged=step,
         skipped=config.train.skip_limit,
-        largest=rounded({key: max(found) for key, found in values.items() if found}),
+        largest=rounded(largest_values(records)),
         validations=[],
     )
+
+
+def largest_values(records: list[dict[str, Any]]) -> dict[str, float]:
+    """The largest value of each of `LARGEST` that was recorded."""
+    found = {key: [record[key] for record in records if record.get(key) is not None] for key in LARGEST}
+    return {key: max(values) for key, values in found.items() if values}
 
 
 def core_flops(run: RecordedRun) -> float:

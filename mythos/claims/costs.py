@@ -6,9 +6,8 @@ from functools import cache
 from pathlib import Path
 
 from mythos.claims.definition import Claim, PlannedRun
-from mythos.config.presets import BPE_VOCAB_SIZE
 from mythos.config.sections import Config
-from mythos.planning.budget import GPUS, mean_depths
+from mythos.planning.budget import GPUS, mean_depths, sized
 from mythos.planning.flops import forward_flops
 
 CPU_FLOPS = 1.8e10
@@ -45,14 +44,6 @@ def cpu_seconds(claim: Claim) -> float:
     first = cost_of(claim.runs(1, Path("unused"), None)).cpu_seconds
     values = math.prod(map(len, claim.tune.values()))
     return first * (1 + (claim.at_size.seeds - 1) / values)
-
-
-def sized(config: Config) -> Config:
-    """A configuration with a definite vocabulary: that of a trained tokenizer, or the usual size."""
-    if config.model.vocab_size != "auto":
-        return config
-    size = config.tokenizer.vocab_size if config.tokenizer.name == "bpe" else BPE_VOCAB_SIZE
-    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
 
 
 def run_flops(config: Config) -> float:

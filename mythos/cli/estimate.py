@@ -19,7 +19,7 @@ from mythos.cli.common import command_parser, exit_status
 from mythos.cli.presets import counted
 from mythos.config.checking import Problems, apply_override
 from mythos.config.loading import config_from_dict, load_config, packaged_configs
-from mythos.config.presets import BPE_VOCAB_SIZE, PRESETS, preset_config
+from mythos.config.presets import PRESETS, preset_config
 from mythos.config.sections import Config
 from mythos.errors import MythosError
 
@@ -265,6 +265,8 @@ def memory_per_gpu(config: Config, layout: Layout, state: RankState, capacity: i
 
 def read_config(name: str, overrides: Sequence[str], gpus: int, tokens: float | None) -> Config:
     """Load a configuration or build one for a preset, with a definite vocabulary and length of the run."""
+    from mythos.planning.budget import sized
+
     overridden = {override.partition("=")[0] for override in overrides}
     if tokens is not None and (lengths := overridden & {"train.steps", "train.tokens"}):
         raise MythosError(f"--tokens and {min(lengths)}: both set the length of the run; give one of them")
@@ -279,9 +281,7 @@ def read_config(name: str, overrides: Sequence[str], gpus: int, tokens: float | 
         )
     else:
         config = load_config(name, overrides)
-    if config.model.vocab_size == "auto":
-        size = config.tokenizer.vocab_size if config.tokenizer.name == "bpe" else BPE_VOCAB_SIZE
-        config = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
+    config = sized(config)
     if tokens is not None:
         train = config.train.model_copy(update={"tokens": max(1, round(tokens)), "steps": None})
         config = config.model_copy(update={"train": train})

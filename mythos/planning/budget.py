@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from mythos.config.presets import BPE_VOCAB_SIZE
 from mythos.config.sections import Config
 from mythos.errors import MythosError
 from mythos.model.config import ModelConfig
@@ -41,6 +42,14 @@ GPUS = {
 GB/s in both directions together, and DGX machines have one card of 200 Gb/s (A100) or 400 Gb/s (others) for each of 8
 GPUs. Prices are on-demand prices of specialised clouds in spring 2026: an order of magnitude, to be replaced by your
 own."""
+
+
+def sized(config: Config) -> Config:
+    """A configuration with a definite vocabulary: that of a trained tokenizer, or the usual size."""
+    if config.model.vocab_size != "auto":
+        return config
+    size = config.tokenizer.vocab_size if config.tokenizer.name == "bpe" else BPE_VOCAB_SIZE
+    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
 
 
 def named_gpu(name: str) -> Gpu:
