@@ -35,7 +35,8 @@ def shipped_plans() -> Iterator[tuple[str, Callable[[], object]]]:
             config = load_config(name, machine)
             fewest = config.parallel.expert
             if config.train.device == "cuda":
-                sizes, memory = {fewest, max(8, fewest)}, DEVICE_MEMORY
+                sizes = {ranks for ranks in (fewest, max(8, fewest)) if config.data.streams % ranks == 0}
+                memory = DEVICE_MEMORY
             else:  # on too small a machine: then the layouts that would fit are planned too
                 sizes, memory = {1} if fewest == 1 else set(), 2**20
             for ranks in sorted(sizes):
