@@ -63,6 +63,7 @@ from mythos.planning import rank_state
 rank_state.step_activations = lambda *_: rank_state.Activations(0, 0)  # of these the package has traces
 for optimizer in ("adamw", "muon"):
     assert main(["debug", "--dry-run", f"optim.name={optimizer}"]) == 0
+    assert main(["debug", "--dry-run", "--device-memory", "1e-6"]) == 0  # says what would fit
     assert rank_state.rank_state(load_config("debug", [f"optim.name={optimizer}"]), Layout("fsdp", 1, 2, "")).units
 slow = {"sympy", "torch._dynamo", "torch.distributed.tensor", "torch.distributed.fsdp", "transformers", "datasets"}
 print(sorted(slow & sys.modules.keys()))
