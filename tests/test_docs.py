@@ -332,6 +332,19 @@ def test_links_and_pictures_exist_in_a_checkout(page: Path) -> None:
         assert target.startswith("https://") or (page.parent / target).exists(), target
 
 
+FIGURES = ROOT / "docs" / "figures"
+DIAGRAMS = [path for path in FIGURES.glob("*.svg") if not path.with_stem(f"{path.stem}-compact").exists()]
+"""Drawings that a phone shows. Of others there is a compact version, which the pages name for narrow windows."""
+
+
+@pytest.mark.parametrize("path", DIAGRAMS, ids=lambda path: path.stem)
+def test_text_of_diagrams_is_legible_on_a_phone(path: Path) -> None:
+    drawing = path.read_text("utf-8")
+    width, *_ = re.findall(r'viewBox="0 0 ([\d.]+) ', drawing)
+    sizes = [float(size) for size in re.findall(r'font-size="([\d.]+)"', drawing)] or [11.0]  # text as outlines
+    assert min(sizes) * min(1, 358 / float(width)) >= 8.5  # pixels, in a window of 390
+
+
 def anchors(page: Path) -> set[str]:
     """The anchors of a page's headings, as GitHub and mkdocs form them."""
     text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.M | re.S)

@@ -225,7 +225,8 @@ def test_log_of_the_quickstart(
         return subprocess.run([*command, str(log)], capture_output=True, text=True, check=True).stdout
 
     assert log.stat().st_size < 15_000
-    assert b"\r" not in log.read_bytes()
+    assert b"\r" not in log.read_bytes() and b"\n\n\n" not in log.read_bytes()
+    assert log.read_text().startswith("model ")  # the tokenizer was trained without a word
     assert output("grep", "-c", "^step .* | loss ") == "130\n"
     assert output("grep", "-c", "^step .* | checkpoint ") == "7\n"
     assert output("grep", "-c", "^step .* | validation loss ") == "1\n"

@@ -213,3 +213,9 @@ def test_fsdp_groups_of_old_and_new_states() -> None:
     assert torch_internals.fsdp_param_groups(module(_fsdp_param_groups=["a", "b"])) == ["a", "b"]
     assert torch_internals.fsdp_param_groups(module(_fsdp_param_group="a")) == ["a"]
     assert torch_internals.fsdp_param_groups(module(_fsdp_param_group=None)) == []
+
+
+def test_mesh_placements_exist_where_they_are_said_to() -> None:
+    from torch.distributed.fsdp._fully_shard import _fsdp_common
+
+    assert torch_internals.has_mesh_placements() == hasattr(_fsdp_common, "ShardPlacementResult")

@@ -44,13 +44,18 @@ def packaged_configs() -> dict[str, Path]:
 def config_file(name: str) -> Path:
     """Resolve a path, a run directory, or the name of a packaged configuration if no file has that name.
 
-    Raises MythosError for a folder that is no run, and for a name, without folder or suffix, that is none of these.
+    Raises MythosError for a folder that is no run, and for a name without suffix that is none of these.
     """
     path, packaged = Path(name), packaged_configs()
     if (path / RUN_FILE).is_file():
         return path / RUN_FILE
     if path.is_dir() and name not in packaged:
         raise MythosError(f"{name}: {_folder_problem(path)}")
+    if path.name != name and not path.suffix and not os.path.lexists(path):
+        raise MythosError(
+            f"{name}: no such file or folder; give the path of a YAML file, or the directory of a run to continue."
+            f"{did_you_mean(path)}"
+        )
     if path.is_file() or path.name != name or path.suffix:
         return path
     if name not in packaged:

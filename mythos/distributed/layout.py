@@ -9,8 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import Shard
 
 from mythos.config.sections import ParallelConfig
 from mythos.distributed.ranks import World
@@ -138,7 +136,10 @@ class FsdpUnit(NamedTuple):
     module: nn.Module
     parameters: list[nn.Parameter]
     """The module's parameters, without those of units inside it and those that are not sharded."""
-    policy: MixedPrecisionPolicy
+    param_dtype: torch.dtype | None
+    """The type that weights are gathered and used in; None: their own."""
+    reduce_dtype: torch.dtype | None
+    """The type that gradients are reduced in; None: that of the weights used."""
     reshard: bool
     """Free the gathered weights after the forward pass."""
 
@@ -152,37 +153,35 @@ def fsdp_units(settings: ParallelConfig, model: RecurrentDepthTransformer, dtype
     injection's matrix, which is a unit of its own.
     """
     unsharded = frozenset(float32_parameters(model))
-    mixed = MixedPrecisionPolicy(
-        param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
+    param_dtype = None if dtype == torch.float32 else dtype
     recurrence, reshard = model.recurrence, settings.reshard_after_forward
     # A halting gate reads out once or twice in a step; and the backward pass begins with the coda anyway.
     read_twice = isinstance(model.halting, HaltingGate)
-    modules: list[tuple[nn.Module, MixedPrecisionPolicy, bool]] = [(block, mixed, reshard) for block in model.prelude]
+    modules: list[tuple[nn.Module, bool]] = [(block, reshard) for block in model.prelude]
     if recurrence.injection is not None:
         # Its output may be the matrix itself, which the loops then use: keep it until the backward pass is over.
-        modules.append((recurrence.injection, MixedPrecisionPolicy(cast_forward_inputs=False), False))
+        modules.append((recurrence.injection, False))
     if settings.wrap == "block":
-        modules += [(block, mixed, reshard) for block in recurrence.blocks]
-    modules.append((recurrence, mixed, reshard))
-    modules += [(block, mixed, reshard and not read_twice) for block in model.coda]
+        modules += [(block, reshard) for block in recurrence.blocks]
+    modules.append((recurrence, reshard))
+    modules += [(block, reshard and not read_twice) for block in model.coda]
     # The root's parameters (embedding, head) are used at both ends of the forward pass, and right after it.
-    modules.append((model, mixed, False))
+    modules.append((model, False))
     taken = set(unsharded)
-    for module, policy, frees in modules:
+    for module, frees in modules:
         if module is model or any(p not in unsharded for p in module.parameters()):
             own = [p for p in module.parameters() if p not in taken]
             taken.update(own)
-            yield FsdpUnit(module, own, policy, frees)
+            as_stored = module is recurrence.injection
+            yield FsdpUnit(module, own, None if as_stored else param_dtype, None if as_stored else torch.float32, frees)
 
 
-def shard_placement(parameter: nn.Parameter, shards: int) -> Shard | None:
-    """The dimension to cut: the first that divides evenly; None = the first dimension, padded to a multiple.
+def shard_dimension(parameter: nn.Parameter, shards: int) -> int:
+    """The dimension to cut: the first that divides evenly, else the first, padded to a multiple.
 
     64 experts on 1,024 ranks, cut along the first dimension, would be stored and sent 16 times over.
     """
-    dimension = next((d for d, size in enumerate(parameter.shape) if size % shards == 0), 0)
-    return Shard(dimension) if dimension else None
+    return next((d for d, size in enumerate(parameter.shape) if size % shards == 0), 0)
 
 
 def routed_stacks(model: nn.Module) -> list[nn.Parameter]:
@@ -190,7 +189,7 @@ def routed_stacks(model: nn.Module) -> list[nn.Parameter]:
     return [stack for module in model.modules() if isinstance(module, MixtureOfExperts) for stack in module.stacks]
 
 
-def matrix_placement(stack: nn.Parameter, shards: int) -> Shard:
+def matrix_dimension(stack: nn.Parameter, shards: int) -> int:
     """The dimension along which the matrices of a stack of experts are cut: their rows, else their columns.
 
     Not the experts themselves, which another dimension of the mesh divides. Raises MythosError if neither is possible.
@@ -202,14 +201,12 @@ def matrix_placement(stack: nn.Parameter, shards: int) -> Shard:
             f"{stack.shape[2]} columns can be divided by that: raise parallel.expert, or set parallel.mode=hsdp with a "
             "smaller parallel.shard"
         )
-    return Shard(dimension)
+    return dimension
 
 
 def shard_numel(parameter: nn.Parameter, shards: int) -> int:
     """Elements of the largest of a parameter's shards, to which FSDP2 pads the others; rank 0 has it."""
-    placement = shard_placement(parameter, shards)
-    shape = list(parameter.shape)
-    dimension = 0 if placement is None else placement.dim
+    dimension, shape = shard_dimension(parameter, shards), list(parameter.shape)
     shape[dimension] = -(-shape[dimension] // shards)
     return prod(shape)
 

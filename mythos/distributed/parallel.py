@@ -2,36 +2,21 @@
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 from mythos.config.sections import Config, ParallelConfig
-from mythos.distributed.layout import (
-    Layout,
-    Meshes,
-    build_mesh,
-    float32_parameters,
-    fsdp_units,
-    matrix_placement,
-    routed_stacks,
-    shard_placement,
-)
+from mythos.distributed.layout import Layout, build_mesh, routed_stacks
 from mythos.distributed.ranks import World
 from mythos.errors import MythosError
 from mythos.model.halting import HaltingGate
-from mythos.model.layers import autocast_to, local_part
-from mythos.model.moe import MixtureOfExperts
-from mythos.model.ops.expert_exchange import ExpertExchange
+from mythos.model.layers import autocast_to, is_dtensor, local_part
 from mythos.model.rdt import RDTOutput, RecurrentDepthTransformer
-from mythos.torch_internals import mesh_placements, no_buffer_sync, prepare_compiler
+from mythos.torch_internals import no_buffer_sync, prepare_compiler
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -75,8 +60,8 @@ class ParallelModel:
             options: dict[str, Any] = dict(no_buffer_sync())
             self.ddp = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **options)
         parameters = list(model.parameters())
-        self.shards = [p for p in parameters if isinstance(p, DTensor)]
-        self.unsharded = [p for p in parameters if not isinstance(p, DTensor)]
+        self.unsharded = [p for p in parameters if not is_dtensor(p)]
+        self.shards = [p for p in parameters if is_dtensor(p)]
         # A gate is trained beside the model: its gradient must not change how much the model's is clipped.
         gate = model.halting
         self.gate_parameters: set[nn.Parameter] = set(gate.parameters()) if isinstance(gate, HaltingGate) else set()
@@ -94,9 +79,10 @@ class ParallelModel:
         """Context of a micro-batch's forward and backward pass. Gradients are reduced in the last one."""
         if self.ddp is not None and not last:
             return self.ddp.no_sync()
-        if isinstance(self.model, FSDPModule):
-            self.model.set_requires_gradient_sync(last or self.reduce_always)
-            self.model.set_requires_all_reduce(last)
+        if self.layout.sharded:
+            from mythos.distributed.sharding import reduce_gradients
+
+            reduce_gradients(self.model, last or self.reduce_always, over_copies=last)
         return nullcontext()
 
     def finish_gradients(self) -> None:
@@ -115,9 +101,10 @@ class ParallelModel:
 
     def reshard(self) -> None:
         """Free weights that FSDP2 kept gathered after a forward pass, so that parameters are shards again."""
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        if self.layout.sharded:
+            from mythos.distributed.sharding import reshard
+
+            reshard(self.model)
 
     def squared_norm(self) -> Tensor:
         """This rank's part of the squared 2-norm of the gradient: float64 scalar. The ranks' parts add up to it.
@@ -150,6 +137,8 @@ def parallelize(config: Config, model: RecurrentDepthTransformer, layout: Layout
     prepare_model(config, model, world.device)
     dtype = choose_dtype(config.train.dtype, world.device)
     if layout.sharded:
+        from mythos.distributed.sharding import shard_model
+
         meshes = build_mesh(layout, world.device.type)
         world.add_groups(meshes.groups, config.parallel.start_timeout)
         shard_model(config.parallel, model, meshes, dtype)
@@ -228,63 +217,3 @@ def prepare_model(config: Config, model: RecurrentDepthTransformer, device: torc
 def compiles(config: Config, device: torch.device) -> bool:
     """Whether train.compile means that the model is compiled on this device."""
     return device.type == "cuda" if config.train.compile == "auto" else config.train.compile
-
-
-def divide_experts(model: RecurrentDepthTransformer, mesh: DeviceMesh) -> None:
-    """Replace the experts of a model on the meta device by the share of this rank, along the dimension "expert"."""
-    mesh = mesh["expert"]
-    for module in model.recurrence.modules():
-        if not isinstance(module, MixtureOfExperts):
-            continue
-        for name in ("gate_up", "down"):
-            whole = getattr(module, name)
-            share = whole.new_empty(len(whole) // mesh.size(), *whole.shape[1:])
-            setattr(module, name, nn.Parameter(DTensor.from_local(share, mesh, [Shard(0)], run_check=False)))
-        module.exchange = ExpertExchange(mesh.get_group(), mesh.size())
-
-
-def _expert_placements(model: RecurrentDepthTransformer, mesh: DeviceMesh) -> dict[nn.Parameter, Any]:
-    """For the parameters of divided experts, how `fully_shard` cuts their matrices: along "shard" of their own mesh."""
-    over = mesh["replicate", "shard"] if mesh.ndim == 3 else mesh["shard"]
-    on_mesh = mesh_placements(over)
-    return {stack: on_mesh(matrix_placement(stack, over.size(over.ndim - 1))) for stack in routed_stacks(model)}
-
-
-def prefetch(settings: ParallelConfig, model: RecurrentDepthTransformer) -> None:
-    """Let each unit gather the next one before it runs forward, so that the gathering hides behind its computation.
-
-    FSDP2 does so by itself in a backward pass. In a forward pass it relies on a host that runs ahead, which it does not
-    while it waits for the counts of an exchange. Blocks of the core that are units are not prefetched: their order in a
-    loop is not that of the model.
-    """
-    core = [model.recurrence] if settings.wrap == "loop" else []
-    for chain in ((*model.prelude, *core), (*core, *model.coda)):
-        units = [module for module in chain if isinstance(module, FSDPModule)]
-        for unit, following in pairwise(units):
-            unit.set_modules_to_forward_prefetch([following])
-
-
-def shard_model(settings: ParallelConfig, model: RecurrentDepthTransformer, meshes: Meshes, dtype: torch.dtype) -> None:
-    """Apply `fully_shard` to the units of :func:`~mythos.distributed.layout.fsdp_units`.
-
-    Raises MythosError if the experts' matrices cannot be divided.
-    """
-    shards, experts = meshes.dense.size(meshes.dense.ndim - 1), {}
-    if meshes.experts is not None:
-        divide_experts(model, meshes.experts)
-        experts = _expert_placements(model, meshes.experts)
-    common: dict[str, Any] = {
-        "mesh": meshes.dense,
-        "ignored_params": set(float32_parameters(model)),
-        "shard_placement_fn": lambda parameter: experts.get(parameter) or shard_placement(parameter, shards),
-    }
-    if settings.wrap == "block":
-        model.recurrence.share_weights = False
-    # A list, because fully_shard replaces the parameters by whose identity the generator separates units.
-    for unit in list(fsdp_units(settings, model, dtype)):
-        fully_shard(unit.module, mp_policy=unit.policy, reshard_after_forward=unit.reshard, **common)
-    prefetch(settings, model)
-    for module, method in ((model, "read_depths"), (model, "extend"), (model.recurrence, "extend")):
-        register_fsdp_forward_method(module, method)
-    for block in model.recurrence.blocks if settings.wrap == "block" else ():
-        register_fsdp_forward_method(block, "serve_experts")

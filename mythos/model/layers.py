@@ -5,18 +5,21 @@ from contextlib import AbstractContextManager
 from functools import partial
 from hashlib import blake2b
 from math import erf, sqrt
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from mythos.model.config import FEED_FORWARDS, ModelConfig
 from mythos.model.ops.matmul import linear, without_autocast
 from mythos.model.ops.recompute import recomputable
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+    from typing_extensions import TypeIs
 
 Initializer = Callable[[Tensor, np.random.Generator], None]
 """Fills a tensor, which is unsharded, contiguous, float32 and on the CPU."""
@@ -108,7 +111,9 @@ def starting_value(model: nn.Module, name: str, seed: int) -> Tensor:
 @torch.no_grad()
 def place(value: Tensor, parameter: Tensor) -> None:
     """Copy an unsharded value into a parameter, which may be sharded. Every rank has the value: nothing is sent."""
-    if isinstance(parameter, DTensor):
+    if is_dtensor(parameter):
+        from torch.distributed.tensor import distribute_tensor
+
         value = value.to(parameter.device)
         value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
     parameter.copy_(value)
@@ -137,7 +142,12 @@ def initialize(model: nn.Module, seed: int) -> None:
 
 def local_part(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor: all of it, unless it is a DTensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
+def is_dtensor(tensor: Tensor) -> "TypeIs[DTensor]":
+    """Whether a tensor is a DTensor, asked without importing the class, which takes half a second."""
+    return hasattr(tensor, "device_mesh")
 
 
 def _initializer(model: nn.Module, name: str) -> Initializer:
@@ -197,8 +207,10 @@ def local_slices(tensor: Tensor) -> tuple[slice, ...]:
 
 def _local_slice(parameter: Tensor, dim: int) -> slice:
     """The range of a dimension's indices that this rank's shard covers."""
-    if not isinstance(parameter, DTensor):
+    if not is_dtensor(parameter):
         return slice(0, parameter.shape[dim])
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
     # Shard the indices in the same way as the dimension.
     placements = [Shard(0) if placement.is_shard(dim) else Replicate() for placement in parameter.placements]
     indices = torch.arange(parameter.shape[dim], device=parameter.device)

@@ -10,7 +10,6 @@ import torch.distributed as dist
 
 from mythos.config.sections import Config
 from mythos.distributed.layout import Layout, build_mesh
-from mythos.distributed.parallel import shard_model
 from mythos.model.config import loop_stages
 from mythos.planning.flops import build_on_meta
 from mythos.planning.rank_state import RankState, accumulates, compute_dtype, micro_batches
@@ -76,6 +75,8 @@ def muon_exchanges(config: Config, layout: Layout) -> tuple[tuple[int, ...], tup
     model, dtype = build_on_meta(config.model), compute_dtype(config)
     with fake_processes(layout.size):
         if layout.sharded:
+            from mythos.distributed.sharding import shard_model  # takes half a second
+
             shard_model(config.parallel, model, build_mesh(layout, "cpu"), dtype)
         optimizer = build_optimizer(model, config.optim, dtype, layout.size)
         assert isinstance(optimizer, Muon)

@@ -12,7 +12,7 @@ from mythos.distributed.layout import (
     Layout,
     float32_parameters,
     fsdp_units,
-    matrix_placement,
+    matrix_dimension,
     routed_stacks,
     shard_numel,
 )
@@ -22,7 +22,7 @@ from mythos.planning.flops import build_on_meta
 from mythos.planning.memory import Activations, step_activations
 from mythos.planning.trace_cache import stored
 from mythos.torch_internals import count_ddp_buckets
-from mythos.training.optim import build_optimizer
+from mythos.training.optim import state_bytes
 
 BUCKET_BYTES = 25 * 2**20
 """DDP's default bucket size; the first bucket is smaller."""
@@ -139,26 +139,19 @@ def rank_state(config: Config, layout: Layout) -> RankState:
     divided = set(routed_stacks(model) if layout.expert > 1 else ())
 
     def held(parameter: nn.Parameter) -> int:
-        if parameter in divided:  # evenly, or `matrix_placement` raises
-            matrix_placement(parameter, layout.expert_shard)
+        if parameter in divided:  # evenly, or `matrix_dimension` raises
+            matrix_dimension(parameter, layout.expert_shard)
             return parameter.numel() // layout.shard
         return parameter.numel() if parameter in whole else shard_numel(parameter, layout.shard)
 
     numel: dict[torch.Tensor, int] = {p: held(p) for p in parameters}
-    optimizer = build_optimizer(model, config.optim, compute_dtype(config))
-    # A moment has its parameter's shape and is sharded like it; a step counter is a scalar.
-    states = [
-        value.itemsize * (numel[p] if value.shape == p.shape else value.numel())
-        for p, state in optimizer.state.items()
-        for value in state.values()
-    ]
     load = model.empty_load(torch.device("meta"))
     size = sum(p.itemsize * count for p, count in numel.items())
     return RankState(
         layout,
         parameters=size,
         gradients=size,  # a gradient has its parameter's type and shards
-        optimizer=sum(states),
+        optimizer=sum(state_bytes(config.optim, name, p, numel[p]) for name, p in model.named_parameters()),
         replicated=sum(p.nbytes for p in whole) if layout.sharded else 0,
         measured=torch.float64.itemsize * (4 + (0 if load is None else load.numel())),
         # DDP packs gradients in about the order in which the backward pass yields them.
@@ -176,8 +169,8 @@ def _units(config: Config, model: RecurrentDepthTransformer, layout: Layout) -> 
     for unit in sorted(units, key=lambda unit: order[unit.module]):
         if not unit.parameters:
             continue
-        computed = unit.policy.param_dtype or unit.parameters[0].dtype
-        reduced = unit.policy.reduce_dtype or computed
+        computed = unit.param_dtype or unit.parameters[0].dtype
+        reduced = unit.reduce_dtype or computed
         for experts in (False, True):
             parameters = [p for p in unit.parameters if (p in divided) == experts]
             if not parameters:

@@ -3,17 +3,19 @@
 from collections import deque
 from collections.abc import Callable, Iterable
 from math import prod, sqrt
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
 
-from mythos.model.layers import local_part
+from mythos.model.layers import is_dtensor, local_part
 from mythos.torch_internals import foreach_copy_, foreach_div_, foreach_lerp_, foreach_mul_
 from mythos.training.adamw import FusedAdamW
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """(a, b, c) of the polynomial a x + b x^3 + c x^5, from Keller Jordan: steep at 0, and after five iterations near 1 for
@@ -69,14 +71,14 @@ class Muon(FusedAdamW):
             self.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
         sharded: dict[tuple[DeviceMesh, int], list[DTensor]] = {}
         for parameter in self.parts:
-            if isinstance(parameter, DTensor) and (dimension := _cut_along(parameter)) is not None:
+            if is_dtensor(parameter) and (dimension := _cut_along(parameter)) is not None:
                 sharded.setdefault((parameter.device_mesh, dimension), []).append(parameter)
         self.exchanges = [
             Exchange(parameters, dimension, dtype)
             for (_, dimension), members in sharded.items()
             for parameters in _in_rounds(members, elements)
         ]
-        replicated = {p: parts for p, parts in self.parts.items() if not isinstance(p, DTensor)}
+        replicated = {p: parts for p, parts in self.parts.items() if not is_dtensor(p)}
         self.sharing = Sharing(replicated, ranks, dtype, elements) if replicated and ranks > 1 else None
 
     @property
@@ -258,7 +260,7 @@ class Exchange:
     Each direction is one all-to-all, in `dtype`. Ranks are assigned in turn, largest matrices first.
     """
 
-    def __init__(self, parameters: list[DTensor], dimension: int, dtype: torch.dtype) -> None:
+    def __init__(self, parameters: list["DTensor"], dimension: int, dtype: torch.dtype) -> None:
         """`parameters` are on one mesh, and their matrices are cut along `dimension` of it."""
         self.parameters, self.dtype = set(parameters), dtype
         mesh = parameters[0].device_mesh
@@ -279,7 +281,7 @@ class Exchange:
         """Bytes that this rank sends or receives, the larger of both, in either of the two all-to-alls."""
         return max(sum(map(sum, self.leaving)), sum(map(sum, self.coming))) * self.dtype.itemsize
 
-    def gather(self) -> list[tuple[DTensor, Tensor]]:
+    def gather(self) -> list[tuple["DTensor", Tensor]]:
         """This rank's matrices, whole, made of all ranks' gradients, with the parameters that they belong to.
 
         A matrix is (n, m), or (1, n, m) if it is one of a stack.
@@ -312,7 +314,9 @@ class Exchange:
 class Piece:
     """A sharded matrix, or one of a sharded stack: that with `index` among those of this rank."""
 
-    def __init__(self, parameter: DTensor, index: int, dimension: int) -> None:
+    def __init__(self, parameter: "DTensor", index: int, dimension: int) -> None:
+        from torch.distributed.tensor import Shard
+
         placement, ranks = parameter.placements[dimension], parameter.device_mesh.shape[dimension]
         assert isinstance(placement, Shard), "only sharded parameters are exchanged"
         self.parameter, self.index, self.dim = parameter, index, placement.dim
@@ -332,7 +336,7 @@ class Piece:
         return local if local.ndim == 2 else local[self.index : self.index + 1]
 
 
-def _in_rounds(parameters: list[DTensor], elements: int) -> list[list[DTensor]]:
+def _in_rounds(parameters: list["DTensor"], elements: int) -> list[list["DTensor"]]:
     """Group parameters, smallest shapes first, so that a rank's shards of a group are about so many elements."""
     rounds: list[list[DTensor]] = []
     room = 0.0
@@ -352,11 +356,13 @@ def _matrices(tensor: Tensor, parts: int) -> list[Tensor]:
     return [part for matrix in stack for part in matrix.chunk(parts, dim=0 if tensor.ndim == 2 else 1)]
 
 
-def _cut_along(parameter: DTensor) -> int | None:
+def _cut_along(parameter: "DTensor") -> int | None:
     """The dimension of the mesh whose ranks hold parts of the same matrices; None if each matrix is on one rank.
 
     Ranks along other dimensions have copies, or other matrices of a stack.
     """
+    from torch.distributed.tensor import Shard
+
     for dimension, (placement, ranks) in enumerate(zip(parameter.placements, parameter.device_mesh.shape, strict=True)):
         if ranks > 1 and isinstance(placement, Shard) and (parameter.ndim == 2 or placement.dim != 0):
             return dimension

@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from mythos.config.sections import OptimConfig
-from mythos.model.layers import is_loop_table
+from mythos.model.layers import is_dtensor, is_loop_table
 from mythos.training.adamw import FusedAdamW
 from mythos.training.muon import Muon
 
@@ -45,7 +44,7 @@ def build_optimizer(
         decayed = parameter.ndim > 1 and not name.startswith(UNDECAYED) and not is_loop_table(name)
         decay = config.weight_decay if decayed else 0.0
         parts = 0 if parameter not in matrices else 2 if "gate_up" in name else 1
-        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        mesh = parameter.device_mesh if is_dtensor(parameter) else None
         groups.setdefault((decay, mesh, parts), []).append(parameter)
     settings = [
         {"params": members, "weight_decay": decay} | ({"momentum": config.momentum, "parts": parts} if parts else {})
@@ -63,3 +62,14 @@ def build_optimizer(
             "exp_avg_sq": torch.zeros_like(parameter),
         }
     return optimizer
+
+
+def state_bytes(config: OptimConfig, name: str, parameter: Tensor, elements: int) -> int:
+    """Bytes that :func:`build_optimizer` allocates for a parameter of which a rank has so many elements.
+
+    Muon keeps one momentum, AdamW two and a step counter. For plans: building an optimizer imports Dynamo, and
+    `zeros_like` on the meta device sympy, each half a second.
+    """
+    if config.name == "muon" and is_hidden_matrix(name, parameter):
+        return elements * parameter.itemsize
+    return 2 * elements * parameter.itemsize + torch.float32.itemsize

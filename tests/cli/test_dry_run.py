@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,3 +52,25 @@ def test_the_configuration_follows_the_plan(tmp_path: Path, capsys: pytest.Captu
     assert config_from_dict(written) == load_config("debug", overrides)
     assert main(["debug", *overrides, "-v"]) == 1
     assert "--verbose: only for --dry-run" in capsys.readouterr().err
+
+
+PLANS = """
+import sys
+from mythos.cli.train import main
+from mythos.config.loading import load_config
+from mythos.distributed.layout import Layout
+from mythos.planning import rank_state
+rank_state.step_activations = lambda *_: rank_state.Activations(0, 0)  # of these the package has traces
+for optimizer in ("adamw", "muon"):
+    assert main(["debug", "--dry-run", f"optim.name={optimizer}"]) == 0
+    assert main(["debug", "--dry-run", "--device-memory", "1e-6"]) == 0  # says what would fit
+    assert rank_state.rank_state(load_config("debug", [f"optim.name={optimizer}"]), Layout("fsdp", 1, 2, "")).units
+slow = {"sympy", "torch._dynamo", "torch.distributed.tensor", "torch.distributed.fsdp", "transformers", "datasets"}
+print(sorted(slow & sys.modules.keys()))
+"""
+
+
+def test_a_plan_imports_neither_dynamo_nor_fsdp() -> None:
+    """These imports take as long as that of torch."""
+    process = subprocess.run([sys.executable, "-c", PLANS], capture_output=True, text=True, check=True)
+    assert process.stdout.splitlines()[-1] == "[]"

@@ -193,6 +193,12 @@ def test_a_run_directory_continues_a_run_that_began_afresh(copy):
     assert load_config(copy / "config.yaml").run.resume == "never"
 
 
+def test_a_run_that_is_not_there(finished, refused):
+    message = refused(finished.dir.with_name(f"{finished.dir.name}s"))
+    assert "no such file or folder; give the path of a YAML file, or the directory of a run to continue." in message
+    assert message.rstrip().endswith(f"Did you mean {finished.dir}?")
+
+
 def test_folders_that_are_no_runs(finished, tmp_path, refused):
     checkpoint = finished.dir / "checkpoints" / "step-00000006"
     message = refused(checkpoint)

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
 from mythos.config.presets import preset_config
-from mythos.distributed.parallel import divide_experts
+from mythos.distributed.sharding import divide_experts
 from mythos.model.cache import DecodeCache
 from mythos.model.config import ModelConfig
 from mythos.model.decoding import Extension

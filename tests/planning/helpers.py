@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from mythos.config.loading import config_from_dict, load_config
 from mythos.config.sections import Config
 from mythos.distributed.layout import Layout, build_mesh
-from mythos.distributed.parallel import shard_model
+from mythos.distributed.sharding import shard_model
 from mythos.model.ops.expert_exchange import ExpertExchange, Splits
 from mythos.planning.collectives import fake_processes
 from mythos.planning.flops import build_on_meta

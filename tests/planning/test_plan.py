@@ -11,8 +11,8 @@ import yaml
 from mythos.config.loading import config_from_dict
 from mythos.config.presets import PRESETS
 from mythos.config.sections import Config
+from mythos.distributed import sharding
 from mythos.errors import MythosError
-from mythos.planning import collectives
 from mythos.planning.collectives import fake_processes
 from mythos.planning.plan import plan
 from mythos.planning.rank_state import Working
@@ -167,7 +167,7 @@ def test_no_process_group_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     plan(config, 2)
     assert not dist.is_initialized()
-    monkeypatch.setattr(collectives, "shard_model", fails)
+    monkeypatch.setattr(sharding, "shard_model", fails)
     with pytest.raises(KeyError):
         plan(config, 2)
     assert not dist.is_initialized()
