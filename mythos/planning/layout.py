@@ -3,6 +3,7 @@
 import logging
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from itertools import product
 from typing import Any
 
@@ -143,10 +144,24 @@ def find_fit(config: Config, ranks: int, machine_ranks: int, device_memory: int)
 
 
 def expert_counts(config: Config) -> list[int]:
-    """Values of parallel.expert to try: the configured one, then powers of 2 above it that divide the experts."""
-    experts = config.model.n_experts if config.model.core_ffn == "moe" and has_mesh_placements() else 1
+    """Values of parallel.expert to try: the configured one, then powers of 2 above it that divide the experts.
+
+    With a torch that cannot divide experts it is the configured one alone, and a warning says so.
+    """
+    experts = config.model.n_experts if config.model.core_ffn == "moe" else 1
+    if experts > 1 and not has_mesh_placements():
+        _warn_of_torch()
+        experts = 1
     powers = [2**power for power in range(1, experts.bit_length()) if experts % 2**power == 0]
     return [config.parallel.expert, *(power for power in powers if power > config.parallel.expert)]
+
+
+@cache
+def _warn_of_torch() -> None:
+    logger.warning(
+        "plans leave out parallel.expert above 1: torch %s cannot divide experts over processes, 2.13 and later can",
+        version("torch"),
+    )
 
 
 def shortage(config: Config, ranks: int, machine_ranks: int, device_memory: int) -> str:

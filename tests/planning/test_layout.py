@@ -145,3 +145,15 @@ def test_shipped_10b_fits_80_gib_with_divided_experts_only() -> None:
     assert activations(whole, layout).peak > experts == 33 * GIB
     text = plan(whole, 64)
     assert re.search(r"^does not fit; .*parallel\.expert=\d+.* would", text, re.MULTILINE) and f"({layout.why})" in text
+
+
+def test_a_torch_that_cannot_divide_experts_is_named_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = preset("mythos_10b")
+    assert layouts.expert_counts(config)[:3] == [1, 2, 4]
+    monkeypatch.setattr(layouts, "has_mesh_placements", lambda: False)
+    layouts._warn_of_torch.cache_clear()
+    assert layouts.expert_counts(config) == layouts.expert_counts(config) == [1]
+    (message,) = caplog.messages
+    assert message.startswith("plans leave out parallel.expert above 1: torch 2.")
