@@ -145,6 +145,9 @@ def load(document: Path) -> tuple[list[Result], dict[str, Any]]:
     """
     try:
         about = read_json(document)
+        for name in ("source", "dtype", "limit", "fewshot"):  # reports compare these
+            if isinstance(about.get(name), list | dict):
+                raise TypeError(f"{name}: got a {type(about[name]).__name__}; allowed: a name, a number or null")
         return [_result(**score) for score in about.pop("results")], about
     except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise MythosError(f"{document} cannot be read as results of an evaluation: {short_reason(error)}") from error

@@ -426,7 +426,8 @@ def test_scores_are_read_as_they_were_written(tmp_path):
     ]
     about = {"source": "runs/x", "step": 3, "dtype": "float32", "limit": None, "fewshot": 2}
     assert load(save(results, tmp_path / "step-3", about)) == (results, about)
-    for content in ("5", "{}", '{"results": [{}]}', '{"results": 3}', "not JSON"):
+    listed = '{"results": [], "dtype": ["float32"]}'
+    for content in ("5", "{}", '{"results": [{}]}', '{"results": 3}', listed, "not JSON"):
         (tmp_path / "other.json").write_text(content)
         with pytest.raises(MythosError, match=r"other\.json cannot be read as results of an evaluation"):
             load(tmp_path / "other.json")
