@@ -132,7 +132,8 @@ def test_uniforms_depend_on_seed_and_number_alone() -> None:
         ({"min_p": 0.0}, "min-p: got 0.0"),
         ({"min_p": 2}, "min-p: got 2"),
         ({"min_p": float("nan")}, "min-p: got nan"),
-        ({"repetition_penalty": 0.0}, "repetition penalty: got 0.0; allowed: above 0"),
+        ({"repetition_penalty": 0.0}, "repetition penalty: got 0.0; allowed: 1e-09 to"),
+        ({"repetition_penalty": 1e10}, "repetition penalty: got 10000000000.0; allowed: 1e-09 to"),
     ],
 )
 def test_values_out_of_range_are_refused(values: dict[str, float], message: str) -> None:
