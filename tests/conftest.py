@@ -4,7 +4,6 @@ import gc
 import os
 import signal
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -91,7 +90,9 @@ NEED_TORCH_2_13 = (
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark slow tests, and run them first: the workers then share what is left evenly."""
-    older = tuple(map(int, version("torch").split(".")[:2])) < (2, 13)
+    from mythos.torch_internals import has_mesh_placements
+
+    older = not has_mesh_placements()
     for item in items:
         path = item.path.relative_to(Path(__file__).parent).as_posix()
         if f"{path}::{item.name}".startswith(SLOW):

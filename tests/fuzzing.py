@@ -403,7 +403,7 @@ def _files_of_the_package(folder: Path) -> list[Target]:
 
 
 def _state(folder: Path, run: Path) -> list[Target]:
-    """Small files that a start reads: the lock, and the list of results of `mythos evaluate`."""
+    """The lock, which every start reads."""
     place = folder / "lock"
     place.mkdir()
     shutil.copy(run / LOCK_FILE, place)
