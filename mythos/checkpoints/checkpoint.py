@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from mythos.checkpoints.ownership import Run, claimed
-from mythos.checkpoints.shards import SHARD_PREFIX, HostPlanner, ShardWriter, rank_share
+from mythos.checkpoints.shards import SHARD_PREFIX, HostPlanner, ShardWriter, in_one_piece, rank_share, spread
 from mythos.checkpoints.stored_checkpoint import (
     NOT_DISTRIBUTED,
     check_fit,
@@ -287,7 +287,10 @@ class Checkpoints:
         self.wait()
         with self._local_copy(path) as folder:
             self._agree(lambda: check_fit(path, folder, tensors) if self.ranks.main else None)
-            read_tensors(path, folder, tensors, **self._group)
+            pieces = {name: in_one_piece(tensor) for name, tensor in tensors.items()}
+            read_tensors(path, folder, pieces, **self._group)
+        for name, piece in pieces.items():
+            spread(piece, tensors[name])
 
     @contextlib.contextmanager
     def _local_copy(self, path: Path | str) -> Iterator[Path]:
@@ -322,6 +325,7 @@ class Checkpoints:
         also for the earlier save; older checkpoints are not touched by a failed save.
         """
         self.wait()
+        tensors = {name: in_one_piece(tensor) for name, tensor in tensors.items()}
         share = rank_share(tensors, self.ranks)
         background = self.asynchronous and not wait
         host: dict[str, Tensor] = {}

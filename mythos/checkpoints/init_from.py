@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mythos.checkpoints.preflight import FREE_MODEL_FIELDS, model_differences
+from mythos.checkpoints.shards import in_one_piece, spread
 from mythos.checkpoints.stored_checkpoint import complete_checkpoints
 from mythos.checkpoints.stored_model import StoredModel, stored_model, tensors_of
 from mythos.config.sections import Config
@@ -104,9 +105,11 @@ class Start:
         here, there = tensors_of(model), tensors_of(self.stored.model)
         for names in _batches(self._taken(model), there):
             # Of experts that ranks share, each reads its own part: all of them may be more than a machine's memory.
-            shared = {name: here[name] for name in names if here[name].ndim == 3 and isinstance(here[name], DTensor)}
+            shared = {name: in_one_piece(here[name]) for name in names if _is_divided(here[name])}
             values = {name: torch.empty_like(there[name], device="cpu") for name in names if name not in shared}
             self.stored.read(shared | values)
+            for name, piece in shared.items():
+                spread(piece, here[name])
             for name in list(values):
                 value = values.pop(name)
                 if _has_row_per_loop(name, here[name]):
@@ -230,6 +233,13 @@ def planned_start(config: Config) -> list[str]:
             check_vocabulary(tokenizer, int(config.model.vocab_size))
         start.match(config, tokenizer)
         return start.changes
+
+
+def _is_divided(tensor: Tensor) -> bool:
+    """Whether a tensor is a stack of experts that FSDP2 or ranks divide, or is cut in both dimensions."""
+    if not isinstance(tensor, DTensor):
+        return False
+    return tensor.ndim == 3 or sum(not placement.is_replicate() for placement in tensor.placements) > 1
 
 
 def _has_row_per_loop(name: str, tensor: Tensor) -> bool:

@@ -2,21 +2,43 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.futures import Future
 
 from mythos.distributed.ranks import Ranks
 from mythos.files.tensors import save_file
-from mythos.torch_internals import shard_file_name, shard_metadata
+from mythos.torch_internals import interleaved_parts, shard_file_name, shard_metadata
 
 SHARD_PREFIX = "shard-{:05d}-"
 """How torch.distributed.checkpoint begins the names of a rank's files, counted from 1."""
+
+
+def in_one_piece(tensor: Tensor) -> Tensor:
+    """A tensor whose shards are rectangles of the whole: `tensor` itself, or a copy if its shards interleave.
+
+    Collective. Only such shards can be written and read. A slice of shared experts has rows of the gates and of the
+    up-projections; its copy takes a little memory, because FSDP2 cuts the slices too.
+    """
+    if not isinstance(tensor, DTensor) or all(interleaved_parts(placement) == 1 for placement in tensor.placements):
+        return tensor
+    placements: list[Any] = list(tensor.placements)
+    return tensor.redistribute(placements=[Shard(p.dim) if interleaved_parts(p) > 1 else p for p in placements])
+
+
+@torch.no_grad()
+def spread(piece: Tensor, tensor: Tensor) -> None:
+    """Copy what :func:`in_one_piece` returned for `tensor`, and was filled since, into it. Collective."""
+    if piece is not tensor:
+        assert isinstance(piece, DTensor) and isinstance(tensor, DTensor), "others are their own piece"
+        tensor.copy_(piece.redistribute(placements=tensor.placements))
 
 
 def rank_share(tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:

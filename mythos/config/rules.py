@@ -179,6 +179,22 @@ def _experts_can_be_divided(config: Config) -> Iterator[Contradiction]:
         yield ("parallel.shard", "parallel.expert"), f"got {parallel.shard} and {expert}; {rule}"
 
 
+def _shared_experts_can_be_divided(config: Config) -> Iterator[Contradiction]:
+    parallel, model = config.parallel, config.model
+    shared, expert = parallel.shared, parallel.expert
+    if shared == 1:
+        return
+    if expert % shared:
+        rule = "processes that share the routed experts divide the shared ones, so the second must divide the first"
+        yield ("parallel.expert", "parallel.shared"), f"got {expert} and {shared}; {rule}"
+    width = model.n_shared_experts * model.shared_expert_dim
+    if model.core_ffn == "moe" and (width == 0 or width % shared):
+        fields = ("model.n_shared_experts", "model.shared_expert_dim", "parallel.shared")
+        values = f"got {model.n_shared_experts}, {model.shared_expert_dim} and {shared}"
+        rule = "the third must divide the product of the others" if width else "there are no shared experts to divide"
+        yield fields, f"{values}; {rule}"
+
+
 def _evaluated_loops_increase(config: Config) -> Iterator[Contradiction]:
     loops = config.eval.loops
     if not loops or any(left >= right for left, right in itertools.pairwise(loops)):
@@ -233,6 +249,7 @@ TRAINING_RULES = (
     _learning_rate_stays_above_zero,
     _hsdp_sizes,
     _experts_can_be_divided,
+    _shared_experts_can_be_divided,
     _evaluated_loops_increase,
     _samples_have_prompts,
     _difficulty_sets_the_loops,

@@ -219,6 +219,11 @@ class ParallelConfig(Section):
     """fsdp, hsdp: processes that share the experts of each core block. Each holds model.n_experts / expert of them, and
     tokens are sent to the processes that hold their experts. Must divide model.n_experts and the processes that share
     a copy of the model; needs torch 2.13. 1 = no expert parallelism."""
+    shared: Rows = 1
+    """fsdp, hsdp with `expert` above 1: processes that divide the shared experts of each core block by their hidden
+    width, for models whose shared experts are too large for one GPU. Each computes its part for the tokens of all of
+    them. Must divide `expert` and the hidden width; best the GPUs of a machine. 1 = each process computes them
+    whole."""
     wrap: Literal["loop", "block"] = "loop"
     """fsdp, hsdp: unit of parameter gathering. loop = the whole core, gathered once whatever the number of loops;
     block = one core block at a time, again in every loop, for a core that does not fit."""

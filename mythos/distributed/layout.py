@@ -32,6 +32,8 @@ class Layout(NamedTuple):
     """Whether the layout chosen by `parallel.mode: auto` fits in the device's memory; not checked for a named mode."""
     expert: int = 1
     """Processes, among the `shard` of a copy, that share the experts and exchange tokens; 1 = each has all experts."""
+    shared: int = 1
+    """Processes, among these, that divide the shared experts by hidden width; 1 = each has them whole."""
 
     @property
     def size(self) -> int:
@@ -49,9 +51,14 @@ class Layout(NamedTuple):
         return self.shard // self.expert
 
     @property
+    def shared_shard(self) -> int:
+        """Processes that share one part of the shared experts (FSDP2)."""
+        return self.shard // self.shared
+
+    @property
     def sizes(self) -> dict[str, str | int]:
         """Mode and numbers of processes, for records."""
-        return {name: getattr(self, name) for name in ("mode", "replicate", "shard", "expert")}
+        return {name: getattr(self, name) for name in ("mode", "replicate", "shard", "expert", "shared")}
 
 
 def named_layout(settings: ParallelConfig, size: int, local_size: int) -> Layout:
@@ -88,7 +95,8 @@ def named_layout(settings: ParallelConfig, size: int, local_size: int) -> Layout
             "model (parallel.shard): the experts of a copy are divided among processes of that copy"
         )
     why += f"; {expert} processes share the experts" if expert > 1 else ""
-    return Layout("hsdp" if mode == "hsdp" else "fsdp", replicate, shard, why, expert=expert)
+    why += f", {settings.shared} each shared expert" if settings.shared > 1 else ""
+    return Layout("hsdp" if mode == "hsdp" else "fsdp", replicate, shard, why, expert=expert, shared=settings.shared)
 
 
 def memory_of_device(world: World) -> int:
@@ -111,6 +119,8 @@ class Meshes(NamedTuple):
     experts: DeviceMesh | None
     """(shard, expert) or (replicate, shard, expert), where the last two divide the `shard` of `dense`; None without
     expert parallelism. Ranks that exchange tokens are adjacent, so within a machine if it has enough of them."""
+    shared: DeviceMesh | None
+    """(shard, shared) or (replicate, shard, shared), likewise for shared experts; None if they are not divided."""
 
     @property
     def groups(self) -> list[dist.ProcessGroup]:
@@ -119,15 +129,22 @@ class Meshes(NamedTuple):
 
 
 def build_mesh(layout: Layout, device_type: str) -> Meshes:
-    """The processes as one row, or as `replicate` rows of `shard`; and once more for experts that are divided."""
+    """The processes as one row, or as `replicate` rows of `shard`; and once more for each kind of divided experts."""
 
     def mesh(**sizes: int) -> DeviceMesh:
         copies = {"replicate": layout.replicate} if layout.mode == "hsdp" else {}
         shape = copies | sizes
         return init_device_mesh(device_type, tuple(shape.values()), mesh_dim_names=tuple(shape))
 
-    dense = mesh(shard=layout.shard)
-    return Meshes(dense, mesh(shard=layout.expert_shard, expert=layout.expert) if layout.expert > 1 else None)
+    return Meshes(
+        mesh(shard=layout.shard),
+        mesh(shard=layout.expert_shard, expert=layout.expert) if layout.expert > 1 else None,
+        mesh(shard=layout.shared_shard, shared=layout.shared) if layout.shared > 1 else None,
+    )
+
+
+Experts = Literal["routed", "shared"]
+"""Kinds of experts that are divided."""
 
 
 class FsdpUnit(NamedTuple):
@@ -187,6 +204,36 @@ def shard_dimension(parameter: nn.Parameter, shards: int) -> int:
 def routed_stacks(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that have one matrix per routed expert."""
     return [stack for module in model.modules() if isinstance(module, MixtureOfExperts) for stack in module.stacks]
+
+
+def shared_slices(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of shared experts, which can be divided by hidden width."""
+    return [slice_ for module in model.modules() if isinstance(module, MixtureOfExperts) for slice_ in module.slices]
+
+
+def divided_experts(model: nn.Module, layout: Layout) -> dict[nn.Parameter, Experts]:
+    """The parameters that a layout divides by another dimension of the mesh than FSDP2's."""
+    divided: dict[nn.Parameter, Experts] = {}
+    if layout.expert > 1:
+        divided |= dict.fromkeys(routed_stacks(model), "routed")
+    if layout.shared > 1:
+        divided |= dict.fromkeys(shared_slices(model), "shared")
+    return divided
+
+
+def slice_dimension(name: str, parameter: nn.Parameter, shards: int) -> int:
+    """The dimension along which FSDP2 cuts a slice of shared experts: that of the model's width, not the hidden one.
+
+    `name` is the parameter's. Raises MythosError if the width cannot be divided.
+    """
+    dimension = 0 if name.endswith("down.weight") else 1
+    if parameter.shape[dimension] % shards:
+        raise MythosError(
+            f"parallel.shared: {shards} processes share each part of the shared experts, and the model's width "
+            f"{parameter.shape[dimension]} cannot be divided by that: raise parallel.shared, or set "
+            "parallel.mode=hsdp with a smaller parallel.shard"
+        )
+    return dimension
 
 
 def matrix_dimension(stack: nn.Parameter, shards: int) -> int:

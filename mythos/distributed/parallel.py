@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 from mythos.config.sections import Config, ParallelConfig
-from mythos.distributed.layout import Layout, build_mesh, routed_stacks
+from mythos.distributed.layout import Layout, build_mesh, divided_experts
 from mythos.distributed.ranks import World
 from mythos.errors import MythosError
 from mythos.model.halting import HaltingGate
@@ -88,8 +88,10 @@ class ParallelModel:
     def finish_gradients(self) -> None:
         """Average the gradients that FSDP2 does not manage, in one all-reduce. Call it after the last micro-batch."""
         # A divided expert has the gradient of all ranks' tokens, but FSDP2 divides it only by the ranks that reduce it.
-        for gradient in _gradients(routed_stacks(self.model) if self.layout.expert > 1 else ()):
-            local_part(gradient).div_(self.layout.expert)
+        holders = {"routed": self.layout.expert, "shared": self.layout.shared}
+        divided = divided_experts(self.model, self.layout)
+        for kind, gradient in zip(divided.values(), _gradients(divided), strict=True):
+            local_part(gradient).div_(holders[kind])
         if self.layout.sharded:
             gradients = _gradients(self.unsharded)
             average = self.world.sum(torch.cat([g.flatten() for g in gradients])) / self.layout.size

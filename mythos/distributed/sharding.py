@@ -1,10 +1,11 @@
 """FSDP2: shards a model as a layout says. Imported only where a model is sharded, because its imports take long."""
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
@@ -17,31 +18,63 @@ from mythos.distributed.layout import (
     matrix_dimension,
     routed_stacks,
     shard_dimension,
+    shared_slices,
+    slice_dimension,
 )
 from mythos.model.moe import MixtureOfExperts
 from mythos.model.ops.expert_exchange import ExpertExchange
+from mythos.model.ops.shared_experts import SharedExpertGroup
 from mythos.model.rdt import RecurrentDepthTransformer
-from mythos.torch_internals import mesh_placements
+from mythos.torch_internals import interleaved_shard, mesh_placements
 
 
-def divide_experts(model: RecurrentDepthTransformer, mesh: DeviceMesh) -> None:
-    """Replace the experts of a model on the meta device by the share of this rank, along the dimension "expert"."""
+def divide_experts(model: RecurrentDepthTransformer, mesh: DeviceMesh, shared: DeviceMesh | None = None) -> None:
+    """Replace the experts of a model on the meta device by the share of this rank, along the dimension "expert".
+
+    With `shared` the shared experts too, by a part of their hidden width along the dimension "shared".
+    """
     mesh = mesh["expert"]
+    sharers = 1 if shared is None else shared["shared"].size()
     for module in model.recurrence.modules():
         if not isinstance(module, MixtureOfExperts):
             continue
         for name in ("gate_up", "down"):
-            whole = getattr(module, name)
-            share = whole.new_empty(len(whole) // mesh.size(), *whole.shape[1:])
-            setattr(module, name, nn.Parameter(DTensor.from_local(share, mesh, [Shard(0)], run_check=False)))
-        module.exchange = ExpertExchange(mesh.get_group(), mesh.size())
+            setattr(module, name, _share(getattr(module, name), mesh, Shard(0)))
+        module.exchange = ExpertExchange(mesh.get_group(), mesh.size(), sharers)
+        if shared is not None and module.shared is not None:
+            of_shared, linears = shared["shared"], (module.shared.gate_up, module.shared.down)
+            for linear, placement in zip(linears, (interleaved_shard(0, 2), Shard(1)), strict=True):
+                linear.weight = _share(linear.weight, of_shared, placement)
+            module.shared_group = SharedExpertGroup(of_shared.get_group(), sharers)
+            model.recurrence.exclude(linears)
 
 
-def _expert_placements(model: RecurrentDepthTransformer, mesh: DeviceMesh) -> dict[nn.Parameter, Any]:
+def _share(whole: Tensor, mesh: DeviceMesh, placement: Any) -> nn.Parameter:
+    """A rank's share of a parameter on the meta device, cut evenly."""
+    shape = list(whole.shape)
+    shape[placement.dim] //= mesh.size()
+    return nn.Parameter(DTensor.from_local(whole.new_empty(shape), mesh, [placement], run_check=False))
+
+
+def _placements(model: RecurrentDepthTransformer, meshes: Meshes) -> dict[nn.Parameter, Any]:
     """For the parameters of divided experts, how `fully_shard` cuts their matrices: along "shard" of their own mesh."""
+    placements: dict[nn.Parameter, Any] = {}
+    if meshes.experts is not None:
+        over, on_mesh = _shard_mesh(meshes.experts)
+        placements = {stack: on_mesh(Shard(matrix_dimension(stack, over))) for stack in routed_stacks(model)}
+    if meshes.shared is not None:
+        over, on_mesh = _shard_mesh(meshes.shared)
+        slices = set(shared_slices(model))
+        for name, parameter in model.named_parameters():
+            if parameter in slices:
+                placements[parameter] = on_mesh(Shard(slice_dimension(name, parameter, over)))
+    return placements
+
+
+def _shard_mesh(mesh: DeviceMesh) -> tuple[int, Callable[[Any], Any]]:
+    """Size of the dimension "shard", and `mesh_placements` of it and of "replicate"."""
     over = mesh["replicate", "shard"] if mesh.ndim == 3 else mesh["shard"]
-    on_mesh = mesh_placements(over)
-    return {stack: on_mesh(Shard(matrix_dimension(stack, over.size(over.ndim - 1)))) for stack in routed_stacks(model)}
+    return over.size(over.ndim - 1), mesh_placements(over)
 
 
 def prefetch(settings: ParallelConfig, model: RecurrentDepthTransformer) -> None:
@@ -65,8 +98,8 @@ def shard_model(settings: ParallelConfig, model: RecurrentDepthTransformer, mesh
     """
     shards, experts = meshes.dense.size(meshes.dense.ndim - 1), {}
     if meshes.experts is not None:
-        divide_experts(model, meshes.experts)
-        experts = _expert_placements(model, meshes.experts)
+        divide_experts(model, meshes.experts, meshes.shared)
+        experts = _placements(model, meshes)
     common: dict[str, Any] = {
         "mesh": meshes.dense,
         "ignored_params": set(float32_parameters(model)),

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from mythos.model.config import FEED_FORWARDS, ModelConfig
 from mythos.model.ops.matmul import linear, without_autocast
 from mythos.model.ops.recompute import recomputable
+from mythos.torch_internals import interleaved_parts, interleaved_shard
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -162,13 +163,18 @@ def _is_random(initializer: Initializer) -> bool:
 
 def _fill_matrices(initializer: Initializer, parameter: Tensor, seed: int, name: str) -> None:
     """Fill a matrix (n, m) or a stack of them (E, n, m), or this rank's shard of it."""
-    *experts, rows, columns = local_slices(parameter)
     local, shape = local_part(parameter), parameter.shape[-2:]
-    if not experts:
-        _fill_matrix(initializer, local, shape, rows, columns, random_stream(seed, name))
-    for stacked in experts:
-        for index, expert in enumerate(range(stacked.start, stacked.stop)):
-            _fill_matrix(initializer, local[index], shape, rows, columns, random_stream(seed, name, expert))
+    if parameter.ndim == 2:
+        (columns,) = local_runs(parameter, 1)
+        start = 0
+        for rows in local_runs(parameter, 0):
+            part = local[start : start + rows.stop - rows.start]
+            _fill_matrix(initializer, part, shape, rows, columns, random_stream(seed, name))
+            start += len(part)
+        return
+    stacked, rows, columns = local_slices(parameter)
+    for index, expert in enumerate(range(stacked.start, stacked.stop)):
+        _fill_matrix(initializer, local[index], shape, rows, columns, random_stream(seed, name, expert))
 
 
 def _fill_matrix(
@@ -201,21 +207,32 @@ def skip_numbers(generator: np.random.Generator, count: int) -> None:
 
 
 def local_slices(tensor: Tensor) -> tuple[slice, ...]:
-    """For every dimension of a tensor, the range of its indices that this rank has."""
-    return tuple(_local_slice(tensor, dim) for dim in range(tensor.ndim))
+    """For every dimension of a tensor, the range of its indices that this rank has, where it has only one."""
+    runs = [local_runs(tensor, dim) for dim in range(tensor.ndim)]
+    assert all(len(of_dim) == 1 for of_dim in runs), "see `mythos.checkpoints.shards.in_one_piece`"
+    return tuple(of_dim[0] for of_dim in runs)
 
 
-def _local_slice(parameter: Tensor, dim: int) -> slice:
-    """The range of a dimension's indices that this rank's shard covers."""
+def local_runs(parameter: Tensor, dim: int) -> list[slice]:
+    """The ranges of a dimension's indices that this rank's shard covers: one, or several if placements interleave."""
     if not is_dtensor(parameter):
-        return slice(0, parameter.shape[dim])
+        return [slice(0, parameter.shape[dim])]
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     # Shard the indices in the same way as the dimension.
-    placements = [Shard(0) if placement.is_shard(dim) else Replicate() for placement in parameter.placements]
+    placements = []
+    for placement in parameter.placements:
+        parts, cut = interleaved_parts(placement), getattr(placement, "dim", None) == dim
+        placements.append((Shard(0) if parts == 1 else interleaved_shard(0, parts)) if cut else Replicate())
     indices = torch.arange(parameter.shape[dim], device=parameter.device)
     local = distribute_tensor(indices, parameter.device_mesh, placements, src_data_rank=None).to_local().tolist()
-    return slice(local[0], local[-1] + 1) if local else slice(0, 0)
+    runs: list[slice] = []
+    for index in local:
+        if runs and index == runs[-1].stop:
+            runs[-1] = slice(runs[-1].start, index + 1)
+        else:
+            runs.append(slice(index, index + 1))
+    return runs or [slice(0, 0)]
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:

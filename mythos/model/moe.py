@@ -20,6 +20,7 @@ from mythos.model.ops.expert_exchange import ExpertExchange
 from mythos.model.ops.grouped_experts import ExpertWeights, run_experts
 from mythos.model.ops.matmul import float32_linear
 from mythos.model.ops.recompute import recomputable
+from mythos.model.ops.shared_experts import SharedExpertGroup, SliceWeights
 
 
 class Router(nn.Module):
@@ -146,15 +147,30 @@ class MixtureOfExperts(nn.Module):
         self.shared = SwiGLU(dim, shared) if shared else None
         self.exchange: ExpertExchange | None = None
         """Sends tokens to the ranks that hold their experts; None if this rank holds all."""
+        self.shared_group: SharedExpertGroup | None = None
+        """The ranks that divide the shared experts by hidden width; None if this rank holds all of it. Then the
+        parameters of `shared` are this rank's slice."""
 
     @property
     def stacks(self) -> list[nn.Parameter]:
         """The routed experts' parameters, each with one matrix per expert."""
         return [self.gate_up, self.down]
 
+    @property
+    def slices(self) -> list[nn.Parameter]:
+        """The shared experts' parameters, which can be divided by hidden width; none without shared experts."""
+        return [] if self.shared is None else list(self.shared.parameters())
+
     def weights(self, dtype: torch.dtype) -> ExpertWeights:
-        """The weights of the routed experts that this rank holds, for a step whose matmuls are in `dtype`."""
-        return ExpertWeights(local_part(self.gate_up), local_part(self.down), dtype)
+        """The weights of the experts that this rank holds, for a step whose matmuls are in `dtype`.
+
+        Shared experts are among them if they are divided.
+        """
+        weights = ExpertWeights(local_part(self.gate_up), local_part(self.down), dtype)
+        if self.shared_group is not None:
+            gate_up, down = (local_part(parameter) for parameter in self.slices)
+            weights.shared = SliceWeights(gate_up, down, dtype)
+        return weights
 
     def forward(
         self, x: Tensor, weights: ExpertWeights | None = None, loop: Tensor | None = None
@@ -170,21 +186,40 @@ class MixtureOfExperts(nn.Module):
         if self.exchange is None:
             output = run_experts(tokens_ND, gates_NK, experts_NK, weights).view_as(x)
             shared = None if self.shared is None else self.shared(x)
-        else:
+        elif weights.shared is None:
             run = self.exchange.start(experts_NK, len(weights.gate_up)).send(tokens_ND, gates_NK, weights)
             shared = None if self.shared is None else self.shared(x)  # runs while the rows travel
             output = run().view_as(x)
+        else:
+            output, shared = (part.view_as(x) for part in self.exchanged(tokens_ND, gates_NK, experts_NK, weights))
         if shared is not None:
             output = output + shared
         return output, experts_NK.view(*x.shape[:2], -1)
+
+    def exchanged(self, x: Tensor, gates: Tensor, experts: Tensor, weights: ExpertWeights) -> tuple[Tensor, Tensor]:
+        """Outputs of routed and of shared experts, both divided, for x (N, D): -> (N, D) float32 each.
+
+        The slice of the shared experts runs while the rows of the routed experts travel, and these while the results of
+        the slices do.
+        """
+        assert self.exchange is not None and self.shared_group is not None and weights.shared is not None
+        dispatch = self.exchange.start(experts, len(weights.gate_up))
+        call = self.shared_group.call(dispatch.splits.tokens, weights.shared)
+        tokens = call.send(x)
+        run = dispatch.send(x, gates, weights)
+        results = call.compute(tokens)
+        output = run()
+        return output, call.total(results, len(x))
 
     def serve(self, x: Tensor, weights: ExpertWeights | None) -> None:
         """Run this rank's experts for the tokens of other ranks, without own ones; x (..., D) gives type and device."""
         assert self.exchange is not None, "the experts are shared"
         weights = weights or self.weights(autocast_dtype(x))
-        gates = torch.empty(0, self.router.chosen, device=x.device)
-        dispatch = self.exchange.start(gates.long(), len(weights.gate_up))
-        dispatch.run(x.flatten(0, -2)[:0], gates, weights)
+        gates, none = torch.empty(0, self.router.chosen, device=x.device), x.flatten(0, -2)[:0]
+        if weights.shared is None:
+            self.exchange.start(gates.long(), len(weights.gate_up)).run(none, gates, weights)
+        else:
+            self.exchanged(none, gates, gates.long(), weights)
 
 
 class CoreFeedForward:

@@ -1,7 +1,7 @@
 """The loop: injection, core blocks, depth-wise adapter, and the growing prefix of active rows."""
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from math import log
 from typing import Any, Literal, NamedTuple
 
@@ -118,6 +118,11 @@ class Recurrence(nn.Module):
         others = [block for block in self.blocks if block.layer not in layers]
         unused = {linear for block in others for linear in block.modules()}
         return [linear for linear in self.looped if linear not in unused]
+
+    def exclude(self, linears: Collection[Linear]) -> None:
+        """Take linear maps out of `looped`, because their weights are used in another way (divided shared experts)."""
+        self.looped = [linear for linear in self.looped if linear not in linears]
+        self.stages = [stage._replace(linears=self.linears_of(stage.layers)) for stage in self.stages]
 
     def stage_input(self, number: int, state: Tensor) -> Tensor:
         """Encoded input of stage `number` (1 and up), of the shape of the last state of the stage before."""

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from mythos.config.sections import Config
-from mythos.distributed.layout import Layout, build_mesh
+from mythos.distributed.layout import Experts, Layout, build_mesh
 from mythos.model.config import loop_stages
 from mythos.planning.flops import build_on_meta
 from mythos.planning.rank_state import RankState, accumulates, compute_dtype, micro_batches
@@ -19,6 +19,8 @@ from mythos.training.optim import build_optimizer
 
 EXPERT_EXCHANGE = "token all-to-all"
 """Kind of the collectives of expert parallelism."""
+TOKEN_GATHER = "token all-gather"
+"""Kind of the collectives that bring tokens to the ranks that divide the shared experts."""
 
 
 @dataclass
@@ -35,9 +37,10 @@ class Exchange:
         self.bytes += times * size
 
 
-Group = Literal["shard", "expert_shard", "replicate", "expert", "world"]
-"""Which ranks take part: those that share a copy of the model, the matrices of an expert, or the experts; those that
-hold the same shard of different copies; or all."""
+Group = Literal["shard", "expert_shard", "shared_shard", "replicate", "expert", "shared", "world"]
+"""Which ranks take part: those that share a copy of the model, the matrices of an expert, or one part of the shared
+experts; those that hold the same shard of different copies; those that divide the experts, or the shared ones; or
+all."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,21 @@ def expert_exchanges(config: Config, layout: Layout, loops: int, backprop: int) 
     if config.parallel.activation_checkpointing == "loop":
         rows += backprop * blocks
         results += backprop * (blocks - (model.block_norm == "pre" and model.lanes == 1))
-    size = micro * counts * model.n_experts * torch.int64.itemsize + rows * row + results * result
+    counted = model.n_experts + (layout.expert if layout.shared > 1 else 0)
+    size = micro * counts * counted * torch.int64.itemsize + rows * row + results * result
     return Exchange(micro * (counts + rows + results), size)
+
+
+def shared_exchanges(config: Config, layout: Layout, loops: int, backprop: int) -> Exchange:
+    """All-gathers of tokens to the ranks that divide the shared experts, and as many and as large all-to-alls back.
+
+    Each micro-batch, block and loop has one, a backward pass another, and with checkpointing "loop" the recomputation.
+    """
+    passes = loops + backprop + (backprop if config.parallel.activation_checkpointing == "loop" else 0)
+    tokens = config.train.global_batch // layout.size * config.data.sequence_length
+    row = config.model.dim * compute_dtype(config).itemsize
+    times = passes * config.model.core_layers
+    return Exchange(micro_batches(config, layout.size) * times, times * layout.shared * tokens * row)
 
 
 def collectives(config: Config, state: RankState, loops: int, backprop: int) -> dict[str, Exchange]:
@@ -141,7 +157,7 @@ def step_calls(config: Config, state: RankState, loops: int, backprop: int) -> I
     if layout.mode == "ddp":
         yield Calls("all-reduce", "world", state.buckets, state.gradients)
     stages = len(loop_stages(config.model))
-    looped_blocks = [index for index, unit in enumerate(state.units) if unit.looped and not unit.experts]
+    looped_blocks = [index for index, unit in enumerate(state.units) if unit.looped and unit.experts is None]
     several, last = len(looped_blocks) > 1 and stages == 1, max(looped_blocks, default=-1)
     for index, unit in enumerate(state.units):
         if unit.looped:
@@ -154,7 +170,8 @@ def step_calls(config: Config, state: RankState, loops: int, backprop: int) -> I
         separate = backward_passes > 1 and accumulates(config, layout.size)
         reductions = 2 if separate else 1
         if unit.ranks(layout) > 1:
-            group: Group = "expert_shard" if unit.experts else "shard"
+            groups: dict[Experts | None, Group] = {None: "shard", "routed": "expert_shard", "shared": "shared_shard"}
+            group = groups[unit.experts]
             yield Calls("all-gather", group, micro * times, micro * times * unit.gathered)
             scatters = reductions if config.parallel.reduce == "step" else micro
             yield Calls("reduce-scatter", group, scatters, scatters * unit.reduced)
@@ -167,3 +184,7 @@ def step_calls(config: Config, state: RankState, loops: int, backprop: int) -> I
     if layout.expert > 1:
         exchange = expert_exchanges(config, layout, loops, backprop)
         yield Calls(EXPERT_EXCHANGE, "expert", exchange.count, exchange.bytes)
+    if layout.shared > 1:
+        exchange = shared_exchanges(config, layout, loops, backprop)
+        for kind in (TOKEN_GATHER, EXPERT_EXCHANGE):
+            yield Calls(kind, "shared", exchange.count, exchange.bytes)

@@ -17,7 +17,9 @@ from mythos.distributed.parallel import prepare_model
 from mythos.model.config import ModelConfig
 from mythos.model.moe import MixtureOfExperts
 from mythos.model.ops import device_choice
-from mythos.model.ops.expert_exchange import Dispatch, ExpertExchange, Splits, Transfer
+from mythos.model.ops.expert_exchange import Dispatch, ExpertExchange, Splits
+from mythos.model.ops.shared_experts import SharedExpertGroup
+from mythos.model.ops.transfer import Transfer
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.planning.trace_cache import remembered
 from mythos.torch_internals import CPU_FLASH, CPU_FLASH_BACKWARD, FakeTensorMode
@@ -48,6 +50,8 @@ class Step:
     """All loops share what is derived from the weights. False if FSDP2 gathers the core's blocks one by one."""
     expert: int = 1
     """Ranks that share the experts. The step runs on one of them, and every expert gets equally many tokens."""
+    sharers: int = 1
+    """Ranks among these that divide the shared experts. All have as many tokens as this one."""
 
 
 @contextmanager
@@ -65,7 +69,7 @@ def fake_model(config: ModelConfig, step: Step) -> Iterator[RecurrentDepthTransf
             parallel = ParallelConfig.model_validate({"activation_checkpointing": step.checkpointing})
             prepare_model(Config(parallel=parallel), model, torch.device("cpu"))
             if step.expert > 1:
-                hold_share_of_experts(model, step.expert)
+                hold_share_of_experts(model, step.expert, step.sharers)
             if not step.shared:
                 model.recurrence.share_weights = False
             if step.gathered:
@@ -82,8 +86,8 @@ def fake_model(config: ModelConfig, step: Step) -> Iterator[RecurrentDepthTransf
 class BalancedExchange(ExpertExchange):
     """Stands for the exchange of tokens in a plan: sends nothing, and as many rows arrive as leave."""
 
-    def __init__(self, ranks: int) -> None:
-        super().__init__(None, ranks)
+    def __init__(self, ranks: int, sharers: int) -> None:
+        super().__init__(None, ranks, sharers)
 
     def start(self, experts: Tensor, held: int) -> Dispatch:
         """As if every rank's share of the chosen experts (N, k) were equally large."""
@@ -91,24 +95,51 @@ class BalancedExchange(ExpertExchange):
         self.rows = [slots // self.ranks + (rank < slots % self.ranks) for rank in range(self.ranks)]
         return super().start(experts, held)
 
-    def exchange_counts(self, sent: Tensor) -> Callable[[], Splits]:
+    def exchange_counts(self, sent: Tensor, tokens: int) -> Callable[[], Splits]:
         """The same counts as leave."""
         rows = self.rows
-        return lambda: Splits(rows, rows, torch.empty_like(sent))
+        return lambda: Splits(rows, rows, torch.empty_like(sent), [tokens] * self.sharers)
 
     def send(self, rows: Tensor, leaving: list[int], coming: list[int]) -> Transfer:
         """Rows without values."""
         return Transfer(rows.new_empty(sum(coming), *rows.shape[1:]), rows, None)
 
 
-def hold_share_of_experts(model: RecurrentDepthTransformer, ranks: int) -> None:
-    """Leave a model the experts that one of `ranks` ranks holds."""
+class BalancedGroup(SharedExpertGroup):
+    """Stands for the ranks that divide the shared experts: sends nothing, and as much arrives as from equal ranks."""
+
+    def __init__(self, ranks: int) -> None:
+        super().__init__(None, ranks)
+
+    def gather(self, rows: Tensor, most: int) -> Transfer:
+        """Rows without values."""
+        return Transfer(rows.new_empty(self.ranks * most, *rows.shape[1:]), rows, None)
+
+    def give_back(self, rows: Tensor) -> Transfer:
+        """Rows without values."""
+        return Transfer(torch.empty_like(rows), rows, None)
+
+
+def hold_share_of_experts(model: RecurrentDepthTransformer, ranks: int, sharers: int) -> None:
+    """Leave a model the experts of one of `ranks` ranks, and the part of the shared ones of one of `sharers`."""
     for module in model.modules():
-        if isinstance(module, MixtureOfExperts):
-            for name in ("gate_up", "down"):
-                whole = getattr(module, name)
-                setattr(module, name, nn.Parameter(whole.new_empty(len(whole) // ranks, *whole.shape[1:])))
-            module.exchange = BalancedExchange(ranks)
+        if not isinstance(module, MixtureOfExperts):
+            continue
+        for name in ("gate_up", "down"):
+            setattr(module, name, _share(getattr(module, name), 0, ranks))
+        module.exchange = BalancedExchange(ranks, sharers)
+        if sharers > 1 and module.shared is not None:
+            linears = module.shared.gate_up, module.shared.down
+            for dimension, linear in enumerate(linears):
+                linear.weight = _share(linear.weight, dimension, sharers)
+            module.shared_group = BalancedGroup(sharers)
+            model.recurrence.exclude(linears)
+
+
+def _share(whole: Tensor, dimension: int, ranks: int) -> nn.Parameter:
+    shape = list(whole.shape)
+    shape[dimension] //= ranks
+    return nn.Parameter(whole.new_empty(shape))
 
 
 def run_forward(model: RecurrentDepthTransformer, step: Step) -> Tensor:

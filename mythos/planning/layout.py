@@ -40,11 +40,11 @@ def choose_layout(config: Config, size: int, local_size: int, memory: int) -> La
         return named_layout(config.parallel, size, local_size)
     if config.train.micro_batch == "auto":  # The trainer fits it to the memory that is left, which must hold one row.
         config = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": 1})})
-    expert = config.parallel.expert
+    expert, shared = config.parallel.expert, config.parallel.shared
     candidates = [Layout("ddp", size, 1, "")] if expert == 1 else []
     if 1 < local_size < size and size % local_size == 0 and local_size % expert == 0:
-        candidates.append(Layout("hsdp", size // local_size, local_size, "", expert=expert))
-    candidates.append(Layout("fsdp", 1, size, "", expert=expert))
+        candidates.append(Layout("hsdp", size // local_size, local_size, "", expert=expert, shared=shared))
+    candidates.append(Layout("fsdp", 1, size, "", expert=expert, shared=shared))
 
     @cache
     def traced(sharded: bool) -> int:
@@ -156,6 +156,19 @@ def expert_counts(config: Config) -> list[int]:
     return [config.parallel.expert, *(power for power in powers if power > config.parallel.expert)]
 
 
+def shared_count(config: Config, machine_ranks: int) -> int:
+    """The largest value of parallel.shared to try: a power of 2 that divides parallel.expert and the hidden width.
+
+    On one machine, so that tokens travel between its GPUs only. 1 if the model has no shared experts.
+    """
+    model = config.model
+    width = model.n_shared_experts * model.shared_expert_dim if model.core_ffn == "moe" else 0
+    count = 1
+    while width and 2 * count <= machine_ranks and config.parallel.expert % (2 * count) == width % (2 * count) == 0:
+        count *= 2
+    return count
+
+
 @cache
 def _warn_of_torch() -> None:
     logger.warning(
@@ -168,10 +181,13 @@ def shortage(config: Config, ranks: int, machine_ranks: int, device_memory: int)
     """Say that a configuration does not fit, and what would fit on devices of `device_memory` bytes."""
     least: list[tuple[int, int]] = []  # bytes of what is gathered and reduced, and of activations
     alone: list[int] = []  # bytes of activations that do not fit alone
-    for expert in expert_counts(config):
-        divided = with_parallel(config, expert=expert)
+    ways = [with_parallel(config, expert=expert) for expert in expert_counts(config)]
+    if config.parallel.shared == 1:  # after all others: it computes more
+        ways += [with_parallel(way, shared=count) for way in ways if (count := shared_count(way, machine_ranks)) > 1]
+    for divided in ways:
+        expert, shared = divided.parallel.expert, divided.parallel.shared
         size = max(2, ranks, expert)
-        step = activations(divided, Layout("fsdp", 1, size - size % expert, "", expert=expert)).peak
+        step = activations(divided, Layout("fsdp", 1, size - size % expert, "", expert=expert, shared=shared)).peak
         if step >= device_memory:
             alone.append(step)
             continue

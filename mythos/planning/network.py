@@ -15,7 +15,9 @@ def group_shape(layout: Layout, group: Group) -> tuple[int, int]:
     return {
         "shard": (layout.shard, 1),
         "expert_shard": (layout.expert_shard, layout.expert),
+        "shared_shard": (layout.shared_shard, layout.shared),
         "expert": (layout.expert, 1),
+        "shared": (layout.shared, 1),
         "replicate": (layout.replicate, layout.shard),
         "world": (layout.size, 1),
     }[group]

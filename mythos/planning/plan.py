@@ -13,7 +13,6 @@ from mythos.errors import MythosError
 from mythos.model.cache import cache_bytes_per_token
 from mythos.planning.budget import mean_depths
 from mythos.planning.collectives import collectives
-from mythos.planning.fake_step import recomputed_flops
 from mythos.planning.flops import count_parameters, forward_flops
 from mythos.planning.layout import choose_layout, gib, shortage, with_parallel
 from mythos.planning.parameters import parameters_by_formula
@@ -26,6 +25,7 @@ from mythos.planning.rank_state import (
     rank_state,
     working_memory,
 )
+from mythos.planning.speed import executed_flops
 
 DEVICE_MEMORY = 80 * 2**30
 """Default bytes of a device."""
@@ -133,13 +133,14 @@ def training_cost(config: Config) -> TrainingCost:
     length, checkpointing = config.data.sequence_length, config.parallel.activation_checkpointing
     means = mean_depths(config)
     needed = forward_flops(config.model, length).training_at(means.loops, means.backprop)
-    recomputed = means.backprop * recomputed_flops(config.model, length, checkpointing)
-    return TrainingCost(means.loops, means.backprop, checkpointing, needed, needed + recomputed)
+    executed = executed_flops(config, means, checkpointing)
+    return TrainingCost(means.loops, means.backprop, checkpointing, needed, executed)
 
 
 def _mode(layout: Layout) -> str:
     copies = f"hsdp, {layout.replicate} x {layout.shard}" if layout.mode == "hsdp" else layout.mode
-    return f"{copies}, experts over {layout.expert}" if layout.expert > 1 else copies
+    experts = f", experts over {layout.expert}" if layout.expert > 1 else ""
+    return copies + experts + (f", shared experts over {layout.shared}" if layout.shared > 1 else "")
 
 
 def _cache_line(config: Config) -> str:

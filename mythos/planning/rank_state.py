@@ -9,12 +9,14 @@ from torch import nn
 
 from mythos.config.sections import Config
 from mythos.distributed.layout import (
+    Experts,
     Layout,
+    divided_experts,
     float32_parameters,
     fsdp_units,
     matrix_dimension,
-    routed_stacks,
     shard_numel,
+    slice_dimension,
 )
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.planning.fake_step import Step
@@ -51,12 +53,18 @@ class Unit:
     """The core's parameters outside such blocks, which stay gathered while the blocks run."""
     injects: bool = False
     """The injection, which runs once before each loop over core layers."""
-    experts: bool = False
-    """Experts that expert parallelism divides: gathered together with the unit before, but over fewer ranks."""
+    experts: Experts | None = None
+    """Kind of the experts that it has, if ranks divide them: gathered together with the unit before, but over fewer
+    ranks."""
 
     def ranks(self, layout: Layout) -> int:
         """Number of ranks that gather it together."""
-        return layout.expert_shard if self.experts else layout.shard
+        return layout.shard // holders(layout, self.experts)
+
+
+def holders(layout: Layout, experts: Experts | None) -> int:
+    """Number of ranks that divide experts of this kind; 1 for None, which is all that only FSDP2 divides."""
+    return {None: 1, "routed": layout.expert, "shared": layout.shared}[experts]
 
 
 @dataclass(frozen=True)
@@ -136,15 +144,19 @@ def rank_state(config: Config, layout: Layout) -> RankState:
     model = build_on_meta(config.model)
     parameters = list(model.parameters())
     whole = set(float32_parameters(model) if layout.sharded else parameters)
-    divided = set(routed_stacks(model) if layout.expert > 1 else ())
+    divided = divided_experts(model, layout)
 
-    def held(parameter: nn.Parameter) -> int:
-        if parameter in divided:  # evenly, or `matrix_dimension` raises
+    def held(name: str, parameter: nn.Parameter) -> int:
+        kind = divided.get(parameter)
+        if kind is None:
+            return parameter.numel() if parameter in whole else shard_numel(parameter, layout.shard)
+        if kind == "routed":  # evenly, or this raises
             matrix_dimension(parameter, layout.expert_shard)
-            return parameter.numel() // layout.shard
-        return parameter.numel() if parameter in whole else shard_numel(parameter, layout.shard)
+        else:
+            slice_dimension(name, parameter, layout.shared_shard)
+        return parameter.numel() // layout.shard
 
-    numel: dict[torch.Tensor, int] = {p: held(p) for p in parameters}
+    numel: dict[torch.Tensor, int] = {p: held(name, p) for name, p in model.named_parameters()}
     load = model.empty_load(torch.device("meta"))
     size = sum(p.itemsize * count for p, count in numel.items())
     return RankState(
@@ -164,19 +176,20 @@ def _units(config: Config, model: RecurrentDepthTransformer, layout: Layout) -> 
     """Sizes of the units of :func:`fsdp_units`, in the order of the forward pass."""
     order = {module: number for number, module in enumerate(model.modules())}
     blocks, split = set(model.recurrence.blocks), config.parallel.wrap == "block"
-    divided = set(routed_stacks(model) if layout.expert > 1 else ())
+    divided = divided_experts(model, layout)
     units = fsdp_units(config.parallel, model, compute_dtype(config))
     for unit in sorted(units, key=lambda unit: order[unit.module]):
         if not unit.parameters:
             continue
         computed = unit.param_dtype or unit.parameters[0].dtype
         reduced = unit.reduce_dtype or computed
-        for experts in (False, True):
-            parameters = [p for p in unit.parameters if (p in divided) == experts]
+        kinds: tuple[Experts | None, ...] = (None, "routed", "shared")
+        for experts in kinds:
+            parameters = [p for p in unit.parameters if divided.get(p) == experts]
             if not parameters:
                 continue
-            unpadded = padded = sum(p.numel() for p in parameters) // (layout.expert if experts else 1)
-            if not experts:
+            unpadded = padded = sum(p.numel() for p in parameters) // holders(layout, experts)
+            if experts is None:
                 padded = layout.shard * sum(shard_numel(p, layout.shard) for p in parameters)
             yield Unit(
                 gathered=padded * computed.itemsize,
@@ -195,7 +208,7 @@ def gathered_together(units: Sequence[Unit]) -> list[Unit]:
     """The units, with divided experts added to the unit that they are gathered with."""
     joined: list[Unit] = []
     for unit in units:
-        if not unit.experts:
+        if unit.experts is None:
             joined.append(unit)
             continue
         sizes = ("gathered", "gradient", "accumulated", "reduced")
@@ -257,5 +270,6 @@ def activations(config: Config, layout: Layout, checkpointing: str | None = None
             gathered=layout.sharded,
             shared=not (layout.sharded and config.parallel.wrap == "block"),
             expert=layout.expert,
+            sharers=layout.shared,
         ),
     )

@@ -11,13 +11,13 @@ from mythos.distributed.layout import Layout, named_layout
 from mythos.errors import MythosError
 from mythos.planning.budget import Gpu
 from mythos.planning.fake_step import CHECKPOINTING
-from mythos.planning.layout import USABLE_SHARE, expert_counts, with_parallel
+from mythos.planning.layout import USABLE_SHARE, expert_counts, shared_count, with_parallel
 from mythos.planning.memory import Activations
 from mythos.planning.rank_state import RankState, activations, micro_batches, rank_state, working_memory
 from mythos.planning.speed import TimeModel
 from mythos.planning.traffic import StepTraffic, step_traffic
 
-SEARCHED = ("mode", "shard", "replicate", "expert", "wrap", "reduce", "activation_checkpointing")
+SEARCHED = ("mode", "shard", "replicate", "expert", "shared", "wrap", "reduce", "activation_checkpointing")
 """Fields of `parallel` that are chosen, beside train.micro_batch."""
 MOST_GPUS = 4096
 """Largest number of GPUs that `fewest_gpus` tries, or 4 times as many as the run has."""
@@ -46,8 +46,8 @@ class Candidate(NamedTuple):
         """What to write on the command line."""
         values = {f"parallel.{name}": getattr(self.config.parallel, name) for name in SEARCHED}
         values["train.micro_batch"] = self.config.train.micro_batch
-        unset = ("parallel.shard", "parallel.replicate")
-        return [f"{name}={value}" for name, value in values.items() if value is not None or name not in unset]
+        unset = {"parallel.shard": None, "parallel.replicate": None, "parallel.shared": 1}
+        return [f"{name}={value}" for name, value in values.items() if name not in unset or value != unset[name]]
 
 
 @dataclass(frozen=True)
@@ -76,20 +76,30 @@ class Least:
         return self.held + self.activations
 
 
+class Traced(NamedTuple):
+    """What the activations of a step depend on, in a search."""
+
+    checkpointing: str
+    sharded: bool
+    shared: int
+    expert: int
+    rows: int
+
+
 class Search:
     """Candidates for a run on `gpus` GPUs, `machine_gpus` of them on a machine.
 
     Candidates have every mode, number of copies (powers of 2), parallel.expert (powers of 2 that divide the experts),
     time of reduction, micro-batch (powers of 2) and activation checkpointing. parallel.wrap=block is tried only if
-    nothing fits without. Fields of SEARCHED and "micro_batch" that are in `fixed` keep the values that `config` has.
+    nothing fits without, and then parallel.shared: all GPUs of a machine, if they can divide the shared experts. Fields
+    of SEARCHED and "micro_batch" that are in `fixed` keep the values that `config` has.
     """
 
     def __init__(self, config: Config, gpus: int, machine_gpus: int, fixed: frozenset[str] = frozenset()) -> None:
         self.config, self.gpus, self.machine_gpus, self.fixed = config, gpus, machine_gpus, fixed
         self.models: dict[Gpu, TimeModel] = {}
         self.states: dict[tuple[Layout, str], RankState | None] = {}
-        self.traced: dict[tuple[str, bool, int, int], Activations] = {}
-        """Activations by checkpointing mode, whether the model is sharded, parallel.expert and rows."""
+        self.traced: dict[Traced, Activations] = {}
 
     def values(self, name: str, allowed: tuple[Any, ...]) -> tuple[Any, ...]:
         """Values of a field of `parallel` to try."""
@@ -105,10 +115,17 @@ class Search:
                 self.states[key] = None
         return self.states[key]
 
-    def settings(self, gpus: int, wrap: str, copies: bool = True) -> Iterator[tuple[Config, RankState]]:
+    @property
+    def ways(self) -> list[tuple[str, bool]]:
+        """parallel.wrap, and whether shared experts are divided, in the order in which they are tried."""
+        divided = (self.config.parallel.shared > 1,) if "shared" in self.fixed else (False, True)
+        return [(wrap, shared) for shared in divided for wrap in self.values("wrap", ("loop", "block"))]
+
+    def settings(self, gpus: int, wrap: str, shared: bool, copies: bool = True) -> Iterator[tuple[Config, RankState]]:
         """Configurations whose `parallel` has modes, sizes and `wrap`; and their training states.
 
-        Without `copies` only the layouts that divide the model among all GPUs, unless the mode is fixed.
+        With `shared` only those that divide the shared experts. Without `copies` only the layouts that divide the model
+        among all GPUs, unless the mode is fixed.
         """
         counts = self.values("expert", tuple(sorted({1, *expert_counts(with_parallel(self.config, expert=1))})))
         if gpus == 1:
@@ -128,17 +145,21 @@ class Search:
             if "replicate" in self.fixed and chosen.replicate != gpus // layout.get("shard", gpus):
                 continue
             config = with_parallel(self.config, **{"shard": None, "replicate": None, "wrap": wrap, **layout})
+            if "shared" not in self.fixed:
+                config = with_parallel(config, shared=shared_count(config, self.machine_gpus) if shared else 1)
+            if shared != (config.parallel.shared > 1) or config.parallel.expert % config.parallel.shared:
+                continue
             state = self.state(config, named_layout(config.parallel, gpus, min(gpus, self.machine_gpus)))
             if state is not None:
                 yield config, state
 
-    def candidates(self, wrap: str) -> Iterator[Candidate]:
-        """All candidates with that value of parallel.wrap."""
+    def candidates(self, wrap: str, shared: bool) -> Iterator[Candidate]:
+        """All candidates with that value of parallel.wrap, whose shared experts are divided or not."""
         rows = max(1, self.config.train.global_batch // self.gpus)
         sizes: tuple[Any, ...] = tuple(2**power for power in range(rows.bit_length()))
         if "micro_batch" in self.fixed:
             sizes = (self.config.train.micro_batch,)
-        for config, state in self.settings(self.gpus, wrap):
+        for config, state in self.settings(self.gpus, wrap, shared):
             for size, mode in product(sizes, self.values("activation_checkpointing", CHECKPOINTING)):
                 train = config.train.model_copy(update={"micro_batch": size})
                 sized = config.model_copy(update={"train": train})
@@ -153,19 +174,20 @@ class Search:
             self.traced[key] = activations(candidate.config, candidate.layout)
         return self.traced[key].peak
 
-    def _key(self, candidate: Candidate) -> tuple[str, bool, int, int]:
+    def _key(self, candidate: Candidate) -> Traced:
         rows = candidate.config.train.micro_batch
         size = max(1, self.config.train.global_batch // candidate.layout.size) if rows == "auto" else rows
         mode = candidate.config.parallel.activation_checkpointing
-        return mode, candidate.layout.sharded, candidate.layout.expert, size
+        layout = candidate.layout
+        return Traced(mode, layout.sharded, layout.shared, layout.expert, size)
 
     def at_least(self, candidate: Candidate) -> int:
         """A lower bound of `trace`, from traces of fewer rows and of ranks that hold fewer experts."""
-        mode, sharded, expert, rows = self._key(candidate)
+        key = self._key(candidate)
         bounds = [
-            max(traced.peak, traced.kept * rows // of_rows)
-            for (of_mode, of_sharded, of_expert, of_rows), traced in self.traced.items()
-            if (of_mode, of_sharded) == (mode, sharded) and of_expert >= expert and of_rows <= rows
+            max(traced.peak, traced.kept * key.rows // other.rows)
+            for other, traced in self.traced.items()
+            if other[:3] == key[:3] and other.expert >= key.expert and other.rows <= key.rows
         ]
         return max(bounds, default=0)
 
@@ -177,8 +199,8 @@ class Search:
         """
         usable = int(USABLE_SHARE * gpu.memory)
         model, tried = self.model(gpu), 0
-        for wrap in self.values("wrap", ("loop", "block")):
-            every = list(self.candidates(wrap))
+        for wrap, shared in self.ways:
+            every = list(self.candidates(wrap, shared))
             tried += len(every)
             fitting = [candidate for candidate in every if candidate.held < usable]
             # Equal times are ordered by memory: the first of them leaves most free.
@@ -219,9 +241,8 @@ class Search:
 
     def _trace_smallest(self, candidates: list[Candidate], candidate: Candidate) -> None:
         """Trace, of the candidates with the same checkpointing, the one with most expert ranks and fewest rows."""
-        mode, sharded, _, _ = self._key(candidate)
-        same = [each for each in candidates if self._key(each)[:2] == (mode, sharded)]
-        self.trace(min(same, key=lambda each: (-each.layout.expert, self._key(each)[3])))
+        same = [each for each in candidates if self._key(each)[:3] == self._key(candidate)[:3]]
+        self.trace(min(same, key=lambda each: (-each.layout.expert, self._key(each).rows)))
 
     def least(self, gpus: int | None = None) -> Least | None:
         """The candidate that needs least memory, with micro-batches of one row and loops recomputed.
@@ -232,14 +253,13 @@ class Search:
         best: Least | None = None
         smallest: list[Candidate] = []
         modes = self.values("activation_checkpointing", ("loop",))
-        for wrap in self.values("wrap", ("loop", "block")):
-            for config, state in self.settings(gpus, wrap, copies=False):
+        for wrap, shared in self.ways:
+            for config, state in self.settings(gpus, wrap, shared, copies=False):
                 train = config.train.model_copy(update={"micro_batch": 1})
                 one = with_parallel(config, activation_checkpointing=modes[0], reduce="micro_batch")
                 smallest.append(Candidate(one.model_copy(update={"train": train}), state))
-        if smallest:
-            self._trace_smallest(smallest, smallest[0])
         for candidate in sorted(smallest, key=lambda each: each.held):
+            self._trace_smallest(smallest, candidate)
             if best is None or candidate.held + self.at_least(candidate) < best.needed:
                 found = Least(candidate, candidate.held, self.trace(candidate))
                 best = found if best is None or found.needed < best.needed else best

@@ -17,10 +17,15 @@ from mythos.planning.traffic import OPTIMIZER_BYTES, StepTime, StepTraffic, step
 
 
 def executed_flops(config: Config, means: DepthMeans, mode: str) -> float:
-    """FLOPs per token of training, with what this mode of activation checkpointing computes again."""
+    """FLOPs per token of training, with what this mode of activation checkpointing computes again.
+
+    Divided shared experts add the hidden activations of their backward passes.
+    """
     model, length = config.model, config.data.sequence_length
     needed = forward_flops(model, length).training_at(means.loops, means.backprop)
-    return needed + means.backprop * recomputed_flops(model, length, mode)
+    hidden = model.n_shared_experts * model.shared_expert_dim if config.parallel.shared > 1 else 0
+    slices = 4 * model.core_layers * model.dim * hidden  # gate and up
+    return needed + means.backprop * (recomputed_flops(model, length, mode) + slices)
 
 
 def time_per_token(config: Config, state: RankState, gpu: Gpu, machine_gpus: int) -> StepTime:
@@ -46,19 +51,20 @@ class TimeModel:
     def __init__(self, config: Config, gpu: Gpu, machine_gpus: int, traffic: Callable[[str, int], StepTraffic]) -> None:
         self.gpu, self.machine_gpus, self.traffic = gpu, machine_gpus, traffic
         self.means = mean_depths(config)
-        self.executed: dict[str, float] = {}
-        """FLOPs per token by mode of activation checkpointing."""
+        self.executed: dict[tuple[str, bool], float] = {}
+        """FLOPs per token by mode of activation checkpointing, and whether the shared experts are divided."""
 
     def time(self, config: Config, state: RankState, others: Iterable[Calls] = ()) -> StepTime:
         """GPU seconds per token; `others` are collectives beside those of the layout."""
         layout, mode = state.layout, config.parallel.activation_checkpointing
-        if mode not in self.executed:
-            self.executed[mode] = executed_flops(config, self.means, mode)
+        way = mode, layout.shared > 1
+        if way not in self.executed:
+            self.executed[way] = executed_flops(config, self.means, mode)
         compiled = compiles(config, torch.device("cuda"))
         rows, _ = deepest_micro_batch(config, layout.size)
         time = step_time(
             self.traffic(mode, rows),
-            executed=self.executed[mode],
+            executed=self.executed[way],
             loops=self.means.loops,
             backprop=self.means.backprop,
             tokens=rows * config.data.sequence_length,

@@ -1,7 +1,8 @@
 """Muon: orthogonalised momentum for the matrices of hidden layers, AdamW for all other parameters."""
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate, product
 from math import prod, sqrt
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from mythos.model.layers import is_dtensor, local_part
-from mythos.torch_internals import foreach_copy_, foreach_div_, foreach_lerp_, foreach_mul_
+from mythos.torch_internals import foreach_copy_, foreach_div_, foreach_lerp_, foreach_mul_, interleaved_parts
 from mythos.training.adamw import FusedAdamW
 
 if TYPE_CHECKING:
@@ -69,13 +70,14 @@ class Muon(FusedAdamW):
         self.parts: dict[Tensor, int] = {p: group["parts"] for group in self._matrix_groups for p in group["params"]}
         for parameter in self.parts:
             self.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
-        sharded: dict[tuple[DeviceMesh, int], list[DTensor]] = {}
+        sharded: dict[tuple[DeviceMesh, tuple[int, ...]], list[DTensor]] = {}
         for parameter in self.parts:
-            if is_dtensor(parameter) and (dimension := _cut_along(parameter)) is not None:
-                sharded.setdefault((parameter.device_mesh, dimension), []).append(parameter)
+            if is_dtensor(parameter) and (dimensions := _cut_along(parameter)):
+                sharded.setdefault((parameter.device_mesh, dimensions), []).append(parameter)
+        meshes = {mesh for mesh, _ in sharded}
         self.exchanges = [
-            Exchange(parameters, dimension, dtype)
-            for (_, dimension), members in sharded.items()
+            Exchange(parameters, _group(mesh, dimensions, meshes), dtype)
+            for (mesh, dimensions), members in sharded.items()
             for parameters in _in_rounds(members, elements)
         ]
         replicated = {p: parts for p, parts in self.parts.items() if not is_dtensor(p)}
@@ -260,15 +262,15 @@ class Exchange:
     Each direction is one all-to-all, in `dtype`. Ranks are assigned in turn, largest matrices first.
     """
 
-    def __init__(self, parameters: list["DTensor"], dimension: int, dtype: torch.dtype) -> None:
-        """`parameters` are on one mesh, and their matrices are cut along `dimension` of it."""
-        self.parameters, self.dtype = set(parameters), dtype
-        mesh = parameters[0].device_mesh
-        self.group, self.ranks = mesh.get_group(dimension), mesh.shape[dimension]
-        rank = mesh.get_local_rank(dimension)
-        pieces = [
-            Piece(p, index, dimension) for p in parameters for index in range(len(p.to_local()) if p.ndim == 3 else 1)
-        ]
+    def __init__(self, parameters: list["DTensor"], group: dist.ProcessGroup, dtype: torch.dtype) -> None:
+        """`parameters` are on one mesh; the ranks of `group` together have their matrices."""
+        self.parameters, self.group, self.dtype = set(parameters), group, dtype
+        members, rank = dist.get_process_group_ranks(group), dist.get_rank(group)
+        mesh = parameters[0].device_mesh.mesh
+        places = [tuple((mesh == member).nonzero()[0].tolist()) for member in members]
+        self.ranks = len(places)
+        counts = [(p, len(p.to_local()) if p.ndim == 3 else 1) for p in parameters]
+        pieces = [Piece(parameter, index, places) for parameter, count in counts for index in range(count)]
         pieces.sort(key=lambda piece: -piece.numel())
         self.pieces = [piece for owner in range(self.ranks) for piece in pieces[owner :: self.ranks]]
         self.mine = pieces[rank :: self.ranks]
@@ -289,15 +291,23 @@ class Exchange:
         received = self._all_to_all([piece.shard() for piece in self.pieces], self.leaving, self.coming)
         gathered = []
         for index, piece in enumerate(self.mine):
-            shards = [received[index + source * len(self.mine)] for source in range(self.ranks)]
-            shaped = [shard.view(shape) for shard, shape in zip(shards, piece.shapes, strict=True)]
-            gathered.append((piece.parameter, torch.cat(shaped, piece.dim)))
+            whole = torch.empty(piece.shape, dtype=self.dtype, device=piece.shard().device)
+            for source in range(self.ranks):
+                shard = received[index + source * len(self.mine)]
+                for place, part in piece.parts(source, shard):
+                    whole[place] = part
+            gathered.append((piece.parameter, whole))
         return gathered
 
     def scatter(self, wholes: list[Tensor]) -> None:
         """Copy the matrices that :meth:`gather` returned into the ranks' gradients."""
-        shards = [whole.split(piece.sizes, piece.dim) for piece, whole in zip(self.mine, wholes, strict=True)]
-        sent = [by_rank[target] for target in range(self.ranks) for by_rank in shards]
+        sent = []
+        for target in range(self.ranks):
+            for piece, whole in zip(self.mine, wholes, strict=True):
+                shard = whole.new_empty(piece.numel(target))
+                for place, part in piece.parts(target, shard):
+                    part.copy_(whole[place])
+                sent.append(shard)
         for piece, values in zip(self.pieces, self._all_to_all(sent, self.coming, self.leaving), strict=True):
             shard = piece.shard()
             shard.copy_(values.view_as(shard))
@@ -314,21 +324,46 @@ class Exchange:
 class Piece:
     """A sharded matrix, or one of a sharded stack: that with `index` among those of this rank."""
 
-    def __init__(self, parameter: "DTensor", index: int, dimension: int) -> None:
-        from torch.distributed.tensor import Shard
+    def __init__(self, parameter: "DTensor", index: int, places: list[tuple[int, ...]]) -> None:
+        """`places` are the coordinates, in the parameter's mesh, of the ranks that together have the matrix."""
+        self.parameter, self.index = parameter, index
+        self.shape = list(parameter.shape if parameter.ndim == 2 else (1, *parameter.shape[1:]))
+        self.runs = [self._runs(place) for place in places]
+        """For each rank and dimension, the ranges that its shard covers, one after the other."""
 
-        placement, ranks = parameter.placements[dimension], parameter.device_mesh.shape[dimension]
-        assert isinstance(placement, Shard), "only sharded parameters are exchanged"
-        self.parameter, self.index, self.dim = parameter, index, placement.dim
-        whole = list(parameter.shape if parameter.ndim == 2 else (1, *parameter.shape[1:]))
-        # Cut like torch.chunk: the last ranks have less, or nothing, if the size is not a multiple.
-        size, most = whole[self.dim], -(-whole[self.dim] // ranks)
-        self.sizes = [max(0, min(most, size - rank * most)) for rank in range(ranks)]
-        self.shapes = [[*whole[: self.dim], size, *whole[self.dim + 1 :]] for size in self.sizes]
+    def _runs(self, place: tuple[int, ...]) -> list[list[slice]]:
+        runs = [[slice(0, size)] for size in self.shape]
+        placed = zip(self.parameter.placements, self.parameter.device_mesh.shape, place, strict=True)
+        for placement, ranks, rank in placed:
+            dim = getattr(placement, "dim", None)
+            if dim is None or (dim == 0 and self.parameter.ndim == 3):  # copies, or other matrices of the stack
+                continue
+            # Cut like torch.chunk: the last ranks have less, or nothing, if the size is not a multiple. Parts that lie
+            # side by side are cut one by one.
+            size = self.shape[dim] // interleaved_parts(placement)
+            most = -(-size // ranks)
+            starts = range(0, self.shape[dim], size)
+            bounds = min(size, rank * most), min(size, (rank + 1) * most)
+            runs[dim] = [slice(start + bounds[0], start + bounds[1]) for start in starts]
+        return runs
 
     def numel(self, rank: int | None = None) -> int:
         """Elements of a rank's shard; None: of the whole matrix."""
-        return sum(map(prod, self.shapes)) if rank is None else prod(self.shapes[rank])
+        if rank is None:
+            return prod(self.shape)
+        return prod(sum(run.stop - run.start for run in runs) for runs in self.runs[rank])
+
+    def parts(self, rank: int, shard: Tensor) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
+        """Places in the matrix, and the views of a rank's flat shard that belong there."""
+        by_dim, shape = [], []
+        for runs in self.runs[rank]:
+            ends = list(accumulate(run.stop - run.start for run in runs))
+            here = [slice(end - (run.stop - run.start), end) for run, end in zip(runs, ends, strict=True)]
+            by_dim.append(list(zip(runs, here, strict=True)))
+            shape.append(ends[-1])
+        shaped = shard.view(shape)
+        for combination in product(*by_dim):
+            yield tuple(there for there, _ in combination), shaped[tuple(here for _, here in combination)]
 
     def shard(self) -> Tensor:
         """This rank's part of the gradient."""
@@ -356,17 +391,29 @@ def _matrices(tensor: Tensor, parts: int) -> list[Tensor]:
     return [part for matrix in stack for part in matrix.chunk(parts, dim=0 if tensor.ndim == 2 else 1)]
 
 
-def _cut_along(parameter: "DTensor") -> int | None:
-    """The dimension of the mesh whose ranks hold parts of the same matrices; None if each matrix is on one rank.
+def _cut_along(parameter: "DTensor") -> tuple[int, ...]:
+    """The dimensions of the mesh whose ranks hold parts of the same matrices; none if each matrix is on one rank.
 
     Ranks along other dimensions have copies, or other matrices of a stack.
     """
-    from torch.distributed.tensor import Shard
+    inside = (0, 1) if parameter.ndim == 2 else (1, 2)
+    cuts = zip(parameter.placements, parameter.device_mesh.shape, strict=True)
+    return tuple(d for d, (cut, ranks) in enumerate(cuts) if ranks > 1 and getattr(cut, "dim", None) in inside)
 
-    for dimension, (placement, ranks) in enumerate(zip(parameter.placements, parameter.device_mesh.shape, strict=True)):
-        if ranks > 1 and isinstance(placement, Shard) and (parameter.ndim == 2 or placement.dim != 0):
-            return dimension
-    return None
+
+def _group(mesh: DeviceMesh, dimensions: tuple[int, ...], meshes: Iterable[DeviceMesh]) -> dist.ProcessGroup:
+    """The ranks of this one's row along one dimension of a mesh, or of its plane along several.
+
+    Those of a plane share a copy of the model, so they are a row of the mesh of another matrix, one of `meshes`.
+    """
+    if len(dimensions) == 1:
+        return mesh.get_group(dimensions[0])
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None, "every rank is in the mesh"
+    plane = mesh.mesh[tuple(slice(None) if d in dimensions else place for d, place in enumerate(coordinate))]
+    ranks = sorted(plane.flatten().tolist())
+    groups = [other.get_group(dimension) for other in meshes for dimension in range(other.ndim)]
+    return next(group for group in groups if sorted(dist.get_process_group_ranks(group)) == ranks)
 
 
 def _local_gradient(parameter: Tensor) -> Tensor:

@@ -46,6 +46,16 @@ CONTRADICTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"parallel": {"expert": 2}, "model": {"core_ffn": "dense"}}, ("model.core_ffn", "parallel.expert")),
     ({"parallel": {"expert": 2, "mode": "ddp"}}, ("parallel.mode", "parallel.expert")),
     ({"parallel": {"expert": 2, "mode": "single"}}, ("parallel.mode", "parallel.expert")),
+    ({"parallel": {"shared": 2}}, ("parallel.expert", "parallel.shared")),
+    ({"parallel": {"expert": 2, "shared": 4}}, ("parallel.expert", "parallel.shared")),
+    (
+        {"parallel": {"expert": 3, "shared": 3}, "model": {"n_experts": 9, "shared_expert_dim": 32}},
+        ("model.n_shared_experts", "model.shared_expert_dim", "parallel.shared"),
+    ),
+    (
+        {"parallel": {"expert": 2, "shared": 2}, "model": {"n_shared_experts": 0}},
+        ("model.n_shared_experts", "model.shared_expert_dim", "parallel.shared"),
+    ),
     ({"parallel": {"expert": 4, "mode": "hsdp", "shard": 2}}, ("parallel.shard", "parallel.expert")),
     ({"optim": {"momentum": 0.9}}, ("optim.name", "optim.momentum")),
     ({"train": {"steps": 10, "tokens": 10}}, ("train.steps", "train.tokens")),

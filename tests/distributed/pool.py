@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from mythos import trainer
 from mythos.errors import MythosError
@@ -115,3 +116,5 @@ def _serve(connection: Connection) -> None:
         connection.send(answer)
         if dist.is_initialized():
             dist.destroy_process_group()
+            # Results of DTensor operators are cached with their meshes, whose groups exist no longer.
+            _clear_sharding_prop_cache()

@@ -16,7 +16,7 @@ from tests.distributed.test_resharding import CHANGES as RESHARDING
 from tests.distributed.test_resharding import take_steps
 from tests.runs import tiny
 
-CHANGES: dict[str, Any] = {**RESHARDING, "model__n_experts": 4, "optim__name": "muon", "train__steps": 8}
+CHANGES: dict[str, Any] = {**RESHARDING, "model__n_experts": 4, "optim__name": "muon", "train__steps": 11}
 CHANGES |= {"eval__batches": 1, "eval__loops": [1], "train__micro_batch": 8}
 EXPERTS = {"parallel__mode": "fsdp", "parallel__expert": 2}
 
@@ -24,10 +24,16 @@ HOPS: dict[str, tuple[int, dict[str, Any]]] = {
     "single": (1, {}),
     "ep 2 x fsdp 2": (4, EXPERTS),
     "ep 4": (4, EXPERTS | {"parallel__expert": 4}),
+    "ep 2 x fsdp 2, shared 2": (4, EXPERTS | {"parallel__shared": 2}),
     "ddp on 2": (2, {"parallel__mode": "ddp"}),
     "ep 2 x replicate 2": (4, EXPERTS | {"parallel__mode": "hsdp", "parallel__shard": 2}),
+    "ep 4, shared 4": (4, EXPERTS | {"parallel__expert": 4, "parallel__shared": 4}),
     "fsdp on 4": (4, {"parallel__mode": "fsdp"}),
     "ep 2": (2, EXPERTS),
+    "ep 2 x replicate 2, shared 2": (
+        4,
+        EXPERTS | {"parallel__mode": "hsdp", "parallel__shard": 2, "parallel__shared": 2},
+    ),
     "single again": (1, {}),
 }
 """Layouts that continue one run, a step each."""
@@ -78,7 +84,7 @@ def test_a_run_goes_on_under_one_layout_after_another(hops: tuple[Path, dict[str
     torch.testing.assert_close([each.losses[0] for each in done.values()], expected, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("layout", ["ep 2 x fsdp 2", "ep 2 x replicate 2"])
+@pytest.mark.parametrize("layout", ["ep 2 x fsdp 2", "ep 2 x replicate 2", "ep 2 x fsdp 2, shared 2"])
 def test_the_same_layout_rounds_alike(pool: RankPool, hops: tuple[Path, dict[str, Hop]], layout: str) -> None:
     directory, done = hops
     ranks, changes = HOPS[layout]
@@ -89,7 +95,7 @@ def test_the_same_layout_rounds_alike(pool: RankPool, hops: tuple[Path, dict[str
 def test_they_are_opened_and_exported(hops: tuple[Path, dict[str, Hop]], tmp_path: Path) -> None:
     """To the bit, by one process; the exported file is read one tensor after the other."""
     _, done = hops
-    for layout in ("ep 2 x fsdp 2", "ep 4"):
+    for layout in ("ep 2 x fsdp 2", "ep 4", "ep 2 x fsdp 2, shared 2"):
         export_model(done[layout].path, tmp_path / layout, max_shard_size="20KB")
         for path in (done[layout].path, tmp_path / layout):
             opened = tensors_of(open_model(path).model)
@@ -98,7 +104,7 @@ def test_they_are_opened_and_exported(hops: tuple[Path, dict[str, Hop]], tmp_pat
 
 
 def started_from(directory: Path, source: Path) -> dict[str, Tensor]:
-    options = {"run__dir": str(directory / "started"), "train__init_from": str(source)}
+    options = {"run__dir": str(directory / "started"), "train__init_from": str(source), "parallel__shared": 2}
     trainer = Trainer(tiny(directory, **CHANGES, **EXPERTS, **options))
     weights = {key: whole(tensor) for key, tensor in tensors_of(trainer.model).items()}
     trainer.resources.close()
@@ -111,7 +117,7 @@ def test_divided_experts_start_from_what_others_trained(
 ) -> None:
     """Each rank reads its own part of the experts."""
     directory, done = hops
-    source = done["ep 4"]
+    source = done["ep 4, shared 4"]
     path = export_model(source.path, tmp_path / "exported").folder if exported else source.path
     for weights in pool.run(started_from, directory, path, ranks=4):
         assert all(torch.equal(tensor, source.weights[name]) for name, tensor in weights.items())

@@ -205,6 +205,7 @@ def experts_are_used(model: RecurrentDepthTransformer) -> RecurrentDepthTransfor
     for module in model.modules():
         if isinstance(module, MixtureOfExperts):
             module.initializers["down"] = truncated_normal(4)
+            module.shared.down.initializers["weight"] = truncated_normal(4)
     return model.to_empty(device="cpu").initialize(5)
 
 
@@ -214,22 +215,24 @@ def extend(model: RecurrentDepthTransformer, ids: list[list[int]], threshold: fl
     return model.extend(torch.tensor(ids), cache, loops=12, halting=rule, logits="all")
 
 
-def extend_here(config: ModelConfig, threshold: float | None) -> Extension:
+def extend_here(config: ModelConfig, threshold: float | None, shared: bool) -> Extension:
     dist.init_process_group("gloo")
     with torch.device("meta"):
         model = RecurrentDepthTransformer(config)
-    divide_experts(model, init_device_mesh("cpu", (1, 2), mesh_dim_names=("shard", "expert")))
+    mesh, of_shared = (init_device_mesh("cpu", (1, 2), mesh_dim_names=("shard", name)) for name in ("expert", "shared"))
+    divide_experts(model, mesh, of_shared if shared else None)
     result = extend(experts_are_used(model), PROMPTS[dist.get_rank()], threshold)
     dist.barrier()
     return result
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("threshold", [None, 0.2])
-def test_ranks_decode_to_different_depths(pool: RankPool, threshold: float | None) -> None:
+def test_ranks_decode_to_different_depths(pool: RankPool, threshold: float | None, shared: bool) -> None:
     """A rank whose positions have halted computes for the others until the last one has."""
     config = preset_config("mythos_nano", vocab_size=128, core_layers=2, context_length=32)
     expected = [extend(experts_are_used(RecurrentDepthTransformer(config)), ids, threshold) for ids in PROMPTS]
-    for actual, reference in zip(pool.run(extend_here, config, threshold, ranks=2), expected, strict=True):
+    for actual, reference in zip(pool.run(extend_here, config, threshold, shared, ranks=2), expected, strict=True):
         assert torch.equal(actual.loops, reference.loops)
         torch.testing.assert_close(actual.logits, reference.logits, rtol=1e-5, atol=1e-5)
     assert threshold is None or expected[0].loops.max() != expected[1].loops.max()

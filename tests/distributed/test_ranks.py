@@ -145,7 +145,10 @@ def test_layouts_by_name() -> None:
 def test_layouts_with_divided_experts() -> None:
     whole, copies = layout(8, 8, mode="fsdp", expert=4), layout(8, 4, mode="hsdp", expert=2)
     assert (whole.mode, whole.shard, whole.expert_shard, whole.expert) == ("fsdp", 8, 2, 4)
-    assert copies.sizes == {"mode": "hsdp", "replicate": 2, "shard": 4, "expert": 2} and copies.expert_shard == 2
+    assert copies.sizes == {"mode": "hsdp", "replicate": 2, "shard": 4, "expert": 2, "shared": 1}
+    assert copies.expert_shard == 2
+    parts = layout(8, 8, mode="fsdp", expert=4, shared=2)
+    assert (parts.shared, parts.shared_shard, parts.expert_shard) == (2, 4, 2)
     with pytest.raises(MythosError, match="got 4, which does not divide the 2 processes that share a copy"):
         layout(8, 2, mode="hsdp", expert=4)
 

@@ -107,6 +107,7 @@ MODES: dict[str, tuple[int, dict[str, Any]]] = {
     "fsdp on 2": (2, {"parallel__mode": "fsdp"}),
     "fsdp on 4": (4, {"parallel__mode": "fsdp"}),  # 6 experts: by the rows of their matrices
     "hsdp 2 x 2": (4, {"parallel__mode": "hsdp", "parallel__shard": 2}),
+    "ep 2 x fsdp 2, shared 2": (4, {"parallel__mode": "fsdp", "parallel__expert": 2, "parallel__shared": 2}),
 }
 
 

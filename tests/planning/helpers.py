@@ -7,19 +7,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from mythos.config.loading import config_from_dict, load_config
 from mythos.config.sections import Config
-from mythos.distributed.layout import Layout, build_mesh
+from mythos.distributed.layout import Experts, Layout, build_mesh
 from mythos.distributed.sharding import shard_model
 from mythos.model.ops.expert_exchange import ExpertExchange, Splits
 from mythos.planning.collectives import fake_processes
 from mythos.planning.flops import build_on_meta
 from mythos.planning.layout import choose_layout
-from mythos.planning.rank_state import RankState, Unit, compute_dtype, rank_state
+from mythos.planning.rank_state import RankState, Unit, compute_dtype, holders, rank_state
 from mythos.torch_internals import fsdp_param_groups
 from mythos.training.optim import build_optimizer
 
@@ -81,7 +82,8 @@ def read_off(config: Config, layout: Layout) -> tuple[int, int, int, list[Unit]]
                 padded = group.mesh_info.shard_mesh_size * sum(
                     p.padded_sharded_param_size.numel() for p in group.fsdp_params
                 )
-                divided = layout.expert if group.fsdp_params[0].is_dtensor else 1
+                kind = kind_of(group.fsdp_params[0])
+                divided = holders(layout, kind)
                 real = sum(p.sharded_param.numel() for p in group.fsdp_params) // divided
                 units.append(
                     Unit(
@@ -93,18 +95,26 @@ def read_off(config: Config, layout: Layout) -> tuple[int, int, int, list[Unit]]
                         looped=module in blocks,
                         outer=module is model.recurrence and split,
                         injects=module is model.recurrence.injection,
-                        experts=group.fsdp_params[0].is_dtensor,
+                        experts=kind,
                     )
                 )
         whole = [p for p in parameters if not isinstance(p, DTensor)]
         return local(parameters), local(whole), local(states), units
 
 
-def as_if_alike(self: ExpertExchange, sent: Tensor) -> Callable[[], Splits]:
+def kind_of(parameter: Any) -> Experts | None:
+    """Kind of the experts that one of FSDP2's parameters belongs to, by the dimension that divides them."""
+    if not parameter.is_dtensor:
+        return None
+    return "routed" if "expert" in parameter._spmd_mesh.mesh_dim_names else "shared"
+
+
+def as_if_alike(self: ExpertExchange, sent: Tensor, tokens: int) -> Callable[[], Splits]:
     """Counts, as if every rank sent what this one sends: a fake collective brings nothing."""
-    dist.all_to_all_single(torch.empty_like(sent), sent, group=self.group)
+    counted = F.pad(sent, (0, 1), value=tokens) if self.sharers > 1 else sent
+    dist.all_to_all_single(torch.empty_like(counted), counted, group=self.group)
     sizes = sent.sum(1).tolist()
-    return lambda: Splits(sizes, sizes, sent)
+    return lambda: Splits(sizes, sizes, sent, [tokens] * self.sharers)
 
 
 def memory_table(text: str) -> dict[str, float]:

@@ -87,6 +87,20 @@ def test_memory_beyond_the_traced_loops_goes_on_as_before(monkeypatch: pytest.Mo
         assert 0.9 < estimate / measured < 1.1, f"{checkpointing}: {estimate:,} {measured:,}"
 
 
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_divided_shared_experts_keep_no_hidden_activations(checkpointing: str) -> None:
+    """However wide they are; and what a recomputed pass leaves behind is freed before the next one is recomputed."""
+    kept, peaks = {}, {}
+    for width in (64, 1024):
+        config = preset_config("mythos_nano", vocab_size=512, shared_expert_dim=width)
+        steps = [Step(4, 128, n, n, checkpointing, torch.bfloat16, "cpu", expert=4, sharers=4) for n in (4, 8)]
+        estimates = [step_activations(config, step) for step in steps]
+        kept[width], peaks[width] = estimates[0].kept // 4, [each.peak for each in estimates]
+    assert kept[64] == kept[1024]
+    for few, many in peaks.values():
+        assert many - few == pytest.approx(4 * kept[64], rel=0.05)
+
+
 def test_choices_of_a_simulated_gpu_end_with_it() -> None:
     cpu = torch.device("cpu")
     with fake_model(SIZES["experts"][0], Step(1, 8, 1, 1, "none", torch.float32)):

@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mythos.model.layers import without_autocast
 from mythos.model.ops.grouped_experts import ExpertWeights, expert_ends, run_experts, sum_slots
+from mythos.model.ops.transfer import Transfer
 
 
 class Splits(NamedTuple):
@@ -22,20 +24,8 @@ class Splits(NamedTuple):
     """Rows that it receives from each rank."""
     arrived: Tensor
     """(R, E / R) int64 on the device: rows from each rank for each of this rank's experts."""
-
-
-class Transfer:
-    """Rows on their way between ranks."""
-
-    def __init__(self, received: Tensor, rows: Tensor, work: dist.Work | None) -> None:
-        self.received, self.rows, self.work = received, rows, work
-
-    def wait(self) -> Tensor:
-        """The rows that arrived. On a GPU the stream waits, not the host."""
-        if self.work is not None:
-            self.work.wait()
-        self.rows = self.received[:0]  # what was sent may be freed
-        return self.received
+    tokens: list[int]
+    """Tokens of each of the T ranks that divide the shared experts; empty if they are not divided."""
 
 
 class ExpertExchange:
@@ -45,11 +35,17 @@ class ExpertExchange:
     all ranks must call it equally often, in the forward and in the backward pass.
 
     A call makes three all-to-alls: the number of rows for each expert (the host waits for them, because they are the
-    sizes of the others), rows with their gates, and results. The backward pass makes two.
+    sizes of the others), rows with their gates, and results. The backward pass makes two. If the shared experts are
+    divided, the first one brings the ranks' numbers of tokens too.
+
+    Args:
+        group: the R ranks.
+        ranks: R.
+        sharers: T, the number of adjacent ones among them that divide the shared experts; 1 = undivided.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, ranks: int) -> None:
-        self.group, self.ranks = group, ranks
+    def __init__(self, group: dist.ProcessGroup | None, ranks: int, sharers: int = 1) -> None:
+        self.group, self.ranks, self.sharers = group, ranks, sharers
 
     def start(self, experts: Tensor, held: int) -> "Dispatch":
         """Sort the chosen experts (N, k) int64 and exchange counts, without waiting; `held` is E / R.
@@ -63,16 +59,20 @@ class ExpertExchange:
             return Dispatch(self, experts.shape, order, place, lambda: recomputed)
         ends = expert_ends(ids, held * self.ranks).long()
         sent = torch.diff(ends, prepend=ends.new_zeros(1)).view(self.ranks, held)
-        return Dispatch(self, experts.shape, order, place, self.exchange_counts(sent))
+        return Dispatch(self, experts.shape, order, place, self.exchange_counts(sent, len(experts)))
 
-    def exchange_counts(self, sent: Tensor) -> Callable[[], Splits]:
-        """Exchange (R, E / R) int64 counts of rows; returns a function that waits for the result."""
+    def exchange_counts(self, sent: Tensor, tokens: int) -> Callable[[], Splits]:
+        """Exchange (R, E / R) int64 counts of rows, and of tokens; returns a function that waits for the result."""
+        held = sent.shape[1]
+        if self.sharers > 1:
+            sent = F.pad(sent, (0, 1), value=tokens)
         arrived = torch.empty_like(sent)
         dist.all_to_all_single(arrived, sent, group=self.group)
-        sums = torch.stack((sent.sum(1), arrived.sum(1)))
+        rows = arrived[:, :held]
+        # Where tokens do not travel, the last column is not one of them: its values are not used.
+        sums = torch.stack((sent[:, :held].sum(1), rows.sum(1), arrived[:, -1]))
         if not sums.is_cuda:
-            leaving, coming = sums.tolist()
-            return lambda: Splits(leaving, coming, arrived)
+            return lambda: self.splits(sums, rows)
         # A copy to pinned memory is queued and not waited for.
         host = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True).copy_(sums, non_blocking=True)
         copied = torch.cuda.Event()
@@ -80,10 +80,17 @@ class ExpertExchange:
 
         def wait() -> Splits:
             copied.synchronize()
-            leaving, coming = host.tolist()
-            return Splits(leaving, coming, arrived)
+            return self.splits(host, rows)
 
         return wait
+
+    def splits(self, sums: Tensor, arrived: Tensor) -> Splits:
+        """The splits, from (3, R) int64 on the host: rows that leave and that come, and tokens, by rank."""
+        leaving, coming, tokens = sums.tolist()
+        if self.sharers == 1:
+            return Splits(leaving, coming, arrived, [])
+        first = dist.get_rank(self.group) // self.sharers * self.sharers
+        return Splits(leaving, coming, arrived, tokens[first : first + self.sharers])
 
     def send(self, rows: Tensor, leaving: list[int], coming: list[int]) -> Transfer:
         """Start to send rows (sum(leaving), m), by target rank; (sum(coming), m) arrive, by source. No autograd.
@@ -111,8 +118,17 @@ class Dispatch:
         self.order, self.place = order, place
         """(N k,) int64: the slot at each place of the order by expert, and the inverse."""
         self.wait = wait
+        self.known: Splits | None = None
         self.travelling: Transfer | None = None
         """Rows on their way to the experts, or gradients on their way back."""
+
+    @property
+    def splits(self) -> Splits:
+        """Sizes of the exchange; the first use waits for them."""
+        if self.known is None:
+            self.known = self.wait()
+            CheckpointedPass.keep(self.known)
+        return self.known
 
     def send(self, x: Tensor, gates: Tensor, weights: ExpertWeights) -> Callable[[], Tensor]:
         """Send x (N, D) with gates (N, k) float32 to the experts; `weights` are those of this rank.
@@ -121,8 +137,7 @@ class Dispatch:
         called runs while the rows travel; and in the backward pass while their gradients do, because autograd goes
         through calls in reverse order.
         """
-        splits = self.wait()
-        CheckpointedPass.keep(splits)
+        splits = self.splits
         held, dtype = len(weights.gate_up), weights.gate_up.dtype
         with without_autocast(x):
             packed = _Leave.apply(x, gates, self, splits, dtype)

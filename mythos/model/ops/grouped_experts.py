@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import accumulate, count
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from weakref import WeakValueDictionary
 
 import torch
@@ -14,6 +14,9 @@ from mythos.model.layers import gated, without_autocast
 from mythos.model.ops import device_choice
 from mythos.model.ops.matmul import ROWS, multiply
 from mythos.model.ops.shared_weight import BackwardPass
+
+if TYPE_CHECKING:
+    from mythos.model.ops.shared_experts import SliceWeights
 
 
 # Custom operators, so that tracing a step does not enter the loop.
@@ -83,7 +86,10 @@ class ExpertWeights:
             Reading it does not wait for a GPU. None if the parameters get no gradient.
         link: float32 scalar that connects the loops to the parameters in the autograd graph, so that the backward pass
             reaches the parameters after the last loop; None if they get no gradient.
+        shared: this rank's slice of the block's shared experts; None if they are not divided.
     """
+
+    shared: "SliceWeights | None" = None
 
     def __init__(self, gate_up: Tensor, down: Tensor, dtype: torch.dtype) -> None:
         self.gate_up, self.down = gate_up.detach().to(dtype), down.detach().to(dtype)
@@ -91,7 +97,7 @@ class ExpertWeights:
         # The graph must not reference this object, which references the graph: a cycle keeps memory until the garbage
         # collector runs.
         trained = torch.is_grad_enabled() and (gate_up.requires_grad or down.requires_grad)
-        self.link = _Parameters.apply(gate_up, down, self.gradient) if trained else None
+        self.link = ParameterLink.apply(gate_up, down, self.gradient) if trained else None
         self.number = self.gradient.register() if trained else None
 
     def bytes_of_token(self, chosen: int) -> int:
@@ -205,11 +211,20 @@ def expert_ends(experts: Tensor, count: int) -> Tensor:
     return torch.searchsorted(experts, torch.arange(count, device=experts.device), right=True).int()
 
 
-class _Parameters(torch.autograd.Function):
+class TakenOnce(Protocol):
+    """Collects the gradient of two weights over the loops of a step."""
+
+    def take(self) -> list[Tensor]:
+        """Return both gradients, float32, and reset them."""
+        ...
+
+
+class ParameterLink(torch.autograd.Function):
     """Node between the parameters and their uses in a step; its backward runs once, after the backward of every use."""
 
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, down: Tensor, gradient: WeightGradient) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor, down: Tensor, gradient: TakenOnce) -> Tensor:
+        """A scalar that the loops depend on."""
         ctx.set_materialize_grads(False)
         ctx.gradient = gradient
         return gate_up.new_zeros((), dtype=torch.float32)
@@ -217,6 +232,7 @@ class _Parameters(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_link: None) -> tuple[Tensor, Tensor, None]:
+        """The gradients that the loops have left."""
         gate_up, down = ctx.gradient.take()
         return gate_up, down, None
 
@@ -385,7 +401,7 @@ def run_backward_in_graph(
     down: Tensor,
     number: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x and gates, and zero for `link`, so that `_Parameters` waits for this call in every loop."""
+    """Gradients of x and gates, and zero for `link`, so that `ParameterLink` waits for this call in every loop."""
     gradient = None
     if number is not None:
         # Copy the factors: the graph reuses the memory of its tensors before the weights' gradient is computed.

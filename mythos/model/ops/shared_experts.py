@@ -1,0 +1,262 @@
+"""Shared experts divided by hidden width: T ranks hold a slice each, and compute it for the tokens of all T.
+
+A SwiGLU is a sum over its hidden units. So each rank gathers the tokens of all, computes its slice for them, and
+returns the results to the ranks that the tokens came from, which add them up.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mythos.model.layers import without_autocast
+from mythos.model.ops import device_choice
+from mythos.model.ops.grouped_experts import ParameterLink
+from mythos.model.ops.matmul import multiply
+from mythos.model.ops.shared_weight import BackwardPass
+from mythos.model.ops.transfer import Transfer
+
+BLOCK_ELEMENTS = 2**28
+"""Most hidden activations that exist at a time: 512 MiB in bfloat16, and a few times that in the backward pass. The
+matmuls of a block are still large: 65,536 tokens of 8 ranks take 4,096 hidden units."""
+LEAST_WIDTH = 256
+"""Fewest hidden units that are computed together, for the sake of the matmuls."""
+
+
+class SliceWeights:
+    """A rank's slice of the shared experts' weights for all loops of a step: cast once, with one gradient.
+
+    Attributes:
+        gate_up: (2 H, D), without gradient, in the type of the matmuls: the gates of the slice's H hidden units, then
+            their up-projections.
+        down: (D, H), likewise.
+        gradient: collects the gradients of the loops.
+        link: as in `ExpertWeights`.
+    """
+
+    def __init__(self, gate_up: Tensor, down: Tensor, dtype: torch.dtype) -> None:
+        self.gate_up, self.down = gate_up.detach().to(dtype), down.detach().to(dtype)
+        self.gradient = SliceGradient()
+        trained = torch.is_grad_enabled() and (gate_up.requires_grad or down.requires_grad)
+        self.link = ParameterLink.apply(gate_up, down, self.gradient) if trained else None
+
+    def blocks(self, tokens: int) -> Iterator[tuple[slice, slice]]:
+        """Rows of `gate_up` that are gates, and those that are up-projections, of hidden units computed together."""
+        hidden = self.down.shape[1]
+        width = max(LEAST_WIDTH, BLOCK_ELEMENTS // max(1, tokens) // LEAST_WIDTH * LEAST_WIDTH)
+        for start in range(0, hidden, width):
+            stop = min(start + width, hidden)
+            yield slice(start, stop), slice(hidden + start, hidden + stop)
+
+
+class SliceGradient:
+    """The gradient of a slice's weights, summed over loops in float32, block by block."""
+
+    def __init__(self) -> None:
+        self._sums: list[Tensor] = []
+        self._pass = BackwardPass()
+
+    def join(self, weights: SliceWeights) -> tuple[Tensor, Tensor]:
+        """The sums of `gate_up` and `down`, to add to. Raises RuntimeError as `BackwardPass.join`."""
+        self._pass.join()
+        if not self._sums:
+            self._sums = [torch.zeros_like(each, dtype=torch.float32) for each in (weights.gate_up, weights.down)]
+        gate_up, down = self._sums
+        return gate_up, down
+
+    def take(self) -> list[Tensor]:
+        """Return the sums and reset them. Raises as `join`."""
+        self._pass.join()
+        self._pass.finish()
+        sums, self._sums = self._sums, []
+        return sums
+
+
+class SharedExpertGroup:
+    """The T ranks that divide the shared experts of a block."""
+
+    def __init__(self, group: dist.ProcessGroup | None, ranks: int) -> None:
+        self.group, self.ranks = group, ranks
+
+    def call(self, tokens: list[int], weights: SliceWeights) -> "SharedCall":
+        """A call for so many `tokens` of each of the ranks, all of which must make equally many calls."""
+        return SharedCall(self, max(1, *tokens), weights)
+
+    def gather(self, rows: Tensor, most: int) -> Transfer:
+        """Start to gather rows (n, D), padded with zeros to (most, D) -> (T most, D), by rank. No autograd."""
+        padded = rows.contiguous()
+        if len(rows) < most:
+            padded = torch.cat((rows, rows.new_zeros(most - len(rows), *rows.shape[1:])))
+        received = rows.new_empty(self.ranks * most, *rows.shape[1:])
+        work = dist.all_gather_single(received, padded, group=self.group, async_op=True)
+        return Transfer(received, padded, work)
+
+    def give_back(self, rows: Tensor) -> Transfer:
+        """Start to send rows (T most, D), by target rank; as many arrive, by source. No autograd."""
+        received = torch.empty_like(rows)
+        work = dist.all_to_all_single(received, rows, group=self.group, async_op=True)
+        return Transfer(received, rows, work)
+
+
+class SharedCall:
+    """One call of a block's shared experts, for the tokens of T ranks, padded to the `most` of any of them.
+
+    Call `send`, `compute` and `total` once each, in that order. Tokens travel between the first two, results between
+    the last two. What is computed meanwhile hides that, in the backward pass too, because autograd goes through calls
+    in reverse order.
+    """
+
+    def __init__(self, group: SharedExpertGroup, most: int, weights: SliceWeights) -> None:
+        self.group, self.most, self.weights = group, most, weights
+        self.travelling: Transfer | None = None
+
+    def send(self, x: Tensor) -> Tensor:
+        """Send this rank's tokens (N, D) to the others: -> the argument of `compute`."""
+        with without_autocast(x):
+            return _Leave.apply(x, self)
+
+    def compute(self, packed: Tensor) -> Tensor:
+        """Compute this rank's slice for the tokens of all ranks, and send the results: -> the argument of `total`."""
+        with without_autocast(packed):
+            return _Return.apply(_RunSlice.apply(_Arrive.apply(packed, self), self.weights.link, self.weights), self)
+
+    def total(self, packed: Tensor, count: int) -> Tensor:
+        """Wait for the results of this rank's N = `count` tokens and add up those of all slices: (N, D) float32."""
+        with without_autocast(packed):
+            return _Total.apply(packed, self, count)
+
+    def sent(self, transfer: Transfer) -> Tensor:
+        """What will arrive; `arrived` waits for it.
+
+        A recomputation that ends before `total` leaves the transfer in this object, which the autograd graph refers to.
+        So neither of its tensors may be part of the graph: such a cycle would never be freed.
+        """
+        self.travelling = transfer
+        return transfer.received.detach()
+
+    def arrived(self) -> Tensor:
+        """Wait for what is on its way."""
+        assert self.travelling is not None, "something was sent"
+        transfer, self.travelling = self.travelling, None
+        return transfer.wait()
+
+    def summed(self, count: int) -> Tensor:
+        """Wait for this rank's `count` rows from all ranks, and add them up: (count, D) float32."""
+        return self.arrived().unflatten(0, (self.group.ranks, self.most))[:, :count].sum(0, dtype=torch.float32)
+
+
+class _Leave(torch.autograd.Function):
+    """Tokens (N, D) -> those of all ranks (T most, D), which have not arrived yet."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, call: SharedCall) -> Tensor:
+        ctx.call, ctx.count, ctx.dtype = call, len(x), x.dtype
+        return call.sent(call.group.gather(x.detach().to(call.weights.gate_up.dtype), call.most))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
+        return ctx.call.summed(ctx.count).to(ctx.dtype), None  # of what `_Arrive` has sent
+
+
+class _Arrive(torch.autograd.Function):
+    """Waits for the tokens of all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, call: SharedCall) -> Tensor:
+        ctx.call = call
+        return call.arrived().view_as(packed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        ctx.call.travelling = ctx.call.group.give_back(gradient)
+        return gradient, None  # `_Leave` takes what comes back from the call, not this
+
+
+class _Return(torch.autograd.Function):
+    """Results of this rank's slice (T most, D) -> those of all slices for its tokens, which have not arrived yet."""
+
+    @staticmethod
+    def forward(ctx: Any, results: Tensor, call: SharedCall) -> Tensor:
+        ctx.call = call
+        return call.sent(call.group.give_back(results.detach()))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
+        return ctx.call.arrived(), None  # what `_Total` has sent
+
+
+class _Total(torch.autograd.Function):
+    """Waits for the results of this rank's tokens, and adds those of all slices: -> (N, D) float32."""
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, call: SharedCall, count: int) -> Tensor:
+        ctx.call = call
+        return call.summed(count)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        call = ctx.call
+        call.travelling = call.group.gather(gradient.to(call.weights.gate_up.dtype), call.most)
+        return call.travelling.received, None, None  # `_Return` waits for it
+
+
+class _RunSlice(torch.autograd.Function):
+    """A slice of the hidden units for tokens (n, D) -> (n, D), both in the type of the matmuls.
+
+    Saves the tokens alone: the backward pass computes the hidden activations again, a block at a time. Of the shared
+    experts of mythos_500b 8,192 tokens have 68 GiB of them, however many ranks divide these experts.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, link: Tensor | None, weights: SliceWeights) -> Tensor:
+        ctx.weights = weights
+        ctx.save_for_backward(x)
+        total = x.new_zeros(x.shape, dtype=torch.float32)
+        for gates, ups in weights.blocks(len(x)):
+            activation = device_choice.fused(_gating, x.device)(
+                multiply(x, weights.gate_up[gates].T), multiply(x, weights.gate_up[ups].T)
+            )
+            total += multiply(activation, weights.down[:, gates].T)
+        return total.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:
+        weights: SliceWeights = ctx.weights
+        (x,) = ctx.saved_tensors
+        sums = None if weights.link is None else weights.gradient.join(weights)
+        grad_x = x.new_zeros(x.shape, dtype=torch.float32)
+        with without_autocast(x):
+            for gates, ups in weights.blocks(len(x)):
+                gate_weight, up_weight = weights.gate_up[gates], weights.gate_up[ups]
+                grad_gate, grad_up, activation = device_choice.fused(_gating_backward, x.device)(
+                    multiply(grad_y, weights.down[:, gates]), multiply(x, gate_weight.T), multiply(x, up_weight.T)
+                )
+                grad_x += multiply(grad_gate, gate_weight)
+                grad_x += multiply(grad_up, up_weight)
+                if sums is not None:
+                    gate_up_sum, down_sum = sums
+                    gate_up_sum[gates] += multiply(grad_gate.T, x)
+                    gate_up_sum[ups] += multiply(grad_up.T, x)
+                    down_sum[:, gates] += multiply(grad_y.T, activation)
+        return grad_x.to(x.dtype), None, None
+
+
+def _gating(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, all (n, H)."""
+    return F.silu(gate) * up
+
+
+def _gating_backward(grad_activation: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of gate and up, and the recomputed result of `_gating`; all (n, H)."""
+    swish = F.silu(gate)
+    grad_gate = torch.ops.aten.silu_backward(grad_activation * up, gate)
+    return grad_gate, grad_activation * swish, swish * up
