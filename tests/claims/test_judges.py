@@ -9,7 +9,8 @@ import torch
 
 from mythos.claims.definition import claim_names
 from mythos.claims.judgement import CONDITIONS, NOT_SUPPORTED, SUPPORTED, UNDECIDED, judge, panels
-from mythos.claims.measures import by_frequency, cache
+from mythos.claims.measures import cache, in_classes, whole_sentences
+from mythos.model import IGNORE_INDEX
 from mythos.reports.style import compose
 from tests.claims.handmade import all_runs, loaded, results, run
 from tests.reports.drawn import faults
@@ -153,11 +154,13 @@ def halting(loss_at_5: float, rare: float) -> Any:
         points += [
             {"most": 8, "rule": "convergence", "threshold": t, "loops": 7.5 + t, "loss": 3.0} for t in (0.1, 0.2)
         ]
-        by_class = {
-            rule: {"loops": [4.0, 4.0 + rare], "loss": [2, 4], "positions": [9, 9]} for rule in ("gate", "convergence")
+        by_class = {"loops": [4.0] * 7 + [4.0 + rare], "loss": [2] * 8, "positions": [9] * 8}
+        sentences = [[[" The", 2], [" end", 11], [".", 1]]]
+        spent = {
+            rule: {"frequency": by_class, "place": by_class, "sentences": sentences} for rule in ("gate", "convergence")
         }
         loops = [{"loops": 8, "loss": 3.0}]
-        measured = {"sweep": {"loops": loops, "halting": points}, "frequency": by_class}
+        measured = {"sweep": {"loops": loops, "halting": points}, "spent": spent}
         return run(arm, seed, point, mean_loops=8, measured=measured)
 
     return claim, results(claim, all_runs(claim, make))
@@ -166,16 +169,27 @@ def halting(loss_at_5: float, rare: float) -> Any:
 def test_halting() -> None:
     verdict = judge(*halting(3.009, 1.0))
     assert verdict.outcome == SUPPORTED and verdict.number == "gate saves 38% of the loops"
+    frequency, place, sentences = (table.rows for table in verdict.tables[1:])
+    assert ["gate", "4.00", "4.00", "4.00", "5.00"] in [[cell.split()[0] for cell in row] for row in frequency]
+    assert len(place) == 2 and ["gate", "The² end¹¹.¹"] in sentences
     assert judge(*halting(3.009, -0.5)).outcome == CONDITIONS
     worse = judge(*halting(3.02, 1.0))
     assert worse.outcome == NOT_SUPPORTED and worse.number == "convergence saves 5% of the loops"
 
 
-def test_classes_of_frequency_are_ordered_from_frequent_to_rare() -> None:
-    ids = torch.tensor([7, 7, 5, 7, 3, 5, 7, 2])
-    classes = by_frequency(ids, torch.tensor([1, 1, 2, 1, 8, 2, 1, 6]), torch.arange(8.0), 2)
+def test_classes_of_positions_are_in_order_of_the_key() -> None:
+    frequent_first = torch.tensor([-4, -4, -2, -4, -1, -2, -4, -1])
+    classes = in_classes(frequent_first, torch.tensor([1, 1, 2, 1, 8, 2, 1, 6]), torch.arange(8.0), 2)
     assert classes["positions"] == [4, 4] and classes["loops"] == [1.0, 4.5]
     assert classes["loss"] == [(0 + 1 + 3 + 6) / 4, (2 + 5 + 4 + 7) / 4]
+
+
+def test_whole_sentences_lie_between_full_stops() -> None:
+    pieces = ["x.", " A", *[" b"] * 11, ".", " Too", " short", ".", "é", " A"]
+    row = [0, 1, *[2] * 11, 13, 14, 15, 16]
+    foreign = [0, 1, *[2] * 10, 17, 13, 1, 13, IGNORE_INDEX]
+    found = whole_sentences(torch.tensor([foreign, row]), lambda ids: pieces[ids[0]], 4)
+    assert found == [(1, slice(1, 14))]
 
 
 def efficiency(looped: tuple[float, float, float], deep: float = 50.0) -> Any:
