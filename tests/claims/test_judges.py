@@ -1,14 +1,16 @@
 """Verdicts of single claims on results written by hand: supported, under conditions, not supported."""
 
 from dataclasses import replace
-from math import log
+from math import exp, log
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from mythos.claims.definition import claim_names
+from mythos.claims.definition import claim_names, points
 from mythos.claims.judgement import CONDITIONS, NOT_SUPPORTED, SUPPORTED, UNDECIDED, judge, panels
+from mythos.claims.judges.loop_worth import block_parameters
 from mythos.claims.measures import cache, in_classes, whole_sentences
 from mythos.model import IGNORE_INDEX
 from mythos.reports.style import compose
@@ -255,16 +257,52 @@ def scaling(loops: float, tokens_shift: float = 0.0) -> Any:
         budget = {"small": 1.0, "middle": 3.0, "large": 9.0}[name]
         loss = 4 - 0.2 * log(budget) + 0.1 * log(int(count) / (4 * budget**loops)) ** 2 + 0.002 * (seed - 1)
         tokens = round(1e6 * budget * int(count) ** -(0.55 + tokens_shift))
-        return run(arm, seed, point, loss, flops=1e12 * budget, tokens=tokens, mean_loops=int(count))
+        swept = [{"loops": n, "loss": loss + exp(-0.3 * n)} for n in (1, 2, 4, 8, 16, 32)]
+        taken = {"sweep": {"loops": swept, "halting": []}}
+        facts = {"flops": 1e12 * budget, "tokens": tokens, "mean_loops": int(count), "measured": taken}
+        return run(arm, seed, point, loss, **facts)
 
     return claim, results(claim, all_runs(claim, make))
 
 
 def test_scaling() -> None:
     verdict = judge(*scaling(0.4))
+    laws = verdict.tables[1].rows
+    assert len(laws) == 12 and all(law[2:] == ["1.000", "0.30"] for law in laws)
     assert verdict.outcome == SUPPORTED and verdict.number == "loops ~ C^0.40, tokens ~ C^0.78"
     assert judge(*scaling(0.2)).outcome == CONDITIONS
     assert judge(*scaling(-0.2)).outcome == NOT_SUPPORTED
+
+
+def worth(one: float, two: float) -> Any:
+    """Losses of the law with these exponents, every seed a little off it; unlooped blocks are on it."""
+    claim = loaded("loop-worth")
+    sizes = {planned.arm: block_parameters(planned.config) for planned in claim.runs(1, Path("unused"), None)}
+
+    def make(arm: str, seed: int, point: dict[str, Any]) -> Any:
+        kind, _, count = arm.partition("-")
+        loops, tokens = int(count.partition("x")[2] or 1), 512 * point["train.steps"]
+        once, core = sizes[arm]
+        size = once + loops ** {"one": one, "two": two}.get(kind, 1.0) * core
+        loss = 2 + 40 * size**-0.4 + 80 * tokens**-0.35 + 0.001 * (seed - 1)
+        return run(arm, seed, point, loss, tokens=tokens, mean_loops=loops)
+
+    tuned = [{"optim.lr": rate} for rate in claim.tune["optim.lr"]]
+    runs = [make(arm, seed, grid | tuned[0]) for arm in claim.arms for grid in points(claim.grid) for seed in range(3)]
+    worse = [make(arm, 0, grid | tuned[1]) for arm in claim.arms for grid in points(claim.grid)]
+    return claim, results(claim, runs + [replace(one, validations=[{"val/loss": 9.0}]) for one in worse])
+
+
+def test_loop_worth() -> None:
+    verdict = judge(*worth(0.45, 0.65))
+    assert verdict.outcome == SUPPORTED and verdict.number == "phi 0.45 with one lane, 0.65 with two"
+    assert judge(*worth(0.45, 0.3)).outcome == CONDITIONS
+    assert judge(*worth(0.3, 0.65)).outcome == CONDITIONS
+    assert judge(*worth(0.0, 0.65)).outcome == NOT_SUPPORTED
+    rows = {row[0]: row[1:] for row in verdict.tables[0].rows}
+    # By hand, a block: 64 x 64 matrices of attention, 64 x 192 ones, norms of width and heads; and the coda's block.
+    block = 4 * 64 * 64 + 3 * 64 * 192 + 2 * 64 + 2 * 32
+    assert rows["`blocks-4`"][:2] == [f"{5 * block:,}", "1"] and rows["`two-2x4`"][:2] == [f"{3 * block:,}", "4"]
 
 
 def generalization(four: dict[str, float], one: float = 0.1) -> Any:
@@ -321,6 +359,7 @@ MADE = {
     "parameter-efficiency": lambda: efficiency((70, 55, 50.4)),
     "reasoning-depth": lambda: reasoning({}),
     "scaling": lambda: scaling(0.4),
+    "loop-worth": lambda: worth(0.45, 0.65),
 }
 
 

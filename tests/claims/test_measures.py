@@ -15,6 +15,7 @@ ARMS = {
     "latent-breadth": "looped",
     "moe-depth-routing": "router-bias",
     "reasoning-depth": "hops-looped",
+    "scaling": "small-2",
     "systematic-generalization": "loops-2",
 }
 """An arm of each claim that measures its runs."""
