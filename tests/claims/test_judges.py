@@ -327,13 +327,13 @@ def test_systematic_generalization() -> None:
     assert judge(*generalization({})).outcome == NOT_SUPPORTED
 
 
-def breadth(recall: float) -> Any:
-    """This recall at the root at levels 2 and 3; depth first 40%."""
+def breadth(recall: float, right: float = 1.0) -> Any:
+    """This recall at the root at levels 2 and 3, depth first 40%, and this share of right answers."""
     claim = loaded("latent-breadth")
 
     def make(arm: str, seed: int, point: dict[str, Any]) -> Any:
         bounds = {"depth_first": [1.0, 0.4, 0.4], "chance": [0.1, 0.2, 0.3], "last": [1.0, 0.3, 0.3]}
-        accuracy = {"difficulties": [1, 2, 3], "loops": [1, 2, 3], "accuracy": [[1.0] * 3] * 3}
+        accuracy = {"difficulties": [1, 2, 3], "loops": [1, 2, 3], "accuracy": [[right] * 3] * 3}
         taken = {"loops": [1, 2, 3], "root": [1.0, recall, recall], **bounds}
         return run(arm, seed, point, measured={"frontier": taken, "reasoning": accuracy})
 
@@ -345,6 +345,7 @@ def test_latent_breadth() -> None:
     assert verdict.outcome == SUPPORTED and verdict.number == "recall 85% and 85%"
     assert judge(*breadth(0.5)).outcome == CONDITIONS
     assert judge(*breadth(0.35)).outcome == NOT_SUPPORTED
+    assert judge(*breadth(0.85, right=0.52)).outcome == UNDECIDED
 
 
 MADE = {
