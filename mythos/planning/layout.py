@@ -1,6 +1,7 @@
 """Choose the parallel layout that fits in a device's memory."""
 
 import logging
+import math
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -23,6 +24,9 @@ buffers and fragmentation need the rest (an assumption, not measured)."""
 SMALL_SHARE = 0.02
 """If a model's state takes at most this share of a device's memory, `auto` chooses DDP without planning: sharding could
 free no more than this, and planning takes seconds."""
+BYTES_OF_WEIGHT, LEAST_DIVIDED = 8, 8 * 2**30
+"""Bytes that a gathered weight takes while its gradient is reduced (bfloat16 weight and gradient, float32 sum); and
+those of a block's shared experts from which on plans try to divide them: a tenth of a GPU of 80 GiB."""
 MOST_RANKS = 2**16
 """Largest number of processes that `find_fit` tries."""
 
@@ -156,17 +160,22 @@ def expert_counts(config: Config) -> list[int]:
     return [config.parallel.expert, *(power for power in powers if power > config.parallel.expert)]
 
 
-def shared_count(config: Config, machine_ranks: int) -> int:
-    """The largest value of parallel.shared to try: a power of 2 that divides parallel.expert and the hidden width.
+def shared_counts(config: Config, machine_ranks: int) -> list[int]:
+    """Values of parallel.shared to try, rising: the configured one if it is above 1, else 1 and others.
 
-    On one machine, so that tokens travel between its GPUs only. 1 if the model has no shared experts.
+    The others are powers of 2 that divide parallel.expert and the hidden width: the largest on one machine, where
+    tokens travel between its GPUs only, and four times as many. None are tried for shared experts of less than
+    LEAST_DIVIDED bytes.
     """
-    model = config.model
+    model, shared = config.model, config.parallel.shared
     width = model.n_shared_experts * model.shared_expert_dim if model.core_ffn == "moe" else 0
-    count = 1
-    while width and 2 * count <= machine_ranks and config.parallel.expert % (2 * count) == width % (2 * count) == 0:
-        count *= 2
-    return count
+    if shared > 1 or BYTES_OF_WEIGHT * 3 * model.dim * width < LEAST_DIVIDED:
+        return [shared]
+    limit = math.gcd(width, config.parallel.expert)
+    power = 2 ** (min(machine_ranks, limit).bit_length() - 1)
+    while limit % power:
+        power //= 2
+    return [1, *(count for count in (power, 4 * power) if count > 1 and limit % count == 0)]
 
 
 @cache
@@ -182,8 +191,8 @@ def shortage(config: Config, ranks: int, machine_ranks: int, device_memory: int)
     least: list[tuple[int, int]] = []  # bytes of what is gathered and reduced, and of activations
     alone: list[int] = []  # bytes of activations that do not fit alone
     ways = [with_parallel(config, expert=expert) for expert in expert_counts(config)]
-    if config.parallel.shared == 1:  # after all others: it computes more
-        ways += [with_parallel(way, shared=count) for way in ways if (count := shared_count(way, machine_ranks)) > 1]
+    ways = [with_parallel(way, shared=count) for way in ways for count in shared_counts(way, machine_ranks)]
+    ways.sort(key=lambda way: way.parallel.shared)  # dividing computes more
     for divided in ways:
         expert, shared = divided.parallel.expert, divided.parallel.shared
         size = max(2, ranks, expert)

@@ -11,7 +11,7 @@ from mythos.distributed.layout import Layout, named_layout
 from mythos.errors import MythosError
 from mythos.planning.budget import Gpu
 from mythos.planning.fake_step import CHECKPOINTING
-from mythos.planning.layout import USABLE_SHARE, expert_counts, shared_count, with_parallel
+from mythos.planning.layout import USABLE_SHARE, expert_counts, shared_counts, with_parallel
 from mythos.planning.memory import Activations
 from mythos.planning.rank_state import RankState, activations, micro_batches, rank_state, working_memory
 from mythos.planning.speed import TimeModel
@@ -21,6 +21,8 @@ SEARCHED = ("mode", "shard", "replicate", "expert", "shared", "wrap", "reduce", 
 """Fields of `parallel` that are chosen, beside train.micro_batch."""
 MOST_GPUS = 4096
 """Largest number of GPUs that `fewest_gpus` tries, or 4 times as many as the run has."""
+SHARED_LEVELS = 3
+"""Most values of `shared_counts`."""
 CONTEXT_STEP = 1024
 """Longest contexts are multiples of this many tokens."""
 
@@ -91,8 +93,8 @@ class Search:
 
     Candidates have every mode, number of copies (powers of 2), parallel.expert (powers of 2 that divide the experts),
     time of reduction, micro-batch (powers of 2) and activation checkpointing. parallel.wrap=block is tried only if
-    nothing fits without, and then parallel.shared: all GPUs of a machine, if they can divide the shared experts. Fields
-    of SEARCHED and "micro_batch" that are in `fixed` keep the values that `config` has.
+    nothing fits without, and then parallel.shared above 1, where shared experts are large. Fields of SEARCHED and
+    "micro_batch" that are in `fixed` keep the values that `config` has.
     """
 
     def __init__(self, config: Config, gpus: int, machine_gpus: int, fixed: frozenset[str] = frozenset()) -> None:
@@ -116,16 +118,16 @@ class Search:
         return self.states[key]
 
     @property
-    def ways(self) -> list[tuple[str, bool]]:
-        """parallel.wrap, and whether shared experts are divided, in the order in which they are tried."""
-        divided = (self.config.parallel.shared > 1,) if "shared" in self.fixed else (False, True)
-        return [(wrap, shared) for shared in divided for wrap in self.values("wrap", ("loop", "block"))]
+    def ways(self) -> list[tuple[str, int]]:
+        """parallel.wrap, and the place of parallel.shared among the values to try, in the order in which they are."""
+        levels = 1 if "shared" in self.fixed else SHARED_LEVELS
+        return [(wrap, level) for level in range(levels) for wrap in self.values("wrap", ("loop", "block"))]
 
-    def settings(self, gpus: int, wrap: str, shared: bool, copies: bool = True) -> Iterator[tuple[Config, RankState]]:
+    def settings(self, gpus: int, wrap: str, level: int, copies: bool = True) -> Iterator[tuple[Config, RankState]]:
         """Configurations whose `parallel` has modes, sizes and `wrap`; and their training states.
 
-        With `shared` only those that divide the shared experts. Without `copies` only the layouts that divide the model
-        among all GPUs, unless the mode is fixed.
+        `level` is the place of parallel.shared among the values to try; layouts that have fewer are left out. Without
+        `copies` only the layouts that divide the model among all GPUs, unless the mode is fixed.
         """
         counts = self.values("expert", tuple(sorted({1, *expert_counts(with_parallel(self.config, expert=1))})))
         if gpus == 1:
@@ -146,20 +148,23 @@ class Search:
                 continue
             config = with_parallel(self.config, **{"shard": None, "replicate": None, "wrap": wrap, **layout})
             if "shared" not in self.fixed:
-                config = with_parallel(config, shared=shared_count(config, self.machine_gpus) if shared else 1)
-            if shared != (config.parallel.shared > 1) or config.parallel.expert % config.parallel.shared:
+                counts_of_shared = shared_counts(with_parallel(config, shared=1), self.machine_gpus)
+                if level >= len(counts_of_shared):
+                    continue
+                config = with_parallel(config, shared=counts_of_shared[level])
+            elif config.parallel.expert % config.parallel.shared:
                 continue
             state = self.state(config, named_layout(config.parallel, gpus, min(gpus, self.machine_gpus)))
             if state is not None:
                 yield config, state
 
-    def candidates(self, wrap: str, shared: bool) -> Iterator[Candidate]:
-        """All candidates with that value of parallel.wrap, whose shared experts are divided or not."""
+    def candidates(self, wrap: str, level: int = 0) -> Iterator[Candidate]:
+        """All candidates with that value of parallel.wrap; `level` as in `settings`."""
         rows = max(1, self.config.train.global_batch // self.gpus)
         sizes: tuple[Any, ...] = tuple(2**power for power in range(rows.bit_length()))
         if "micro_batch" in self.fixed:
             sizes = (self.config.train.micro_batch,)
-        for config, state in self.settings(self.gpus, wrap, shared):
+        for config, state in self.settings(self.gpus, wrap, level):
             for size, mode in product(sizes, self.values("activation_checkpointing", CHECKPOINTING)):
                 train = config.train.model_copy(update={"micro_batch": size})
                 sized = config.model_copy(update={"train": train})
@@ -199,8 +204,8 @@ class Search:
         """
         usable = int(USABLE_SHARE * gpu.memory)
         model, tried = self.model(gpu), 0
-        for wrap, shared in self.ways:
-            every = list(self.candidates(wrap, shared))
+        for wrap, level in self.ways:
+            every = list(self.candidates(wrap, level))
             tried += len(every)
             fitting = [candidate for candidate in every if candidate.held < usable]
             # Equal times are ordered by memory: the first of them leaves most free.
@@ -253,8 +258,8 @@ class Search:
         best: Least | None = None
         smallest: list[Candidate] = []
         modes = self.values("activation_checkpointing", ("loop",))
-        for wrap, shared in self.ways:
-            for config, state in self.settings(gpus, wrap, shared, copies=False):
+        for wrap, level in self.ways:
+            for config, state in self.settings(gpus, wrap, level, copies=False):
                 train = config.train.model_copy(update={"micro_batch": 1})
                 one = with_parallel(config, activation_checkpointing=modes[0], reduce="micro_batch")
                 smallest.append(Candidate(one.model_copy(update={"train": train}), state))

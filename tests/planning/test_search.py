@@ -10,7 +10,7 @@ from mythos.distributed.layout import Layout
 from mythos.planning import search as searches
 from mythos.planning import speed
 from mythos.planning.budget import GPUS
-from mythos.planning.layout import USABLE_SHARE
+from mythos.planning.layout import USABLE_SHARE, shared_counts
 from mythos.planning.memory import Activations
 from mythos.planning.rank_state import deepest_micro_batch
 from mythos.planning.search import Candidate, Search, at_length
@@ -104,16 +104,33 @@ def test_least_memory_and_the_fewest_gpus() -> None:
             assert nearest.needed <= needed(candidate)
 
 
-def test_500b_fits_no_number_of_gpus() -> None:
-    """The shared experts of its core, 3 x 12,288 x 64 x 23,040 weights, are gathered whole, with a whole gradient."""
+def test_500b_fits_only_with_divided_shared_experts() -> None:
+    """Else the shared experts of its core, 3 x 12,288 x 64 x 23,040 weights, and their gradient are gathered whole."""
+    shared = 3 * 12_288 * 64 * 23_040
     search = Search(preset("mythos_500b"), 1024, 8)
-    assert search.fastest(GPUS["B200"]) is None and search.fewest_gpus(GPUS["B200"].memory) is None
-    run = {"gpus": 1024, "gpu": "B200"}
-    lines = layout_lines({"run": run, "fastest": fastest_layout(search, None, GPUS["B200"]), "longest_context": None})
-    assert lines[-1] == "nor does any on up to 4,096 GPUs"
+    found = search.fastest(GPUS["B200"])
+    assert found is not None and found.candidate.layout.shared == 8, "the GPUs of a machine are enough"
+    assert "parallel.shared=8" in found.candidate.overrides
+    # Gathered weights in bfloat16; their gradient too, while it is reduced in float32.
+    assert 8 * shared // 8 < found.candidate.held < 8 * shared // 8 + 24 * GIB
     least = search.least()
-    assert least is not None
-    assert least.held > 2 * 2 * 3 * 12_288 * 64 * 23_040 > GPUS["B200"].memory
+    assert least is not None and least.candidate.layout.shared == 32
+    whole = Search(preset("mythos_500b"), 1024, 8, frozenset({"shared"}))
+    assert whole.fastest(GPUS["B200"]) is None and whole.fewest_gpus(GPUS["B200"].memory) is None
+    run = {"gpus": 1024, "gpu": "B200"}
+    lines = layout_lines({"run": run, "fastest": fastest_layout(whole, None, GPUS["B200"]), "longest_context": None})
+    assert lines[-1] == "nor does any on up to 4,096 GPUs" and "parallel.shared" not in "".join(lines)
+    undivided = whole.least()
+    assert undivided is not None and undivided.held > 2 * 2 * shared > GPUS["B200"].memory
+
+
+def test_shared_experts_are_divided_in_plans_where_they_are_large() -> None:
+    assert shared_counts(preset("mythos_10b", expert=64), 8) == [1]
+    assert shared_counts(preset("mythos_500b", expert=64), 8) == [1, 8, 32]
+    assert shared_counts(preset("mythos_500b", expert=16), 6) == [1, 4, 16]
+    assert shared_counts(preset("mythos_500b", expert=8), 8) == [1, 8]
+    assert shared_counts(preset("mythos_500b", expert=8, shared=2), 8) == [2]
+    assert shared_counts(preset("mythos_500b"), 8) == [1]
 
 
 def test_longest_context_by_hand() -> None:
