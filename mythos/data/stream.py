@@ -231,14 +231,8 @@ class _Stream:
 class Streams:
     """Endless sequences in a fixed number of logical streams; the global batches are the same at every world size.
 
-    Stream i belongs to rank i % world_size. A rank's streams are dealt to its worker processes in turn.
-
-    Args:
-        streams: number of streams.
-        sequence_length: inputs of a sequence.
-        seed: seed of the order, or of the sequences.
-        rank: this process.
-        world_size: number of processes.
+    Stream i belongs to rank i % world_size. A rank's streams are dealt to its worker processes in turn. A sequence has
+    `sequence_length` inputs; `seed` is that of the order, or of the sequences.
     """
 
     def __init__(self, streams: int, sequence_length: int, seed: int, rank: int, world_size: int) -> None:
@@ -345,8 +339,7 @@ class TokenStreams(Streams):
     def next_ids(self, slots: int) -> tuple[np.ndarray, np.ndarray]:
         """Consume ``slots`` sequences of each of these streams: int32 ids (rows, L + 1), and int64 rows (rows,).
 
-        Raises:
-            MythosError: a stream has no training documents, or (``on_error: fail``) cannot be read.
+        Raises MythosError if a stream has no training documents, or (``on_error: fail``) cannot be read.
         """
         sequences = np.stack([self._next_sequences(stream, slots) for stream in self._local], axis=1)
         return sequences.reshape(-1, self.sequence_length + 1), self.global_rows(slots)

@@ -359,9 +359,8 @@ class TaskStreams(Streams):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue exactly after the batch after which ``state`` was saved.
 
-        Raises:
-            MythosError: the state belongs to another task, seed or batch size, or it lacks some of these streams. The
-                sequences of a step depend on its number, so `data.on_mismatch=restart` cannot apply here.
+        Raises MythosError if the state belongs to another task, seed or batch size, or lacks some of these streams. The
+        sequences of a step depend on its number, so `data.on_mismatch=restart` cannot apply here.
         """
         different = [
             f"{name} was {state.get(name)}, is {value}"

@@ -78,8 +78,7 @@ def export_model(
 def check_destination(folder: str | Path, dtype: str) -> Path:
     """The folder as a path; call it before anything is read.
 
-    Raises:
-        MythosError: the folder is not empty or has no name, or the type is invalid.
+    Raises MythosError if the folder is not empty or has no name, or the type is invalid.
     """
     folder = Path(folder)
     if dtype not in DTYPES:
@@ -101,10 +100,7 @@ def write_export(
 ) -> Exported:
     """Write a stored model to a new or empty folder, with this card and further text files by name.
 
-    See `export_model`.
-
-    Raises:
-        MythosError: the folder cannot be written, or the size is invalid.
+    See `export_model`. Raises MythosError if the folder cannot be written, or the size is invalid.
     """
     try:
         with replacing_folder(folder) as temporary:
@@ -122,10 +118,8 @@ def write_export(
 def push(folder: str | Path, repository: str) -> str:
     """Upload an exported folder to the hub repository OWNER/NAME and return its URL.
 
-    A repository that does not exist is created as a private one.
-
-    Raises:
-        MythosError: the hub cannot be reached or refuses.
+    A repository that does not exist is created as a private one. Raises MythosError if the hub cannot be reached or
+    refuses.
     """
     try:
         api = HfApi()
