@@ -102,16 +102,12 @@ class Checkpoints:
         self._buffers: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        self._newest: Path | str | None = None
+        self.newest: Path | str | None = None
+        """The newest checkpoint known to be complete: the one from :meth:`find`, or one committed since."""
         self._run: Run | None = None
         self._resources = contextlib.ExitStack()
         # Here and once: filters are global to the process, so the writing thread must not change them.
         warnings.filterwarnings("ignore", message=NOT_DISTRIBUTED)
-
-    @property
-    def newest(self) -> Path | str | None:
-        """The newest checkpoint known to be complete: the one from :meth:`find`, or one committed since."""
-        return self._newest
 
     @property
     def failed(self) -> bool:
@@ -199,7 +195,7 @@ class Checkpoints:
             if not problems:
                 if damaged:
                     self._agree(partial(self._fall_back, path, list(damaged)))
-                self._newest = path
+                self.newest = path
                 return path
             damaged[path] = f"checkpoint {path} is damaged: {'; '.join(problems)}"
             if self.ranks.main:
@@ -422,8 +418,8 @@ class Checkpoints:
                 # A commit has renamed it already. A directory shared by all ranks is removed by rank 0.
                 if folder is not None and (ranks.main or not isinstance(storage, LocalStorage)):
                     storage.discard(folder)
-        self._newest = storage.address(name)
-        self.committed(step, self._newest)
+        self.newest = storage.address(name)
+        self.committed(step, self.newest)
         if ranks.main:
             try:
                 storage.prune(self.keep, self.keep_every)
@@ -466,11 +462,8 @@ class Checkpoints:
         except (MythosError, CheckpointException, RuntimeError) as error:
             if collective_failure(error):
                 raise
-            kept = (
-                f"the newest complete checkpoint is {self._newest}"
-                if self._newest
-                else "there is no earlier checkpoint"
-            )
+            newest = f"the newest complete checkpoint is {self.newest}"
+            kept = newest if self.newest else "there is no earlier checkpoint"
             cause: BaseException = error
             why = reason(error)
             if isinstance(error, CheckpointException):

@@ -4,12 +4,11 @@ import io
 import json
 import struct
 import zlib
-from collections.abc import Sequence
 from pathlib import Path
 
 from mythos.claims.costs import cpu_seconds
 from mythos.claims.definition import Claim, claim_names, load_claim
-from mythos.claims.judgement import NOT_RUN, UNDECIDED, Judgement, judge, panels
+from mythos.claims.judgement import NOT_RUN, UNDECIDED, Judgement, judge, markdown, panels
 from mythos.claims.results import EMBEDDED, FILE, Results, read_results
 from mythos.errors import MythosError
 from mythos.files.local import replacing, write_whole
@@ -161,8 +160,3 @@ def claims_pictures(root: Path) -> str:
             picture = f"![{claim.definition.claim}]({PAGES}/{name}/{PICTURE})"
             parts += [f"### {name}", f"{judgement.outcome.capitalize()}: {judgement.why}", picture]
     return "\n\n".join(parts)
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])

@@ -169,10 +169,8 @@ def corpus_config(command: argparse.ArgumentParser, options: argparse.Namespace)
                 data = apply_override(data, override, problems)
             problems.raise_any()
             config = config_from_dict(data, to_train=False)
-        if options.vocab_size is None:
-            return config
-        tokenizer = config.tokenizer.model_copy(update={"vocab_size": options.vocab_size})
-        return config.model_copy(update={"tokenizer": tokenizer})
+        size = options.vocab_size
+        return config if size is None else config.with_fields("tokenizer", vocab_size=size)
 
     return build
 

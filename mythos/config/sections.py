@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -277,6 +277,10 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     parallel: ParallelConfig = ParallelConfig()
     log: LogConfig = LogConfig()
+
+    def with_fields(self, section: str, **values: Any) -> "Config":
+        """A copy in which fields of a section have other values, which are not checked."""
+        return self.model_copy(update={section: getattr(self, section).model_copy(update=values)})
 
     @property
     def run_dir(self) -> Path:

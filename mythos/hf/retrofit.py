@@ -288,8 +288,4 @@ def _quoted(text: str) -> str:
 
 def _layer_summary(layers: Layers) -> str:
     parts = {"prelude": layers.prelude, "core": layers.core, "coda": layers.coda}
-    return ", ".join(f"{part} {_numbers(numbers)}" for part, numbers in parts.items())
-
-
-def _numbers(numbers: Sequence[int]) -> str:
-    return ",".join(map(str, numbers)) or "none"
+    return ", ".join(f"{part} {','.join(map(str, numbers)) or 'none'}" for part, numbers in parts.items())

@@ -45,8 +45,9 @@ def draw_plots(run_dir: Path, mean_depth: float) -> list[Path]:
     records = read_metrics(run_dir / METRICS_FILE)
     directory = run_dir / "plots"
     directory.mkdir(exist_ok=True)
+    depth = in_loops(int(mean_depth)) if mean_depth == int(mean_depth) else f"{mean_depth:g} loops"
     pictures = {
-        "loss.png": loss_panels(records, f"validation\nat {in_loops_of(mean_depth)}"),
+        "loss.png": loss_panels(records, f"validation\nat {depth}"),
         "depth.png": depth_panels([record for record in records if "val/loss" in record], mean_depth),
     }
     written = [save(compose(panels), directory / name) for name, panels in pictures.items() if panels]
@@ -54,11 +55,6 @@ def draw_plots(run_dir: Path, mean_depth: float) -> list[Path]:
     # and cannot be reused: 2 MB a validation (scripts/benchmark.py validations).
     gc.collect()
     return written
-
-
-def in_loops_of(mean: float) -> str:
-    """A mean number of loops with its noun: `8 loops`, `2.5 loops`."""
-    return in_loops(int(mean)) if mean == int(mean) else f"{mean:g} loops"
 
 
 def points_of(records: Sequence[dict[str, Any]], key: str) -> list[tuple[float, float]]:
