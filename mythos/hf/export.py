@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 
 from mythos.checkpoints.stored_model import INDEX_FILE, PREFIX, StoredModel, stored_model, tensors_of
 from mythos.config.model_paths import run_directory
-from mythos.data.tokenizer import PROBE, REQUEST_FILE, Tokenizer
+from mythos.data.tokenizer import PROBE, REQUEST_FILE, TOKENIZER_CONFIG, Tokenizer
 from mythos.errors import MythosError, short_reason, without_credentials
 from mythos.files.local import remedy, replacing_folder
 from mythos.files.storage import require_space
@@ -28,7 +28,6 @@ from mythos.versions import installed_versions
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHARD_NAMES = "model{suffix}.safetensors"
 CARD_FILE = "README.md"
-TOKENIZER_CONFIG = "tokenizer_config.json"
 LOCAL_KEYS = ("is_local", "local_files_only", "name_or_path")
 """Keys of a tokenizer's configuration that describe how it was loaded on this machine."""
 PACKAGES = ("mythos-rdt", "torch", "safetensors", "transformers")
