@@ -140,23 +140,16 @@ def outcome_line(name: str, folder: Path) -> tuple[Claim, Results | None, Judgem
     return claim, results, judge(claim, results)
 
 
-def claims_table(root: Path) -> str:
-    """The table of all claims as Markdown: claim, who says it, verdict, number, command."""
-    rows = []
+def claims_overview(root: Path) -> str:
+    """The table of all claims as Markdown, then reason and picture of every claim that has results."""
+    rows, parts = [], []
     for name in claim_names():
         claim, results, judgement = outcome_line(name, root / name)
         outcome = f"[{judgement.outcome}]({PAGES}/{name}/{VERDICT})" if results else judgement.outcome
         line = f"`{command(claim, results.data if results else EMBEDDED)}`"
         rows.append([claim.definition.claim, claim.definition.source, outcome, judgement.number, line])
-    return markdown(["claim", "who says it", "verdict", "number", "command"], rows)
-
-
-def claims_pictures(root: Path) -> str:
-    """Reason and picture of every claim that has results, as Markdown."""
-    parts = ["## Results so far"]
-    for name in claim_names():
-        claim, results, judgement = outcome_line(name, root / name)
         if results is not None and judgement.tables:
             picture = f"![{claim.definition.claim}]({PAGES}/{name}/{PICTURE})"
             parts += [f"### {name}", f"{judgement.outcome.capitalize()}: {judgement.why}", picture]
-    return "\n\n".join(parts)
+    table = markdown(["claim", "who says it", "verdict", "number", "command"], rows)
+    return "\n\n".join([table, "## Results so far", *parts])
