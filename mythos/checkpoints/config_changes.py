@@ -117,11 +117,6 @@ def _depths(config: Config, step: int, steps: int) -> str:
     """
     schedule = DepthSchedule(config.with_fields("optim", schedule_steps=steps))
     mean, backprop = schedule.mean(step), schedule.backprop(step)
-    sampling = "those of the task" if config.depth.follow == "difficulty" else config.depth.sampling
-    text = (
-        f"{config.depth_mean:g} loops on average ({sampling}, at most {config.depth_maximum}), gradient through the "
-        f"last {config.depth_backprop}"
-    )
     if (mean, backprop) == (config.depth_mean, config.depth_backprop):
-        return text
-    return f"{text} (in the next step {mean:.3g}, and {backprop})"
+        return config.depth_summary
+    return f"{config.depth_summary} (in the next step {mean:.3g}, and {backprop})"

@@ -323,6 +323,13 @@ class Config(Section):
         return math.ceil(self.depth_mean) if self.depth.sampling == "fixed" else self.depth_maximum
 
     @property
+    def depth_summary(self) -> str:
+        """The distribution of depths at the end of its ramps, for people."""
+        sampling = "those of the task" if self.depth.follow == "difficulty" else self.depth.sampling
+        loops = f"{self.depth_mean:g} loops on average ({sampling}, at most {self.depth_maximum})"
+        return f"{loops}, gradient through the last {self.depth_backprop}"
+
+    @property
     def tokens_per_step(self) -> int:
         """Tokens per optimizer step over all ranks."""
         return self.train.global_batch * self.data.sequence_length
