@@ -10,8 +10,7 @@ from mythos.claims.costs import cpu_seconds
 from mythos.claims.definition import Claim, claim_names, load_claim
 from mythos.claims.judgement import NOT_RUN, UNDECIDED, Judgement, judge, markdown, panels
 from mythos.claims.results import EMBEDDED, FILE, Results, read_results
-from mythos.errors import MythosError
-from mythos.files.local import replacing, write_whole
+from mythos.files.local import replacing, write_whole, writing
 from mythos.files.text import read_bytes
 from mythos.progress import duration
 
@@ -24,12 +23,10 @@ STAMP = "Results"
 
 def write_verdict(folder: Path, claim: Claim, results: Results, judgement: Judgement) -> None:
     """Write verdict.md and, if there is something to draw, figure.png. Raises MythosError if that is impossible."""
-    try:
+    with writing(folder):
         write_whole(folder / VERDICT, verdict_text(claim, results, judgement))
         if judgement.outcome != NOT_RUN and judgement.tables:
             draw(folder / PICTURE, claim, results)
-    except OSError as error:
-        raise MythosError(f"{folder} cannot be written: {error}. Give another folder with --out.") from error
 
 
 def draw(path: Path, claim: Claim, results: Results) -> None:

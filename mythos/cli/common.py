@@ -1,12 +1,11 @@
 """Shared parts of the commands: parsers, options, checks of their values, and exit statuses."""
 
 import argparse
-import contextlib
 import io
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -192,15 +191,6 @@ def add_writing_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-shard-size", default=SHARD_SIZE, metavar="SIZE", help="maximum bytes of a file of weights (%(default)s)"
     )
-
-
-@contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Raise MythosError for an OSError while writing to a folder."""
-    try:
-        yield
-    except OSError as error:
-        raise MythosError(f"{folder} cannot be written: {error}. Give another folder with --out.") from error
 
 
 def check_model_path(path: str) -> None:

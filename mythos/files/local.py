@@ -11,7 +11,7 @@ from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
-from mythos.errors import DiskFullError
+from mythos.errors import DiskFullError, MythosError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """Error numbers that free space would cure: the disk is full, or the user's quota is used up."""
@@ -60,6 +60,15 @@ def _require_regular(path: str | Path, status: os.stat_result) -> None:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+
+
+@contextmanager
+def writing(path: Path, advice: str = ". Give another folder with --out.") -> Iterator[None]:
+    """Raise MythosError with the advice for an OSError while a file or a folder is written."""
+    try:
+        yield
+    except OSError as error:
+        raise MythosError(f"{path} cannot be written: {error}{advice}") from error
 
 
 @contextmanager
