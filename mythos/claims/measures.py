@@ -1,5 +1,7 @@
 """Measurements of a claim: of a trained run, or of the model code itself (`once`). Results are plain JSON values."""
 
+import itertools
+import re
 from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
@@ -17,7 +19,7 @@ from mythos.distributed.ranks import choose_device
 from mythos.errors import MythosError
 from mythos.evaluation.depth_sweep import adaptive_losses, batches_of, depth_sweep, sweep_rules
 from mythos.evaluation.reasoning import accuracy_map
-from mythos.evaluation.text import as_in_training, validation_data
+from mythos.evaluation.text import as_in_training, require_tokenizer, validation_data
 from mythos.evaluation.validation import right_rows
 from mythos.files.storage import step_of
 from mythos.model import IGNORE_INDEX
@@ -236,38 +238,72 @@ def accuracy_of(readout: DepthReadout, targets: torch.Tensor) -> float:
     return float(right_rows(readout.right, targets).double().mean())
 
 
-def frequency(opened: OpenedModel, rules: list[str], classes: int = 8, sequences: int | None = None) -> dict[str, Any]:
-    """Loops of positions under halting rules at their default thresholds, by frequency of the token to be predicted.
+def spent(
+    opened: OpenedModel, rules: list[str], classes: int = 8, sentences: int = 4, sequences: int | None = None
+) -> dict[str, Any]:
+    """Where halting rules at their default thresholds spend loops, on the validation set.
 
-    Tokens of the validation set are ordered by their count in it, most frequent first, and divided into `classes` of
-    as many positions each. By rule, for each class: mean loops, loss in nats, and positions. Rules that the model lacks
-    are left out.
+    By rule, those that the model lacks left out:
+
+    - `frequency`: means over classes of as many positions each, by how often the predicted token occurs in the set,
+      most frequent first (:func:`in_classes`);
+    - `place`: the same by place in the sequence, first positions first;
+    - `sentences`: the first whole sentences of the set, which are the same for every rule, as [piece of text, loops
+      after which it was predicted].
     """
     model, device = opened.model, opened.model.head_weight.device
     supported = () if model.config.injection == "none" else usable_rules(model)
     dtype, micro_batch = as_in_training(opened, device, None, None)
-    data = validation_data(opened, None, sequences)
+    data, decode = validation_data(opened, None, sequences), require_tokenizer(opened).decode
     taken = {}
     for rule in (rule for rule in rules if rule in supported):
-        targets: list[torch.Tensor] = []
-        used: list[torch.Tensor] = []
-        losses: list[torch.Tensor] = []
+        batches = []
         with autocast_to(dtype, device):
             for rows in batches_of(data, micro_batch, device):
                 loss, loops = adaptive_losses(
                     model, rows.ids, rows.targets, rows.documents, halting_rule(model, rule), opened.mean_loops
                 )
-                counted = rows.targets != IGNORE_INDEX
-                for values, found in ((rows.targets, targets), (loops, used), (loss, losses)):
-                    found.append(values[counted].cpu())
-        taken[rule] = by_frequency(torch.cat(targets), torch.cat(used), torch.cat(losses), classes)
+                batches.append([values.cpu() for values in (rows.targets, loops, loss)])
+        targets, used, losses = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        counted = targets != IGNORE_INDEX
+        ids, places = targets[counted], torch.arange(targets.shape[1]).expand_as(targets)[counted]
+        taken[rule] = {
+            "frequency": in_classes(-torch.bincount(ids)[ids], used[counted], losses[counted], classes),
+            "place": in_classes(places, used[counted], losses[counted], classes),
+            "sentences": [
+                [
+                    [decode([token]), loops]
+                    for token, loops in zip(targets[row, span].tolist(), used[row, span].tolist(), strict=True)
+                ]
+                for row, span in whole_sentences(targets, decode, sentences)
+            ],
+        }
     return taken
 
 
-def by_frequency(ids_N: torch.Tensor, loops_N: torch.Tensor, losses_N: torch.Tensor, classes: int) -> dict[str, Any]:
-    """Means over classes of positions, from the most frequent tokens to the rarest."""
-    order = torch.argsort(torch.bincount(ids_N)[ids_N], descending=True, stable=True)
-    parts = order.chunk(classes)
+def whole_sentences(ids_BS: torch.Tensor, decode: Callable[[list[int]], str], count: int) -> list[tuple[int, slice]]:
+    """Row and columns of the first whole sentence of 12 to 32 tokens in each of the first rows that have one.
+
+    A sentence lies between two tokens that end with a full stop. Those with other characters than ASCII letters,
+    digits, spaces and ,;'- are left out, for they do not show well in a table.
+    """
+    found: list[tuple[int, slice]] = []
+    for row, ids in enumerate(ids_BS.tolist()):
+        pieces = ["" if token == IGNORE_INDEX else decode([token]) for token in ids]
+        stops = [column + 1 for column, piece in enumerate(pieces) if piece.endswith(".")]
+        for first, last in itertools.pairwise(stops):
+            text = "".join(pieces[first:last])
+            if 12 <= last - first <= 32 and re.fullmatch(r" [A-Z][A-Za-z0-9 ,;'-]*\.", text):
+                found.append((row, slice(first, last)))
+                break
+        if len(found) == count:
+            break
+    return found
+
+
+def in_classes(key_N: torch.Tensor, loops_N: torch.Tensor, losses_N: torch.Tensor, classes: int) -> dict[str, Any]:
+    """Mean loops and loss in nats of positions in order of a key, divided into classes of as many positions each."""
+    parts = torch.argsort(key_N, stable=True).chunk(classes)
     return {
         "loops": [loops_N[part].double().mean().item() for part in parts],
         "loss": [losses_N[part].double().mean().item() for part in parts],
@@ -343,7 +379,7 @@ OF_A_RUN: dict[str, Measure] = {
     "reasoning": reasoning,
     "facts": facts,
     "frontier": frontier,
-    "frequency": frequency,
+    "spent": spent,
 }
 """Measurements of a trained model, by the name in a claim's `measure`."""
 ONCE: dict[str, Measure] = {"cache": cache}

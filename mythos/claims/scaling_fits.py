@@ -4,6 +4,7 @@ IsoFLOP parabolas after arXiv 2203.15556, for loops instead of parameters after 
 after arXiv 2604.21106. The law of the loss by loops at inference is `mythos.evaluation.depth_sweep.fit_losses`.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -142,17 +143,38 @@ def loop_worth(runs: Sequence[LoopRun]) -> float:
     once, core, loops, tokens, losses = (np.array(column) for column in zip(*runs, strict=True))
     log_size = np.log(once.mean() + core.mean())
 
-    def error(phi: float, alpha: float, beta: float) -> float:
+    def errors(grid: np.ndarray) -> np.ndarray:
+        """Squared errors of the best line in the two powers, for every (phi, alpha, beta)."""
+        phi, alpha, beta = (column[:, None] for column in grid.T)
         size = np.log(once + loops**phi * core) - log_size
-        basis = np.stack([np.ones_like(losses), np.exp(-alpha * size), (tokens / tokens.mean()) ** -beta], axis=1)
-        solution, *_ = np.linalg.lstsq(basis, losses, rcond=None)
-        return float(((basis @ solution - losses) ** 2).sum())
+        powers = np.stack([np.exp(-alpha * size), (tokens / tokens.mean()) ** -beta], axis=2)
+        basis, _ = np.linalg.qr(powers - powers.mean(1, keepdims=True))
+        distance = losses - losses.mean()
+        return distance @ distance - ((distance @ basis) ** 2).sum(1)
 
     centre, width = np.array([0.5, 0.5, 0.5]), np.array([0.7, 0.45, 0.45])
     for _ in range(5):
         axes = [np.linspace(c - w, c + w, 9) for c, w in zip(centre, width, strict=True)]
         axes[1:] = [np.clip(axis, 0.02, 2.0) for axis in axes[1:]]
-        grid = [(p, a, b) for p in axes[0] for a in axes[1] for b in axes[2]]
-        centre = np.array(min(grid, key=lambda values: error(*values)))
+        grid = np.array(list(itertools.product(*axes)))
+        centre = grid[errors(grid).argmin()]
         width = width / 3
     return float(centre[0])
+
+
+def worth_interval(cells: Sequence[Sequence[LoopRun]], samples: int = 100, seed: int = 0) -> Exponent:
+    """:func:`loop_worth` of the mean losses of cells, whose runs differ by their seed only, with its 90% interval.
+
+    For each of the bootstrap's samples the runs of every cell are drawn again with replacement. Raises ValueError as
+    :func:`loop_worth`.
+    """
+    generator = np.random.default_rng(seed)
+    losses = [np.array([run.loss for run in cell]) for cell in cells]
+
+    def fitted(means: list[float]) -> float:
+        return loop_worth([cell[0]._replace(loss=loss) for cell, loss in zip(cells, means, strict=True)])
+
+    value = fitted([float(of_cell.mean()) for of_cell in losses])
+    drawn = [fitted([float(generator.choice(one, len(one)).mean()) for one in losses]) for _ in range(samples)]
+    low, high = np.quantile(drawn, [0.05, 0.95])
+    return Exponent(value, float(low), float(high))

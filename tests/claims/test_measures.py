@@ -15,6 +15,7 @@ ARMS = {
     "latent-breadth": "looped",
     "moe-depth-routing": "router-bias",
     "reasoning-depth": "hops-looped",
+    "scaling": "small-2",
     "systematic-generalization": "loops-2",
 }
 """An arm of each claim that measures its runs."""
@@ -46,7 +47,15 @@ def test_a_run_of_two_steps_is_measured(name: str, tmp_path: Path, monkeypatch: 
         assert 0 <= taken["sweep"]["loops"][1]["expert_overlap"] <= 1
     if name == "halting":
         assert {"convergence", "gate"} <= {point["rule"] for point in taken["sweep"]["halting"]}
-        assert sum(taken["frequency"]["gate"]["positions"]) == 8 * 128
+        spent = taken["spent"]["gate"]
+        assert sum(spent["frequency"]["positions"]) == sum(spent["place"]["positions"]) == 8 * 128
+        # Eight sequences of 128: each eighth of the places are 16 columns of every one.
+        assert spent["place"]["positions"] == [128] * 8
+        assert 1 <= len(spent["sentences"]) <= 4
+        for sentence in spent["sentences"]:
+            text = "".join(piece for piece, _ in sentence)
+            assert text[0] == " " and text[1].isupper() and text.endswith(".")
+            assert all(1 <= loops <= 8 for _, loops in sentence)
     if name == "systematic-generalization":
         assert taken["facts"]["steps"] == [1, 2] and len(taken["facts"]["out"]) == 2
     if name == "latent-breadth":

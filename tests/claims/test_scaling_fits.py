@@ -6,7 +6,7 @@ from math import log
 import numpy as np
 import pytest
 
-from mythos.claims.scaling_fits import LoopRun, Point, budgets, exponents, isoflop, loop_worth
+from mythos.claims.scaling_fits import LoopRun, Point, budgets, exponents, isoflop, loop_worth, worth_interval
 
 
 def sweep(exponent: float, noise: float = 0.0, counts: tuple[int, ...] = (1, 2, 4, 8, 16)) -> list[Point]:
@@ -65,3 +65,19 @@ def test_the_worth_of_a_loop_is_recovered(phi: float) -> None:
         size = 1e5 + loops**phi * core
         runs.append(LoopRun(1e5, core, loops, tokens, 1.8 + 30 * size**-0.3 + 60 * tokens**-0.35))
     assert loop_worth(runs) == pytest.approx(phi, abs=0.03)
+
+
+def test_the_interval_of_a_loops_worth_contains_it_and_widens_with_noise() -> None:
+    def cells(noise: float) -> list[list[LoopRun]]:
+        generator = np.random.default_rng(2)
+        found = []
+        for core, loops, tokens in product((5e4, 2e5), (1, 2, 4, 8), (1e6, 4e6)):
+            size = 1e5 + loops**0.45 * core
+            loss = 1.8 + 30 * size**-0.3 + 60 * tokens**-0.35
+            found.append([LoopRun(1e5, core, loops, tokens, loss + noise * generator.normal()) for _ in range(3)])
+        return found
+
+    little, much = (worth_interval(cells(noise), samples=40) for noise in (0.001, 0.01))
+    assert little.low < 0.45 < little.high
+    assert much.high - much.low > 3 * (little.high - little.low)
+    assert worth_interval(cells(0.01), samples=40) == much  # the same at every call

@@ -17,8 +17,6 @@ from tests.distributed.test_parallel import Trained, assert_same, train
 from tests.runs import tiny
 from tests.trainers import take_step
 
-CHANGES: dict[str, Any] = {**PARITY, "train__global_batch": 16, "train__micro_batch": 3}
-
 FSDP, HSDP = {"parallel__mode": "fsdp"}, {"parallel__mode": "hsdp", "parallel__shard": 2}
 SELECTIVE, LOOP = ({"parallel__activation_checkpointing": mode} for mode in ("selective", "loop"))
 GATE, MUON = {"model__halting": "gate"}, {"optim__name": "muon"}
@@ -42,7 +40,7 @@ def train_here(directory: Path, name: str, changes: dict[str, Any], chosen: int 
         return trainer
 
     with patch("tests.distributed.test_parallel.Trainer", biased):
-        return train(directory, name, {**CHANGES, **changes})
+        return train(directory, name, {**PARITY, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +89,7 @@ WIDE: dict[str, Any] = {
 
 
 def memory(directory: Path, name: str, changes: dict[str, Any]) -> tuple[int, int]:
-    """Peak bytes of a rank's tensors during the second step, and those of the plan."""
+    """Peak bytes of a rank's tensors during the second step, and those of the plan, which rank 0 makes (others: 0)."""
     trainer = Trainer(tiny(directory, run__dir=str(directory / name), **{**WIDE, **changes}))
     config, layout = trainer.config, trainer.layout
     take_step(trainer)
@@ -102,6 +100,8 @@ def memory(directory: Path, name: str, changes: dict[str, Any]) -> tuple[int, in
     assert batch is not None, problem
     peak = held + tensor_peak(lambda: trainer.train_step(batch))
     trainer.resources.close()
+    if trainer.world.rank:
+        return peak, 0
     state = rank_state(config, layout)
     return peak, state.total + working_memory(config, state).total + activations(config, layout).peak
 
@@ -111,8 +111,9 @@ def test_memory_of_a_rank_is_planned(pool: RankPool, tmp_path: Path, layout: str
     tiny(tmp_path)
     ranks, changes = LAYOUTS[layout]
     sizes = pool.run(memory, tmp_path, layout, changes, ranks=ranks)
-    print(layout, [f"{planned:,} planned, {peak:,} allocated: {planned / peak:.3f}" for peak, planned in sizes])
+    planned = sizes[0][1]
+    print(layout, f"{planned:,} planned", [f"{peak:,} allocated: {planned / peak:.3f}" for peak, _ in sizes])
     # Mean over ranks: what uneven routing adds to one it takes from others. On a busy machine one rank at times has 3
     # MB more, a ratio of 0.91, which nothing explains so far.
-    peak = sum(peak for peak, _ in sizes) / ranks
-    assert 1.0 <= sizes[0][1] / peak <= 1.25 and all(sizes[0][1] / peak >= 0.9 for peak, _ in sizes)
+    mean = sum(peak for peak, _ in sizes) / ranks
+    assert 1.0 <= planned / mean <= 1.25 and all(planned / peak >= 0.9 for peak, _ in sizes)

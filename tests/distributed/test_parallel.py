@@ -20,8 +20,8 @@ CHANGES: dict[str, Any] = {
     "data__streams": 4,
     "data__sequence_length": 8,
     "data__mask_documents": True,
-    "train__global_batch": 32,
-    "train__micro_batch": 3,  # leaves a smaller one, and accumulates on four ranks
+    "train__global_batch": 16,
+    "train__micro_batch": 3,  # leaves a smaller one, and accumulates on four ranks, too
     "train__steps": 6,
     "model__n_experts": 16,
     "model__core_layers": 2,

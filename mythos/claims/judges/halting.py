@@ -1,5 +1,6 @@
 """Loss against mean loops by halting rule, and which tokens get the loops."""
 
+from collections.abc import Iterable
 from math import expm1
 
 from mythos.claims.definition import Claim
@@ -10,6 +11,16 @@ from mythos.claims.results import Results, RunResult
 BASE = "none"
 TRAINED = ("gate", "act")
 """Rules whose runs have their own arm; the others are measured on the arm without one."""
+SHOWN = (0, 2, 4, 7)
+"""Of eight classes of positions, those that tables show."""
+CLASSES = {
+    "frequency": (
+        "Mean loops by frequency of the predicted token: eighths of all positions, from the most frequent tokens",
+        ("most frequent", "rarest"),
+    ),
+    "place": ("Mean loops by place in the sequence: eighths, from its beginning", ("first", "last")),
+}
+SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def frontier(results: Results, claim: Claim) -> dict[str, list[tuple[float, float, float]]]:
@@ -34,14 +45,14 @@ def full_loss(run: RunResult) -> float:
 
 def more_for_rare(results: Results, rule: str) -> float:
     """Loops of the rarest tokens minus those of the most frequent ones, mean over seeds; 0 if not measured."""
-    runs = [run.measured["frequency"][rule]["loops"] for run in finished(results, rule)]
+    runs = [run.measured["spent"][rule]["frequency"]["loops"] for run in finished(results, rule)]
     return mean([loops[-1] - loops[0] for loops in runs]) if runs else 0.0
 
 
 def finished(results: Results, rule: str) -> list[RunResult]:
-    """Runs on which the rule's loops by frequency were measured."""
+    """Runs on which it was measured where the rule spends loops."""
     runs = results.of_arm(rule if rule in TRAINED else BASE)
-    return [run for run in runs if rule in run.measured.get("frequency", {})]
+    return [run for run in runs if rule in run.measured.get("spent", {})]
 
 
 def judge(claim: Claim, results: Results) -> Judgement:
@@ -68,23 +79,33 @@ def judge(claim: Claim, results: Results) -> Judgement:
         ["rule", "threshold", "mean loops", "saved", "perplexity"],
         rows,
     )
-    compute = Table(
-        "Mean loops by frequency of the predicted token: the most frequent eighth of all positions, the rarest",
-        ["rule", "most frequent", "rarest"],
-        [
-            [
-                rule,
-                *(
-                    spread([run.measured["frequency"][rule]["loops"][n] for run in finished(results, rule)], ".2f")
-                    for n in (0, -1)
-                ),
-            ]
-            for rule in rules
-        ],
-    )
     why = "Largest saving within the allowed loss: " + ", ".join(f"{rule} {share:.0%}" for rule, share in saved.items())
     why += f". With {best} the rarest tokens get {rare[best]:+.2f} loops against the most frequent."
-    return Judgement(outcome, f"{best} saves {saved[best]:.0%} of the loops", why, [table, compute])
+    tables = [table, *(by_class(results, rules, kind) for kind in CLASSES), on_sentences(results, rules)]
+    return Judgement(outcome, f"{best} saves {saved[best]:.0%} of the loops", why, tables)
+
+
+def by_class(results: Results, rules: Iterable[str], kind: str) -> Table:
+    """Mean loops of every rule in the first, third, fifth and last class of positions."""
+    title, (first, last) = CLASSES[kind]
+    rows = []
+    for rule in rules:
+        classes = zip(*(run.measured["spent"][rule][kind]["loops"] for run in finished(results, rule)), strict=True)
+        rows.append([rule, *(spread(loops, ".2f") for number, loops in enumerate(classes) if number in SHOWN)])
+    return Table(title, ["rule", first, "third", "fifth", last], rows)
+
+
+def on_sentences(results: Results, rules: Iterable[str]) -> Table:
+    """The same sentences under every rule, with the loops of each token as an exponent (seed 0)."""
+    found = {rule: finished(results, rule)[0].measured["spent"][rule]["sentences"] for rule in rules}
+    rows = [
+        [rule, "".join(text + str(loops).translate(SUPERSCRIPTS) for text, loops in sentence).strip()]
+        for same in zip(*found.values(), strict=True)
+        for rule, sentence in zip(found, same, strict=True)
+    ]
+    return Table(
+        "Loops after which each token of validation sentences was predicted (seed 0)", ["rule", "sentence"], rows
+    )
 
 
 def panels(claim: Claim, results: Results) -> list[Panel]:

@@ -1,12 +1,14 @@
 """Whether the state after t loops holds all nodes that a breadth-first search reaches in t steps."""
 
 from mythos.claims.definition import Claim
-from mythos.claims.judgement import CONDITIONS, NOT_SUPPORTED, SUPPORTED, Judgement, Table, mean, spread
+from mythos.claims.judgement import CONDITIONS, NOT_SUPPORTED, SUPPORTED, UNDECIDED, Judgement, Table, mean, spread
 from mythos.claims.plots import Panel, lines_panel
 from mythos.claims.results import Results
 
 ARM = "looped"
 LEVELS = (2, 3)
+ANSWERS = 0.75
+"""Share of right answers from which the models count as having learned the task; half of them come by guessing."""
 
 
 def values(results: Results, name: str, level: int) -> list[float]:
@@ -28,10 +30,17 @@ def accuracy(results: Results, level: int) -> list[float]:
 
 
 def judge(claim: Claim, results: Results) -> Judgement:
-    """Compare the probe's recall with the threshold and with depth-first search."""
+    """Compare the probe's recall with the threshold and with depth-first search.
+
+    Undecided if the models do not answer the questions: the state then shows nothing about how they are answered.
+    """
     recall = {level: mean(values(results, "best", level)) for level in LEVELS}
     bound = {level: mean(values(results, "depth_first", level)) for level in LEVELS}
-    if all(recall[level] >= claim.thresholds["recall"] for level in LEVELS):
+    right = [mean(accuracy(results, level)) for level in LEVELS]
+    learned = min(right) >= ANSWERS
+    if not learned:
+        outcome = UNDECIDED
+    elif all(recall[level] >= claim.thresholds["recall"] for level in LEVELS):
         outcome = SUPPORTED
     else:
         outcome = CONDITIONS if all(recall[level] > bound[level] for level in LEVELS) else NOT_SUPPORTED
@@ -45,9 +54,12 @@ def judge(claim: Claim, results: Results) -> Judgement:
         for level in (1, *LEVELS)
     ]
     head = ["level and loops", "at the root", "at the last token", "depth first", "chance", "right answers"]
-    why = "; ".join(f"after {level} loops {recall[level]:.0%}, depth first {bound[level]:.0%}" for level in LEVELS)
+    why = "Recall " + "; ".join(f"after {n} loops {recall[n]:.0%}, depth first {bound[n]:.0%}" for n in LEVELS) + "."
+    if not learned:
+        shares = " and ".join(f"{share:.0%}" for share in right)
+        why = f"The models have not learned the task ({shares} of the answers are right, 50% by guessing). {why}"
     table = Table("Recall of the nodes of a level by the probe, means over seeds (range)", head, rows)
-    return Judgement(outcome, f"recall {recall[2]:.0%} and {recall[3]:.0%}", f"Recall {why}.", [table])
+    return Judgement(outcome, f"recall {recall[2]:.0%} and {recall[3]:.0%}", why, [table])
 
 
 def panels(claim: Claim, results: Results) -> list[Panel]:

@@ -5,6 +5,7 @@ from mythos.claims.judgement import CONDITIONS, NOT_SUPPORTED, SUPPORTED, Judgem
 from mythos.claims.plots import Panel, lines_panel
 from mythos.claims.results import Results
 from mythos.claims.scaling_fits import Point, budgets, exponents, isoflop
+from mythos.evaluation.depth_sweep import fit_losses
 
 
 def points_of(results: Results) -> list[Point]:
@@ -33,7 +34,19 @@ def judge(claim: Claim, results: Results) -> Judgement:
         f"{fitted['tokens']}, published {claim.thresholds['tokens']:g}."
     )
     number = f"loops ~ C^{fitted['loops'].value:.2f}, tokens ~ C^{fitted['tokens'].value:.2f}"
-    return Judgement(outcome, number, why, [Table("Lowest points of the isoFLOP parabolas", head, rows)])
+    return Judgement(outcome, number, why, [Table("Lowest points of the isoFLOP parabolas", head, rows), laws(results)])
+
+
+def laws(results: Results) -> Table:
+    """The saturating law of the loss by loops at inference of every run of seed 0."""
+    rows = []
+    for run in results.runs.values():
+        if run.seed == 0 and run.diverged is None:
+            fit = fit_losses({one["loops"]: one["loss"] for one in run.measured["sweep"]["loops"]})
+            law = ["no fit"] * 3 if fit is None else [f"{fit.limit:.3f}", f"{fit.amplitude:.3f}", f"{fit.rate:.2f}"]
+            rows.append([f"`{run.arm}`", *law])
+    title = "Loss by loops at inference, L(T) = limit + amplitude exp(-rate T) (seed 0)"
+    return Table(title, ["arm", "limit", "amplitude", "rate"], rows)
 
 
 def panels(claim: Claim, results: Results) -> list[Panel]:

@@ -1,0 +1,88 @@
+"""What a loop is worth as if it were layers: the exponent phi, with one state lane and with two."""
+
+from math import inf
+from pathlib import Path
+
+from mythos.claims.definition import Claim, PlannedRun
+from mythos.claims.judgement import CONDITIONS, NOT_SUPPORTED, SUPPORTED, Judgement, Table, mean, spread
+from mythos.claims.plots import Panel, lines_panel
+from mythos.claims.results import Results, final_loss
+from mythos.claims.scaling_fits import LoopRun, worth_interval
+from mythos.config.sections import Config
+from mythos.planning.flops import build_on_meta
+
+STEPS = "train.steps"
+UNLOOPED = "blocks"
+LANES = {"one": "one lane", "two": "two lanes"}
+"""Beginnings of the names of looped arms."""
+
+
+def block_parameters(config: Config) -> tuple[int, int]:
+    """Parameters of the blocks outside of the loop, and of the core."""
+    model = build_on_meta(config.model)
+    parts = (*model.prelude, *model.coda), (model.recurrence.blocks,)
+    once, core = (sum(weight.numel() for module in modules for weight in module.parameters()) for modules in parts)
+    return once, core
+
+
+def cells(claim: Claim, results: Results, kind: str) -> list[list[LoopRun]]:
+    """The runs that are fitted for a number of lanes: one list for each arm and number of steps."""
+    sizes = {arm: block_parameters(planned.config) for arm, planned in first_runs(claim).items()}
+    found: dict[tuple[str, int], list[LoopRun]] = {}
+    for run in results.chosen(claim):
+        if run.arm.split("-")[0] in (UNLOOPED, kind) and final_loss(run) < inf:
+            entry = LoopRun(*sizes[run.arm], run.mean_loops, run.tokens, final_loss(run))
+            found.setdefault((run.arm, run.point[STEPS]), []).append(entry)
+    return list(found.values())
+
+
+def first_runs(claim: Claim) -> dict[str, PlannedRun]:
+    """A planned run of every arm."""
+    return {planned.arm: planned for planned in claim.runs(1, Path("unused"), None)}
+
+
+def judge(claim: Claim, results: Results) -> Judgement:
+    """Compare the exponents with 0, with the published one, and with each other."""
+    fitted = {kind: worth_interval(cells(claim, results, kind)) for kind in LANES}
+    one, two = fitted["one"], fitted["two"]
+    if one.low <= 0:
+        outcome = NOT_SUPPORTED
+    elif one.low <= claim.thresholds["one"] <= one.high < two.value:
+        outcome = SUPPORTED
+    else:
+        outcome = CONDITIONS
+    why = (
+        f"r loops are worth r^{one} cores with one lane (published 0.45), and r^{two} with two (published 0.65 with "
+        "hyper-connections)."
+    )
+    return Judgement(
+        outcome, f"phi {one.value:.2f} with one lane, {two.value:.2f} with two", why, [losses(claim, results)]
+    )
+
+
+def losses(claim: Claim, results: Results) -> Table:
+    """Validation loss of every arm by number of steps, and the size that it is fitted with."""
+    sizes = {arm: block_parameters(planned.config) for arm, planned in first_runs(claim).items()}
+    steps = claim.grid[STEPS]
+    rows = []
+    for arm in claim.arms:
+        runs = [run for run in results.chosen(claim) if run.arm == arm]
+        by_steps = [spread([final_loss(run) for run in runs if run.point[STEPS] == count]) for count in steps]
+        rows.append([f"`{arm}`", f"{sum(sizes[arm]):,}", str(runs[0].mean_loops), *by_steps])
+    head = ["arm", "parameters of blocks", "loops", *(f"{count} steps" for count in steps)]
+    return Table("Validation loss, nats per token, means over seeds (range)", head, rows)
+
+
+def panels(claim: Claim, results: Results) -> list[Panel]:
+    """Loss by the layers that run, after the most steps: blocks of their own, and a block that is looped."""
+    most = max(claim.grid[STEPS])
+    found: dict[str, dict[int, list[float]]] = {}
+    for run in results.chosen(claim):
+        kind, _, count = run.arm.partition("-")
+        layers, _, loops = count.partition("x")
+        if run.point[STEPS] == most and (kind == UNLOOPED or layers == "1"):
+            name = LANES.get(kind, "blocks run once")
+            found.setdefault(name, {}).setdefault(int(loops or layers), []).append(final_loss(run))
+    lines = {name: [(count, mean(values)) for count, values in by_count.items()] for name, by_count in found.items()}
+    title = f"Loss after {most} steps by blocks of the core that run"
+    return [lines_panel(title, "blocks, or loops of one block", "nats per token", lines, loops=True)]
