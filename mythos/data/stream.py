@@ -170,20 +170,13 @@ class Walk:
             document = next(self._documents)
             self._queue.append(document)
             self._available += len(document[1])
-        tokens = np.concatenate([ids for _, ids, _ in self._first_documents(self._offset + count + 1)])
-        tokens = tokens[self._offset : self._offset + count + 1]
+        # The queue has hardly more: it gets documents only until they are enough.
+        tokens = np.concatenate([ids for _, ids, _ in self._queue])[self._offset : self._offset + count + 1]
         self._available -= count
         self._offset += count
         while self._offset >= len(self._queue[0][1]):
             self._offset -= len(self._queue.popleft()[1])
         return tokens
-
-    def _first_documents(self, tokens: int) -> Iterator[tuple[Position, np.ndarray, dict[str, int]]]:
-        for document in self._queue:
-            if tokens <= 0:
-                return
-            tokens -= len(document[1])
-            yield document
 
     def _walk(self, start: Position) -> Iterator[tuple[Position, np.ndarray, dict[str, int]]]:
         epoch, part, row = start
