@@ -128,6 +128,12 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def numbered(path: Path) -> Iterator[Path]:
+    """PATH, PATH-2, PATH-3, and so on, without end."""
+    yield path
+    yield from (path.with_name(f"{path.name}-{number}") for number in count(2))
+
+
 @contextmanager
 def unused_stem(stem: Path, *suffixes: str) -> Iterator[Path]:
     """Reserve the first of STEM, STEM-2, STEM-3, ... for which there is no file STEM.SUFFIX, so nothing is overwritten.
@@ -135,8 +141,7 @@ def unused_stem(stem: Path, *suffixes: str) -> Iterator[Path]:
     The stem is reserved by creating its file with the first suffix, so two processes never get the same one. If the
     block raises, the files of the stem are deleted. Raises OSError if the folder cannot be written.
     """
-    for number in count(1):
-        chosen = stem if number == 1 else stem.with_name(f"{stem.name}-{number}")
+    for chosen in numbered(stem):
         # Not with_suffix, which would replace the part of a name after a dot.
         files = [chosen.with_name(f"{chosen.name}.{suffix}") for suffix in suffixes]
         if any(map(os.path.lexists, files)):

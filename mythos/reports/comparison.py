@@ -8,13 +8,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mythos.config.checking import flat_fields
 from mythos.errors import MythosError, short_reason, without_credentials
-from mythos.files.local import replacing
+from mythos.files.local import numbered, replacing
 from mythos.planning.flops import count_parameters
 from mythos.progress import aligned
 from mythos.reports.plots import draw_points
@@ -129,13 +128,12 @@ class Comparison:
         Raises MythosError if a file cannot be read.
         """
         directories = [str(run.directory) for run in self.runs]
-        for number in count(1):
-            stem = folder / ("compare" if number == 1 else f"compare-{number}")
-            if compared_directories(stem.with_suffix(".csv")) == directories:
-                return stem
-            if not any(os.path.lexists(stem.with_suffix(suffix)) for suffix in (".csv", ".png", ".html")):
-                return stem
-        raise AssertionError("count() does not end")
+        return next(
+            stem
+            for stem in numbered(folder / "compare")
+            if compared_directories(stem.with_suffix(".csv")) == directories
+            or not any(os.path.lexists(stem.with_suffix(suffix)) for suffix in (".csv", ".png", ".html"))
+        )
 
     def write(self, folder: Path) -> list[Path]:
         """Write compare.csv and compare.png to a folder; returns their paths.
