@@ -3,16 +3,19 @@
 import itertools
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from scripts import expert_kill_test
 from scripts.chaos_run import Failed
 from scripts.expert_kill_test import Generation, draw_generations, relay
+from tests.warm import WarmPopen
 
 
-def test_killed_runs_continue_with_other_experts(tmp_path: Path) -> None:
+def test_killed_runs_continue_with_other_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of two processes that share the experts is killed, then both of two that do not; one process ends the run."""
+    monkeypatch.setattr(expert_kill_test, "subprocess", SimpleNamespace(Popen=WarmPopen))
     generations = [
         Generation(2, "fsdp", 2, steps=2),
         Generation(2, "fsdp", 1, steps=1, victims=2),

@@ -55,7 +55,7 @@ SIZES = {
         torch.bfloat16,
     ),
     "wide": (
-        preset_config("mythos_tiny", vocab_size=1024, core_layers=2, prelude_layers=1, coda_layers=1), 2, 512,
+        preset_config("mythos_tiny", vocab_size=1024, core_layers=2, prelude_layers=1, coda_layers=1), 2, 256,
         torch.bfloat16,
     ),
     "passes that differ": (
