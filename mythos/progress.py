@@ -10,7 +10,7 @@ import os
 import select
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import TYPE_CHECKING, Any, Generic, Self, TextIO, TypeVar, overload
 
 if TYPE_CHECKING:
@@ -227,6 +227,14 @@ def measurements(metrics: dict[str, Any]) -> list[str]:
         f"{scaled(metrics['tokens_per_second'])} tok/s",
     ]
     return shown + ([f"MFU {metrics['mfu']:.0%}"] if "mfu" in metrics else [])
+
+
+def aligned(rows: Sequence[Sequence[str]], left: int) -> str:
+    """Lay out cells in columns for a terminal: the first `left` of them aligned on the left, others on the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    align = [str.ljust] * left + [str.rjust] * (len(widths) - left)
+    lines = ([place(cell, width) for place, cell, width in zip(align, row, widths, strict=True)] for row in rows)
+    return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 def scaled(number: float) -> str:

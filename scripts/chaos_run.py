@@ -205,16 +205,8 @@ class Run:
 
     def train_alone(self) -> None:
         """Train from the first step to the last, without launch.sh and torchrun; raises Failed if that fails."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(self.processes)}
         command = [sys.executable, "train.py", str(self.folder / "config.yaml"), "train.device=cpu"]
-        ranks = []
-        with self.log.open("wb") as log:
-            for rank in map(str, range(self.processes)):
-                environment = self.environment | meeting | {"RANK": rank, "LOCAL_RANK": rank}
-                ranks.append(subprocess.Popen(command, cwd=self.folder, env=environment, stdout=log, stderr=log))
+        ranks = start_ranks(command, self.processes, self.environment, self.log, self.folder)
         deadline = time.monotonic() + PATIENCE
         if any([rank.wait(max(0.1, deadline - time.monotonic())) for rank in ranks]):
             raise Failed(f"the undisturbed run failed\n{self.said()}")
@@ -302,6 +294,23 @@ class Run:
             return TMP
         newest = max(self.checkpoints.glob("step-????????"), default=None)
         return RENAMED if newest and not (newest / "committed").exists() and not (newest / "damaged").exists() else ""
+
+
+def start_ranks(
+    command: list[str], processes: int, environment: dict[str, str], log: Path, folder: Path
+) -> list[subprocess.Popen[bytes]]:
+    """Start the processes of a run in a folder, as torchrun would; their output is appended to `log`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    size = str(processes)
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    ranks = []
+    with log.open("ab") as output:
+        for rank in map(str, range(processes)):
+            own = environment | meeting | {"RANK": rank, "LOCAL_RANK": rank}
+            ranks.append(subprocess.Popen(command, cwd=folder, env=own, stdout=output, stderr=output))
+    return ranks
 
 
 # Comparison

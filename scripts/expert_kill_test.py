@@ -12,8 +12,6 @@ import argparse
 import os
 import random
 import shutil
-import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +25,7 @@ sys.path.insert(0, str(ROOT))  # as a script this sees only its own folder
 
 from mythos.training.metrics import read_metrics  # noqa: E402
 from scripts import chaos_test  # noqa: E402
-from scripts.chaos_run import Failed  # noqa: E402
+from scripts.chaos_run import Failed, start_ranks  # noqa: E402
 
 TOLERANCE = 1e-4
 """Largest relative difference of losses: layouts add up in another order, and AdamW makes such differences grow."""
@@ -87,27 +85,12 @@ def saved(run: Path) -> int:
     return max((int(path.parent.name[5:]) for path in run.glob("checkpoints/step-????????/committed")), default=0)
 
 
-def start(config: Path, generation: Generation, log: Path) -> list[subprocess.Popen[bytes]]:
-    """Start the processes of a generation, as torchrun would."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mythos", "train", str(config), *generation.overrides]
-    processes = []
-    for rank in range(generation.processes):
-        sizes = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": generation.processes}
-        sizes |= {"LOCAL_WORLD_SIZE": generation.processes, "MASTER_PORT": port}
-        environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        environment |= {name: str(size) for name, size in sizes.items()}
-        with log.open("ab") as output:
-            processes.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output, cwd=ROOT))
-    return processes
-
-
 def live(config: Path, run: Path, generation: Generation, log: Path) -> None:
     """Run a generation to its kill or to the end; raises Failed if it does neither."""
     begun, deadline = saved(run), time.monotonic() + PATIENCE
-    processes = start(config, generation, log)
+    command = [sys.executable, "-m", "mythos", "train", str(config), *generation.overrides]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    processes = start_ranks(command, generation.processes, environment, log, ROOT)
     try:
         while generation.steps is None or saved(run) < begun + generation.steps:
             if time.monotonic() > deadline:

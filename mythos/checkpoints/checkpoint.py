@@ -60,6 +60,8 @@ from mythos.files.storage import (
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
+PROBE = ".probe-{}-{}"
+"""Name of the file that every rank writes at the start of a run: a random key, and the rank."""
 SPARE_BYTES = 1 << 20
 """Free space required beside the tensors' bytes, for meta.json and the file system's overhead."""
 
@@ -102,16 +104,12 @@ class Checkpoints:
         self._buffers: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        self._newest: Path | str | None = None
+        self.newest: Path | str | None = None
+        """The newest checkpoint known to be complete: the one from :meth:`find`, or one committed since."""
         self._run: Run | None = None
         self._resources = contextlib.ExitStack()
         # Here and once: filters are global to the process, so the writing thread must not change them.
         warnings.filterwarnings("ignore", message=NOT_DISTRIBUTED)
-
-    @property
-    def newest(self) -> Path | str | None:
-        """The newest checkpoint known to be complete: the one from :meth:`find`, or one committed since."""
-        return self._newest
 
     @property
     def failed(self) -> bool:
@@ -140,7 +138,7 @@ class Checkpoints:
             self._agree(lambda: self._check_shared(key) if self.ranks.main else None)
         finally:
             with contextlib.suppress(MythosError):  # a store may forbid deletion, and an empty object does no harm
-                self._agree(lambda: self.storage.end_probe(f"{key}-{self.ranks.rank}"))
+                self._agree(lambda: self.storage.delete(PROBE.format(key, self.ranks.rank)))
 
         def take() -> Run:
             run = Run(lock.run or uuid.uuid4().hex, name, os.path.realpath(lock.directory))
@@ -153,7 +151,7 @@ class Checkpoints:
     def _check_writable(self, key: str) -> None:
         """Write a probe file from every rank. Raises MythosError with advice if one cannot."""
         try:
-            self._agree(lambda: self.storage.probe(f"{key}-{self.ranks.rank}"))
+            self._agree(lambda: self.storage.probe(PROBE.format(key, self.ranks.rank)))
         except MythosError as error:
             raise (DiskFullError if is_full(error) else MythosError)(
                 f"{self.directory}: checkpoints cannot be written there: {error}. {remedy(error)}, or set "
@@ -162,7 +160,7 @@ class Checkpoints:
 
     def _check_shared(self, key: str) -> None:
         """Raise MythosError unless this rank sees the probe files of all ranks."""
-        unseen = [rank for rank in range(self.ranks.size) if not self.storage.probed(f"{key}-{rank}")]
+        unseen = [rank for rank in range(self.ranks.size) if not self.storage.exists(PROBE.format(key, rank))]
         if unseen:
             raise MythosError(
                 f"{self.directory}: rank 0 does not see files that rank {unseen[0]} writes there. All ranks must share "
@@ -199,7 +197,7 @@ class Checkpoints:
             if not problems:
                 if damaged:
                     self._agree(partial(self._fall_back, path, list(damaged)))
-                self._newest = path
+                self.newest = path
                 return path
             damaged[path] = f"checkpoint {path} is damaged: {'; '.join(problems)}"
             if self.ranks.main:
@@ -425,9 +423,9 @@ class Checkpoints:
             finally:
                 # A commit has renamed it already. A directory shared by all ranks is removed by rank 0.
                 if folder is not None and (ranks.main or not isinstance(storage, LocalStorage)):
-                    storage.discard(folder)
-        self._newest = storage.address(name)
-        self.committed(step, self._newest)
+                    shutil.rmtree(folder, ignore_errors=True)
+        self.newest = storage.address(name)
+        self.committed(step, self.newest)
         if ranks.main:
             try:
                 storage.prune(self.keep, self.keep_every)
@@ -470,11 +468,8 @@ class Checkpoints:
         except (MythosError, CheckpointException, RuntimeError) as error:
             if collective_failure(error):
                 raise
-            kept = (
-                f"the newest complete checkpoint is {self._newest}"
-                if self._newest
-                else "there is no earlier checkpoint"
-            )
+            newest = f"the newest complete checkpoint is {self.newest}"
+            kept = newest if self.newest else "there is no earlier checkpoint"
             cause: BaseException = error
             why = reason(error)
             if isinstance(error, CheckpointException):

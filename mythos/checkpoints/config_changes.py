@@ -1,12 +1,11 @@
 """Differences between a checkpoint's configuration and that of the run that continues it, and what they mean."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
-from mythos.config.checking import Problems, shown, valid_values
+from mythos.config.checking import Problems, flat_fields, shown, valid_values
 from mythos.config.inherited import RUN_FILE
 from mythos.config.loading import complete_stored_data, save_config
 from mythos.config.sections import Config
@@ -37,8 +36,9 @@ class Change(NamedTuple):
 def config_changes(config: Config, saved: dict[str, Any]) -> list[Change]:
     """Compare every field with a checkpoint's configuration, given as plain values."""
     former = _former(saved)
-    before = dict(_fields(saved if former is None else former.model_dump(mode="json")))
-    after = dict(_fields(config.model_dump(mode="json")))
+    saved = saved if former is None else former.model_dump(mode="json")
+    here = config.model_dump(mode="json")
+    before, after = ({key: v for key, v in flat_fields(values) if v != {}} for values in (saved, here))
     pairs = ((field, before.get(field, ABSENT), after.get(field, ABSENT)) for field in [*after, *before])
     differing = {field: Change(field, old, new) for field, old, new in pairs if old != new}
     return [change for field, change in differing.items() if field not in NOT_COMPARED]
@@ -106,15 +106,6 @@ def _former(saved: dict[str, Any]) -> Config | None:
     return None if problems.lines else Config.model_validate(values)
 
 
-def _fields(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value by its dotted path."""
-    for name, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _fields(value, f"{prefix}{name}.")
-        elif value != {}:
-            yield f"{prefix}{name}", value
-
-
 def _batch(config: Config) -> str:
     return f"{config.train.global_batch} x {config.data.sequence_length} = {config.tokens_per_step:,}"
 
@@ -124,14 +115,8 @@ def _depths(config: Config, step: int, steps: int) -> str:
 
     `steps` is the length of the schedule, whose changes have a message of their own.
     """
-    optim = config.optim.model_copy(update={"schedule_steps": steps})
-    schedule = DepthSchedule(config.model_copy(update={"optim": optim}))
+    schedule = DepthSchedule(config.with_fields("optim", schedule_steps=steps))
     mean, backprop = schedule.mean(step), schedule.backprop(step)
-    sampling = "those of the task" if config.depth.follow == "difficulty" else config.depth.sampling
-    text = (
-        f"{config.depth_mean:g} loops on average ({sampling}, at most {config.depth_maximum}), gradient through the "
-        f"last {config.depth_backprop}"
-    )
     if (mean, backprop) == (config.depth_mean, config.depth_backprop):
-        return text
-    return f"{text} (in the next step {mean:.3g}, and {backprop})"
+        return config.depth_summary
+    return f"{config.depth_summary} (in the next step {mean:.3g}, and {backprop})"

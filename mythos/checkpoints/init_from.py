@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from mythos.checkpoints.preflight import FREE_MODEL_FIELDS, model_differences
+from mythos.checkpoints.preflight import FREE_MODEL_FIELDS, model_differences, resolve_vocabulary
 from mythos.checkpoints.shards import in_one_piece, spread
 from mythos.checkpoints.stored_checkpoint import complete_checkpoints
 from mythos.checkpoints.stored_model import StoredModel, stored_model, tensors_of
@@ -225,11 +225,8 @@ def planned_start(config: Config) -> list[str]:
             later = "vocabulary: compared once the tokenizer has been trained"
             return [without_credentials(start.stored.source), *start.changes, later]
         tokenizer = Tokenizer.load(name) if text else None
-        if config.model.vocab_size == "auto":
-            assert tokenizer is not None
-            sized = config.model.model_copy(update={"vocab_size": tokenizer.padded_size})
-            config = config.model_copy(update={"model": sized})
         if tokenizer is not None:
+            config = resolve_vocabulary(config, tokenizer.padded_size)
             check_vocabulary(tokenizer, int(config.model.vocab_size))
         start.match(config, tokenizer)
         return start.changes

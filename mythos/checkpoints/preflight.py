@@ -38,8 +38,7 @@ def resolve_vocabulary(config: Config, tokenizer_size: int) -> Config:
         # BPE on a small corpus may produce fewer tokens than tokenizer.vocab_size. config.yaml of the run has both
         # sizes; when it is reloaded, the model's must be large enough for the tokenizer's.
         tokenizer_size = max(tokenizer_size, padded_vocab_size(config.tokenizer.vocab_size))
-    model = config.model.model_copy(update={"vocab_size": tokenizer_size})
-    return config.model_copy(update={"model": model})
+    return config.with_fields("model", vocab_size=tokenizer_size)
 
 
 def check_memory(parameters: int, shards: int, device: torch.device) -> None:
@@ -156,10 +155,10 @@ def _schedule_steps(saved: dict[str, Any]) -> int:
 
 def _scheduled(config: Config, step: int, steps: int) -> dict[str, str]:
     """Values of all schedules in a step if they take `steps` in all, by name, as text for people."""
-    optim = config.optim.model_copy(update={"schedule_steps": steps})
-    depth = DepthSchedule(config.model_copy(update={"optim": optim}))
+    config = config.with_fields("optim", schedule_steps=steps)
+    depth = DepthSchedule(config)
     values = {
-        "the learning rate": f"{learning_rate(optim, step, steps):.3g}",
+        "the learning rate": f"{learning_rate(config.optim, step, steps):.3g}",
         "the mean depth": f"{depth.mean(step):.3g}",
         "the loops with gradient": f"{depth.backprop(step)}",
     }

@@ -83,7 +83,7 @@ def saved_shapes(path: Path | str, folder: Path) -> dict[str, tuple[int, ...]]:
     Raises MythosError if the files cannot be read, or contain only a part of a tensor.
     """
     try:
-        with _quiet("torch.distributed.checkpoint"):
+        with _quiet():
             check_regular_files(folder)
             saved = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     except Exception as error:
@@ -104,7 +104,7 @@ def read_tensors(path: Path | str, folder: Path, tensors: dict[str, Tensor], **g
     cannot be read.
     """
     try:
-        with _quiet("torch.distributed.checkpoint"), warnings.catch_warnings():
+        with _quiet(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=NOT_DISTRIBUTED)
             dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), **group)
     except CheckpointException as error:
@@ -167,15 +167,13 @@ def reason(error: BaseException) -> str:
     return str(error) if isinstance(error, OSError | MythosError) else f"{type(error).__name__}: {error}"
 
 
-class _quiet:
-    """Silence a logger below ERROR for the duration of a with block."""
-
-    def __init__(self, name: str) -> None:
-        self.logger = logging.getLogger(name)
-
-    def __enter__(self) -> None:
-        self.level = self.logger.level
-        self.logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *exception: object) -> None:
-        self.logger.setLevel(self.level)
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence torch.distributed.checkpoint below ERROR within a with block."""
+    logger = logging.getLogger("torch.distributed.checkpoint")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -103,8 +103,7 @@ def open_model(path: str | Path, device: torch.device | str = "cpu") -> OpenedMo
     A checkpoint may have been written by any number of processes and be in any storage that runs write to; every file
     is compared with its checksum. Only safetensors and JSON are read. Parameters are float32.
 
-    Raises:
-        MythosError: the path is none of these, a run has no complete checkpoint, or a file is damaged.
+    Raises MythosError if the path is none of these, a run has no complete checkpoint, or a file is damaged.
     """
     with stored_model(path) as stored:
         model = stored.model.to_empty(device=device)
@@ -118,8 +117,7 @@ def open_model(path: str | Path, device: torch.device | str = "cpu") -> OpenedMo
 def stored_model(path: str | Path) -> Iterator[StoredModel]:
     """Open a model like `open_model`, without its tensors, which can be read until the block ends.
 
-    Raises:
-        MythosError: as `open_model`.
+    Raises MythosError as `open_model`.
     """
     text = str(path).rstrip("/") or "/"
     folder = Path(text)
@@ -224,7 +222,8 @@ def _stored_export(folder: Path) -> Iterator[StoredModel]:
         else:
             reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise MythosError(f"{path} cannot be read as the configuration of a model: {reason}") from error
-    files = _weights_files(folder)
+    index = folder / INDEX_FILE
+    files = indexed_files(index, "Export the model again.") if index.is_file() else [folder / WEIGHTS_FILE]
     with contextlib.ExitStack() as stack:
         places: dict[str, tuple[Path, str]] = {}
         shapes: dict[str, tuple[int, ...]] = {}
@@ -249,12 +248,6 @@ def _stored_export(folder: Path) -> Iterator[StoredModel]:
         tokenizer = folder if (folder / TOKENIZER_FILE).is_file() else None
         model = _fitting_model(str(folder), config, shapes)
         yield StoredModel(model, read, tokenizer, mean_loops, step, None, str(folder))
-
-
-def _weights_files(folder: Path) -> list[Path]:
-    """The files with an export's tensors: a single one, or those in an index."""
-    index = folder / INDEX_FILE
-    return indexed_files(index, "Export the model again.") if index.is_file() else [folder / WEIGHTS_FILE]
 
 
 def indexed_files(index: Path, advice: str) -> list[Path]:

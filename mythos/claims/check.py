@@ -8,8 +8,7 @@ from mythos.claims.results import FILE, read_results
 from mythos.claims.verdict_page import (
     PICTURE,
     VERDICT,
-    claims_pictures,
-    claims_table,
+    claims_overview,
     outcome_line,
     stamp_of,
     verdict_text,
@@ -90,5 +89,4 @@ def updated_page(page: Path, root: Path) -> str:
     if BEGIN not in text or END not in text:
         raise MythosError(f"{page}: the marks {BEGIN} and {END} around the table are missing")
     before, _, rest = text.partition(BEGIN)
-    generated = f"{claims_table(root)}\n\n{claims_pictures(root)}"
-    return f"{before}{BEGIN}\n{generated}\n{END}{rest.partition(END)[2]}"
+    return f"{before}{BEGIN}\n{claims_overview(root)}\n{END}{rest.partition(END)[2]}"

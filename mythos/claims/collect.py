@@ -18,8 +18,7 @@ TIMES = ("time", "tokens_per_second", "mfu", "resumed_from", "own_seconds", "pea
 
 def is_finished(planned: PlannedRun) -> bool:
     """Whether the run has trained to its end and its last validation is recorded."""
-    path = planned.config.run_dir / METRICS_FILE
-    records = read_metrics(path) if path.is_file() else []
+    records = read_metrics(planned.config.run_dir / METRICS_FILE)
     return any(record["step"] == planned.config.train_steps and "val/loss" in record for record in records[-2:])
 
 
@@ -41,7 +40,7 @@ def collect(claim: Claim, planned: PlannedRun, diverged: int | None = None) -> R
         seconds=rounded(training_seconds(recorded.records)),
         diverged=None,
         skipped=recorded.last("skipped_steps") or 0,
-        largest=rounded(largest_values(recorded.records)),
+        largest=rounded(largest_values(recorded)),
         validations=[
             rounded({key: value for key, value in record.items() if key not in TIMES and not key.startswith("data/")})
             for record in recorded.validations
@@ -52,30 +51,28 @@ def collect(claim: Claim, planned: PlannedRun, diverged: int | None = None) -> R
 
 def collect_diverged(planned: PlannedRun, step: int) -> RunResult:
     """Facts of a run that diverged at a step: of its records there may be none."""
-    config, path = planned.config, planned.config.run_dir / METRICS_FILE
-    records = read_metrics(path) if path.is_file() else []
-    share = step / config.train_steps
+    config = planned.config
+    run = RecordedRun(config.run_dir, config, read_metrics(config.run_dir / METRICS_FILE))
     return RunResult(
         arm=planned.arm,
         point=planned.point,
         seed=planned.seed,
         parameters=count_parameters(sized(config).model).total,
         tokens=step * config.tokens_per_step,
-        flops=rounded(share * run_flops(config)),
+        flops=rounded(step / config.train_steps * run_flops(config)),
         core_flops=0.0,
         mean_loops=round(config.depth_mean),
-        seconds=rounded(training_seconds(records)),
+        seconds=rounded(training_seconds(run.records)),
         diverged=step,
         skipped=config.train.skip_limit,
-        largest=rounded(largest_values(records)),
+        largest=rounded(largest_values(run)),
         validations=[],
     )
 
 
-def largest_values(records: list[dict[str, Any]]) -> dict[str, float]:
+def largest_values(run: RecordedRun) -> dict[str, float]:
     """The largest value of each of `LARGEST` that was recorded."""
-    found = {key: [record[key] for record in records if record.get(key) is not None] for key in LARGEST}
-    return {key: max(values) for key, values in found.items() if values}
+    return {key: max(values) for key in LARGEST if (values := run.measured(key))}
 
 
 def core_flops(run: RecordedRun) -> float:

@@ -19,6 +19,11 @@ SUPPORTED, CONDITIONS, NOT_SUPPORTED = "supported", "supported under conditions"
 UNDECIDED, NOT_RUN = "undecided", "not run"
 
 
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])
+
+
 @dataclass(frozen=True)
 class Table:
     """A table of a verdict."""
@@ -29,8 +34,7 @@ class Table:
 
     def markdown(self) -> str:
         """The table as Markdown, below its title."""
-        lines = [self.head, ["---"] * len(self.head), *self.rows]
-        return "\n".join([f"**{self.title}**", "", *(f"| {' | '.join(line)} |" for line in lines)])
+        return f"**{self.title}**\n\n{markdown(self.head, self.rows)}"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from mythos.claims.costs import GPU, GPUS_OF_SIZE, cost_of, gpu_hours
 from mythos.claims.runner import Task, open_results
 from mythos.config.loading import save_config
-from mythos.errors import MythosError
+from mythos.files.local import writing
 from mythos.planning.trace_cache import kept_on_disk
 from mythos.progress import duration, scaled
 
@@ -57,13 +57,11 @@ def write_launches(task: Task) -> list[str]:
     results = open_results(task)
     folder = task.directory / LAUNCHES
     commands = []
-    try:
+    with writing(folder, advice=""):
         folder.mkdir(parents=True, exist_ok=True)
         for run in task.planned(results):
             if run.name not in results.runs:
                 path: Path = folder / f"{run.name}.yaml"
                 save_config(run.config, path)
                 commands.append(f"./launch.sh {shlex.quote(str(path))}")
-    except OSError as error:
-        raise MythosError(f"{folder} cannot be written: {error}") from error
     return commands

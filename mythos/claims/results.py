@@ -10,7 +10,7 @@ from typing import Any
 
 from mythos.claims.definition import ENOUGH_SEEDS, Claim, Overrides, place_name, points, run_name
 from mythos.errors import MythosError, short_reason
-from mythos.files.local import write_whole
+from mythos.files.local import write_whole, writing
 from mythos.files.text import from_plain, read_json
 
 FOLDER = Path("results/claims")
@@ -130,11 +130,9 @@ class Results:
 
     def write(self, folder: Path) -> None:
         """Write the file. Raises MythosError if it cannot be written."""
-        try:
+        with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(folder / FILE, self.dump())
-        except OSError as error:
-            raise MythosError(f"{folder} cannot be written: {error}. Give another folder with --out.") from error
 
 
 def grid_place(claim: Claim, run: RunResult) -> str:

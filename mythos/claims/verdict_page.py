@@ -4,15 +4,13 @@ import io
 import json
 import struct
 import zlib
-from collections.abc import Sequence
 from pathlib import Path
 
 from mythos.claims.costs import cpu_seconds
 from mythos.claims.definition import Claim, claim_names, load_claim
-from mythos.claims.judgement import NOT_RUN, UNDECIDED, Judgement, judge, panels
+from mythos.claims.judgement import NOT_RUN, UNDECIDED, Judgement, judge, markdown, panels
 from mythos.claims.results import EMBEDDED, FILE, Results, read_results
-from mythos.errors import MythosError
-from mythos.files.local import replacing, write_whole
+from mythos.files.local import replacing, write_whole, writing
 from mythos.files.text import read_bytes
 from mythos.progress import duration
 
@@ -25,12 +23,10 @@ STAMP = "Results"
 
 def write_verdict(folder: Path, claim: Claim, results: Results, judgement: Judgement) -> None:
     """Write verdict.md and, if there is something to draw, figure.png. Raises MythosError if that is impossible."""
-    try:
+    with writing(folder):
         write_whole(folder / VERDICT, verdict_text(claim, results, judgement))
         if judgement.outcome != NOT_RUN and judgement.tables:
             draw(folder / PICTURE, claim, results)
-    except OSError as error:
-        raise MythosError(f"{folder} cannot be written: {error}. Give another folder with --out.") from error
 
 
 def draw(path: Path, claim: Claim, results: Results) -> None:
@@ -141,28 +137,16 @@ def outcome_line(name: str, folder: Path) -> tuple[Claim, Results | None, Judgem
     return claim, results, judge(claim, results)
 
 
-def claims_table(root: Path) -> str:
-    """The table of all claims as Markdown: claim, who says it, verdict, number, command."""
-    rows = []
+def claims_overview(root: Path) -> str:
+    """The table of all claims as Markdown, then reason and picture of every claim that has results."""
+    rows, parts = [], []
     for name in claim_names():
         claim, results, judgement = outcome_line(name, root / name)
         outcome = f"[{judgement.outcome}]({PAGES}/{name}/{VERDICT})" if results else judgement.outcome
         line = f"`{command(claim, results.data if results else EMBEDDED)}`"
         rows.append([claim.definition.claim, claim.definition.source, outcome, judgement.number, line])
-    return markdown(["claim", "who says it", "verdict", "number", "command"], rows)
-
-
-def claims_pictures(root: Path) -> str:
-    """Reason and picture of every claim that has results, as Markdown."""
-    parts = ["## Results so far"]
-    for name in claim_names():
-        claim, results, judgement = outcome_line(name, root / name)
         if results is not None and judgement.tables:
             picture = f"![{claim.definition.claim}]({PAGES}/{name}/{PICTURE})"
             parts += [f"### {name}", f"{judgement.outcome.capitalize()}: {judgement.why}", picture]
-    return "\n\n".join(parts)
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])
+    table = markdown(["claim", "who says it", "verdict", "number", "command"], rows)
+    return "\n\n".join([table, "## Results so far", *parts])

@@ -1,12 +1,11 @@
 """Shared parts of the commands: parsers, options, checks of their values, and exit statuses."""
 
 import argparse
-import contextlib
 import io
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -169,10 +168,8 @@ def corpus_config(command: argparse.ArgumentParser, options: argparse.Namespace)
                 data = apply_override(data, override, problems)
             problems.raise_any()
             config = config_from_dict(data, to_train=False)
-        if options.vocab_size is None:
-            return config
-        tokenizer = config.tokenizer.model_copy(update={"vocab_size": options.vocab_size})
-        return config.model_copy(update={"tokenizer": tokenizer})
+        size = options.vocab_size
+        return config if size is None else config.with_fields("tokenizer", vocab_size=size)
 
     return build
 
@@ -194,15 +191,6 @@ def add_writing_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-shard-size", default=SHARD_SIZE, metavar="SIZE", help="maximum bytes of a file of weights (%(default)s)"
     )
-
-
-@contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Raise MythosError for an OSError while writing to a folder."""
-    try:
-        yield
-    except OSError as error:
-        raise MythosError(f"{folder} cannot be written: {error}. Give another folder with --out.") from error
 
 
 def check_model_path(path: str) -> None:

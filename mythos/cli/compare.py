@@ -8,8 +8,9 @@ them.
 import argparse
 from pathlib import Path
 
-from mythos.cli.common import command_parser, exit_status, writing
+from mythos.cli.common import command_parser, exit_status
 from mythos.config.model_paths import require_run
+from mythos.files.local import writing
 
 
 def parser() -> argparse.ArgumentParser:

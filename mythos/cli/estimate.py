@@ -116,6 +116,7 @@ def estimate(options: argparse.Namespace) -> dict[str, Any]:
         time = time_per_token(config, state, gpu, options.machine_gpus)
         seconds_per_token, utilisation = asdict(time), executed / (gpu.peak * time.total)
     compiled = compiles(config, torch.device("cuda"))
+    parts = "compiled" if layout.expert == 1 else "compiled but for the core"
     run = training_run(tokens, executed, gpu.peak, options.gpus, utilisation, price)
     return {
         "config": options.config,
@@ -134,7 +135,7 @@ def estimate(options: argparse.Namespace) -> dict[str, Any]:
             "utilisation": utilisation,
             "model_utilisation": utilisation * needed / executed,
             "compiled": compiled,
-            "compiled_parts": compiled_parts(compiled, layout),
+            "compiled_parts": parts if compiled else "eager",
             "seconds_per_token": seconds_per_token,
             "dollars_per_hour": price,
             "tokens": tokens,
@@ -145,13 +146,6 @@ def estimate(options: argparse.Namespace) -> dict[str, Any]:
         "longest_context": longest_contexts(search, gpu),
         "split": asdict(optimal_split(model, length, options.flops or tokens * needed)),
     }
-
-
-def compiled_parts(compiled: bool, layout: Layout) -> str:
-    """Say what torch.compile compiles."""
-    if not compiled:
-        return "eager"
-    return "compiled" if layout.expert == 1 else "compiled but for the core"
 
 
 def fixed_fields(overrides: Sequence[str]) -> frozenset[str]:
@@ -223,23 +217,16 @@ def flops_per_token(config: Config, depths: Sequence[int]) -> dict[str, Any]:
     from mythos.planning.speed import executed_flops
 
     flops, means = forward_flops(config.model, config.data.sequence_length), mean_depths(config)
+    # What grows with the square of the sequence length is missing in a sequence of one token.
+    short, whole = (cost.forward(config.depth_mean) for cost in (forward_flops(config.model, 1), flops))
     return {
         "forward": {depth: flops.forward(depth) for depth in depths},
-        "attention_scores_share": attention_share(config),
+        "attention_scores_share": 1 - short / whole,
         "mean_loops": means.loops,
         "mean_backprop": means.backprop,
         "training_needed": flops.training_at(means.loops, means.backprop),
         "training_executed": {mode: executed_flops(config, means, mode) for mode in CHECKPOINTING},
     }
-
-
-def attention_share(config: Config) -> float:
-    """Return the share of a forward pass at the mean depth that grows with the square of the sequence length."""
-    from mythos.planning.flops import forward_flops
-
-    flops, short = forward_flops(config.model, config.data.sequence_length), forward_flops(config.model, 1)
-    long_pass, short_pass = (cost.forward(config.depth_mean) for cost in (flops, short))
-    return 1 - short_pass / long_pass
 
 
 def memory_per_gpu(config: Config, layout: Layout, state: RankState, capacity: int) -> dict[str, Any]:
@@ -282,10 +269,7 @@ def read_config(name: str, overrides: Sequence[str], gpus: int, tokens: float | 
     else:
         config = load_config(name, overrides)
     config = sized(config)
-    if tokens is not None:
-        train = config.train.model_copy(update={"tokens": max(1, round(tokens)), "steps": None})
-        config = config.model_copy(update={"train": train})
-    return config
+    return config if tokens is None else config.with_fields("train", tokens=max(1, round(tokens)), steps=None)
 
 
 def preset_run(name: str, overrides: Sequence[str], gpus: int, by_tokens: bool) -> Config:

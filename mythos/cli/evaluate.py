@@ -22,11 +22,10 @@ from mythos.cli.common import (
     exit_status,
     positive_numbers,
     whole_numbers,
-    writing,
 )
 from mythos.config.model_paths import run_directory
 from mythos.errors import MythosError
-from mythos.files.local import unused_stem
+from mythos.files.local import unused_stem, writing
 
 if TYPE_CHECKING:
     from mythos.checkpoints.stored_model import OpenedModel

@@ -22,6 +22,7 @@ from mythos.cli.common import (
 )
 from mythos.config.checking import shortened
 from mythos.errors import MythosError
+from mythos.files.local import writing
 from mythos.files.text import MOST_BYTES
 from mythos.progress import can_colour
 
@@ -186,18 +187,11 @@ def run(options: argparse.Namespace) -> None:
         write_page(Path(options.html), html_page(generation, f"{name}, step {opened.step}"))
         print(f"page: {options.html}", file=sys.stderr)
     if options.picture:
-        write_picture(generation, Path(options.picture))
+        from mythos.reports.text_picture import draw_text
+
+        with writing(Path(options.picture), "; give another file"):
+            draw_text(generation, Path(options.picture))
         print(f"picture: {options.picture}", file=sys.stderr)
-
-
-def write_picture(generation: TextGeneration, path: Path) -> None:
-    """Draw the text, coloured by loops. Raises MythosError if the file cannot be written."""
-    from mythos.reports.text_picture import draw_text
-
-    try:
-        draw_text(generation, path)
-    except OSError as error:
-        raise MythosError(f"{path} cannot be written: {error}; give another file") from error
 
 
 def set_up(options: argparse.Namespace, loops: list[int] | None) -> tuple[OpenedModel, Depth, dict[str, Any]]:

@@ -6,6 +6,7 @@ from mythos.cli.common import command_parser, exit_status
 from mythos.config.presets import BPE_VOCAB_SIZE, PRESETS, preset_config
 from mythos.model.config import CORES, ModelConfig
 from mythos.planning.parameters import Parameters, parameters_by_formula
+from mythos.progress import aligned
 
 UNITS = (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3))
 
@@ -44,10 +45,8 @@ def preset_table() -> str:
                 str(config.vocab_size),
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     note = f"active: per token at one loop; layers: prelude+core+coda; vocab auto is counted as {BPE_VOCAB_SIZE}."
-    return "\n".join([*lines, "", note])
+    return f"{aligned(rows, left=len(rows[0]))}\n\n{note}"
 
 
 def counted(config: ModelConfig) -> Parameters:

@@ -21,11 +21,10 @@ from mythos.cli.common import (
     command_parser,
     exit_status,
     whole_numbers,
-    writing,
 )
 from mythos.config.model_paths import run_directory
 from mythos.errors import MythosError
-from mythos.files.local import unused_stem
+from mythos.files.local import unused_stem, writing
 
 if TYPE_CHECKING:
     import torch

@@ -94,9 +94,8 @@ def tokenize(config: Config, options: argparse.Namespace) -> None:
 def open_writer(config: Config, options: argparse.Namespace) -> TokenWriter:
     """Open the source and its tokenizer.
 
-    Raises:
-        MythosError: no such source, or as :func:`mythos.data.corpus.open_corpora` and
-            :func:`mythos.data.tokenizer.load_tokenizer`.
+    Raises MythosError for an unknown source, and as :func:`mythos.data.corpus.open_corpora` and
+    :func:`mythos.data.tokenizer.load_tokenizer`.
     """
     from mythos.data.corpus import cache_directory, holdout_fraction, open_corpora, pin_revisions, weighted
     from mythos.data.token_writer import TokenWriter
@@ -133,8 +132,7 @@ def open_writer(config: Config, options: argparse.Namespace) -> TokenWriter:
 def write_parts(writer: TokenWriter, parts: list[int], workers: int, bar: tqdm[Any] | Lines[Any]) -> None:
     """Write parts in worker processes, all of which have ended when this returns or raises.
 
-    Raises:
-        MythosError: a part cannot be read or written, or a worker died.
+    Raises MythosError if a part cannot be read or written, or a worker died.
     """
     from mythos.data.processes import START_METHOD, signals_blocked
 

@@ -4,7 +4,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeGuard, get_args, get_origin
@@ -180,6 +180,15 @@ def sections(root: type[Section], prefix: str = "") -> Iterator[tuple[str, type[
             yield from sections(field.annotation, f"{prefix}{name}.")
 
 
+def flat_fields(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted path and the value of every field of plain sections; an empty mapping is a value."""
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat_fields(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
 def allowed(schema: dict[str, Any], value: Any = None) -> str:
     """Say in words which values a field's JSON schema accepts.
 
@@ -303,10 +312,6 @@ def _replaced(data: dict[str, Any], keys: list[str], value: Any, prefix: str = "
     return {**data, key: value}
 
 
-def _lists_text(options: list[dict[str, Any]]) -> bool:
-    return any(option.get("items", {}).get("type") == "string" for option in options)
-
-
 def _options(schema: dict[str, Any]) -> list[dict[str, Any]]:
     return schema.get("anyOf", [schema])
 
@@ -321,7 +326,8 @@ def _converted(schema: dict[str, Any], value: Any) -> Any:
         value = float(value)
     if isinstance(value, float) and value.is_integer() and "integer" in types:
         return int(value)
-    if isinstance(value, str) and types <= {"array", "null"} and _lists_text(options):
+    lists_text = any(option.get("items", {}).get("type") == "string" for option in options)
+    if isinstance(value, str) and types <= {"array", "null"} and lists_text:
         return [value]  # log.trackers=tensorboard
     if isinstance(value, list) and "array" in types:
         array = next(option for option in options if option["type"] == "array")

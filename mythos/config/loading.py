@@ -236,8 +236,7 @@ def _build(data: dict[str, Any], problems: Problems, to_train: bool) -> Config:
         problems.raise_any()
         raise
     if config.data.kind == "reasoning" and config.model.vocab_size == "auto":
-        model = config.model.model_copy(update={"vocab_size": config.data.task.vocabulary})
-        config = config.model_copy(update={"model": model})
+        config = config.with_fields("model", vocab_size=config.data.task.vocabulary)
     for paths, message in contradictions(config):
         problems.add_contradiction(paths, message)
     if to_train:
@@ -247,8 +246,7 @@ def _build(data: dict[str, Any], problems: Problems, to_train: bool) -> Config:
     place = config.checkpoint.dir
     if to_train and place is not None and _is_relative(place):
         # The run stores it, and is continued from other folders too.
-        checkpoint = config.checkpoint.model_copy(update={"dir": os.path.abspath(place)})
-        config = config.model_copy(update={"checkpoint": checkpoint})
+        config = config.with_fields("checkpoint", dir=os.path.abspath(place))
     return config
 
 

@@ -118,19 +118,20 @@ def _budget_matched(
     common: dict[str, Any],
     two: _Mixture,
     four: _Mixture,
-    parameters: _Mixture,
     flops: _Mixture,
     cache: _Mixture,
+    parameters: _Mixture | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Mixtures of experts looped for 2 and 4 visits, beside unlooped ones that share budgets with both.
 
-    All have the parameters of `two`. `parameters` are the blocks of `two`, run once. `flops` is wider, with fewer
-    experts, and needs as many training FLOPs. `cache` has a layer for each visit, with fewer experts, so that its cache
-    is as large; its training FLOPs are equal, too. FLOPs are those of a fixed number of visits that all carry gradient.
+    All have the parameters of `two`. `parameters` are the blocks of `two`, which it defaults to, run once. `flops` is
+    wider, with fewer experts, and needs as many training FLOPs. `cache` has a layer for each visit, with fewer experts,
+    so that its cache is as large; its training FLOPs are equal, too. FLOPs are those of a fixed number of visits that
+    all carry gradient.
     After SMELT (arXiv 2609.01343), which has few visits, narrow layers and many experts; the dimensions are ours.
     """
     looped = {f"few_visits_{size}_2": two.fields() | {"loops": 2}, f"few_visits_{size}_4": four.fields() | {"loops": 4}}
-    unlooped = {"params": parameters, "flops": flops, "cache": cache}
+    unlooped = {"params": parameters or two, "flops": flops, "cache": cache}
     looped |= {f"moe_{size}_{budget}": mixture.fields() | _NO_LOOP for budget, mixture in unlooped.items()}
     return {name: fields | common for name, fields in looped.items()}
 
@@ -150,7 +151,6 @@ _MATCHED = {
         {**_layers(1), "context_length": 2048, "vocab_size": 32_000},
         two=_Mixture(4, 52, 256, dim=640, ffn_dim=1792, kv_lora_rank=192),
         four=_Mixture(2, 108, 256, dim=640, ffn_dim=1792, kv_lora_rank=192),
-        parameters=_Mixture(4, 52, 256, dim=640, ffn_dim=1792, kv_lora_rank=192),
         flops=_Mixture(4, 30, 288, dim=832, ffn_dim=2176, kv_lora_rank=256),
         cache=_Mixture(8, 24, 256, dim=640, ffn_dim=1792, kv_lora_rank=192),
     ),
@@ -159,7 +159,6 @@ _MATCHED = {
         {**_layers(2), "context_length": 4096, "vocab_size": 32_000},
         two=_Mixture(8, 40, 512, dim=1536, ffn_dim=4096, kv_lora_rank=384),
         four=_Mixture(4, 85, 512, dim=1536, ffn_dim=4096, kv_lora_rank=384),
-        parameters=_Mixture(8, 40, 512, dim=1536, ffn_dim=4096, kv_lora_rank=384),
         flops=_Mixture(8, 21, 576, dim=2048, ffn_dim=5632, kv_lora_rank=512),
         cache=_Mixture(16, 18, 512, dim=1536, ffn_dim=4096, kv_lora_rank=384),
     ),

@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -283,6 +283,10 @@ class Config(Section):
     parallel: ParallelConfig = ParallelConfig()
     log: LogConfig = LogConfig()
 
+    def with_fields(self, section: str, **values: Any) -> "Config":
+        """A copy in which fields of a section have other values, which are not checked."""
+        return self.model_copy(update={section: getattr(self, section).model_copy(update=values)})
+
     @property
     def run_dir(self) -> Path:
         """Directory that the run writes to."""
@@ -322,6 +326,13 @@ class Config(Section):
     def depth_deepest(self) -> int:
         """Maximum number of loops that a sequence runs; with fixed sampling the mean, rounded up."""
         return math.ceil(self.depth_mean) if self.depth.sampling == "fixed" else self.depth_maximum
+
+    @property
+    def depth_summary(self) -> str:
+        """The distribution of depths at the end of its ramps, for people."""
+        sampling = "those of the task" if self.depth.follow == "difficulty" else self.depth.sampling
+        loops = f"{self.depth_mean:g} loops on average ({sampling}, at most {self.depth_maximum})"
+        return f"{loops}, gradient through the last {self.depth_backprop}"
 
     @property
     def tokens_per_step(self) -> int:

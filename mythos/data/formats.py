@@ -285,8 +285,10 @@ class Reader:
                 self._groups[key] = list(self._batches(parquet, group, columns, rows))
             self._groups.move_to_end(key)
             batches = self._groups[key]
-            while len(self._groups) > 1 and sum(map(_bytes, self._groups.values())) > GROUPS_KEPT_BYTES:
-                self._groups.popitem(last=False)
+            kept = sum(batch.nbytes for group in self._groups.values() for batch in group)
+            while len(self._groups) > 1 and kept > GROUPS_KEPT_BYTES:
+                _, oldest = self._groups.popitem(last=False)
+                kept -= sum(batch.nbytes for batch in oldest)
         for batch in batches:
             if row >= len(batch):
                 row -= len(batch)
@@ -319,10 +321,6 @@ class Reader:
     def _lines(self, file: File) -> Lines:
         handle = self.open(file)
         return GzipFile(fileobj=handle) if file.path.endswith(".gz") else handle
-
-
-def _bytes(batches: list[pa.RecordBatch]) -> int:
-    return sum(batch.nbytes for batch in batches)
 
 
 def _require_columns(names: list[str], columns: list[str]) -> None:

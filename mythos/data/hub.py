@@ -81,15 +81,13 @@ def _commit(dataset: str, revision: str | None, patience: float) -> str:
 
     try:
         validate_repo_id(dataset)
-    except HFValidationError:
-        malformed = True
-    else:
-        malformed = "/" not in dataset
-    if malformed:
+        if "/" not in dataset:
+            raise HFValidationError("it has no namespace")
+    except HFValidationError as error:
         raise MythosError(
             f"data.dataset: {dataset} is neither a folder nor the id of a hub dataset. Give a folder that exists, or "
             "NAMESPACE/NAME, such as HuggingFaceFW/fineweb-edu."
-        )
+        ) from error
     revision = revision or constants.DEFAULT_REVISION
     with _naming_fields(dataset, revision):
         answer, _ = hub_json(f"/api/datasets/{dataset}/revision/{quote(revision, safe='')}", patience)

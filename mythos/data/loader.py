@@ -119,8 +119,7 @@ class Loader:
     def next_batch(self) -> Batch:
         """Hand out the next batch.
 
-        Raises:
-            MythosError: the data cannot be read, or a worker has died. The state stays that of the last batch.
+        Raises MythosError if the data cannot be read, or a worker has died. The state stays that of the last batch.
         """
         if not self.workers:
             batch = self.streams.next_batch(self.slots)

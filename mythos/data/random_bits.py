@@ -28,8 +28,7 @@ def mixed(values: np.ndarray) -> np.ndarray:
 class Draws:
     """Independent random bits for every row. Each call draws new ones, so the order of calls matters.
 
-    Args:
-        keys: uint64 (rows,); equal keys draw equally.
+    `keys` are uint64 (rows,); equal keys draw equally.
     """
 
     def __init__(self, keys: np.ndarray) -> None:

@@ -56,10 +56,7 @@ class Source(Protocol):
 class TextSource:
     """A corpus that is tokenized as it is read; see :class:`Source`.
 
-    Args:
-        corpus: the documents.
-        tokenizer: the run's.
-        holdout_fraction: share of documents reserved for validation, by content hash.
+    `holdout_fraction` is the share of documents reserved for validation, by content hash.
     """
 
     def __init__(self, corpus: Corpus, tokenizer: Tokenizer, holdout_fraction: float) -> None:
@@ -118,15 +115,9 @@ def _continues(document: str) -> bool:
 def open_sources(
     config: DataConfig, corpora: Mapping[str, Corpus], tokenizer: Tokenizer
 ) -> dict[str, tuple[Source, float]]:
-    """The training sources and their weights by name.
+    """The training sources and their weights by name; `corpora` are from :func:`mythos.data.corpus.open_corpora`.
 
-    Args:
-        config: the data section.
-        corpora: from :func:`mythos.data.corpus.open_corpora`.
-        tokenizer: the run's.
-
-    Raises:
-        MythosError: pre-tokenized shards are missing, damaged or of another tokenizer.
+    Raises MythosError if pre-tokenized shards are missing, damaged or of another tokenizer.
     """
     holdout = holdout_fraction(config)
     sources: dict[str, tuple[Source, float]] = {}

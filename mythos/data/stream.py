@@ -170,20 +170,13 @@ class Walk:
             document = next(self._documents)
             self._queue.append(document)
             self._available += len(document[1])
-        tokens = np.concatenate([ids for _, ids, _ in self._first_documents(self._offset + count + 1)])
-        tokens = tokens[self._offset : self._offset + count + 1]
+        # The queue has hardly more: it gets documents only until they are enough.
+        tokens = np.concatenate([ids for _, ids, _ in self._queue])[self._offset : self._offset + count + 1]
         self._available -= count
         self._offset += count
         while self._offset >= len(self._queue[0][1]):
             self._offset -= len(self._queue.popleft()[1])
         return tokens
-
-    def _first_documents(self, tokens: int) -> Iterator[tuple[Position, np.ndarray, dict[str, int]]]:
-        for document in self._queue:
-            if tokens <= 0:
-                return
-            tokens -= len(document[1])
-            yield document
 
     def _walk(self, start: Position) -> Iterator[tuple[Position, np.ndarray, dict[str, int]]]:
         epoch, part, row = start
@@ -231,14 +224,8 @@ class _Stream:
 class Streams:
     """Endless sequences in a fixed number of logical streams; the global batches are the same at every world size.
 
-    Stream i belongs to rank i % world_size. A rank's streams are dealt to its worker processes in turn.
-
-    Args:
-        streams: number of streams.
-        sequence_length: inputs of a sequence.
-        seed: seed of the order, or of the sequences.
-        rank: this process.
-        world_size: number of processes.
+    Stream i belongs to rank i % world_size. A rank's streams are dealt to its worker processes in turn. A sequence has
+    `sequence_length` inputs; `seed` is that of the order, or of the sequences.
     """
 
     def __init__(self, streams: int, sequence_length: int, seed: int, rank: int, world_size: int) -> None:
@@ -345,8 +332,7 @@ class TokenStreams(Streams):
     def next_ids(self, slots: int) -> tuple[np.ndarray, np.ndarray]:
         """Consume ``slots`` sequences of each of these streams: int32 ids (rows, L + 1), and int64 rows (rows,).
 
-        Raises:
-            MythosError: a stream has no training documents, or (``on_error: fail``) cannot be read.
+        Raises MythosError if a stream has no training documents, or (``on_error: fail``) cannot be read.
         """
         sequences = np.stack([self._next_sequences(stream, slots) for stream in self._local], axis=1)
         return sequences.reshape(-1, self.sequence_length + 1), self.global_rows(slots)

@@ -287,12 +287,6 @@ def task_set(
     )
 
 
-def unused_fields(task: TaskConfig) -> set[str]:
-    """Fields of the newer tasks that a task does not use."""
-    groups = {"facts": FACT_FIELDS, "trees": TREE_FIELDS}
-    return {field for name, fields in groups.items() if name != task.name for field in fields}
-
-
 class TaskStreams(Streams):
     """Generated sequences of a task.
 
@@ -324,9 +318,11 @@ class TaskStreams(Streams):
         self.slots = slots
         self.steps = steps
         self._consumed = 0
+        # Without fields of newer tasks that checkpoints of earlier versions lack, unless the task uses them.
+        newer = {"facts": FACT_FIELDS, "trees": TREE_FIELDS}
+        unused = {field for name, fields in newer.items() if name != task.name for field in fields}
         self.identity = {
-            # Without fields of other tasks that checkpoints of earlier versions lack.
-            "task": task.model_dump(mode="json", exclude=unused_fields(task)),
+            "task": task.model_dump(mode="json", exclude=unused),
             "streams": streams,
             "slots": slots,
             "sequence_length": sequence_length,
@@ -359,9 +355,8 @@ class TaskStreams(Streams):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue exactly after the batch after which ``state`` was saved.
 
-        Raises:
-            MythosError: the state belongs to another task, seed or batch size, or it lacks some of these streams. The
-                sequences of a step depend on its number, so `data.on_mismatch=restart` cannot apply here.
+        Raises MythosError if the state belongs to another task, seed or batch size, or lacks some of these streams. The
+        sequences of a step depend on its number, so `data.on_mismatch=restart` cannot apply here.
         """
         different = [
             f"{name} was {state.get(name)}, is {value}"

@@ -132,8 +132,7 @@ Tokens = tuple[list[int], list[int]]
 def joined(parts: Iterable[tuple[int, bool, list[int], list[int]]]) -> Iterator[Tokens]:
     """Join tokens of consecutive rows that are parts of one document.
 
-    Args:
-        parts: row number, whether the next row continues the document, ids, and the bytes of each.
+    `parts` have row number, whether the next row continues the document, ids, and the bytes of each.
     """
     ids: list[int] = []
     sizes: list[int] = []

@@ -55,12 +55,8 @@ class TokenWriter:
     fingerprint and description, the tokenizer, the dtype of tokens, the validation share, totals, and a :class:`Shard`
     for every shard of the corpus.
 
-    Args:
-        corpus: the documents.
-        tokenizer: the tokenizer.
-        directory: the folder to write.
-        source: description of the corpus, for the index.
-        validation_share: share of the documents that can be held out later.
+    `source` describes the corpus in the index, `validation_share` is the share of the documents that can be held out
+    later.
 
     Attributes:
         parts: the shards of every part.
@@ -99,8 +95,7 @@ class TokenWriter:
     def begin(self) -> list[int]:
         """Prepare the folder and return the unfinished parts; none if the folder is complete.
 
-        Raises:
-            MythosError: the folder contains something else, or was begun with another corpus, tokenizer or share.
+        Raises MythosError if the folder contains something else, or was begun with another corpus, tokenizer or share.
         """
         with self._writing():
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -127,8 +122,7 @@ class TokenWriter:
     def write_part(self, part: int, report: Callable[[int, int, int], None] = lambda *_: None) -> None:
         """Tokenize the shards of a part; ``report`` gets the shards, documents and tokens done since its last call.
 
-        Raises:
-            MythosError: as :meth:`mythos.data.corpus.Corpus.read`.
+        Raises MythosError as :meth:`mythos.data.corpus.Corpus.read`.
         """
         with self._writing():
             shards = []

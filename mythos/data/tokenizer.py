@@ -63,8 +63,8 @@ class Tokenizer:
         fingerprint: identifies vocabulary, end-of-document token and segmentation.
         request: the configuration that the tokenizer was made for.
 
-    Raises:
-        MythosError: no fast implementation, no end-of-document token, or one that is a character of ordinary text.
+    Raises MythosError without a fast implementation or an end-of-document token, and for one that is a character of
+    ordinary text.
     """
 
     def __init__(self, fast: "PreTrainedTokenizerBase", request: dict[str, Any]) -> None:
@@ -182,8 +182,7 @@ class Tokenizer:
     def save(self, directory: Path | str) -> None:
         """Write the tokenizer as a folder that Hugging Face and :meth:`load` can read; replaces an existing tokenizer.
 
-        Raises:
-            MythosError: the folder cannot be written, or is not a tokenizer that this project has written.
+        Raises MythosError if the folder cannot be written, or is not a tokenizer that this project has written.
         """
         directory = Path(directory)
         if os.path.lexists(directory) and not _replaceable(directory):
@@ -213,8 +212,7 @@ class Tokenizer:
     def load(cls, name: Path | str) -> "Tokenizer":
         """Load a saved or any Hugging Face tokenizer by folder, file or hub id; code from the hub is never run.
 
-        Raises:
-            MythosError: it cannot be found, reached or used.
+        Raises MythosError if it cannot be found, reached or used.
         """
         # Imported late because it takes a second or more.
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -268,10 +266,8 @@ def load_tokenizer(
 
     With a ``run_dir`` the tokenizer is also written to ``run_dir/tokenizer``. A bpe is trained on the documents of the
     corpora, in proportion to their weights, that are not held out (:func:`mythos.data.corpus.is_held_out`); it is
-    cached by corpora, size and share held out.
-
-    Raises:
-        MythosError: the run directory's tokenizer is not the configured one, or none can be trained or loaded.
+    cached by corpora, size and share held out. Raises MythosError if the run directory's tokenizer is not the
+    configured one, or none can be trained or loaded.
     """
     request: dict[str, Any] = {"name": config.name}
     if config.name == "bpe":
@@ -332,8 +328,7 @@ def _documents(corpus: Corpus, holdout_fraction: float) -> Iterator[str]:
 def train_bpe(documents: Iterator[str], vocab_size: int, *, progress: bool = True) -> Tokenizer:
     """Train a byte-level BPE (every byte has a token, so any text round-trips) on about 20 MB of documents.
 
-    Raises:
-        MythosError: ``vocab_size`` is below 384, or there is no text.
+    Raises MythosError if ``vocab_size`` is below 384, or there is no text.
     """
     if vocab_size < MINIMUM_BPE_SIZE:
         raise MythosError(

@@ -172,10 +172,8 @@ class TokenSource:
         """Yield rows ``row, row + step, ...`` that are not held out: int32 ids with the end-of-document token.
 
         If the shard could not be read to its end when it was tokenized, a read beyond the last row reports the break
-        too, as readers of most file formats do.
-
-        Raises:
-            MythosError: with ``on_error: fail``, damage; the message names the file and the shard.
+        too, as readers of most file formats do. Raises MythosError for damage with ``on_error: fail``; the message
+        names the file and the shard.
         """
         rows = self._index[shard].rows
         reported = -1  # row of the last reported break: a break is reported once, however many rows it costs
@@ -201,8 +199,7 @@ class TokenSource:
     def held_out(self) -> Iterator[tuple[list[int], list[int]]]:
         """Yield, for every held-out document, its ids (no end-of-document token) and the exact bytes of each.
 
-        Raises:
-            MythosError: as :meth:`read`.
+        Raises MythosError as :meth:`read`.
         """
         if not self._limit:
             return
@@ -317,8 +314,7 @@ class TokenSource:
 def read_header(directory: Path) -> dict[str, Any] | None:
     """The index of a complete folder, or the plan of an incomplete one; None for a folder with neither.
 
-    Raises:
-        MythosError: it is damaged, or of another format.
+    Raises MythosError if it is damaged, or of another format.
     """
     for name in (INDEX, PLAN):
         if (directory / name).exists():
@@ -327,11 +323,7 @@ def read_header(directory: Path) -> dict[str, Any] | None:
 
 
 def read_index(directory: Path) -> dict[str, Any]:
-    """The index of a complete folder.
-
-    Raises:
-        MythosError: there is none, or it is damaged or of another format.
-    """
+    """The index of a complete folder. Raises MythosError if there is none, or it is damaged or of another format."""
     if not directory.is_dir():
         raise MythosError(f"data.path: there is no folder {directory}. Give one that {TOKENIZE} wrote.")
     header = read_header(directory)

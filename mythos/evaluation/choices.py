@@ -45,14 +45,11 @@ class ChoiceTask:
 def read_tasks(paths: Sequence[str], *, what: str, limit: int | None = None) -> list[ChoiceTask]:
     """Read files of questions: one JSON object per line with the keys query, choices and gold; others are ignored.
 
-    Args:
-        paths: files named *.jsonl.
-        what: the configuration field or option with the paths, for error messages.
-        limit: read only so many questions from the start of each file.
+    `what` is the configuration field or option with the paths, for error messages. At most `limit` questions are read
+    from the start of each file.
 
-    Raises:
-        MythosError: a file cannot be read or has no questions, a line is not a question, or two files have the same
-            name.
+    Raises MythosError if a file cannot be read or has no questions, a line is not a question, or two files have the
+    same name.
     """
     names = Counter(Path(path).stem for path in paths)
     for path in paths:

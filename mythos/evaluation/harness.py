@@ -51,14 +51,10 @@ NEUTRAL_OPTIONS = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True}
 
 
 def open_tasks(names: Sequence[str], include_path: Path | None = None) -> dict[str, Any]:
-    """Load tasks, groups or tags, with their data.
+    """Load tasks, groups or tags, with their data, by the harness' names of them.
 
-    Args:
-        names: the harness' names of them.
-        include_path: folder with YAML files of further tasks.
-
-    Raises:
-        MythosError: a name is unknown, or a task's data cannot be loaded.
+    `include_path` is a folder with YAML files of further tasks. Raises MythosError if a name is unknown, or a task's
+    data cannot be loaded.
     """
     manager = None
     if include_path is not None:
@@ -322,14 +318,8 @@ def run_tasks(
 ) -> list[Result]:
     """Scores of every task and its subtasks at every setting of the model. Collective; all ranks get the result.
 
-    Args:
-        model: the model.
-        tasks: from `open_tasks`.
-        limit: maximum number of documents of a task.
-        fewshot: examples before each question; None = the task's own number.
-
-    Raises:
-        MythosError: the harness or the model refuses a task.
+    `tasks` are from `open_tasks`, `limit` is the maximum number of documents of a task, `fewshot` the examples before
+    each question (None = the task's own number). Raises MythosError if the harness or the model refuses a task.
     """
     results = []
     for name, loaded in tasks.items():

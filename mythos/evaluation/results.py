@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,11 @@ from mythos.evaluation.choices import ChoiceScores, ChoiceTask
 from mythos.evaluation.continuations import DepthSetting
 from mythos.evaluation.depth_sweep import finite
 from mythos.evaluation.text import TextScores
+from mythos.files.local import numbered
 from mythos.files.text import read_json
 
-TABLE = "results.csv"
-"""The table of a folder: one line per score of every evaluation."""
+TABLE = "results"
+"""Name of the table of a folder, a .csv with one line per score of every evaluation."""
 SCORES = ("task", "metric", "loops", "rule", "threshold", "mean_loops", "value", "stderr", "samples")
 """Columns of the table for a score, and keys of a score in a file of results."""
 COLUMNS = ("time", "file", "source", "step", "dtype", "limit", "fewshot", *SCORES)
@@ -181,8 +181,8 @@ def append_to_table(results: Sequence[Result], document: Path, about: Mapping[st
     """
     time = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
     rows = [{"time": time, "file": document.name, **about, **scores} for scores in scores_of(results)]
-    for number in count(1):
-        path = document.with_name(TABLE if number == 1 else f"{Path(TABLE).stem}-{number}.csv")
+    for stem in numbered(document.with_name(TABLE)):
+        path = stem.with_suffix(".csv")
         with path.open("a+b") as file:
             with suppress(OSError):  # a file system without locks
                 fcntl.flock(file, fcntl.LOCK_EX)
@@ -200,5 +200,5 @@ def append_to_table(results: Sequence[Result], document: Path, about: Mapping[st
                 writer.writeheader()
             writer.writerows(rows)
             file.write(text.getvalue().encode())
-        return path
-    raise AssertionError("count() does not end")
+        break
+    return path

@@ -11,7 +11,7 @@ from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
-from mythos.errors import DiskFullError
+from mythos.errors import DiskFullError, MythosError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """Error numbers that free space would cure: the disk is full, or the user's quota is used up."""
@@ -60,6 +60,15 @@ def _require_regular(path: str | Path, status: os.stat_result) -> None:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+
+
+@contextmanager
+def writing(path: Path, advice: str = ". Give another folder with --out.") -> Iterator[None]:
+    """Raise MythosError with the advice for an OSError while a file or a folder is written."""
+    try:
+        yield
+    except OSError as error:
+        raise MythosError(f"{path} cannot be written: {error}{advice}") from error
 
 
 @contextmanager
@@ -119,6 +128,12 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def numbered(path: Path) -> Iterator[Path]:
+    """PATH, PATH-2, PATH-3, and so on, without end."""
+    yield path
+    yield from (path.with_name(f"{path.name}-{number}") for number in count(2))
+
+
 @contextmanager
 def unused_stem(stem: Path, *suffixes: str) -> Iterator[Path]:
     """Reserve the first of STEM, STEM-2, STEM-3, ... for which there is no file STEM.SUFFIX, so nothing is overwritten.
@@ -126,8 +141,7 @@ def unused_stem(stem: Path, *suffixes: str) -> Iterator[Path]:
     The stem is reserved by creating its file with the first suffix, so two processes never get the same one. If the
     block raises, the files of the stem are deleted. Raises OSError if the folder cannot be written.
     """
-    for number in count(1):
-        chosen = stem if number == 1 else stem.with_name(f"{stem.name}-{number}")
+    for chosen in numbered(stem):
         # Not with_suffix, which would replace the part of a name after a dot.
         files = [chosen.with_name(f"{chosen.name}.{suffix}") for suffix in suffixes]
         if any(map(os.path.lexists, files)):

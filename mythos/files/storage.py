@@ -134,21 +134,9 @@ class Storage(ABC):
 
     # What follows from it
 
-    def probe(self, key: str) -> None:
-        """Write the file `.probe-<key>`, to find out before training whether saves will be possible."""
-        self.write(b"-", f".probe-{key}")
-
-    def probed(self, key: str) -> bool:
-        """Whether this process sees the file that :meth:`probe` wrote, perhaps on another machine."""
-        return self.exists(f".probe-{key}")
-
-    def end_probe(self, key: str) -> None:
-        """Delete the file that :meth:`probe` wrote."""
-        self.delete(f".probe-{key}")
-
-    def discard(self, workspace: Path) -> None:
-        """Delete a workspace, in whatever state it is."""
-        shutil.rmtree(workspace, ignore_errors=True)
+    def probe(self, file: str) -> None:
+        """Write a file of this name, to find out before training whether saves will be possible."""
+        self.write(b"-", file)
 
     def point(self, name: str) -> None:
         """Name the newest complete checkpoint in the file `latest`."""
@@ -267,14 +255,14 @@ class LocalStorage(Storage):
         with contextlib.suppress(OSError):  # somebody has put a file into it in the meantime
             self._path(name).rmdir()
 
-    def probe(self, key: str) -> None:
+    def probe(self, file: str) -> None:
         """Write the probe; raises OSError too where `latest`, which every save writes, is anything but a file."""
         for path in (self._path(LATEST), self._path(f"{LATEST}.tmp")):
             if path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, "Is a directory, where a file is to be written", str(path))
         if self._path(LATEST).exists() and not self._path(LATEST).is_file():
             raise OSError(errno.EINVAL, "Is not a regular file", str(self._path(LATEST)))
-        super().probe(key)
+        super().probe(file)
 
     def require_space(self, needed: int) -> None:
         """Raise OSError if the disk has fewer bytes free."""

@@ -4,8 +4,7 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
-from mythos.errors import MythosError
-from mythos.files.local import write_whole
+from mythos.files.local import write_whole, writing
 from mythos.generation.text import Piece, TextGeneration
 
 PALETTE = (
@@ -117,7 +116,5 @@ def spans(pieces: Sequence[Piece], most: int) -> str:
 
 def write_page(path: Path, page: str) -> None:
     """Write the page, complete or not at all. Raises MythosError if it cannot be written."""
-    try:
+    with writing(path, "; give another file"):
         write_whole(path, page.encode("utf-8", errors="replace"))
-    except OSError as error:
-        raise MythosError(f"{path} cannot be written: {error}; give another file") from error

@@ -251,9 +251,8 @@ def generate_text(
     `seed + n`. A row ends at the end of the document, before any of `stops`, after `max_tokens`, or when the context is
     full. Matmuls are in `dtype`; `options` are passed to `mythos.generation.tokens.generate`.
 
-    Raises:
-        MythosError: a model without tokenizer, an empty prompt or stop string, a prompt longer than the context,
-            numbers out of range, or a cache larger than the free memory.
+    Raises MythosError for a model without tokenizer, an empty prompt or stop string, a prompt longer than the context,
+    numbers out of range, and a cache larger than the free memory.
     """
     tokenizer, model = tokenizer_of(opened), opened.model
     if "" in stops:

@@ -4,13 +4,13 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 import mythos
 from mythos.gpu_check.result import Result, Setting, judged, not_run
+from mythos.versions import installed_versions
 
 OLDEST_SM = (8, 0)
 TORCH = ((2, 11), (2, 14))
@@ -69,7 +69,8 @@ def versions(setting: Setting) -> Iterator[Result]:
     else:
         yield not_run(f"no GPU; torch is built for CUDA {torch.version.cuda or 'none'}")
 
-    triton, compiler = package("triton"), shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    installed = installed_versions(("triton", "transformers"))
+    triton, compiler = installed.get("triton"), shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     compilers = f"Triton {triton or 'missing'}, C compiler {compiler or 'missing'}"
     yield judged(bool(triton and compiler), compilers) if setting.cuda else not_run(f"no GPU; {compilers}")
 
@@ -77,16 +78,8 @@ def versions(setting: Setting) -> Iterator[Result]:
     yield judged(
         PYTHON[0] <= python <= PYTHON[1],
         f"Python {platform.python_version()}, mythos {mythos.__version__}{commit()}, transformers "
-        f"{package('transformers') or 'missing'}, {platform.platform()}, {torch.get_num_threads()} threads",
+        f"{installed.get('transformers', 'missing')}, {platform.platform()}, {torch.get_num_threads()} threads",
     )
-
-
-def package(name: str) -> str:
-    """The version of an installed package; empty if it is missing."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return ""
 
 
 def commit() -> str:

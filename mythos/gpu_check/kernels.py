@@ -1,8 +1,6 @@
 """The kernels that `mythos.model.ops.device_choice` chooses, forward and backward, against float64 on the CPU."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,33 +133,31 @@ def experts(setting: Setting, *, dtype: str) -> Iterator[Result]:
 
 def part(setting: Setting, *, what: str, dtype: str) -> Iterator[Result]:
     """Check RMSNorm, the gated unit, rotary positions or the head's loss."""
-    autocast = layers.autocast_to(getattr(torch, dtype), setting.device)
-    yield {"RMSNorm": _norm, "gated": _gated, "rotary positions": _rope, "cross-entropy": _loss}[what](
-        setting, dtype, autocast
-    )
+    parts = {"RMSNorm": _norm, "gated": _gated, "rotary positions": _rope, "cross-entropy": _loss}
+    yield parts[what](setting, dtype)
 
 
-def _norm(setting: Setting, dtype: str, autocast: AbstractContextManager[Any]) -> Result:
+def _norm(setting: Setting, dtype: str) -> Result:
     norm = layers.RMSNorm(256, 1e-6).to(setting.device)
     x, weight = random_values((4, 64, 256), dtype, 0).float(), 1 + random_values((256,), dtype, 1).float() / 4
     upstream = random_values((4, 64, 256), dtype, 2)
     expected = references.with_gradients(references.rms_norm, doubles([x, weight]), upstream.double(), [1e-6])
     leaf = x.to(setting.device).requires_grad_()
     norm.weight = torch.nn.Parameter(weight.to(setting.device))
-    with autocast:
+    with layers.autocast_to(getattr(torch, dtype), setting.device):
         output = norm(leaf)
     output.backward(upstream.to(setting.device, output.dtype))
     return compared([output.detach(), *references.gradients([leaf, norm.weight])], expected, dtype)
 
 
-def _gated(setting: Setting, dtype: str, autocast: AbstractContextManager[Any]) -> Result:
+def _gated(setting: Setting, dtype: str) -> Result:
     x, upstream = random_values((256, 192), dtype, 0), random_values((256, 96), dtype, 1)
     expected = references.with_gradients(references.gated, doubles([x]), upstream.double())
     measured = references.with_gradients(layers.gated, on_device(setting, [x]), upstream.to(setting.device))
     return compared(measured, expected, dtype)
 
 
-def _rope(setting: Setting, dtype: str, autocast: AbstractContextManager[Any]) -> Result:
+def _rope(setting: Setting, dtype: str) -> Result:
     x, upstream = (random_values((2, 100, 4, 64), dtype, seed) for seed in (0, 1))
     table = layers.rope_table(100, 64, 10_000.0, setting.device)
     expected = references.with_gradients(references.rotated, doubles([x]), upstream.double(), [10_000.0])
@@ -169,18 +165,16 @@ def _rope(setting: Setting, dtype: str, autocast: AbstractContextManager[Any]) -
     return compared(measured, expected, dtype)
 
 
-def _loss(setting: Setting, dtype: str, autocast: AbstractContextManager[Any]) -> Result:
+def _loss(setting: Setting, dtype: str) -> Result:
     tokens, vocabulary = SIZES[setting.cuda]["tokens"], 640
     hidden = random_values((tokens, 64), dtype, 0).float()
     weight = random_values((vocabulary, 64), dtype, 1).float() / 8
     targets = torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(2))
     targets[::3] = -100
     expected = references.with_gradients(references.cross_entropy, doubles([hidden, weight]), None, [targets])
-    inputs = on_device(setting, [hidden, weight])
-    with autocast:
-        measured = references.with_gradients(
-            model_loss.summed_cross_entropy, inputs, None, [targets.to(setting.device)]
-        )
+    inputs, on_targets = on_device(setting, [hidden, weight]), on_device(setting, [targets])
+    with layers.autocast_to(getattr(torch, dtype), setting.device):
+        measured = references.with_gradients(model_loss.summed_cross_entropy, inputs, None, on_targets)
     return compared(measured, expected, dtype)
 
 

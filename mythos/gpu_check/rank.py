@@ -73,8 +73,7 @@ def take_steps(config: Config, profiled: bool = False) -> RankResult:
                 torch.cuda.synchronize()
             result.sending, result.hidden = traces.overlap(traces.kernels(trace.events()))
         else:
-            depth = config.depth.model_copy(update={"mean": config.depth_mean / 2})
-            trainer.schedule = DepthSchedule(config.model_copy(update={"depth": depth}))
+            trainer.schedule = DepthSchedule(config.with_fields("depth", mean=config.depth_mean / 2))
             counted_step(config.depth_mean / 2)
     finally:
         trainer.resources.close()

@@ -1,6 +1,5 @@
 """Configurations of small runs for the checks, and one step of a run."""
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +137,3 @@ def next_step(trainer: Trainer) -> StepResult:
     result = trainer.train_step(batch)
     trainer.step += 1
     return result
-
-
-def seconds_left(setting: Setting) -> float:
-    """Seconds until the stage should end."""
-    return setting.deadline - time.time()

@@ -2,6 +2,7 @@
 
 import json
 import statistics
+import time
 from collections.abc import Iterator
 from functools import cache
 
@@ -11,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from mythos.gpu_check import traces
 from mythos.gpu_check.catalog import MICRO_BATCHES
 from mythos.gpu_check.result import PROFILE, RATES, Result, Setting, judged, not_run
-from mythos.gpu_check.runs import planned_bytes, seconds_left, steps_of, too_large
+from mythos.gpu_check.runs import planned_bytes, steps_of, too_large
 from mythos.gpu_check.timed_steps import Steps, timed
 from mythos.training.measurements import peak_flops
 
@@ -31,7 +32,7 @@ def throughput(setting: Setting, *, preset: str, rows: int, compiled: bool) -> I
         for _ in range(WARM_UP if setting.cuda else 1):
             steps()
         seconds = [timed(steps, setting.device).wall]
-        while len(seconds) < (STEPS if setting.cuda else 2) and seconds_left(setting) > seconds[0]:
+        while len(seconds) < (STEPS if setting.cuda else 2) and setting.deadline - time.time() > seconds[0]:
             seconds.append(timed(steps, setting.device).wall)
         rate = steps.tokens / statistics.median(seconds)
         peak = peak_flops(setting.device, steps.trainer.parallel.dtype)

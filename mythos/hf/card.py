@@ -7,7 +7,7 @@ from typing import Any
 from mythos.checkpoints.stored_model import StoredModel
 from mythos.config.data import DataConfig, MixtureSourceConfig
 from mythos.config.sections import Config
-from mythos.model.config import CORES, ModelConfig
+from mythos.model.config import CORES
 from mythos.model.halting import default_threshold
 from mythos.planning.flops import count_parameters
 from mythos.training.metrics import losses_by_depth
@@ -40,16 +40,14 @@ def _description(stored: StoredModel) -> str:
     parameters = count_parameters(config)
     active = "" if parameters.active == parameters.total else f", {parameters.active:,} of them active per token"
     depth = f"Loops are chosen at inference; training ran {stored.mean_loops} on average."
+    describe = CORES.entries[config.core_ffn].summary
+    core = config.attention if describe is None else f"{config.attention}, {describe(config)}"
+    layers = f"{config.prelude_layers} before the loop, {config.core_layers} in it ({core}), {config.coda_layers} after"
     return (
         f"A recurrent-depth transformer of {parameters.total:,} parameters{active}, {config.dim} wide. "
-        f"Layers: {config.prelude_layers} before the loop, {_core(config)}, {config.coda_layers} after. {depth} "
+        f"Layers: {layers}. {depth} "
         f"The context is {config.context_length:,} tokens, the vocabulary {config.vocab_size:,}."
     )
-
-
-def _core(config: ModelConfig) -> str:
-    core = CORES.entries[config.core_ffn].summary
-    return f"{config.core_layers} in it ({config.attention}{'' if core is None else f', {core(config)}'})"
 
 
 def _usage(stored: StoredModel, name: str) -> str:

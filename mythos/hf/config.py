@@ -13,18 +13,11 @@ from mythos.model.config import ModelConfig, model_contradictions
 DEFAULT_VOCABULARY = 32_000
 """Default number of token ids. The model section's default, `auto`, needs a tokenizer, which a configuration lacks."""
 
+DROPOUTS = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop")
 UNSUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {
-    "attention_bias": (None, False),
-    "mlp_bias": (None, False),
-    "attention_dropout": (None, 0),
-    "hidden_dropout": (None, 0),
-    "resid_pdrop": (None, 0),
-    "embd_pdrop": (None, 0),
-    "attn_pdrop": (None, 0),
-    "sliding_window": (None,),
-    "rope_parameters": (None,),
-    "rope_scaling": (None,),
-    "hidden_act": (None,),
+    **dict.fromkeys(("attention_bias", "mlp_bias"), (None, False)),
+    **dict.fromkeys(DROPOUTS, (None, 0)),
+    **dict.fromkeys(("sliding_window", "rope_parameters", "rope_scaling", "hidden_act"), (None,)),
 }
 """Fields of other models' configurations that ours does not have, and the values that switch the feature off."""
 

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 
 from mythos.checkpoints.stored_model import INDEX_FILE, PREFIX, StoredModel, stored_model, tensors_of
 from mythos.config.model_paths import run_directory
-from mythos.data.tokenizer import PROBE, REQUEST_FILE, Tokenizer
+from mythos.data.tokenizer import PROBE, REQUEST_FILE, TOKENIZER_CONFIG, Tokenizer
 from mythos.errors import MythosError, short_reason, without_credentials
 from mythos.files.local import remedy, replacing_folder
 from mythos.files.storage import require_space
@@ -28,7 +28,6 @@ from mythos.versions import installed_versions
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHARD_NAMES = "model{suffix}.safetensors"
 CARD_FILE = "README.md"
-TOKENIZER_CONFIG = "tokenizer_config.json"
 LOCAL_KEYS = ("is_local", "local_files_only", "name_or_path")
 """Keys of a tokenizer's configuration that describe how it was loaded on this machine."""
 PACKAGES = ("mythos-rdt", "torch", "safetensors", "transformers")
@@ -78,8 +77,7 @@ def export_model(
 def check_destination(folder: str | Path, dtype: str) -> Path:
     """The folder as a path; call it before anything is read.
 
-    Raises:
-        MythosError: the folder is not empty or has no name, or the type is invalid.
+    Raises MythosError if the folder is not empty or has no name, or the type is invalid.
     """
     folder = Path(folder)
     if dtype not in DTYPES:
@@ -101,10 +99,7 @@ def write_export(
 ) -> Exported:
     """Write a stored model to a new or empty folder, with this card and further text files by name.
 
-    See `export_model`.
-
-    Raises:
-        MythosError: the folder cannot be written, or the size is invalid.
+    See `export_model`. Raises MythosError if the folder cannot be written, or the size is invalid.
     """
     try:
         with replacing_folder(folder) as temporary:
@@ -122,10 +117,8 @@ def write_export(
 def push(folder: str | Path, repository: str) -> str:
     """Upload an exported folder to the hub repository OWNER/NAME and return its URL.
 
-    A repository that does not exist is created as a private one.
-
-    Raises:
-        MythosError: the hub cannot be reached or refuses.
+    A repository that does not exist is created as a private one. Raises MythosError if the hub cannot be reached or
+    refuses.
     """
     try:
         api = HfApi()

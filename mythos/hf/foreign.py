@@ -42,10 +42,8 @@ class ForeignModel:
 def local_folder(source: str | Path, revision: str | None = None, tokenizer_only: bool = False) -> Path:
     """The folder of a model or a tokenizer; a hub repository is downloaded first.
 
-    Only one kind of weight file is downloaded: safetensors if there are any.
-
-    Raises:
-        MythosError: there is no such folder, and the hub does not have it or cannot be reached.
+    Only one kind of weight file is downloaded: safetensors if there are any. Raises MythosError if there is no such
+    folder, and the hub does not have it or cannot be reached.
     """
     folder = Path(source)
     if folder.is_dir():
@@ -89,8 +87,7 @@ def read_values(folder: Path) -> dict[str, Any]:
 def foreign_model(folder: Path) -> Iterator[ForeignModel]:
     """Open a folder; tensors can be read until the block ends, and each is in memory only while it is used.
 
-    Raises:
-        MythosError: there are no weights, or they cannot be read.
+    Raises MythosError if there are no weights, or they cannot be read.
     """
     values = read_values(folder)
     readers: dict[str, Callable[[str], Tensor]] = {}

@@ -30,6 +30,7 @@ from mythos.hf.importers.architecture import (
     constant,
     exact_config,
     identity,
+    llama_fields,
     llama_problems,
     option,
     setting_problems,
@@ -179,42 +180,28 @@ def map_dense(kind: str, values: Values, layers: Layers, loops: int, decay: floa
     form = rope.get("rope_type", rope.get("type", "default"))
     if form != "default":
         problems.append(f"rope_scaling: got {form}; allowed: none, because our model has unscaled RoPE only")
-    dim, heads, vocabulary = (values.get(name, 1) for name in ("hidden_size", "num_attention_heads", "vocab_size"))
     config = exact_config(
         kind,
         problems,
         lambda: {
-            "vocab_size": vocabulary,
-            "dim": dim,
+            **llama_fields({**values, "rope_theta": rope["rope_theta"]}, DEFAULTS),
             "prelude_layers": len(layers.prelude),
             "core_layers": len(layers.core),
             "coda_layers": len(layers.coda),
-            "context_length": option(values, DEFAULTS, "max_position_embeddings"),
-            "tie_embeddings": option(values, DEFAULTS, "tie_word_embeddings"),
             "scale_embeddings": False,
-            "attention": "gqa",
-            "n_heads": heads,
-            "n_kv_heads": values.get("num_key_value_heads") or heads,
-            "head_dim": values.get("head_dim") or dim // heads,
             "qk_norm": NORMED[kind],
-            "rope_theta": float(rope["rope_theta"]),
-            "norm_eps": float(option(values, DEFAULTS, "rms_norm_eps")),
-            "ffn_dim": values["intermediate_size"],
-            "core_ffn": "dense",
             "loops": loops,
             "injection": "lti",
-            "prelude_norm": False,
             "state_init": "zero",
-            "lora_rank": 0,
         },
     )
     mapped = MappedModel(config, loops)
     tensors = mapped.tensors
     add_tables(mapped, "model.embed_tokens.weight", "model.norm.weight")
-    tensors["readout.weight"] = identity(dim)
-    tensors["recurrence.injection.dt"] = constant(dim, value=log(expm1(1)))  # Delta = 1
-    tensors["recurrence.injection.log_a"] = constant(dim, value=log(-log(decay)))
-    tensors["recurrence.injection.weight"] = identity(dim)
+    tensors["readout.weight"] = identity(config.dim)
+    tensors["recurrence.injection.dt"] = constant(config.dim, value=log(expm1(1)))  # Delta = 1
+    tensors["recurrence.injection.log_a"] = constant(config.dim, value=log(-log(decay)))
+    tensors["recurrence.injection.weight"] = identity(config.dim)
     names = LLAMA_LAYER | (QK_NORMS if NORMED[kind] else {})
     parts = {"prelude": layers.prelude, "recurrence.blocks": layers.core, "coda": layers.coda}
     for part, numbers in parts.items():
@@ -288,8 +275,4 @@ def _quoted(text: str) -> str:
 
 def _layer_summary(layers: Layers) -> str:
     parts = {"prelude": layers.prelude, "core": layers.core, "coda": layers.coda}
-    return ", ".join(f"{part} {_numbers(numbers)}" for part, numbers in parts.items())
-
-
-def _numbers(numbers: Sequence[int]) -> str:
-    return ",".join(map(str, numbers)) or "none"
+    return ", ".join(f"{part} {','.join(map(str, numbers)) or 'none'}" for part, numbers in parts.items())

@@ -5,16 +5,17 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mythos.config.checking import flat_fields
 from mythos.errors import MythosError, short_reason, without_credentials
-from mythos.files.local import replacing
+from mythos.files.local import numbered, replacing
 from mythos.planning.flops import count_parameters
+from mythos.progress import aligned
 from mythos.reports.plots import draw_points
 from mythos.reports.recorded import RecordedRun, open_run, run_names
 from mythos.reports.style import Entry, Panel, after_warm_up, compose, describe, fit_range, loop_axis, save, series
@@ -108,17 +109,17 @@ class Comparison:
 
     def table(self) -> str:
         """The table for a terminal."""
-        cells = self.cells()
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        return "\n".join(
-            "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in cells
-        )
+        return aligned(self.cells(), left=1)
 
     def differences(self) -> list[list[str]]:
         """Fields of the configuration that differ between the runs, each with its value in every run."""
         configs = [dict(flat_fields(without_credentials(run.config.model_dump(mode="json")))) for run in self.runs]
         names = dict.fromkeys(name for config in configs for name in config if not name.startswith("run."))
-        rows = [[name, *(shown_value(config.get(name)) for config in configs)] for name in names]
+        rows = []
+        for name in names:
+            values = [config.get(name) for config in configs]
+            # As YAML writes it in one line.
+            rows.append([name, *(value if isinstance(value, str) else json.dumps(value) for value in values)])
         return [row for row in rows if len(set(row[1:])) > 1]
 
     def own_stem(self, folder: Path) -> Path:
@@ -127,13 +128,12 @@ class Comparison:
         Raises MythosError if a file cannot be read.
         """
         directories = [str(run.directory) for run in self.runs]
-        for number in count(1):
-            stem = folder / ("compare" if number == 1 else f"compare-{number}")
-            if compared_directories(stem.with_suffix(".csv")) == directories:
-                return stem
-            if not any(os.path.lexists(stem.with_suffix(suffix)) for suffix in (".csv", ".png", ".html")):
-                return stem
-        raise AssertionError("count() does not end")
+        return next(
+            stem
+            for stem in numbered(folder / "compare")
+            if compared_directories(stem.with_suffix(".csv")) == directories
+            or not any(os.path.lexists(stem.with_suffix(suffix)) for suffix in (".csv", ".png", ".html"))
+        )
 
     def write(self, folder: Path) -> list[Path]:
         """Write compare.csv and compare.png to a folder; returns their paths.
@@ -225,20 +225,6 @@ def compared_directories(table: Path) -> list[str | None]:
         return []
     except (OSError, csv.Error) as error:
         raise MythosError(f"{table} cannot be read: {short_reason(error)}; give another folder with --out") from error
-
-
-def flat_fields(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The fields of nested sections by dotted names."""
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from flat_fields(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
-def shown_value(value: Any) -> str:
-    """A value of a configuration as YAML writes it in one line."""
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def compare(paths: Sequence[str]) -> Comparison:

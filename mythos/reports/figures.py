@@ -8,11 +8,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 
-from mythos.reports.plots import depth_panels, draw_points, loss_panels, points_of
+from mythos.reports.plots import Curves, depth_panels, draw_points, loss_panels, points_of
 from mythos.reports.recorded import RecordedRun
 from mythos.reports.style import (
     BLUE,
@@ -22,7 +22,6 @@ from mythos.reports.style import (
     Panel,
     describe,
     fit_range,
-    log_scale,
     loop_axis,
     name_lines,
 )
@@ -34,19 +33,6 @@ if TYPE_CHECKING:
 
 # `inline_svg` replaces black by the page's text colour. All other colours must be readable on white and on black.
 SETTINGS: dict[Any, Any] = {"svg.fonttype": "none", "path.simplify_threshold": 0.5}
-
-
-class Curves(NamedTuple):
-    """Metrics over tokens in one plot."""
-
-    label: str
-    """Of the y axis."""
-    keys: Mapping[str, str]
-    """The metrics, each with its name in the plot; no name where there is only one."""
-    scale: str = "linear"
-    low: float | None = None
-    high: float | None = None
-    """Limits of the y axis, where the metric has natural ones."""
 
 
 TRAINING: Mapping[str, Curves] = {
@@ -68,12 +54,12 @@ EXPERTS: Mapping[str, Curves] = {
 HALTING: Mapping[str, Curves] = {
     "Loops run where positions halt": Curves("mean over positions", {"val/auto_loops": ""}, low=0),
 }
-RATES: Mapping[str, tuple[str, str, float]] = {
-    "Throughput": ("tokens_per_second", "tokens per second", 1),
-    "Utilisation": ("mfu", "% of the peak FLOPs", 0.01),
-    "Peak memory": ("peak_memory_bytes", "GiB", 2**30),
+RATES: Mapping[str, tuple[Curves, float]] = {
+    "Throughput": (Curves("tokens per second", {"tokens_per_second": ""}, low=0), 1),
+    "Utilisation": (Curves("% of the peak FLOPs", {"mfu": ""}, low=0), 0.01),
+    "Peak memory": (Curves("GiB", {"peak_memory_bytes": ""}, low=0), 2**30),
 }
-"""Plots over time by title: metric, label of the y axis, and the unit that values are divided by."""
+"""Plots over time by title, and the unit that values are divided by."""
 UNITS = {"seconds": 1, "minutes": 60, "hours": 3600, "days": 86_400}
 """Units of time: the largest is chosen of which a run took at least two."""
 SHOWN_LOADS = 4
@@ -97,21 +83,20 @@ def panels(run: RecordedRun, kind: Mapping[str, Curves]) -> Iterator[Panel]:
         points = {key: measured for key in curves.keys if (measured := points_of(run.records, key))}
         several = max(map(len, points.values()), default=0) > 1
         if several and any(value for measured in points.values() for _, value in measured):
-            yield Panel(partial(draw_curves, title=title, curves=curves, points=points))
+            yield Panel(partial(draw_curves, title=title, x="tokens", curves=curves, points=points))
 
 
-def draw_curves(axes: Axes, title: str, curves: Curves, points: Mapping[str, Sequence[tuple[float, float]]]) -> None:
-    """Plot metrics over tokens."""
-    describe(axes, title, "tokens", curves.label)
+def draw_curves(
+    axes: Axes, title: str, x: str, curves: Curves, points: Mapping[str, Sequence[tuple[float, float]]]
+) -> None:
+    """Plot metrics over tokens or time."""
+    describe(axes, title, x, curves.label)
     colours = [SKY, BLUE] if "training" in curves.keys.values() else [BLUE, ORANGE]
     for colour, (key, name) in zip(colours, curves.keys.items(), strict=False):
         if key in points:
             named = {"label": name} if len(points) > 1 else {}
             draw_points(axes, points[key], color=colour, linewidth=1.2, **named)
-    if curves.scale == "log":
-        log_scale(axes)
-    else:
-        fit_range(axes, low=curves.low, high=curves.high)
+    curves.fit(axes)
     name_lines(axes)
 
 
@@ -120,21 +105,16 @@ def rate_panels(run: RecordedRun) -> Iterator[Panel]:
     times = run.measured("time")
     begin, span = (times[0], times[-1] - times[0]) if times else (0.0, 0.0)
     unit = next((name for name, seconds in reversed(UNITS.items()) if span >= 2 * seconds), "seconds")
-    for title, (key, label, divisor) in RATES.items():
+    for title, (curves, divisor) in RATES.items():
+        [key] = curves.keys
         points = [
             ((record["time"] - begin) / UNITS[unit], record[key] / divisor)
             for record in run.records
             if record.get(key) is not None and record.get("time") is not None
         ]
         if len(points) > 1:
-            yield Panel(partial(draw_rate, title=title, label=label, unit=unit, points=points))
-
-
-def draw_rate(axes: Axes, title: str, label: str, unit: str, points: Sequence[tuple[float, float]]) -> None:
-    """Plot a measurement over time."""
-    describe(axes, title, f"{unit} since the first record", label)
-    draw_points(axes, points, color=BLUE, linewidth=1.2)
-    fit_range(axes, low=0)
+            over = f"{unit} since the first record"
+            yield Panel(partial(draw_curves, title=title, x=over, curves=curves, points={key: points}))
 
 
 def run_depth_panels(run: RecordedRun) -> list[Panel]:

@@ -17,6 +17,7 @@ from mythos.config.sections import Config
 from mythos.distributed.run_lock import LOCK_FILE, RunLock, is_locked
 from mythos.errors import MythosError, short_reason, without_credentials
 from mythos.files.storage import LocalStorage, step_of
+from mythos.progress import aligned
 from mythos.training.metrics import METRICS_FILE, scan_metrics
 
 CHECKPOINTS = "checkpoints"
@@ -151,16 +152,7 @@ def shown_size(size: float) -> str:
 
 def table(runs: Sequence[ListedRun]) -> str:
     """The runs as a table for a terminal."""
-    rows = [list(TITLES), *(run.cells() for run in runs)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    left = {0, 1}
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if number in left else cell.rjust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+    return aligned([TITLES, *(run.cells() for run in runs)], left=2)
 
 
 def run_to_delete(root: Path, name: str) -> Path:

@@ -48,18 +48,13 @@ def run_page(run: RecordedRun, refresh: float | None = None) -> str:
     config = without_credentials(dump_config(run.config))
     sections.append(("Configuration", folded("config.yaml", code(config))))
     head = GENERATOR if refresh is None else f'{GENERATOR}\n<meta http-equiv="refresh" content="{refresh:g}">'
-    intro = f'<p class="dim">{escape(str(run.directory))}</p>\n{summary(run)}'
+    figures = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>\n" for name, value in headline(run))
+    intro = f'<p class="dim">{escape(str(run.directory))}</p>\n<dl>\n{figures}</dl>'
     return document(run.name, intro, sections, head)
 
 
-def summary(run: RecordedRun) -> str:
-    """The most important figures of a run."""
-    shown = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>\n" for name, value in headline(run))
-    return f"<dl>\n{shown}</dl>"
-
-
 def headline(run: RecordedRun) -> Iterator[tuple[str, str]]:
-    """Names and values of :func:`summary` that the run has."""
+    """Names and values of the most important figures that the run has."""
     last, parameters = run.records[-1], count_parameters(run.config.model)
     yield "parameters", f"{parameters.total:,}"
     yield "active per loop", f"{parameters.active:,}"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mythos.evaluation.depth_sweep import DepthFit, fit_losses
 from mythos.generation.depth_view import in_loops
@@ -23,6 +23,7 @@ from mythos.reports.style import (
     compose,
     describe,
     fit_range,
+    log_scale,
     loop_axis,
     mark_training,
     name_lines,
@@ -45,8 +46,9 @@ def draw_plots(run_dir: Path, mean_depth: float) -> list[Path]:
     records = read_metrics(run_dir / METRICS_FILE)
     directory = run_dir / "plots"
     directory.mkdir(exist_ok=True)
+    depth = in_loops(int(mean_depth)) if mean_depth == int(mean_depth) else f"{mean_depth:g} loops"
     pictures = {
-        "loss.png": loss_panels(records, f"validation\nat {in_loops_of(mean_depth)}"),
+        "loss.png": loss_panels(records, f"validation\nat {depth}"),
         "depth.png": depth_panels([record for record in records if "val/loss" in record], mean_depth),
     }
     written = [save(compose(panels), directory / name) for name, panels in pictures.items() if panels]
@@ -56,11 +58,6 @@ def draw_plots(run_dir: Path, mean_depth: float) -> list[Path]:
     return written
 
 
-def in_loops_of(mean: float) -> str:
-    """A mean number of loops with its noun: `8 loops`, `2.5 loops`."""
-    return in_loops(int(mean)) if mean == int(mean) else f"{mean:g} loops"
-
-
 def points_of(records: Sequence[dict[str, Any]], key: str) -> list[tuple[float, float]]:
     """A metric as (tokens, value); records without it, or with null (a skipped update), are left out."""
     return [
@@ -68,6 +65,26 @@ def points_of(records: Sequence[dict[str, Any]], key: str) -> list[tuple[float, 
         for record in records
         if record.get(key) is not None and record.get("tokens") is not None
     ]
+
+
+class Curves(NamedTuple):
+    """Metrics in one plot."""
+
+    label: str
+    """Of the y axis."""
+    keys: Mapping[str, str]
+    """The metrics, each with its name in the plot; no name where there is only one."""
+    scale: str = "linear"
+    low: float | None = None
+    high: float | None = None
+    """Limits of the y axis, where the metric has natural ones."""
+
+    def fit(self, axes: Axes) -> None:
+        """Fit the y axis to the lines."""
+        if self.scale == "log":
+            log_scale(axes)
+        else:
+            fit_range(axes, low=self.low, high=self.high)
 
 
 def draw_points(axes: Axes, points: Sequence[tuple[float, float]], **style: Any) -> None:

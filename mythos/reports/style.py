@@ -146,14 +146,13 @@ def draw_key(figure: Figure, key: Sequence[Entry]) -> None:
 
     handles = [Line2D([], [], **entry.style) for entry in key]
     names = [literal(entry.name) for entry in key]
-    figure.legend(
-        handles, names, loc="outside upper left", ncols=columns_of(names), frameon=False, fontsize=SMALL, borderpad=0.1
-    )
+    columns = columns_of(names, WIDTH)
+    figure.legend(handles, names, loc="outside upper left", ncols=columns, frameon=False, fontsize=SMALL, borderpad=0.1)
 
 
-def columns_of(names: Sequence[str]) -> int:
-    """The number of columns in which names fit into the width of a picture."""
-    room = WIDTH * 72 / (0.58 * SMALL)  # in characters, whose mean width is 0.58 of the size
+def columns_of(names: Sequence[str], width: float) -> int:
+    """The number of columns in which names fit into a width in inches."""
+    room = width * 72 / (0.58 * SMALL)  # in characters, whose mean width is 0.58 of the size
     return max(1, min(len(names), int(room / (max(map(len, names), default=1) + 6))))
 
 
@@ -336,8 +335,7 @@ def name_lines(axes: Axes) -> None:
 def names_below(axes: Axes, lines: Sequence[Line2D]) -> None:
     """List the lines' names below the plot."""
     names = [str(line.get_label()) for line in lines]
-    room = 1.1 * axes.get_window_extent().width / axes.figure.dpi * 72 / (0.58 * SMALL)
-    columns = max(1, min(len(names), int(room / (max(map(len, names)) + 6))))
+    columns = columns_of(names, 1.1 * axes.get_window_extent().width / axes.figure.dpi)
     height = axes.get_window_extent().height / axes.figure.dpi * 72
     place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (0, -40 / height), "borderaxespad": 0}
     axes.legend(lines, names, ncols=columns, frameon=False, fontsize=SMALL, borderpad=0, **place)

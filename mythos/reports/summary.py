@@ -21,11 +21,9 @@ SAMPLE_CHARACTERS = 160
 def config_lines(config: Config, micro_batch: int, validation_sequences: int) -> dict[str, str]:
     """Summarise a configuration in one line each for model, depth, data and training."""
     parameters = count_parameters(config.model)
-    sampling = "those of the task" if config.depth.follow == "difficulty" else config.depth.sampling
     return {
         "model": f"{model_name(config.model)}: {parameters.total:,} parameters, {parameters.active:,} active per loop",
-        "depth": f"{config.depth_mean:g} loops on average ({sampling}, at most {config.depth_maximum}), gradient "
-        f"through the last {config.depth_backprop}",
+        "depth": config.depth_summary,
         "data": f"{config.data.kind}, {config.data.streams} streams, {validation_sequences} validation sequences",
         "training": f"{config.train_steps:,} steps of {config.train.global_batch} x {config.data.sequence_length} = "
         f"{config.tokens_per_step:,} tokens, {config.train_steps * config.tokens_per_step:,} in all; "

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mythos.evaluation.depth_sweep import DepthSweep, HaltingPoint, LoopMeasures
-from mythos.reports.plots import draw_fit
+from mythos.evaluation.depth_sweep import DepthSweep, HaltingPoint
+from mythos.reports.plots import Curves, draw_fit
 from mythos.reports.style import (
     BLUE,
     DARK,
@@ -16,8 +16,6 @@ from mythos.reports.style import (
     Panel,
     compose,
     describe,
-    fit_range,
-    log_scale,
     loop_axis,
     loop_colour,
     mark_training,
@@ -31,6 +29,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+MEASURES: Mapping[str, Curves] = {
+    "Size of the state": Curves("mean log ||h||", {"state_norm": ""}),
+    "Change of the state": Curves("share of its size", {"state_delta": ""}, "log"),
+    "Load of the busiest expert": Curves("times the mean", {"load_max_over_mean": ""}, low=1.0),
+    "Experts kept from the loop before": Curves("share", {"expert_overlap": ""}, low=0.0, high=1.05),
+}
+"""Plots of fields of `LoopMeasures` by title."""
 NUMBERED_SHARE = 0.06
 """Smallest share of a bar that has room for a number."""
 
@@ -54,16 +59,11 @@ def sweep_panels(sweep: DepthSweep) -> list[Panel]:
         panels.append(Panel(partial(draw_losses, sweep=sweep), height=4.4))
     if sweep.halting:
         panels.append(Panel(partial(draw_exits, points=sweep.halting), height=1.2 + 0.22 * len(sweep.halting)))
-    kinds: list[tuple[str, str, Callable[[LoopMeasures], float | None]]] = [
-        ("Size of the state", "mean log ||h||", lambda measures: measures.state_norm),
-        ("Change of the state", "share of its size", lambda measures: measures.state_delta),
-        ("Load of the busiest expert", "times the mean", lambda measures: measures.load_max_over_mean),
-        ("Experts kept from the loop before", "share", lambda measures: measures.expert_overlap),
-    ]
-    for title, unit, value in kinds:
-        points = [(loop.loops, number) for loop in sweep.loops if (number := value(loop)) is not None]
+    for title, curves in MEASURES.items():
+        [name] = curves.keys
+        points = [(loop.loops, number) for loop in sweep.loops if (number := getattr(loop, name)) is not None]
         if len(points) > 1:
-            draw = partial(draw_measure, title=title, unit=unit, points=points, mean_loops=sweep.mean_loops)
+            draw = partial(draw_measure, title=title, curves=curves, points=points, mean_loops=sweep.mean_loops)
             panels.append(Panel(draw, wide=False, height=2.9))
     return panels
 
@@ -77,18 +77,11 @@ def say_single(axes: Axes, sweep: DepthSweep) -> None:
     axes.text(0, 0.5, text, transform=axes.transAxes, fontsize=SMALL)
 
 
-def draw_measure(axes: Axes, title: str, unit: str, points: Sequence[tuple[int, float]], mean_loops: int) -> None:
+def draw_measure(axes: Axes, title: str, curves: Curves, points: Sequence[tuple[int, float]], mean_loops: int) -> None:
     """Plot a measurement after every loop."""
-    describe(axes, title, "loops", unit)
+    describe(axes, title, "loops", curves.label)
     axes.plot([x for x, _ in points], [y for _, y in points], "o-", color=BLUE, markersize=3)
-    if title.startswith("Change"):
-        log_scale(axes)
-    elif unit == "share":
-        fit_range(axes, low=0.0, high=1.05)
-    elif unit.startswith("times"):
-        fit_range(axes, low=1.0)
-    else:
-        fit_range(axes)
+    curves.fit(axes)
     loop_axis(axes, [1, *(x for x, _ in points if x & (x - 1) == 0), points[-1][0]])
     mark_training(axes, mean_loops)
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from mythos.cli import COMMANDS, command
-from mythos.cli.common import check_least, exit_status, positive_numbers, quiet_without_reader, whole_numbers, writing
+from mythos.cli.common import check_least, exit_status, positive_numbers, quiet_without_reader, whole_numbers
 from mythos.errors import MythosError
+from mythos.files.local import writing
 
 
 def failing(error: BaseException) -> None:

@@ -91,6 +91,50 @@ def llama_problems(values: Values, sizes: Iterable[str]) -> Iterator[str]:
         yield "layer_types: allowed: full_attention only"
 
 
+def llama_fields(values: Values, defaults: Values) -> dict[str, Any]:
+    """Fields of the model section that a configuration like Llama's decides. Raises KeyError for a missing size."""
+    dim, heads = values["hidden_size"], values["num_attention_heads"]
+    return {
+        "vocab_size": values["vocab_size"],
+        "dim": dim,
+        "context_length": option(values, defaults, "max_position_embeddings"),
+        "tie_embeddings": option(values, defaults, "tie_word_embeddings"),
+        "attention": "gqa",
+        "n_heads": heads,
+        "n_kv_heads": values.get("num_key_value_heads") or heads,
+        "head_dim": values.get("head_dim") or dim // heads,
+        "rope_theta": float(option(values, defaults, "rope_theta")),
+        "norm_eps": float(option(values, defaults, "rms_norm_eps")),
+        "ffn_dim": values["intermediate_size"],
+        "core_ffn": "dense",
+        "prelude_norm": False,
+        "lora_rank": 0,
+    }
+
+
+def raven_fields(setting: Callable[[str], Any], heads: int) -> dict[str, Any]:
+    """Fields of the model section that Huginn and Parcae, which come from one code base, call by the same names."""
+    dim = setting("n_embd")
+    return {
+        "vocab_size": setting("vocab_size"),
+        "dim": dim,
+        "prelude_layers": setting("n_layers_in_prelude"),
+        "core_layers": setting("n_layers_in_recurrent_block"),
+        "coda_layers": setting("n_layers_in_coda"),
+        "context_length": setting("block_size"),
+        "tie_embeddings": setting("tie_embeddings"),
+        "attention": "gqa",
+        "n_heads": heads,
+        "n_kv_heads": heads,
+        "head_dim": dim // heads,
+        "norm_eps": setting("norm_eps"),
+        "core_ffn": "dense",
+        "loops": setting("mean_recurrence"),
+        "lora_rank": 0,
+        "halting": "none",
+    }
+
+
 def exact_config(name: str, problems: list[str], fields: Callable[[], dict[str, Any]]) -> ModelConfig:
     """The model section with these fields, unless there are problems already or the section refuses them.
 

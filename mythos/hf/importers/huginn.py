@@ -30,6 +30,7 @@ from mythos.hf.importers.architecture import (
     identity,
     option,
     pairs_to_halves,
+    raven_fields,
     setting_problems,
 )
 from mythos.model.config import ModelConfig
@@ -78,36 +79,21 @@ def map_huginn(values: Values) -> MappedModel:
     def setting(name: str) -> int:
         return option(values, DEFAULTS, name)
 
-    dim, heads, vocabulary = setting("n_embd"), setting("n_heads"), setting("vocab_size")
+    dim, heads = setting("n_embd"), setting("n_heads")
     problems = list(setting_problems(values, DEFAULTS, {**REQUIRED, "num_key_value_heads": (heads, None)}))
     config = exact_config(
         "huginn",
         problems,
         lambda: {
-            "vocab_size": vocabulary,
-            "dim": dim,
-            "prelude_layers": setting("n_layers_in_prelude"),
-            "core_layers": setting("n_layers_in_recurrent_block"),
-            "coda_layers": setting("n_layers_in_coda"),
-            "context_length": setting("block_size"),
-            "tie_embeddings": setting("tie_embeddings"),
-            "attention": "gqa",
-            "n_heads": heads,
-            "n_kv_heads": heads,
-            "head_dim": dim // heads,
+            **raven_fields(setting, heads),
             "qk_norm": False,
             "qk_bias": setting("qk_bias"),
             "rope_theta": float(setting("rope_base")),
-            "norm_eps": setting("norm_eps"),
             "block_norm": "sandwich",
             "ffn_dim": setting("intermediate_size"),
-            "core_ffn": "dense",
-            "loops": setting("mean_recurrence"),
             "injection": "linear",
             "prelude_norm": False,
             "readout_norm": True,
-            "lora_rank": 0,
-            "halting": "none",
         },
     )
     mapped = MappedModel(config, config.loops)

@@ -27,6 +27,7 @@ from mythos.hf.importers.architecture import (
     add_tables,
     exact_config,
     identity,
+    llama_fields,
     llama_problems,
     option,
     setting_problems,
@@ -59,44 +60,26 @@ OUT_NORMS = {"attention_out_norm": ("input_layernorm_2",), "ffn_out_norm": ("pos
 def map_ouro(values: Values) -> MappedModel:
     """Map an Ouro model. Raises MythosError for a variant that our model cannot represent exactly."""
     problems = [*llama_problems(values, SIZES), *setting_problems(values, DEFAULTS, REQUIRED)]
-    dim, heads, vocabulary = (
-        values.get("hidden_size", 1),
-        values.get("num_attention_heads", 1),
-        values.get("vocab_size"),
-    )
     config = exact_config(
         "ouro",
         problems,
         lambda: {
-            "vocab_size": vocabulary,
-            "dim": dim,
+            **llama_fields(values, DEFAULTS),
             "prelude_layers": 0,
             "core_layers": values["num_hidden_layers"],
             "coda_layers": 0,
-            "context_length": values["max_position_embeddings"],
-            "tie_embeddings": option(values, DEFAULTS, "tie_word_embeddings"),
-            "attention": "gqa",
-            "n_heads": heads,
-            "n_kv_heads": values.get("num_key_value_heads") or heads,
-            "head_dim": values.get("head_dim") or dim // heads,
             "qk_norm": False,
-            "rope_theta": float(option(values, DEFAULTS, "rope_theta")),
-            "norm_eps": option(values, DEFAULTS, "rms_norm_eps"),
             "block_norm": "peri",
-            "ffn_dim": values["intermediate_size"],
-            "core_ffn": "dense",
             "loops": option(values, DEFAULTS, "total_ut_steps"),
             "injection": "initial",
-            "prelude_norm": False,
-            "lora_rank": 0,
             "halting": "none",
         },
     )
     mapped = MappedModel(config, config.loops, unused={"model.early_exit_gate.weight", "model.early_exit_gate.bias"})
     tensors = mapped.tensors
     tensors["recurrence.injection.norm.weight"] = Derived(("model.norm.weight",))
-    tensors["readout.weight"] = identity(dim)
-    add_tables(mapped, "model.embed_tokens.weight", "model.norm.weight", 1 / sqrt(dim))
+    tensors["readout.weight"] = identity(config.dim)
+    add_tables(mapped, "model.embed_tokens.weight", "model.norm.weight", 1 / sqrt(config.dim))
     for layer in range(config.core_layers):
         add_llama_layer(mapped, f"recurrence.blocks.{layer}", layer, LLAMA_LAYER | OUT_NORMS)
     return mapped
