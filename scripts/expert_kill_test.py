@@ -1,4 +1,4 @@
-"""Kill a run whose experts are divided, and continue it with another parallel.expert, again and again.
+"""Kill a run whose experts are divided, and continue it with other ways to divide them, again and again.
 
 python scripts/expert_kill_test.py --kills 20 --seed 0
 
@@ -42,6 +42,7 @@ class Generation(NamedTuple):
     mode: str
     expert: int
     shard: int | None = None
+    shared: int = 1
     steps: int | None = None
     """Kill once so many more steps are saved; None = let the run end."""
     victims: int = 1
@@ -53,12 +54,14 @@ class Generation(NamedTuple):
     def overrides(self) -> list[str]:
         """Its settings on the command line."""
         shard = "null" if self.shard is None else self.shard
-        return [f"parallel.mode={self.mode}", f"parallel.expert={self.expert}", f"parallel.shard={shard}"]
+        sizes = {"expert": self.expert, "shared": self.shared, "shard": shard}
+        return [f"parallel.mode={self.mode}", *(f"parallel.{name}={size}" for name, size in sizes.items())]
 
 
 LAYOUTS = (
     Generation(2, "fsdp", 2),
     Generation(4, "fsdp", 4),
+    Generation(4, "fsdp", 4, shared=2),
     Generation(1, "single", 1),
     Generation(4, "hsdp", 2, shard=2),
     Generation(2, "fsdp", 1),
@@ -72,7 +75,7 @@ def draw_generations(draw: random.Random, kills: int) -> list[Generation]:
     """Draw the layouts, each another one than before, and their kills; the last one is not killed."""
     generations: list[Generation] = []
     for _ in range(kills + 1):
-        layout = draw.choice([each for each in LAYOUTS if not generations or each[:4] != generations[-1][:4]])
+        layout = draw.choice([each for each in LAYOUTS if not generations or each[:5] != generations[-1][:5]])
         victims = draw.choice((1, layout.processes))
         steps = draw.randint(1, STEPS_BETWEEN)
         generations.append(layout._replace(steps=steps, victims=victims, delay=draw.uniform(0, 0.3)))

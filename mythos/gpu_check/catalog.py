@@ -232,9 +232,10 @@ def _decoding() -> Iterator[Task]:
 
 
 def _ranks() -> Iterator[Task]:
-    for mode, name in (("ddp", "ddp"), ("fsdp", "fsdp"), ("hsdp", "hsdp"), ("expert", "fsdp, experts divided by 2,")):
+    divided = ("expert", "fsdp, experts divided by 2,"), ("shared", "fsdp, experts and shared ones divided by 2,")
+    for mode, name in (("ddp", "ddp"), ("fsdp", "fsdp"), ("hsdp", "hsdp"), *divided):
         check = (f"{name} against one process", "losses and gradient norms of 3 steps within 1e-4")
-        yield _task("ranks:parity", check, seconds=30, on_cpu=mode in ("fsdp", "expert"), mode=mode)
+        yield _task("ranks:parity", check, seconds=30, on_cpu=mode in ("fsdp", "expert", "shared"), mode=mode)
     yield _task("ranks:gathers", ("all-gathers of a step, fsdp", "as many at 2 loops as at 4"), seconds=30)
     overlap = ("communication behind computation, fsdp", "recorded: share of its time that is hidden")
     yield _task("ranks:overlap", overlap, seconds=40)

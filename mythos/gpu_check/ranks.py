@@ -23,6 +23,8 @@ from mythos.torch_internals import has_mesh_placements
 
 CLOSE = 1e-4
 """Largest relative difference of a loss or a norm: float32, summed in another order."""
+DIVIDED = {"expert": 1, "shared": 2}
+"""Modes in which two processes divide the experts, with the number of them that divide the shared ones."""
 SECONDS = 150.0
 """Time limit of the processes."""
 
@@ -39,7 +41,7 @@ def parity(setting: Setting, *, mode: str) -> Iterator[Result]:
     if size == 1:
         yield not_run("one GPU")
         return
-    if mode == "expert" and not has_mesh_placements():
+    if mode in DIVIDED and not has_mesh_placements():
         yield not_run(f"parallel.expert needs torch 2.13 or later; this is {torch.__version__}")
         return
     measured = launched(setting, mode)[0]
@@ -84,7 +86,7 @@ def config_of(setting: Setting, name: str, mode: str, preset: str = "") -> Confi
         "train__global_batch": 8,
         "depth__mean": 4,
         "depth__sampling": "fixed",
-        "parallel__mode": "fsdp" if mode == "expert" else mode,
+        "parallel__mode": "fsdp" if mode in DIVIDED else mode,
         "parallel__start_timeout": SECONDS,
         "parallel__timeout": SECONDS,
         # With a tiny eps the first update of a weight is lr times its gradient's sign, which rounding decides near 0.
@@ -92,8 +94,8 @@ def config_of(setting: Setting, name: str, mode: str, preset: str = "") -> Confi
     }
     if mode == "hsdp":
         changes["parallel__replicate"] = 2
-    if mode == "expert":
-        changes["parallel__expert"] = 2
+    if mode in DIVIDED:
+        changes |= {"parallel__expert": 2, "parallel__shared": DIVIDED[mode]}
     if preset:
         changes |= {"model__preset": preset, "train__dtype": "bfloat16", "data__sequence_length": 1024}
         changes |= {"model__context_length": 1024, "train__global_batch": 16, "train__micro_batch": 4}

@@ -3,11 +3,10 @@
 import itertools
 import random
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from scripts import expert_kill_test
+from scripts import chaos_run, expert_kill_test
 from scripts.chaos_run import Failed
 from scripts.expert_kill_test import Generation, draw_generations, relay
 from tests.warm import WarmPopen
@@ -15,9 +14,9 @@ from tests.warm import WarmPopen
 
 def test_killed_runs_continue_with_other_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of two processes that share the experts is killed, then both of two that do not; one process ends the run."""
-    monkeypatch.setattr(expert_kill_test, "subprocess", SimpleNamespace(Popen=WarmPopen))
+    monkeypatch.setattr(chaos_run.subprocess, "Popen", WarmPopen)
     generations = [
-        Generation(2, "fsdp", 2, steps=2),
+        Generation(2, "fsdp", 2, shared=2, steps=2),
         Generation(2, "fsdp", 1, steps=1, victims=2),
         Generation(1, "single", 1),
     ]
@@ -30,7 +29,7 @@ def test_draws() -> None:
     generations = draw_generations(random.Random(1), 30)
     assert generations == draw_generations(random.Random(1), 30)
     assert [generation.steps is None for generation in generations] == [False] * 30 + [True]
-    assert all(one[:4] != other[:4] for one, other in itertools.pairwise(generations))
+    assert all(one[:5] != other[:5] for one, other in itertools.pairwise(generations))
     assert {generation.expert for generation in generations} == {1, 2, 4}
 
 

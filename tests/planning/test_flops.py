@@ -8,14 +8,17 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from mythos.config.data import DataConfig
 from mythos.config.sections import Config, ParallelConfig
 from mythos.distributed.parallel import prepare_model
 from mythos.model.config import ModelConfig
 from mythos.model.moe import MixtureOfExperts
 from mythos.model.ops import device_choice
 from mythos.model.rdt import RecurrentDepthTransformer
-from mythos.planning.fake_step import CHECKPOINTING, recomputed_flops
+from mythos.planning.budget import DepthMeans
+from mythos.planning.fake_step import CHECKPOINTING, Step, _step_flops, recomputed_flops
 from mythos.planning.flops import count_parameters, forward_flops
+from mythos.planning.speed import executed_flops
 
 LENGTH = 64
 
@@ -155,3 +158,22 @@ def test_parameters(changes):
     )
     assert parameters.active == parameters.total - idle
     assert (idle > 0) == (config.core_ffn == "moe")
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_divided_shared_experts_compute_their_hidden_units_again(checkpointing: str) -> None:
+    """Their gates and up-projections, in each backward pass; all else costs as much, for T ranks' tokens each 1 / T."""
+    config, length = ModelConfig(**MODEL), 16
+    whole, divided = (
+        executed_flops(
+            Config(model=config, data=DataConfig(sequence_length=length), parallel=ParallelConfig(shared=shared)),
+            DepthMeans(2, 2),
+            checkpointing,
+        )
+        for shared in (1, 2)
+    )
+    traced = [
+        _step_flops(config, Step(1, length, 2, 2, checkpointing, torch.bfloat16, expert=2, sharers=sharers)) / length
+        for sharers in (1, 2)
+    ]
+    assert divided - whole == traced[1] - traced[0] > 0
