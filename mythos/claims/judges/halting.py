@@ -41,7 +41,9 @@ def frontier(results: Results, claim: Claim) -> dict[str, list[tuple[float, floa
 def fixed(results: Results) -> list[tuple[int, float]]:
     """Loss when all positions get the same number of loops, of the arm without a rule: means over seeds."""
     runs = [run.measured["sweep"]["loops"] for run in results.of_arm(BASE) if run.diverged is None]
-    return [(same[0]["loops"], mean([one["loss"] for one in same])) for same in zip(*runs, strict=True)]
+    return [
+        (same[0]["loops"], mean([one["loss"] for one in same])) for same in zip(*runs, strict=True) if same[0]["loss"]
+    ]
 
 
 def full_loss(run: RunResult) -> float:
