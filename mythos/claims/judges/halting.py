@@ -99,6 +99,8 @@ def judge(claim: Claim, results: Results) -> Judgement:
     why = "Largest saving within the allowed loss: " + ", ".join(f"{rule} {share:.0%}" for rule, share in saved.items())
     differences = ", ".join(f"{rule} {spread(values, '+.2f')}" for rule, values in rare.items())
     why += f". Loops of the rarest tokens against the most frequent, by rule: {differences}."
+    alike = ", ".join(f"{count} {expm1(loss - full):+.2%}" for count, loss in fixed(results) if count < loops)
+    why += f" Perplexity with the same number of loops for all positions: {alike}."
     tables = [table, *(by_class(results, rules, kind) for kind in CLASSES), on_sentences(results, rules)]
     return Judgement(outcome, f"{best} saves {saved[best]:.0%} of the loops", why, tables)
 
