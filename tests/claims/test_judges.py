@@ -146,8 +146,11 @@ def test_moe_depth_routing() -> None:
     assert judge(*routing({})).outcome == NOT_SUPPORTED
 
 
-def halting(loss_at_5: float, rare: float) -> Any:
-    """Gate at two thresholds: 4 loops at 3.5 nats, and 5 of 8 loops (38% saved) at `loss_at_5`; all loops: 3 nats."""
+def halting(loss_at_5: float, rare: float, scatter: float = 0.0) -> Any:
+    """Gate at two thresholds: 4 loops at 3.5 nats, and 5 of 8 loops (38% saved) at `loss_at_5`; all loops: 3 nats.
+
+    The rarest tokens get `rare` loops more than the most frequent, and with each seed `scatter` more.
+    """
     claim = loaded("halting")
 
     def make(arm: str, seed: int, point: dict[str, Any]) -> Any:
@@ -156,7 +159,7 @@ def halting(loss_at_5: float, rare: float) -> Any:
         points += [
             {"most": 8, "rule": "convergence", "threshold": t, "loops": 7.5 + t, "loss": 3.0} for t in (0.1, 0.2)
         ]
-        by_class = {"loops": [4.0] * 7 + [4.0 + rare], "loss": [2] * 8, "positions": [9] * 8}
+        by_class = {"loops": [4.0] * 7 + [4.0 + rare + scatter * seed], "loss": [2] * 8, "positions": [9] * 8}
         sentences = [[[" The", 2], [" end", 11], [".", 1]]]
         spent = {
             rule: {"frequency": by_class, "place": by_class, "sentences": sentences} for rule in ("gate", "convergence")
@@ -175,6 +178,8 @@ def test_halting() -> None:
     assert ["gate", "4.00", "4.00", "4.00", "5.00"] in [[cell.split()[0] for cell in row] for row in frequency]
     assert len(place) == 2 and ["gate", "The² end¹¹.¹"] in sentences
     assert judge(*halting(3.009, -0.5)).outcome == CONDITIONS
+    assert judge(*halting(3.009, 0.1, scatter=0.1)).outcome == CONDITIONS, "0.1 to 0.3: as large as the range"
+    assert judge(*halting(3.009, 0.2, scatter=0.1)).outcome == SUPPORTED
     worse = judge(*halting(3.02, 1.0))
     assert worse.outcome == NOT_SUPPORTED and worse.number == "convergence saves 5% of the loops"
 
