@@ -190,9 +190,10 @@ def shortage(config: Config, ranks: int, machine_ranks: int, device_memory: int)
     """Say that a configuration does not fit, and what would fit on devices of `device_memory` bytes."""
     least: list[tuple[int, int]] = []  # bytes of what is gathered and reduced, and of activations
     alone: list[int] = []  # bytes of activations that do not fit alone
-    ways = [with_parallel(config, expert=expert) for expert in expert_counts(config)]
-    ways = [with_parallel(way, shared=count) for way in ways for count in shared_counts(way, machine_ranks)]
-    ways.sort(key=lambda way: way.parallel.shared)  # dividing computes more
+    counts = [count for count in expert_counts(config) if count % config.parallel.shared == 0]
+    ways = [with_parallel(config, expert=expert) for expert in counts]
+    # Dividing the shared experts computes more, so it comes last, and with most expert ranks, which takes least memory.
+    ways += [with_parallel(ways[-1], shared=count) for count in shared_counts(ways[-1], machine_ranks)[1:]]
     for divided in ways:
         expert, shared = divided.parallel.expert, divided.parallel.shared
         size = max(2, ranks, expert)

@@ -100,6 +100,8 @@ def test_units_add_up_and_shards_are_padded_to_equal_length(tmp_path: Path) -> N
         ("mythos_10b", 64, {"mode": "fsdp"}),
         ("mythos_10b", 64, {"mode": "fsdp", "expert": 8}),
         ("mythos_50b", 64, {"mode": "hsdp", "shard": 32, "expert": 32, "wrap": "block"}),
+        ("mythos_500b", 256, {"mode": "fsdp", "expert": 64, "shared": 8}),
+        ("mythos_50b", 64, {"mode": "hsdp", "shard": 32, "expert": 8, "shared": 4, "wrap": "block"}),
         ("mythos_500b", 1000, {"mode": "fsdp", "wrap": "block"}),
     ],
     ids=str,
@@ -158,6 +160,7 @@ class Peak(TorchDispatchMode):
         (2, {"train__dtype": "float32"}),
         (2, {"parallel__mode": "hsdp", "parallel__shard": 2, "model__vocab_size": 16384}),
         (2, {"parallel__mode": "hsdp", "parallel__shard": 2, "parallel__expert": 2, "parallel__reduce": "step"}),
+        (2, {"parallel__expert": 2, "parallel__shared": 2}),
     ],
     ids=str,
 )
