@@ -183,7 +183,7 @@ def _units(config: Config, model: RecurrentDepthTransformer, layout: Layout) -> 
             continue
         computed = unit.param_dtype or unit.parameters[0].dtype
         reduced = unit.reduce_dtype or computed
-        kinds: tuple[Experts | None, ...] = (None, "routed", "shared")
+        kinds: tuple[Experts | None, ...] = (None, "shared", "routed")
         for experts in kinds:
             parameters = [p for p in unit.parameters if divided.get(p) == experts]
             if not parameters:
