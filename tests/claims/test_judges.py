@@ -164,7 +164,7 @@ def halting(loss_at_5: float, rare: float, scatter: float = 0.0) -> Any:
         spent = {
             rule: {"frequency": by_class, "place": by_class, "sentences": sentences} for rule in ("gate", "convergence")
         }
-        loops = [{"loops": 8, "loss": 3.0}]
+        loops = [{"loops": n, "loss": 3.0 if n == 8 else None} for n in range(1, 9)]
         measured = {"sweep": {"loops": loops, "halting": points}, "spent": spent}
         return run(arm, seed, point, mean_loops=8, measured=measured)
 
@@ -262,7 +262,8 @@ def scaling(loops: float, tokens_shift: float = 0.0) -> Any:
         budget = {"small": 1.0, "middle": 3.0, "large": 9.0}[name]
         loss = 4 - 0.2 * log(budget) + 0.1 * log(int(count) / (4 * budget**loops)) ** 2 + 0.002 * (seed - 1)
         tokens = round(1e6 * budget * int(count) ** -(0.55 + tokens_shift))
-        swept = [{"loops": n, "loss": loss + exp(-0.3 * n)} for n in (1, 2, 4, 8, 16, 32)]
+        read_out = (1, 2, 4, 8, 16, 32)
+        swept = [{"loops": n, "loss": loss + exp(-0.3 * n) if n in read_out else None} for n in range(1, 33)]
         taken = {"sweep": {"loops": swept, "halting": []}}
         facts = {"flops": 1e12 * budget, "tokens": tokens, "mean_loops": int(count), "measured": taken}
         return run(arm, seed, point, loss, **facts)
