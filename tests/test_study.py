@@ -47,9 +47,10 @@ def test_blocks_without_a_loop_are_named_so() -> None:
     assert names == ["| not looped", "| not looped `model.block_norm=sandwich`", "| `model.lanes=2`"]
 
 
-def test_committed_results_make_the_documented_table() -> None:
+@pytest.mark.parametrize("name", ["architecture-study", "architecture-study-narrow"])
+def test_committed_results_make_the_documented_table(name: str) -> None:
     root = Path(__file__).parents[1]
-    results = json.loads((root / "docs/results/architecture-study.json").read_text())
+    results = json.loads((root / f"docs/results/{name}.json").read_text())
     page = (root / "docs/architecture-study.md").read_text()
     assert not [line for line in table(results).splitlines() if line not in page]
 
