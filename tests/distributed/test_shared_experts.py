@@ -173,7 +173,7 @@ def test_muon_makes_matrices_whole(pool: RankPool, single: tuple[Path, Trained])
             assert_same(trained, expected)
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS][:3])
+@pytest.mark.parametrize("layout", ["ep 2, shared 2", "ep 2 x fsdp 2, shared 2, recomputed"])
 def test_memory_of_a_rank_is_planned(pool: RankPool, tmp_path: Path, layout: str) -> None:
     """The hidden activations of this rank's slice are not kept, so the plan would be exceeded if they were."""
     tiny(tmp_path)
