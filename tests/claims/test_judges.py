@@ -278,6 +278,9 @@ def test_scaling() -> None:
     assert verdict.outcome == SUPPORTED and verdict.number == "loops ~ C^0.40, tokens ~ C^0.78"
     assert judge(*scaling(0.2)).outcome == CONDITIONS
     assert judge(*scaling(-0.2)).outcome == NOT_SUPPORTED
+    assert "say little" not in verdict.why
+    # Best loops 4, 4 / 3^1.2 and 4 / 9^1.2: the last two lie below the fewest that were run.
+    assert "At 2 of 3 budgets" in judge(*scaling(-1.2)).why
 
 
 def worth(one: float, two: float) -> Any:

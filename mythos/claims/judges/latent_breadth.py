@@ -58,8 +58,9 @@ def judge(claim: Claim, results: Results) -> Judgement:
     if not learned:
         shares = " and ".join(f"{share:.0%}" for share in right)
         why = f"The models have not learned the task ({shares} of the answers are right, 50% by guessing). {why}"
+    number = f"recall {recall[2]:.0%} and {recall[3]:.0%}" if learned else "the task was not learned"
     table = Table("Recall of the nodes of a level by the probe, means over seeds (range)", head, rows)
-    return Judgement(outcome, f"recall {recall[2]:.0%} and {recall[3]:.0%}", why, [table])
+    return Judgement(outcome, number, why, [table])
 
 
 def panels(claim: Claim, results: Results) -> list[Panel]:

@@ -33,6 +33,11 @@ def judge(claim: Claim, results: Results) -> Judgement:
         f"Best loops grow with exponent {fitted['loops']}, published {claim.thresholds['loops']:g}; best tokens with "
         f"{fitted['tokens']}, published {claim.thresholds['tokens']:g}."
     )
+    if edges := sum(not one.inside for one in best):
+        why += (
+            f" At {edges} of {len(best)} budgets the lowest loss is at the fewest or most loops that were run, so the "
+            "exponents say little."
+        )
     number = f"loops ~ C^{fitted['loops'].value:.2f}, tokens ~ C^{fitted['tokens'].value:.2f}"
     return Judgement(outcome, number, why, [Table("Lowest points of the isoFLOP parabolas", head, rows), laws(results)])
 
