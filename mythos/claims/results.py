@@ -59,6 +59,11 @@ class RunResult:
         """Arm and values as text."""
         return place_name(self.arm, self.point)
 
+    @property
+    def swept(self) -> dict[int, float]:
+        """Loss by number of loops of the measured sweep, at the depths that it has read out."""
+        return {one["loops"]: one["loss"] for one in self.measured["sweep"]["loops"] if one["loss"] is not None}
+
     def last(self, key: str) -> float:
         """A value of the last validation; NaN if the run has none."""
         value = self.validations[-1].get(key) if self.validations else None

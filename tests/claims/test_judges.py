@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from math import exp, log
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 
 from mythos.claims.definition import claim_names, points
 from mythos.claims.judgement import CONDITIONS, NOT_SUPPORTED, SUPPORTED, UNDECIDED, judge, panels
-from mythos.claims.judges.loop_worth import block_parameters
+from mythos.claims.judges.loop_worth import sizes_of
 from mythos.claims.measures import cache, in_classes, whole_sentences
 from mythos.model import IGNORE_INDEX
 from mythos.reports.style import compose
@@ -286,7 +285,7 @@ def test_scaling() -> None:
 def worth(one: float, two: float) -> Any:
     """Losses of the law with these exponents, every seed a little off it; unlooped blocks are on it."""
     claim = loaded("loop-worth")
-    sizes = {planned.arm: block_parameters(planned.config) for planned in claim.runs(1, Path("unused"), None)}
+    sizes = sizes_of(claim)
 
     def make(arm: str, seed: int, point: dict[str, Any]) -> Any:
         kind, _, count = arm.partition("-")

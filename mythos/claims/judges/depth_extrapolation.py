@@ -13,10 +13,9 @@ OURS, ALSO = "random", "curriculum"
 
 def perplexities(run: RunResult) -> dict[int, float]:
     """Perplexity by loops with the last state read out; of a model of act its own average, up to each limit."""
-    sweep = run.measured["sweep"]
-    averaged = {point["most"]: point["loss"] for point in sweep["halting"] if point["rule"] == "act"}
-    losses = averaged or {loop["loops"]: loop["loss"] for loop in sweep["loops"] if loop["loss"] is not None}
-    return {loops: exp(loss) for loops, loss in losses.items()}
+    halting = run.measured["sweep"]["halting"]
+    averaged = {point["most"]: point["loss"] for point in halting if point["rule"] == "act"}
+    return {loops: exp(loss) for loops, loss in (averaged or run.swept).items()}
 
 
 def harm(run: RunResult) -> float:

@@ -40,15 +40,8 @@ def frontier(results: Results, claim: Claim) -> dict[str, list[tuple[float, floa
 
 def fixed(results: Results) -> list[tuple[int, float]]:
     """Loss when all positions get the same number of loops, of the arm without a rule: means over seeds."""
-    runs = [run.measured["sweep"]["loops"] for run in results.of_arm(BASE) if run.diverged is None]
-    return [
-        (same[0]["loops"], mean([one["loss"] for one in same])) for same in zip(*runs, strict=True) if same[0]["loss"]
-    ]
-
-
-def full_loss(run: RunResult) -> float:
-    """Loss with all loops of the training mean."""
-    return next(one["loss"] for one in run.measured["sweep"]["loops"] if one["loops"] == run.mean_loops)
+    runs = [run.swept for run in results.of_arm(BASE) if run.diverged is None]
+    return [(count, mean([swept[count] for swept in runs])) for count in runs[0]]
 
 
 def more_for_rare(results: Results, rule: str) -> list[float]:
@@ -71,7 +64,8 @@ def finished(results: Results, rule: str) -> list[RunResult]:
 def judge(claim: Claim, results: Results) -> Judgement:
     """The largest saving of each rule at the allowed loss, and whether rare tokens get more loops."""
     base = [run for run in results.of_arm(BASE) if run.diverged is None]
-    full, loops = mean([full_loss(run) for run in base]), base[0].mean_loops
+    same, loops = fixed(results), base[0].mean_loops
+    full = dict(same)[loops]
     limit, wanted = full + claim.thresholds["nats"], claim.thresholds["saved"]
     rules = frontier(results, claim)
     saved = {
@@ -89,7 +83,7 @@ def judge(claim: Claim, results: Results) -> Judgement:
     ]
     rows += [
         ["none: all positions alike", "", f"{count}", f"{1 - count / loops:.0%}", f"{expm1(loss - full):+.2%}"]
-        for count, loss in fixed(results)
+        for count, loss in same
     ]
     table = Table(
         f"Rules at their thresholds, means over seeds; perplexity against all {loops} loops of `{BASE}`",
@@ -99,7 +93,7 @@ def judge(claim: Claim, results: Results) -> Judgement:
     why = "Largest saving within the allowed loss: " + ", ".join(f"{rule} {share:.0%}" for rule, share in saved.items())
     differences = ", ".join(f"{rule} {spread(values, '+.2f')}" for rule, values in rare.items())
     why += f". Loops of the rarest tokens against the most frequent, by rule: {differences}."
-    alike = ", ".join(f"{count} {expm1(loss - full):+.2%}" for count, loss in fixed(results) if count < loops)
+    alike = ", ".join(f"{count} {expm1(loss - full):+.2%}" for count, loss in same if count < loops)
     why += f" Perplexity with the same number of loops for all positions: {alike}."
     tables = [table, *(by_class(results, rules, kind) for kind in CLASSES), on_sentences(results, rules)]
     return Judgement(outcome, f"{best} saves {saved[best]:.0%} of the loops", why, tables)

@@ -3,7 +3,7 @@
 from math import inf
 from pathlib import Path
 
-from mythos.claims.definition import Claim, PlannedRun
+from mythos.claims.definition import Claim
 from mythos.claims.judgement import CONDITIONS, NOT_SUPPORTED, SUPPORTED, Judgement, Table, mean, spread
 from mythos.claims.plots import Panel, lines_panel
 from mythos.claims.results import Results, final_loss
@@ -17,6 +17,15 @@ LANES = {"one": "one lane", "two": "two lanes"}
 """Beginnings of the names of looped arms."""
 
 
+Sizes = dict[str, tuple[int, int]]
+"""Parameters by arm: of the blocks outside of the loop, and of the core."""
+
+
+def sizes_of(claim: Claim) -> Sizes:
+    """The sizes of all arms, from their configurations."""
+    return {planned.arm: block_parameters(planned.config) for planned in claim.runs(1, Path("unused"), None)}
+
+
 def block_parameters(config: Config) -> tuple[int, int]:
     """Parameters of the blocks outside of the loop, and of the core."""
     model = build_on_meta(config.model)
@@ -25,9 +34,8 @@ def block_parameters(config: Config) -> tuple[int, int]:
     return once, core
 
 
-def cells(claim: Claim, results: Results, kind: str) -> list[list[LoopRun]]:
+def cells(claim: Claim, results: Results, sizes: Sizes, kind: str) -> list[list[LoopRun]]:
     """The runs that are fitted for a number of lanes: one list for each arm and number of steps."""
-    sizes = {arm: block_parameters(planned.config) for arm, planned in first_runs(claim).items()}
     found: dict[tuple[str, int], list[LoopRun]] = {}
     for run in results.chosen(claim):
         if run.arm.split("-")[0] in (UNLOOPED, kind) and final_loss(run) < inf:
@@ -36,14 +44,10 @@ def cells(claim: Claim, results: Results, kind: str) -> list[list[LoopRun]]:
     return list(found.values())
 
 
-def first_runs(claim: Claim) -> dict[str, PlannedRun]:
-    """A planned run of every arm."""
-    return {planned.arm: planned for planned in claim.runs(1, Path("unused"), None)}
-
-
 def judge(claim: Claim, results: Results) -> Judgement:
     """Compare the exponents with 0, with the published one, and with each other."""
-    fitted = {kind: worth_interval(cells(claim, results, kind)) for kind in LANES}
+    sizes = sizes_of(claim)
+    fitted = {kind: worth_interval(cells(claim, results, sizes, kind)) for kind in LANES}
     one, two = fitted["one"], fitted["two"]
     if one.low <= 0:
         outcome = NOT_SUPPORTED
@@ -55,14 +59,12 @@ def judge(claim: Claim, results: Results) -> Judgement:
         f"r loops are worth r^{one} cores with one lane (published 0.45), and r^{two} with two (published 0.65 with "
         "hyper-connections)."
     )
-    return Judgement(
-        outcome, f"phi {one.value:.2f} with one lane, {two.value:.2f} with two", why, [losses(claim, results)]
-    )
+    number = f"phi {one.value:.2f} with one lane, {two.value:.2f} with two"
+    return Judgement(outcome, number, why, [losses(claim, results, sizes)])
 
 
-def losses(claim: Claim, results: Results) -> Table:
+def losses(claim: Claim, results: Results, sizes: Sizes) -> Table:
     """Validation loss of every arm by number of steps, and the size that it is fitted with."""
-    sizes = {arm: block_parameters(planned.config) for arm, planned in first_runs(claim).items()}
     steps = claim.grid[STEPS]
     rows = []
     for arm in claim.arms:

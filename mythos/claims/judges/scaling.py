@@ -47,8 +47,7 @@ def laws(results: Results) -> Table:
     rows = []
     for run in results.runs.values():
         if run.seed == 0 and run.diverged is None:
-            swept = {one["loops"]: one["loss"] for one in run.measured["sweep"]["loops"]}
-            fit = fit_losses({count: loss for count, loss in swept.items() if loss is not None})  # None: not read out
+            fit = fit_losses(run.swept)
             law = ["no fit"] * 3 if fit is None else [f"{fit.limit:.3f}", f"{fit.amplitude:.3f}", f"{fit.rate:.2f}"]
             rows.append([f"`{run.arm}`", *law])
     title = "Loss by loops at inference, L(T) = limit + amplitude exp(-rate T) (seed 0)"
