@@ -49,7 +49,7 @@ def sized(config: Config) -> Config:
     if config.model.vocab_size != "auto":
         return config
     size = config.tokenizer.vocab_size if config.tokenizer.name == "bpe" else BPE_VOCAB_SIZE
-    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
+    return config.with_fields("model", vocab_size=size)
 
 
 def named_gpu(name: str) -> Gpu:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from itertools import product
-from typing import Any
 
 from mythos.config.sections import Config, ParallelConfig
 from mythos.distributed.layout import Layout, memory_of_device, named_layout
@@ -43,7 +42,7 @@ def choose_layout(config: Config, size: int, local_size: int, memory: int) -> La
     if size == 1 or config.parallel.mode != "auto":
         return named_layout(config.parallel, size, local_size)
     if config.train.micro_batch == "auto":  # The trainer fits it to the memory that is left, which must hold one row.
-        config = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": 1})})
+        config = config.with_fields("train", micro_batch=1)
     expert, shared = config.parallel.expert, config.parallel.shared
     candidates = [Layout("ddp", size, 1, "")] if expert == 1 else []
     if 1 < local_size < size and size % local_size == 0 and local_size % expert == 0:
@@ -89,8 +88,7 @@ def agree_on_layout(config: Config, world: World) -> Layout:
         if not world.ranks.main:
             return None
         dtype = choose_dtype(config.train.dtype, world.device)
-        settings = {"device": world.device.type, "dtype": str(dtype).removeprefix("torch.")}
-        planned = config.model_copy(update={"train": config.train.model_copy(update=settings)})
+        planned = config.with_fields("train", device=world.device.type, dtype=str(dtype).removeprefix("torch."))
         layout = choose_layout(planned, world.size, world.local_size, memory)
         if not layout.fits:
             advice = shortage(planned, world.size, world.local_size, memory)
@@ -128,7 +126,7 @@ def find_fit(config: Config, ranks: int, machine_ranks: int, device_memory: int)
             for shard in (n for n in shards if n % settings.expert == 0):
                 mode = {"mode": "fsdp", "shard": None} if shard == size else {"mode": "hsdp", "shard": shard}
                 changes = {**mode, "replicate": None, "wrap": wrap, "reduce": reduce, "reshard_after_forward": True}
-                changed = with_parallel(config, **changes)
+                changed = config.with_fields("parallel", **changes)
                 layout = named_layout(changed.parallel, size, min(size, machine_ranks))
                 try:
                     state = rank_state(changed, layout)
@@ -191,9 +189,9 @@ def shortage(config: Config, ranks: int, machine_ranks: int, device_memory: int)
     least: list[tuple[int, int]] = []  # bytes of what is gathered and reduced, and of activations
     alone: list[int] = []  # bytes of activations that do not fit alone
     counts = [count for count in expert_counts(config) if count % config.parallel.shared == 0]
-    ways = [with_parallel(config, expert=expert) for expert in counts]
+    ways = [config.with_fields("parallel", expert=expert) for expert in counts]
     # Dividing the shared experts computes more, so it comes last, and with most expert ranks, which takes least memory.
-    ways += [with_parallel(ways[-1], shared=count) for count in shared_counts(ways[-1], machine_ranks)[1:]]
+    ways += [ways[-1].with_fields("parallel", shared=count) for count in shared_counts(ways[-1], machine_ranks)[1:]]
     for divided in ways:
         expert, shared = divided.parallel.expert, divided.parallel.shared
         size = max(2, ranks, expert)
@@ -222,11 +220,6 @@ def shortage(config: Config, ranks: int, machine_ranks: int, device_memory: int)
         f"unit it gathers and reduces, and {gib(step)} for activations. Lower train.micro_batch or "
         "data.sequence_length, or use devices of more memory."
     )
-
-
-def with_parallel(config: Config, **changes: Any) -> Config:
-    """The configuration with some fields of `parallel` changed."""
-    return config.model_copy(update={"parallel": config.parallel.model_copy(update=changes)})
 
 
 def gib(size: int) -> str:

@@ -14,7 +14,7 @@ from mythos.model.cache import cache_bytes_per_token
 from mythos.planning.budget import mean_depths
 from mythos.planning.collectives import collectives
 from mythos.planning.flops import count_parameters, forward_flops
-from mythos.planning.layout import choose_layout, gib, shortage, with_parallel
+from mythos.planning.layout import choose_layout, gib, shortage
 from mythos.planning.parameters import parameters_by_formula
 from mythos.planning.rank_state import (
     RankState,
@@ -91,12 +91,12 @@ def device_here(config: Config) -> tuple[Config, int, str]:
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     device = choose_device(config.train.device, 0, local_size)
     dtype = str(choose_dtype(config.train.dtype, device)).removeprefix("torch.")
-    train = config.train.model_copy(update={"device": device.type, "dtype": dtype})
+    config = config.with_fields("train", device=device.type, dtype=dtype)
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
         name = "this machine" if local_size == 1 else f"this machine for each of {local_size} processes"
-    return config.model_copy(update={"train": train}), usable_bytes(device, local_size), name
+    return config, usable_bytes(device, local_size), name
 
 
 def _start_lines(config: Config) -> list[str]:
@@ -186,7 +186,7 @@ def _collective_lines(config: Config, state: RankState) -> list[str]:
     lines = [title + (f" at {loops} loops" if layout.sharded else "") + ", and GiB that they gather or reduce"]
     for wrap in ("loop", "block") if layout.sharded else (None,):
         configured = wrap in (None, config.parallel.wrap)
-        changed = config if configured else with_parallel(config, wrap=wrap)
+        changed = config if configured else config.with_fields("parallel", wrap=wrap)
         changed_state = state if configured else rank_state(changed, layout)
         exchanges = collectives(changed, changed_state, loops, config.depth_backprop)
         parts = [f"{e.count} {kind}{'s' * (e.count != 1)} ({gib(e.bytes)})" for kind, e in exchanges.items() if e.count]

@@ -11,7 +11,7 @@ from mythos.distributed.layout import Layout, named_layout
 from mythos.errors import MythosError
 from mythos.planning.budget import Gpu
 from mythos.planning.fake_step import CHECKPOINTING
-from mythos.planning.layout import USABLE_SHARE, expert_counts, shared_counts, with_parallel
+from mythos.planning.layout import USABLE_SHARE, expert_counts, shared_counts
 from mythos.planning.memory import Activations
 from mythos.planning.rank_state import RankState, activations, micro_batches, rank_state, working_memory
 from mythos.planning.speed import TimeModel
@@ -129,7 +129,8 @@ class Search:
         `level` is the place of parallel.shared among the values to try; layouts that have fewer are left out. Without
         `copies` only the layouts that divide the model among all GPUs, unless the mode is fixed.
         """
-        counts = self.values("expert", tuple(sorted({1, *expert_counts(with_parallel(self.config, expert=1))})))
+        whole = self.config.with_fields("parallel", expert=1)
+        counts = self.values("expert", tuple(sorted({1, *expert_counts(whole)})))
         if gpus == 1:
             layouts: list[dict[str, Any]] = [{"mode": "single", "expert": 1}]
         else:
@@ -146,12 +147,12 @@ class Search:
                 continue
             if "replicate" in self.fixed and chosen.replicate != gpus // layout.get("shard", gpus):
                 continue
-            config = with_parallel(self.config, **{"shard": None, "replicate": None, "wrap": wrap, **layout})
+            config = self.config.with_fields("parallel", **{"shard": None, "replicate": None, "wrap": wrap, **layout})
             if "shared" not in self.fixed:
-                counts_of_shared = shared_counts(with_parallel(config, shared=1), self.machine_gpus)
+                counts_of_shared = shared_counts(config.with_fields("parallel", shared=1), self.machine_gpus)
                 if level >= len(counts_of_shared):
                     continue
-                config = with_parallel(config, shared=counts_of_shared[level])
+                config = config.with_fields("parallel", shared=counts_of_shared[level])
             elif config.parallel.expert % config.parallel.shared:
                 continue
             state = self.state(config, named_layout(config.parallel, gpus, min(gpus, self.machine_gpus)))
@@ -166,11 +167,10 @@ class Search:
             sizes = (self.config.train.micro_batch,)
         for config, state in self.settings(self.gpus, wrap, level):
             for size, mode in product(sizes, self.values("activation_checkpointing", CHECKPOINTING)):
-                train = config.train.model_copy(update={"micro_batch": size})
-                sized = config.model_copy(update={"train": train})
+                sized = config.with_fields("train", micro_batch=size)
                 several = state.layout.sharded and micro_batches(sized, self.gpus) > 1
                 for reduce in self.values("reduce", ("micro_batch", "step") if several else ("micro_batch",)):
-                    yield Candidate(with_parallel(sized, activation_checkpointing=mode, reduce=reduce), state)
+                    yield Candidate(sized.with_fields("parallel", activation_checkpointing=mode, reduce=reduce), state)
 
     def trace(self, candidate: Candidate) -> int:
         """Bytes of activations of a candidate at their peak."""
@@ -260,9 +260,8 @@ class Search:
         modes = self.values("activation_checkpointing", ("loop",))
         for wrap, level in self.ways:
             for config, state in self.settings(gpus, wrap, level, copies=False):
-                train = config.train.model_copy(update={"micro_batch": 1})
-                one = with_parallel(config, activation_checkpointing=modes[0], reduce="micro_batch")
-                smallest.append(Candidate(one.model_copy(update={"train": train}), state))
+                one = config.with_fields("parallel", activation_checkpointing=modes[0], reduce="micro_batch")
+                smallest.append(Candidate(one.with_fields("train", micro_batch=1), state))
         for candidate in sorted(smallest, key=lambda each: each.held):
             self._trace_smallest(smallest, candidate)
             if best is None or candidate.held + self.at_least(candidate) < best.needed:
@@ -308,7 +307,7 @@ class Search:
 
 def at_length(config: Config, length: int) -> Config:
     """The configuration with sequences of `length` tokens."""
-    return config.model_copy(update={"data": config.data.model_copy(update={"sequence_length": length})})
+    return config.with_fields("data", sequence_length=length)
 
 
 def _is_power_of_2(number: int) -> bool:

@@ -138,7 +138,7 @@ def test_shipped_10b_fits_80_gib_with_divided_experts_only() -> None:
     config = shipped("fineweb-edu-10b")
     layout = choose_layout(config, 64, 8, 80 * GIB)
     assert (layout.mode, layout.shard, layout.expert, layout.fits) == ("hsdp", 8, 8, True)
-    whole = layouts.with_parallel(config, expert=1)
+    whole = config.with_fields("parallel", expert=1)
     layout = choose_layout(whole, 64, 8, 80 * GIB)
     assert (layout.mode, layout.fits) == ("fsdp", False)
     experts = 4 * 3 * config.model.n_experts * config.model.expert_dim * config.model.dim

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from mythos.model.layers import without_autocast
 from mythos.model.ops.grouped_experts import ExpertWeights, expert_ends, run_experts, sum_slots
-from mythos.model.ops.transfer import Transfer
+from mythos.model.ops.transfer import Passage, Transfer
 
 
 class Splits(NamedTuple):
@@ -108,7 +108,7 @@ class ExpertExchange:
         return bool(votes)
 
 
-class Dispatch:
+class Dispatch(Passage):
     """One call of a block's experts for N tokens with k experts each, between `ExpertExchange.start` and the result."""
 
     def __init__(
@@ -119,8 +119,6 @@ class Dispatch:
         """(N k,) int64: the slot at each place of the order by expert, and the inverse."""
         self.wait = wait
         self.known: Splits | None = None
-        self.travelling: Transfer | None = None
-        """Rows on their way to the experts, or gradients on their way back."""
 
     @property
     def splits(self) -> Splits:
@@ -155,12 +153,6 @@ class Dispatch:
     def run(self, x: Tensor, gates: Tensor, weights: ExpertWeights) -> Tensor:
         """Both steps of `send`."""
         return self.send(x, gates, weights)()
-
-    def arrived(self) -> Tensor:
-        """Wait for what is on its way."""
-        assert self.travelling is not None, "something was sent"
-        transfer, self.travelling = self.travelling, None
-        return transfer.wait()
 
     def by_expert(self, values: Tensor) -> Tensor:
         """Values of tokens (N, m) -> those of their slots, ordered by expert (N k, m)."""

@@ -18,7 +18,7 @@ from mythos.model.ops import device_choice
 from mythos.model.ops.grouped_experts import ParameterLink
 from mythos.model.ops.matmul import multiply
 from mythos.model.ops.shared_weight import BackwardPass
-from mythos.model.ops.transfer import Transfer
+from mythos.model.ops.transfer import Passage, Transfer
 
 BLOCK_ELEMENTS = 2**28
 """Most hidden activations that exist at a time: 512 MiB in bfloat16, and a few times that in the backward pass. The
@@ -102,7 +102,7 @@ class SharedExpertGroup:
         return Transfer(received, rows, work)
 
 
-class SharedCall:
+class SharedCall(Passage):
     """One call of a block's shared experts, for the tokens of T ranks, padded to the `most` of any of them.
 
     Call `send`, `compute` and `total` once each, in that order. Tokens travel between the first two, results between
@@ -112,7 +112,6 @@ class SharedCall:
 
     def __init__(self, group: SharedExpertGroup, most: int, weights: SliceWeights) -> None:
         self.group, self.most, self.weights = group, most, weights
-        self.travelling: Transfer | None = None
 
     def send(self, x: Tensor) -> Tensor:
         """Send this rank's tokens (N, D) to the others: -> the argument of `compute`."""
@@ -137,12 +136,6 @@ class SharedCall:
         """
         self.travelling = transfer
         return transfer.received.detach()
-
-    def arrived(self) -> Tensor:
-        """Wait for what is on its way."""
-        assert self.travelling is not None, "something was sent"
-        transfer, self.travelling = self.travelling, None
-        return transfer.wait()
 
     def summed(self, count: int) -> Tensor:
         """Wait for this rank's `count` rows from all ranks, and add them up: (count, D) float32."""

@@ -16,3 +16,16 @@ class Transfer:
             self.work.wait()
         self.rows = self.received[:0]  # what was sent may be freed
         return self.received
+
+
+class Passage:
+    """A call whose rows travel between ranks, at most one transfer at a time."""
+
+    travelling: Transfer | None = None
+    """Rows on their way, or gradients on their way back."""
+
+    def arrived(self) -> Tensor:
+        """Wait for what is on its way."""
+        assert self.travelling is not None, "something was sent"
+        transfer, self.travelling = self.travelling, None
+        return transfer.wait()
