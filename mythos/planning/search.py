@@ -250,14 +250,14 @@ class Search:
         self.trace(min(same, key=lambda each: (-each.layout.expert, self._key(each).rows)))
 
     def least(self, gpus: int | None = None) -> Least | None:
-        """The candidate that needs least memory, with micro-batches of one row and loops recomputed.
+        """The candidate that needs least memory, with micro-batches of one row and everything recomputed.
 
         `gpus` instead of the search's number may exceed the global batch. None if no layout is possible.
         """
         gpus = self.gpus if gpus is None else gpus
         best: Least | None = None
         smallest: list[Candidate] = []
-        modes = self.values("activation_checkpointing", ("loop",))
+        modes = self.values("activation_checkpointing", ("all",))
         for wrap, level in self.ways:
             for config, state in self.settings(gpus, wrap, level, copies=False):
                 one = config.with_fields("parallel", activation_checkpointing=modes[0], reduce="micro_batch")

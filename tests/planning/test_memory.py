@@ -87,6 +87,16 @@ def test_memory_beyond_the_traced_loops_goes_on_as_before(monkeypatch: pytest.Mo
         assert 0.9 < estimate / measured < 1.1, f"{checkpointing}: {estimate:,} {measured:,}"
 
 
+def test_recomputed_layers_keep_only_their_input() -> None:
+    """At the peak, in the loop's backward pass, a layer more of the prelude has kept one float32 residual stream."""
+    for checkpointing in ("loop", "all"):
+        few, many = (preset_config("mythos_nano", vocab_size=512, prelude_layers=n, coda_layers=n) for n in (2, 3))
+        step = Step(4, 128, 2, 2, checkpointing, torch.float32, "cpu", True)
+        more = step_activations(many, step).peak - step_activations(few, step).peak
+        stream = step.rows * step.length * few.dim * torch.float32.itemsize
+        assert more == stream if checkpointing == "all" else more > 20 * stream
+
+
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 def test_divided_shared_experts_keep_no_hidden_activations(checkpointing: str) -> None:
     """However wide they are; and what a recomputed pass leaves behind is freed before the next one is recomputed."""
