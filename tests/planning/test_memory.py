@@ -15,6 +15,7 @@ from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.planning import memory
 from mythos.planning.fake_step import CHECKPOINTING, Step, fake_model
 from mythos.planning.memory import step_activations
+from mythos.torch_internals import FakeTensorMode
 
 
 def allocated(config: ModelConfig, step: Step) -> int:
@@ -95,6 +96,15 @@ def test_recomputed_layers_keep_only_their_input() -> None:
         more = step_activations(many, step).peak - step_activations(few, step).peak
         stream = step.rows * step.length * few.dim * torch.float32.itemsize
         assert more == stream if checkpointing == "all" else more > 20 * stream
+
+
+def test_what_a_gpu_fuses_allocates_its_results_only() -> None:
+    with FakeTensorMode(), memory.Ledger([], set()) as ledger:
+        x = torch.empty(1000)
+        with device_choice.simulated_gpu(ledger.call_fused), torch.no_grad():
+            y = device_choice.fused(lambda x: torch.cat((x * 2, x + 1)), x.device)(x)
+        del x, y
+    assert (ledger.live, ledger.peak()) == (0, 4 * (1000 + 2000))
 
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
