@@ -165,11 +165,11 @@ def serve(connection: socket.socket) -> dict[str, Any] | None:
                 selector.register(os.pidfd_open(pid), selectors.EVENT_READ, (pid, status))
 
 
-def reopen_streams() -> None:
+def reopen_streams(encoding: str | None) -> None:
     """Replace the server's standard streams, which learned what they are (a terminal, a file) when they were made."""
-    sys.stdin = open(0, closefd=False)  # noqa: SIM115
-    sys.stdout = open(1, "w", buffering=1 if os.isatty(1) else -1, closefd=False)  # noqa: SIM115
-    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    sys.stdin = open(0, encoding=encoding, closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", buffering=1 if os.isatty(1) else -1, encoding=encoding, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, encoding=encoding, errors="backslashreplace", closefd=False)  # noqa: SIM115
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
 
 
@@ -185,7 +185,7 @@ def become(request: dict[str, Any]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.isatty(0) and request["session"]:
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # Ctrl-C then sends SIGINT
-    reopen_streams()
+    reopen_streams(request["env"].get("PYTHONIOENCODING"))
     if "PYTHONFAULTHANDLER" in request["env"]:
         faulthandler.enable()
     os.chdir(request["cwd"])

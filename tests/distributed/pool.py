@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from mythos import trainer
@@ -98,9 +99,24 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def _keep_sharding_results() -> None:
+    """Let a run use what DTensor has worked out in earlier runs of the same layout: a quarter of its time.
+
+    DTensor caches how an operator is sharded together with the mesh of its result, which finds its groups by name. So
+    meshes are equal here only if their groups have the same names: a cached result is then used only by a run whose own
+    groups have these names.
+    """
+    key = DeviceMesh._hash_key
+    DeviceMesh._hash_key = lambda mesh: (*key(mesh), *getattr(mesh, "_dim_group_names", ()))
+    DeviceMesh.__eq__ = lambda mesh, other: isinstance(other, DeviceMesh) and mesh._hash_key() == other._hash_key()
+
+
 def _serve(connection: Connection) -> None:
     torch.set_num_threads(1)
     trainer.draw_plots = no_drawing
+    keep = hasattr(DeviceMesh, "_hash_key")  # since torch 2.13
+    if keep:
+        _keep_sharding_results()
     while True:
         try:
             environment, function, arguments = connection.recv()
@@ -116,5 +132,5 @@ def _serve(connection: Connection) -> None:
         connection.send(answer)
         if dist.is_initialized():
             dist.destroy_process_group()
-            # Results of DTensor operators are cached with their meshes, whose groups exist no longer.
-            _clear_sharding_prop_cache()
+            if not keep:
+                _clear_sharding_prop_cache()
