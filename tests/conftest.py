@@ -115,6 +115,14 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return 0 if config.args_source is pytest.Config.ArgsSource.ARGS else 3
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Start one server of warm processes for all processes of pytest."""
+    if getattr(config.option, "numprocesses", None):
+        from tests.warm import start_server
+
+        start_server()
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Keep the garbage collector away from what imports have created: a million objects that live as long as the tests.
 

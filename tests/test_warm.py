@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.warm import WarmPopen
+from tests.warm import CHILDREN, WarmPopen
 
 PROGRAM = """
 import os, sys
@@ -116,3 +116,14 @@ def test_a_program_sees_its_own_settings_of_the_hub() -> None:
             text=True,
         )
         assert process.communicate(timeout=60)[0] == f"{endpoint}\n"
+
+
+def test_a_warm_program_starts_others_warm_if_asked() -> None:
+    program = """import subprocess, sys
+inner = "import sys; print('torch' in sys.modules)"
+print(subprocess.run([sys.executable, "-c", inner], capture_output=True, text=True).stdout, end="")"""
+    for environment, expected in ({}, "False\n"), ({CHILDREN: "1"}, "True\n"):
+        process = WarmPopen(
+            [sys.executable, "-c", program], env=os.environ | environment, stdout=subprocess.PIPE, text=True
+        )
+        assert process.communicate(timeout=60)[0] == expected
