@@ -232,15 +232,21 @@ class ParallelConfig(Section):
     reduce: Literal["step", "micro_batch"] = "micro_batch"
     """fsdp, hsdp: when gradients are reduced. micro_batch = after each micro-batch, so that processes store only
     shards; step = once, which sends less, but every process stores full float32 gradients between micro-batches."""
-    activation_checkpointing: Literal["none", "selective", "loop"] = "none"
-    """Recompute parts of the loops in the backward pass, to save memory. selective = cheap operations (norms, gates,
-    rotations); loop = whole loops, which stores only the state between loops."""
+    activation_checkpointing: Literal["none", "selective", "loop", "all"] = "none"
+    """Recompute parts of the model in the backward pass, to save memory. selective = cheap operations (norms, gates,
+    rotations) of the loops; loop = whole loops, which stores only the state between loops; all = also each layer of
+    prelude and coda."""
     start_timeout: Seconds = 1800.0
     """Seconds that processes wait for each other until the end of the first step, which may gather data and compile."""
     timeout: Seconds = 300.0
     """Seconds that processes wait for each other after the first step; then the run ends and names the operation."""
     stall_after: Seconds = 120.0
     """Seconds without a finished step until every process writes its stack traces to stacks/ in the run directory."""
+
+    @property
+    def recomputes_loops(self) -> bool:
+        """Whether the backward pass runs whole loops again."""
+        return self.activation_checkpointing in ("loop", "all")
 
 
 class WandbConfig(Section):

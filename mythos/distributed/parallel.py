@@ -190,7 +190,7 @@ def choose_micro_batch(config: Config, parallel: ParallelModel) -> int:
                 raise
             raise MythosError(
                 f"not one sequence of {length} tokens fits in memory: lower data.sequence_length, set "
-                "parallel.activation_checkpointing=loop, or share the model by parallel.mode=fsdp"
+                "parallel.activation_checkpointing=all, or share the model by parallel.mode=fsdp"
             ) from error
 
     fitting = world.ranks.agreed(find)
@@ -201,7 +201,9 @@ def choose_micro_batch(config: Config, parallel: ParallelModel) -> int:
 def prepare_model(config: Config, model: RecurrentDepthTransformer, device: torch.device) -> None:
     """Apply parallel.activation_checkpointing and train.compile, in that order."""
     recurrence = model.recurrence
-    recurrence.checkpointing = config.parallel.activation_checkpointing
+    mode = config.parallel.activation_checkpointing
+    recurrence.checkpointing = "loop" if mode == "all" else mode
+    model.recompute_layers = mode == "all"
     if not compiles(config, device):
         return
     prepare_compiler()

@@ -15,7 +15,7 @@ float32: sums of up to 4,096 products in another order differ by a few 1e-6; a m
 bfloat16: the reference gets the same rounded inputs; the kernel rounds probabilities and results to 8 bits (0.4% each),
 and a gradient is rounded several times."""
 MEMORY_PRESETS = ("mythos_small", "mythos_1b", "looped_370m")
-MEMORY_MODES = ("none", "selective", "loop")
+MEMORY_MODES = ("none", "selective", "loop", "all")
 MEMORY_RATIO = (0.85, 1.15)
 """Allowed ratio of planned to measured memory."""
 MICRO_BATCHES = {"mythos_small": (8, 32), "mythos_1b": (1, 4)}

@@ -1,10 +1,11 @@
 """Optimizer steps of the trainer on random tokens, to be timed; and clocks and counters for memory."""
 
 import contextlib
+import gc
 import io
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -41,17 +42,41 @@ def timed(work: Work, device: torch.device | None = None) -> Seconds:
 
 
 def tensor_peak(work: Work) -> int:
-    """Peak growth of CPU tensor memory while `work` runs, in bytes, as torch's allocator counts it."""
+    """Peak growth of CPU tensor memory while `work` runs, in bytes, as torch's allocator counts it.
+
+    What another thread frees is left out, because the profiler sees this thread only. Such are, on a busy machine, some
+    buffers of collectives: the last reference is then that of Gloo's thread.
+    """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as trace:
         work()
-    results: Any = trace.profiler
-    events = results.kineto_results.events()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    profiler: Any = trace.profiler
+    plain = (x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter))
+    alive = {x.untyped_storage().data_ptr() for x in plain}
+    changes = []
+    pending: dict[int, tuple[int, int]] = {}
+    for event in sorted(
+        _memory_events(profiler.kineto_results.experimental_event_tree()), key=lambda event: event.start_time_ns
+    ):
+        address, size = event.extra_fields.ptr, event.extra_fields.alloc_size
+        if size > 0:
+            pending[address] = event.start_time_ns, size  # instead of one whose end was not seen
+        elif address in pending:
+            changes += [pending.pop(address), (event.start_time_ns, size)]
+        else:
+            changes.append((event.start_time_ns, size))
+    changes += [allocated for address, allocated in pending.items() if address in alive]
     allocated = peak = 0
-    for _, change in changes:
+    for _, change in sorted(changes):
         allocated += change
         peak = max(peak, allocated)
     return peak
+
+
+def _memory_events(events: Iterable[Any]) -> Iterator[Any]:
+    for event in events:
+        if event.name == "[memory]":
+            yield event
+        yield from _memory_events(event.children)
 
 
 def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:

@@ -241,6 +241,14 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+def has_dropout(module: nn.Module) -> bool:
+    """Whether a forward pass may draw random numbers, which only dropout does, that an adapter may add.
+
+    Without it checkpointing need not save the generator's state, which on a GPU waits for a copy to the host.
+    """
+    return any(isinstance(part, nn.Dropout) for part in module.modules())
+
+
 def autocast_to(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[None]:
     """Context in which matmuls on a device run in `dtype`; autocast stays off for float32."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mythos.model import IGNORE_INDEX
 from mythos.model.attention.context import AttentionContext, attention_context
@@ -27,7 +28,16 @@ from mythos.model.halting import (
     halting_rule,
 )
 from mythos.model.injection import LTIInjection
-from mythos.model.layers import Initializer, Linear, RMSNorm, applied_weight, identity, initialize, truncated_normal
+from mythos.model.layers import (
+    Initializer,
+    Linear,
+    RMSNorm,
+    applied_weight,
+    has_dropout,
+    identity,
+    initialize,
+    truncated_normal,
+)
 from mythos.model.loss import cross_entropies, summed_cross_entropy
 from mythos.model.moe import MixtureOfExperts, core_class
 from mythos.model.recurrence import Recurrence
@@ -111,6 +121,8 @@ class RecurrentDepthTransformer(nn.Module):
         self.norm = RMSNorm(dim, config.norm_eps)
         self.head = None if config.tie_embeddings else Linear(dim, vocab)
         self.halting = build_halting(config)
+        self.recompute_layers = False
+        """Keep of each layer of prelude and coda only its input, and recompute the rest in the backward pass."""
 
     @property
     def head_weight(self) -> Tensor:
@@ -432,7 +444,7 @@ class RecurrentDepthTransformer(nn.Module):
         """e = RMSNorm(Prelude(Embed(ids))): (B, S) -> (B, S, D)."""
         x = self.embedding(ids)
         for index, block in enumerate(self.prelude):
-            x, _ = block(x, context.layer("prelude", index))
+            x = self.run_layer(block, x, context.layer("prelude", index))
         return x if self.prelude_norm is None else self.prelude_norm(x)
 
     def decode(self, state: Tensor, context: AttentionContext | CachedContext) -> Tensor:
@@ -440,8 +452,16 @@ class RecurrentDepthTransformer(nn.Module):
         x = state if self.readout_norm is None else self.readout_norm(state)
         x = x if self.readout is None else self.readout(x).float()
         for index, block in enumerate(self.coda):
-            x, _ = block(x, context.layer("coda", index))
+            x = self.run_layer(block, x, context.layer("coda", index))
         return self.norm(x)
+
+    def run_layer(self, block: nn.Module, x: Tensor, context: AttentionContext | CachedContext) -> Tensor:
+        """A layer of prelude or coda, (B, S, D) -> (B, S, D)."""
+        if not (self.recompute_layers and torch.is_grad_enabled()):
+            x, _ = block(x, context)
+            return x
+        x, _ = checkpoint(block, x, context, use_reentrant=False, preserve_rng_state=has_dropout(block))
+        return x
 
     def empty_load(self, device: torch.device) -> Tensor | None:
         """Zeros in the shape of `RDTOutput.expert_load`; None for a core that does not route."""

@@ -16,7 +16,7 @@ from mythos.model.decoding import CachedContext
 from mythos.model.halting import HaltingRule
 from mythos.model.injection import Injection
 from mythos.model.lanes import StateLanes, write_lanes
-from mythos.model.layers import Initializer, Linear, RMSNorm, autocast_dtype, loop_rows, ones, zeros
+from mythos.model.layers import Initializer, Linear, RMSNorm, autocast_dtype, has_dropout, loop_rows, ones, zeros
 from mythos.model.moe import MixtureOfExperts, core_class
 from mythos.model.ops.expert_exchange import CheckpointedPass, ExpertExchange
 from mythos.model.ops.grouped_experts import ExpertWeights
@@ -196,9 +196,7 @@ class Recurrence(nn.Module):
         shared, injected = self.injection(e) if self.injection is not None else (e, e)
         # With lanes the state that passes on and the state that is read out differ.
         shown, current = state[:0], self.lanes_from(state[:0])
-        # Only dropout, which an adapter may add, draws random numbers in a pass. Without it checkpointing need not save
-        # the generator's state, which on a GPU waits for a copy to the host.
-        random = self.checkpointing == "loop" and any(isinstance(module, nn.Dropout) for module in self.modules())
+        random = self.checkpointing == "loop" and has_dropout(self)
         for remaining in range(deepest, 0, -1):
             active = len(loops) - bisect_right(shallow_first, remaining - 1)
             if active > len(current):

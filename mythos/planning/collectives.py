@@ -91,15 +91,15 @@ def expert_exchanges(config: Config, layout: Layout, loops: int, backprop: int) 
     """All-to-alls of expert parallelism in a step, and the bytes of the rows that a rank's own tokens make.
 
     Each micro-batch, block and loop exchanges counts, rows (with their gates, 4 bytes each) and results; a backward
-    pass the gradients of both. With checkpointing "loop" the recomputation exchanges rows and results once more, except
-    for results that no gradient needs: those of the last block, unless a norm follows or lanes are written.
+    pass the gradients of both. Where loops are recomputed, rows and results are exchanged once more, except for results
+    that no gradient needs: those of the last block, unless a norm follows or lanes are written.
     """
     model, itemsize = config.model, compute_dtype(config).itemsize
     micro, blocks = micro_batches(config, layout.size), model.core_layers
     slots = config.train.global_batch // layout.size * config.data.sequence_length * model.experts_per_token
     result, row = slots * model.dim * itemsize, slots * (model.dim * itemsize + 4)
     counts, rows, results = loops * blocks, (loops + backprop) * blocks, (loops + backprop) * blocks
-    if config.parallel.activation_checkpointing == "loop":
+    if config.parallel.recomputes_loops:
         rows += backprop * blocks
         results += backprop * (blocks - (model.block_norm == "pre" and model.lanes == 1))
     counted = model.n_experts + (layout.expert if layout.shared > 1 else 0)
@@ -110,9 +110,9 @@ def expert_exchanges(config: Config, layout: Layout, loops: int, backprop: int) 
 def shared_exchanges(config: Config, layout: Layout, loops: int, backprop: int) -> Exchange:
     """All-gathers of tokens to the ranks that divide the shared experts, and as many and as large all-to-alls back.
 
-    Each micro-batch, block and loop has one, a backward pass another, and with checkpointing "loop" the recomputation.
+    Each micro-batch, block and loop has one, a backward pass another, and so has a loop that is recomputed.
     """
-    passes = loops + backprop + (backprop if config.parallel.activation_checkpointing == "loop" else 0)
+    passes = loops + backprop + (backprop if config.parallel.recomputes_loops else 0)
     tokens = config.train.global_batch // layout.size * config.data.sequence_length
     row = config.model.dim * compute_dtype(config).itemsize
     times = passes * config.model.core_layers

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -156,20 +156,32 @@ def run_forward(model: RecurrentDepthTransformer, step: Step) -> Tensor:
 # --- FLOPs that checkpointing computes again
 
 
-def recomputed_flops(config: ModelConfig, length: int, checkpointing: str) -> float:
-    """FLOPs per token and loop with gradient that the backward pass computes again under a checkpointing mode.
+class RecomputedFlops(NamedTuple):
+    """FLOPs per token that the backward pass computes again."""
 
-    Only the core is checkpointed, so prelude and coda are traced with one layer or none. Their number stays odd or
-    even, because every second layer of a model has a value embedding.
-    """
+    once: float
+    """Prelude and coda."""
+    loop: float
+    """One loop with gradient."""
+
+
+def recomputed_flops(config: ModelConfig, length: int, checkpointing: str) -> RecomputedFlops:
+    """What a checkpointing mode computes again."""
     if checkpointing == "none":
-        return 0.0
+        return RecomputedFlops(0.0, 0.0)
+    # The core is traced with one layer or none of prelude and coda. Their number stays odd or even, because every
+    # second layer of a model has a value embedding.
     outside = {name: getattr(config, name) % 2 for name in ("prelude_layers", "coda_layers")}
     short = config.model_copy(update=outside)
-    with_recompute, plain = (
-        _step_flops(short, Step(1, length, 1, 1, mode, torch.bfloat16)) for mode in (checkpointing, "none")
-    )
-    return (with_recompute - plain) / length
+    loop = _difference(short, length, "loop" if checkpointing == "all" else checkpointing, "none")
+    once = _difference(config, length, "all", "loop") if checkpointing == "all" else 0.0
+    return RecomputedFlops(once, loop)
+
+
+def _difference(config: ModelConfig, length: int, mode: str, other: str) -> float:
+    """FLOPs per token that one loop has more under `mode` than under another mode."""
+    more, less = (_step_flops(config, Step(1, length, 1, 1, each, torch.bfloat16)) for each in (mode, other))
+    return (more - less) / length
 
 
 @remembered(int)

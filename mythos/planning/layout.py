@@ -212,7 +212,7 @@ def shortage(config: Config, ranks: int, machine_ranks: int, device_memory: int)
     if not least:
         return (
             f"does not fit, for activations alone take {gib(min(alone))} GiB: lower train.micro_batch or "
-            "data.sequence_length, or set parallel.activation_checkpointing=loop"
+            "data.sequence_length, or set parallel.activation_checkpointing=all"
         )
     working, step = min(least, key=sum)
     return (

@@ -2,7 +2,8 @@
 
 import gc
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mythos.model.config import ModelConfig, loop_stages
+from mythos.model.ops import device_choice
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.planning.fake_step import Step, fake_model, run_forward
 from mythos.planning.trace_cache import remembered
@@ -71,7 +73,9 @@ def _trace(config: ModelConfig, step: Step, forward_only: bool = False) -> _Trac
                 parameter.grad = torch.zeros_like(parameter)
                 weights.append(parameter.grad)
         shapes = {shape for p in model.parameters() for shape in (p.shape, p.shape[::-1])}
-        with Ledger(weights, shapes) as ledger:
+        ledger = Ledger(weights, shapes)
+        on_gpu = device_choice.simulated_gpu(ledger.call_fused) if step.device == "cuda" else nullcontext()
+        with on_gpu, ledger:
             starts = _live_at_passes(model, ledger)
             objective = run_forward(model, step)
             per_loop = _kept_by_pass(config, step, starts)
@@ -124,18 +128,37 @@ class Ledger(TorchDispatchMode):
         """All allocations (bytes > 0) and frees (bytes < 0) in order: number of the storage, bytes."""
         self.highest = 0
         self.allocations = 0
+        self.fusing = False
+        """A function runs that a GPU fuses."""
         self.collecting = False
         """Collect garbage before every new peak. When passes are recomputed, fake tensors end up in reference cycles
         that real tensors do not form."""
+
+    def call_fused(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function that a GPU runs as one kernel, which allocates its results only."""
+        if torch.is_grad_enabled():
+            return function(*arguments)  # may also save something for the backward pass
+        self.fusing = True
+        try:
+            results = function(*arguments)
+        finally:
+            self.fusing = False
+        self.note_all(results)
+        return results
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = self.corrected(operation, args)
         if result is None:
             result = operation(*args, **(kwargs or {}))
-        for value in tree_leaves(result):
+        if not self.fusing:
+            self.note_all(result)
+        return result
+
+    def note_all(self, results: Any) -> None:
+        """Record the storages of all tensors in a result that are new."""
+        for value in tree_leaves(results):
             if isinstance(value, Tensor):
                 self.note(value)
-        return result
 
     def corrected(self, operation: Any, args: Any) -> Tensor | None:
         """What the operator returns for real tensors; None if fake tensors behave the same."""

@@ -78,12 +78,19 @@ class Least:
         return self.held + self.activations
 
 
-class Traced(NamedTuple):
-    """What the activations of a step depend on, in a search."""
+class Kind(NamedTuple):
+    """Layouts whose activations differ only by the experts and rows of a rank."""
 
     checkpointing: str
     sharded: bool
+    wrap: str
     shared: int
+
+
+class Traced(NamedTuple):
+    """What the activations of a step depend on, in a search."""
+
+    kind: Kind
     expert: int
     rows: int
 
@@ -182,9 +189,9 @@ class Search:
     def _key(self, candidate: Candidate) -> Traced:
         rows = candidate.config.train.micro_batch
         size = max(1, self.config.train.global_batch // candidate.layout.size) if rows == "auto" else rows
-        mode = candidate.config.parallel.activation_checkpointing
-        layout = candidate.layout
-        return Traced(mode, layout.sharded, layout.shared, layout.expert, size)
+        layout, parallel = candidate.layout, candidate.config.parallel
+        kind = Kind(parallel.activation_checkpointing, layout.sharded, parallel.wrap, layout.shared)
+        return Traced(kind, layout.expert, size)
 
     def at_least(self, candidate: Candidate) -> int:
         """A lower bound of `trace`, from traces of fewer rows and of ranks that hold fewer experts."""
@@ -192,7 +199,7 @@ class Search:
         bounds = [
             max(traced.peak, traced.kept * key.rows // other.rows)
             for other, traced in self.traced.items()
-            if other[:3] == key[:3] and other.expert >= key.expert and other.rows <= key.rows
+            if other.kind == key.kind and other.expert >= key.expert and other.rows <= key.rows
         ]
         return max(bounds, default=0)
 
@@ -246,18 +253,18 @@ class Search:
 
     def _trace_smallest(self, candidates: list[Candidate], candidate: Candidate) -> None:
         """Trace, of the candidates with the same checkpointing, the one with most expert ranks and fewest rows."""
-        same = [each for each in candidates if self._key(each)[:3] == self._key(candidate)[:3]]
+        same = [each for each in candidates if self._key(each).kind == self._key(candidate).kind]
         self.trace(min(same, key=lambda each: (-each.layout.expert, self._key(each).rows)))
 
     def least(self, gpus: int | None = None) -> Least | None:
-        """The candidate that needs least memory, with micro-batches of one row and loops recomputed.
+        """The candidate that needs least memory, with micro-batches of one row and everything recomputed.
 
         `gpus` instead of the search's number may exceed the global batch. None if no layout is possible.
         """
         gpus = self.gpus if gpus is None else gpus
         best: Least | None = None
         smallest: list[Candidate] = []
-        modes = self.values("activation_checkpointing", ("loop",))
+        modes = self.values("activation_checkpointing", ("all",))
         for wrap, level in self.ways:
             for config, state in self.settings(gpus, wrap, level, copies=False):
                 one = config.with_fields("parallel", activation_checkpointing=modes[0], reduce="micro_batch")

@@ -25,7 +25,8 @@ def executed_flops(config: Config, means: DepthMeans, mode: str) -> float:
     needed = forward_flops(model, length).training_at(means.loops, means.backprop)
     hidden = model.n_shared_experts * model.shared_expert_dim if config.parallel.shared > 1 else 0
     slices = 4 * model.core_layers * model.dim * hidden  # gate and up
-    return needed + means.backprop * (recomputed_flops(model, length, mode) + slices)
+    again = recomputed_flops(model, length, mode)
+    return needed + again.once + means.backprop * (again.loop + slices)
 
 
 def time_per_token(config: Config, state: RankState, gpu: Gpu, machine_gpus: int) -> StepTime:

@@ -18,14 +18,14 @@ from tests.runs import tiny
 from tests.trainers import take_step
 
 FSDP, HSDP = {"parallel__mode": "fsdp"}, {"parallel__mode": "hsdp", "parallel__shard": 2}
-SELECTIVE, LOOP = ({"parallel__activation_checkpointing": mode} for mode in ("selective", "loop"))
+SELECTIVE, LOOP, ALL = ({"parallel__activation_checkpointing": mode} for mode in ("selective", "loop", "all"))
 GATE, MUON = {"model__halting": "gate"}, {"optim__name": "muon"}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "ep 2": (2, FSDP | GATE | {"parallel__expert": 2}),
     "ep 4, recomputed in part": (4, FSDP | GATE | SELECTIVE | {"parallel__expert": 4}),
     "ep 2 x fsdp 2, recomputed": (4, FSDP | GATE | LOOP | {"parallel__expert": 2}),
     "ep 2 x replicate 2, reduced once": (4, HSDP | {"parallel__expert": 2, "parallel__reduce": "step"}),
-    "ep 2 x fsdp 2, blocks, recomputed": (4, FSDP | LOOP | {"parallel__expert": 2, "parallel__wrap": "block"}),
+    "ep 2 x fsdp 2, blocks, all recomputed": (4, FSDP | ALL | {"parallel__expert": 2, "parallel__wrap": "block"}),
 }
 
 
@@ -113,7 +113,6 @@ def test_memory_of_a_rank_is_planned(pool: RankPool, tmp_path: Path, layout: str
     sizes = pool.run(memory, tmp_path, layout, changes, ranks=ranks)
     planned = sizes[0][1]
     print(layout, f"{planned:,} planned", [f"{peak:,} allocated: {planned / peak:.3f}" for peak, _ in sizes])
-    # Mean over ranks: what uneven routing adds to one it takes from others. On a busy machine one rank at times has 3
-    # MB more, a ratio of 0.91, which nothing explains so far.
+    # What uneven routing adds to one rank it takes from others.
     mean = sum(peak for peak, _ in sizes) / ranks
-    assert 1.0 <= planned / mean <= 1.25 and all(planned / peak >= 0.9 for peak, _ in sizes)
+    assert 1.0 <= planned / mean <= 1.25 and all(planned / peak >= 0.99 for peak, _ in sizes)

@@ -48,7 +48,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "fsdp on 4, kept after forward": (4, {"parallel__mode": "fsdp", "parallel__reshard_after_forward": False}),
     "fsdp on 2, blocks": (2, {"parallel__mode": "fsdp", "parallel__wrap": "block"}),
     "fsdp on 2, reduced once": (2, {"parallel__mode": "fsdp", "parallel__reduce": "step"}),
-    "fsdp on 2, recomputed": (2, {"parallel__mode": "fsdp", "parallel__activation_checkpointing": "loop"}),
+    "fsdp on 2, recomputed": (2, {"parallel__mode": "fsdp", "parallel__activation_checkpointing": "all"}),
     "ddp on 2, recomputed in part": (2, {"parallel__mode": "ddp", "parallel__activation_checkpointing": "selective"}),
     "fsdp on 2, blocks, recomputed in part": (
         2,

@@ -20,8 +20,8 @@ from tests.distributed.test_parallel import CHANGES, Trained, assert_same, train
 from tests.runs import tiny
 
 DIM, HIDDEN = 16, 24
-SMALL_BLOCKS = {"LEAST_WIDTH": 4, "BLOCK_ELEMENTS": 64}
-"""So that hidden units are computed 4 at a time, in several blocks."""
+SMALL_BLOCKS = {"LEAST_TOKENS": 16, "BLOCK_ELEMENTS": 1}
+"""So that tokens are computed 16 at a time, in several blocks."""
 
 
 def problem(rank: int, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

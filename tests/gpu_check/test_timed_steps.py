@@ -1,5 +1,6 @@
 """Optimizer steps to be timed, clocks, and counters for memory."""
 
+import threading
 import time
 from pathlib import Path
 
@@ -24,6 +25,23 @@ def test_the_peak_of_tensors_is_exact():
         return second, third
 
     assert timing.tensor_peak(work) == 4 * 1500
+
+
+def test_what_another_thread_frees_is_not_counted_for_ever():
+    """Neither where its memory is used again, nor where it is not."""
+    kept = []
+
+    def work():
+        kept.append(torch.empty(100_000))
+        for size in (300_000, 300_000, 500_000):
+            passed = [torch.empty(size)]
+            thread = threading.Thread(target=passed.clear)
+            thread.start()
+            thread.join()
+        del passed
+        return torch.empty(200_000)
+
+    assert timing.tensor_peak(work) == 4 * 300_000
 
 
 def test_shared_storage_is_held_once():

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from mythos.config.sections import Config, ParallelConfig
+from mythos.distributed.parallel import prepare_model
 from mythos.model.attention.context import attention_context
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.model.state import initial_state
@@ -179,11 +181,12 @@ def test_truncated_gradient_matches_unrolled_loop(model, loops, backprop, change
     assert_same_gradients(actual, gradients(model))
 
 
-@pytest.mark.parametrize("mode", ["selective", "loop"])
+@pytest.mark.parametrize("mode", ["selective", "loop", "all"])
 @pytest.mark.parametrize(
     "changes",
     [
         {},
+        {"attention": "gqa", "value_embeddings": True, "prelude_layers": 3},
         {"attention": "gqa", "injection": "linear", "loop_embedding": True},
         {"q_lora_rank": 8, "qk_norm": False},
         PUBLISHED | {"core_ffn": "moe"},
@@ -199,7 +202,7 @@ def test_checkpointing_changes_nothing_but_memory(model, changes, mode):
     plain = model(ids, targets, loops=DEPTHS, backprop=3, state=state)
     plain.loss.backward()
     expected = gradients(model)
-    model.recurrence.checkpointing = mode
+    prepare_model(Config(parallel=ParallelConfig(activation_checkpointing=mode)), model, torch.device("cpu"))
     again = model(ids, targets, loops=DEPTHS, backprop=3, state=state)
     again.loss.backward()
     assert again.loss.item() == plain.loss.item()

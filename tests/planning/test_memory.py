@@ -15,6 +15,7 @@ from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.planning import memory
 from mythos.planning.fake_step import CHECKPOINTING, Step, fake_model
 from mythos.planning.memory import step_activations
+from mythos.torch_internals import FakeTensorMode
 
 
 def allocated(config: ModelConfig, step: Step) -> int:
@@ -85,6 +86,25 @@ def test_memory_beyond_the_traced_loops_goes_on_as_before(monkeypatch: pytest.Mo
         step = Step(rows, length, 7, 7, checkpointing, torch.bfloat16, "cpu", True)
         estimate, measured = step_activations(config, step).peak, allocated(config, step)
         assert 0.9 < estimate / measured < 1.1, f"{checkpointing}: {estimate:,} {measured:,}"
+
+
+def test_recomputed_layers_keep_only_their_input() -> None:
+    """At the peak, in the loop's backward pass, a layer more of the prelude has kept one float32 residual stream."""
+    for checkpointing in ("loop", "all"):
+        few, many = (preset_config("mythos_nano", vocab_size=512, prelude_layers=n, coda_layers=n) for n in (2, 3))
+        step = Step(4, 128, 2, 2, checkpointing, torch.float32, "cpu", True)
+        more = step_activations(many, step).peak - step_activations(few, step).peak
+        stream = step.rows * step.length * few.dim * torch.float32.itemsize
+        assert more == stream if checkpointing == "all" else more > 20 * stream
+
+
+def test_what_a_gpu_fuses_allocates_its_results_only() -> None:
+    with FakeTensorMode(), memory.Ledger([], set()) as ledger:
+        x = torch.empty(1000)
+        with device_choice.simulated_gpu(ledger.call_fused), torch.no_grad():
+            y = device_choice.fused(lambda x: torch.cat((x * 2, x + 1)), x.device)(x)
+        del x, y
+    assert (ledger.live, ledger.peak()) == (0, 4 * (1000 + 2000))
 
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)

@@ -10,6 +10,7 @@ from mythos.distributed.layout import Layout
 from mythos.planning import search as searches
 from mythos.planning import speed
 from mythos.planning.budget import GPUS
+from mythos.planning.fake_step import RecomputedFlops
 from mythos.planning.layout import USABLE_SHARE, shared_counts
 from mythos.planning.memory import Activations
 from mythos.planning.rank_state import deepest_micro_batch
@@ -17,8 +18,13 @@ from mythos.planning.search import Candidate, Search, at_length
 from mythos.planning.traffic import StepTraffic, Traffic
 from tests.planning.helpers import GIB, preset
 
-PER_TOKEN = {"none": 900_000, "selective": 600_000, "loop": 200_000}
-RECOMPUTED = {"none": 0.0, "selective": 1e7, "loop": 5e8}
+PER_TOKEN = {"none": 900_000, "selective": 600_000, "loop": 200_000, "all": 150_000}
+RECOMPUTED = {
+    "none": RecomputedFlops(0.0, 0.0),
+    "selective": RecomputedFlops(0.0, 1e7),
+    "loop": RecomputedFlops(0.0, 5e8),
+    "all": RecomputedFlops(8e8, 5e8),
+}
 
 
 def activations_by_hand(config: Config, layout: Layout, checkpointing: str | None = None) -> Activations:
@@ -139,7 +145,7 @@ def test_longest_context_by_hand() -> None:
     assert least is not None
     for memory in (80 * GIB, 141 * GIB):
         free = USABLE_SHARE * memory - least.held - 2 * GIB / least.candidate.layout.expert
-        expected = int(free / PER_TOKEN["loop"])
+        expected = int(free / PER_TOKEN["all"])
         assert expected - 1024 < search.longest_context(least, memory) <= expected
     assert search.longest_context(least, 10_000 * GIB) == 1_000_000, "the model's own limit"
     assert search.longest_context(least, GIB) == 0

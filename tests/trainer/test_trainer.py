@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import metadata
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -141,25 +142,30 @@ def test_layout_of_the_work_changes_nothing(tmp_path, changes):
 
 
 def test_checkpointing_recomputes(tmp_path):
-    """The switch reaches the model: with loop every pass that carries gradient is computed twice, else none is."""
-    calls = []
-    for mode in ("none", "selective", "loop"):
+    """The switch reaches the model: with loop every pass that carries gradient is computed twice, else none is.
+
+    With all so is each layer of the prelude and the coda.
+    """
+    calls, outside = [], []
+    for mode in ("none", "selective", "loop", "all"):
         directory = str(tmp_path / mode)
         trainer = Trainer(
             tiny(tmp_path, run__dir=directory, parallel__activation_checkpointing=mode, depth__sampling="fixed")
         )
         trainer.step = 3  # past the curriculum
-        count = 0
-
-        def counted(*_, **__) -> None:
-            nonlocal count
-            count += 1
-
-        trainer.model.recurrence.blocks[0].attention.out.register_forward_hook(counted)
+        model = trainer.model
+        watched = [part[0].attention.out for part in (model.recurrence.blocks, model.prelude, model.coda)]
+        hooks = [Mock(return_value=None) for _ in watched]
+        for module, hook in zip(watched, hooks, strict=True):
+            module.register_forward_hook(hook)
         take_step(trainer)
-        calls.append(count)
+        in_core, *others = (hook.call_count for hook in hooks)
+        calls.append(in_core)
+        outside.append(others)
     micro_batches, loops, carried = 2, 3, 2
-    assert calls == [micro_batches * loops, micro_batches * loops, micro_batches * (loops + carried)]
+    recomputed = micro_batches * (loops + carried)
+    assert calls == [micro_batches * loops, micro_batches * loops, recomputed, recomputed]
+    assert outside == [[micro_batches] * 2] * 3 + [[2 * micro_batches] * 2]
 
 
 # --- learning and measuring
