@@ -5,6 +5,7 @@ Nothing here starts a thread, and nothing reads what a test may change before it
 
 import gc
 import importlib
+import os
 
 import mythos.distributed.sharding  # noqa: F401
 import tests.trainers  # noqa: F401
@@ -27,6 +28,7 @@ def read_schemas(section: type[Section]) -> None:
 
 
 read_schemas(Config)
+os.fsync = lambda _: None  # as tests/conftest.py does
 # Keep the collector of a fork away from what it shares with the server: a search would copy all of it.
 gc.collect()
 gc.freeze()
