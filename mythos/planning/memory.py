@@ -17,7 +17,7 @@ from mythos.planning.fake_step import Step, fake_model, run_forward
 from mythos.planning.trace_cache import remembered
 from mythos.torch_internals import TorchDispatchMode, storage_address, tree_leaves
 
-TRACED_LOOPS = 16
+TRACED_LOOPS = 8
 """Most loops with gradient that are traced, at a tenth of a second each."""
 
 

@@ -197,7 +197,7 @@ class Search:
         """A lower bound of `trace`, from traces of fewer rows and of ranks that hold fewer experts."""
         key = self._key(candidate)
         bounds = [
-            max(traced.peak, traced.kept * key.rows // other.rows)
+            traced.peak + traced.kept * (key.rows - other.rows) // other.rows
             for other, traced in self.traced.items()
             if other.kind == key.kind and other.expert >= key.expert and other.rows <= key.rows
         ]
@@ -218,14 +218,15 @@ class Search:
             # Equal times are ordered by memory: the first of them leaves most free.
             fitting.sort(key=lambda each: (model.time(each.config, each.state).total, each.held))
             for candidate in fitting:
-                if candidate.held + self.at_least(candidate) > usable:
-                    continue
-                self._trace_smallest(fitting, candidate)
-                if candidate.held + self.at_least(candidate) > usable:
-                    continue
-                needed = candidate.held + self.trace(candidate)
-                if needed <= usable:
-                    return Found(candidate, needed, tried)
+                # A trace takes seconds: those that may rule out most candidates come first.
+                for smaller in self._smaller(fitting, candidate):
+                    if candidate.held + self.at_least(candidate) > usable:
+                        break
+                    self.trace(smaller)
+                else:
+                    needed = candidate.held + self.trace(candidate)
+                    if needed <= usable:
+                        return Found(candidate, needed, tried)
         return None
 
     def model(self, gpu: Gpu) -> TimeModel:
@@ -251,10 +252,13 @@ class Search:
 
         return traffic
 
-    def _trace_smallest(self, candidates: list[Candidate], candidate: Candidate) -> None:
-        """Trace, of the candidates with the same checkpointing, the one with most expert ranks and fewest rows."""
-        same = [each for each in candidates if self._key(each).kind == self._key(candidate).kind]
-        self.trace(min(same, key=lambda each: (-each.layout.expert, self._key(each).rows)))
+    def _smaller(self, candidates: list[Candidate], candidate: Candidate) -> list[Candidate]:
+        """The candidate of the same kind with most expert ranks and fewest rows; that with as many rows; itself."""
+        key = self._key(candidate)
+        alike = [each for each in candidates if self._key(each).kind == key.kind]
+        smallest = min(alike, key=lambda each: (-each.layout.expert, self._key(each).rows))
+        as_many_rows = (each for each in alike if self._key(each).rows == key.rows)
+        return [smallest, max(as_many_rows, key=lambda each: each.layout.expert), candidate]
 
     def least(self, gpus: int | None = None) -> Least | None:
         """The candidate that needs least memory, with micro-batches of one row and everything recomputed.
@@ -270,8 +274,11 @@ class Search:
                 one = config.with_fields("parallel", activation_checkpointing=modes[0], reduce="micro_batch")
                 smallest.append(Candidate(one.with_fields("train", micro_batch=1), state))
         for candidate in sorted(smallest, key=lambda each: each.held):
-            self._trace_smallest(smallest, candidate)
-            if best is None or candidate.held + self.at_least(candidate) < best.needed:
+            for smaller in self._smaller(smallest, candidate):
+                if best is not None and candidate.held + self.at_least(candidate) >= best.needed:
+                    break
+                self.trace(smaller)
+            else:
                 found = Least(candidate, candidate.held, self.trace(candidate))
                 best = found if best is None or found.needed < best.needed else best
         return best

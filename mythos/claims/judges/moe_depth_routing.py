@@ -8,10 +8,18 @@ from mythos.claims.results import Results, RunResult, final_loss
 BASE, TOLD = "default", ("router-bias", "router-embedding")
 
 
+def overlap_by_loop(run: RunResult) -> list[tuple[int, float]]:
+    """Loop, and the share of its experts that the loop before chose too, from 2 to the training mean.
+
+    Empty for a dense core or a run that diverged.
+    """
+    loops = run.measured.get("sweep", {}).get("loops", [])[1 : run.mean_loops]
+    return [(one["loops"], one["expert_overlap"]) for one in loops if one["expert_overlap"] is not None]
+
+
 def overlap(run: RunResult) -> float | None:
-    """Mean overlap of neighbouring loops up to the training mean; None for a dense core or a run that diverged."""
-    loops = run.measured.get("sweep", {}).get("loops", [])
-    values = [one["expert_overlap"] for one in loops[1 : run.mean_loops] if one["expert_overlap"] is not None]
+    """Mean of `overlap_by_loop`; None if it is empty."""
+    values = [share for _, share in overlap_by_loop(run)]
     return mean(values) if values else None
 
 
@@ -46,14 +54,11 @@ def judge(claim: Claim, results: Results) -> Judgement:
 
 
 def panels(claim: Claim, results: Results) -> list[Panel]:
-    """Overlap during training."""
+    """Overlap by loop after training, mean over seeds."""
     lines = {}
     for arm in claim.arms:
-        runs = [run for run in results.of_arm(arm) if overlap(run) is not None]
-        steps = sorted({record["step"] for run in runs for record in run.validations})
-        lines[arm] = [
-            (step, mean([r["moe/depth_overlap"] for run in runs for r in run.validations if r["step"] == step]))
-            for step in steps
-        ]
+        every = [overlap_by_loop(run) for run in results.of_arm(arm)]
+        runs = [points for points in every if points]
+        lines[arm] = [(points[0][0], mean([share for _, share in points])) for points in zip(*runs, strict=True)]
     shown = {arm: points for arm, points in lines.items() if points}
-    return [lines_panel("Experts kept from the loop before", "step", "share", shown)]
+    return [lines_panel("Experts kept from the loop before", "loop", "share", shown)]
