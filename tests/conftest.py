@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -115,6 +116,14 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return 0 if config.args_source is pytest.Config.ArgsSource.ARGS else 3
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Start one server of warm processes for all processes of pytest."""
+    if getattr(config.option, "numprocesses", None) and sys.platform == "linux":
+        from tests.warm import start_server
+
+        start_server()
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Keep the garbage collector away from what imports have created: a million objects that live as long as the tests.
 
@@ -129,6 +138,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep gathered corpora and trained tokenizers of the tests out of the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MYTHOS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_files() -> Iterator[None]:
+    """Do not wait for the disk: no test cuts the power."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
         yield
 
 

@@ -20,6 +20,7 @@ from mythos.errors import StandardError
 from mythos.progress import Console, Lines, duration, progress_bar, scaled
 from tests.runs import documents, write_settings
 from tests.terminal import Terminal
+from tests.warm import WarmPopen
 
 ROOT = Path(__file__).parents[1]
 
@@ -155,21 +156,24 @@ def test_duration(seconds: float, text: str) -> None:
 
 
 SHOWN: dict[str, Any] = {
-    "train__steps": 30,
-    "eval__every": 10,
+    "train__steps": 12,
+    "eval__every": 4,
     "eval__samples": 1,
     "eval__prompts": ["Ünïcode"],
-    "checkpoint__every": 10,
+    "checkpoint__every": 4,
 }
 
 
-def train(directory: Path, output: int | io.IOBase, **environment: str) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(
+def train(directory: Path, output: int | io.IOBase, **environment: str) -> tuple[int, bytes]:
+    """The exit status of a run, and what it has written to standard error."""
+    process = WarmPopen(
         [sys.executable, str(ROOT / "train.py"), str(write_settings(directory, **SHOWN))],
         stdout=output,
         stderr=subprocess.PIPE,
         env={**os.environ, **environment},
     )
+    errors = process.communicate()[1]
+    return process.returncode, errors
 
 
 def test_log_of_a_run(tmp_path: Path) -> None:
@@ -178,21 +182,21 @@ def test_log_of_a_run(tmp_path: Path) -> None:
     """
     path = tmp_path / "log"
     with path.open("wb") as file:
-        ended = train(tmp_path, file, PYTHONIOENCODING="ascii", FORCE_COLOR="1")
+        status, errors = train(tmp_path, file, PYTHONIOENCODING="ascii", FORCE_COLOR="1")
     log = path.read_bytes()
-    assert ended.returncode == 0, ended.stderr
-    assert not {b"\r", b"\x1b"} & {bytes([byte]) for byte in log + ended.stderr}
+    assert status == 0, errors
+    assert not {b"\r", b"\x1b"} & {bytes([byte]) for byte in log + errors}
     lines = log.decode().splitlines()
-    assert [line.split(" | ")[0] for line in lines if " | loss " in line] == [f"step {n}/30" for n in range(1, 31)]
-    every = ["step 10/30", "step 20/30", "step 30/30"]
+    assert [line.split(" | ")[0] for line in lines if " | loss " in line] == [f"step {n}/12" for n in range(1, 13)]
+    every = ["step 4/12", "step 8/12", "step 12/12"]
     assert [line.split(" | ")[0] for line in lines if " | validation loss " in line] == every
     checkpoints = [line.split(" | checkpoint ") for line in lines if " | checkpoint " in line]
-    assert sorted(step for step, _ in checkpoints) == every
-    assert {Path(path).name for _, path in checkpoints} == {f"step-000000{n}" for n in (10, 20, 30)}
+    assert sorted(step for step, _ in checkpoints) == sorted(every)
+    assert {Path(path).name for _, path in checkpoints} == {f"step-000000{n}" for n in ("04", "08", "12")}
     escaped = r"\xdcn\xefcode"
     assert [line.split(escaped)[0] for line in lines if " | sample: " in line] == [
-        "step 10/30 | sample: ",
-        "step 20/30 | sample: ",
+        "step 4/12 | sample: ",
+        "step 8/12 | sample: ",
     ]
     assert lines[lines.index("Sample") + 2].startswith(f"  {escaped}")
 
@@ -239,10 +243,10 @@ def test_run_goes_on_without_its_output(tmp_path: Path) -> None:
     """`python train.py CONFIG | head -1`, and a disk that is full of logs."""
     reader, writer = os.pipe()
     os.close(reader)
-    ended = train(tmp_path, writer)
+    status, errors = train(tmp_path, writer)
     os.close(writer)
-    assert ended.returncode == 0, ended.stderr
-    assert (tmp_path / "run/checkpoints/step-00000030/committed").exists()
+    assert status == 0, errors
+    assert (tmp_path / "run/checkpoints/step-00000012/committed").exists()
 
 
 PROGRAM = """
@@ -366,7 +370,7 @@ def test_run_on_a_terminal(tmp_path: Path) -> None:
         assert terminal.end() == 0, terminal.text
     [bar] = displays(terminal)
     above, _, below = terminal.text.partition(bar)
-    assert "30/30" in bar and "100%" in bar
+    assert "12/12" in bar and "100%" in bar
     assert above.count("| validation loss") == 3 and above.count("| sample: Ünïcode") == 2
     assert above.count("| checkpoint ") == 3 and "| loss " not in above
     assert re.match(r"\nloss \d\.\d+ \| lr .* tok/s\n", below) and "Validation after" in below

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.warm import WarmPopen
+from tests.warm import CHILDREN, WarmPopen
 
 PROGRAM = """
 import os, sys
@@ -74,3 +74,56 @@ def test_other_programs_start_as_usual() -> None:
     for command, options in ((["sh", "-c", "exit 3"], {}), ([sys.executable, "-c", "exit(3)"], {"preexec_fn": int})):
         process = WarmPopen(command, **options)
         assert process.wait(60) == 3 and process.poll() == 3
+
+
+@pytest.mark.parametrize(
+    ("program", "status", "said"),
+    [
+        ("import sys; sys.exit('reason')", 1, "reason\n"),
+        ("raise ValueError(7)", 1, "ValueError: 7\n"),
+        ("import sys; sys.exit(258)", 2, ""),
+        ("import atexit; atexit.register(print, 'handler', flush=True); raise SystemExit", 0, "handler\n"),
+        (
+            "import threading, time\ndef f():\n time.sleep(0.2); print('thread')\nthreading.Thread(target=f).start()",
+            0,
+            "thread\n",
+        ),
+        ("import sys; print('x' * 10); sys.stdout.close()", 0, "xxxxxxxxxx\n"),
+    ],
+)
+@pytest.mark.parametrize("popen", [subprocess.Popen, WarmPopen])
+def test_a_program_ends(popen: type[subprocess.Popen[str]], program: str, status: int, said: str) -> None:
+    process = popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.communicate(timeout=60)[0].endswith(said)
+    assert process.returncode == status
+
+
+@pytest.mark.parametrize("popen", [subprocess.Popen, WarmPopen])
+def test_output_that_cannot_be_written_is_reported(popen: type[subprocess.Popen[str]]) -> None:
+    with open("/dev/full", "w") as full:
+        process = popen([sys.executable, "-c", "print('x')"], stdout=full, stderr=subprocess.PIPE, text=True)
+        assert "No space left" in process.communicate(timeout=60)[1]
+    assert process.returncode
+
+
+def test_a_program_sees_its_own_settings_of_the_hub() -> None:
+    program = "from huggingface_hub import constants; print(constants.ENDPOINT)"
+    for endpoint in ("http://one", "http://other"):
+        process = WarmPopen(
+            [sys.executable, "-c", program],
+            env=os.environ | {"HF_ENDPOINT": endpoint},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.communicate(timeout=60)[0] == f"{endpoint}\n"
+
+
+def test_a_warm_program_starts_others_warm_if_asked() -> None:
+    program = """import subprocess, sys
+inner = "import sys; print('torch' in sys.modules)"
+print(subprocess.run([sys.executable, "-c", inner], capture_output=True, text=True).stdout, end="")"""
+    for environment, expected in ({}, "False\n"), ({CHILDREN: "1"}, "True\n"):
+        process = WarmPopen(
+            [sys.executable, "-c", program], env=os.environ | environment, stdout=subprocess.PIPE, text=True
+        )
+        assert process.communicate(timeout=60)[0] == expected

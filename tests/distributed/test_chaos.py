@@ -20,10 +20,12 @@ from scripts import chaos_run, chaos_test
 from scripts.chaos_run import RENAMED, TMP, TRAINING, Failed, Run
 from scripts.chaos_test import FAULTS_OF_A_RUN, KINDS, RANK, Chaos, Fault, Layout, deck, disturb, draw_faults
 from tests.runs import tiny
+from tests.warm import WarmPopen
 
 
 def test_faults_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chaos_test, "STEPS_AFTER", 9)
+    monkeypatch.setattr(chaos_run.subprocess, "Popen", WarmPopen)  # of the undisturbed run; torchrun starts the others
     faults = [
         Fault("NaN", TRAINING, RANK, rank=1, step=7),
         Fault("killed between shards and marker", RENAMED, RANK, rank=0, step=9),

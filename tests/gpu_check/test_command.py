@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mythos.gpu_check.catalog import STAGES, table
+from tests.warm import CHILDREN, WarmPopen
 
 ROOT = Path(__file__).parents[2]
 GPU_ONLY = {
@@ -28,11 +29,13 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("gpu-check") / "out"
     command = [sys.executable, "-m", "mythos", "gpu-check", "--out", str(folder), "--minutes", "30"]
     # Hide the GPU of a machine that has one.
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", CHILDREN: "1"}
+    pipe = subprocess.PIPE
+    process = WarmPopen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT, env=environment)
+    shown, errors = process.communicate()
     log = folder / "gpu-check-files" / "log.txt"
-    assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}\n{log.read_text()[-3000:] if log.exists() else ''}"
-    return folder, ran.stdout
+    assert process.returncode == 0, f"{shown}\n{errors}\n{log.read_text()[-3000:] if log.exists() else ''}"
+    return folder, shown
 
 
 def test_every_check_is_reported(out):

@@ -19,6 +19,7 @@ from mythos.errors import MythosError
 from mythos.training.metrics import MetricsLog, read_metrics
 from mythos.training.trackers import check_trackers
 from tests.runs import tiny
+from tests.warm import WarmPopen
 
 
 class Recorder(tracking.GeneralTracker):
@@ -184,7 +185,7 @@ def test_trackers_leave_process_groups_alone(tmp_path):
             variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
             variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": ports[size - 1], "PYTHONPATH": root}
             started.append(
-                subprocess.Popen(
+                WarmPopen(
                     [sys.executable, "-c", RANKS, str(directory)],
                     env=os.environ | {name: str(value) for name, value in variables.items()},
                     stderr=subprocess.PIPE,
