@@ -62,9 +62,9 @@ def train_with_faults(arguments: list[str]) -> int:
     threading.Thread(target=_end_with_harness, args=(int(os.environ[HARNESS]),), daemon=True).start()
     _instrument_saves(report, plan)
     _instrument_training(report, plan, rank)
-    from mythos.cli import main
+    from mythos.cli.train import main
 
-    return main(["train", *arguments])
+    return main(arguments)
 
 
 def _instrument_saves(report: Callable[[str], None], plan: Callable[[], dict[str, Any]]) -> None:

@@ -4,8 +4,6 @@ The modules import torch and other slow packages only while a command runs, so t
 """
 
 import argparse
-import atexit
-import gc
 import sys
 from importlib import import_module
 from types import ModuleType
@@ -65,8 +63,6 @@ def overview() -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit status: 2 for an unknown command, as for unknown options."""
-    # Python searches everything that is still alive for garbage when it ends: 0.8 s after an import of torch.
-    atexit.register(gc.freeze)
     return quiet_without_reader(lambda: run(sys.argv[1:] if arguments is None else arguments))
 
 

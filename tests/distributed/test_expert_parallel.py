@@ -30,7 +30,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def train_here(directory: Path, name: str, changes: dict[str, Any], chosen: int | None = None) -> Trained:
-    """Three steps; `chosen`: all tokens go to that expert and the next one, whatever the router says."""
+    """Four steps; `chosen`: all tokens go to that expert and the next one, whatever the router says."""
 
     def biased(config: Any) -> Trainer:
         trainer = Trainer(config)
@@ -67,7 +67,7 @@ def test_one_rank_gets_all_tokens_and_muon_makes_matrices_whole(pool: RankPool, 
     expected = train_here(single[0], "single, muon", changes, 10)
     changes |= FSDP | {"parallel__expert": 2}
     for trained in pool.run(train_here, single[0], layout, changes, 10, ranks=4):
-        assert [int(load.sum((0, 1))[:8].sum()) for load in trained.loads] == [0] * 3
+        assert [int(load.sum((0, 1))[:8].sum()) for load in trained.loads] == [0] * 4
         assert_same(trained, expected)
 
 

@@ -16,9 +16,6 @@ from mythos.trainer import Trainer
 from tests.distributed.pool import RankPool
 from tests.runs import tiny
 
-CURRICULUM = {"shape": "linear", "over": 0.5, "start": 2}
-"""From 1 all rows of the first step would be of one depth."""
-
 CHANGES: dict[str, Any] = {
     "data__streams": 4,
     "data__sequence_length": 8,
@@ -34,7 +31,6 @@ CHANGES: dict[str, Any] = {
     "model__router_bias_rate": 0.01,
     "depth__mean": 4,
     "depth__backprop": 2,
-    "depth__curriculum": CURRICULUM,
     "optim__clip": 0.7,
     "optim__lr": 3e-3,
     "optim__warmup": 0.0,
@@ -72,7 +68,7 @@ class Trained(NamedTuple):
     weights: dict[str, Tensor]
 
 
-def train(directory: Path, name: str, changes: dict[str, Any], steps: int = 3) -> Trained:
+def train(directory: Path, name: str, changes: dict[str, Any], steps: int = 4) -> Trained:
     trainer = Trainer(tiny(directory, run__dir=str(directory / name), **{**CHANGES, **changes}))
     idle = 0
     forward = trainer.forward
@@ -118,7 +114,7 @@ def test_equals_one_process(pool: RankPool, single: tuple[Path, Trained], layout
     directory, expected = single
     ranks, changes = LAYOUTS[layout]
     everyone: list[Trained] = pool.run(train, directory, layout, changes, ranks=ranks)
-    assert len(set(expected.depths)) == 3 and sum(len(set(depths)) > 1 for depths in expected.depths) > 2
+    assert len(set(expected.depths)) == 4 and sum(len(set(depths)) > 1 for depths in expected.depths) > 2
     assert min(expected.norms) > 0.7, "clipping must act"
     assert all(trained.idle_experts for trained in everyone), "some experts must be idle on every rank"
     for trained in everyone:
@@ -147,7 +143,7 @@ def train_compiled(directory: Path, name: str, changes: dict[str, Any]) -> tuple
     compile_by = partial(torch.compile, backend=backend)
     torch.compiler.reset()
     with patch.object(torch, "compile", compile_by):
-        trained = train(directory, name, {"train__compile": True, **changes})
+        trained = train(directory, name, {"train__compile": True, **changes}, 3)
     torch.compiler.reset()
     return trained, graphs
 
@@ -160,7 +156,7 @@ def test_compiled_equals_one_process(pool: RankPool, single: tuple[Path, Trained
     # Few graphs, for time's sake: tests/trainer/test_trainer.py compiles for rows that join.
     small = {"model__prelude_layers": 0, "model__coda_layers": 0, "model__core_layers": 1, "train__micro_batch": 8}
     changes = small | {"depth": {"sampling": "fixed", "mean": 3, "backprop": 2}} | changes
-    expected = train(directory, f"{layout}, not compiled", changes | {"parallel__mode": "single"})
+    expected = train(directory, f"{layout}, not compiled", changes | {"parallel__mode": "single"}, 3)
     for trained, graphs in pool.run(train_compiled, directory, f"{layout}, compiled", changes, ranks=ranks):
         assert graphs
         assert_same(trained, expected)
@@ -199,14 +195,14 @@ MUON = {"optim__name": "muon", "model__n_experts": 6}  # which four ranks cut, a
 
 @pytest.fixture(scope="module")
 def by_muon(single: tuple[Path, Trained]) -> Trained:
-    return train(single[0], "muon", MUON)
+    return train(single[0], "muon", MUON, steps=4)
 
 
 @pytest.mark.parametrize("layout", ["ddp on 2", "fsdp on 2", "fsdp on 4, kept after forward", "hsdp 2 x 2"])
 def test_muon_equals_one_process(pool: RankPool, single: tuple[Path, Trained], by_muon: Trained, layout: str) -> None:
     """Each matrix is made orthogonal as a whole, wherever its parts lie."""
     ranks, changes = LAYOUTS[layout]
-    for trained in pool.run(train, single[0], layout + ", muon", MUON | changes, ranks=ranks):
+    for trained in pool.run(train, single[0], layout + ", muon", MUON | changes, 4, ranks=ranks):
         assert_same(trained, by_muon)
 
 
@@ -218,9 +214,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "two lanes": {"model__lanes": 2},
     "ouro": {
         **{"model__injection": "initial", "model__block_norm": "peri", "model__prelude_norm": False},
-        # All loops carry gradient: up to 4, for rounding grows with their number; one at the start, where the gradient
-        # is large.
-        **{"depth__mean": 2, "depth__backprop": None, "depth__curriculum": CURRICULUM | {"start": 1}},
+        # All loops carry gradient: up to 4, for rounding grows with their number.
+        **{"depth__mean": 2, "depth__backprop": None},
     },
     "layer by layer": {"model__loop_over": "layer", "model__injection": "orthogonal"},
     "passes that differ": {
@@ -233,7 +228,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def with_options(single: tuple[Path, Trained]) -> dict[str, Trained]:
-    return {name: train(single[0], name, changes) for name, changes in OPTIONS.items()}
+    return {name: train(single[0], name, changes, steps=3) for name, changes in OPTIONS.items()}
 
 
 @pytest.mark.parametrize(
@@ -257,7 +252,7 @@ def test_options_of_models_equal_one_process(
 ) -> None:
     """Tables that every layer and loop reads rows of, biases, and norms wherever they may be."""
     ranks, changes = LAYOUTS[layout]
-    for trained in pool.run(train, single[0], f"{layout}, {options}", OPTIONS[options] | changes, ranks=ranks):
+    for trained in pool.run(train, single[0], f"{layout}, {options}", OPTIONS[options] | changes, 3, ranks=ranks):
         assert_same(trained, with_options[options])
 
 
