@@ -99,9 +99,9 @@ class Search:
     """Candidates for a run on `gpus` GPUs, `machine_gpus` of them on a machine.
 
     Candidates have every mode, number of copies (powers of 2), parallel.expert (powers of 2 that divide the experts),
-    time of reduction, micro-batch (powers of 2) and activation checkpointing. parallel.wrap=block is tried only if
-    nothing fits without, and then parallel.shared above 1, where shared experts are large. Fields of SEARCHED and
-    "micro_batch" that are in `fixed` keep the values that `config` has.
+    time of reduction, micro-batch (powers of 2) and activation checkpointing. If none fits, parallel.shared above 1 is
+    tried where shared experts are large, and then parallel.wrap=block. Fields of SEARCHED and "micro_batch" that are in
+    `fixed` keep the values that `config` has.
     """
 
     def __init__(self, config: Config, gpus: int, machine_gpus: int, fixed: frozenset[str] = frozenset()) -> None:
@@ -126,9 +126,12 @@ class Search:
 
     @property
     def ways(self) -> list[tuple[str, int]]:
-        """parallel.wrap, and the place of parallel.shared among the values to try, in the order in which they are."""
+        """parallel.wrap, and the place of parallel.shared among the values to try, in the order in which they are.
+
+        wrap=block is last, because it gathers weights in every loop.
+        """
         levels = 1 if "shared" in self.fixed else SHARED_LEVELS
-        return [(wrap, level) for level in range(levels) for wrap in self.values("wrap", ("loop", "block"))]
+        return [*product(self.values("wrap", ("loop", "block")), range(levels))]
 
     def settings(self, gpus: int, wrap: str, level: int, copies: bool = True) -> Iterator[tuple[Config, RankState]]:
         """Configurations whose `parallel` has modes, sizes and `wrap`; and their training states.
