@@ -221,15 +221,8 @@ class Search:
             # Equal times are ordered by memory: the first of them leaves most free.
             fitting.sort(key=lambda each: (model.time(each.config, each.state).total, each.held))
             for candidate in fitting:
-                # A trace takes seconds: those that may rule out most candidates come first.
-                for smaller in self._smaller(fitting, candidate):
-                    if candidate.held + self.at_least(candidate) > usable:
-                        break
-                    self.trace(smaller)
-                else:
-                    needed = candidate.held + self.trace(candidate)
-                    if needed <= usable:
-                        return Found(candidate, needed, tried)
+                if self._fits(candidate, usable, fitting):
+                    return Found(candidate, candidate.held + self.trace(candidate), tried)
         return None
 
     def model(self, gpu: Gpu) -> TimeModel:
@@ -255,13 +248,23 @@ class Search:
 
         return traffic
 
-    def _smaller(self, candidates: list[Candidate], candidate: Candidate) -> list[Candidate]:
-        """The candidate of the same kind with most expert ranks and fewest rows; that with as many rows; itself."""
+    def _fits(self, candidate: Candidate, memory: int, others: list[Candidate]) -> bool:
+        """Whether a candidate needs at most `memory` bytes.
+
+        A trace takes seconds. So before its own come two of the `others`, which may rule out many: of its kind the one
+        with most expert ranks and fewest rows, and of those with as many rows the one with most expert ranks.
+        """
+        if candidate.held + self.at_least(candidate) > memory:
+            return False
         key = self._key(candidate)
-        alike = [each for each in candidates if self._key(each).kind == key.kind]
+        alike = [each for each in others if self._key(each).kind == key.kind]
         smallest = min(alike, key=lambda each: (-each.layout.expert, self._key(each).rows))
         as_many_rows = (each for each in alike if self._key(each).rows == key.rows)
-        return [smallest, max(as_many_rows, key=lambda each: each.layout.expert), candidate]
+        for each in (smallest, max(as_many_rows, key=lambda each: each.layout.expert), candidate):
+            self.trace(each)
+            if candidate.held + self.at_least(candidate) > memory:
+                return False
+        return True
 
     def least(self, gpus: int | None = None) -> Least | None:
         """The candidate that needs least memory, with micro-batches of one row and everything recomputed.
@@ -277,13 +280,8 @@ class Search:
                 one = config.with_fields("parallel", activation_checkpointing=modes[0], reduce="micro_batch")
                 smallest.append(Candidate(one.with_fields("train", micro_batch=1), state))
         for candidate in sorted(smallest, key=lambda each: each.held):
-            for smaller in self._smaller(smallest, candidate):
-                if best is not None and candidate.held + self.at_least(candidate) >= best.needed:
-                    break
-                self.trace(smaller)
-            else:
-                found = Least(candidate, candidate.held, self.trace(candidate))
-                best = found if best is None or found.needed < best.needed else best
+            if best is None or self._fits(candidate, best.needed - 1, smallest):
+                best = Least(candidate, candidate.held, self.trace(candidate))
         return best
 
     @property

@@ -145,7 +145,7 @@ def test_bad_input_is_explained(arguments, message, capsys):
     assert re.search(f"error: {message}", capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("arguments", [[], ["trian"], ["train"], ["train", "reference", "--checkpointing", "all"]])
+@pytest.mark.parametrize("arguments", [[], ["trian"], ["train"], ["train", "reference", "--checkpointing", "every"]])
 def test_what_argparse_refuses(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
         main(arguments)
