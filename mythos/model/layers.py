@@ -476,6 +476,14 @@ def gated(gate_up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
+def gated_backward(gradient: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of `gate_up` (n, 2 H), given that of the result of `gated` (n, H); and that result, recomputed."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    swish = F.silu(gate)
+    grad_gate = torch.ops.aten.silu_backward(gradient * up, gate)
+    return torch.cat((grad_gate, gradient * swish), dim=-1), swish * up
+
+
 class _Gated(torch.autograd.Function):
     """`gated` that saves only its input."""
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mythos.model.layers import gated, without_autocast
+from mythos.model.layers import gated, gated_backward, without_autocast
 from mythos.model.ops import device_choice
 from mythos.model.ops.matmul import ROWS, multiply
 from mythos.model.ops.shared_weight import BackwardPass
@@ -300,14 +300,10 @@ def _gating(projected: Tensor, weight: Tensor) -> Tensor:
 
 def _gating_backward(grad_activation: Tensor, projected: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of `projected`, the recomputed result of `_gating`, and the gradient of `weight`, (s,) float32."""
-    gate, up = projected.chunk(2, dim=-1)
-    swish = F.silu(gate)
-    activation = swish * up
+    factor = weight.to(projected.dtype)
+    grad_projected, activation = gated_backward(grad_activation * factor, projected)
     grad_weight = (grad_activation.float() * activation).sum(1)
-    weight = weight.to(projected.dtype)
-    grad_activation = grad_activation * weight
-    grad_gate = torch.ops.aten.silu_backward(grad_activation * up, gate)
-    return torch.cat((grad_gate, grad_activation * swish), dim=1), activation * weight, grad_weight
+    return grad_projected, activation * factor, grad_weight
 
 
 def _sorted_products(

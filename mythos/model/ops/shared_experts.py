@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mythos.model.layers import gated, without_autocast
+from mythos.model.layers import gated, gated_backward, without_autocast
 from mythos.model.ops import device_choice
 from mythos.model.ops.grouped_experts import ParameterLink
 from mythos.model.ops.matmul import multiply
@@ -225,7 +224,7 @@ class _RunSlice(torch.autograd.Function):
         grad_x = torch.empty_like(x)
         with without_autocast(x):
             for rows in weights.blocks(len(x)):
-                grad_gate_up, activation = device_choice.fused(_gating_backward, x.device)(
+                grad_gate_up, activation = device_choice.fused(gated_backward, x.device)(
                     multiply(grad_y[rows], weights.down), multiply(x[rows], weights.gate_up.T)
                 )
                 multiply(grad_gate_up, weights.gate_up, out=grad_x[rows])
@@ -234,11 +233,3 @@ class _RunSlice(torch.autograd.Function):
                     gate_up_sum += multiply(grad_gate_up.T, x[rows])
                     down_sum += multiply(grad_y[rows].T, activation)
         return grad_x, None, None
-
-
-def _gating_backward(grad_activation: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of `gate_up`, (n, 2 H), and the recomputed result of `gated`, (n, H)."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    swish = F.silu(gate)
-    grad_gate = torch.ops.aten.silu_backward(grad_activation * up, gate)
-    return torch.cat((grad_gate, grad_activation * swish), dim=1), swish * up
