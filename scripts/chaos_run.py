@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -347,26 +347,33 @@ def difference(checkpoint: Path, reference: Path) -> str | None:
     return None
 
 
-def compare_records(directory: Path, reference: Path, last: int) -> None:
-    """Raise Failed unless metrics.jsonl has the reference's numbers of every step up to `last`, each once."""
+def compare_records(
+    directory: Path, reference: Path, last: int, unfinished: Mapping[str, Any] | None = None
+) -> None:
+    """Raise Failed unless metrics.jsonl has the reference's numbers of every step up to `last`, each once.
+
+    `unfinished`: the record of `last` without its validation, which may be missing because a signal interrupted it.
+    """
+
+    def repeated(record: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            key: value
+            for key, value in record.items()
+            if key not in NOT_REPEATED and not key.startswith("straggler/")
+        }
 
     def records(folder: Path) -> list[dict[str, Any]]:
         path = folder / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        parsed = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may cut the last one short
-        return [
-            {
-                key: value
-                for key, value in record.items()
-                if key not in NOT_REPEATED and not key.startswith("straggler/")
-            }
-            for record in parsed
-        ]
+        # A kill may cut the last one short.
+        return [repeated(json.loads(line)) for line in lines if line.endswith("\n")]
 
     ours, theirs = records(directory), records(reference)
     if [record["step"] for record in ours[:last]] != list(range(1, last + 1)):
         raise Failed(f"metrics.jsonl has the steps {[record['step'] for record in ours]}, not each to {last} once")
     for here, there in zip(ours, theirs, strict=False):
+        if unfinished is not None and here["step"] == last and here.keys() == repeated(unfinished).keys():
+            there = {key: value for key, value in there.items() if key in here}
         if here != there:
             keys = [key for key in here.keys() | there.keys() if here.get(key) != there.get(key)]
             values = ", ".join(f"{key}: {here.get(key)}, {there.get(key)}" for key in sorted(keys))

@@ -196,7 +196,7 @@ def test_chat_on_a_terminal(trained: Path) -> None:
         wait_for_prompt(terminal)
         assert "Type the beginning of a text" in terminal.text and "loops: 1 " in terminal.text
         terminal.send("The river\r")
-        terminal.until(lambda text: len(text.split("> The river\n")[-1].strip()) > 2)
+        terminal.until(lambda text: len(text.partition("> The river\n")[2].strip()) > 2)
         terminal.send("\x03")
         terminal.until(lambda text: "(stopped)" in text)
         wait_for_prompt(terminal)

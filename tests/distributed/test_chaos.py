@@ -169,6 +169,18 @@ def test_the_comparison_finds(spoil: Callable[[Chaos], None], message: str, chao
         chaos.look()
 
 
+def test_an_interrupted_validation_is_missing_only_until_the_run_ends(chaos: Chaos) -> None:
+    """A signal during the last validation: the checkpoint has the record, and the next start completes it."""
+    unfinished = json.loads((shard_of(chaos, 6).parent / "meta.json").read_text())["record"]
+    records(lambda lines: [*lines[:-1], json.dumps(unfinished) + "\n"])(chaos)
+    chaos.look()
+    with pytest.raises(Failed, match=r"^step 6: metrics.jsonl differs .* val/loss: None, "):
+        chaos.look(ended=True)
+    records(lambda lines: [*lines[:-1], json.dumps(unfinished | {"loss": 0.0}) + "\n"])(chaos)
+    with pytest.raises(Failed, match=r"^step 6: metrics.jsonl differs .* loss: 0.0, "):
+        chaos.look()
+
+
 def test_a_leftover_process_is_detected(chaos: Chaos, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chaos_run, "GONE_SECONDS", 0.3)
     chaos.run.wait_gone()
