@@ -347,9 +347,7 @@ def difference(checkpoint: Path, reference: Path) -> str | None:
     return None
 
 
-def compare_records(
-    directory: Path, reference: Path, last: int, unfinished: Mapping[str, Any] | None = None
-) -> None:
+def compare_records(directory: Path, reference: Path, last: int, unfinished: Mapping[str, Any] | None = None) -> None:
     """Raise Failed unless metrics.jsonl has the reference's numbers of every step up to `last`, each once.
 
     `unfinished`: the record of `last` without its validation, which may be missing because a signal interrupted it.
@@ -357,9 +355,7 @@ def compare_records(
 
     def repeated(record: Mapping[str, Any]) -> dict[str, Any]:
         return {
-            key: value
-            for key, value in record.items()
-            if key not in NOT_REPEATED and not key.startswith("straggler/")
+            key: value for key, value in record.items() if key not in NOT_REPEATED and not key.startswith("straggler/")
         }
 
     def records(folder: Path) -> list[dict[str, Any]]:

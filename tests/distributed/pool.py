@@ -1,9 +1,14 @@
 """Gloo processes that are started once and run one test function after another, as torchrun's workers would."""
 
+import contextlib
+import faulthandler
+import gc
 import multiprocessing
 import os
+import secrets
 import socket
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -39,6 +44,8 @@ class RankPool:
     def __init__(self, size: int) -> None:
         self.size = size
         self.workers: list[tuple[WarmPopen, Connection]] = []
+        self.errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+        """What all of them write to standard error."""
 
     def run(
         self, function: Callable[..., Any], *arguments: Any, ranks: int, timeout: float = 120, lost: int = 0
@@ -69,7 +76,7 @@ class RankPool:
                     try:
                         answers[rank] = connection.recv()
                     except EOFError:
-                        answers[rank] = ("failed", f"ended with {process.wait()}")
+                        answers[rank] = ("failed", f"ended with {process.wait()}. {self.said()}")
                     if answers[rank][0] == "failed":
                         deadline = min(deadline, time.monotonic() + 5)  # the others may wait for it for ever
             if time.monotonic() > deadline:
@@ -88,12 +95,20 @@ class RankPool:
         """Start the processes, unless they run."""
         if self.workers:
             return
+        self.errors.seek(0)
+        self.errors.truncate()
         with Listener(None, "AF_UNIX") as listener:
             environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # to find the functions' modules
             arguments = [str(listener.address), multiprocessing.current_process().authkey.hex()]
             for _ in range(self.size):
-                process = WarmPopen([sys.executable, "-c", PROGRAM, *arguments], cwd=ROOT, env=environment)
+                command = [sys.executable, "-c", PROGRAM, *arguments]
+                process = WarmPopen(command, cwd=ROOT, env=environment, stderr=self.errors)
                 self.workers.append((process, listener.accept()))
+
+    def said(self) -> str:
+        """The end of standard error: why a process was aborted, and where it was."""
+        self.errors.seek(0)
+        return self.errors.read()[-8000:]
 
     def close(self) -> None:
         """End the processes."""
@@ -105,10 +120,12 @@ class RankPool:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port that nobody listens on, and that Linux gives to nobody who asks for any: Gloo's listeners do."""
+    while True:
+        port = 20_000 + secrets.randbelow(12_768)  # trainers seed the module random
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _keep_sharding_results() -> None:
@@ -124,6 +141,7 @@ def _keep_sharding_results() -> None:
 
 
 def serve(connection: Connection) -> None:
+    faulthandler.enable()
     torch.set_num_threads(1)
     trainer.draw_plots = no_drawing
     keep = hasattr(DeviceMesh, "_hash_key")  # since torch 2.13
@@ -146,3 +164,8 @@ def serve(connection: Connection) -> None:
             dist.destroy_process_group()
             if not keep:
                 _clear_sharding_prop_cache()
+        # FSDP's modules are in cycles of references. Their groups must not end, threads and connections with them, in
+        # the middle of a later run. What is left now is not looked at again.
+        answer = function = arguments = None
+        gc.collect()
+        gc.freeze()

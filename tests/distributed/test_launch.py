@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from mythos.distributed.run_lock import RunLock
+from tests.distributed.pool import free_port
 from tests.runs import write_settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,12 +97,6 @@ def listening() -> Iterator[int]:
         server.bind(("127.0.0.1", 0))
         server.listen()
         yield server.getsockname()[1]
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 # --- one machine
