@@ -105,7 +105,7 @@ def grouped(setting: Setting, *, dtype: str) -> Iterator[Result]:
 
 
 def experts(setting: Setting, *, dtype: str) -> Iterator[Result]:
-    """Check routed experts: output, and gradients of the input, the gates and both weights."""
+    """Check routed experts: output, and gradients of the input, the gates and both weights; all choices, and some."""
     kind = getattr(torch, dtype)
     tokens, width, hidden = SIZES[setting.cuda]["tokens"] // 2, 32, 48
     counts = group_sizes(tokens)
@@ -121,14 +121,18 @@ def experts(setting: Setting, *, dtype: str) -> Iterator[Result]:
     upstream = random_values((tokens, width), "float32", 4)
     inputs = [x.float(), gates.float(), gate_up.to(kind).float(), down.to(kind).float()]
 
-    def run(x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor) -> Tensor:
+    def run(x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, slots: int | None) -> Tensor:
         weights = model_experts.ExpertWeights(gate_up, down, kind)
-        return model_experts.run_experts(x, gates, chosen, weights)
+        return model_experts.run_experts(x, gates, chosen, weights, slots)
 
-    expected = references.with_gradients(references.experts, doubles(inputs), upstream.double(), [chosen])
-    arguments = [chosen.to(setting.device)]
-    measured = references.with_gradients(run, on_device(setting, inputs), upstream.to(setting.device), arguments)
-    yield compared(measured, expected, dtype)
+    # Under expert parallelism the choices of other ranks' experts are left out.
+    some = chosen.clone()
+    some[::3, 1] = len(counts)
+    for choices, slots in ((chosen, None), (some, int((some < len(counts)).sum()))):
+        expected = references.with_gradients(references.experts, doubles(inputs), upstream.double(), [choices])
+        arguments = [choices.to(setting.device), slots]
+        measured = references.with_gradients(run, on_device(setting, inputs), upstream.to(setting.device), arguments)
+        yield compared(measured, expected, dtype)
 
 
 def part(setting: Setting, *, what: str, dtype: str) -> Iterator[Result]:

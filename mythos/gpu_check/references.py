@@ -23,12 +23,12 @@ def attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Ten
 def experts(x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor) -> Tensor:
     """Weighted sum of each token's experts.
 
-    x (N, D), gates (N, k), gate_up (E, D, 2 F), down (E, F, D), chosen (N, k) int64.
+    x (N, D), gates (N, k), gate_up (E, D, 2 F), down (E, F, D), chosen (N, k) int64; a choice of E is left out.
     """
     rows = []
     for token, weights, numbers in zip(x, gates, chosen.tolist(), strict=True):
-        outputs = [gated(token @ gate_up[number]) @ down[number] for number in numbers]
-        rows.append(sum(weight * output for weight, output in zip(weights, outputs, strict=True)))
+        there = [(weight, number) for weight, number in zip(weights, numbers, strict=True) if number < len(gate_up)]
+        rows.append(sum(weight * (gated(token @ gate_up[number]) @ down[number]) for weight, number in there))
     return torch.stack(rows)
 
 

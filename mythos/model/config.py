@@ -114,6 +114,12 @@ class ModelConfig(Section):
     """Experts that every token passes through."""
     shared_expert_dim: Width = 64
     """Hidden width of one shared expert; a multiple of 8."""
+    expert_groups: Count = 1
+    """Groups of neighbouring experts. A token's experts lie in `groups_per_token` of them, so that it travels to few
+    processes under expert parallelism (arXiv 2412.19437, node-limited routing). Divides n_experts; 1 = no groups."""
+    groups_per_token: Count = 1
+    """Groups that a token's experts are chosen from: those in which the best experts_per_token / groups_per_token
+    experts have the largest sum of affinity and balancing bias. Divides experts_per_token; at most expert_groups."""
     router_bias_rate: Weight = 1e-3
     """Step gamma of the load-balancing bias, which moves once per optimizer step (arXiv 2408.15664); 0 turns it off."""
     router_bias_per_loop: bool = False
@@ -231,7 +237,25 @@ def _moe_rules(config: ModelConfig) -> Iterator[Contradiction]:
     if config.experts_per_token > config.n_experts:
         values = f"got {config.experts_per_token} and {config.n_experts}"
         yield ("experts_per_token", "n_experts"), f"{values}; a token is sent to at most n_experts experts"
+    elif config.n_experts % config.expert_groups:
+        values = f"got {config.expert_groups} and {config.n_experts}"
+        yield ("expert_groups", "n_experts"), f"{values}; groups are equally large: expert_groups must divide n_experts"
+    else:
+        yield from _group_rules(config)
     yield from _multiples_of_8(config, "expert_dim", *(["shared_expert_dim"] if config.n_shared_experts else []))
+
+
+def _group_rules(config: ModelConfig) -> Iterator[Contradiction]:
+    groups, chosen = config.expert_groups, config.groups_per_token
+    if chosen > groups:
+        yield ("groups_per_token", "expert_groups"), f"got {chosen} and {groups}; a token uses at most all groups"
+    if config.experts_per_token % chosen:
+        values = f"got {chosen} and {config.experts_per_token}"
+        rule = "a group is judged by its best experts_per_token / groups_per_token experts: this must be whole"
+        yield ("groups_per_token", "experts_per_token"), f"{values}; {rule}"
+    if config.experts_per_token > (eligible := chosen * (config.n_experts // groups)):
+        values = f"got {config.experts_per_token}, and {chosen} of {groups} groups, which have {eligible} experts"
+        yield ("experts_per_token", "groups_per_token"), f"{values}; give fewer experts, or more groups per token"
 
 
 def _moe_parameters(config: ModelConfig) -> int:
@@ -249,7 +273,7 @@ def _idle_experts(config: ModelConfig) -> int:
 
 
 def _dense_rules(config: ModelConfig) -> Iterator[Contradiction]:
-    for name, only in (("router_loop", "none"), ("router_bias_per_loop", False)):
+    for name, only in (("router_loop", "none"), ("router_bias_per_loop", False), ("expert_groups", 1)):
         if getattr(config, name) != only:
             rule = f"a dense core has no router: set {name} to {str(only).lower()}, or core_ffn to moe"
             yield ("core_ffn", name), f"got dense and {str(getattr(config, name)).lower()}; {rule}"
@@ -313,7 +337,8 @@ def _several_experts(config: ModelConfig, depth: TrainingDepth) -> Iterator[Cont
 
 def _experts(config: ModelConfig) -> str:
     shared = f", {config.n_shared_experts} shared" if config.n_shared_experts else ""
-    return f"{config.experts_per_token} of {config.n_experts} experts per token{shared}"
+    groups = f" in {config.groups_per_token} of {config.expert_groups} groups" if config.expert_groups > 1 else ""
+    return f"{config.experts_per_token} of {config.n_experts} experts per token{groups}{shared}"
 
 
 def _first_loop_has_gradient(config: ModelConfig, depth: TrainingDepth) -> Iterator[Contradiction]:

@@ -29,14 +29,19 @@ class Router(nn.Module):
     Affinity is sigmoid(x W^T) in float32. The k experts with the largest affinity + bias are chosen. The gate weights
     are the affinities of the chosen experts, without the bias, normalised to sum 1. Only `rebalance` changes the bias,
     which is (E,), or (loops, E) with one row for each trained loop.
+
+    With G groups of E / G experts, only experts of M groups are chosen: those whose k / M largest affinity + bias have
+    the largest sum.
     """
 
     float32: tuple[str, ...] = ("weight",)
     bias: Tensor
 
-    def __init__(self, dim: int, experts: int, chosen: int, bias_loops: int = 0) -> None:
+    def __init__(
+        self, dim: int, experts: int, chosen: int, bias_loops: int = 0, groups: int = 1, chosen_groups: int = 1
+    ) -> None:
         super().__init__()
-        self.chosen = chosen
+        self.chosen, self.groups, self.chosen_groups = chosen, groups, chosen_groups
         self.weight = nn.Parameter(torch.empty(experts, dim))
         self.initializers: dict[str, Initializer] = {"weight": truncated_normal(dim)}
         self.register_buffer("bias", torch.zeros((bias_loops, experts) if bias_loops else experts))
@@ -45,7 +50,8 @@ class Router(nn.Module):
     def build(cls, config: ModelConfig) -> "Router":
         """The router of one core block."""
         bias_loops = config.loops if config.router_bias_per_loop else 0
-        router = cls(config.dim, config.n_experts, config.experts_per_token, bias_loops)
+        groups = config.expert_groups, config.groups_per_token
+        router = cls(config.dim, config.n_experts, config.experts_per_token, bias_loops, *groups)
         router.add_loop_parameters(config)
         return router
 
@@ -69,9 +75,19 @@ class Router(nn.Module):
         else:
             assert loop is not None
             biased_NE = (by_row(biased_NE, loop) + loop_rows(self.bias, loop)).flatten(0, 1)
+        if self.chosen_groups < self.groups:
+            biased_NE = self.without_other_groups(biased_NE)
         experts_NK = biased_NE.topk(self.chosen, dim=-1).indices
         gates_NK = affinity_NE.gather(-1, experts_NK)
         return gates_NK / gates_NK.sum(-1, keepdim=True).clamp_min(1e-9), experts_NK
+
+    def without_other_groups(self, biased: Tensor) -> Tensor:
+        """(N, E) with -infinity for the experts of groups that are not chosen."""
+        biased_NGe = biased.unflatten(-1, (self.groups, -1))
+        score_NG = biased_NGe.topk(self.chosen // self.chosen_groups, dim=-1).values.sum(-1)
+        chosen_NM = score_NG.topk(self.chosen_groups, dim=-1).indices
+        others_NG = torch.ones_like(score_NG, dtype=torch.bool).scatter(-1, chosen_NM, False)
+        return biased_NGe.masked_fill(others_NG.unsqueeze(-1), float("-inf")).flatten(-2)
 
     @torch.no_grad()
     def rebalance(self, load: Tensor, rate: float | Tensor) -> None:

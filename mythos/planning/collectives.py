@@ -11,6 +11,7 @@ import torch.distributed as dist
 from mythos.config.sections import Config
 from mythos.distributed.layout import Experts, Layout, build_mesh
 from mythos.model.config import loop_stages
+from mythos.planning.expert_rows import rows_to_experts
 from mythos.planning.flops import build_on_meta
 from mythos.planning.rank_state import RankState, accumulates, compute_dtype, micro_batches
 from mythos.torch_internals import init_fake_processes
@@ -90,21 +91,25 @@ def muon_exchanges(config: Config, layout: Layout) -> tuple[tuple[int, ...], tup
 def expert_exchanges(config: Config, layout: Layout, loops: int, backprop: int) -> Exchange:
     """All-to-alls of expert parallelism in a step, and the bytes of the rows that a rank's own tokens make.
 
-    Each micro-batch, block and loop exchanges counts, rows (with their gates, 4 bytes each) and results; a backward
-    pass the gradients of both. Where loops are recomputed, rows and results are exchanged once more, except for results
-    that no gradient needs: those of the last block, unless a norm follows or lanes are written.
+    Each micro-batch, block and loop exchanges counts, rows (with gates and numbers of experts, 4 bytes each) and
+    results; a backward pass the gradients of rows, gates and results. Where loops are recomputed, rows and results are
+    exchanged once more, except for results that no gradient needs: those of the last block, unless a norm follows or
+    lanes are written. Of the rows there are as many as `rows_to_experts` says.
     """
     model, itemsize = config.model, compute_dtype(config).itemsize
-    micro, blocks = micro_batches(config, layout.size), model.core_layers
-    slots = config.train.global_batch // layout.size * config.data.sequence_length * model.experts_per_token
-    result, row = slots * model.dim * itemsize, slots * (model.dim * itemsize + 4)
-    counts, rows, results = loops * blocks, (loops + backprop) * blocks, (loops + backprop) * blocks
+    micro, blocks, k = micro_batches(config, layout.size), model.core_layers, config.model.experts_per_token
+    tokens = config.train.global_batch // layout.size * config.data.sequence_length // micro
+    result = rows_to_experts(model, layout.expert, tokens) * model.dim * itemsize
+    of_choices = rows_to_experts(model, layout.expert, tokens) * k * 4
+    forward, backward = loops * blocks, backprop * blocks
+    again = again_results = 0
     if config.parallel.recomputes_loops:
-        rows += backprop * blocks
-        results += backprop * (blocks - (model.block_norm == "pre" and model.lanes == 1))
-    counted = model.n_experts + (layout.expert if layout.shared > 1 else 0)
-    size = micro * counts * counted * torch.int64.itemsize + rows * row + results * result
-    return Exchange(micro * (counts + rows + results), size)
+        again = backward
+        again_results = backprop * (blocks - (model.block_norm == "pre" and model.lanes == 1))
+    size = forward * layout.expert * 3 * torch.int64.itemsize
+    size += (forward + again) * (result + 2 * of_choices) + backward * (result + of_choices)
+    size += (forward + backward + again_results) * result
+    return Exchange(micro * (3 * forward + 2 * backward + again + again_results), micro * size)
 
 
 def shared_exchanges(config: Config, layout: Layout, loops: int, backprop: int) -> Exchange:

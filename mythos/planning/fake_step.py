@@ -21,6 +21,7 @@ from mythos.model.ops.expert_exchange import Dispatch, ExpertExchange, Splits
 from mythos.model.ops.shared_experts import SharedExpertGroup
 from mythos.model.ops.transfer import Transfer
 from mythos.model.rdt import RecurrentDepthTransformer
+from mythos.planning.expert_rows import rows_to_experts
 from mythos.planning.trace_cache import remembered
 from mythos.torch_internals import CPU_FLASH, CPU_FLASH_BACKWARD, FakeTensorMode
 
@@ -86,19 +87,22 @@ def fake_model(config: ModelConfig, step: Step) -> Iterator[RecurrentDepthTransf
 class BalancedExchange(ExpertExchange):
     """Stands for the exchange of tokens in a plan: sends nothing, and as many rows arrive as leave."""
 
-    def __init__(self, ranks: int, sharers: int) -> None:
+    def __init__(self, config: ModelConfig, ranks: int, sharers: int) -> None:
         super().__init__(None, ranks, sharers)
+        self.config = config
 
     def start(self, experts: Tensor, held: int) -> Dispatch:
         """As if every rank's share of the chosen experts (N, k) were equally large."""
-        slots = experts.numel()
-        self.rows = [slots // self.ranks + (rank < slots % self.ranks) for rank in range(self.ranks)]
+        tokens, choices = experts.shape
+        rows = rows_to_experts(self.config, self.ranks, tokens)
+        evenly = [rows // self.ranks + (rank < rows % self.ranks) for rank in range(self.ranks)]
+        self.balanced = Splits(evenly, evenly, tokens * choices, [tokens] * self.sharers)
         return super().start(experts, held)
 
-    def exchange_counts(self, sent: Tensor, tokens: int) -> Callable[[], Splits]:
+    def exchange_counts(self, sent: Tensor) -> Callable[[], Splits]:
         """The same counts as leave."""
-        rows = self.rows
-        return lambda: Splits(rows, rows, torch.empty_like(sent), [tokens] * self.sharers)
+        balanced = self.balanced
+        return lambda: balanced
 
     def send(self, rows: Tensor, leaving: list[int], coming: list[int]) -> Transfer:
         """Rows without values."""
@@ -127,7 +131,7 @@ def hold_share_of_experts(model: RecurrentDepthTransformer, ranks: int, sharers:
             continue
         for name in ("gate_up", "down"):
             setattr(module, name, _share(getattr(module, name), 0, ranks))
-        module.exchange = BalancedExchange(ranks, sharers)
+        module.exchange = BalancedExchange(model.config, ranks, sharers)
         if sharers > 1 and module.shared is not None:
             linears = module.shared.gate_up, module.shared.down
             for dimension, linear in enumerate(linears):

@@ -17,6 +17,14 @@ CONTRADICTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"model": {"shared_expert_dim": 100}}, ("model.shared_expert_dim",)),
     ({"model": {"experts_per_token": 1}}, ("model.experts_per_token",)),
     ({"model": {"experts_per_token": 9}}, ("model.experts_per_token", "model.n_experts")),
+    ({"model": {"expert_groups": 3}}, ("model.expert_groups", "model.n_experts")),
+    ({"model": {"expert_groups": 1, "groups_per_token": 2}}, ("model.groups_per_token", "model.expert_groups")),
+    (
+        {"model": {"expert_groups": 4, "groups_per_token": 2, "experts_per_token": 3}},
+        ("model.groups_per_token", "model.experts_per_token"),
+    ),
+    ({"model": {"expert_groups": 8}}, ("model.experts_per_token", "model.groups_per_token")),
+    ({"model": {"core_ffn": "dense", "expert_groups": 2}}, ("model.core_ffn", "model.expert_groups")),
     ({"model": {"preset": "dense_140m", "lanes": 2}}, ("model.lanes", "model.injection")),
     ({"model": {"injection": "linear", "lanes": 2}}, ("model.lanes", "model.injection")),
     ({"model": {"lanes": 2}, "depth": {"backprop": 1}}, ("model.lanes", "depth.backprop")),
@@ -146,6 +154,8 @@ def test_contradiction_names_all_its_fields(sections: dict[str, Any], paths: tup
         {"model": {"core_ffn": "dense", "experts_per_token": 99, "expert_dim": 3}},
         {"model": {"core_ffn": "dense", "experts_per_token": 1}},
         {"model": {"core_ffn": "dense", "router_loop_start": 0.5}},
+        {"model": {"expert_groups": 4, "groups_per_token": 2, "experts_per_token": 4}},
+        {"model": {"preset": "dense_140m", "core_ffn": "moe", "expert_groups": 2}},
         {"model": {"n_shared_experts": 0, "shared_expert_dim": 3}},
         {"tokenizer": {"vocab_size": 1024}, "model": {"vocab_size": 1000}},  # padded to 1,024
         {"tokenizer": {"name": "some/tokenizer", "vocab_size": 1}},

@@ -133,9 +133,14 @@ def test_a_recomputation_exchanges_no_counts(pool: RankPool) -> None:
     """It knows the sizes, so it waits for nothing; and stops before the results, which no gradient needs."""
     plain, again = pool.run(counted, False, ranks=2), pool.run(counted, True, ranks=2)
     assert CheckpointedPass.current is None
-    counts = [("int64", EXPERTS)]
-    rows, values = ("float32", 6 * CHOSEN * (DIM + 1)), ("float32", 6 * CHOSEN * DIM)  # what a rank's tokens send
-    for (sent, found), (sent_again, found_again) in zip(plain, again, strict=True):
+    counts = [("int64", 2 * 3)]
+    for rank, ((sent, found), (sent_again, found_again)) in enumerate(zip(plain, again, strict=True)):
+        # What a rank's tokens send: a row to each rank that holds experts of a token, with three gates and experts.
+        reached = sum(
+            len({expert // (EXPERTS // 2) for expert in token}) for token in problem(rank, 6, "even")[2].tolist()
+        )
+        assert 6 < reached < 12
+        rows, values = ("float32", reached * (DIM + 2 * CHOSEN)), ("float32", reached * DIM)
         assert [kind for kind, _ in sent] == ["int64", "float32", "float32", "float32", "float32"]
         assert sent[:1] == counts and sent[1] == rows and sent[3] == values
         assert sent_again == [*sent[:4], rows, sent[4]]  # once the gradient of the results is here

@@ -24,6 +24,8 @@ CHANGES: dict[str, Any] = {
     "train__micro_batch": 3,  # leaves a smaller one, and accumulates on four ranks, too
     "train__steps": 6,
     "model__n_experts": 16,
+    "model__expert_groups": 4,
+    "model__groups_per_token": 2,
     "model__core_layers": 2,
     "model__prelude_layers": 1,
     "model__coda_layers": 1,

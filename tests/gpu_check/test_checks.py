@@ -67,13 +67,12 @@ WRONG = {
 )
 def test_a_wrong_kernel_is_off(setting, monkeypatch, part, module, name, dtype):
     task = kernel_task(part, dtype)
-    (result,) = results(setting, task)
-    assert result.verdict == "ok", result
+    assert {result.verdict for result in results(setting, task)} == {"ok"}
     right = getattr(module, name)
     for what, change in WRONG.items():
         monkeypatch.setattr(module, name, lambda *args, change=change: change(right(*args)))
-        (result,) = results(setting, task)
-        assert result.verdict == "off", (what, result)
+        found = [*results(setting, task)]
+        assert {result.verdict for result in found} == {"off"}, (what, found)
 
 
 @pytest.mark.parametrize("name", ["grouped_product", "grouped_outer"])

@@ -225,12 +225,16 @@ class SlowRow:
         return self.weights[at + "down.weight"] @ (self.weights[at + "up.weight"] @ x).clamp(min=0) ** 2
 
     def experts(self, at: str, x: Tensor, loop: int) -> Tensor:
-        w, chosen = self.weights, self.config.experts_per_token
+        w, chosen, groups = self.weights, self.config.experts_per_token, self.config.groups_per_token
         logits = w[at + "router.weight"] @ (x * (1 + self.of_loop(at + "router.loop_embedding", loop)))
         affinity = torch.sigmoid(logits + self.of_loop(at + "router.loop_bias", loop))
         balance = w[at + "router.bias"]
         biased = (affinity + (balance if balance.ndim == 1 else balance[min(loop, len(balance)) - 1])).tolist()
-        best = sorted(range(len(biased)), key=lambda expert: -biased[expert])[:chosen]
+        ranked = sorted(range(len(biased)), key=lambda expert: -biased[expert])
+        size = len(biased) // self.config.expert_groups
+        of_group = {group: [e for e in ranked if e // size == group] for group in range(self.config.expert_groups)}
+        by_score = sorted(of_group, key=lambda g: -sum(biased[e] for e in of_group[g][: chosen // groups]))
+        best = [expert for expert in ranked if expert // size in by_score[:groups]][:chosen]
         output = self.swiglu(at + "shared.", x) if self.config.n_shared_experts else torch.zeros_like(x)
         for expert in best:
             gate, up = (x @ w[at + "gate_up"][expert]).chunk(2)

@@ -78,7 +78,7 @@ class Pair:
 VARIANTS: list[dict[str, Any]] = [
     {
         **{"qk_rope_head_dim": 4, "loop_embedding": True, "router_loop": "embedding", "router_bias_per_loop": True},
-        **{"loop_norm": "adaptive", "residual_scale": 0.5, "lanes": 2},
+        **{"loop_norm": "adaptive", "residual_scale": 0.5, "lanes": 2, "expert_groups": 2},
     },
     {"loop_over": "layer", "core_layers": 2, "injection": "orthogonal"},
     {

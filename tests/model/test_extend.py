@@ -134,7 +134,10 @@ VARIANTS: list[dict[str, Any]] = [
         **{"loop_over": "layer", "core_layers": 3, "injection": "initial", "prelude_norm": False, "attention": "gqa"},
         **{"value_embeddings": True, "lora_rank": 0, "loop_embedding": True},
     },
-    {"router_loop": "bias", "loop_norm": "adaptive", "residual_scale": 0.25, "router_bias_per_loop": True},
+    {
+        **{"router_loop": "bias", "loop_norm": "adaptive", "residual_scale": 0.25, "router_bias_per_loop": True},
+        "expert_groups": 2,
+    },
     {"router_loop": "embedding", "loop_norm": "adaptive", "block_norm": "peri", "residual_scale": 0.5},
     {"core_ffn": "dense", "loop_norm": "adaptive", "block_norm": "sandwich", "residual_scale": 0.5},
 ]

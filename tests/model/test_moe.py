@@ -11,11 +11,23 @@ from tests.model.conftest import scrambled
 GENERATOR_SEED = 0
 
 
+def naive_choice(biased: Tensor, router: Router) -> Tensor:
+    """The best experts of the best groups, one token after another, best expert first."""
+    size, judged = biased.shape[1] // router.groups, router.chosen // router.chosen_groups
+    chosen = []
+    for token in biased.tolist():
+        groups = [range(group * size, (group + 1) * size) for group in range(router.groups)]
+        groups.sort(key=lambda group: -sum(sorted(token[expert] for expert in group)[-judged:]))
+        eligible = [expert for group in groups[: router.chosen_groups] for expert in group]
+        chosen.append(sorted(eligible, key=lambda expert: -token[expert])[: router.chosen])
+    return torch.tensor(chosen)
+
+
 def naive_moe(module: MixtureOfExperts, x: Tensor) -> Tensor:
     """Every token times every expert it chose, one expert after another."""
     tokens = x.flatten(0, 1)
     affinity = 1 / (1 + torch.exp(-(tokens @ module.router.weight.T)))
-    chosen = torch.argsort(affinity + module.router.bias, dim=-1, descending=True)[:, : module.router.chosen]
+    chosen = naive_choice(affinity + module.router.bias, module.router)
     output = torch.zeros_like(tokens)
     for expert in range(len(module.gate_up)):
         for token in range(len(tokens)):
@@ -30,7 +42,16 @@ def naive_moe(module: MixtureOfExperts, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"n_shared_experts": 0}, {"experts_per_token": 1}, {"n_shared_experts": 2}], ids=str
+    "changes",
+    [
+        {},
+        {"n_shared_experts": 0},
+        {"experts_per_token": 1},
+        {"n_shared_experts": 2},
+        {"expert_groups": 2},
+        {"expert_groups": 4, "groups_per_token": 2, "experts_per_token": 4},
+    ],
+    ids=str,
 )
 def test_matches_loop_over_experts_and_its_gradient(small, changes):
     module = scrambled(MixtureOfExperts(small(**changes)))
@@ -59,6 +80,22 @@ def test_expert_without_tokens_gets_zero_gradient_and_harms_nothing(small):
     torch.testing.assert_close(output, naive_moe(module, x), rtol=1e-5, atol=1e-5)
     output.sum().backward()
     assert module.gate_up.grad[3].abs().max() == 0
+
+
+def test_experts_lie_in_the_chosen_groups():
+    """Whatever the bias; and of as many groups as there are, routing is the same as without groups."""
+    x = torch.randn(200, 16, generator=torch.Generator().manual_seed(3))
+    plain, all_groups, two, one = (Router(16, 16, 4, 0, *groups) for groups in ((1, 1), (4, 4), (4, 2), (8, 2)))
+    for router in (plain, all_groups, two, one):
+        scrambled(router)
+        router.bias.copy_(torch.linspace(-1.2, -0.8, 16))  # biased affinities are negative
+    assert all(torch.equal(*pair) for pair in zip(plain(x), all_groups(x), strict=True))
+    for router, size, most in ((two, 4, 2), (one, 2, 2)):
+        gates, experts = router(x)
+        assert {len(set(groups)) for groups in (experts // size).tolist()} <= set(range(1, most + 1))
+        assert all(len(set(token)) == 4 for token in experts.tolist())
+        torch.testing.assert_close(gates.sum(-1), torch.ones(200))
+    assert {len(set(groups)) for groups in (plain(x)[1] // 4).tolist()} - {1, 2}
 
 
 def test_gates_ignore_the_bias_and_sum_to_one():

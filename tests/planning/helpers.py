@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -109,12 +108,20 @@ def kind_of(parameter: Any) -> Experts | None:
     return "routed" if "expert" in parameter._spmd_mesh.mesh_dim_names else "shared"
 
 
-def as_if_alike(self: ExpertExchange, sent: Tensor, tokens: int) -> Callable[[], Splits]:
-    """Counts, as if every rank sent what this one sends: a fake collective brings nothing."""
-    counted = F.pad(sent, (0, 1), value=tokens) if self.sharers > 1 else sent
-    dist.all_to_all_single(torch.empty_like(counted), counted, group=self.group)
-    sizes = sent.sum(1).tolist()
-    return lambda: Splits(sizes, sizes, sent, [tokens] * self.sharers)
+def as_if_alike(rows: int | None = None) -> Callable[[ExpertExchange, Tensor], Callable[[], Splits]]:
+    """`ExpertExchange.exchange_counts` as if every rank sent what this one sends: a fake collective brings nothing.
+
+    With `rows`, so many rows leave, evenly.
+    """
+
+    def exchange_counts(self: ExpertExchange, sent: Tensor) -> Callable[[], Splits]:
+        dist.all_to_all_single(torch.empty_like(sent.T), sent.T.contiguous(), group=self.group)
+        sizes, slots, tokens = sent.tolist()
+        if rows is not None:
+            sizes = [rows // self.ranks + (rank < rows % self.ranks) for rank in range(self.ranks)]
+        return lambda: Splits(sizes, sizes, sum(slots), tokens[: self.sharers] if self.sharers > 1 else [])
+
+    return exchange_counts
 
 
 def memory_table(text: str) -> dict[str, float]:

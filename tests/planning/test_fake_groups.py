@@ -16,6 +16,7 @@ from mythos.distributed.parallel import parallelize
 from mythos.distributed.ranks import Ranks, World
 from mythos.model.ops.expert_exchange import ExpertExchange
 from mythos.planning.collectives import EXPERT_EXCHANGE, TOKEN_GATHER, Exchange, collectives, fake_processes
+from mythos.planning.expert_rows import rows_to_experts
 from mythos.planning.flops import build_on_meta
 from mythos.planning.rank_state import rank_state
 from tests.planning.helpers import as_if_alike
@@ -67,7 +68,9 @@ def test_plan_counts_what_a_rank_of_many_exchanges(tmp_path: Path, ranks: int) -
         planned["all-gather"].count += tokens.count
         planned["all-gather"].bytes += tokens.bytes
     ids = torch.zeros(1, 17, dtype=torch.int64)
-    with fake_processes(ranks), patch.object(ExpertExchange, "exchange_counts", as_if_alike), Counter() as counter:
+    rows = rows_to_experts(config.model, layout.expert, 16)  # of a micro-batch
+    alike = as_if_alike(rows)
+    with fake_processes(ranks), patch.object(ExpertExchange, "exchange_counts", alike), Counter() as counter:
         world = World(torch.device("cpu"), Ranks(dist.group.WORLD), Ranks())
         parallel = parallelize(config, build_on_meta(config.model), layout, world)
         counter.seen.clear()  # what building takes

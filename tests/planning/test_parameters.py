@@ -34,6 +34,7 @@ VARIATIONS: list[dict[str, Any]] = [
     {"core_layers": 3, "loop_over": "layer", "prelude_norm": False},
     *({"router_loop": name, "core_layers": 2} for name in ROUTERS.names),
     {"router_loop": "bias", "router_bias_per_loop": True, "residual_scale": 0.5},
+    {"expert_groups": 4, "groups_per_token": 2},
     *({"loop_norm": name, "core_layers": 2, "block_norm": "peri"} for name in LOOP_NORMS.names),
 ]
 

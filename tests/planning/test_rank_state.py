@@ -172,7 +172,7 @@ def test_memory_is_what_steps_allocate(tmp_path: Path, micro_batches: int, chang
     planned = state.total + working_memory(config, state).total
     ids = torch.zeros(1, 3, dtype=torch.int64)
     autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.train.dtype == "bfloat16")
-    with fake_processes(4), patch.object(ExpertExchange, "exchange_counts", as_if_alike):
+    with fake_processes(4), patch.object(ExpertExchange, "exchange_counts", as_if_alike()):
         model = build_on_meta(config.model)
         parallel = parallelize(config, model, layout, World(torch.device("cpu"), Ranks(), Ranks()))
         optimizer = build_optimizer(model, config.optim)

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -22,8 +21,8 @@ class Splits(NamedTuple):
     """Rows that this rank sends to each rank."""
     coming: list[int]
     """Rows that it receives from each rank."""
-    arrived: Tensor
-    """(R, E / R) int64 on the device: rows from each rank for each of this rank's experts."""
+    slots: int
+    """How often its experts are chosen by the rows that it receives."""
     tokens: list[int]
     """Tokens of each of the T ranks that divide the shared experts; empty if they are not divided."""
 
@@ -31,12 +30,14 @@ class Splits(NamedTuple):
 class ExpertExchange:
     """Runs the experts of a block that R ranks share: rank r holds experts r E / R to (r + 1) E / R - 1.
 
-    No token is dropped, whatever the routing. Every rank takes part in every exchange, also with no token at all, so
-    all ranks must call it equally often, in the forward and in the backward pass.
+    A token travels once to each rank that holds any of its experts, as a row with its gates and experts, and one row
+    comes back: the sum over these experts. No token is dropped, whatever the routing. Every rank takes part in every
+    exchange, also with no token at all, so all ranks must call it equally often, in the forward and in the backward
+    pass.
 
-    A call makes three all-to-alls: the number of rows for each expert (the host waits for them, because they are the
-    sizes of the others), rows with their gates, and results. The backward pass makes two. If the shared experts are
-    divided, the first one brings the ranks' numbers of tokens too.
+    A call makes three all-to-alls: the number of rows for each rank (the host waits for them, because they are the
+    sizes of the others), rows, and results. The backward pass makes two. The first one brings the ranks' numbers of
+    tokens too, which divided shared experts need.
 
     Args:
         group: the R ranks.
@@ -48,49 +49,53 @@ class ExpertExchange:
         self.group, self.ranks, self.sharers = group, ranks, sharers
 
     def start(self, experts: Tensor, held: int) -> "Dispatch":
-        """Sort the chosen experts (N, k) int64 and exchange counts, without waiting; `held` is E / R.
+        """Find the rows that leave for the chosen experts (N, k) int64, and exchange their numbers, without waiting.
 
-        Work that is queued between this call and `Dispatch.send` hides the wait for the counts.
+        `held` is E / R. Work that is queued between this call and `Dispatch.send` hides the wait for the numbers.
         """
-        ids, order = experts.flatten().sort(stable=True)
+        experts, choices = experts.sort(dim=1)  # neighbours then lie on one rank
+        targets = experts // held
+        first = torch.ones_like(targets, dtype=torch.bool)
+        first[:, 1:] = targets[:, 1:] != targets[:, :-1]
+        # A row is the first choice of a token on a rank: by rank, then by token. Further choices come last.
+        ranks, order = torch.where(first, targets, self.ranks).flatten().sort(stable=True)
         place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         recomputed = CheckpointedPass.recomputed_splits()
         if recomputed is not None:
-            return Dispatch(self, experts.shape, order, place, lambda: recomputed)
-        ends = expert_ends(ids, held * self.ranks).long()
-        sent = torch.diff(ends, prepend=ends.new_zeros(1)).view(self.ranks, held)
-        return Dispatch(self, experts.shape, order, place, self.exchange_counts(sent, len(experts)))
+            return Dispatch(self, experts, choices, ranks, place, order, lambda: recomputed)
+        rows = torch.diff(expert_ends(ranks, self.ranks).long(), prepend=ranks.new_zeros(1))
+        slots = torch.zeros_like(rows).scatter_add_(0, targets.flatten(), torch.ones_like(order))
+        sent = torch.stack((rows, slots, torch.full_like(rows, len(experts))))
+        return Dispatch(self, experts, choices, ranks, place, order, self.exchange_counts(sent))
 
-    def exchange_counts(self, sent: Tensor, tokens: int) -> Callable[[], Splits]:
-        """Exchange (R, E / R) int64 counts of rows, and of tokens; returns a function that waits for the result."""
-        held = sent.shape[1]
-        if self.sharers > 1:
-            sent = F.pad(sent, (0, 1), value=tokens)
-        arrived = torch.empty_like(sent)
-        dist.all_to_all_single(arrived, sent, group=self.group)
-        rows = arrived[:, :held]
-        # Where tokens do not travel, the last column is not one of them: its values are not used.
-        sums = torch.stack((sent[:, :held].sum(1), rows.sum(1), arrived[:, -1]))
-        if not sums.is_cuda:
-            return lambda: self.splits(sums, rows)
+    def exchange_counts(self, sent: Tensor) -> Callable[[], Splits]:
+        """Exchange numbers (3, R) int64 for each rank: its rows, their slots, and this rank's tokens.
+
+        Returns a function that waits for the result.
+        """
+        arrived = torch.empty_like(sent.T, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(arrived, sent.T.contiguous(), group=self.group)
+        counts = torch.cat((sent[:1], arrived.T))
+        if not counts.is_cuda:
+            return lambda: self.splits(counts)
         # A copy to pinned memory is queued and not waited for.
-        host = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True).copy_(sums, non_blocking=True)
+        host = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True).copy_(counts, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
 
         def wait() -> Splits:
             copied.synchronize()
-            return self.splits(host, rows)
+            return self.splits(host)
 
         return wait
 
-    def splits(self, sums: Tensor, arrived: Tensor) -> Splits:
-        """The splits, from (3, R) int64 on the host: rows that leave and that come, and tokens, by rank."""
-        leaving, coming, tokens = sums.tolist()
+    def splits(self, counts: Tensor) -> Splits:
+        """The splits, from (4, R) int64 on the host, by rank: rows that leave, rows that come, their slots, tokens."""
+        leaving, coming, slots, tokens = counts.tolist()
         if self.sharers == 1:
-            return Splits(leaving, coming, arrived, [])
+            return Splits(leaving, coming, sum(slots), [])
         first = dist.get_rank(self.group) // self.sharers * self.sharers
-        return Splits(leaving, coming, arrived, tokens[first : first + self.sharers])
+        return Splits(leaving, coming, sum(slots), tokens[first : first + self.sharers])
 
     def send(self, rows: Tensor, leaving: list[int], coming: list[int]) -> Transfer:
         """Start to send rows (sum(leaving), m), by target rank; (sum(coming), m) arrive, by source. No autograd.
@@ -112,11 +117,21 @@ class Dispatch(Passage):
     """One call of a block's experts for N tokens with k experts each, between `ExpertExchange.start` and the result."""
 
     def __init__(
-        self, exchange: ExpertExchange, shape: torch.Size, order: Tensor, place: Tensor, wait: Callable[[], Splits]
+        self,
+        exchange: ExpertExchange,
+        experts: Tensor,
+        choices: Tensor,
+        ranks: Tensor,
+        place: Tensor,
+        order: Tensor,
+        wait: Callable[[], Splits],
     ) -> None:
-        self.exchange, self.shape = exchange, shape
-        self.order, self.place = order, place
-        """(N k,) int64: the slot at each place of the order by expert, and the inverse."""
+        self.exchange, self.shape = exchange, experts.shape
+        self.experts, self.choices = experts, choices
+        """(N, k) int64: each token's experts, ascending, and where they stood before."""
+        self.ranks, self.order, self.place = ranks, order, place
+        """(N k,) int64: the target of each row, and its choice (index into N k), the first on that rank. Behind the
+        rows: R, and the other choices. And the inverse of that order."""
         self.wait = wait
         self.known: Splits | None = None
 
@@ -135,18 +150,15 @@ class Dispatch(Passage):
         called runs while the rows travel; and in the backward pass while their gradients do, because autograd goes
         through calls in reverse order.
         """
-        splits = self.splits
-        held, dtype = len(weights.gate_up), weights.gate_up.dtype
+        splits, held, dtype = self.splits, len(weights.gate_up), weights.gate_up.dtype
         with without_autocast(x):
-            packed = _Leave.apply(x, gates, self, splits, dtype)
+            packed = _Leave.apply(x, gates.gather(1, self.choices), self, held, dtype)
 
         def run() -> Tensor:
-            local = torch.arange(held, device=x.device).repeat(self.exchange.ranks)
-            experts = local.repeat_interleave(splits.arrived.flatten(), output_size=sum(splits.coming)).unsqueeze(1)
             with without_autocast(x):
-                rows, row_gates = _Arrive.apply(packed, self, splits, x.shape[1])
-                results = run_experts(rows, row_gates, experts, weights)
-                return _FromExperts.apply(results, self, splits, dtype)
+                rows, row_gates, experts = _Arrive.apply(packed, self, x.shape[1])
+                results = run_experts(rows, row_gates, experts.long(), weights, splits.slots)
+                return _FromExperts.apply(results, self, dtype)
 
         return run
 
@@ -154,73 +166,91 @@ class Dispatch(Passage):
         """Both steps of `send`."""
         return self.send(x, gates, weights)()
 
-    def by_expert(self, values: Tensor) -> Tensor:
-        """Values of tokens (N, m) -> those of their slots, ordered by expert (N k, m)."""
-        return values.index_select(0, self.order // self.shape[1])
+    def by_row(self, values: Tensor) -> Tensor:
+        """Values of tokens (N, m) -> those of the rows that leave (n, m)."""
+        return values.index_select(0, self.order[: sum(self.splits.leaving)] // self.shape[1])
+
+    def by_token(self, rows: Tensor) -> Tensor:
+        """What belongs to the rows that leave (n, m) -> its sum for each token (N, m) float32."""
+        return sum_slots(rows, self.place, self.shape)
+
+    def local_experts(self, held: int) -> Tensor:
+        """(n, k) int32: the numbers of a row's experts at the rank that it goes to; `held` for those elsewhere."""
+        experts = self.by_row(self.experts)
+        local = experts - held * self.ranks[: len(experts)].unsqueeze(1)
+        return torch.where((local >= 0) & (local < held), local, held).int()
+
+    def leave(self, rows: Tensor) -> Transfer:
+        """Start to send rows (n, m) to the experts."""
+        return self.exchange.send(rows, self.splits.leaving, self.splits.coming)
+
+    def give_back(self, rows: Tensor) -> Transfer:
+        """Start to send what belongs to rows that came (n, m) back to where they came from."""
+        return self.exchange.send(rows, self.splits.coming, self.splits.leaving)
 
 
 class _Leave(torch.autograd.Function):
     """Tokens (N, D) and gates (N, k) -> the packed rows that this rank's experts get, which have not arrived yet."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gates: Tensor, dispatch: Dispatch, splits: Splits, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gates: Tensor, dispatch: Dispatch, held: int, dtype: torch.dtype) -> Tensor:
         ctx.dispatch, ctx.dtype, ctx.width = dispatch, x.dtype, x.shape[1]
-        rows = _packed(dispatch.by_expert(x.to(dtype)), gates.flatten()[dispatch.order].unsqueeze(1))
-        dispatch.travelling = dispatch.exchange.send(rows, splits.leaving, splits.coming)
+        rows = _packed(dispatch.by_row(x.to(dtype)), dispatch.by_row(gates), dispatch.local_experts(held))
+        dispatch.travelling = dispatch.leave(rows)
         return dispatch.travelling.received
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         dispatch = ctx.dispatch
-        slots, gates = _unpacked(dispatch.arrived(), ctx.width)  # which `_Arrive` has sent
-        grad_x = sum_slots(slots, dispatch.place, dispatch.shape).to(ctx.dtype)
-        return grad_x, gates[dispatch.place].view(dispatch.shape), None, None, None
+        rows, gates = _unpacked(dispatch.arrived(), ctx.width, torch.float32)  # which `_Arrive` has sent
+        # The gradient of a gate is in one of a token's rows, and 0 in the others.
+        return dispatch.by_token(rows).to(ctx.dtype), dispatch.by_token(gates), None, None, None
 
 
 class _Arrive(torch.autograd.Function):
-    """Waits for packed rows: -> the rows (n, D) that this rank's experts compute, and their gates (n, 1)."""
+    """Waits for packed rows: -> the rows (n, D) for this rank's experts, their gates and experts (n, k)."""
 
     @staticmethod
-    def forward(ctx: Any, packed: Tensor, dispatch: Dispatch, splits: Splits, width: int) -> tuple[Tensor, Tensor]:
-        ctx.dispatch, ctx.splits = dispatch, splits
-        return _unpacked(dispatch.arrived(), width)
+    def forward(ctx: Any, packed: Tensor, dispatch: Dispatch, width: int) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.dispatch, ctx.shape = dispatch, packed.shape
+        rows, gates, experts = _unpacked(dispatch.arrived(), width, torch.float32, torch.int32)
+        ctx.mark_non_differentiable(experts)
+        return rows, gates, experts
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_rows: Tensor, grad_gates: Tensor) -> tuple[Tensor, None, None, None]:
-        dispatch, splits = ctx.dispatch, ctx.splits
-        packed = _packed(grad_rows, grad_gates)
-        dispatch.travelling = dispatch.exchange.send(packed, splits.coming, splits.leaving)
-        return packed, None, None, None  # `_Leave` takes what comes back from the dispatch, not this
+    def backward(ctx: Any, grad_rows: Tensor, grad_gates: Tensor, _: None) -> tuple[Tensor, None, None]:
+        ctx.dispatch.travelling = ctx.dispatch.give_back(_packed(grad_rows, grad_gates))
+        # `_Leave` takes what comes back from the dispatch, not this, which has no memory of its own.
+        return grad_rows.new_zeros(()).expand(ctx.shape), None, None
 
 
 class _FromExperts(torch.autograd.Function):
     """Results of this rank's experts (n, D) float32 -> sum of each of its tokens' results (N, D) float32."""
 
     @staticmethod
-    def forward(ctx: Any, results: Tensor, dispatch: Dispatch, splits: Splits, dtype: torch.dtype) -> Tensor:
-        ctx.dispatch, ctx.splits, ctx.dtype = dispatch, splits, dtype
-        # Each row is the product of one expert, computed in `dtype`: the cast loses nothing.
-        slots = dispatch.exchange.send(results.to(dtype), splits.coming, splits.leaving).wait()
-        return sum_slots(slots, dispatch.place, dispatch.shape)
+    def forward(ctx: Any, results: Tensor, dispatch: Dispatch, dtype: torch.dtype) -> Tensor:
+        ctx.dispatch, ctx.dtype = dispatch, dtype
+        return dispatch.by_token(dispatch.give_back(results.to(dtype)).wait())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
-        dispatch, splits = ctx.dispatch, ctx.splits
-        rows = dispatch.by_expert(grad_y.to(ctx.dtype))
-        return dispatch.exchange.send(rows, splits.leaving, splits.coming).wait().float(), None, None, None
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:
+        dispatch = ctx.dispatch
+        return dispatch.leave(dispatch.by_row(grad_y.to(ctx.dtype))).wait().float(), None, None
 
 
-def _packed(rows: Tensor, gates: Tensor) -> Tensor:
-    """Rows (n, D) with their float32 gates (n, 1) in further columns of the same type, so that one message has both."""
-    return torch.cat((rows, gates.view(rows.dtype)), dim=1)
+def _packed(rows: Tensor, *others: Tensor) -> Tensor:
+    """Rows (n, D) with values of 4 bytes (n, k) in further columns of the same type, so that one message has all."""
+    return torch.cat((rows, *(values.view(rows.dtype) for values in others)), dim=1)
 
 
-def _unpacked(packed: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Inverse of `_packed`: rows (n, width) and gates (n, 1) float32."""
-    return packed[:, :width].contiguous(), packed[:, width:].contiguous().view(torch.float32)
+def _unpacked(packed: Tensor, width: int, *types: torch.dtype) -> list[Tensor]:
+    """Inverse of `_packed`: rows (n, width), and the others, which have equally many columns and these types."""
+    others = packed[:, width:].chunk(len(types), dim=1)
+    values = [part.contiguous().view(dtype) for part, dtype in zip(others, types, strict=True)]
+    return [packed[:, :width].contiguous(), *values]
 
 
 class CheckpointedPass:

@@ -166,20 +166,20 @@ _GRADIENTS: WeakValueDictionary[int, WeightGradient] = WeakValueDictionary()
 
 
 class _Factors(NamedTuple):
-    """Factors of the weights' gradient, for N tokens and their N k slots, which are sorted by expert."""
+    """Factors of the weights' gradient, for N tokens and their s slots, which are sorted by expert."""
 
     x: Tensor
     """Input, (N, D)."""
     grad_y: Tensor
     """Gradient of the output, (N, D)."""
     activation: Tensor
-    """Input of the down-projection, (N k, H)."""
+    """Input of the down-projection, (s, H)."""
     grad_gate_up: Tensor
-    """Gradient of the up-projection's output, (N k, 2 H)."""
+    """Gradient of the up-projection's output, (s, 2 H)."""
     experts: Tensor
-    """Expert of each slot, (N k,) int64."""
+    """Expert of each slot, (s,) int64."""
     tokens: Tensor
-    """Token of each slot, (N k,) int64."""
+    """Token of each slot, (s,) int64."""
     ends: Tensor
     """End of each expert's slots, (E,) int32."""
 
@@ -242,24 +242,30 @@ class _RunExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gates: Tensor, experts: Tensor, link: Tensor | None, weights: ExpertWeights
+        ctx: Any,
+        x: Tensor,
+        gates: Tensor,
+        experts: Tensor,
+        link: Tensor | None,
+        weights: ExpertWeights,
+        slots: int | None,
     ) -> Tensor:
         ctx.weights, ctx.dtype = weights, x.dtype
         x = x.to(weights.gate_up.dtype)
-        output, *sorted_slots = _sorted_products(x, gates, experts, weights.gate_up, weights.down)
+        output, *sorted_slots = _sorted_products(x, gates, experts, weights.gate_up, weights.down, slots)
         ctx.save_for_backward(x, gates, *sorted_slots)
         return output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         weights: ExpertWeights = ctx.weights
         gradient = None if weights.link is None else weights.gradient
         x, gates, experts, order, place, projected = ctx.saved_tensors
         grad_x, grad_gates = _backward(
             grad_y, x, gates, experts, order, place, projected, weights.gate_up, weights.down, gradient
         )
-        return grad_x.to(ctx.dtype), grad_gates, None, None, None
+        return grad_x.to(ctx.dtype), grad_gates, None, None, None, None
 
 
 def _backward(
@@ -289,7 +295,7 @@ def _backward(
     if gradient is not None:
         # Detached: if the backward pass fails half way, the stored factors must not keep the graph alive.
         gradient.add(_Factors(x.detach(), grad_y, activation, grad_gate_up, experts, tokens, ends))
-    return grad_x, grad_weight[place].view_as(gates)
+    return grad_x, _at(grad_weight, place).view_as(gates)
 
 
 def _gating(projected: Tensor, weight: Tensor) -> Tensor:
@@ -307,15 +313,16 @@ def _gating_backward(grad_activation: Tensor, projected: Tensor, weight: Tensor)
 
 
 def _sorted_products(
-    x: Tensor, gates: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor
+    x: Tensor, gates: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor, slots: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output (N, D) float32, and what the backward pass needs of the N k slots sorted by expert.
+    """Output (N, D) float32, and what the backward pass needs of the s slots sorted by expert.
 
-    That is: the expert of each sorted slot; its index before sorting; the inverse of that order; and the up-projections
-    (N k, 2 H).
+    That is: the expert of each sorted slot; its index before sorting; the inverse of that order, (N k,), at least s for
+    choices that are left out; and the up-projections (s, 2 H).
     """
     experts, order = experts.flatten().sort(stable=True)
     place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    experts, order = experts[:slots], order[:slots]
     ends = expert_ends(experts, len(gate_up))
     projected = grouped_product(x.index_select(0, order // gates.shape[-1]), gate_up, ends)
     activation = device_choice.fused(_gating, x.device)(projected, gates.flatten()[order].unsqueeze(1))
@@ -323,17 +330,32 @@ def _sorted_products(
 
 
 def sum_slots(slots: Tensor, place: Tensor, shape: torch.Size) -> Tensor:
-    """Sum each token's slots, found at `place`: (N k, D) -> (N, D) float32; `shape` is (N, k)."""
+    """Sum each token's slots, found at `place` (N k,): (s, D) -> (N, D) float32; `shape` is (N, k).
+
+    A place of s or more adds nothing.
+    """
     return device_choice.fused(_sum_of_slots, slots.device)(slots, place, shape)
 
 
 def _sum_of_slots(slots: Tensor, place: Tensor, shape: torch.Size) -> Tensor:
-    # Not index_add, whose sums on a GPU differ from call to call. On a CPU index_select is ten times as fast as [].
-    return slots.index_select(0, place).unflatten(0, shape).sum(1, dtype=torch.float32)
+    # Not index_add, whose sums on a GPU differ from call to call.
+    return _at(slots, place).unflatten(0, shape).sum(1, dtype=torch.float32)
 
 
-def run_experts(x: Tensor, gates: Tensor, experts: Tensor, weights: ExpertWeights) -> Tensor:
+def _at(slots: Tensor, place: Tensor) -> Tensor:
+    """The slots at `place` (n,), or zeros if it is beyond the last: (s, ...) -> (n, ...)."""
+    # On a CPU index_select is ten times as fast as [].
+    if len(slots) == len(place):
+        return slots.index_select(0, place)
+    beyond = (place >= len(slots)).view(-1, *[1] * (slots.ndim - 1))
+    return slots.index_select(0, place.clamp(max=len(slots) - 1)).masked_fill(beyond, 0)
+
+
+def run_experts(x: Tensor, gates: Tensor, experts: Tensor, weights: ExpertWeights, slots: int | None = None) -> Tensor:
     """Weighted sum of each token's chosen experts: x (N, D), gates (N, k) float32, experts (N, k) -> (N, D) float32.
+
+    A choice of E, the number of experts, is left out. `slots`: how many choices are not; None = all N k. Graphs of
+    torch.compile take None only.
 
     Tokens are sorted by expert on the device. On a GPU `grouped_mm` multiplies all groups; in bfloat16 on SM90 and
     SM100 it is one kernel, without a loop over experts and without waiting for the host.
@@ -345,8 +367,10 @@ def run_experts(x: Tensor, gates: Tensor, experts: Tensor, weights: ExpertWeight
             x = x.to(weights.gate_up.dtype)
             return train_experts(x, gates, experts, weights.gate_up, weights.down, weights.link, weights.number)[0]
         with without_autocast(x):
-            return _RunExperts.apply(x, gates, experts, weights.link, weights)
+            return _RunExperts.apply(x, gates, experts, weights.link, weights, slots)
     x = x.to(weights.gate_up.dtype)
+    if slots is not None:
+        return _sorted_products(x, gates, experts, weights.gate_up, weights.down, slots)[0]
     if not torch.compiler.is_compiling():
         run = _run_without_gradient
     elif len(x) == 1 and device_choice.reads_in_graph(x.device, weights.bytes_of_token(experts.shape[1])):

@@ -73,6 +73,34 @@ def test_shared_weights_equal_autograd(kept: int) -> None:
     assert not shared[0].gradient.take(), "handed over"
 
 
+@pytest.mark.parametrize("kept", [0, 10**9], ids=["one loop at a time", "all loops"])
+def test_choices_that_are_left_out(kept: int) -> None:
+    """A choice of expert E costs and adds nothing; the others as if it had a gate of zero, which gets no gradient."""
+    leaves, gates, experts, direction = random_inputs(loops=3)
+    left_out = torch.rand(experts.shape, generator=torch.Generator().manual_seed(1)) < 0.4
+    left_out[0, :5] = True  # tokens without any expert
+    slots = (~left_out).sum((1, 2)).tolist()
+    multiplied = []
+
+    def ours(x, gate_up, down, gates, experts):
+        if not multiplied:
+            shared = ExpertWeights(gate_up, down, torch.float32)
+            shared.gradient.room = kept
+            multiplied.append(shared)
+        loop = len(multiplied) - 1
+        multiplied.append(loop)
+        chosen = experts.masked_fill(left_out[loop], EXPERTS)
+        result = run_experts(x, gates, chosen, multiplied[0], slots[loop])
+        with torch.no_grad():
+            assert torch.equal(run_experts(x, gates, chosen, multiplied[0], slots[loop]), result)
+        return result
+
+    actual = run(leaves, gates, experts, direction, 3, ours)
+    expected = run(leaves, gates.masked_fill(left_out, 0), experts, direction, 3, one_by_one)
+    expected[-1] = expected[-1].masked_fill(left_out, 0)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 70])
 def test_without_gradient(tokens: int) -> None:
     (x, gate_up, down), gates, experts, _ = random_inputs(loops=1, tokens=tokens)
