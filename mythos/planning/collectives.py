@@ -106,7 +106,7 @@ def expert_exchanges(config: Config, layout: Layout, loops: int, backprop: int) 
     if config.parallel.recomputes_loops:
         again = backward
         again_results = backprop * (blocks - (model.block_norm == "pre" and model.lanes == 1))
-    size = forward * layout.expert * 3 * torch.int64.itemsize
+    size = forward * layout.expert * 4 * torch.int64.itemsize
     size += (forward + again) * (result + 2 * of_choices) + backward * (result + of_choices)
     size += (forward + backward + again_results) * result
     return Exchange(micro * (3 * forward + 2 * backward + again + again_results), micro * size)

@@ -96,7 +96,8 @@ class BalancedExchange(ExpertExchange):
         tokens, choices = experts.shape
         rows = rows_to_experts(self.config, self.ranks, tokens)
         evenly = [rows // self.ranks + (rank < rows % self.ranks) for rank in range(self.ranks)]
-        self.balanced = Splits(evenly, evenly, tokens * choices, [tokens] * self.sharers)
+        most = min(choices, held)
+        self.balanced = Splits(evenly, evenly, tokens * choices, most, [tokens] * self.sharers)
         return super().start(experts, held)
 
     def exchange_counts(self, sent: Tensor) -> Callable[[], Splits]:

@@ -40,7 +40,9 @@ CHANGES: dict[str, Any] = {
 
 FSDP, BLOCK = {"parallel__mode": "fsdp"}, {"parallel__mode": "fsdp", "parallel__wrap": "block"}
 HSDP = {"parallel__mode": "hsdp", "parallel__shard": 2, "train__micro_batch": 2}
-EXPERTS, COPIES = FSDP | {"parallel__expert": 2}, HSDP | {"parallel__expert": 2}
+# The number of rows does not depend on the routing: a token reaches one of the two ranks, or both.
+EXPERTS = FSDP | {"parallel__expert": 2, "model__expert_groups": 2}
+COPIES = HSDP | {"parallel__expert": 2, "model__experts_per_token": 4}
 LOOP = {"parallel__activation_checkpointing": "loop"}
 KEPT, ALWAYS = {"parallel__reshard_after_forward": False}, {"parallel__reduce": "micro_batch"}
 ONCE, MUON, LAYERS = {"train__micro_batch": 16}, {"optim__name": "muon"}, {"model__loop_over": "layer"}

@@ -133,7 +133,7 @@ def test_a_recomputation_exchanges_no_counts(pool: RankPool) -> None:
     """It knows the sizes, so it waits for nothing; and stops before the results, which no gradient needs."""
     plain, again = pool.run(counted, False, ranks=2), pool.run(counted, True, ranks=2)
     assert CheckpointedPass.current is None
-    counts = [("int64", 2 * 3)]
+    counts = [("int64", 2 * 4)]
     for rank, ((sent, found), (sent_again, found_again)) in enumerate(zip(plain, again, strict=True)):
         # What a rank's tokens send: a row to each rank that holds experts of a token, with three gates and experts.
         reached = sum(

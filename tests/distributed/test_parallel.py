@@ -192,7 +192,8 @@ def test_gate_learns_alike(pool: RankPool, single: tuple[Path, Trained], gated: 
         assert_same(trained, gated)
 
 
-MUON = {"optim__name": "muon", "model__n_experts": 6}  # which four ranks cut, and two share out
+# Six experts, which four ranks cut and two share out.
+MUON = {"optim__name": "muon", "model__n_experts": 6, "model__expert_groups": 3}
 
 
 @pytest.fixture(scope="module")

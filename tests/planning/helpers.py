@@ -116,10 +116,10 @@ def as_if_alike(rows: int | None = None) -> Callable[[ExpertExchange, Tensor], C
 
     def exchange_counts(self: ExpertExchange, sent: Tensor) -> Callable[[], Splits]:
         dist.all_to_all_single(torch.empty_like(sent.T), sent.T.contiguous(), group=self.group)
-        sizes, slots, tokens = sent.tolist()
+        sizes, slots, most, tokens = sent.tolist()
         if rows is not None:
             sizes = [rows // self.ranks + (rank < rows % self.ranks) for rank in range(self.ranks)]
-        return lambda: Splits(sizes, sizes, sum(slots), tokens[: self.sharers] if self.sharers > 1 else [])
+        return lambda: Splits(sizes, sizes, sum(slots), max(most), tokens[: self.sharers] if self.sharers > 1 else [])
 
     return exchange_counts
 

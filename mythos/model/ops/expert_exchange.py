@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -22,7 +23,9 @@ class Splits(NamedTuple):
     coming: list[int]
     """Rows that it receives from each rank."""
     slots: int
-    """How often its experts are chosen by the rows that it receives."""
+    """How often its experts are chosen by the rows that it receives,"""
+    most: int
+    """and by a single row, at most."""
     tokens: list[int]
     """Tokens of each of the T ranks that divide the shared experts; empty if they are not divided."""
 
@@ -65,11 +68,13 @@ class ExpertExchange:
             return Dispatch(self, experts, choices, ranks, place, order, lambda: recomputed)
         rows = torch.diff(expert_ends(ranks, self.ranks).long(), prepend=ranks.new_zeros(1))
         slots = torch.zeros_like(rows).scatter_add_(0, targets.flatten(), torch.ones_like(order))
-        sent = torch.stack((rows, slots, torch.full_like(rows, len(experts))))
+        together = (targets.unsqueeze(1) == targets.unsqueeze(2)).sum(-1).flatten()
+        most = F.pad(together, (0, 1), value=1).max()  # of no token: 1
+        sent = torch.stack((rows, slots, most.expand_as(rows), torch.full_like(rows, len(experts))))
         return Dispatch(self, experts, choices, ranks, place, order, self.exchange_counts(sent))
 
     def exchange_counts(self, sent: Tensor) -> Callable[[], Splits]:
-        """Exchange numbers (3, R) int64 for each rank: its rows, their slots, and this rank's tokens.
+        """Exchange numbers (4, R) int64 for each rank: its rows, their slots, most slots of a row, this rank's tokens.
 
         Returns a function that waits for the result.
         """
@@ -90,12 +95,12 @@ class ExpertExchange:
         return wait
 
     def splits(self, counts: Tensor) -> Splits:
-        """The splits, from (4, R) int64 on the host, by rank: rows that leave, rows that come, their slots, tokens."""
-        leaving, coming, slots, tokens = counts.tolist()
+        """The splits, from (5, R) int64 on the host: rows that leave for each rank; and the others from each."""
+        leaving, coming, slots, most, tokens = counts.tolist()
         if self.sharers == 1:
-            return Splits(leaving, coming, sum(slots), [])
+            return Splits(leaving, coming, sum(slots), max(most), [])
         first = dist.get_rank(self.group) // self.sharers * self.sharers
-        return Splits(leaving, coming, sum(slots), tokens[first : first + self.sharers])
+        return Splits(leaving, coming, sum(slots), max(most), tokens[first : first + self.sharers])
 
     def send(self, rows: Tensor, leaving: list[int], coming: list[int]) -> Transfer:
         """Start to send rows (sum(leaving), m), by target rank; (sum(coming), m) arrive, by source. No autograd.
@@ -174,11 +179,26 @@ class Dispatch(Passage):
         """What belongs to the rows that leave (n, m) -> its sum for each token (N, m) float32."""
         return sum_slots(rows, self.place, self.shape)
 
-    def local_experts(self, held: int) -> Tensor:
-        """(n, k) int32: the numbers of a row's experts at the rank that it goes to; `held` for those elsewhere."""
-        experts = self.by_row(self.experts)
-        local = experts - held * self.ranks[: len(experts)].unsqueeze(1)
-        return torch.where((local >= 0) & (local < held), local, held).int()
+    def choices_of_rows(self, gates: Tensor, held: int) -> tuple[Tensor, Tensor]:
+        """Gates (N, k) -> those of the rows that leave, and their experts' numbers at the target, (n, k) each.
+
+        What a row chooses stands in its first columns; the numbers in the others are `held`.
+        """
+        count, k = sum(self.splits.leaving), self.shape[1]
+        columns = self.first_column(count) + torch.arange(k, device=gates.device)
+        beyond, columns = columns >= k, columns.clamp(max=k - 1)
+        local = self.by_row(self.experts).gather(1, columns) - held * self.ranks[:count].unsqueeze(1)
+        local = local.masked_fill(beyond | (local >= held), held)
+        return self.by_row(gates).gather(1, columns), local.int()
+
+    def gates_of_tokens(self, gates: Tensor) -> Tensor:
+        """Inverse for gradients of gates: (n, k), 0 where a row chooses nothing -> (N, k)."""
+        columns = torch.arange(gates.shape[1], device=gates.device) - self.first_column(len(gates))
+        return self.by_token(gates.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, 0))
+
+    def first_column(self, count: int) -> Tensor:
+        """(n, 1) int64: the first of a token's choices that its row is for."""
+        return (self.order[:count] % self.shape[1]).unsqueeze(1)
 
     def leave(self, rows: Tensor) -> Transfer:
         """Start to send rows (n, m) to the experts."""
@@ -195,7 +215,7 @@ class _Leave(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gates: Tensor, dispatch: Dispatch, held: int, dtype: torch.dtype) -> Tensor:
         ctx.dispatch, ctx.dtype, ctx.width = dispatch, x.dtype, x.shape[1]
-        rows = _packed(dispatch.by_row(x.to(dtype)), dispatch.by_row(gates), dispatch.local_experts(held))
+        rows = _packed(dispatch.by_row(x.to(dtype)), *dispatch.choices_of_rows(gates, held))
         dispatch.travelling = dispatch.leave(rows)
         return dispatch.travelling.received
 
@@ -204,24 +224,29 @@ class _Leave(torch.autograd.Function):
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         dispatch = ctx.dispatch
         rows, gates = _unpacked(dispatch.arrived(), ctx.width, torch.float32)  # which `_Arrive` has sent
-        # The gradient of a gate is in one of a token's rows, and 0 in the others.
-        return dispatch.by_token(rows).to(ctx.dtype), dispatch.by_token(gates), None, None, None
+        return dispatch.by_token(rows).to(ctx.dtype), dispatch.gates_of_tokens(gates), None, None, None
 
 
 class _Arrive(torch.autograd.Function):
-    """Waits for packed rows: -> the rows (n, D) for this rank's experts, their gates and experts (n, k)."""
+    """Waits for packed rows: -> the rows (n, D) for this rank's experts, their gates and experts (n, m).
+
+    m is the most choices that a row has here.
+    """
 
     @staticmethod
     def forward(ctx: Any, packed: Tensor, dispatch: Dispatch, width: int) -> tuple[Tensor, Tensor, Tensor]:
         ctx.dispatch, ctx.shape = dispatch, packed.shape
         rows, gates, experts = _unpacked(dispatch.arrived(), width, torch.float32, torch.int32)
+        ctx.further = gates.shape[1] - dispatch.splits.most
+        gates, experts = gates[:, : dispatch.splits.most], experts[:, : dispatch.splits.most]
         ctx.mark_non_differentiable(experts)
-        return rows, gates, experts
+        return rows, gates.contiguous(), experts.contiguous()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_rows: Tensor, grad_gates: Tensor, _: None) -> tuple[Tensor, None, None]:
-        ctx.dispatch.travelling = ctx.dispatch.give_back(_packed(grad_rows, grad_gates))
+        packed = _packed(grad_rows, F.pad(grad_gates, (0, ctx.further)))
+        ctx.dispatch.travelling = ctx.dispatch.give_back(packed)
         # `_Leave` takes what comes back from the dispatch, not this, which has no memory of its own.
         return grad_rows.new_zeros(()).expand(ctx.shape), None, None
 
