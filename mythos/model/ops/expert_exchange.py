@@ -23,9 +23,9 @@ class Splits(NamedTuple):
     coming: list[int]
     """Rows that it receives from each rank."""
     slots: int
-    """How often its experts are chosen by the rows that it receives,"""
+    """Choices of its experts in all rows that it receives."""
     most: int
-    """and by a single row, at most."""
+    """Choices in one of these rows, at most."""
     tokens: list[int]
     """Tokens of each of the T ranks that divide the shared experts; empty if they are not divided."""
 
@@ -34,9 +34,9 @@ class ExpertExchange:
     """Runs the experts of a block that R ranks share: rank r holds experts r E / R to (r + 1) E / R - 1.
 
     A token travels once to each rank that holds any of its experts, as a row with its gates and experts, and one row
-    comes back: the sum over these experts. No token is dropped, whatever the routing. Every rank takes part in every
-    exchange, also with no token at all, so all ranks must call it equally often, in the forward and in the backward
-    pass.
+    comes back: the sum over these experts, in the type of the matmuls. No token is dropped, whatever the routing. Every
+    rank takes part in every exchange, also with no token at all, so all ranks must call it equally often, in the
+    forward and in the backward pass.
 
     A call makes three all-to-alls: the number of rows for each rank (the host waits for them, because they are the
     sizes of the others), rows, and results. The backward pass makes two. The first one brings the ranks' numbers of

@@ -364,6 +364,7 @@ def run_experts(x: Tensor, gates: Tensor, experts: Tensor, weights: ExpertWeight
     """
     if torch.is_grad_enabled():
         if torch.compiler.is_compiling():
+            assert slots is None, "under expert parallelism the core is not compiled"
             x = x.to(weights.gate_up.dtype)
             return train_experts(x, gates, experts, weights.gate_up, weights.down, weights.link, weights.number)[0]
         with without_autocast(x):
