@@ -190,13 +190,16 @@ def least_figures(least: Least | None) -> dict[str, Any] | None:
 
 
 def longest_contexts(search: Search, gpu: Gpu) -> dict[str, Any] | None:
-    """Tokens of the longest sequences to train on, by GiB of a GPU; None if no layout is possible."""
-    least = search.least()
-    if least is None:
-        return None
+    """Longest sequences to train on and their layouts, by GiB of a GPU; None if no layout is possible."""
     sizes = sorted({80, 141, gpu.memory // GIB})
-    tokens = {size: search.longest_context(least, size * GIB) for size in sizes}
-    return {"overrides": least.candidate.overrides, "context": search.config.model.context_length, "tokens": tokens}
+    longest = dict(zip(sizes, search.longest_contexts([size * GIB for size in sizes]), strict=False))
+    if not longest:
+        return None
+    return {
+        "context": search.config.model.context_length,
+        "tokens": {size: each.tokens for size, each in longest.items()},
+        "overrides": {size: each.overrides for size, each in longest.items()},
+    }
 
 
 def check_numbers(options: argparse.Namespace) -> None:
@@ -377,7 +380,7 @@ def layout_lines(figures: dict[str, Any]) -> list[str]:
         lengths = ", ".join(f"{tokens:,} on {size} GiB" for size, tokens in longest["tokens"].items())
         lines += [
             f"longest sequences to train on, in tokens, of a context of {longest['context']:,}: {lengths}",
-            f"  {' '.join(longest['overrides'])}",
+            *dict.fromkeys(f"  {' '.join(overrides)}" for overrides in longest["overrides"].values()),
         ]
     return lines
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from mythos.config.sections import Config
 from mythos.distributed.layout import Experts, Layout, build_mesh
-from mythos.model.config import loop_stages
+from mythos.model.config import ModelConfig, loop_stages
 from mythos.planning.expert_rows import rows_to_experts
 from mythos.planning.flops import build_on_meta
 from mythos.planning.rank_state import RankState, accumulates, compute_dtype, micro_batches
@@ -93,8 +93,8 @@ def expert_exchanges(config: Config, layout: Layout, loops: int, backprop: int) 
 
     Each micro-batch, block and loop exchanges counts, rows (with gates and numbers of experts, 4 bytes each) and
     results; a backward pass the gradients of rows, gates and results. Where loops are recomputed, rows and results are
-    exchanged once more, except for results that no gradient needs: those of the last block, unless a norm follows or
-    lanes are written. Of the rows there are as many as `rows_to_experts` says.
+    exchanged once more, except for results that no gradient needs (`ends_before_results`). Of the rows there are as
+    many as `rows_to_experts` says.
     """
     model, itemsize = config.model, compute_dtype(config).itemsize
     micro, blocks, k = micro_batches(config, layout.size), model.core_layers, config.model.experts_per_token
@@ -105,23 +105,36 @@ def expert_exchanges(config: Config, layout: Layout, loops: int, backprop: int) 
     again = again_results = 0
     if config.parallel.recomputes_loops:
         again = backward
-        again_results = backprop * (blocks - (model.block_norm == "pre" and model.lanes == 1))
+        again_results = backprop * (blocks - ends_before_results(model))
     size = forward * layout.expert * 4 * torch.int64.itemsize
     size += (forward + again) * (result + 2 * of_choices) + backward * (result + of_choices)
     size += (forward + backward + again_results) * result
     return Exchange(micro * (3 * forward + 2 * backward + again + again_results), micro * size)
 
 
-def shared_exchanges(config: Config, layout: Layout, loops: int, backprop: int) -> Exchange:
-    """All-gathers of tokens to the ranks that divide the shared experts, and as many and as large all-to-alls back.
+def shared_exchanges(config: Config, layout: Layout, loops: int, backprop: int) -> tuple[Exchange, Exchange]:
+    """All-gathers of tokens to the ranks that divide the shared experts, and the equally large all-to-alls back.
 
-    Each micro-batch, block and loop has one, a backward pass another, and so has a loop that is recomputed.
+    Each micro-batch, block and loop has one of each, and a backward pass another. A loop that is recomputed gathers
+    again, and sends back what gradients need (`ends_before_results`).
     """
-    passes = loops + backprop + (backprop if config.parallel.recomputes_loops else 0)
+    model, blocks = config.model, config.model.core_layers
     tokens = config.train.global_batch // layout.size * config.data.sequence_length
-    row = config.model.dim * compute_dtype(config).itemsize
-    times = passes * config.model.core_layers
-    return Exchange(micro_batches(config, layout.size) * times, times * layout.shared * tokens * row)
+    size = layout.shared * tokens * model.dim * compute_dtype(config).itemsize
+    gathers = returns = (loops + backprop) * blocks
+    if config.parallel.recomputes_loops:
+        gathers += backprop * blocks
+        returns += backprop * (blocks - ends_before_results(model))
+    micro = micro_batches(config, layout.size)
+    return Exchange(micro * gathers, gathers * size), Exchange(micro * returns, returns * size)
+
+
+def ends_before_results(model: ModelConfig) -> bool:
+    """Whether no gradient needs the results of a pass's last block, so that a recomputation of the pass ends before.
+
+    Not if a norm follows, or lanes are written.
+    """
+    return model.block_norm == "pre" and model.lanes == 1
 
 
 def collectives(config: Config, state: RankState, loops: int, backprop: int) -> dict[str, Exchange]:
@@ -190,6 +203,6 @@ def step_calls(config: Config, state: RankState, loops: int, backprop: int) -> I
         exchange = expert_exchanges(config, layout, loops, backprop)
         yield Calls(EXPERT_EXCHANGE, "expert", exchange.count, exchange.bytes)
     if layout.shared > 1:
-        exchange = shared_exchanges(config, layout, loops, backprop)
-        for kind in (TOKEN_GATHER, EXPERT_EXCHANGE):
+        exchanges = shared_exchanges(config, layout, loops, backprop)
+        for kind, exchange in zip((TOKEN_GATHER, EXPERT_EXCHANGE), exchanges, strict=True):
             yield Calls(kind, "shared", exchange.count, exchange.bytes)

@@ -1,6 +1,6 @@
 """Search for the fastest layout, for the least memory that training needs, and for the longest context that fits."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -76,6 +76,14 @@ class Least:
     def needed(self) -> int:
         """Bytes of a rank."""
         return self.held + self.activations
+
+
+class LongestContext(NamedTuple):
+    """The longest sequence that a layout can train on."""
+
+    tokens: int
+    overrides: list[str]
+    """The layout's fields, as on a command line."""
 
 
 class Kind(NamedTuple):
@@ -266,17 +274,20 @@ class Search:
                 return False
         return True
 
-    def least(self, gpus: int | None = None) -> Least | None:
+    def least(self, gpus: int | None = None, level: int | None = None) -> Least | None:
         """The candidate that needs least memory, with micro-batches of one row and everything recomputed.
 
-        `gpus` instead of the search's number may exceed the global batch. None if no layout is possible.
+        `gpus` instead of the search's number may exceed the global batch; `level` as in `settings`, by default all.
+        None if no layout is possible.
         """
         gpus = self.gpus if gpus is None else gpus
         best: Least | None = None
         smallest: list[Candidate] = []
         modes = self.values("activation_checkpointing", ("all",))
-        for wrap, level in self.ways:
-            for config, state in self.settings(gpus, wrap, level, copies=False):
+        for wrap, each in self.ways:
+            if level is not None and each != level:
+                continue
+            for config, state in self.settings(gpus, wrap, each, copies=False):
                 one = config.with_fields("parallel", activation_checkpointing=modes[0], reduce="micro_batch")
                 smallest.append(Candidate(one.with_fields("train", micro_batch=1), state))
         for candidate in sorted(smallest, key=lambda each: each.held):
@@ -301,6 +312,23 @@ class Search:
             gpus *= 2
         return None
 
+    def longest_contexts(self, memories: Sequence[int]) -> list[LongestContext]:
+        """The longest sequence for each size of memory, with the layout that allows it; [] if no layout is possible.
+
+        For each value of `parallel.shared` the layout is tried that needs least memory: the more ranks divide the
+        shared experts, the less memory the weights take, and the more each token.
+        """
+        levels = sorted({level for _, level in self.ways})
+        leasts = [least for level in levels if (least := self.least(level=level)) is not None]
+        return [
+            max(
+                (LongestContext(self.longest_context(least, memory), least.candidate.overrides) for least in leasts),
+                key=lambda longest: longest.tokens,
+            )
+            for memory in memories
+            if leasts
+        ]
+
     def longest_context(self, least: Least, memory: int) -> int:
         """Tokens of the longest sequence that fits with the settings of `least`; 0 if not even CONTEXT_STEP do.
 
@@ -310,6 +338,8 @@ class Search:
         usable, context = int(USABLE_SHARE * memory), self.config.model.context_length
         if self.config.data.sequence_length >= context and least.needed <= usable:
             return context
+        if least.held >= usable:
+            return 0
         lengths = (2 * CONTEXT_STEP, 4 * CONTEXT_STEP)
         short, long = (
             activations(at_length(least.candidate.config, length), least.candidate.layout).peak for length in lengths

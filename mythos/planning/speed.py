@@ -8,7 +8,7 @@ import torch
 from mythos.config.sections import Config
 from mythos.distributed.parallel import compiles
 from mythos.planning.budget import DepthMeans, Gpu, mean_depths
-from mythos.planning.collectives import Calls, muon_calls, step_calls
+from mythos.planning.collectives import Calls, ends_before_results, muon_calls, step_calls
 from mythos.planning.fake_step import recomputed_flops
 from mythos.planning.flops import forward_flops
 from mythos.planning.network import call_seconds
@@ -19,12 +19,15 @@ from mythos.planning.traffic import OPTIMIZER_BYTES, StepTime, StepTraffic, step
 def executed_flops(config: Config, means: DepthMeans, mode: str) -> float:
     """FLOPs per token of training, with what this mode of activation checkpointing computes again.
 
-    Divided shared experts add the hidden activations of their backward passes.
+    Divided shared experts add the hidden activations of their backward passes. Recomputed loops do not compute the
+    results of these experts that no gradient needs.
     """
     model, length = config.model, config.data.sequence_length
     needed = forward_flops(model, length).training_at(means.loops, means.backprop)
     hidden = model.n_shared_experts * model.shared_expert_dim if config.parallel.shared > 1 else 0
     slices = 4 * model.core_layers * model.dim * hidden  # gate and up
+    if mode in ("loop", "all") and ends_before_results(model):
+        slices -= 6 * model.dim * hidden
     again = recomputed_flops(model, length, mode)
     return needed + again.once + means.backprop * (again.loop + slices)
 

@@ -1,5 +1,6 @@
 """Shared experts that ranks divide against whole ones: a layer, its order of calls, and training in one process."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -9,8 +10,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from mythos.model.ops import shared_experts
+from mythos.model.ops.expert_exchange import CheckpointedPass
 from mythos.model.ops.shared_experts import SharedExpertGroup, SliceWeights
 from mythos.model.ops.transfer import Transfer
 from tests.distributed.pool import RankPool
@@ -83,31 +86,38 @@ def test_a_layer_equals_whole_experts(pool: RankPool, tokens: list[int], dtype: 
             assert error <= (1e-6 if dtype == torch.float32 else 1e-2) * wanted.float().norm()
 
 
+def noted(calls: list[str]) -> ExitStack:
+    """Context in which collectives and waits are written to `calls`."""
+    contexts = ExitStack()
+
+    def note(owner: type, method: str, name: str) -> None:
+        function = getattr(owner, method)
+
+        def call(*arguments: Any) -> Any:
+            calls.append(name)
+            return function(*arguments)
+
+        contexts.enter_context(patch.object(owner, method, call))
+
+    note(SharedExpertGroup, "gather", "gather")
+    note(SharedExpertGroup, "give_back", "give back")
+    note(Transfer, "wait", "wait")
+    return contexts
+
+
 def order_of_calls() -> list[str]:
     """Collectives and waits of a layer, forward and backward, with the places where other work can go."""
     dist.init_process_group("gloo")
     calls: list[str] = []
     group, (x, grad) = SharedExpertGroup(None, 2), problem(dist.get_rank(), 3, torch.float32)
-    weights = SliceWeights(*(weight.detach()[:, :HIDDEN].requires_grad_() for weight in whole_weights()), torch.float32)
-    gather, give_back, wait = SharedExpertGroup.gather, SharedExpertGroup.give_back, Transfer.wait
-
-    def noted(name: str, function: Any) -> Any:
-        def call(*arguments: Any) -> Any:
-            calls.append(name)
-            return function(*arguments)
-
-        return call
+    weights = SliceWeights(*whole_weights(), torch.float32)
 
     def elsewhere(y: Tensor) -> Tensor:
         calls.append("other")
         y.register_hook(lambda _: calls.append("other"))
         return y
 
-    with (
-        patch.object(SharedExpertGroup, "gather", noted("gather", gather)),
-        patch.object(SharedExpertGroup, "give_back", noted("give back", give_back)),
-        patch.object(Transfer, "wait", noted("wait", wait)),
-    ):
+    with noted(calls):
         call = group.call([3, 3], weights)
         sent = call.send(x)
         first = elsewhere(x * 2)
@@ -118,6 +128,38 @@ def order_of_calls() -> list[str]:
         (total + first + second).backward(grad)
     dist.barrier()
     return calls
+
+
+def recomputed(needed: bool, checkpointed: bool) -> tuple[list[str], list[Tensor]]:
+    """Collectives and waits of the backward pass, and gradients; `needed`: the results, in a recomputation."""
+    dist.init_process_group("gloo")
+    calls: list[str] = []
+    group, (x, grad) = SharedExpertGroup(None, 2), problem(dist.get_rank(), 3, torch.float32)
+    leaves = whole_weights()
+    weights = SliceWeights(*leaves, torch.float32)
+
+    def run(x: Tensor) -> Tensor:
+        call = group.call([3, 3], weights)
+        total = call.total(call.compute(call.send(x)), len(x))
+        return total.sin() if needed else 2 * total
+
+    options: dict[str, Any] = {"use_reentrant": False, "context_fn": CheckpointedPass.contexts}
+    y = checkpoint(run, x, **options) if checkpointed else run(x)
+    with noted(calls):
+        y.backward(grad)
+    dist.barrier()
+    return calls, [leaf.grad for leaf in (x, *leaves) if leaf.grad is not None]
+
+
+@pytest.mark.parametrize("needed", [False, True])
+def test_a_recomputation_sends_back_only_results_that_are_needed(pool: RankPool, needed: bool) -> None:
+    """It computes the slice in that case, too."""
+    way, again = ["gather", "wait", "give back", "wait"], ["gather", "wait"]
+    order = [*way, *way] if needed else [*way[:2], *again, *way[2:]]
+    plain = pool.run(recomputed, needed, False, ranks=2)
+    for (before, expected), (calls, gradients) in zip(plain, pool.run(recomputed, needed, True, ranks=2), strict=True):
+        assert before == way and calls == order
+        assert len(gradients) == 3 and all(torch.equal(*pair) for pair in zip(gradients, expected, strict=True))
 
 
 def test_other_work_runs_while_tokens_and_results_travel(pool: RankPool) -> None:

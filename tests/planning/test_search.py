@@ -149,3 +149,20 @@ def test_longest_context_by_hand() -> None:
         assert expected - 1024 < search.longest_context(least, memory) <= expected
     assert search.longest_context(least, 10_000 * GIB) == 1_000_000, "the model's own limit"
     assert search.longest_context(least, GIB) == 0
+
+
+def test_longest_context_of_every_division_of_the_shared_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory decides: divided among more ranks, weights take less and tokens more."""
+
+    def proportional(config: Config, layout: Layout, checkpointing: str | None = None) -> Activations:
+        return Activations(0, config.data.sequence_length * 800_000 * layout.shared)
+
+    monkeypatch.setattr(searches, "activations", proportional)
+    search = Search(at_length(preset("mythos_500b"), 4096), 1024, 8)
+    held = {least.candidate.layout.shared: least.held for least in map(search.least, [None] * 3, range(3)) if least}
+    assert sorted(held) == [1, 8, 32] and held[1] > held[8] > held[32]
+    memories = {32: 61 * GIB, 8: 141 * GIB, 1: 1000 * GIB}
+    for shared, longest in zip(memories, search.longest_contexts([*memories.values()]), strict=True):
+        expected = int((USABLE_SHARE * memories[shared] - held[shared]) / (800_000 * shared))
+        assert expected - 1024 < longest.tokens <= expected
+        assert (f"parallel.shared={shared}" in longest.overrides) == (shared > 1)

@@ -295,6 +295,11 @@ class CheckpointedPass:
         return cls(splits, False), cls(splits, True)
 
     @classmethod
+    def recomputing(cls) -> bool:
+        """Whether a pass is being recomputed."""
+        return cls.current is not None and cls.current.recomputes
+
+    @classmethod
     def recomputed_splits(cls) -> Splits | None:
         """The next splits of the pass that is being recomputed; None outside of a recomputation."""
         current = cls.current

@@ -2,6 +2,8 @@
 
 A SwiGLU is a sum over its hidden units. So each rank gathers the tokens of all, computes its slice for them, and
 returns the results to the ranks that the tokens came from, which add them up.
+
+A recomputation needs the gathered tokens, and rarely the results: those are computed only when they are asked for.
 """
 
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from mythos.model.layers import gated, gated_backward, without_autocast
 from mythos.model.ops import device_choice
+from mythos.model.ops.expert_exchange import CheckpointedPass
 from mythos.model.ops.grouped_experts import ParameterLink
 from mythos.model.ops.matmul import multiply
 from mythos.model.ops.shared_weight import BackwardPass
@@ -43,6 +46,14 @@ class SliceWeights:
         self.gradient = SliceGradient()
         trained = torch.is_grad_enabled() and (gate_up.requires_grad or down.requires_grad)
         self.link = ParameterLink.apply(gate_up, down, self.gradient) if trained else None
+
+    def run(self, x: Tensor) -> Tensor:
+        """The slice for tokens (n, D) -> (n, D), both in the type of the matmuls. No autograd."""
+        results = torch.empty_like(x)
+        for rows in self.blocks(len(x)):
+            activation = device_choice.fused(gated, x.device)(multiply(x[rows], self.gate_up.T))
+            multiply(activation, self.down.T, out=results[rows])
+        return results
 
     def blocks(self, tokens: int) -> Iterator[slice]:
         """Those of `tokens` rows that are computed together."""
@@ -109,6 +120,11 @@ class SharedCall(Passage):
 
     def __init__(self, group: SharedExpertGroup, most: int, weights: SliceWeights) -> None:
         self.group, self.most, self.weights = group, most, weights
+        self.deferred = CheckpointedPass.recomputing()
+        """`total` computes the slice. A recomputation ends before it if no gradient needs the results: those of the
+        last block of a pass, unless a norm follows or lanes are written."""
+        self.tokens: Tensor | None = None
+        """Gathered tokens (T most, D) for `total`, detached as in `sent`."""
 
     def send(self, x: Tensor) -> Tensor:
         """Send this rank's tokens (N, D) to the others: -> the argument of `compute`."""
@@ -118,18 +134,21 @@ class SharedCall(Passage):
     def compute(self, packed: Tensor) -> Tensor:
         """Compute this rank's slice for the tokens of all ranks, and send the results: -> the argument of `total`."""
         with without_autocast(packed):
-            return _Return.apply(_RunSlice.apply(_Arrive.apply(packed, self), self.weights.link, self.weights), self)
+            return _Return.apply(_RunSlice.apply(_Arrive.apply(packed, self), self.weights.link, self), self)
 
     def total(self, packed: Tensor, count: int) -> Tensor:
         """Wait for the results of this rank's N = `count` tokens and add up those of all slices: (N, D) float32."""
         with without_autocast(packed):
+            if self.tokens is not None:
+                results, self.tokens = self.weights.run(self.tokens), None
+                self.travelling = self.group.give_back(results)
             return _Total.apply(packed, self, count)
 
     def sent(self, transfer: Transfer) -> Tensor:
         """What will arrive; `arrived` waits for it.
 
-        A recomputation that ends before `total` leaves the transfer in this object, which the autograd graph refers to.
-        So neither of its tensors may be part of the graph: such a cycle would never be freed.
+        The autograd graph refers to this object. So neither tensor of the transfer may be part of the graph: a pass
+        that ends early would leave a cycle, which is never freed.
         """
         self.travelling = transfer
         return transfer.received.detach()
@@ -174,7 +193,7 @@ class _Return(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, results: Tensor, call: SharedCall) -> Tensor:
         ctx.call = call
-        return call.sent(call.group.give_back(results.detach()))
+        return without_values(results) if call.deferred else call.sent(call.group.give_back(results.detach()))
 
     @staticmethod
     @once_differentiable
@@ -206,14 +225,13 @@ class _RunSlice(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, link: Tensor | None, weights: SliceWeights) -> Tensor:
-        ctx.weights = weights
+    def forward(ctx: Any, x: Tensor, link: Tensor | None, call: SharedCall) -> Tensor:
+        ctx.weights = call.weights
         ctx.save_for_backward(x)
-        results = torch.empty_like(x)
-        for rows in weights.blocks(len(x)):
-            activation = device_choice.fused(gated, x.device)(multiply(x[rows], weights.gate_up.T))
-            multiply(activation, weights.down.T, out=results[rows])
-        return results
+        if not call.deferred:
+            return call.weights.run(x)
+        call.tokens = x.detach()
+        return without_values(x)
 
     @staticmethod
     @once_differentiable
@@ -221,15 +239,20 @@ class _RunSlice(torch.autograd.Function):
         weights: SliceWeights = ctx.weights
         (x,) = ctx.saved_tensors
         sums = None if weights.link is None else weights.gradient.join(weights)
-        grad_x = torch.empty_like(x)
+        grad_x = grad_y  # overwritten block by block: `_Return`, which has made it, does not keep it
         with without_autocast(x):
             for rows in weights.blocks(len(x)):
                 grad_gate_up, activation = device_choice.fused(gated_backward, x.device)(
                     multiply(grad_y[rows], weights.down), multiply(x[rows], weights.gate_up.T)
                 )
-                multiply(grad_gate_up, weights.gate_up, out=grad_x[rows])
                 if sums is not None:
                     gate_up_sum, down_sum = sums
                     gate_up_sum += multiply(grad_gate_up.T, x[rows])
                     down_sum += multiply(grad_y[rows].T, activation)
+                multiply(grad_gate_up, weights.gate_up, out=grad_x[rows])
         return grad_x, None, None
+
+
+def without_values(like: Tensor) -> Tensor:
+    """A tensor of this shape and type that takes no memory."""
+    return like.new_zeros(()).expand(like.shape)
