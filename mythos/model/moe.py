@@ -17,7 +17,7 @@ from mythos.model.layers import (
     zeros,
 )
 from mythos.model.ops.expert_exchange import ExpertExchange
-from mythos.model.ops.grouped_experts import ExpertWeights, run_experts
+from mythos.model.ops.grouped_experts import ExpertWeights, start_experts
 from mythos.model.ops.matmul import float32_linear
 from mythos.model.ops.recompute import recomputable
 from mythos.model.ops.shared_experts import SharedExpertGroup, SliceWeights
@@ -200,8 +200,9 @@ class MixtureOfExperts(nn.Module):
         gates_NK, experts_NK = self.router(tokens_ND, loop)
         weights = weights or self.weights(autocast_dtype(x))
         if self.exchange is None:
-            output = run_experts(tokens_ND, gates_NK, experts_NK, weights).view_as(x)
+            finish = start_experts(tokens_ND, gates_NK, experts_NK, weights)
             shared = None if self.shared is None else self.shared(x)
+            output = finish().view_as(x)  # last: a recomputation need not compute it
         elif weights.shared is None:
             run = self.exchange.start(experts_NK, len(weights.gate_up)).send(tokens_ND, gates_NK, weights)
             shared = None if self.shared is None else self.shared(x)  # runs while the rows travel

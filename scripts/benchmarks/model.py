@@ -45,7 +45,12 @@ PARTS = {
 METHODS = {"combine": "injection"}
 """Parts by name of methods that are not modules."""
 
-FUNCTIONS = {"_SummedCrossEntropy": "head and loss", "_RunExperts": "experts: ", "_Parameters": "experts: "}
+FUNCTIONS = {
+    "_SummedCrossEntropy": "head and loss",
+    "_ExpertProjections": "experts: ",
+    "_ExpertOutput": "experts: ",
+    "_Parameters": "experts: ",
+}
 """Parts by name of autograd functions, as traces show them."""
 
 REST = "rest of the model"

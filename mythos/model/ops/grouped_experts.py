@@ -1,6 +1,6 @@
 """The routed experts' arithmetic: grouped matmuls, and one gradient of the weights for many loops."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import accumulate, count
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from weakref import WeakValueDictionary
@@ -237,35 +237,61 @@ class ParameterLink(torch.autograd.Function):
         return gate_up, down, None
 
 
-class _RunExperts(torch.autograd.Function):
-    """`run_experts` outside of compiled graphs; saves only the input and the up-projection's output."""
+class _ExpertProjections(torch.autograd.Function):
+    """The up-projections of `run_experts` outside of compiled graphs, and the backward pass of all of it.
+
+    Saves only the input and the up-projections, and hands them to `call`. Returns a tensor without values, of the
+    shape of the output, for `_ExpertOutput`. So a recomputation, which ends with the last tensor that is saved, need
+    not compute the output.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        gates: Tensor,
-        experts: Tensor,
-        link: Tensor | None,
-        weights: ExpertWeights,
-        slots: int | None,
+        ctx: Any, x: Tensor, gates: Tensor, experts: Tensor, link: Tensor | None, call: "_ExpertCall"
     ) -> Tensor:
-        ctx.weights, ctx.dtype = weights, x.dtype
+        weights = ctx.weights = call.weights
+        ctx.dtype = x.dtype
         x = x.to(weights.gate_up.dtype)
-        output, *sorted_slots = _sorted_products(x, gates, experts, weights.gate_up, weights.down, slots)
-        ctx.save_for_backward(x, gates, *sorted_slots)
-        return output
+        call.sorted = _sorted_projections(x, experts, weights.gate_up, call.slots)
+        call.gates = gates
+        ctx.save_for_backward(x, gates, *call.sorted)
+        return without_values(x.shape, torch.float32, x.device)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         weights: ExpertWeights = ctx.weights
         gradient = None if weights.link is None else weights.gradient
         x, gates, experts, order, place, projected = ctx.saved_tensors
         grad_x, grad_gates = _backward(
             grad_y, x, gates, experts, order, place, projected, weights.gate_up, weights.down, gradient
         )
-        return grad_x.to(ctx.dtype), grad_gates, None, None, None, None
+        return grad_x.to(ctx.dtype), grad_gates, None, None, None
+
+
+class _ExpertOutput(torch.autograd.Function):
+    """The output of `run_experts`, (N, D) float32; saves nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, handle: Tensor, call: "_ExpertCall") -> Tensor:
+        assert call.sorted is not None and call.gates is not None, "finished once"
+        output = _products(call.gates, call.sorted, call.weights.down)
+        call.sorted = call.gates = None
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None]:
+        return grad_y, None  # `_ExpertProjections` goes on
+
+
+class _ExpertCall:
+    """What `_ExpertProjections` leaves to `_ExpertOutput`."""
+
+    def __init__(self, weights: ExpertWeights, slots: int | None) -> None:
+        self.weights, self.slots = weights, slots
+        self.gates: Tensor | None = None
+        self.sorted: _Sorted | None = None
 
 
 def _backward(
@@ -282,7 +308,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the input, (N, D) float32, and of the gates, (N, k); adds the weights' factors to `gradient`.
 
-    `experts` to `projected` are results of `_sorted_products`.
+    `experts` to `projected` are those of `_Sorted`.
     """
     tokens, ends = order // gates.shape[-1], expert_ends(experts, len(gate_up))
     grad_y = grad_y.to(x.dtype)
@@ -312,21 +338,34 @@ def _gating_backward(grad_activation: Tensor, projected: Tensor, weight: Tensor)
     return grad_projected, activation * factor, grad_weight
 
 
-def _sorted_products(
-    x: Tensor, gates: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor, slots: int | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output (N, D) float32, and what the backward pass needs of the s slots sorted by expert.
+class _Sorted(NamedTuple):
+    """Slots sorted by expert, s of them, and their up-projections."""
 
-    That is: the expert of each sorted slot; its index before sorting; the inverse of that order, (N k,), at least s for
-    choices that are left out; and the up-projections (s, 2 H).
-    """
-    experts, order = experts.flatten().sort(stable=True)
+    experts: Tensor
+    """Expert of each slot, (s,) int64."""
+    order: Tensor
+    """Its index before sorting, (s,) int64."""
+    place: Tensor
+    """The inverse of that order, (N k,) int64; s or more for choices that are left out."""
+    projected: Tensor
+    """(s, 2 H)."""
+
+
+def _sorted_projections(x: Tensor, experts: Tensor, gate_up: Tensor, slots: int | None = None) -> _Sorted:
+    ids, order = experts.flatten().sort(stable=True)
     place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    experts, order = experts[:slots], order[:slots]
-    ends = expert_ends(experts, len(gate_up))
-    projected = grouped_product(x.index_select(0, order // gates.shape[-1]), gate_up, ends)
-    activation = device_choice.fused(_gating, x.device)(projected, gates.flatten()[order].unsqueeze(1))
-    return sum_slots(grouped_product(activation, down, ends), place, gates.shape), experts, order, place, projected
+    ids, order = ids[:slots], order[:slots]
+    tokens = order // experts.shape[-1]
+    projected = grouped_product(x.index_select(0, tokens), gate_up, expert_ends(ids, len(gate_up)))
+    return _Sorted(ids, order, place, projected)
+
+
+def _products(gates: Tensor, slots: _Sorted, down: Tensor) -> Tensor:
+    """Output (N, D) float32 of gates (N, k) and the up-projections."""
+    weight = gates.flatten()[slots.order].unsqueeze(1)
+    activation = device_choice.fused(_gating, slots.projected.device)(slots.projected, weight)
+    results = grouped_product(activation, down, expert_ends(slots.experts, len(down)))
+    return sum_slots(results, slots.place, gates.shape)
 
 
 def sum_slots(slots: Tensor, place: Tensor, shape: torch.Size) -> Tensor:
@@ -362,28 +401,47 @@ def run_experts(x: Tensor, gates: Tensor, experts: Tensor, weights: ExpertWeight
 
     In a graph of torch.compile this is one operator, forward and backward.
     """
+    return start_experts(x, gates, experts, weights, slots)()
+
+
+def start_experts(
+    x: Tensor, gates: Tensor, experts: Tensor, weights: ExpertWeights, slots: int | None = None
+) -> Callable[[], Tensor]:
+    """The first part of `run_experts`, and a function for the rest.
+
+    If nothing that is computed in between or after it is saved for a backward pass, a recomputation ends before the
+    rest: a third of the FLOPs.
+    """
     if torch.is_grad_enabled():
         if torch.compiler.is_compiling():
             assert slots is None, "under expert parallelism the core is not compiled"
             x = x.to(weights.gate_up.dtype)
-            return train_experts(x, gates, experts, weights.gate_up, weights.down, weights.link, weights.number)[0]
+            y = train_experts(x, gates, experts, weights.gate_up, weights.down, weights.link, weights.number)[0]
+            return lambda: y
         with without_autocast(x):
-            return _RunExperts.apply(x, gates, experts, weights.link, weights, slots)
+            call = _ExpertCall(weights, slots)
+            handle = _ExpertProjections.apply(x, gates, experts, weights.link, call)
+            return lambda: _ExpertOutput.apply(handle, call)
     x = x.to(weights.gate_up.dtype)
     if slots is not None:
-        return _sorted_products(x, gates, experts, weights.gate_up, weights.down, slots)[0]
+        return lambda: _products(gates, _sorted_projections(x, experts, weights.gate_up, slots), weights.down)
     if not torch.compiler.is_compiling():
         run = _run_without_gradient
     elif len(x) == 1 and device_choice.reads_in_graph(x.device, weights.bytes_of_token(experts.shape[1])):
         run = _run_token
     else:
         run = run_experts_operator
-    return run(x, gates, experts, weights.gate_up, weights.down)
+    return lambda: run(x, gates, experts, weights.gate_up, weights.down)
 
 
-# The operators of compiled graphs. They compute the same as `_RunExperts`, whose backward pass cannot be traced because
-# it passes tensors to a Python object (`WeightGradient`). Operators take tensors only and look that object up by
-# number.
+def without_values(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor that takes no memory: all its elements are one zero."""
+    return torch.zeros((), dtype=dtype, device=device).expand(shape)
+
+
+# The operators of compiled graphs. They compute the same as `_ExpertProjections` and `_ExpertOutput`, whose backward
+# pass cannot be traced because it passes tensors to a Python object (`WeightGradient`). Operators take tensors only and
+# look that object up by number.
 def run_in_graph(
     x: Tensor,
     gates: Tensor,
@@ -393,11 +451,12 @@ def run_in_graph(
     link: Tensor | None,
     number: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The result of `run_experts`, and the tensors that its backward pass needs (see `_sorted_products`).
+    """The result of `run_experts`, and the tensors that its backward pass needs: those of `_Sorted`.
 
     The last four arguments are attributes of `ExpertWeights`; `link` and `number` only enter the autograd graph.
     """
-    return _sorted_products(x, gates, experts, gate_up, down)
+    slots = _sorted_projections(x, experts, gate_up)
+    return _products(gates, slots, down), *slots
 
 
 train_experts = torch.library.custom_op("mythos::train_experts", run_in_graph, mutates_args=())
@@ -458,7 +517,7 @@ train_experts.register_autograd(_operator_backward, setup_context=_keep_for_back
 
 def _run_without_gradient(x: Tensor, gates: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     if len(x) != 1 or device_choice.groups_on_device(x.device):
-        return _sorted_products(x, gates, experts, gate_up, down)[0]
+        return _products(gates, _sorted_projections(x, experts, gate_up), down)
     # A single token on a CPU needs no sorting.
     chosen = experts[0].tolist()
     activation = gated(torch.cat([x @ gate_up[expert] for expert in chosen])).mul_(gates.T.to(x.dtype))

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from mythos.model.layers import gated, gated_backward, without_autocast
 from mythos.model.ops import device_choice
 from mythos.model.ops.expert_exchange import CheckpointedPass
-from mythos.model.ops.grouped_experts import ParameterLink
+from mythos.model.ops.grouped_experts import ParameterLink, without_values
 from mythos.model.ops.matmul import multiply
 from mythos.model.ops.shared_weight import BackwardPass
 from mythos.model.ops.transfer import Passage, Transfer
@@ -193,7 +193,11 @@ class _Return(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, results: Tensor, call: SharedCall) -> Tensor:
         ctx.call = call
-        return without_values(results) if call.deferred else call.sent(call.group.give_back(results.detach()))
+        return (
+            without_values(results.shape, results.dtype, results.device)
+            if call.deferred
+            else call.sent(call.group.give_back(results.detach()))
+        )
 
     @staticmethod
     @once_differentiable
@@ -231,7 +235,7 @@ class _RunSlice(torch.autograd.Function):
         if not call.deferred:
             return call.weights.run(x)
         call.tokens = x.detach()
-        return without_values(x)
+        return without_values(x.shape, x.dtype, x.device)
 
     @staticmethod
     @once_differentiable
@@ -251,8 +255,3 @@ class _RunSlice(torch.autograd.Function):
                     down_sum += multiply(grad_y[rows].T, activation)
                 multiply(grad_gate_up, weights.gate_up, out=grad_x[rows])
         return grad_x, None, None
-
-
-def without_values(like: Tensor) -> Tensor:
-    """A tensor of this shape and type that takes no memory."""
-    return like.new_zeros(()).expand(like.shape)

@@ -6,7 +6,9 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
+from mythos.model.ops import grouped_experts
 from mythos.model.ops.grouped_experts import (
     ROWS,
     ExpertWeights,
@@ -99,6 +101,37 @@ def test_choices_that_are_left_out(kept: int) -> None:
     expected = run(leaves, gates.masked_fill(left_out, 0), experts, direction, 3, one_by_one)
     expected[-1] = expected[-1].masked_fill(left_out, 0)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("needed", [False, True])
+def test_a_recomputation_computes_the_output_only_if_it_is_needed(
+    monkeypatch: pytest.MonkeyPatch, needed: bool
+) -> None:
+    """Products for the tokens of a pass, of its recomputation, and of its gradients; which are those without it."""
+    leaves, gates, experts, direction = random_inputs(loops=1)
+    products = []
+
+    def counted(x: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        products.append(tuple(weights.shape[1:]))
+        return grouped_product(x, weights, ends)
+
+    monkeypatch.setattr(grouped_experts, "grouped_product", counted)
+
+    def pass_of(x, gate_up, down, gates, experts):
+        y = run_experts(x, gates, experts, ExpertWeights(gate_up, down, torch.float32))
+        return y.sin() if needed else 2 * y
+
+    def recomputed(*arguments):
+        return checkpoint(pass_of, *arguments, use_reentrant=False)
+
+    expected = run(leaves, gates, experts, direction, 1, pass_of)
+    up, down = (DIM, 2 * HIDDEN), (HIDDEN, DIM)
+    forward, backward = [up, down], [down[::-1], up[::-1]]
+    assert products == forward + backward
+    products.clear()
+    actual = run(leaves, gates, experts, direction, 1, recomputed)
+    assert products == forward + (forward if needed else [up]) + backward
+    assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 70])
