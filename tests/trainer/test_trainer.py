@@ -21,11 +21,11 @@ from mythos.checkpoints.stored_checkpoint import read_meta
 from mythos.config.sections import Config
 from mythos.data.pipeline import open_data
 from mythos.distributed.parallel import choose_dtype
-from mythos.model import moe
 from mythos.model.halting import HaltingGate
 from mythos.model.injection import LTIInjection
 from mythos.model.layers import RMSNorm
 from mythos.model.moe import Router
+from mythos.model.ops import grouped_experts
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.model.state import initial_state
 from mythos.trainer import Trainer
@@ -335,7 +335,8 @@ def test_bfloat16_run(tmp_path, monkeypatch):
     traced(LTIInjection, "forward", "injection")
     traced(LTIInjection, "combine", "injection")
     traced(Router, "forward", "router")
-    traced(moe, "run_experts", "experts")
+    traced(grouped_experts, "_sorted_projections", "experts")
+    traced(grouped_experts, "_products", "experts")
     outputs: dict[str, set[torch.dtype]] = {}
 
     def record(part: str, *tensors: Tensor) -> None:
