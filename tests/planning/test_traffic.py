@@ -108,8 +108,8 @@ def test_loops_and_the_rest_add_up_to_steps_of_any_depth():
 def test_recomputation_adds_a_forward_pass_to_the_backward_pass():
     plain, again = (step_traffic(preset_config("mythos_nano"), 64, 2, mode).loop for mode in ("none", "loop"))
     assert again.bytes_forward == plain.bytes_forward
-    # Recomputation ends with the last tensor that the backward pass needs: before the outputs of the routed experts, and
-    # all that is added up from there on.
+    # Recomputation ends with the last tensor that the backward pass needs: before the outputs of the routed experts,
+    # and all that is added up from there on.
     assert 0.7 * plain.bytes_forward < again.bytes_backward - plain.bytes_backward <= plain.bytes_forward
 
 
