@@ -97,10 +97,10 @@ def expert_exchanges(config: Config, layout: Layout, loops: int, backprop: int) 
     many as `rows_to_experts` says.
     """
     model, itemsize = config.model, compute_dtype(config).itemsize
-    micro, blocks, k = micro_batches(config, layout.size), model.core_layers, config.model.experts_per_token
+    micro, blocks = micro_batches(config, layout.size), model.core_layers
     tokens = config.train.global_batch // layout.size * config.data.sequence_length // micro
-    result = rows_to_experts(model, layout.expert, tokens) * model.dim * itemsize
-    of_choices = rows_to_experts(model, layout.expert, tokens) * k * 4
+    rows = rows_to_experts(model, layout.expert, tokens)
+    result, of_choices = rows * model.dim * itemsize, rows * model.experts_per_token * 4
     forward, backward = loops * blocks, backprop * blocks
     again = again_results = 0
     if config.parallel.recomputes_loops:

@@ -320,14 +320,14 @@ class Search:
         """
         levels = sorted({level for _, level in self.ways})
         leasts = [least for level in levels if (least := self.least(level=level)) is not None]
-        return [
-            max(
-                (LongestContext(self.longest_context(least, memory), least.candidate.overrides) for least in leasts),
-                key=lambda longest: longest.tokens,
-            )
-            for memory in memories
-            if leasts
-        ]
+        if not leasts:
+            return []
+
+        def longest(memory: int) -> LongestContext:
+            found = [LongestContext(self.longest_context(least, memory), least.candidate.overrides) for least in leasts]
+            return max(found, key=lambda each: each.tokens)
+
+        return [longest(memory) for memory in memories]
 
     def longest_context(self, least: Least, memory: int) -> int:
         """Tokens of the longest sequence that fits with the settings of `least`; 0 if not even CONTEXT_STEP do.

@@ -26,7 +26,8 @@ def executed_flops(config: Config, means: DepthMeans, mode: str) -> float:
     needed = forward_flops(model, length).training_at(means.loops, means.backprop)
     hidden = model.n_shared_experts * model.shared_expert_dim if config.parallel.shared > 1 else 0
     slices = 4 * model.core_layers * model.dim * hidden  # gate and up
-    if mode in ("loop", "all") and ends_before_results(model):
+    under_mode = config.with_fields("parallel", activation_checkpointing=mode).parallel
+    if under_mode.recomputes_loops and ends_before_results(model):
         slices -= 6 * model.dim * hidden
     again = recomputed_flops(model, length, mode)
     return needed + again.once + means.backprop * (again.loop + slices)
