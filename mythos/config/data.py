@@ -66,8 +66,9 @@ class TaskConfig(Section):
     ask: Literal["end", "steps", "windows"] = "end"
     """permutations, addition, and hops with marks: end = the result of all elements, numbers or hops; steps = also
     every partial result (the first, the first two, ...), so that each loop must take one step and keep the earlier
-    results. Reports ask for the end. windows = permutations without words: at each of the last `queries` elements, the
-    product of the last `difficulty` elements; only the number of loops states the difficulty (depth.follow)."""
+    results. Reports ask for the end. windows = permutations and addition without words and sums: at each of the last
+    `queries` elements or numbers, the product or sum of the last `difficulty` of them; only the number of loops states
+    the difficulty (depth.follow)."""
     modulus: Size = 23
     """mano: numbers are 0..modulus - 1."""
     group: Literal["S3", "S5"] = "S3"
@@ -146,13 +147,15 @@ class TaskConfig(Section):
     def length(self, difficulty: int) -> int:
         """Tokens of the shortest sequence that fits this difficulty.
 
-        permutations and addition start with one extra token: a step that looks at the previous token then has one
-        even in the longest question.
+        permutations and addition start with one extra token, of windows one extra element or number: a step that looks
+        at the one before then has one even in the longest question.
         """
+        if self.ask == "windows":
+            return (self.queries + difficulty) * (1 + self.digits if self.name == "addition" else 1)
         return {
             "hops": self.symbols + self.queries * (1 + difficulty * (self.tell == "marks")) + (self.tell == "number"),
             "mano": 2 * difficulty + 2,
-            "permutations": 1 + self.queries * (1 + difficulty) if self.ask != "windows" else self.queries + difficulty,
+            "permutations": 1 + self.queries * (1 + difficulty),
             "facts": self.queries * (1 + difficulty),
             "trees": self.nodes - 2 + 1 + 2 * self.queries,
             "addition": 1 + self.queries * (1 + self.digits * difficulty),

@@ -132,7 +132,7 @@ def _difficulty(config: Config) -> Iterator[Contradiction]:
         yield ("data.task.tell", "depth.follow"), f"got nothing and none; {rule}"
     if differs and task.ask == "windows":
         rule = (
-            "nothing says how many elements count; set the first to end or steps, or, if the model loops, the second "
+            "nothing says how many elements or numbers count; set the first to end or steps, or, if the model loops, the second "
             "to difficulty"
         )
         yield ("data.task.ask", "depth.follow"), f"got windows and none; {rule}"
@@ -156,8 +156,9 @@ def _questions(config: Config) -> Iterator[Contradiction]:
     if task.ask == "steps" and not (task.name in ("permutations", "addition") or task.tell == "marks"):
         rule = "steps are for permutations, addition, and hops with tell: marks"
         yield ("data.task.name", "data.task.ask"), f"got {task.name} and steps; {rule}"
-    if task.ask == "windows" and task.name != "permutations":
-        yield ("data.task.name", "data.task.ask"), f"got {task.name} and windows; these are for permutations only"
+    if task.ask == "windows" and task.name not in ("permutations", "addition"):
+        rule = "windows are for permutations and addition"
+        yield ("data.task.name", "data.task.ask"), f"got {task.name} and windows; {rule}"
 
 
 def _facts(task: TaskConfig) -> Iterator[Contradiction]:

@@ -188,13 +188,24 @@ def _addition(task: TaskConfig, draws: Draws, difficulty: int, inputs_RL: np.nda
     """Add numbers: random digits as filling, then sums, each a begin token and its numbers, least digit first.
 
     The targets are the digits of the sum modulo 10^digits, at the digits of the last number, or (`ask: steps`) those of
-    the sum so far at the digits of each number. Tokens: digits from 1, then the begin token.
+    the sum so far at the digits of each number. With `ask: windows` every number has a begin token, and the targets at
+    each of the last `queries` numbers are the digits of the sum of the `difficulty` numbers up to it. Tokens: digits
+    from 1, then the begin token.
     """
     digit, begin, width = 1, 11, task.digits
     inputs_RL[:] = digit + draws.integers(10, inputs_RL.shape[1])
+    powers = 10 ** np.arange(width)
+    if task.ask == "windows":
+        count = task.queries + difficulty
+        numbers, answers = (_parts(array, count, width) for array in (inputs_RL, targets_RL))
+        numbers[:, :, 0] = begin
+        values_RN = (numbers[:, :, 1:] - digit) @ powers
+        windows = np.lib.stride_tricks.sliding_window_view(values_RN, difficulty, axis=1)
+        totals_RQ = windows[:, -task.queries :].sum(-1)
+        answers[:, -task.queries :, 1:] = digit + totals_RQ[..., None] // powers % 10
+        return
     sums, answers = (_parts(array, task.queries, width * difficulty) for array in (inputs_RL, targets_RL))
     sums[:, :, 0] = begin
-    powers = 10 ** np.arange(width)
     # (R, Q, difficulty): the sum of the numbers up to each.
     totals = ((sums[:, :, 1:] - digit).reshape(-1, task.queries, difficulty, width) @ powers).cumsum(-1)
     digits = (digit + totals[..., None] // powers % 10).reshape(-1, task.queries, difficulty * width)

@@ -160,6 +160,27 @@ def test_windows_ask_for_the_product_of_the_last_elements(difficulty: int, longe
     assert set(np.unique(sequences.inputs)) == set(range(1, 7)), "elements alone"
 
 
+@pytest.mark.parametrize(("difficulty", "longer"), [(1, 0), (4, 0), (5, 6)])
+def test_windows_ask_for_the_sum_of_the_last_numbers(difficulty: int, longer: int) -> None:
+    task = TaskConfig(name="addition", ask="windows", queries=7, digits=3)
+    length = task.length(difficulty) + longer
+    sequences = make_sequences(task, np.arange(ROWS, dtype=np.uint64), difficulty, length)
+    firsts = set()
+    for ids, targets in zip(sequences.inputs.tolist(), sequences.targets.tolist(), strict=True):
+        begins = [place for place, token in enumerate(ids) if token == 11]
+        assert begins == list(range(begins[0], begins[0] + (7 + difficulty) * 4, 4)), "one extra number, side by side"
+        values = [sum((ids[begin + 1 + place] - 1) * 10**place for place in range(3)) for begin in begins]
+        expected = {}
+        for last in range(difficulty, 7 + difficulty):
+            total = sum(values[last - difficulty + 1 : last + 1])
+            for place in range(3):
+                expected[begins[last] + 1 + place] = 1 + total // 10**place % 10
+        assert {place: answer for place, answer in enumerate(targets) if answer != -100} == expected
+        assert len(expected) == task.targets(difficulty)
+        firsts.add(begins[0])
+    assert len(firsts) == longer + 1, "anywhere in the sequence"
+
+
 @pytest.mark.parametrize("name", ["permutations", "addition"])
 def test_questions_are_anywhere(name: str) -> None:
     """The number of tokens before a question must not reveal its difficulty: all positions are equally frequent."""
