@@ -14,6 +14,8 @@ TREE_FIELDS = ("branches", "levels")
 """Fields of a task that only trees use."""
 FACT_FIELDS = ("entities", "relations", "facts_per_entity", "graph", "ratio", "unseen")
 """Fields of a task that only facts use."""
+LETTER_FIELDS = ("letters",)
+"""Fields of a task that only permutations of some letters use."""
 
 SourceKind = Literal["embedded", "files", "hub", "tokens"]
 DataKind = Literal[SourceKind, "mixture", "reasoning"]
@@ -73,6 +75,9 @@ class TaskConfig(Section):
     """mano: numbers are 0..modulus - 1."""
     group: Literal["S3", "S5"] = "S3"
     """permutations: the symmetric group on 3 or 5 points, with 6 or 120 elements."""
+    letters: Size | None = None
+    """permutations: only so many elements of the group are in the text, the same ones in every run; products can be
+    any element. A step then has 120 * letters products of S5 to learn and not 14,400. null = all."""
     digits: Annotated[int, Field(ge=1, le=9)] = 2
     """addition: digits of every number; the answer is the sum modulo 10^digits."""
 

@@ -85,7 +85,7 @@ def _source(path: str, source: SourceConfig) -> Iterator[Contradiction]:
 
 # --- reasoning tasks
 
-TASK_OF_FIELD = {"tell": "hops", "symbols": "hops", "modulus": "mano", "group": "permutations", "digits": "addition"}
+TASK_OF_FIELD = {"tell": "hops", "symbols": "hops", "modulus": "mano", "group": "permutations", "letters": "permutations", "digits": "addition"}
 TASK_OF_FIELD |= dict.fromkeys(FACT_FIELDS, "facts") | dict.fromkeys(TREE_FIELDS, "trees")
 """The one task that uses a field."""
 MOST_CHAINS = 10_000_000
@@ -151,6 +151,9 @@ def _questions(config: Config) -> Iterator[Contradiction]:
     if task.name == "hops" and task.queries > task.symbols:
         values = f"got {task.queries} and {task.symbols}"
         yield ("data.task.queries", "data.task.symbols"), f"{values}; each query starts from a symbol of its own"
+    if task.letters is not None and task.letters > task.elements:
+        values = f"got {task.letters} and {task.group}, which has {task.elements} elements"
+        yield ("data.task.letters", "data.task.group"), f"{values}; lower the first, or null for all elements"
     if task.name == "mano" and task.queries > 1:
         yield ("data.task.name", "data.task.queries"), f"got mano and {task.queries}; a sequence has one expression"
     if task.ask == "steps" and not (task.name in ("permutations", "addition") or task.tell == "marks"):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mythos.config.data import FACT_FIELDS, TREE_FIELDS, TaskConfig
+from mythos.config.data import FACT_FIELDS, LETTER_FIELDS, TREE_FIELDS, TaskConfig
 from mythos.data.difficulty import slot_difficulties
 from mythos.data.facts import Split, fact_graph
 from mythos.data.random_bits import Draws, sequence_keys
@@ -148,11 +148,12 @@ def _permutations(
 
     The target is the product of each word, at its end, or (`ask: steps`) that of each of its prefixes. With `ask:
     windows` there are elements only, and the target at each of the last `queries` elements is the product of the
-    `difficulty` elements up to it. Tokens: elements from 1, then the begin token. The product of g and h is g first,
-    then h.
+    `difficulty` elements up to it. With `letters` only some elements are in the text. Tokens: elements from 1, then the
+    begin token. The product of g and h is g first, then h.
     """
     element, begin = 1, 1 + task.elements
-    inputs_RL[:] = element + draws.integers(task.elements, inputs_RL.shape[1])
+    letters = text_elements(task)
+    inputs_RL[:] = element + letters[draws.integers(len(letters), inputs_RL.shape[1])]
     table = multiplication_table(int(task.group[1]))
     if task.ask == "windows":
         windows = np.lib.stride_tricks.sliding_window_view(inputs_RL - element, difficulty, axis=1)
@@ -174,6 +175,14 @@ def _permutations(
 def _parts(sequences_RL: np.ndarray, count: int, size: int) -> np.ndarray:
     """The last tokens of every sequence as `count` parts of 1 + size tokens: a view (rows, count, 1 + size)."""
     return sequences_RL[:, sequences_RL.shape[1] - count * (1 + size) :].reshape(-1, count, 1 + size)
+
+
+def text_elements(task: TaskConfig) -> np.ndarray:
+    """The elements of the group that are in a text of permutations: int64, the same ones in every run."""
+    if task.letters is None:
+        return np.arange(task.elements)
+    order = Draws(sequence_keys(f"letters/{task.group}", np.arange(1))).permutations(task.elements)
+    return np.sort(order[0, : task.letters])
 
 
 @cache
@@ -332,6 +341,8 @@ class TaskStreams(Streams):
         # Without fields of newer tasks that checkpoints of earlier versions lack, unless the task uses them.
         newer = {"facts": FACT_FIELDS, "trees": TREE_FIELDS}
         unused = {field for name, fields in newer.items() if name != task.name for field in fields}
+        if task.letters is None:
+            unused |= {*LETTER_FIELDS}
         self.identity = {
             "task": task.model_dump(mode="json", exclude=unused),
             "streams": streams,

@@ -109,11 +109,15 @@ def test_a_set_of_a_split_is_that_split() -> None:
     assert all((one[0] - 1, one[1] - 31, one[2] - 31) in known for one in ids.tolist())
 
 
-def test_the_state_of_other_tasks_has_no_fields_of_facts() -> None:
+def test_states_have_no_newer_fields_that_their_task_does_not_use() -> None:
     """Checkpoints of earlier versions lack them and must still open."""
     common: dict[str, Any] = {"streams": 2, "slots": 1, "steps": 1, "sequence_length": 13, "seed": 0}
     assert "entities" not in TaskStreams(TaskConfig(), **common).identity["task"]
     assert "entities" in TaskStreams(TASK, **common).identity["task"]
+    words = TaskConfig(name="permutations")
+    assert "letters" not in TaskStreams(words, **common).identity["task"]
+    some = words.model_copy(update={"letters": 2})
+    assert TaskStreams(some, **common).identity["task"]["letters"] == 2
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from mythos.config.data import TaskConfig
 from mythos.data.difficulty import slot_difficulties
 from mythos.data.loader import Loader
 from mythos.data.stream import count_skipped, merge_states
-from mythos.data.tasks import TaskStreams, make_sequences, multiplication_table, task_set
+from mythos.data.tasks import Sequences, TaskStreams, make_sequences, multiplication_table, task_set
 from mythos.errors import MythosError
 
 ROWS = 64
@@ -139,25 +139,43 @@ def test_answers_are_those_of_a_solver(settings: dict[str, Any], difficulty: int
         assert len(asked) == task.targets(difficulty)
 
 
+def check_windows(task: TaskConfig, sequences: Sequences, difficulty: int) -> set[int]:
+    """Check the products of the last elements one by one; return where the first was asked for."""
+    elements = list(permutations(range(int(task.group[1]))))
+    firsts = set()
+    for ids, targets in zip(sequences.inputs.tolist(), sequences.targets.tolist(), strict=True):
+        asked = [place for place, answer in enumerate(targets) if answer != -100]
+        assert asked == list(range(asked[0], asked[0] + task.queries)), "side by side"
+        assert asked[0] >= difficulty, "an element comes before the first product"
+        for place in asked:
+            moved = list(elements[0])
+            for token in ids[place - difficulty + 1 : place + 1]:
+                moved = [elements[token - 1][point] for point in moved]
+            assert targets[place] == elements.index(tuple(moved)) + 1
+        firsts.add(asked[0])
+    return firsts
+
+
 @pytest.mark.parametrize(("difficulty", "longer"), [(1, 0), (4, 0), (5, 6)])
 def test_windows_ask_for_the_product_of_the_last_elements(difficulty: int, longer: int) -> None:
     task = TaskConfig(name="permutations", ask="windows", queries=7)
     length = task.length(difficulty) + longer
     sequences = make_sequences(task, np.arange(ROWS, dtype=np.uint64), difficulty, length)
-    elements = list(permutations(range(3)))
-    begins = set()
-    for ids, targets in zip(sequences.inputs.tolist(), sequences.targets.tolist(), strict=True):
-        asked = [place for place, answer in enumerate(targets) if answer != -100]
-        assert asked == list(range(asked[0], asked[0] + 7)), "side by side"
-        assert asked[0] >= difficulty, "an element comes before the first product"
-        for place in asked:
-            moved = [0, 1, 2]
-            for token in ids[place - difficulty + 1 : place + 1]:
-                moved = [elements[token - 1][point] for point in moved]
-            assert targets[place] == elements.index(tuple(moved)) + 1
-        begins.add(asked[0])
-    assert len(begins) == longer + 1, "anywhere in the sequence"
+    assert len(check_windows(task, sequences, difficulty)) == longer + 1, "anywhere in the sequence"
     assert set(np.unique(sequences.inputs)) == set(range(1, 7)), "elements alone"
+
+
+def test_letters_are_the_same_in_every_run_and_their_products_all_elements() -> None:
+    task = TaskConfig(name="permutations", group="S5", ask="windows", queries=20, letters=6)
+    texts, answers = set(), set()
+    for seed in range(3):
+        keys = np.arange(seed * ROWS, (seed + 1) * ROWS, dtype=np.uint64)
+        sequences = make_sequences(task, keys, 6, task.length(6))
+        check_windows(task, sequences, 6)
+        texts.add(tuple(np.unique(sequences.inputs)))
+        answers |= set(sequences.targets[sequences.targets != -100].tolist())
+    assert len(texts) == 1 and len(texts.pop()) == 6
+    assert answers == set(range(1, 121))
 
 
 @pytest.mark.parametrize(("difficulty", "longer"), [(1, 0), (4, 0), (5, 6)])
