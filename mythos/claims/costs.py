@@ -10,9 +10,10 @@ from mythos.config.sections import Config
 from mythos.planning.budget import GPUS, mean_depths, sized
 from mythos.planning.flops import forward_flops
 
-CPU_FLOPS = 1.8e10
-"""FLOP/s of training at nano size: a dense core of width 64, batches of 512 tokens, float32, one thread of a Zen 5 core
-beside other work (11 CPU seconds for 150 steps of 1.2 GFLOP). Small operations take most of the time, not matmuls."""
+CPU_FLOPS = {64: 1.8e10, 128: 4.5e10}
+"""FLOP/s of training at nano size by the model's width: a dense core, float32, one thread of a Zen 5 core beside other
+work. Width 64: batches of 512 tokens (11 CPU seconds for 150 steps of 1.2 GFLOP); width 128: batches of 1,500 (11 for
+80 steps of 7.1 GFLOP). Small operations take most of the time, not matmuls."""
 CPU_SECONDS = 3.0
 """CPU seconds of a nano run beside its training steps: opening, validation, plots; measured there."""
 GPU = "H100"
@@ -23,20 +24,23 @@ GPUS_OF_SIZE = {"nano": 1, "small": 1, "full": 8}
 class Cost:
     """Sums over runs."""
 
-    runs: int
     tokens: int
     flops: float
-
-    @property
-    def cpu_seconds(self) -> float:
-        """Seconds on one CPU core."""
-        return self.runs * CPU_SECONDS + self.flops / CPU_FLOPS
+    cpu_seconds: float
+    """On one CPU core, at nano size."""
 
 
 def cost_of(runs: list[PlannedRun]) -> Cost:
     """What planned runs cost together."""
     tokens = sum(run.config.train_steps * run.config.tokens_per_step for run in runs)
-    return Cost(len(runs), tokens, sum(run_flops(run.config) for run in runs))
+    flops = [run_flops(run.config) for run in runs]
+    seconds = [cost / cpu_flops(run.config.model.dim) for cost, run in zip(flops, runs, strict=True)]
+    return Cost(tokens, sum(flops), sum(seconds) + len(runs) * CPU_SECONDS)
+
+
+def cpu_flops(width: int) -> float:
+    """FLOP/s of training on one CPU core, of the nearest measured width below."""
+    return CPU_FLOPS[max((measured for measured in CPU_FLOPS if measured <= width), default=min(CPU_FLOPS))]
 
 
 def cpu_seconds(claim: Claim) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from mythos.config.checking import Contradiction, shown
 from mythos.config.data import (
     FACT_FIELDS,
+    LETTER_FIELDS,
     TREE_FIELDS,
     FilterConfig,
     SourceConfig,
@@ -85,7 +86,8 @@ def _source(path: str, source: SourceConfig) -> Iterator[Contradiction]:
 
 # --- reasoning tasks
 
-TASK_OF_FIELD = {"tell": "hops", "symbols": "hops", "modulus": "mano", "group": "permutations", "letters": "permutations", "digits": "addition"}
+TASK_OF_FIELD = {"tell": "hops", "symbols": "hops", "modulus": "mano", "digits": "addition"}
+TASK_OF_FIELD |= dict.fromkeys(("group", *LETTER_FIELDS), "permutations")
 TASK_OF_FIELD |= dict.fromkeys(FACT_FIELDS, "facts") | dict.fromkeys(TREE_FIELDS, "trees")
 """The one task that uses a field."""
 MOST_CHAINS = 10_000_000
@@ -132,8 +134,8 @@ def _difficulty(config: Config) -> Iterator[Contradiction]:
         yield ("data.task.tell", "depth.follow"), f"got nothing and none; {rule}"
     if differs and task.ask == "windows":
         rule = (
-            "nothing says how many elements or numbers count; set the first to end or steps, or, if the model loops, the second "
-            "to difficulty"
+            "nothing says how many elements or numbers count; set the first to end or steps, or, if the model loops, "
+            "the second to difficulty"
         )
         yield ("data.task.ask", "depth.follow"), f"got windows and none; {rule}"
 

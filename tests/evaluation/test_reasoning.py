@@ -220,6 +220,11 @@ def test_dry_run_knows_the_vocabulary(tmp_path: Path) -> None:
             },
             "data.task.ask, depth.follow: got windows and none; .* end or steps",
         ),
+        (
+            {"data__task": {"name": "permutations", "letters": 7}, "data__sequence_length": 13},
+            "data.task.letters, data.task.group: got 7 and S3, which has 6 elements; lower the first",
+        ),
+        ({"data__task": {"letters": 2}, "data__sequence_length": 13}, "letters is for the task permutations only"),
         ({"depth__mean": 4}, "depth.follow, depth.mean: got difficulty and 4.0; .* set the second to null"),
         ({"depth__sampling": "uniform"}, "depth.follow, depth.sampling: .* set the second to poisson"),
         ({"depth__curriculum": {"shape": "linear"}}, "got difficulty and {shape: linear, over: 0.25, start: 1.0};"),
