@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     prompts = parser.add_argument_group("prompts (without any, the model begins a new document)")
     _add_prompt_options(prompts)
     add_length_options(prompts, tokens=128)
-    add_depth_options(parser.add_argument_group("depth"))
+    add_depth_options(parser.add_argument_group("depth"), "; N,M,... = one per prompt, or one prompt at each")
     add_sampling_options(parser.add_argument_group("sampling"))
     output = parser.add_argument_group("output and device")
     _add_output_options(output)
@@ -89,14 +89,13 @@ def add_length_options(group: TakesArguments, tokens: int) -> None:
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
 
 
-def add_depth_options(group: TakesArguments) -> None:
-    """Add the options that choose the loops of a token."""
+def add_depth_options(group: TakesArguments, several_loops: str = "") -> None:
+    """Add the options that choose the loops of a token; `several_loops` explains values such as 1,4 of --loops."""
     group.add_argument(
         "--loops",
         default="auto",
         metavar="N|auto",
-        help="loops of every token; auto (default) = up to the training mean, by the halting rule; N,M,... = one per "
-        "prompt, or one prompt at each",
+        help=f"loops of every token; auto (default) = up to the training mean, by the halting rule{several_loops}",
     )
     group.add_argument(
         "--halting", metavar="RULE", help="stop a token before its last loop by this rule (default: the model's)"

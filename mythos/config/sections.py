@@ -241,7 +241,8 @@ class ParallelConfig(Section):
     timeout: Seconds = 300.0
     """Seconds that processes wait for each other after the first step; then the run ends and names the operation."""
     stall_after: Seconds = 120.0
-    """Seconds without a finished step until every process writes its stack traces to stacks/ in the run directory."""
+    """Seconds without progress (data, a pass, an update, a save) after which a process writes the stacks of its threads
+    to stacks/ in the run directory."""
 
     @property
     def recomputes_loops(self) -> bool:

@@ -53,7 +53,7 @@ def judge(claim: Claim, results: Results) -> Judgement:
         outcome,
         f"{against['gqa']} times less than grouped-query attention, {against['mha']} times less than multi-head",
         f"Against full multi-head attention {enough}. The published sizes share key and value heads, and against that "
-        f"they save {against['gqa']} times. What the loops add is the same for all: an entry for each loop.",
+        f"they save {against['gqa']} times. With every attention each loop adds one entry.",
         [table],
     )
 

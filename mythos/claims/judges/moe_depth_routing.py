@@ -47,8 +47,11 @@ def judge(claim: Claim, results: Results) -> Judgement:
         for arm in claim.arms
     ]
     head = ["arm", "overlap of neighbouring loops", "validation loss", "busiest expert over mean load"]
-    others = ", ".join(f"{arm} {kept[arm]:.2f} at {mean(losses[arm]) - mean(losses[BASE]):+.3f} nats" for arm in TOLD)
-    why = f"The default router keeps {kept[BASE]:.0%} of a token's experts from loop to loop; told the loop: {others}."
+    others = ", ".join(f"{arm} {kept[arm]:.0%} at {mean(losses[arm]) - mean(losses[BASE]):+.3f} nats" for arm in TOLD)
+    why = (
+        f"The default router keeps {kept[BASE]:.0%} of a token's experts from loop to loop. Routers that depend on the "
+        f"loop keep fewer: {others}."
+    )
     table = Table("Means over seeds (range); loss in nats per token", head, rows)
     return Judgement(outcome, f"overlap {kept[BASE]:.2f} with the default router", why, [table])
 
