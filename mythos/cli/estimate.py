@@ -228,7 +228,9 @@ def flops_per_token(config: Config, depths: Sequence[int]) -> dict[str, Any]:
         "mean_loops": means.loops,
         "mean_backprop": means.backprop,
         "training_needed": flops.training_at(means.loops, means.backprop),
-        "training_executed": {mode: executed_flops(config, means, mode) for mode in CHECKPOINTING},
+        "training_executed": {
+            mode: executed_flops(config, means, mode, config.parallel.shared > 1) for mode in CHECKPOINTING
+        },
     }
 
 

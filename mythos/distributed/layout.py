@@ -89,14 +89,19 @@ def named_layout(settings: ParallelConfig, size: int, local_size: int) -> Layout
     else:
         shard, replicate, why = size, 1, "one copy over all"
     expert = settings.expert
+    check_expert_ranks(expert, shard)
+    why += f"; {expert} processes share the experts" if expert > 1 else ""
+    why += f", {settings.shared} each shared expert" if settings.shared > 1 else ""
+    return Layout("hsdp" if mode == "hsdp" else "fsdp", replicate, shard, why, expert=expert, shared=settings.shared)
+
+
+def check_expert_ranks(expert: int, shard: int) -> None:
+    """Raise MythosError if `expert` does not divide the `shard` processes that share a copy of the model."""
     if shard % expert:
         raise MythosError(
             f"parallel.expert: got {expert}, which does not divide the {shard} processes that share a copy of the "
             "model (parallel.shard): the experts of a copy are divided among processes of that copy"
         )
-    why += f"; {expert} processes share the experts" if expert > 1 else ""
-    why += f", {settings.shared} each shared expert" if settings.shared > 1 else ""
-    return Layout("hsdp" if mode == "hsdp" else "fsdp", replicate, shard, why, expert=expert, shared=settings.shared)
 
 
 def memory_of_device(world: World) -> int:

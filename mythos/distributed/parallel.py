@@ -136,7 +136,7 @@ def parallelize(config: Config, model: RecurrentDepthTransformer, layout: Layout
 
     The values are a function of (seed, parameter name), whatever the layout.
     """
-    prepare_model(config, model, world.device)
+    prepare_model(config, model, world.device, layout.expert)
     dtype = choose_dtype(config.train.dtype, world.device)
     if layout.sharded:
         from mythos.distributed.sharding import shard_model
@@ -198,8 +198,11 @@ def choose_micro_batch(config: Config, parallel: ParallelModel) -> int:
     return min(world.ranks.gather(fitting))
 
 
-def prepare_model(config: Config, model: RecurrentDepthTransformer, device: torch.device) -> None:
-    """Apply parallel.activation_checkpointing and train.compile, in that order."""
+def prepare_model(config: Config, model: RecurrentDepthTransformer, device: torch.device, expert: int = 1) -> None:
+    """Apply parallel.activation_checkpointing and train.compile, in that order.
+
+    `expert` is the number of processes that share the experts.
+    """
     recurrence = model.recurrence
     mode = config.parallel.activation_checkpointing
     recurrence.checkpointing = "loop" if mode == "all" else mode
@@ -207,7 +210,7 @@ def prepare_model(config: Config, model: RecurrentDepthTransformer, device: torc
     if not compiles(config, device):
         return
     prepare_compiler()
-    if config.parallel.expert > 1:
+    if expert > 1:
         looped = []  # a graph cannot contain an exchange, whose sizes are known only once tokens have been routed
     elif config.parallel.wrap == "block":
         # With a unit for each block FSDP2 adds hooks around the blocks, which cannot be inside a graph.

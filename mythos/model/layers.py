@@ -422,7 +422,11 @@ class SwiGLU(FeedForward):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        return self.down(recomputable(gated, self.gate_up(x)))
+        return self.down(self.hidden(x))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """The hidden units, without W_down: (..., D) -> (..., H)."""
+        return recomputable(gated, self.gate_up(x))
 
 
 class SquaredReLU(FeedForward):

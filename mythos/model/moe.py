@@ -1,5 +1,7 @@
 """Feed-forwards of the core: a mixture of experts (sigmoid affinities, bias-balanced top-k), or a dense one."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +18,7 @@ from mythos.model.layers import (
     without_autocast,
     zeros,
 )
-from mythos.model.ops.expert_exchange import ExpertExchange
+from mythos.model.ops.expert_exchange import CheckpointedPass, ExpertExchange
 from mythos.model.ops.grouped_experts import ExpertWeights, start_experts
 from mythos.model.ops.matmul import float32_linear
 from mythos.model.ops.recompute import recomputable
@@ -204,14 +206,26 @@ class MixtureOfExperts(nn.Module):
             shared = None if self.shared is None else self.shared(x)
             output = finish().view_as(x)  # last: a recomputation need not compute it
         elif weights.shared is None:
-            run = self.exchange.start(experts_NK, len(weights.gate_up)).send(tokens_ND, gates_NK, weights)
-            shared = None if self.shared is None else self.shared(x)  # runs while the rows travel
-            output = run().view_as(x)
+            start = self.exchange.start(experts_NK, len(weights.gate_up)).send(tokens_ND, gates_NK, weights)
+            shared, output = self.while_rows_travel(x, start)
         else:
             output, shared = (part.view_as(x) for part in self.exchanged(tokens_ND, gates_NK, experts_NK, weights))
         if shared is not None:
             output = output + shared
         return output, experts_NK.view(*x.shape[:2], -1)
+
+    def while_rows_travel(self, x: Tensor, start: Callable[[], Callable[[], Tensor]]) -> tuple[Tensor | None, Tensor]:
+        """Outputs of whole shared experts and of routed ones, as x (B, S, D); `start` is that of `Dispatch.send`."""
+        if self.shared is None:
+            return None, start()().view_as(x)
+        hidden = self.shared.hidden(x)
+        if CheckpointedPass.current is None:
+            shared = self.shared.down(hidden)
+            return shared, start()().view_as(x)
+        # A recomputation ends before the last matmuls of both, if their results are not needed.
+        finish = start()
+        shared = self.shared.down(hidden)
+        return shared, finish().view_as(x)
 
     def exchanged(self, x: Tensor, gates: Tensor, experts: Tensor, weights: ExpertWeights) -> tuple[Tensor, Tensor]:
         """Outputs of routed and of shared experts, both divided, for x (N, D): -> (N, D) float32 each.
@@ -223,9 +237,9 @@ class MixtureOfExperts(nn.Module):
         dispatch = self.exchange.start(experts, len(weights.gate_up))
         call = self.shared_group.call(dispatch.splits.tokens, weights.shared)
         tokens = call.send(x)
-        run = dispatch.send(x, gates, weights)
+        start = dispatch.send(x, gates, weights)
         results = call.compute(tokens)
-        output = run()
+        output = start()()
         return output, call.total(results, len(x))
 
     def serve(self, x: Tensor, weights: ExpertWeights | None) -> None:

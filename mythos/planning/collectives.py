@@ -93,7 +93,7 @@ def expert_exchanges(config: Config, layout: Layout, loops: int, backprop: int) 
 
     Each micro-batch, block and loop exchanges counts, rows (with gates and numbers of experts, 4 bytes each) and
     results; a backward pass the gradients of rows, gates and results. Where loops are recomputed, rows and results are
-    exchanged once more, except for results that no gradient needs (`ends_before_results`). Of the rows there are as
+    exchanged once more, except for results that no gradient needs (`blocks_without_results`). Of the rows there are as
     many as `rows_to_experts` says.
     """
     model, itemsize = config.model, compute_dtype(config).itemsize
@@ -105,7 +105,7 @@ def expert_exchanges(config: Config, layout: Layout, loops: int, backprop: int) 
     again = again_results = 0
     if config.parallel.recomputes_loops:
         again = backward
-        again_results = backprop * (blocks - ends_before_results(model))
+        again_results = backprop * (blocks - blocks_without_results(model))
     size = forward * layout.expert * 4 * torch.int64.itemsize
     size += (forward + again) * (result + 2 * of_choices) + backward * (result + of_choices)
     size += (forward + backward + again_results) * result
@@ -116,7 +116,7 @@ def shared_exchanges(config: Config, layout: Layout, loops: int, backprop: int) 
     """All-gathers of tokens to the ranks that divide the shared experts, and the equally large all-to-alls back.
 
     Each micro-batch, block and loop has one of each, and a backward pass another. A loop that is recomputed gathers
-    again, and sends back what gradients need (`ends_before_results`).
+    again, and sends back what gradients need (`blocks_without_results`).
     """
     model, blocks = config.model, config.model.core_layers
     tokens = config.train.global_batch // layout.size * config.data.sequence_length
@@ -124,17 +124,17 @@ def shared_exchanges(config: Config, layout: Layout, loops: int, backprop: int) 
     gathers = returns = (loops + backprop) * blocks
     if config.parallel.recomputes_loops:
         gathers += backprop * blocks
-        returns += backprop * (blocks - ends_before_results(model))
+        returns += backprop * (blocks - blocks_without_results(model))
     micro = micro_batches(config, layout.size)
     return Exchange(micro * gathers, gathers * size), Exchange(micro * returns, returns * size)
 
 
-def ends_before_results(model: ModelConfig) -> bool:
-    """Whether no gradient needs the results of a pass's last block, so that a recomputation of the pass ends before.
+def blocks_without_results(model: ModelConfig) -> int:
+    """How many blocks of the core a recomputed loop does not finish, because no gradient needs their results.
 
-    Not if a norm follows, or lanes are written.
+    The last block of a pass, unless a norm follows or lanes are written. With `loop_over: layer` every layer is a pass.
     """
-    return model.block_norm == "pre" and model.lanes == 1
+    return len(loop_stages(model)) if model.block_norm == "pre" and model.lanes == 1 else 0
 
 
 def collectives(config: Config, state: RankState, loops: int, backprop: int) -> dict[str, Exchange]:

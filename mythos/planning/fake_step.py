@@ -2,7 +2,7 @@
 
 import gc
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, get_args
@@ -100,10 +100,9 @@ class BalancedExchange(ExpertExchange):
         self.balanced = Splits(evenly, evenly, tokens * choices, most, [tokens] * self.sharers)
         return super().start(experts, held)
 
-    def exchange_counts(self, sent: Tensor) -> Callable[[], Splits]:
+    def exchange_counts(self, sent: Tensor) -> Splits:
         """The same counts as leave."""
-        balanced = self.balanced
-        return lambda: balanced
+        return self.balanced
 
     def send(self, rows: Tensor, leaving: list[int], coming: list[int]) -> Transfer:
         """Rows without values."""

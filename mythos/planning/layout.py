@@ -8,7 +8,7 @@ from importlib.metadata import version
 from itertools import product
 
 from mythos.config.sections import Config, ParallelConfig
-from mythos.distributed.layout import Layout, memory_of_device, named_layout
+from mythos.distributed.layout import Layout, check_expert_ranks, memory_of_device, named_layout
 from mythos.distributed.parallel import choose_dtype
 from mythos.distributed.ranks import World
 from mythos.errors import MythosError
@@ -44,6 +44,7 @@ def choose_layout(config: Config, size: int, local_size: int, memory: int) -> La
     if config.train.micro_batch == "auto":  # The trainer fits it to the memory that is left, which must hold one row.
         config = config.with_fields("train", micro_batch=1)
     expert, shared = config.parallel.expert, config.parallel.shared
+    check_expert_ranks(expert, size)
     candidates = [Layout("ddp", size, 1, "")] if expert == 1 else []
     if 1 < local_size < size and size % local_size == 0 and local_size % expert == 0:
         candidates.append(Layout("hsdp", size // local_size, local_size, "", expert=expert, shared=shared))

@@ -133,7 +133,7 @@ def training_cost(config: Config) -> TrainingCost:
     length, checkpointing = config.data.sequence_length, config.parallel.activation_checkpointing
     means = mean_depths(config)
     needed = forward_flops(config.model, length).training_at(means.loops, means.backprop)
-    executed = executed_flops(config, means, checkpointing)
+    executed = executed_flops(config, means, checkpointing, config.parallel.shared > 1)
     return TrainingCost(means.loops, means.backprop, checkpointing, needed, executed)
 
 

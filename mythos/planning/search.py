@@ -87,29 +87,29 @@ class LongestContext(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """Layouts whose activations differ only by the experts and rows of a rank."""
+    """Layouts whose activations differ only by the rows of a rank."""
 
     checkpointing: str
     sharded: bool
     wrap: str
     shared: int
+    expert: int
 
 
 class Traced(NamedTuple):
     """What the activations of a step depend on, in a search."""
 
     kind: Kind
-    expert: int
     rows: int
 
 
 class Search:
     """Candidates for a run on `gpus` GPUs, `machine_gpus` of them on a machine.
 
-    Candidates have every mode, number of copies (powers of 2), parallel.expert (powers of 2 that divide the experts),
-    time of reduction, micro-batch (powers of 2) and activation checkpointing. If none fits, parallel.shared above 1 is
-    tried where shared experts are large, and then parallel.wrap=block. Fields of SEARCHED and "micro_batch" that are in
-    `fixed` keep the values that `config` has.
+    Candidates have every mode, parallel.expert (powers of 2 that divide the experts), parallel.shard (that, times a
+    power of 2), time of reduction, micro-batch (powers of 2) and activation checkpointing. If none fits,
+    parallel.shared above 1 is tried where shared experts are large, and then parallel.wrap=block. Fields of SEARCHED
+    and "micro_batch" that are in `fixed` keep the values that `config` has.
     """
 
     def __init__(self, config: Config, gpus: int, machine_gpus: int, fixed: frozenset[str] = frozenset()) -> None:
@@ -201,16 +201,19 @@ class Search:
         rows = candidate.config.train.micro_batch
         size = max(1, self.config.train.global_batch // candidate.layout.size) if rows == "auto" else rows
         layout, parallel = candidate.layout, candidate.config.parallel
-        kind = Kind(parallel.activation_checkpointing, layout.sharded, parallel.wrap, layout.shared)
-        return Traced(kind, layout.expert, size)
+        kind = Kind(parallel.activation_checkpointing, layout.sharded, parallel.wrap, layout.shared, layout.expert)
+        return Traced(kind, size)
 
     def at_least(self, candidate: Candidate) -> int:
-        """A lower bound of `trace`, from traces of fewer rows and of ranks that hold fewer experts."""
+        """A lower bound of `trace`, from traces of fewer rows.
+
+        Other numbers of expert ranks say nothing: with more of them a rank holds fewer experts, and gets more rows.
+        """
         key = self._key(candidate)
         bounds = [
             traced.peak + traced.kept * (key.rows - other.rows) // other.rows
             for other, traced in self.traced.items()
-            if other.kind == key.kind and other.expert >= key.expert and other.rows <= key.rows
+            if other.kind == key.kind and other.rows <= key.rows
         ]
         return max(bounds, default=0)
 
@@ -259,23 +262,21 @@ class Search:
     def _fits(self, candidate: Candidate, memory: int, others: list[Candidate]) -> bool:
         """Whether a candidate needs at most `memory` bytes.
 
-        A trace takes seconds. So before its own come two of the `others`, which may rule out many: of its kind the one
-        with most expert ranks and fewest rows, and of those with as many rows the one with most expert ranks.
+        A trace takes seconds. So before its own comes that of its kind among the `others` with fewest rows, which may
+        rule out many.
         """
         if candidate.held + self.at_least(candidate) > memory:
             return False
         key = self._key(candidate)
         alike = [each for each in others if self._key(each).kind == key.kind]
-        smallest = min(alike, key=lambda each: (-each.layout.expert, self._key(each).rows))
-        as_many_rows = (each for each in alike if self._key(each).rows == key.rows)
-        for each in (smallest, max(as_many_rows, key=lambda each: each.layout.expert), candidate):
+        for each in (min(alike, key=lambda each: self._key(each).rows), candidate):
             self.trace(each)
             if candidate.held + self.at_least(candidate) > memory:
                 return False
         return True
 
     def least(self, gpus: int | None = None, level: int | None = None) -> Least | None:
-        """The candidate that needs least memory, with micro-batches of one row and everything recomputed.
+        """The candidate that needs least memory, with micro-batches of one row and everything recomputed, or as fixed.
 
         `gpus` instead of the search's number may exceed the global batch; `level` as in `settings`, by default all.
         None if no layout is possible.
@@ -283,13 +284,15 @@ class Search:
         gpus = self.gpus if gpus is None else gpus
         best: Least | None = None
         smallest: list[Candidate] = []
-        modes = self.values("activation_checkpointing", ("all",))
+        mode, *_ = self.values("activation_checkpointing", ("all",))
+        reduce, *_ = self.values("reduce", ("micro_batch",))
+        rows = self.config.train.micro_batch if "micro_batch" in self.fixed else 1
         for wrap, each in self.ways:
             if level is not None and each != level:
                 continue
             for config, state in self.settings(gpus, wrap, each, copies=False):
-                one = config.with_fields("parallel", activation_checkpointing=modes[0], reduce="micro_batch")
-                smallest.append(Candidate(one.with_fields("train", micro_batch=1), state))
+                one = config.with_fields("parallel", activation_checkpointing=mode, reduce=reduce)
+                smallest.append(Candidate(one.with_fields("train", micro_batch=rows), state))
         for candidate in sorted(smallest, key=lambda each: each.held):
             if best is None or self._fits(candidate, best.needed - 1, smallest):
                 best = Least(candidate, candidate.held, self.trace(candidate))

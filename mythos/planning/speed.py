@@ -8,7 +8,7 @@ import torch
 from mythos.config.sections import Config
 from mythos.distributed.parallel import compiles
 from mythos.planning.budget import DepthMeans, Gpu, mean_depths
-from mythos.planning.collectives import Calls, ends_before_results, muon_calls, step_calls
+from mythos.planning.collectives import Calls, blocks_without_results, muon_calls, step_calls
 from mythos.planning.fake_step import recomputed_flops
 from mythos.planning.flops import forward_flops
 from mythos.planning.network import call_seconds
@@ -16,21 +16,23 @@ from mythos.planning.rank_state import RankState, deepest_micro_batch
 from mythos.planning.traffic import OPTIMIZER_BYTES, StepTime, StepTraffic, step_time, step_traffic
 
 
-def executed_flops(config: Config, means: DepthMeans, mode: str) -> float:
+def executed_flops(config: Config, means: DepthMeans, mode: str, divided: bool) -> float:
     """FLOPs per token of training, with what this mode of activation checkpointing computes again.
 
-    Divided shared experts add the hidden activations of their backward passes. Recomputed loops do not compute the
-    results of these experts that no gradient needs.
+    `divided`: processes divide the shared experts. Their hidden activations are then computed again in backward passes.
+    And where no gradient needs a block's results, a recomputed loop does not begin with these experts; undivided, it
+    leaves out their last matmul.
     """
     model, length = config.model, config.data.sequence_length
     needed = forward_flops(model, length).training_at(means.loops, means.backprop)
-    hidden = model.n_shared_experts * model.shared_expert_dim if config.parallel.shared > 1 else 0
-    slices = 4 * model.core_layers * model.dim * hidden  # gate and up
-    under_mode = config.with_fields("parallel", activation_checkpointing=mode).parallel
-    if under_mode.recomputes_loops and ends_before_results(model):
-        slices -= 6 * model.dim * hidden
     again = recomputed_flops(model, length, mode)
-    return needed + again.once + means.backprop * (again.loop + slices)
+    loop = again.loop
+    if divided:
+        blocks = model.core_layers
+        if config.with_fields("parallel", activation_checkpointing=mode).parallel.recomputes_loops:
+            blocks -= blocks_without_results(model)
+        loop += blocks * 4 * model.dim * model.n_shared_experts * model.shared_expert_dim  # gate and up
+    return needed + again.once + means.backprop * loop
 
 
 def time_per_token(config: Config, state: RankState, gpu: Gpu, machine_gpus: int) -> StepTime:
@@ -64,7 +66,7 @@ class TimeModel:
         layout, mode = state.layout, config.parallel.activation_checkpointing
         way = mode, layout.shared > 1
         if way not in self.executed:
-            self.executed[way] = executed_flops(config, self.means, mode)
+            self.executed[way] = executed_flops(config, self.means, mode, layout.shared > 1)
         compiled = compiles(config, torch.device("cuda"))
         rows, _ = deepest_micro_batch(config, layout.size)
         time = step_time(

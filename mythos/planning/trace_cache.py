@@ -33,6 +33,7 @@ TRACED_CODE = (
     "model",
     "distributed/layout.py",
     "distributed/parallel.py",
+    "planning/expert_rows.py",
     "planning/fake_step.py",
     "planning/memory.py",
     "planning/traffic.py",

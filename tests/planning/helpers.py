@@ -108,18 +108,18 @@ def kind_of(parameter: Any) -> Experts | None:
     return "routed" if "expert" in parameter._spmd_mesh.mesh_dim_names else "shared"
 
 
-def as_if_alike(rows: int | None = None) -> Callable[[ExpertExchange, Tensor], Callable[[], Splits]]:
+def as_if_alike(rows: int | None = None) -> Callable[[ExpertExchange, Tensor], Splits]:
     """`ExpertExchange.exchange_counts` as if every rank sent what this one sends: a fake collective brings nothing.
 
     With `rows`, so many rows leave, evenly.
     """
 
-    def exchange_counts(self: ExpertExchange, sent: Tensor) -> Callable[[], Splits]:
+    def exchange_counts(self: ExpertExchange, sent: Tensor) -> Splits:
         dist.all_to_all_single(torch.empty_like(sent.T), sent.T.contiguous(), group=self.group)
         sizes, slots, most, tokens = sent.tolist()
         if rows is not None:
             sizes = [rows // self.ranks + (rank < rows % self.ranks) for rank in range(self.ranks)]
-        return lambda: Splits(sizes, sizes, sum(slots), max(most), tokens[: self.sharers] if self.sharers > 1 else [])
+        return Splits(sizes, sizes, sum(slots), max(most), tokens[: self.sharers] if self.sharers > 1 else [])
 
     return exchange_counts
 

@@ -55,9 +55,12 @@ class Counter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("ranks", LAYOUTS)
-def test_plan_counts_what_a_rank_of_many_exchanges(tmp_path: Path, ranks: int) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "loop_over"), [*((ranks, "core") for ranks in LAYOUTS), (64, "layer"), (256, "layer")]
+)
+def test_plan_counts_what_a_rank_of_many_exchanges(tmp_path: Path, ranks: int, loop_over: str) -> None:
     changes = {f"parallel__{name}": value for name, value in LAYOUTS[ranks].items()}
+    changes |= {} if loop_over == "core" else {"model__loop_over": "layer", "model__halting": "none"}
     changes |= {"data__streams": ranks, "data__sequence_length": 16, "train__global_batch": 2 * ranks}
     changes |= {"train__micro_batch": 1, "model__n_experts": 16, "model__vocab_size": 384, "model__core_layers": 2}
     config = tiny(tmp_path, **changes)

@@ -162,20 +162,22 @@ def test_parameters(changes):
     assert (idle > 0) == (config.core_ffn == "moe")
 
 
+@pytest.mark.parametrize("changes", [{}, {"injection": "orthogonal", "loop_over": "layer"}], ids=str)
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
-def test_divided_shared_experts_compute_their_hidden_units_again(checkpointing: str) -> None:
-    """Their gates and up-projections, in each backward pass; all else costs as much, for T ranks' tokens each 1 / T."""
-    config, length = ModelConfig(**MODEL), 16
-    whole, divided = (
-        executed_flops(
-            Config(model=config, data=DataConfig(sequence_length=length), parallel=ParallelConfig(shared=shared)),
-            DepthMeans(2, 2),
-            checkpointing,
+def test_flops_of_processes_that_divide_experts(checkpointing: str, changes: dict[str, Any]) -> None:
+    """Divided shared experts compute gates and up-projections again, in each backward pass; dividing adds no others."""
+    config, length = ModelConfig(**{**MODEL, **changes}), 16
+
+    def planned(mode: str, divided: bool) -> float:
+        return executed_flops(
+            Config(model=config, data=DataConfig(sequence_length=length)), DepthMeans(2, 2), mode, divided
         )
-        for shared in (1, 2)
-    )
-    traced = [
-        _step_flops(config, Step(1, length, 2, 2, checkpointing, torch.bfloat16, expert=2, sharers=sharers)) / length
-        for sharers in (1, 2)
-    ]
-    assert divided - whole == traced[1] - traced[0] > 0
+
+    def traced(mode: str, expert: int, sharers: int) -> float:
+        step = Step(1, length, 2, 2, mode, torch.bfloat16, expert=expert, sharers=sharers)
+        return _step_flops(config, step) / length
+
+    for expert, sharers in ((1, 1), (2, 1), (2, 2)):
+        more = planned(checkpointing, sharers > 1) - planned("none", False)
+        assert traced(checkpointing, expert, sharers) - traced("none", 1, 1) == more
+        assert more > 0 or (checkpointing, sharers) == ("none", 1)

@@ -5,10 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from mythos.config.loading import config_from_dict
-from mythos.config.sections import Config
+from mythos.config.sections import Config, ParallelConfig, TrainConfig
+from mythos.distributed import parallel as distributed
 from mythos.distributed.layout import Layout
+from mythos.errors import MythosError
 from mythos.model.config import ModelConfig
 from mythos.planning import layout as layouts
 from mythos.planning import rank_state as states
@@ -157,3 +160,19 @@ def test_a_torch_that_cannot_divide_experts_is_named_once(
     assert layouts.expert_counts(config) == layouts.expert_counts(config) == [1]
     (message,) = caplog.messages
     assert message.startswith("plans leave out parallel.expert above 1: torch 2.")
+
+
+def test_experts_are_divided_among_processes_that_their_number_divides() -> None:
+    for size in (2, 6):
+        with pytest.raises(MythosError, match=f"parallel.expert: got 4, which does not divide the {size} processes"):
+            choose_layout(preset("mythos_10b", expert=4), size, size, 80 * GIB)
+
+
+def test_one_process_compiles_the_core_whatever_parallel_expert_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has all experts; only an exchange cannot be in a graph."""
+    monkeypatch.setattr(distributed, "prepare_compiler", lambda: None)
+    config = Config(parallel=ParallelConfig(expert=8), train=TrainConfig(compile=True))
+    for expert in (1, 8):
+        model = build_on_meta(preset("mythos_nano").model)
+        distributed.prepare_model(config, model, torch.device("cpu"), expert)
+        assert (model.recurrence.compiled_step is not None) == (expert == 1)

@@ -28,10 +28,10 @@ RECOMPUTED = {
 
 
 def activations_by_hand(config: Config, layout: Layout, checkpointing: str | None = None) -> Activations:
-    """Proportional to tokens, and to the experts that a rank holds."""
+    """Proportional to tokens, and larger the more ranks divide the experts."""
     rows, _ = deepest_micro_batch(config, layout.size)
     tokens = rows * config.data.sequence_length
-    peak = tokens * PER_TOKEN[config.parallel.activation_checkpointing] + 2 * GIB // layout.expert
+    peak = tokens * PER_TOKEN[config.parallel.activation_checkpointing] + 2 * GIB - 2 * GIB // layout.expert
     return Activations(peak // 2, peak)
 
 
@@ -90,6 +90,13 @@ def test_fields_that_are_set_are_kept() -> None:
         assert parallel.activation_checkpointing == "none"
 
 
+def test_the_least_memory_keeps_fields_that_are_set() -> None:
+    config = preset("mythos_10b").with_fields("train", micro_batch=2).with_fields("parallel", reduce="step")
+    least = Search(config, 64, 8, frozenset({"micro_batch", "reduce"})).least()
+    assert least is not None
+    assert {"parallel.reduce=step", "train.micro_batch=2"} <= {*least.candidate.overrides}
+
+
 def test_least_memory_and_the_fewest_gpus() -> None:
     search = Search(preset("mythos_100b"), 8, 8)
     assert search.fastest(GPUS["H100"]) is None
@@ -144,7 +151,7 @@ def test_longest_context_by_hand() -> None:
     least = search.least()
     assert least is not None
     for memory in (80 * GIB, 141 * GIB):
-        free = USABLE_SHARE * memory - least.held - 2 * GIB / least.candidate.layout.expert
+        free = USABLE_SHARE * memory - least.held - 2 * GIB * (1 - 1 / least.candidate.layout.expert)
         expected = int(free / PER_TOKEN["all"])
         assert expected - 1024 < search.longest_context(least, memory) <= expected
     assert search.longest_context(least, 10_000 * GIB) == 1_000_000, "the model's own limit"

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mythos.model.layers import without_autocast
-from mythos.model.ops.grouped_experts import ExpertWeights, expert_ends, run_experts, sum_slots
+from mythos.model.ops.grouped_experts import ExpertWeights, expert_ends, start_experts, sum_slots
 from mythos.model.ops.transfer import Passage, Transfer
 
 
@@ -38,9 +38,10 @@ class ExpertExchange:
     rank takes part in every exchange, also with no token at all, so all ranks must call it equally often, in the
     forward and in the backward pass.
 
-    A call makes three all-to-alls: the number of rows for each rank (the host waits for them, because they are the
-    sizes of the others), rows, and results. The backward pass makes two. The first one brings the ranks' numbers of
-    tokens too, which divided shared experts need.
+    A call makes three all-to-alls: the number of rows for each rank, rows, and results. The backward pass makes two.
+    The first one brings the ranks' numbers of tokens too, which divided shared experts need. The host waits for these
+    numbers, because they are the sizes of the others. It waits at once: the rows, which take far longer, then travel
+    while the shared experts run.
 
     Args:
         group: the R ranks.
@@ -52,10 +53,7 @@ class ExpertExchange:
         self.group, self.ranks, self.sharers = group, ranks, sharers
 
     def start(self, experts: Tensor, held: int) -> "Dispatch":
-        """Find the rows that leave for the chosen experts (N, k) int64, and exchange their numbers, without waiting.
-
-        `held` is E / R. Work that is queued between this call and `Dispatch.send` hides the wait for the numbers.
-        """
+        """Find the rows that leave for the chosen experts (N, k) int64, and exchange their numbers; `held` is E / R."""
         experts, choices = experts.sort(dim=1)  # neighbours then lie on one rank
         targets = experts // held
         first = torch.ones_like(targets, dtype=torch.bool)
@@ -65,38 +63,24 @@ class ExpertExchange:
         place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         recomputed = CheckpointedPass.recomputed_splits()
         if recomputed is not None:
-            return Dispatch(self, experts, choices, ranks, place, order, lambda: recomputed)
+            return Dispatch(self, experts, choices, ranks, place, order, recomputed)
         rows = torch.diff(expert_ends(ranks, self.ranks).long(), prepend=ranks.new_zeros(1))
         slots = torch.zeros_like(rows).scatter_add_(0, targets.flatten(), torch.ones_like(order))
         together = (targets.unsqueeze(1) == targets.unsqueeze(2)).sum(-1).flatten()
         most = F.pad(together, (0, 1), value=1).max()  # of no token: 1
         sent = torch.stack((rows, slots, most.expand_as(rows), torch.full_like(rows, len(experts))))
-        return Dispatch(self, experts, choices, ranks, place, order, self.exchange_counts(sent))
+        splits = self.exchange_counts(sent)
+        CheckpointedPass.keep(splits)
+        return Dispatch(self, experts, choices, ranks, place, order, splits)
 
-    def exchange_counts(self, sent: Tensor) -> Callable[[], Splits]:
+    def exchange_counts(self, sent: Tensor) -> Splits:
         """Exchange numbers (4, R) int64 for each rank: its rows, their slots, most slots of a row, this rank's tokens.
 
-        Returns a function that waits for the result.
+        Waits for the result.
         """
         arrived = torch.empty_like(sent.T, memory_format=torch.contiguous_format)
         dist.all_to_all_single(arrived, sent.T.contiguous(), group=self.group)
-        counts = torch.cat((sent[:1], arrived.T))
-        if not counts.is_cuda:
-            return lambda: self.splits(counts)
-        # A copy to pinned memory is queued and not waited for.
-        host = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True).copy_(counts, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
-
-        def wait() -> Splits:
-            copied.synchronize()
-            return self.splits(host)
-
-        return wait
-
-    def splits(self, counts: Tensor) -> Splits:
-        """The splits, from (5, R) int64 on the host: rows that leave for each rank; and the others from each."""
-        leaving, coming, slots, most, tokens = counts.tolist()
+        leaving, coming, slots, most, tokens = torch.cat((sent[:1], arrived.T)).tolist()
         if self.sharers == 1:
             return Splits(leaving, coming, sum(slots), max(most), [])
         first = dist.get_rank(self.group) // self.sharers * self.sharers
@@ -129,7 +113,7 @@ class Dispatch(Passage):
         ranks: Tensor,
         place: Tensor,
         order: Tensor,
-        wait: Callable[[], Splits],
+        splits: Splits,
     ) -> None:
         self.exchange, self.shape = exchange, experts.shape
         self.experts, self.choices = experts, choices
@@ -137,39 +121,35 @@ class Dispatch(Passage):
         self.ranks, self.order, self.place = ranks, order, place
         """(N k,) int64: the target of each row, and its choice (index into N k), the first on that rank. Behind the
         rows: R, and the other choices. And the inverse of that order."""
-        self.wait = wait
-        self.known: Splits | None = None
+        self.splits = splits
 
-    @property
-    def splits(self) -> Splits:
-        """Sizes of the exchange; the first use waits for them."""
-        if self.known is None:
-            self.known = self.wait()
-            CheckpointedPass.keep(self.known)
-        return self.known
-
-    def send(self, x: Tensor, gates: Tensor, weights: ExpertWeights) -> Callable[[], Tensor]:
+    def send(self, x: Tensor, gates: Tensor, weights: ExpertWeights) -> Callable[[], Callable[[], Tensor]]:
         """Send x (N, D) with gates (N, k) float32 to the experts; `weights` are those of this rank.
 
-        Returns a function that completes `run_experts` over all ranks: -> (N, D) float32. What is computed before it is
-        called runs while the rows travel; and in the backward pass while their gradients do, because autograd goes
-        through calls in reverse order.
+        Returns `start_experts` over all ranks: a function that starts them, and returns another one for the rest: ->
+        (N, D) float32. What is computed before the first is called runs while the rows travel; and in the backward pass
+        while their gradients do, because autograd goes through calls in reverse order. The second saves nothing.
         """
-        splits, held, dtype = self.splits, len(weights.gate_up), weights.gate_up.dtype
+        held, dtype = len(weights.gate_up), weights.gate_up.dtype
         with without_autocast(x):
             packed = _Leave.apply(x, gates.gather(1, self.choices), self, held, dtype)
 
-        def run() -> Tensor:
+        def start() -> Callable[[], Tensor]:
             with without_autocast(x):
                 rows, row_gates, experts = _Arrive.apply(packed, self, x.shape[1])
-                results = run_experts(rows, row_gates, experts.long(), weights, splits.slots)
-                return _FromExperts.apply(results, self, dtype)
+                finish = start_experts(rows, row_gates, experts.long(), weights, self.splits.slots)
+            return lambda: self.returned(finish(), dtype)
 
-        return run
+        return start
+
+    def returned(self, results: Tensor, dtype: torch.dtype) -> Tensor:
+        """Send results (n, D) back in this type -> the sum of each token's results (N, D) float32."""
+        with without_autocast(results):
+            return _FromExperts.apply(results, self, dtype)
 
     def run(self, x: Tensor, gates: Tensor, weights: ExpertWeights) -> Tensor:
-        """Both steps of `send`."""
-        return self.send(x, gates, weights)()
+        """All steps of `send`."""
+        return self.send(x, gates, weights)()()
 
     def by_row(self, values: Tensor) -> Tensor:
         """Values of tokens (N, m) -> those of the rows that leave (n, m)."""
@@ -216,8 +196,7 @@ class _Leave(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, gates: Tensor, dispatch: Dispatch, held: int, dtype: torch.dtype) -> Tensor:
         ctx.dispatch, ctx.dtype, ctx.width = dispatch, x.dtype, x.shape[1]
         rows = _packed(dispatch.by_row(x.to(dtype)), *dispatch.choices_of_rows(gates, held))
-        dispatch.travelling = dispatch.leave(rows)
-        return dispatch.travelling.received
+        return dispatch.sent(dispatch.leave(rows))
 
     @staticmethod
     @once_differentiable

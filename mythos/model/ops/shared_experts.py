@@ -144,15 +144,6 @@ class SharedCall(Passage):
                 self.travelling = self.group.give_back(results)
             return _Total.apply(packed, self, count)
 
-    def sent(self, transfer: Transfer) -> Tensor:
-        """What will arrive; `arrived` waits for it.
-
-        The autograd graph refers to this object. So neither tensor of the transfer may be part of the graph: a pass
-        that ends early would leave a cycle, which is never freed.
-        """
-        self.travelling = transfer
-        return transfer.received.detach()
-
     def summed(self, count: int) -> Tensor:
         """Wait for this rank's `count` rows from all ranks, and add them up: (count, D) float32."""
         return self.arrived().unflatten(0, (self.group.ranks, self.most))[:, :count].sum(0, dtype=torch.float32)

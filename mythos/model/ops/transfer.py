@@ -24,6 +24,15 @@ class Passage:
     travelling: Transfer | None = None
     """Rows on their way, or gradients on their way back."""
 
+    def sent(self, transfer: Transfer) -> Tensor:
+        """What will arrive; `arrived` waits for it.
+
+        The autograd graph refers to this object. So neither tensor of the transfer may be part of the graph: a pass
+        that ends early would leave a cycle, which is never freed.
+        """
+        self.travelling = transfer
+        return transfer.received.detach()
+
     def arrived(self) -> Tensor:
         """Wait for what is on its way."""
         assert self.travelling is not None, "something was sent"
