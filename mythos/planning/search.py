@@ -10,6 +10,7 @@ from mythos.config.sections import Config
 from mythos.distributed.layout import Layout, named_layout
 from mythos.errors import MythosError
 from mythos.planning.budget import Gpu
+from mythos.planning.expert_rows import rows_to_experts
 from mythos.planning.fake_step import CHECKPOINTING
 from mythos.planning.layout import USABLE_SHARE, expert_counts, shared_counts
 from mythos.planning.memory import Activations
@@ -87,19 +88,19 @@ class LongestContext(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """Layouts whose activations differ only by the rows of a rank."""
+    """Layouts whose activations differ only by the experts and rows of a rank."""
 
     checkpointing: str
     sharded: bool
     wrap: str
     shared: int
-    expert: int
 
 
 class Traced(NamedTuple):
     """What the activations of a step depend on, in a search."""
 
     kind: Kind
+    expert: int
     rows: int
 
 
@@ -201,21 +202,27 @@ class Search:
         rows = candidate.config.train.micro_batch
         size = max(1, self.config.train.global_batch // candidate.layout.size) if rows == "auto" else rows
         layout, parallel = candidate.layout, candidate.config.parallel
-        kind = Kind(parallel.activation_checkpointing, layout.sharded, parallel.wrap, layout.shared, layout.expert)
-        return Traced(kind, size)
+        kind = Kind(parallel.activation_checkpointing, layout.sharded, parallel.wrap, layout.shared)
+        return Traced(kind, layout.expert, size)
 
     def at_least(self, candidate: Candidate) -> int:
-        """A lower bound of `trace`, from traces of fewer rows.
+        """A lower bound of `trace`, from traces of fewer rows and of as many or more expert ranks.
 
-        Other numbers of expert ranks say nothing: with more of them a rank holds fewer experts, and gets more rows.
+        With fewer expert ranks a rank holds more experts, and fewer tokens come to it, at worst in proportion.
         """
         key = self._key(candidate)
         bounds = [
-            traced.peak + traced.kept * (key.rows - other.rows) // other.rows
+            (traced.peak + traced.kept * (key.rows - other.rows) // other.rows)
+            * self.tokens_of_experts(key.expert)
+            // self.tokens_of_experts(other.expert)
             for other, traced in self.traced.items()
-            if other.kind == key.kind and other.rows <= key.rows
+            if other.kind == key.kind and other.expert >= key.expert and other.rows <= key.rows
         ]
         return max(bounds, default=0)
+
+    def tokens_of_experts(self, expert: int) -> int:
+        """Tokens that come to the experts of a rank, for a million tokens of each rank."""
+        return rows_to_experts(self.config.model, expert, 10**6) if expert > 1 else 10**6
 
     def fastest(self, gpu: Gpu) -> Found | None:
         """The fastest candidate whose memory is within USABLE_SHARE of the GPU's; None if none is.
@@ -262,14 +269,16 @@ class Search:
     def _fits(self, candidate: Candidate, memory: int, others: list[Candidate]) -> bool:
         """Whether a candidate needs at most `memory` bytes.
 
-        A trace takes seconds. So before its own comes that of its kind among the `others` with fewest rows, which may
-        rule out many.
+        A trace takes seconds. So before its own come two of the `others`, which may rule out many: of its kind the one
+        with most expert ranks and fewest rows, and of those with as many rows the one with most expert ranks.
         """
         if candidate.held + self.at_least(candidate) > memory:
             return False
         key = self._key(candidate)
         alike = [each for each in others if self._key(each).kind == key.kind]
-        for each in (min(alike, key=lambda each: self._key(each).rows), candidate):
+        smallest = min(alike, key=lambda each: (-each.layout.expert, self._key(each).rows))
+        as_many_rows = (each for each in alike if self._key(each).rows == key.rows)
+        for each in (smallest, max(as_many_rows, key=lambda each: each.layout.expert), candidate):
             self.trace(each)
             if candidate.held + self.at_least(candidate) > memory:
                 return False

@@ -13,6 +13,7 @@ from mythos.model.config import ModelConfig
 from mythos.model.ops import device_choice
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.planning import memory
+from mythos.planning.expert_rows import rows_to_experts
 from mythos.planning.fake_step import CHECKPOINTING, Step, fake_model
 from mythos.planning.memory import step_activations
 from mythos.torch_internals import FakeTensorMode
@@ -128,3 +129,19 @@ def test_choices_of_a_simulated_gpu_end_with_it() -> None:
         assert not device_choice.causal_by_products(cpu, torch.float32, 8)
     assert device_choice.device_type(cpu) == "cpu"
     assert device_choice.causal_by_products(cpu, torch.float32, 8)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "all"])
+def test_activations_with_fewer_expert_ranks_shrink_at_most_as_rows_do(checkpointing: str) -> None:
+    """Which the search of layouts takes for granted, to leave out layouts."""
+    config = preset_config("mythos_nano", vocab_size=128, n_experts=16, experts_per_token=4, dim=256)
+    counts = (1, 2, 4, 16)
+    peaks = [
+        step_activations(config, Step(2, 64, 2, 2, checkpointing, torch.bfloat16, gathered=True, expert=count)).peak
+        for count in counts
+    ]
+    rows = [rows_to_experts(config, count, 1000) for count in counts]
+    assert rows == sorted(rows)
+    for fewer in range(len(counts)):
+        for more in range(fewer, len(counts)):
+            assert peaks[fewer] >= peaks[more] * rows[fewer] / rows[more]

@@ -10,6 +10,7 @@ from mythos.distributed.layout import Layout
 from mythos.planning import search as searches
 from mythos.planning import speed
 from mythos.planning.budget import GPUS
+from mythos.planning.expert_rows import rows_to_experts
 from mythos.planning.fake_step import RecomputedFlops
 from mythos.planning.layout import USABLE_SHARE, shared_counts
 from mythos.planning.memory import Activations
@@ -28,10 +29,12 @@ RECOMPUTED = {
 
 
 def activations_by_hand(config: Config, layout: Layout, checkpointing: str | None = None) -> Activations:
-    """Proportional to tokens, and larger the more ranks divide the experts."""
+    """Proportional to tokens, of which more come to a rank's experts the more ranks divide them; and to the experts."""
     rows, _ = deepest_micro_batch(config, layout.size)
     tokens = rows * config.data.sequence_length
-    peak = tokens * PER_TOKEN[config.parallel.activation_checkpointing] + 2 * GIB - 2 * GIB // layout.expert
+    peak = tokens * PER_TOKEN[config.parallel.activation_checkpointing] + 2 * GIB // layout.expert
+    if layout.expert > 1:
+        peak += 100_000 * rows_to_experts(config.model, layout.expert, tokens)
     return Activations(peak // 2, peak)
 
 
@@ -151,8 +154,9 @@ def test_longest_context_by_hand() -> None:
     least = search.least()
     assert least is not None
     for memory in (80 * GIB, 141 * GIB):
-        free = USABLE_SHARE * memory - least.held - 2 * GIB * (1 - 1 / least.candidate.layout.expert)
-        expected = int(free / PER_TOKEN["all"])
+        expert = least.candidate.layout.expert
+        free = USABLE_SHARE * memory - least.held - 2 * GIB / expert
+        expected = int(free / (PER_TOKEN["all"] + rows_to_experts(search.config.model, expert, 100_000)))
         assert expected - 1024 < search.longest_context(least, memory) <= expected
     assert search.longest_context(least, 10_000 * GIB) == 1_000_000, "the model's own limit"
     assert search.longest_context(least, GIB) == 0
