@@ -70,7 +70,7 @@ def logarithmic(axes: Axes, places: Sequence[float]) -> None:
     axes.set_xscale("log")
     axes.xaxis.set_minor_locator(NullLocator())
     if len(places) <= 6:
-        axes.set_xticks(places, [f"{place:g}" for place in places])
+        axes.set_xticks(places, [f"{place:.3g}" for place in places])
     else:
         plain_numbers(axes.xaxis)
 
