@@ -47,7 +47,7 @@ def test_blocks_without_a_loop_are_named_so() -> None:
     assert names == ["| not looped", "| not looped `model.block_norm=sandwich`", "| `model.lanes=2`"]
 
 
-@pytest.mark.parametrize("name", ["architecture-study", "architecture-study-narrow"])
+@pytest.mark.parametrize("name", ["architecture-study", "architecture-study-narrow", "architecture-study-options"])
 def test_committed_results_make_the_documented_table(name: str) -> None:
     root = Path(__file__).parents[1]
     results = json.loads((root / f"docs/results/{name}.json").read_text())
