@@ -14,8 +14,6 @@ TREE_FIELDS = ("branches", "levels")
 """Fields of a task that only trees use."""
 FACT_FIELDS = ("entities", "relations", "facts_per_entity", "graph", "ratio", "unseen")
 """Fields of a task that only facts use."""
-LETTER_FIELDS = ("letters",)
-"""Fields of a task that only permutations of some letters use."""
 
 SourceKind = Literal["embedded", "files", "hub", "tokens"]
 DataKind = Literal[SourceKind, "mixture", "reasoning"]

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from mythos.config.checking import Contradiction, shown
 from mythos.config.data import (
     FACT_FIELDS,
-    LETTER_FIELDS,
     TREE_FIELDS,
     FilterConfig,
     SourceConfig,
@@ -87,7 +86,7 @@ def _source(path: str, source: SourceConfig) -> Iterator[Contradiction]:
 # --- reasoning tasks
 
 TASK_OF_FIELD = {"tell": "hops", "symbols": "hops", "modulus": "mano", "digits": "addition"}
-TASK_OF_FIELD |= dict.fromkeys(("group", *LETTER_FIELDS), "permutations")
+TASK_OF_FIELD |= dict.fromkeys(("group", "letters"), "permutations")
 TASK_OF_FIELD |= dict.fromkeys(FACT_FIELDS, "facts") | dict.fromkeys(TREE_FIELDS, "trees")
 """The one task that uses a field."""
 MOST_CHAINS = 10_000_000

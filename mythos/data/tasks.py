@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mythos.config.data import FACT_FIELDS, LETTER_FIELDS, TREE_FIELDS, TaskConfig
+from mythos.config.data import FACT_FIELDS, TREE_FIELDS, TaskConfig
 from mythos.data.difficulty import slot_difficulties
 from mythos.data.facts import Split, fact_graph
 from mythos.data.random_bits import Draws, sequence_keys
@@ -342,7 +342,7 @@ class TaskStreams(Streams):
         newer = {"facts": FACT_FIELDS, "trees": TREE_FIELDS}
         unused = {field for name, fields in newer.items() if name != task.name for field in fields}
         if task.letters is None:
-            unused |= {*LETTER_FIELDS}
+            unused.add("letters")
         self.identity = {
             "task": task.model_dump(mode="json", exclude=unused),
             "streams": streams,

@@ -222,7 +222,7 @@ class Search:
 
     def tokens_of_experts(self, expert: int) -> int:
         """Tokens that come to the experts of a rank, for a million tokens of each rank."""
-        return rows_to_experts(self.config.model, expert, 10**6) if expert > 1 else 10**6
+        return rows_to_experts(self.config.model, expert, 10**6)
 
     def fastest(self, gpu: Gpu) -> Found | None:
         """The fastest candidate whose memory is within USABLE_SHARE of the GPU's; None if none is.

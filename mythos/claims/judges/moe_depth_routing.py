@@ -50,7 +50,7 @@ def judge(claim: Claim, results: Results) -> Judgement:
     others = ", ".join(f"{arm} {kept[arm]:.0%} at {mean(losses[arm]) - mean(losses[BASE]):+.3f} nats" for arm in TOLD)
     why = (
         f"The default router keeps {kept[BASE]:.0%} of a token's experts from loop to loop. Routers that depend on the "
-        f"loop keep fewer: {others}."
+        f"loop keep: {others}."
     )
     table = Table("Means over seeds (range); loss in nats per token", head, rows)
     return Judgement(outcome, f"overlap {kept[BASE]:.2f} with the default router", why, [table])
