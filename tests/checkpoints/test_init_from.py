@@ -164,10 +164,16 @@ def test_tables_of_the_loop_follow_the_number_of_loops(tmp_path: Path) -> None:
 
 
 def test_options_that_change_what_weights_compute_are_refused(trained: Trainer, tmp_path: Path) -> None:
-    changes = {"model__residual_scale": 0.25, "model__router_bias_per_loop": True}
+    changes: dict[str, Any] = {"model__residual_scale": 0.25, "model__router_bias_per_loop": True}
+    changes |= {"model__injection": "orthogonal", "model__loop_over": "layer", "model__core_layers": 2}
     with pytest.raises(MythosError) as refused:
         Trainer(config_from_dict(started(trained, tmp_path, **changes)))
-    for line in ("residual_scale: 1.0 in the model, 0.25 here", "router_bias_per_loop: False in the model, True here"):
+    for line in (
+        "residual_scale: 1.0 in the model, 0.25 here",
+        "router_bias_per_loop: False in the model, True here",
+        "injection: 'lti' in the model, 'orthogonal' here",
+        "loop_over: 'core' in the model, 'layer' here",
+    ):
         assert line in str(refused.value)
 
 

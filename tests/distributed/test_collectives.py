@@ -43,7 +43,7 @@ HSDP = {"parallel__mode": "hsdp", "parallel__shard": 2, "train__micro_batch": 2}
 # The number of rows does not depend on the routing: a token reaches one of the two ranks, or both.
 EXPERTS = FSDP | {"parallel__expert": 2, "model__expert_groups": 2}
 COPIES = HSDP | {"parallel__expert": 2, "model__experts_per_token": 4}
-LOOP = {"parallel__activation_checkpointing": "loop"}
+LOOP, SELECTIVE, ALL = ({"parallel__activation_checkpointing": mode} for mode in ("loop", "selective", "all"))
 KEPT, ALWAYS = {"parallel__reshard_after_forward": False}, {"parallel__reduce": "micro_batch"}
 ONCE, MUON, LAYERS = {"train__micro_batch": 16}, {"optim__name": "muon"}, {"model__loop_over": "layer"}
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
@@ -70,6 +70,8 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "hsdp 2 x 2, blocks": (4, HSDP | {"parallel__wrap": "block"}),
     "hsdp 2 x 2, reduced in each micro-batch": (4, HSDP | ALWAYS),
     "experts over 2": (2, EXPERTS),
+    "experts over 2, what arrived is kept": (2, EXPERTS | SELECTIVE),
+    "experts over 2, all recomputed": (2, EXPERTS | ALL),
     "experts over 2, shards over 2, recomputed": (4, EXPERTS | LOOP | {"train__micro_batch": 3}),
     "experts over 2, shards over 2, recomputed blocks": (
         4,

@@ -16,7 +16,7 @@ from tests.distributed.test_resharding import CHANGES as RESHARDING
 from tests.distributed.test_resharding import take_steps
 from tests.runs import tiny
 
-CHANGES: dict[str, Any] = {**RESHARDING, "model__n_experts": 4, "optim__name": "muon", "train__steps": 11}
+CHANGES: dict[str, Any] = {**RESHARDING, "model__n_experts": 4, "optim__name": "muon", "train__steps": 12}
 CHANGES |= {"eval__batches": 1, "eval__loops": [1], "train__micro_batch": 8}
 EXPERTS = {"parallel__mode": "fsdp", "parallel__expert": 2}
 
@@ -29,6 +29,7 @@ HOPS: dict[str, tuple[int, dict[str, Any]]] = {
     "ep 2 x replicate 2": (4, EXPERTS | {"parallel__mode": "hsdp", "parallel__shard": 2}),
     "ep 4, shared 4": (4, EXPERTS | {"parallel__expert": 4, "parallel__shared": 4}),
     "fsdp on 4": (4, {"parallel__mode": "fsdp"}),
+    "hsdp 2 x 2": (4, {"parallel__mode": "hsdp", "parallel__shard": 2}),
     "ep 2": (2, EXPERTS),
     "ep 2 x replicate 2, shared 2": (
         4,
@@ -42,6 +43,8 @@ HOPS: dict[str, tuple[int, dict[str, Any]]] = {
 class Hop(NamedTuple):
     losses: list[float]
     """Of the step that is saved, and of the next one."""
+    rows: list[dict[int, Tensor]]
+    """Ids of these steps by the global number of their row: of this rank."""
     path: Path
     weights: dict[str, Tensor]
     """Of the model, as saved."""
@@ -50,13 +53,13 @@ class Hop(NamedTuple):
 def hop(directory: Path, name: str, resume: Path | None, changes: dict[str, Any]) -> Hop:
     options = {"run__resume": str(resume)} if resume else {}
     trainer = Trainer(tiny(directory, run__dir=str(directory / name), **CHANGES, **options, **changes))
-    losses, _ = take_steps(trainer, trainer.step + 1, save=True)
+    losses, rows = take_steps(trainer, trainer.step + 1, save=True)
     weights = {key: whole(tensor) for key, tensor in tensors_of(trainer.model).items()}
-    more, _ = take_steps(trainer, trainer.step + 1)
+    more, rows_of_more = take_steps(trainer, trainer.step + 1)
     trainer.checkpoints.wait()
     trainer.resources.close()
     assert trainer.checkpoints.newest is not None
-    return Hop(losses + more, Path(trainer.checkpoints.newest), weights)
+    return Hop(losses + more, rows + rows_of_more, Path(trainer.checkpoints.newest), weights)
 
 
 def next_loss(directory: Path, name: str, resume: Path, changes: dict[str, Any]) -> float:
@@ -71,7 +74,9 @@ def hops(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     directory, done, path = tmp_path_factory.mktemp("hops"), {}, None
     tiny(directory)  # writes the corpus
     for name, (ranks, changes) in HOPS.items():
-        done[name] = pool.run(hop, directory, name, path, changes, ranks=ranks)[0]
+        everyone = pool.run(hop, directory, name, path, changes, ranks=ranks)
+        rows = [{k: v for each in everyone for k, v in each.rows[step].items()} for step in range(2)]
+        done[name] = everyone[0]._replace(rows=rows)
         path = done[name].path
     return directory, done
 
@@ -79,9 +84,12 @@ def hops(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 def test_a_run_goes_on_under_one_layout_after_another(hops: tuple[Path, dict[str, Hop]]) -> None:
     directory, done = hops
     trainer = Trainer(tiny(directory, run__dir=str(directory / "uninterrupted"), **CHANGES))
-    expected, _ = take_steps(trainer, len(HOPS))
+    expected, rows = take_steps(trainer, len(HOPS))
     trainer.resources.close()
     torch.testing.assert_close([each.losses[0] for each in done.values()], expected, rtol=1e-5, atol=0)
+    for each, of_step in zip(done.values(), rows, strict=True):  # the same tokens, whoever reads them
+        assert each.rows[0].keys() == of_step.keys()
+        assert all(torch.equal(ids, of_step[row]) for row, ids in each.rows[0].items())
 
 
 @pytest.mark.parametrize("layout", ["ep 2 x fsdp 2", "ep 2 x replicate 2", "ep 2 x fsdp 2, shared 2"])

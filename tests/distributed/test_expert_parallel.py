@@ -6,6 +6,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch
 
 from mythos.gpu_check.timed_steps import tensor_bytes, tensor_peak
 from mythos.model.layers import local_part
@@ -25,7 +26,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "ep 4, recomputed in part": (4, FSDP | GATE | SELECTIVE | {"parallel__expert": 4}),
     "ep 2 x fsdp 2, recomputed": (4, FSDP | GATE | LOOP | {"parallel__expert": 2}),
     "ep 2 x replicate 2, reduced once": (4, HSDP | {"parallel__expert": 2, "parallel__reduce": "step"}),
-    "ep 2 x fsdp 2, blocks, all recomputed": (4, FSDP | ALL | {"parallel__expert": 2, "parallel__wrap": "block"}),
+    "ep 2 x replicate 2, recomputed": (4, HSDP | GATE | LOOP | {"parallel__expert": 2}),
+    "ep 2 x fsdp 2, blocks, all recomputed": (
+        4,
+        FSDP | GATE | ALL | {"parallel__expert": 2, "parallel__wrap": "block"},
+    ),
 }
 
 
@@ -49,11 +54,18 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trained]:
     return directory, train_here(directory, "single", {})
 
 
+@pytest.fixture(scope="module")
+def gated(single: tuple[Path, Trained]) -> Trained:
+    return train_here(single[0], "gated", GATE)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_equals_one_process(pool: RankPool, single: tuple[Path, Trained], layout: str) -> None:
+def test_equals_one_process(pool: RankPool, single: tuple[Path, Trained], gated: Trained, layout: str) -> None:
     """Depths that change every step, truncated gradient, documents, idle experts, accumulation, clipping, a gate."""
     directory, expected = single
     ranks, changes = LAYOUTS[layout]
+    if changes.keys() >= GATE.keys():
+        expected = gated
     everyone = pool.run(train_here, directory, layout, changes, ranks=ranks)
     assert sum(len(set(depths)) > 1 for depths in expected.depths) > 2 and min(expected.norms) > 0.7
     assert all(trained.idle_experts for trained in everyone), "ranks must have no token for some experts"
@@ -63,12 +75,24 @@ def test_equals_one_process(pool: RankPool, single: tuple[Path, Trained], layout
 
 def test_one_rank_gets_all_tokens_and_muon_makes_matrices_whole(pool: RankPool, single: tuple[Path, Trained]) -> None:
     """Experts of one rank compute everything, the other rank nothing; matrices of experts are cut over two more."""
-    layout, changes = "ep 2 x fsdp 2, muon", {**MUON, "train__micro_batch": 8, "model__core_layers": 1}
+    layout, changes = "ep 2 x fsdp 2, muon", {**GATE, **MUON, "train__micro_batch": 8, "model__core_layers": 1}
     expected = train_here(single[0], "single, muon", changes, 10)
-    changes |= FSDP | {"parallel__expert": 2}
+    changes |= FSDP | LOOP | {"parallel__expert": 2}
     for trained in pool.run(train_here, single[0], layout, changes, 10, ranks=4):
         assert [int(load.sum((0, 1))[:8].sum()) for load in trained.loads] == [0] * 4
         assert_same(trained, expected)
+
+
+def test_passes_that_choose_other_experts(pool: RankPool, single: tuple[Path, Trained]) -> None:
+    """A router that knows the loop, with a bias for each loop: both are the same on all ranks."""
+    options = {"model__router_loop": "embedding", "model__router_bias_per_loop": True, "model__loop_norm": "adaptive"}
+    expected = train_here(single[0], "single, passes", options)
+    bias = expected.weights["model.recurrence.blocks.0.ffn.router.bias"]
+    assert bias.ndim == 2 and not torch.equal(bias[0], bias[1])
+    for layout in ("ep 2 x fsdp 2, recomputed", "ep 2 x replicate 2, reduced once"):
+        ranks, changes = LAYOUTS[layout]
+        for trained in pool.run(train_here, single[0], f"{layout}, passes", changes | options, ranks=ranks):
+            assert_same(trained, expected)
 
 
 WIDE: dict[str, Any] = {

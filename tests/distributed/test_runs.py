@@ -20,6 +20,7 @@ from mythos.data.stream import Batch
 from mythos.distributed.parallel import choose_micro_batch
 from mythos.errors import MythosError, TransientError
 from mythos.files.storage import step_of
+from mythos.model.layers import local_part
 from mythos.model.rdt import RDTOutput
 from mythos.trainer import StepResult, Trainer
 from mythos.training.metrics import read_metrics
@@ -183,8 +184,8 @@ def test_missing_data_on_one_rank_saves_and_stops_all(pool: RankPool, single: Pa
         assert other["loss"] == pytest.approx(record["loss"], rel=1e-5)
 
 
-def run_spoilt(directory: Path, where: str) -> tuple[list[float], int]:
-    trainer = trainer_on(directory, where)
+def run_spoilt(directory: Path, where: str, changes: dict[str, Any]) -> tuple[list[float], int]:
+    trainer = trainer_on(directory, where + str(len(changes)), **changes)
     if rank() == 1 and where == "loss":
         forward = trainer.forward
 
@@ -203,15 +204,22 @@ def run_spoilt(directory: Path, where: str) -> tuple[list[float], int]:
 
         trainer.parallel.finish_gradients = spoil
     trainer.run()
-    weights = [p.detach().double().sum().item() for p in trainer.model.parameters()]
+    weights = [local_part(p).detach().double().sum().item() for p in trainer.model.parameters()]
     return weights, int(trainer.skipped)
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_spoilt_step_of_one_rank_is_skipped_by_all(pool: RankPool, single: Path, where: str) -> None:
-    (weights, skipped), (others, as_often) = pool.run(run_spoilt, single, where, ranks=2)
+    (weights, skipped), (others, as_often) = pool.run(run_spoilt, single, where, {}, ranks=2)
     assert weights == others and all(math.isfinite(weight) for weight in weights)
     assert skipped == as_often == 1
+
+
+def test_spoilt_step_is_skipped_by_ranks_that_divide_the_experts(pool: RankPool, single: Path) -> None:
+    """The rank whose loss is infinite sends such gradients to the experts of the other."""
+    everyone = pool.run(run_spoilt, single, "loss", {"parallel__mode": "fsdp", "parallel__expert": 2}, ranks=2)
+    for weights, skipped in everyone:
+        assert all(math.isfinite(weight) for weight in weights) and skipped == 1
 
 
 def choose(directory: Path, name: str) -> int:

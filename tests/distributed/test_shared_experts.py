@@ -18,7 +18,7 @@ from mythos.model.ops.shared_experts import SharedExpertGroup, SliceWeights
 from mythos.model.ops.transfer import Transfer
 from tests.distributed.pool import RankPool
 from tests.distributed.test_expert_exchange import draw
-from tests.distributed.test_expert_parallel import FSDP, GATE, HSDP, LOOP, MUON, SELECTIVE, memory
+from tests.distributed.test_expert_parallel import ALL, FSDP, GATE, HSDP, LOOP, MUON, SELECTIVE, memory
 from tests.distributed.test_parallel import CHANGES, Trained, assert_same, train
 from tests.runs import tiny
 
@@ -174,11 +174,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "ep 2 x fsdp 2, shared 2, recomputed": (4, FSDP | GATE | LOOP | {"parallel__expert": 2, "parallel__shared": 2}),
     "ep 2 x replicate 2, shared 2, reduced once": (
         4,
-        HSDP | {"parallel__expert": 2, "parallel__shared": 2, "parallel__reduce": "step"},
+        HSDP | GATE | {"parallel__expert": 2, "parallel__shared": 2, "parallel__reduce": "step"},
     ),
-    "ep 4, shared 4, blocks, recomputed": (
+    "ep 4, shared 4, blocks, all recomputed": (
         4,
-        FSDP | LOOP | {"parallel__expert": 4, "parallel__shared": 4, "parallel__wrap": "block"},
+        FSDP | GATE | ALL | {"parallel__expert": 4, "parallel__shared": 4, "parallel__wrap": "block"},
     ),
 }
 
@@ -192,7 +192,7 @@ def train_here(directory: Path, name: str, changes: dict[str, Any]) -> Trained:
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trained]:
     directory = tmp_path_factory.mktemp("shared")
-    return directory, train_here(directory, "single", {})
+    return directory, train_here(directory, "single", GATE)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

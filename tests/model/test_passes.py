@@ -99,7 +99,7 @@ def test_forward_pass_equals_every_position_run_alone(model, options):
         torch.testing.assert_close(built(ids, loops=6).logits[0], expected.float(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", ["selective", "loop"])
+@pytest.mark.parametrize("mode", ["selective", "loop", "all"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_checkpointing_changes_nothing(model, options, mode):
     built = model(**options)

@@ -65,6 +65,11 @@ SIZES = {
             "mythos_nano", vocab_size=512, router_loop="embedding", loop_norm="adaptive", residual_scale=0.125
         ), 4, 128, torch.bfloat16,
     ),
+    "lanes": (preset_config("mythos_nano", vocab_size=512, lanes=2, lora_rank=0), 4, 128, torch.bfloat16),
+    "layer by layer": (
+        preset_config("mythos_nano", vocab_size=512, core_layers=2, loop_over="layer", injection="orthogonal"),
+        4, 128, torch.float32,
+    ),
 }  # fmt: skip
 
 

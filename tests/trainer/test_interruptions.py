@@ -178,9 +178,10 @@ def test_resume_of_a_model_that_repeats_layer_by_layer_is_exact(tmp_path):
 
 
 def test_resume_is_exact_with_passes_that_differ(tmp_path):
-    """Tables with a row per loop, and a router's bias for each loop."""
+    """Tables with a row per loop, a router's bias for each loop, and two state lanes."""
     changes = {"model__router_loop": "embedding", "model__router_bias_per_loop": True, "model__loop_norm": "adaptive"}
     changes |= {"model__residual_scale": 0.3, "optim__name": "muon", "train__steps": 6, "checkpoint__every": 3}
+    changes |= {"model__lanes": 2}
     whole = run(tiny(tmp_path, **changes, run__dir=str(tmp_path / "whole")))
     config = tiny(tmp_path, **changes)
     interrupt(config, 4)
