@@ -16,6 +16,9 @@ work. Width 64: batches of 512 tokens (11 CPU seconds for 150 steps of 1.2 GFLOP
 80 steps of 7.1 GFLOP). Small operations take most of the time, not matmuls."""
 CPU_SECONDS = 3.0
 """CPU seconds of a nano run beside its training steps: opening, validation, plots; measured there."""
+LAUNCH_SECONDS = 0.003, 0.002
+"""Least seconds of a step on a GPU, for launching kernels, whatever its size: of the optimizer and the host, and of
+a block in one loop, forward and backward (some 200 kernels of 10 microseconds). Assumed, not measured."""
 GPU = "H100"
 GPUS_OF_SIZE = {"nano": 1, "small": 1, "full": 8}
 
@@ -65,7 +68,10 @@ def _run_flops(text: str) -> float:
 
 
 def gpu_hours(config: Config, gpus: int) -> float:
-    """GPU hours of a run on `gpus` H100, from the model of a step that `mythos estimate` uses."""
+    """GPU hours of a run on `gpus` H100, from the model of a step that `mythos estimate` uses.
+
+    A step takes at least :data:`LAUNCH_SECONDS`, which is what small models need.
+    """
     from mythos.planning.layout import choose_layout
     from mythos.planning.rank_state import rank_state
     from mythos.planning.speed import time_per_token
@@ -73,5 +79,8 @@ def gpu_hours(config: Config, gpus: int) -> float:
     config, gpu = sized(config), GPUS[GPU]
     state = rank_state(config, choose_layout(config, gpus, min(8, gpus), gpu.memory))
     time = time_per_token(config, state, gpu, min(8, gpus))
+    model, (of_step, of_block) = config.model, LAUNCH_SECONDS
+    blocks = model.prelude_layers + model.coda_layers + model.core_layers * mean_depths(config).loops
+    least = gpus * (of_step + of_block * blocks)
     # `total` is the time of one GPU for one token.
-    return config.train_steps * config.tokens_per_step * time.total / 3600
+    return config.train_steps * max(config.tokens_per_step * time.total, least) / 3600

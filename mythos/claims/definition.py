@@ -151,6 +151,10 @@ class Claim:
         text = json.dumps(content, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
+    def place_of(self, arm: str, point: Overrides) -> str:
+        """Arm and grid values as text, without tuned values: where a best value of the tuning grid is chosen."""
+        return place_name(arm, {path: value for path, value in point.items() if path in self.grid})
+
     def runs(
         self, seeds: int, directory: Path, data: str | None, best: Mapping[str, Overrides] | None = None
     ) -> list[PlannedRun]:

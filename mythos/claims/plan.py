@@ -43,7 +43,8 @@ def plan_text(task: Task) -> str:
         gpus = GPUS_OF_SIZE[claim.size]
         with kept_on_disk():
             hours = [gpu_hours(run.config, gpus) for run in left]
-        lines.append(f"time            about {duration(3600 * sum(hours))} of GPU time on {gpus} {GPU}")
+        total = sum(hours)
+        lines.append(f"time            about {total:,.1f} GPU hours: {duration(3600 * total / gpus)} on {gpus} {GPU}")
         lines.append("                from a model of a step, not measured")
     lines += ["", *(f"  {run.name}" + " (recorded)" * (run.name in results.runs) for run in planned)]
     return "\n".join(lines)
@@ -52,15 +53,17 @@ def plan_text(task: Task) -> str:
 def write_launches(task: Task) -> list[str]:
     """Write the configuration of every run that is left, and return the commands that launch them.
 
-    Raises MythosError if the files cannot be written.
+    Other seeds of an arm whose tuning grid has not all been run with seed 0 are left for a later call: their values are
+    not known yet. Raises MythosError if the files cannot be written.
     """
     results = open_results(task)
-    folder = task.directory / LAUNCHES
+    folder, best = task.directory / LAUNCHES, results.best(task.claim)
     commands = []
     with writing(folder, advice=""):
         folder.mkdir(parents=True, exist_ok=True)
         for run in task.planned(results):
-            if run.name not in results.runs:
+            known = not task.claim.tune or run.seed == 0 or task.claim.place_of(run.arm, run.point) in best
+            if run.name not in results.runs and known:
                 path: Path = folder / f"{run.name}.yaml"
                 save_config(run.config, path)
                 commands.append(f"./launch.sh {shlex.quote(str(path))}")

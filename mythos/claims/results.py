@@ -92,8 +92,10 @@ class Results:
     def seeds(self, claim: Claim) -> int:
         """Number of seeds that every arm and grid point has; 0 if one has no run at all."""
         places = [place_name(arm, point) for arm in claim.arms for point in points(claim.grid)]
-        seeds = {place: {run.seed for run in self.chosen(claim) if grid_place(claim, run) == place} for place in places}
-        return min(map(len, seeds.values()), default=ENOUGH_SEEDS)
+        seeds: dict[str, set[int]] = {place: set() for place in places}
+        for run in self.chosen(claim):
+            seeds.setdefault(claim.place_of(run.arm, run.point), set()).add(run.seed)
+        return min((len(seeds[place]) for place in places), default=ENOUGH_SEEDS)
 
     def best(self, claim: Claim) -> dict[str, Overrides]:
         """Values of the tuning grid with the lowest validation loss of seed 0, by arm and grid point.
@@ -106,7 +108,7 @@ class Results:
         tuned: dict[str, list[RunResult]] = {}
         for run in self.runs.values():
             if run.seed == 0:
-                tuned.setdefault(grid_place(claim, run), []).append(run)
+                tuned.setdefault(claim.place_of(run.arm, run.point), []).append(run)
         return {
             place: {path: min(runs, key=final_loss).point[path] for path in claim.tune}
             for place, runs in tuned.items()
@@ -117,7 +119,7 @@ class Results:
         """The runs that are compared: of a tuned arm those at its best values only."""
         best = self.best(claim)
         for run in self.runs.values():
-            values = best.get(grid_place(claim, run), {})
+            values = best.get(claim.place_of(run.arm, run.point), {})
             if all(run.point[path] == value for path, value in values.items()):
                 yield run
 
@@ -138,11 +140,6 @@ class Results:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(folder / FILE, self.dump())
-
-
-def grid_place(claim: Claim, run: RunResult) -> str:
-    """Arm and grid values of a run, without tuned values."""
-    return place_name(run.arm, {path: value for path, value in run.point.items() if path in claim.grid})
 
 
 def final_loss(run: RunResult) -> float:

@@ -42,7 +42,7 @@ class Exponent(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
+        return f"{self.value:z.2f} ({self.low:z.2f} to {self.high:z.2f})"
 
 
 def budgets(points: Sequence[Point], tolerance: float = 0.2) -> list[list[Point]]:
@@ -60,7 +60,7 @@ def isoflop(points: Sequence[Point]) -> Optimum:
     """Fit a parabola of the loss in log loops to the runs of one budget, and take its lowest point.
 
     Tokens at that point follow from a straight line of log tokens in log loops. If the parabola has no lowest point
-    between the loops that were run, the best run stands for it, and `inside` is false.
+    between the loops that were run, the loops with the lowest mean loss stand for it, and `inside` is false.
 
     Raises ValueError with fewer than three different numbers of loops.
     """
@@ -74,8 +74,9 @@ def isoflop(points: Sequence[Point]) -> Optimum:
     place = -b / (2 * a) if a > 0 else np.inf
     budget = float(np.exp(np.log(flops).mean()))
     if not x.min() <= place <= x.max():
-        best = points[int(losses.argmin())]
-        return Optimum(budget, best.loops, best.tokens, best.loss, False)
+        means = {count: losses[loops == count].mean() for count in loops.tolist()}
+        best = min(means, key=lambda count: means[count])
+        return Optimum(budget, best, float(tokens[loops == best].mean()), float(means[best]), False)
     slope, level = np.polyfit(x, np.log(tokens), 1)
     return Optimum(
         budget, float(np.exp(place)), float(np.exp(level + slope * place)), float(a * place**2 + b * place + c), True
@@ -117,6 +118,10 @@ def resampled(group: Sequence[Point], generator: np.random.Generator) -> list[Po
             return drawn
 
 
+PHI_RANGE = (-2.0, 2.0)
+"""Exponents among which :func:`loop_worth` searches. A fit at an end of them says that the runs do not determine it."""
+
+
 class LoopRun(NamedTuple):
     """A run for the fit of what a loop is worth."""
 
@@ -134,30 +139,36 @@ def loop_worth(runs: Sequence[LoopRun]) -> float:
     """Fit phi of L = E + A (N_once + r^phi N_core)^-alpha + B D^-beta: r loops are worth r^phi layers (2604.21106).
 
     phi 1: a loop is worth a layer of its own; phi 0: nothing. Variable projection: for given phi, alpha and beta the
-    law is linear in E, A and B, so only three numbers are searched for, on grids that are refined four times.
+    law is linear in E, A and B, so only three numbers are searched for, phi in `PHI_RANGE`, on grids that are refined
+    five times. A is at least 0. Runs of one number of tokens are fitted without B.
 
     Raises ValueError with fewer than eight runs, or if all have the same number of loops.
     """
     if len(runs) < 8 or len({run.loops for run in runs}) < 2:
         raise ValueError(f"the fit needs at least 8 runs with different loops; got {len(runs)}")
     once, core, loops, tokens, losses = (np.array(column) for column in zip(*runs, strict=True))
-    log_size = np.log(once.mean() + core.mean())
+    log_size, one_length = np.log(once.mean() + core.mean()), len(set(tokens.tolist())) == 1
 
     def errors(grid: np.ndarray) -> np.ndarray:
         """Squared errors of the best line in the two powers, for every (phi, alpha, beta)."""
         phi, alpha, beta = (column[:, None] for column in grid.T)
         size = np.log(once + loops**phi * core) - log_size
         powers = np.stack([np.exp(-alpha * size), (tokens / tokens.mean()) ** -beta], axis=2)
-        basis, _ = np.linalg.qr(powers - powers.mean(1, keepdims=True))
+        powers = (powers - powers.mean(1, keepdims=True))[..., : 1 if one_length else 2]
+        basis, _ = np.linalg.qr(powers)
         distance = losses - losses.mean()
-        return distance @ distance - ((distance @ basis) ** 2).sum(1)
+        # A below 0 would let the loss rise with the size. Its sign by Cramer's rule:
+        products, inner = distance @ powers, powers.swapaxes(1, 2) @ powers
+        a = products[:, 0] if one_length else products[:, 0] * inner[:, 1, 1] - products[:, 1] * inner[:, 0, 1]
+        return np.where(a < 0, np.inf, distance @ distance - ((distance @ basis) ** 2).sum(1))
 
-    centre, width = np.array([0.5, 0.5, 0.5]), np.array([0.7, 0.45, 0.45])
-    for _ in range(5):
-        axes = [np.linspace(c - w, c + w, 9) for c, w in zip(centre, width, strict=True)]
-        axes[1:] = [np.clip(axis, 0.02, 2.0) for axis in axes[1:]]
+    bounds = np.array([PHI_RANGE, (0.02, 2.0), (0.02, 2.0)])
+    axes = [np.linspace(*PHI_RANGE, 41), *[np.geomspace(0.02, 2.0, 8)] * 2]
+    width = np.array([0.1, 0.3, 0.3])
+    for _ in range(6):
         grid = np.array(list(itertools.product(*axes)))
         centre = grid[errors(grid).argmin()]
+        axes = [np.clip(np.linspace(c - w, c + w, 9), *b) for c, w, b in zip(centre, width, bounds, strict=True)]
         width = width / 3
     return float(centre[0])
 

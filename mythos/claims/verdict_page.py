@@ -4,7 +4,9 @@ import io
 import json
 import struct
 import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mythos.claims.costs import cpu_seconds
 from mythos.claims.definition import Claim, claim_names, load_claim
@@ -102,16 +104,22 @@ def set_up(claim: Claim, results: Results) -> list[str]:
         of_arm = results.of_arm(arm)
         facts = ""
         if of_arm:
-            first = of_arm[0]
+            tokens, flops = ([getattr(run, name) for run in of_arm] for name in ("tokens", "flops"))
             facts = (
-                f": {len(of_arm)} runs, {first.parameters:,} parameters, {first.tokens:,} tokens, "
-                f"{max(run.flops for run in of_arm):.2e} training FLOPs"
+                f": {len(of_arm)} runs, {of_arm[0].parameters:,} parameters, {extent(tokens, ',')} tokens, "
+                f"{extent(flops, '.2e')} training FLOPs"
             )
         lines.append(f"- Arm `{arm}` ({fields(overrides) or 'the base'}){facts}.")
+    base = dict(flat(claim.definition.base))
+    lines.append(f"- The base of `configs/claims/{claim.name}.yaml`: {fields(base)}.")
     if claim.at_size.set:
         lines.append(f"- All runs: {fields(claim.at_size.set)}.")
-    for name, grid in (("Grid, for every seed", claim.grid), ("Tuning grid, by the loss of seed 0", claim.tune)):
-        lines += [f"- {name}: `{path}` in {', '.join(map(str, values))}." for path, values in grid.items()]
+    lines += [f"- Grid, for every seed: `{path}` in {listed(values)}." for path, values in claim.grid.items()]
+    best = results.best(claim).values()
+    for path, values in claim.tune.items():
+        chosen = [point[path] for point in best]
+        counts = listed(f"{value} {chosen.count(value)} times" for value in values)
+        lines.append(f"- Tuning grid, by the loss of seed 0: `{path}` in {listed(values)}. Chosen: {counts}.")
     seconds = sum(run.seconds for run in runs)
     text = "embedded text" if results.data == EMBEDDED else f"text of `{results.data}`"
     what = text if claim.on_text else "generated tasks"
@@ -119,6 +127,26 @@ def set_up(claim: Claim, results: Results) -> list[str]:
         f"- {what[0].upper()}{what[1:]}; training steps of all {len(runs)} runs took {duration(seconds)} of wall time."
     )
     return lines
+
+
+def extent(values: Sequence[float], form: str) -> str:
+    """A value that all runs have, or the smallest and the largest."""
+    low, high = f"{min(values):{form}}", f"{max(values):{form}}"
+    return low if low == high else f"{low} to {high}"
+
+
+def listed(values: Iterable[object]) -> str:
+    """Values with commas between them."""
+    return ", ".join(map(str, values))
+
+
+def flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested sections by their full names."""
+    for name, value in section.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def fields(overrides: dict[str, object]) -> str:

@@ -108,6 +108,8 @@ def run_one(options: argparse.Namespace) -> None:
         print(plan_text(task))
         if commands := write_launches(task):
             print("\nLaunch these runs, then give this command again: it collects finished ones and judges.")
+            if task.claim.tune:
+                print("It also names the runs of other seeds, once seed 0 has chosen values of the tuning grid.")
             print("\n".join(commands))
         elif collected:
             print(f"\n{collected.outcome}: {collected.why}")

@@ -6,7 +6,16 @@ from math import log
 import numpy as np
 import pytest
 
-from mythos.claims.scaling_fits import LoopRun, Point, budgets, exponents, isoflop, loop_worth, worth_interval
+from mythos.claims.scaling_fits import (
+    PHI_RANGE,
+    LoopRun,
+    Point,
+    budgets,
+    exponents,
+    isoflop,
+    loop_worth,
+    worth_interval,
+)
 
 
 def sweep(exponent: float, noise: float = 0.0, counts: tuple[int, ...] = (1, 2, 4, 8, 16)) -> list[Point]:
@@ -65,6 +74,14 @@ def test_the_worth_of_a_loop_is_recovered(phi: float) -> None:
         size = 1e5 + loops**phi * core
         runs.append(LoopRun(1e5, core, loops, tokens, 1.8 + 30 * size**-0.3 + 60 * tokens**-0.35))
     assert loop_worth(runs) == pytest.approx(phi, abs=0.03)
+    # Runs of one length determine it too.
+    assert loop_worth([run for run in runs if run.tokens == 4e6]) == pytest.approx(phi, abs=0.03)
+
+
+def test_a_worth_that_the_runs_do_not_determine_is_an_end_of_the_range() -> None:
+    """Losses that rise with any loop, however many: only r^-infinity would say so."""
+    runs = [LoopRun(1e5, 1e5, loops, 1e6, 4.0 + 0.1 * (loops > 1)) for loops in (1, 1, 2, 2, 4, 4, 8, 8)]
+    assert loop_worth(runs) == pytest.approx(PHI_RANGE[0], abs=0.05)
 
 
 def test_the_interval_of_a_loops_worth_contains_it_and_widens_with_noise() -> None:

@@ -150,6 +150,12 @@ def test_shipped_10b_fits_80_gib_with_divided_experts_only() -> None:
     assert re.search(r"^does not fit; .*parallel\.expert=\d+.* would", text, re.MULTILINE) and f"({layout.why})" in text
 
 
+def test_shipped_50b_fits_80_gib_as_configured() -> None:
+    """51 billion parameters with gradients and AdamW take 16 bytes each, 6 GiB on each of 128 processes."""
+    layout = choose_layout(shipped("fineweb-edu-50b"), 128, 8, 80 * GIB)
+    assert (layout.mode, layout.shard, layout.expert, layout.fits) == ("fsdp", 128, 32, True)
+
+
 def test_a_torch_that_cannot_divide_experts_is_named_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
 from mythos.generation.depth_view import PALETTE
@@ -33,6 +34,11 @@ def is_bar(axes: Axes) -> bool:
 def points(axes: Axes) -> dict[str, list[tuple[float, float]]]:
     """The points of each line, by its label."""
     return {line.get_label(): list(zip(*map(list, line.get_data()), strict=True)) for line in axes.get_lines()}
+
+
+def labelled(axes: Axes, label: str) -> list[Line2D]:
+    """The lines with a label."""
+    return [line for line in axes.get_lines() if line.get_label() == label]
 
 
 def faults(figure: Figure) -> list[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from math import expm1
+from typing import NamedTuple
 
 from mythos.claims.definition import Claim
 from mythos.claims.judgement import CONDITIONS, NOT_SUPPORTED, SUPPORTED, Judgement, Table, mean, spread
@@ -11,6 +12,8 @@ from mythos.claims.results import Results, RunResult
 BASE = "none"
 TRAINED = ("gate", "act")
 """Rules whose runs have their own arm; the others are measured on the arm without one."""
+SHOWN_PERCENT = 3
+"""The highest perplexity in the picture, against all loops."""
 SHOWN = (0, 2, 4, 7)
 """Of eight classes of positions, those that tables show."""
 CLASSES = {
@@ -23,25 +26,52 @@ CLASSES = {
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def frontier(results: Results, claim: Claim) -> dict[str, list[tuple[float, float, float]]]:
-    """By rule: threshold, mean loops and mean loss over seeds, from few loops to many."""
-    found: dict[tuple[str, float], list[tuple[float, float]]] = {}
+class Place(NamedTuple):
+    """A rule at a threshold, or a number of loops that all positions get."""
+
+    threshold: float | None
+    loops: float
+    """Mean over positions and seeds."""
+    losses: dict[int, float]
+    """By seed."""
+
+    @property
+    def loss(self) -> float:
+        """Mean loss over seeds."""
+        return mean(list(self.losses.values()))
+
+
+def frontier(results: Results, claim: Claim) -> dict[str, list[Place]]:
+    """The places of each rule, from few loops to many."""
+    found: dict[tuple[str, float], dict[int, tuple[float, float]]] = {}
     for arm in claim.arms:
         for run in results.of_arm(arm):
             for point in run.measured.get("sweep", {}).get("halting", []):
                 if arm == (point["rule"] if point["rule"] in TRAINED else BASE):
-                    found.setdefault((point["rule"], point["threshold"]), []).append((point["loops"], point["loss"]))
-    rules: dict[str, list[tuple[float, float, float]]] = {}
-    for (rule, threshold), points in found.items():
-        loops, loss = (mean([point[n] for point in points]) for n in (0, 1))
-        rules.setdefault(rule, []).append((threshold, loops, loss))
-    return {rule: sorted(points, key=lambda point: point[1]) for rule, points in rules.items()}
+                    seeds = found.setdefault((point["rule"], point["threshold"]), {})
+                    seeds[run.seed] = (point["loops"], point["loss"])
+    rules: dict[str, list[Place]] = {}
+    for (rule, threshold), seeds in found.items():
+        losses = {seed: loss for seed, (_, loss) in seeds.items()}
+        rules.setdefault(rule, []).append(Place(threshold, mean([loops for loops, _ in seeds.values()]), losses))
+    return {rule: sorted(places, key=lambda place: place.loops) for rule, places in rules.items()}
 
 
-def fixed(results: Results) -> list[tuple[int, float]]:
-    """Loss when all positions get the same number of loops, of the arm without a rule: means over seeds."""
-    runs = [run.swept for run in results.of_arm(BASE) if run.diverged is None]
-    return [(count, mean([swept[count] for swept in runs])) for count in runs[0]]
+def fixed(results: Results) -> list[Place]:
+    """The places where all positions get the same number of loops, of the arm without a rule."""
+    runs = [run for run in results.of_arm(BASE) if run.diverged is None]
+    return [Place(None, count, {run.seed: run.swept[count] for run in runs}) for count in runs[0].swept]
+
+
+def all_loops(results: Results) -> Place:
+    """The place where all positions get as many loops as the training mean."""
+    loops = results.of_arm(BASE)[0].mean_loops
+    return next(place for place in fixed(results) if place.loops == loops)
+
+
+def largest_saving(places: Iterable[Place], full: Place, nats: float) -> float:
+    """The largest share of the loops saved at a loss at most `nats` above that of all loops; 0 if none is."""
+    return max((1 - place.loops / full.loops for place in places if place.loss <= full.loss + nats), default=0.0)
 
 
 def more_for_rare(results: Results, rule: str) -> list[float]:
@@ -63,40 +93,44 @@ def finished(results: Results, rule: str) -> list[RunResult]:
 
 def judge(claim: Claim, results: Results) -> Judgement:
     """The largest saving of each rule at the allowed loss, and whether rare tokens get more loops."""
-    base = [run for run in results.of_arm(BASE) if run.diverged is None]
-    same, loops = fixed(results), base[0].mean_loops
-    full = dict(same)[loops]
-    limit, wanted = full + claim.thresholds["nats"], claim.thresholds["saved"]
-    rules = frontier(results, claim)
-    saved = {
-        rule: max((1 - mean_loops / loops for _, mean_loops, loss in points if loss <= limit), default=0.0)
-        for rule, points in rules.items()
-    }
+    same, full, rules = fixed(results), all_loops(results), frontier(results, claim)
+    nats, wanted = claim.thresholds["nats"], claim.thresholds["saved"]
+    saved = {rule: largest_saving(places, full, nats) for rule, places in rules.items()}
+    alike = largest_saving(same, full, nats)
     rare = {rule: more_for_rare(results, rule) for rule in rules}
     saving = [rule for rule, share in saved.items() if share >= wanted]
     outcome = SUPPORTED if any(is_more(rare[rule]) for rule in saving) else CONDITIONS if saving else NOT_SUPPORTED
     best = max(saved, key=lambda rule: saved[rule])
     rows = [
-        [rule, f"{threshold:.4g}", f"{mean_loops:.2f}", f"{1 - mean_loops / loops:.0%}", f"{expm1(loss - full):+.2%}"]
-        for rule, points in rules.items()
-        for threshold, mean_loops, loss in points
-    ]
-    rows += [
-        ["none: all positions alike", "", f"{count}", f"{1 - count / loops:.0%}", f"{expm1(loss - full):+.2%}"]
-        for count, loss in same
+        [
+            rule,
+            "" if place.threshold is None else f"{place.threshold:.4g}",
+            f"{place.loops:.2f}",
+            f"{1 - place.loops / full.loops:.0%}",
+            f"{expm1(place.loss - full.loss):+z.2%}",
+        ]
+        for rule, places in [*rules.items(), ("none: all positions alike", same)]
+        for place in places
     ]
     table = Table(
-        f"Rules at their thresholds, means over seeds; perplexity against all {loops} loops of `{BASE}`",
+        f"Rules at their thresholds, means over seeds; perplexity against all {full.loops} loops of `{BASE}`",
         ["rule", "threshold", "mean loops", "saved", "perplexity"],
         rows,
     )
     why = "Largest saving within the allowed loss: " + ", ".join(f"{rule} {share:.0%}" for rule, share in saved.items())
     differences = ", ".join(f"{rule} {spread(values, '+.2f')}" for rule, values in rare.items())
-    why += f". Loops of the rarest tokens against the most frequent, by rule: {differences}."
-    alike = ", ".join(f"{count} {expm1(loss - full):+.2%}" for count, loss in same if count < loops)
-    why += f" Perplexity with the same number of loops for all positions: {alike}."
+    gain = 100 * (saved[best] - alike)
+    why += f"; the same number of loops for all positions {alike:.0%}. " + (
+        f"So adaptive loops save {gain:.1f} percentage points more than equal depth."
+        if gain > 0
+        else "So adaptive loops save no more than equal depth."
+    )
+    why += f" Loops of the rarest tokens against the most frequent, by rule: {differences}."
+    shallow = ", ".join(f"{p.loops} {expm1(p.loss - full.loss):+z.2%}" for p in same if p.loops < full.loops)
+    why += f" Perplexity with the same number of loops for all positions: {shallow}."
     tables = [table, *(by_class(results, rules, kind) for kind in CLASSES), on_sentences(results, rules)]
-    return Judgement(outcome, f"{best} saves {saved[best]:.0%} of the loops", why, tables)
+    number = f"{best} saves {saved[best]:.0%} of the loops, equal depth for all {alike:.0%}"
+    return Judgement(outcome, number, why, tables)
 
 
 def by_class(results: Results, rules: Iterable[str], kind: str) -> Table:
@@ -123,11 +157,22 @@ def on_sentences(results: Results, rules: Iterable[str]) -> Table:
 
 
 def panels(claim: Claim, results: Results) -> list[Panel]:
-    """Loss by mean loops of each rule."""
-    lines: dict[str, list[tuple[float, float]]] = {
-        rule.replace("_", " "): [(loops, loss) for _, loops, loss in points]
-        for rule, points in frontier(results, claim).items()
-    }
-    # One loop is far above the others, and would flatten the picture.
-    lines["all alike"] = [(count, loss) for count, loss in fixed(results) if count > 1]
-    return [lines_panel("Loss by mean loops of halting rules", "mean loops", "nats per token", lines)]
+    """Perplexity of each rule by mean loops, up to SHOWN_PERCENT: ACT and a single loop would flatten the picture."""
+    full = all_loops(results)
+    lines: dict[str, list[tuple[float, list[float]]]] = {}
+    hidden: dict[str, list[str]] = {}
+    for rule, places in [*frontier(results, claim).items(), ("equal depth", fixed(results))]:
+        name = rule.replace("_", " ")
+        # Each seed against its own model at all loops, because seeds differ more than rules.
+        for place in places:
+            percents = [100 * expm1(loss - full.losses[s]) for s, loss in place.losses.items() if s in full.losses]
+            if mean(percents) <= SHOWN_PERCENT:
+                lines.setdefault(name, []).append((place.loops, percents))
+            else:
+                hidden.setdefault(name, []).append(f"{place.loops:.3g}")
+    title = f"Perplexity against all {full.loops} loops, mean and range over seeds"
+    if hidden:
+        names = (f"{name} at {' and '.join(at)}" if name in lines else name for name, at in hidden.items())
+        title += f"\nnot shown, above {SHOWN_PERCENT}%: {', '.join(names)}"
+    limit, x, y = 100 * expm1(claim.thresholds["nats"]), "mean loops of a position", "percent above all loops"
+    return [lines_panel(title, x, y, lines, level=(limit, "allowed"), scattered=["equal depth"])]

@@ -7,7 +7,7 @@ from mythos.claims.definition import Claim
 from mythos.claims.judgement import CONDITIONS, NOT_SUPPORTED, SUPPORTED, Judgement, Table, mean, spread
 from mythos.claims.plots import Panel, lines_panel
 from mythos.claims.results import Results, final_loss
-from mythos.claims.scaling_fits import LoopRun, worth_interval
+from mythos.claims.scaling_fits import LoopRun, loop_worth, worth_interval
 from mythos.config.sections import Config
 from mythos.planning.flops import build_on_meta
 
@@ -34,11 +34,12 @@ def block_parameters(config: Config) -> tuple[int, int]:
     return once, core
 
 
-def cells(claim: Claim, results: Results, sizes: Sizes, kind: str) -> list[list[LoopRun]]:
-    """The runs that are fitted for a number of lanes: one list for each arm and number of steps."""
+def cells(claim: Claim, results: Results, sizes: Sizes, kind: str, steps: int | None = None) -> list[list[LoopRun]]:
+    """The runs that are fitted for a number of lanes: one list for each arm and number of steps (all, or this one)."""
     found: dict[tuple[str, int], list[LoopRun]] = {}
     for run in results.chosen(claim):
-        if run.arm.split("-")[0] in (UNLOOPED, kind) and final_loss(run) < inf:
+        fits = run.arm.split("-")[0] in (UNLOOPED, kind) and steps in (None, run.point[STEPS])
+        if fits and final_loss(run) < inf:
             entry = LoopRun(*sizes[run.arm], run.mean_loops, run.tokens, final_loss(run))
             found.setdefault((run.arm, run.point[STEPS]), []).append(entry)
     return list(found.values())
@@ -59,8 +60,38 @@ def judge(claim: Claim, results: Results) -> Judgement:
         f"r loops are worth r^{one} cores with one lane (published 0.45), and r^{two} with two (published 0.65 with "
         "hyper-connections)."
     )
+    gains = gain_of_blocks(claim, results)
+    if idle := [f"{steps} steps ({gain:+.3f} nats)" for steps, gain in gains.items() if gain >= 0]:
+        why += (
+            f" The most blocks of their own, run once, gain nothing over one after {' and '.join(idle)}: such runs "
+            "cannot show what a loop is worth, and widen the intervals."
+        )
     number = f"phi {one.value:.2f} with one lane, {two.value:.2f} with two"
-    return Judgement(outcome, number, why, [losses(claim, results, sizes)])
+    tables = [losses(claim, results, sizes), by_length(claim, results, sizes, gains)]
+    return Judgement(outcome, number, why, tables)
+
+
+def gain_of_blocks(claim: Claim, results: Results) -> dict[int, float]:
+    """Mean loss of the most blocks run once minus that of one, by number of steps; below 0 if they help."""
+    arms = sorted((int(arm.split("-")[1]), arm) for arm in claim.arms if arm.startswith(UNLOOPED))
+
+    def loss(arm: str, steps: int) -> float:
+        return mean([final_loss(run) for run in results.chosen(claim) if run.arm == arm and run.point[STEPS] == steps])
+
+    return {steps: loss(arms[-1][1], steps) - loss(arms[0][1], steps) for steps in claim.grid[STEPS]}
+
+
+def by_length(claim: Claim, results: Results, sizes: Sizes, gains: dict[int, float]) -> Table:
+    """phi of the runs of each number of steps alone."""
+    rows = []
+    for steps, gain in gains.items():
+        found = []
+        for kind in LANES:
+            every = cells(claim, results, sizes, kind, steps)
+            found.append(loop_worth([one[0]._replace(loss=mean([run.loss for run in one])) for one in every]))
+        rows.append([str(steps), *(f"{phi:.2f}" for phi in found), f"{gain:+.3f}"])
+    head = ["steps", *(f"phi, {text}" for text in LANES.values()), "loss of the most blocks run once, against one"]
+    return Table("phi of L = E + A (N_once + r^phi N_core)^-alpha, fitted to each number of steps alone", head, rows)
 
 
 def losses(claim: Claim, results: Results, sizes: Sizes) -> Table:

@@ -6,6 +6,8 @@ from mythos.claims.plots import Panel, lines_panel
 from mythos.claims.results import Results, RunResult, final_loss
 
 BASE, TOLD = "default", ("router-bias", "router-embedding")
+RECORDED = "moe/depth_overlap"
+NO_EXPERTS = "no experts"
 
 
 def overlap_by_loop(run: RunResult) -> list[tuple[int, float]]:
@@ -28,6 +30,20 @@ def overlaps(results: Results, arm: str) -> list[float]:
     return [value for run in results.of_arm(arm) if (value := overlap(run)) is not None]
 
 
+def in_training(results: Results, arm: str) -> dict[int, list[float]]:
+    """By step of a validation: the share of its experts that the last loop keeps from the one before, of every seed.
+
+    Validations record that of the training mean's last loop alone, where `overlap` is the mean over loops. Empty for a
+    dense core.
+    """
+    shares: dict[int, list[float]] = {}
+    for run in results.of_arm(arm):
+        for record in run.validations:
+            if run.diverged is None and record.get(RECORDED) is not None:
+                shares.setdefault(record["step"], []).append(record[RECORDED])
+    return shares
+
+
 def judge(claim: Claim, results: Results) -> Judgement:
     """Compare the default router's overlap with the threshold, then that of routers that are told the loop."""
     losses = {arm: [final_loss(run) for run in results.of_arm(arm)] for arm in claim.arms}
@@ -38,11 +54,11 @@ def judge(claim: Claim, results: Results) -> Judgement:
     rows = [
         [
             f"`{arm}`",
-            spread(overlaps(results, arm), ".2f"),
+            spread(overlaps(results, arm), ".2f") or NO_EXPERTS,
             spread(losses[arm]),
             spread([run.last("moe/load_max_over_mean") for run in results.of_arm(arm)], ".2f")
             if kept[arm] == kept[arm]
-            else "",
+            else NO_EXPERTS,
         ]
         for arm in claim.arms
     ]
@@ -52,16 +68,47 @@ def judge(claim: Claim, results: Results) -> Judgement:
         f"The default router keeps {kept[BASE]:.0%} of a token's experts from loop to loop. Routers that depend on the "
         f"loop keep: {others}."
     )
+    shares = {step: mean(values) for step, values in in_training(results, BASE).items()}
+    if shares:
+        first, last = min(shares), max(shares)
+        why += (
+            f" In training, the last loop of the default router kept {shares[first]:.0%} at step {first} and "
+            f"{shares[last]:.0%} at step {last}."
+        )
     table = Table("Means over seeds (range); loss in nats per token", head, rows)
-    return Judgement(outcome, f"overlap {kept[BASE]:.2f} with the default router", why, [table])
+    tables = [table, over_training(claim, results)]
+    return Judgement(outcome, f"overlap {kept[BASE]:.2f} with the default router", why, tables)
+
+
+def over_training(claim: Claim, results: Results) -> Table:
+    """The overlap of the last loop at every validation."""
+    shares = {arm: in_training(results, arm) for arm in claim.arms}
+    steps = sorted({step for by_step in shares.values() for step in by_step})
+    rows = [
+        [f"`{arm}`", *(spread(by_step.get(step, []), ".2f") for step in steps)]
+        for arm, by_step in shares.items()
+        if by_step
+    ]
+    loops = results.of_arm(BASE)[0].mean_loops
+    title = f"Overlap of loops {loops - 1} and {loops} at the validations of training, means over seeds (range)"
+    return Table(title, ["arm", *(f"step {step}" for step in steps)], rows)
 
 
 def panels(claim: Claim, results: Results) -> list[Panel]:
-    """Overlap by loop after training, mean over seeds."""
-    lines = {}
+    """Overlap by loop after training, and that of the last loop during training."""
+    after, during = {}, {}
     for arm in claim.arms:
-        every = [overlap_by_loop(run) for run in results.of_arm(arm)]
-        runs = [points for points in every if points]
-        lines[arm] = [(points[0][0], mean([share for _, share in points])) for points in zip(*runs, strict=True)]
-    shown = {arm: points for arm, points in lines.items() if points}
-    return [lines_panel("Experts kept from the loop before", "loop", "share", shown)]
+        by_loop: dict[int, list[float]] = {}
+        for run in results.of_arm(arm):
+            for loop, share in overlap_by_loop(run):
+                by_loop.setdefault(loop, []).append(share)
+        if by_loop:
+            after[arm], during[arm] = list(by_loop.items()), list(in_training(results, arm).items())
+    loops, level = results.of_arm(BASE)[0].mean_loops, (claim.thresholds["overlap"], "claimed at most")
+    kept = "share of experts kept"
+    return [
+        lines_panel("After training: experts kept from the loop before", "loop", kept, after, level=level),
+        lines_panel(
+            f"During training: experts of loop {loops - 1} kept in loop {loops}", "training step", kept, during
+        ),
+    ]

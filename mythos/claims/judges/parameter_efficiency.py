@@ -10,6 +10,8 @@ from mythos.claims.results import Results, RunResult, final_loss
 
 STEPS = "train.steps"
 LOOPED, EQUAL, DEEP = "looped", "parameters", "depth"
+MOE = "-moe"
+"""End of the names of arms whose core is a mixture of experts."""
 
 
 def perplexities(claim: Claim, results: Results) -> dict[str, dict[int, list[float]]]:
@@ -52,7 +54,6 @@ def judge(claim: Claim, results: Results) -> Judgement:
     else:
         outcome = CONDITIONS if min(equal.values()) < 0 else NOT_SUPPORTED
     per_parameter = tokens_a_parameter(results, LOOPED)
-    where = crossing([(per_parameter[count], equal[count]) for count in steps])
     rows = []
     for arm, by_steps in values.items():
         runs = [run for run in results.chosen(claim) if run.arm == arm and run.point[STEPS] == steps[-1]]
@@ -72,15 +73,23 @@ def judge(claim: Claim, results: Results) -> Judgement:
         "rates",
     ]
     why = (
-        f"At the most tokens the looped model has {deep:+.1%} perplexity against as many blocks as loops run, and "
-        + ", ".join(f"{value:+.1%} at {per_parameter[count]:.2g}" for count, value in equal.items())
-        + " tokens a parameter against the same blocks run once"
-        + (f"; the two are equal at {where:.2g}." if where else "; the curves do not cross.")
+        f"At the most tokens the looped model has {deep:+.1%} perplexity against as many blocks as loops run. "
+        f"Against the same blocks run once it has {by_tokens(values, results, '')}; as mixtures of experts "
+        f"{by_tokens(values, results, MOE)}."
     )
     table = Table("Perplexity at the tuned learning rate, means over seeds (range)", head, rows)
     return Judgement(
         outcome, f"{deep:+.1%} against equal depth, {equal[steps[-1]]:+.1%} against equal parameters", why, [table]
     )
+
+
+def by_tokens(values: dict[str, dict[int, list[float]]], results: Results, kind: str) -> str:
+    """The looped model against the same blocks run once, by tokens a parameter, and where they cross."""
+    per_parameter = tokens_a_parameter(results, LOOPED + kind)
+    curve = [(per_parameter[count], ratio(values, LOOPED + kind, EQUAL + kind, count)) for count in values[LOOPED]]
+    where = crossing(curve)
+    text = ", ".join(f"{value:+.1%} at {tokens:.2g}" for tokens, value in curve) + " tokens a parameter"
+    return text + (f" (equal at {where:.2g})" if where else " (the curves do not cross)")
 
 
 def facts(run: RunResult) -> tuple[str, str]:
@@ -96,11 +105,13 @@ def rates(claim: Claim, results: Results, arm: str) -> str:
 
 def panels(claim: Claim, results: Results) -> list[Panel]:
     """Perplexity of the loop against each other arm, by tokens a parameter of the looped model."""
-    values, per_parameter = perplexities(claim, results), tokens_a_parameter(results, LOOPED)
-    others = {arm: "looped-moe" if arm.endswith("-moe") else LOOPED for arm in claim.arms if not arm.startswith(LOOPED)}
-    lines = {
-        arm: [(per_parameter[count], 100 * ratio(values, loop, arm, count)) for count in values[LOOPED]]
-        for arm, loop in others.items()
-    }
-    title = "Perplexity of the loop against fixed depth"
-    return [lines_panel(title, "tokens a parameter", "percent", lines, log_x=True)]
+    values = perplexities(claim, results)
+    others = {arm: LOOPED + MOE * arm.endswith(MOE) for arm in claim.arms if not arm.startswith(LOOPED)}
+    lines = {}
+    for arm, loop in others.items():
+        per_parameter = tokens_a_parameter(results, loop)
+        lines[f"against {arm}"] = [
+            (per_parameter[count], 100 * ratio(values, loop, arm, count)) for count in values[LOOPED]
+        ]
+    title = "Perplexity of the looped model over that of others (0: equal)"
+    return [lines_panel(title, "training tokens a parameter", "percent", lines, log_x=True)]

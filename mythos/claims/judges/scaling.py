@@ -1,5 +1,7 @@
 """How the best loops and tokens grow with the training FLOPs."""
 
+import math
+
 from mythos.claims.definition import Claim
 from mythos.claims.judgement import CONDITIONS, NOT_SUPPORTED, SUPPORTED, Judgement, Table, mean
 from mythos.claims.plots import Panel, lines_panel
@@ -38,7 +40,7 @@ def judge(claim: Claim, results: Results) -> Judgement:
             f" At {edges} of {len(best)} budgets the lowest loss is at the fewest or most loops that were run, so the "
             "exponents say little."
         )
-    number = f"loops ~ C^{fitted['loops'].value:.2f}, tokens ~ C^{fitted['tokens'].value:.2f}"
+    number = f"loops ~ C^{fitted['loops'].value:z.2f}, tokens ~ C^{fitted['tokens'].value:z.2f}"
     return Judgement(outcome, number, why, [Table("Lowest points of the isoFLOP parabolas", head, rows), laws(results)])
 
 
@@ -48,10 +50,13 @@ def laws(results: Results) -> Table:
     for run in results.runs.values():
         if run.seed == 0 and run.diverged is None:
             fit = fit_losses(run.swept)
-            law = ["no fit"] * 3 if fit is None else [f"{fit.limit:.3f}", f"{fit.amplitude:.3f}", f"{fit.rate:.2f}"]
+            law = ["no fit"] * 3
+            if fit is not None:
+                fall = fit.amplitude * math.exp(-fit.rate * fit.loops[0])
+                law = [f"{fit.limit:.3f}", f"{fall:z.3f}", f"{fit.rate:.2f}"]
             rows.append([f"`{run.arm}`", *law])
-    title = "Loss by loops at inference, L(T) = limit + amplitude exp(-rate T) (seed 0)"
-    return Table(title, ["arm", "limit", "amplitude", "rate"], rows)
+    title = "Loss by loops at inference, L(T) = limit + fall exp(-rate (T - 1)) (seed 0). With fall below 0 it rises"
+    return Table(title, ["arm", "limit", "fall", "rate"], rows)
 
 
 def panels(claim: Claim, results: Results) -> list[Panel]:
@@ -59,6 +64,7 @@ def panels(claim: Claim, results: Results) -> list[Panel]:
     lines = {}
     for group in budgets(points_of(results)):
         counts = sorted({point.loops for point in group})
-        name = f"{group[0].flops:.1e}".replace("e+", " x 10^") + " FLOPs"
+        digits, _, power = f"{group[0].flops:.1e}".partition("e+")
+        name = rf"${digits} \times 10^{{{power}}}$ FLOPs"
         lines[name] = [(n, mean([point.loss for point in group if point.loops == n])) for n in counts]
     return [lines_panel("Loss by loops at equal FLOPs", "mean loops", "nats per token", lines, loops=True)]

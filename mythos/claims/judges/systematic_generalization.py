@@ -32,20 +32,58 @@ def judge(claim: Claim, results: Results) -> Judgement:
     why = "With 4 loops: " + ", ".join(f"{end[LOOPED][split]:.0%} {name}" for split, name in SPLITS.items())
     why += f"; with 1 loop {end[ONE]['out']:.0%} out of distribution."
     number = f"{end[LOOPED]['out']:.0%} out of distribution with 4 loops"
-    return Judgement(outcome, number, why, [Table(title, ["arm", *SPLITS.values()], rows)])
+    tables = [Table(title, ["arm", *SPLITS.values()], rows)]
+    with_loops = {arm: out_by_loops(results, arm) for arm in claim.arms}
+    for arm, at_loops in with_loops.items():
+        own, most = trained_loops(results, arm), max(at_loops, default=0)
+        if at_loops and all(more > less for more, less in zip(at_loops[most], at_loops[own], strict=True)):
+            why += (
+                f" The model trained with {counted(own)} answers {mean(at_loops[most]):.0%} out of distribution when "
+                f"it runs with {most}, and {mean(at_loops[own]):.0%} with {own}: more on every seed."
+            )
+    depths = sorted({loops for at_loops in with_loops.values() for loops in at_loops})
+    rows = [
+        [f"`{arm}`", *(spread(at_loops.get(loops, []), ".2f") for loops in depths)]
+        for arm, at_loops in with_loops.items()
+    ]
+    head = ["arm", *(f"run with {counted(loops)}" for loops in depths)]
+    title = "Right answers out of distribution at the end, by loops at the test, means over seeds (range)"
+    return Judgement(outcome, number, why, [*tables, Table(title, head, rows)])
+
+
+def counted(loops: int) -> str:
+    """A number of loops as text."""
+    return f"{loops} loop{'s' * (loops != 1)}"
+
+
+def trained_loops(results: Results, arm: str) -> int:
+    """The loops with which an arm was trained."""
+    return results.of_arm(arm)[0].mean_loops
+
+
+def out_by_loops(results: Results, arm: str) -> dict[int, list[float]]:
+    """Accuracies out of distribution at the end of training by loops at the test, of the runs that finished."""
+    found: dict[int, list[float]] = {}
+    for run in results.of_arm(arm):
+        if run.diverged is None:
+            facts = run.measured["facts"]
+            for loops, accuracy in zip(facts["loops"], facts["out"][-1], strict=True):
+                found.setdefault(loops, []).append(accuracy)
+    return found
 
 
 def panels(claim: Claim, results: Results) -> list[Panel]:
-    """The phases: accuracy by step of each split, with one loop and with four."""
+    """The phases: accuracy by step of each split, one plot for each number of loops in training."""
     found = []
-    for arm in (ONE, LOOPED):
+    for arm in claim.arms:
         lines = {}
         for split, name in SPLITS.items():
             by_step: dict[int, list[float]] = {}
             for run in results.of_arm(arm):
                 for step, value in accuracies(run, split) if run.diverged is None else ():
                     by_step.setdefault(step, []).append(100 * value)
-            lines[name] = [(step, mean(values)) for step, values in sorted(by_step.items())]
-        title = f"Two-hop questions, {arm.replace('-', ' ')}"
-        found.append(lines_panel(title, "step", "percent right", lines))
+            lines[name] = list(by_step.items())
+        title = f"Two-hop questions, trained with {counted(trained_loops(results, arm))}"
+        panel = lines_panel(title, "training step", "percent right", lines, y_range=(0, 105))
+        found.append(panel._replace(height=3.0))
     return found
