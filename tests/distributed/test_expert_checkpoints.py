@@ -1,5 +1,6 @@
 """Checkpoints of divided experts: continued under any layout, opened, exported, and started from."""
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mythos.checkpoints.stored_model import open_model, tensors_of
+from mythos.cli import sweep
 from mythos.hf.export import export_model
 from mythos.trainer import Trainer
 from tests.distributed.pool import RankPool
@@ -45,6 +47,8 @@ class Hop(NamedTuple):
     """Of the step that is saved, and of the next one."""
     rows: list[dict[int, Tensor]]
     """Ids of these steps by the global number of their row: of this rank."""
+    validated: float
+    """Validation loss at one loop, by all ranks."""
     path: Path
     weights: dict[str, Tensor]
     """Of the model, as saved."""
@@ -53,13 +57,16 @@ class Hop(NamedTuple):
 def hop(directory: Path, name: str, resume: Path | None, changes: dict[str, Any]) -> Hop:
     options = {"run__resume": str(resume)} if resume else {}
     trainer = Trainer(tiny(directory, run__dir=str(directory / name), **CHANGES, **options, **changes))
-    losses, rows = take_steps(trainer, trainer.step + 1, save=True)
+    losses, rows = take_steps(trainer, trainer.step + 1)
+    trainer.position = trainer.loader.state_dict()
+    validated = trainer.validate()["val/loss@1"]  # which leaves FSDP's root gathered
+    trainer.save(wait=False)
     weights = {key: whole(tensor) for key, tensor in tensors_of(trainer.model).items()}
     more, rows_of_more = take_steps(trainer, trainer.step + 1)
     trainer.checkpoints.wait()
     trainer.resources.close()
     assert trainer.checkpoints.newest is not None
-    return Hop(losses + more, rows + rows_of_more, Path(trainer.checkpoints.newest), weights)
+    return Hop(losses + more, rows + rows_of_more, validated, Path(trainer.checkpoints.newest), weights)
 
 
 def next_loss(directory: Path, name: str, resume: Path, changes: dict[str, Any]) -> float:
@@ -98,6 +105,14 @@ def test_the_same_layout_rounds_alike(pool: RankPool, hops: tuple[Path, dict[str
     ranks, changes = HOPS[layout]
     for loss in pool.run(next_loss, directory, f"{layout} again", done[layout].path, changes, ranks=ranks):
         assert loss == done[layout].losses[1]
+
+
+@pytest.mark.parametrize("layout", ["ep 2 x fsdp 2", "ep 2 x replicate 2, shared 2"])
+def test_all_ranks_validate_as_one_process_measures(hops: tuple[Path, dict[str, Hop]], layout: str) -> None:
+    done = hops[1][layout]
+    assert sweep.main([str(done.path), "--loops", "1", "--rules", "none"]) == 0
+    (measured,) = done.path.parents[1].glob("sweep/*.json")
+    assert json.loads(measured.read_text())["loops"][0]["loss"] == pytest.approx(done.validated, rel=1e-5)
 
 
 def test_they_are_opened_and_exported(hops: tuple[Path, dict[str, Hop]], tmp_path: Path) -> None:

@@ -220,6 +220,8 @@ def test_spoilt_step_is_skipped_by_ranks_that_divide_the_experts(pool: RankPool,
     everyone = pool.run(run_spoilt, single, "loss", {"parallel__mode": "fsdp", "parallel__expert": 2}, ranks=2)
     for weights, skipped in everyone:
         assert all(math.isfinite(weight) for weight in weights) and skipped == 1
+    last = [*read_metrics(single / "loss2" / "metrics.jsonl")][-1]
+    assert 1 <= last["moe/rank_load_max_over_mean@1"] <= 2, "the load of the busier of two ranks over their mean"
 
 
 def choose(directory: Path, name: str) -> int:

@@ -55,12 +55,22 @@ def judge(claim: Claim, results: Results) -> Judgement:
 
 
 def panels(claim: Claim, results: Results) -> list[Panel]:
-    """Accuracy of the looped models by steps."""
+    """Accuracy by steps: of the looped models, and of the better fixed one."""
     difficulties = claim.measure["reasoning"]["difficulties"]
-    lines = {
-        task: [(n, 100 * mean([accuracy(r, n) for r in results.of_arm(f"{task}-{LOOPED}")])) for n in difficulties]
+
+    def rates(arm: str, steps: int) -> list[float]:
+        return [100 * accuracy(run, steps) for run in results.of_arm(arm)]
+
+    looped = {task: [(n, rates(f"{task}-{LOOPED}", n)) for n in difficulties] for task in tasks(claim)}
+    fixed = {
+        task: [(n, max((rates(f"{task}-{kind}", n) for kind in FIXED), key=mean)) for n in difficulties]
         for task in tasks(claim)
     }
+    trained = "trained on 1 to 5"
     return [
-        lines_panel("Right answers of the looped models", "steps, and loops", "percent", lines, loops=True, trained=5)
+        lines_panel(f"Right sequences, {what}", f"{x} ({trained})", "percent", lines, loops=True, y_range=(0, 105))
+        for what, x, lines in (
+            ("looped models", "steps, and loops", looped),
+            ("the better of the two fixed models", "steps", fixed),
+        )
     ]
