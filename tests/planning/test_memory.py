@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from mythos.config.loading import config_from_dict
 from mythos.config.presets import preset_config
 from mythos.config.sections import Config, ParallelConfig
 from mythos.distributed.parallel import prepare_model
@@ -15,7 +16,10 @@ from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.planning import memory
 from mythos.planning.expert_rows import rows_to_experts
 from mythos.planning.fake_step import CHECKPOINTING, Step, fake_model
+from mythos.planning.layout import USABLE_SHARE
 from mythos.planning.memory import step_activations
+from mythos.planning.rank_state import activations
+from mythos.planning.search import CONTEXT_STEP, SEARCHED, Search, at_length
 from mythos.torch_internals import FakeTensorMode
 
 
@@ -149,3 +153,28 @@ def test_activations_with_fewer_expert_ranks_shrink_at_most_as_rows_do() -> None
     for fewer in range(len(counts)):
         for more in range(fewer, len(counts)):
             assert peaks[fewer] >= peaks[more] * rows[fewer] / rows[more]
+
+
+def test_the_longest_context_fits_and_one_step_more_does_not() -> None:
+    """Traced at the length that was extrapolated from two short ones, with experts that two ranks divide."""
+    config = config_from_dict(
+        {
+            "model": {"preset": "mythos_nano", "context_length": 65_536, "vocab_size": 512},
+            "tokenizer": {"vocab_size": 512},
+            "data": {"streams": 4, "sequence_length": 2048},
+            "train": {"steps": 1, "global_batch": 4, "micro_batch": 1},
+            "parallel": {"mode": "fsdp", "expert": 2, "activation_checkpointing": "loop"},
+        }
+    )
+    fixed = frozenset({*SEARCHED, "micro_batch"}) - {"shard", "replicate"}
+    search = Search(config, 4, 8, fixed)
+    least, memory = search.least(), 2**29
+    assert least is not None
+    longest = search.longest_context(least, memory)
+    assert 8 * CONTEXT_STEP < longest < 65_536
+    needed = [
+        least.held + activations(at_length(least.candidate.config, length), least.candidate.layout).peak
+        for length in (longest, longest + CONTEXT_STEP)
+    ]
+    print(longest, [size / memory for size in needed])
+    assert needed[0] <= USABLE_SHARE * memory < needed[1]
