@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 OUTSIDE = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 """Files of the repository root and their page on the site."""
 RESULTS = ("results/claims/*/verdict.md", "results/claims/*/figure.png")
-"""Verdicts of claims and their pictures, which claims.md shows."""
+"""Verdicts of claims and their pictures, which other pages show."""
 
 
 NOTEBOOK_CODE = ("mythos/**/*.py", "configs/quickstart.yaml")
@@ -61,11 +61,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Redirect links to root files to their pages, and append the reference to configuration.md."""
+    """Redirect links to root files and results to their pages, and append the reference to configuration.md."""
     for name, target in OUTSIDE.items():
         markdown = markdown.replace(f"](../{name}", f"]({target}")
-    if page.file.src_uri == "claims.md":
-        markdown = markdown.replace("](../results/", "](results/")
+    markdown = markdown.replace("](../results/", "](results/")
     if page.file.src_uri == "configuration.md":
         markdown = "\n\n".join([markdown, *reference(), "## Presets", f"```text\n{preset_table()}\n```"])
     return markdown
