@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from inspect import signature
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -311,8 +311,10 @@ def in_classes(key_N: torch.Tensor, loops_N: torch.Tensor, losses_N: torch.Tenso
     }
 
 
-def cache(presets: list[str], tokens: int) -> dict[str, Any]:
+def cache(presets: list[str], tokens: int, beside: list[str] | None = None) -> dict[str, Any]:
     """Bytes of keys and values that one token takes, of latent and other attention: computed, and while decoding.
+
+    `rows` are those of `presets`, `beside` those of further presets, which decide nothing.
 
     Each preset is taken with its own latent attention (`mla`), with its own heads and shared key and value heads
     (`gqa`), and with a key and value head for each query head (`mha`). `entry` is bytes of a token, layer and loop in
@@ -320,23 +322,26 @@ def cache(presets: list[str], tokens: int) -> dict[str, Any]:
     cache has allocated after decoding `tokens` tokens, divided by them. The decoded model has the preset's attention,
     layers and loops, and narrow matrices otherwise, on which a cache entry does not depend.
     """
-    rows = []
-    for name in presets:
-        if name not in PRESETS:
-            raise MythosError(f"measure: got the preset {name}; `mythos presets` lists all")
-        for kind, config in attention_variants(preset_config(name)).items():
-            entry = attention_class(config).entry_width(config) * torch.bfloat16.itemsize
-            rows.append(
-                {
-                    "preset": name,
-                    "attention": kind,
-                    "loops": config.loops,
-                    "entry": entry,
-                    "computed": cache_bytes_per_token(config, config.loops, torch.bfloat16),
-                    "measured": decoded_bytes(config, tokens) // tokens,
-                }
-            )
-    return {"tokens": tokens, "rows": rows}
+    return {
+        "tokens": tokens,
+        "rows": [row for name in presets for row in cache_rows(name, tokens)],
+        "beside": [row for name in beside or [] for row in cache_rows(name, tokens)],
+    }
+
+
+def cache_rows(name: str, tokens: int) -> Iterator[dict[str, Any]]:
+    """The rows of :func:`cache` for a preset."""
+    if name not in PRESETS:
+        raise MythosError(f"measure: got the preset {name}; `mythos presets` lists all")
+    for kind, config in attention_variants(preset_config(name)).items():
+        yield {
+            "preset": name,
+            "attention": kind,
+            "loops": config.loops,
+            "entry": attention_class(config).entry_width(config) * torch.bfloat16.itemsize,
+            "computed": cache_bytes_per_token(config, config.loops, torch.bfloat16),
+            "measured": decoded_bytes(config, tokens) // tokens,
+        }
 
 
 def attention_variants(preset: ModelConfig) -> dict[str, ModelConfig]:

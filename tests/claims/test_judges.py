@@ -27,7 +27,8 @@ def memory(gqa: int, mha: int) -> Any:
             rows.append(
                 {"preset": preset, "attention": kind, "loops": 4, "entry": size, "computed": size, "measured": size}
             )
-    return claim, results(claim, [], {"cache": {"tokens": 4, "rows": rows}})
+    beside = [{**row, "preset": "mythos_nano", "measured": 1} for row in rows[:3]]  # decides nothing
+    return claim, results(claim, [], {"cache": {"tokens": 4, "rows": rows, "beside": beside}})
 
 
 @pytest.mark.parametrize(
@@ -41,7 +42,9 @@ def test_memory(gqa: int, mha: int, outcome: str) -> None:
 
 
 def test_bytes_while_decoding_are_those_of_the_formula() -> None:
-    rows = cache(["mythos_1b"], 3)["rows"]
+    measured = cache(["mythos_1b"], 3, beside=["mythos_nano"])
+    rows = measured["rows"]
+    assert {row["preset"] for row in measured["beside"]} == {"mythos_nano"}
     by_kind = {row["attention"]: row for row in rows}
     # mythos_1b: latent 256 + rotated key 32; 4 and 16 heads of 128, keys and values; 2 bytes.
     # 16 loops, and 4 layers outside of the loop.

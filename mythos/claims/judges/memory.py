@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 OTHERS = {"gqa": "grouped-query", "mha": "multi-head"}
 
 
-def bytes_by_preset(results: Results) -> dict[str, dict[str, dict[str, Any]]]:
-    """The measured rows by preset and attention."""
+def bytes_by_preset(results: Results, kind: str = "rows") -> dict[str, dict[str, dict[str, Any]]]:
+    """The measured rows by preset and attention: of the published sizes, or those `beside` them."""
     rows: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in results.once["cache"]["rows"]:
+    for row in results.once["cache"].get(kind, []):
         rows.setdefault(row["preset"], {})[row["attention"]] = row
     return rows
 
@@ -32,25 +32,21 @@ def judge(claim: Claim, results: Results) -> Judgement:
     against = {kind: f"{min(values):.1f} to {max(values):.1f}" for kind, values in ratios.items()}
     wide = [preset for preset, ratio in zip(rows, ratios["mha"], strict=True) if ratio >= factor]
     enough = f"{len(wide)} of {len(rows)} sizes reach {factor:g}" if wide else f"no size reaches {factor:g}"
-    table = Table(
-        "Bytes of a token in bfloat16, all layers and loops; decoding allocates what is computed unless both are given",
-        [
-            "size",
-            "loops",
-            "entry of a layer and loop: latent",
-            *OTHERS.values(),
-            "all: latent",
-            *OTHERS.values(),
-            "ratios",
-        ],
-        [line(preset, row) for preset, row in rows.items()],
-    )
+    head = ["size", "loops", "entry of a layer and loop: latent", *OTHERS.values(), "all: latent", *OTHERS.values()]
+    head.append("ratios")
+    titles = {
+        "rows": "Bytes of a token in bfloat16, all layers and loops; decoding allocates what is computed unless both "
+        "are given",
+        "beside": "The same of our small sizes, which were not published and decide nothing",
+    }
+    by_kind = {title: bytes_by_preset(results, kind) for kind, title in titles.items()}
+    tables = [Table(title, head, [line(*one) for one in found.items()]) for title, found in by_kind.items() if found]
     return Judgement(
         outcome,
         f"{against['gqa']} times less than grouped-query attention, {against['mha']} times less than multi-head",
         f"Against full multi-head attention {enough}. The published sizes share key and value heads, and against that "
         f"they save {against['gqa']} times. With every attention each loop adds one entry.",
-        [table],
+        tables,
     )
 
 
