@@ -8,10 +8,10 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from mythos.reports.style import (
-    BLUE,
     GREY,
+    MARKERS,
     NAMED_BESIDE,
-    SMALL,
+    SERIES,
     Panel,
     describe,
     fit_range,
@@ -19,6 +19,7 @@ from mythos.reports.style import (
     loop_axis,
     mark_training,
     name_lines,
+    names_below,
     plain_numbers,
     series,
 )
@@ -29,12 +30,6 @@ if TYPE_CHECKING:
 Value = float | Sequence[float]
 """A number, or one for each seed: drawn as their mean, with a bar from the lowest to the highest."""
 Points = Sequence[tuple[float, Value]]
-Box = tuple[float, float, float, float]
-"""Left, bottom, right and top, in points."""
-FAR = 1e4
-"""More points than any picture has."""
-SHIFT = {"left": 0.0, "center": 0.5, "right": 1.0, "bottom": 0.0, "top": 1.0}
-"""Share of a text's width or height that lies before its anchor, by alignment."""
 
 
 def lines_panel(
@@ -104,24 +99,22 @@ def lines_panel(
 def points_panel(
     title: str, x: str, y: str, points: Mapping[str, tuple[float, Value]], *, level: tuple[float, str] | None = None
 ) -> Panel:
-    """A point for each arm, with its name beside it; `level` is y and name of a horizontal line."""
+    """A point for each arm, with names below; `level` is y and name of a horizontal line."""
 
     def draw(axes: Axes) -> None:
         describe(axes, title, x, y)
-        finite = {name: (a, *of_seeds(b)) for name, (a, b) in points.items() if all(map(isfinite, of_seeds(b)))}
-        for a, b, *_ in finite.values():
-            axes.plot([a], [b], color=BLUE, marker="o", markersize=5, label="_point")
-        range_bars(axes, [(a, low, high) for a, _, low, high in finite.values()], BLUE)
-        axes.margins(x=0.27)  # room for a name on each side
+        for number, (name, (a, b)) in enumerate(points.items()):
+            middle, low, high = of_seeds(b)
+            if isfinite(low) and isfinite(high):
+                colour, marker = SERIES[number % len(SERIES)], MARKERS[(number + number // len(SERIES)) % len(MARKERS)]
+                axes.plot([a], [middle], color=colour, marker=marker, markersize=6, linestyle="", label=name)
+                range_bars(axes, [(a, low, high)], colour)
         if level is not None:
             mark_level(axes, *level)
         fit_range(axes)
-        low, high = axes.get_ylim()
-        axes.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))  # room for names above and below
-        name_points(axes, dict(sorted(finite.items(), key=lambda one: one[1])), [] if level is None else [level[0]])
-        name_lines(axes)
+        names_below(axes, [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")])
 
-    return Panel(draw)
+    return Panel(draw, height=4.2)
 
 
 def of_seeds(value: Value) -> tuple[float, float, float]:
@@ -142,52 +135,6 @@ def mark_level(axes: Axes, value: float, name: str) -> None:
     left, right = axes.get_xlim()
     axes.plot([left, right], [value, value], color=GREY, linewidth=1, linestyle="--", label=name)
     axes.set_xlim(left, right)
-
-
-def name_points(axes: Axes, points: Mapping[str, tuple[float, float, float, float]], levels: Sequence[float]) -> None:
-    """Name points (x, mean, lowest, highest) above, below or beside their ranges, where names cover least.
-
-    `levels` are horizontal lines that names keep off too.
-    """
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        """A place of the data in points of text; the layout leaves about 0.9 of the plot's present size."""
-        place = axes.transData.transform((x, y)) * 0.9 * 72 / axes.figure.dpi
-        return float(place[0]), float(place[1])
-
-    ends = axes.get_xlim()
-    lines = [(at(x, low), at(x, high)) for x, _, low, high in points.values()]
-    lines += [(at(ends[0], level), at(ends[1], level)) for level in levels]
-    taken = [(left - 3, bottom - 2, right + 3, top + 2) for (left, bottom), (right, top) in lines]
-    left, right = (at(end, levels[0] if levels else 0.0)[0] for end in ends)
-    taken += [(left - FAR, -FAR, left, FAR), (right, -FAR, right + FAR, FAR)]  # outside of the plot
-    height = 1.2 * SMALL
-    for name, (x, middle, low, high) in points.items():
-        width = 0.58 * SMALL * len(name)
-        places = [
-            (y, (0, up), side, part)
-            for side in ("center", "left", "right")
-            for y, up, part in ((high, 4, "bottom"), (low, -4, "top"))
-        ]
-        places += [(middle, (6, 0), "left", "center"), (middle, (-6, 0), "right", "center")]
-        boxes = []
-        for y, (across, up), side, part in places:
-            left = at(x, y)[0] + across - SHIFT[side] * width
-            bottom = at(x, y)[1] + up - SHIFT[part] * height
-            boxes.append((left, bottom, left + width, bottom + height))
-        covered = [sum(overlap(box, other) for other in taken) for box in boxes]
-        best = covered.index(min(covered))
-        taken.append(boxes[best])
-        y, offset, side, part = places[best]
-        options: dict[str, Any] = {"ha": side, "va": part, "textcoords": "offset points", "fontsize": SMALL}
-        axes.annotate(name, (x, y), xytext=offset, **options)
-
-
-def overlap(one: Box, other: Box) -> float:
-    """The area that two boxes share."""
-    width = min(one[2], other[2]) - max(one[0], other[0])
-    height = min(one[3], other[3]) - max(one[1], other[1])
-    return max(0.0, width) * max(0.0, height)
 
 
 def logarithmic(axes: Axes, places: Sequence[float]) -> None:

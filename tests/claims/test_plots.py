@@ -28,7 +28,7 @@ def test_markers_are_hollow_outside_of_the_places_that_are_filled() -> None:
     assert points(axes)["_hollow"] == [(2, 3)]
 
 
-def test_names_of_neighbouring_points_overlap_neither_each_other_nor_the_edge() -> None:
+def test_points_are_named_below_and_look_different() -> None:
     close = {
         "first-name": (1.00, [2.0, 2.2]),
         "second-name": (1.03, [2.1, 2.5]),
@@ -39,4 +39,10 @@ def test_names_of_neighbouring_points_overlap_neither_each_other_nor_the_edge() 
     }
     figure = compose([points_panel("Title", "x", "y", close, level=(2.35, "limit"))])
     assert faults(figure) == []
-    assert {text.get_text() for text in figure.axes[0].texts} == {*close, "limit"} - {"diverged"}
+    legend = figure.axes[0].get_legend()
+    assert legend is not None
+    assert {text.get_text() for text in legend.get_texts()} == {*close, "limit"} - {"diverged"}
+    styles = {
+        (line.get_color(), line.get_marker()) for line in figure.axes[0].get_lines() if line.get_marker() != "None"
+    }
+    assert len(styles) == 5, "each point looks different"
