@@ -136,7 +136,7 @@ def test_curriculum_shows_the_allowed_loss_and_the_range_of_every_arm() -> None:
     assert drawn_points(axes)["allowed loss"][0][1] == pytest.approx(3.03)  # the mean, 3.01, and the range, 0.02
     ranges = {tuple(np.asarray(line.get_ydata()).round(3).tolist()) for line in labelled(axes, "_range")}
     assert {(3.0, 3.02), (3.015, 3.035)} <= ranges
-    assert {text.get_text() for text in axes.texts} == {*loaded("curriculum").arms, "allowed loss"}
+    assert {text.get_text() for text in axes.get_legend().get_texts()} == {*loaded("curriculum").arms, "allowed loss"}
 
 
 def depth(harms: dict[str, float]) -> Any:
