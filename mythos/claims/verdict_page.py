@@ -172,9 +172,10 @@ def claims_overview(root: Path) -> str:
         claim, results, judgement = outcome_line(name, root / name)
         outcome = f"[{judgement.outcome}]({PAGES}/{name}/{VERDICT})" if results else judgement.outcome
         line = f"`{command(claim, results.data if results else EMBEDDED)}`"
-        rows.append([claim.definition.claim, claim.definition.source, outcome, judgement.number, line])
+        took = duration(sum(run.seconds for run in results.runs.values())) if results and results.runs else ""
+        rows.append([claim.definition.claim, claim.definition.source, outcome, judgement.number, line, took])
         if results is not None and judgement.tables:
             picture = f"![{claim.definition.claim}]({PAGES}/{name}/{PICTURE})"
             parts += [f"### {name}", f"{judgement.outcome.capitalize()}: {judgement.why}", picture]
-    table = markdown(["claim", "who says it", "verdict", "number", "command"], rows)
+    table = markdown(["claim", "who says it", "verdict", "number", "command", "training took"], rows)
     return "\n\n".join([table, "## Results so far", *parts])
