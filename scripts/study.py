@@ -79,9 +79,12 @@ def result(run: Path) -> dict[str, Any]:
         raise MythosError(f"{run}: no depth sweep; run `mythos sweep {run}` first")
     recorded = open_run(run)
     config, (sweep, _) = recorded.config, DepthSweep.load(newest)
+    architecture = config.model_dump(include=FIELDS)
+    if (ramp := config.depth.curriculum).shape != "none":
+        architecture["depth"]["curriculum"] = f"{ramp.shape} over {ramp.over:g}"
     return {
         "seed": config.run.seed,
-        "architecture": config.model_dump(include=FIELDS),
+        "architecture": architecture,
         "parameters": count_parameters(config.model).total,
         "tokens": recorded.last("tokens"),
         "training_flops": recorded.flops[-1],
@@ -122,13 +125,13 @@ def table(results: dict[str, Any]) -> str:
 
 
 def varying_fields(architectures: list[dict[str, Any]]) -> set[tuple[str, str]]:
-    """Section and name of the fields that are not the same in all results."""
-    values: dict[tuple[str, str], set[str]] = {}
-    for one in architectures:
-        for section, fields in one.items():
-            for name, value in fields.items():
-                values.setdefault((section, name), set()).add(json.dumps(value))
-    return {field for field, found in values.items() if len(found) > 1}
+    """Section and name of the fields that are not the same in all results; some have no `depth.curriculum`."""
+    known = {(section, name) for one in architectures for section, fields in one.items() for name in fields}
+    return {
+        (section, name)
+        for section, name in known
+        if len({json.dumps(one[section].get(name)) for one in architectures}) > 1
+    }
 
 
 def described(architecture: dict[str, Any], varying: set[tuple[str, str]]) -> str:

@@ -47,6 +47,13 @@ def test_blocks_without_a_loop_are_named_so() -> None:
     assert names == ["| not looped", "| not looped `model.block_norm=sandwich`", "| `model.lanes=2`"]
 
 
+def test_a_ramp_of_the_depth_is_a_line_of_its_own() -> None:
+    results = {"a": one(0, {1: 50.0, 2: 40.0}), "b": one(0, {1: 50.0, 2: 39.0})}
+    results["b"]["architecture"]["depth"]["curriculum"] = "linear over 0.5"
+    names = [line.split(" | ")[0] for line in table(results).splitlines()[2:]]
+    assert names == ["| (the defaults)", "| `depth.curriculum=linear over 0.5`"]
+
+
 @pytest.mark.parametrize("name", ["architecture-study", "architecture-study-narrow", "architecture-study-options"])
 def test_committed_results_make_the_documented_table(name: str) -> None:
     root = Path(__file__).parents[1]
