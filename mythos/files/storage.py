@@ -27,8 +27,13 @@ DAMAGED = "damaged"
 OWNER = "owner"
 """File in a directory that is being written: the id of the writing run. Later meta.json and the marker contain it."""
 
-WRITTEN = re.compile(r"shard-\d{5,}-.*\.safetensors|meta\.json|committed|damaged|owner|(meta\.json|committed)\.tmp")
-"""Names of the files that this project writes into a checkpoint's directory. Files of other names are never deleted."""
+WRITTEN = re.compile(
+    r"shard-\d{5,}-.*\.safetensors|\.tmp\w{6}|meta\.json|committed|damaged|owner|(meta\.json|committed)\.tmp"
+)
+"""Names of the files that this project writes into a checkpoint's directory. Files of other names are never deleted.
+
+safetensors writes a shard as `.tmpXXXXXX` and then renames it: a kill in between leaves that.
+"""
 
 BLOCK_BYTES = 1 << 20
 """Read at once for a checksum; zlib releases Python's lock meanwhile."""
