@@ -106,6 +106,11 @@ def mean(values: Sequence[float]) -> float:
     return statistics.fmean(values) if values else math.nan
 
 
+def upper_bound(values: Sequence[float]) -> float:
+    """The mean plus the range over seeds: what is above it differs."""
+    return mean(values) + max(values) - min(values)
+
+
 def spread(values: Sequence[float], form: str = ".3f") -> str:
     """Mean and range over seeds as text, e.g. `3.142 (3.100 to 3.180)`; a single value alone."""
     if not values:

@@ -4,14 +4,14 @@ import io
 import json
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from mythos.claims.costs import cpu_seconds
 from mythos.claims.definition import Claim, claim_names, load_claim
 from mythos.claims.judgement import NOT_RUN, UNDECIDED, Judgement, judge, markdown, panels
 from mythos.claims.results import EMBEDDED, FILE, Results, read_results
+from mythos.config.checking import flat_fields
 from mythos.files.local import replacing, write_whole, writing
 from mythos.files.text import read_bytes
 from mythos.progress import duration
@@ -110,7 +110,7 @@ def set_up(claim: Claim, results: Results) -> list[str]:
                 f"{extent(flops, '.2e')} training FLOPs"
             )
         lines.append(f"- Arm `{arm}` ({fields(overrides) or 'the base'}){facts}.")
-    base = dict(flat(claim.definition.base))
+    base = dict(flat_fields(claim.definition.base))
     lines.append(f"- The base of `configs/claims/{claim.name}.yaml`: {fields(base)}.")
     if claim.at_size.set:
         lines.append(f"- All runs: {fields(claim.at_size.set)}.")
@@ -138,15 +138,6 @@ def extent(values: Sequence[float], form: str) -> str:
 def listed(values: Iterable[object]) -> str:
     """Values with commas between them."""
     return ", ".join(map(str, values))
-
-
-def flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of nested sections by their full names."""
-    for name, value in section.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def fields(overrides: dict[str, object]) -> str:

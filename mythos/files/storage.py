@@ -28,7 +28,7 @@ OWNER = "owner"
 """File in a directory that is being written: the id of the writing run. Later meta.json and the marker contain it."""
 
 WRITTEN = re.compile(
-    r"shard-\d{5,}-.*\.safetensors|\.tmp\w{6}|meta\.json|committed|damaged|owner|(meta\.json|committed)\.tmp"
+    r"shard-\d{5,}-.*\.safetensors|\.tmp[A-Za-z0-9]{6}|meta\.json|committed|damaged|owner|(meta\.json|committed)\.tmp"
 )
 """Names of the files that this project writes into a checkpoint's directory. Files of other names are never deleted.
 

@@ -195,7 +195,8 @@ def test_leftovers_of_a_kill_in_the_middle_of_a_save(tmp_path, uninterrupted):
     interrupt(config, 7)
     checkpoints = config.run_dir / "checkpoints"
     # Killed while writing, and between the renaming and the marker; and in the middle of a line of metrics.
-    shutil.copytree(checkpoints / "step-00000006", checkpoints / "step-00000009.tmp")
+    for step in (7, 9):
+        shutil.copytree(checkpoints / "step-00000006", checkpoints / f"step-{step:08d}.tmp")
     (checkpoints / "step-00000009.tmp" / ".tmpcrXagq").write_bytes(b"a part")  # as safetensors names it
     uncommitted = checkpoints / "step-00000009"
     shutil.copytree(checkpoints / "step-00000003", uncommitted)

@@ -1,7 +1,7 @@
 """Final loss against the FLOPs of the core, by ramp of the depth."""
 
 from mythos.claims.definition import Claim
-from mythos.claims.judgement import CONDITIONS, NOT_SUPPORTED, SUPPORTED, Judgement, Table, mean, spread
+from mythos.claims.judgement import CONDITIONS, NOT_SUPPORTED, SUPPORTED, Judgement, Table, mean, spread, upper_bound
 from mythos.claims.plots import Panel, points_panel
 from mythos.claims.results import Results, final_loss
 
@@ -11,8 +11,7 @@ RAMP = "depth.curriculum.shape"
 
 def allowed(results: Results) -> float:
     """The loss without a ramp plus its range over seeds."""
-    losses = [final_loss(run) for run in results.of_arm(BASE)]
-    return mean(losses) + max(losses) - min(losses)
+    return upper_bound([final_loss(run) for run in results.of_arm(BASE)])
 
 
 def judge(claim: Claim, results: Results) -> Judgement:

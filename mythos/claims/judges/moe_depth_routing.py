@@ -1,7 +1,7 @@
 """How far the chosen experts differ between loops, and what that does to loss and balance."""
 
 from mythos.claims.definition import Claim
-from mythos.claims.judgement import CONDITIONS, NOT_SUPPORTED, SUPPORTED, Judgement, Table, mean, spread
+from mythos.claims.judgement import CONDITIONS, NOT_SUPPORTED, SUPPORTED, Judgement, Table, mean, spread, upper_bound
 from mythos.claims.plots import Panel, lines_panel
 from mythos.claims.results import Results, RunResult, final_loss
 
@@ -47,7 +47,7 @@ def in_training(results: Results, arm: str) -> dict[int, list[float]]:
 def judge(claim: Claim, results: Results) -> Judgement:
     """Compare the default router's overlap with the threshold, then that of routers that are told the loop."""
     losses = {arm: [final_loss(run) for run in results.of_arm(arm)] for arm in claim.arms}
-    limit, most = mean(losses[BASE]) + max(losses[BASE]) - min(losses[BASE]), claim.thresholds["overlap"]
+    limit, most = upper_bound(losses[BASE]), claim.thresholds["overlap"]
     kept = {arm: mean(overlaps(results, arm)) for arm in claim.arms}
     told = [arm for arm in TOLD if kept[arm] <= most and mean(losses[arm]) <= limit]
     outcome = SUPPORTED if kept[BASE] <= most else CONDITIONS if told else NOT_SUPPORTED
