@@ -86,10 +86,12 @@ def test_plan_counts_what_a_rank_of_many_exchanges(tmp_path: Path, ranks: int, l
     assert counter.seen == {kind: exchange for kind, exchange in planned.items() if exchange.count}
 
 
-def test_each_unit_is_gathered_while_the_one_before_runs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("expert", [1, 4])
+def test_each_unit_is_gathered_while_the_one_before_runs(tmp_path: Path, expert: int) -> None:
     """The core is gathered before the last block of the prelude runs, and the coda before the core does."""
     changes = {"data__streams": 8, "train__global_batch": 8, "model__prelude_layers": 2, "model__coda_layers": 2}
-    config = tiny(tmp_path, parallel__mode="fsdp", model__vocab_size=384, **changes)
+    changes |= {"model__vocab_size": 384, "parallel__expert": expert}
+    config = tiny(tmp_path, parallel__mode="fsdp", **changes)
     layout = named_layout(config.parallel, 8, 8)
     ids = torch.zeros(1, 17, dtype=torch.int64)
     gathered: dict[str, int] = {}
@@ -106,5 +108,7 @@ def test_each_unit_is_gathered_while_the_one_before_runs(tmp_path: Path) -> None
             module.register_forward_pre_hook(note)
         counter.seen.clear()
         model(ids[:, :-1], ids[:, 1:], loops=LOOPS, backprop=BACKPROP)
-    # The root, then each block with the one after it; the injection is a unit of its own within the core.
-    assert gathered == {"prelude 0": 3, "prelude 1": 4, "core": 6, "coda 0": 7, "coda 1": 7}
+    # The root, then each block with the one after it; the injection is a unit of its own within the core, and divided
+    # experts are gathered among the ranks that hold the same ones.
+    core = 1 if expert == 1 else 2
+    assert gathered == {"prelude 0": 3, "prelude 1": 3 + core, "core": 5 + core, "coda 0": 6 + core, "coda 1": 6 + core}
