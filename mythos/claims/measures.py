@@ -184,38 +184,36 @@ def facts(opened: OpenedModel, loops: list[int], sequences: int) -> dict[str, An
 def frontier(opened: OpenedModel, loops: list[int], sequences: int) -> dict[str, Any]:
     """How well a linear probe of the state after t loops finds the nodes t edges below the root of the task `trees`.
 
-    The probe is a ridge regression from the state at a position to membership of every node, fitted to half of the
-    sequences; `recall` is the share of the nodes of level t among the probe's highest scores, as many as there are such
-    nodes, on the other half. `root` is at the root's token, `last` at the last one. `depth_first` is the recall of a
-    state that holds one of the nodes and guesses the others, `chance` that of a guess.
+    The state is that at the last token, which asks about a root. The probe is a ridge regression from it to membership
+    of every node, fitted to half of the sequences; `recall` is the share of the nodes of level t among the probe's
+    highest scores, as many as there are such nodes, on the other half. `depth_first` is the recall of a state that
+    holds one of the nodes and guesses the others among the level's nodes of both trees, `chance` that of a guess.
     """
     if opened.run is None or opened.run.data.task.name != "trees":
         raise MythosError(f"{opened.source}: this is measured of runs on data.task.name trees")
     task, model = opened.run.data.task, opened.model
-    data = task_set(task, [task.difficulty[1]], sequences, task.length(task.difficulty[1]), "claim")
+    data = task_set(task, [task.levels], sequences, task.length(task.levels), "claim")
     states: list[torch.Tensor] = []
-    device, edges = model.head_weight.device, task.nodes - 2
+    device = model.head_weight.device
     with torch.no_grad():
         targets = data.targets.to(device)
         model.read_depths(data.ids.to(device), targets, [max(loops)], observe=lambda after: states.append(after.state))
-    taken: dict[str, Any] = {"loops": loops, "root": [], "last": [], "depth_first": [], "chance": []}
+    taken: dict[str, Any] = {"loops": loops, "recall": [], "depth_first": [], "chance": []}
     for count in loops:
-        members_BN = level_members(data.ids, task.nodes, edges, count)
-        for name, position in (("root", edges), ("last", -1)):
-            taken[name].append(probe_recall(states[count - 1][:, position].cpu().double(), members_BN))
+        members_BN = level_members(data.ids, task.nodes, count)
+        taken["recall"].append(probe_recall(states[count - 1][:, -1].cpu().double(), members_BN))
         size = task.branches**count
-        chance = size / task.nodes
-        taken["chance"].append(chance)
-        taken["depth_first"].append((1 + (size - 1) * (size - 1) / (task.nodes - 1)) / size)
+        taken["chance"].append(0.5)
+        taken["depth_first"].append((1 + (size - 1) * (size - 1) / (2 * size - 1)) / size)
     return taken
 
 
-def level_members(ids_BL: torch.Tensor, nodes: int, edges: int, level: int) -> torch.Tensor:
-    """Whether each node is that many edges below the root: (B, nodes) float64, by breadth-first search in the text."""
+def level_members(ids_BL: torch.Tensor, nodes: int, level: int) -> torch.Tensor:
+    """Whether each node is that many edges below the last token: (B, nodes) float64, by a search in the text."""
     members = torch.zeros(len(ids_BL), nodes, dtype=torch.float64)
     for row, ids in enumerate(ids_BL.tolist()):
-        pairs = [divmod(token - 1 - nodes, nodes) for token in ids[:edges]]
-        here = {ids[edges] - 1}
+        pairs = [divmod(token - 1 - nodes, nodes) for token in ids[: nodes - 2]]
+        here = {ids[-1] - 1}
         for _ in range(level):
             here = {child for parent, child in pairs if parent in here}
         members[row, list(here)] = 1

@@ -160,7 +160,7 @@ class TaskConfig(Section):
             "mano": 2 * difficulty + 2,
             "permutations": 1 + self.queries * (1 + difficulty),
             "facts": self.queries * (1 + difficulty),
-            "trees": self.nodes - 2 + 1 + 2 * self.queries,
+            "trees": self.nodes - 2 + 3 * self.queries,
             "addition": 1 + self.queries * (1 + self.digits * difficulty),
         }[self.name]
 

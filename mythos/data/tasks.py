@@ -240,29 +240,52 @@ def _facts(
 
 
 def _trees(task: TaskConfig, draws: Draws, difficulty: int, inputs_RL: np.ndarray, targets_RL: np.ndarray) -> None:
-    """List the edges of two trees in random order, one token each, the root of the first, then pairs of nodes.
+    """List the edges of two trees in random order, one token each, then questions: two nodes and a start.
 
-    One node of each pair is `difficulty` edges below the root, the other as far below the other root; the target, at
-    the second of them, is the first of these. Every inner node has `branches` children. Tokens: nodes from 1, then
-    pairs (parent, child). After the graphs of arXiv 2412.06769.
+    One of the two nodes is `difficulty` edges below the start. The other is in the same level of either tree, but not
+    below the start. The target, at the start, is the first of these. Every inner node has `branches` children, and is a
+    start if the trees are deep enough below it. Each level has node tokens of its own: 1 and 2 are the roots. Tokens:
+    nodes from 1, then pairs (parent, child). After the graphs of arXiv 2412.06769.
     """
-    rows, half, size = len(inputs_RL), task.nodes // 2, task.nodes
-    label_RN = draws.permutations(size)  # the second half is the other tree; each in the order of levels
-    child = np.concatenate([np.arange(1, half), half + np.arange(1, half)])
-    parent = np.concatenate(
-        [(np.arange(1, half) - 1) // task.branches, half + (np.arange(1, half) - 1) // task.branches]
-    )
-    order = draws.permutations(len(child))
+    children, half, size = task.branches, task.nodes // 2, task.nodes
+    begin = np.array([(children**level - 1) // (children - 1) for level in range(task.levels + 1)])
+    # Labels by place: first the places of one tree, level by level, then those of the other.
+    label_RN = np.empty((len(inputs_RL), size), np.int64)
+    for level, first in enumerate(begin):
+        order = 2 * first + draws.permutations(2 * children**level)
+        label_RN[:, first : first + children**level], label_RN[:, half + first : half + first + children**level] = (
+            np.split(order, 2, axis=1)
+        )
+    below = np.arange(1, half)
+    child, parent = (np.concatenate([places, half + places]) for places in (below, (below - 1) // children))
     edges = 1 + size + label_RN[:, parent] * size + label_RN[:, child]
-    inputs_RL[:, : len(child)] = np.take_along_axis(edges, order, axis=1)
-    inputs_RL[:, len(child)] = 1 + label_RN[:, 0]
-    first = (task.branches**difficulty - 1) // (task.branches - 1)
-    reached, other = (first + draws.integers(task.branches**difficulty, task.queries) for _ in range(2))
-    pair = np.stack([np.take_along_axis(label_RN, nodes, axis=1) for nodes in (reached, half + other)], axis=-1)
-    turned = draws.integers(2, task.queries)[..., None].astype(bool)
-    start, end = len(child) + 1, len(child) + 1 + 2 * task.queries
-    inputs_RL[:, start:end] = (1 + np.where(turned, pair[..., ::-1], pair)).reshape(rows, -1)
-    targets_RL[:, start + 1 : end : 2] = 1 + pair[..., 0]
+    inputs_RL[:, : size - 2] = np.take_along_axis(edges, draws.permutations(size - 2), axis=1)
+
+    depth_S = np.repeat(np.arange(task.levels), 2 * children ** np.arange(task.levels))
+    index_S = np.arange(len(depth_S)) - 2 * begin[depth_S]  # in both trees' part of the level
+    possible = np.flatnonzero(depth_S + difficulty <= task.levels)
+    start_RQ = possible[draws.integers(len(possible), task.queries)]
+    level_RQ, index_RQ = depth_S[start_RQ] + difficulty, index_S[start_RQ]
+
+    def place(level: np.ndarray, index: np.ndarray) -> np.ndarray:
+        width = children**level
+        return half * (index // width) + begin[level] + index % width
+
+    reached = children**difficulty
+    first_RQ = index_RQ * reached
+    # Skip those below the start, so that the others of the level are equally likely.
+    decoy_RQ = (draws.bits(task.queries) % (2 * children**level_RQ - reached).astype(np.uint64)).astype(np.int64)
+    decoy_RQ += reached * (decoy_RQ >= first_RQ)
+    right_RQ = place(level_RQ, first_RQ + draws.integers(reached, task.queries))
+    pair_RQ2 = np.stack([right_RQ, place(level_RQ, decoy_RQ)], axis=-1)
+    turned_RQ1 = draws.integers(2, task.queries).astype(bool)[..., None]
+    question_RQ3 = np.concatenate(
+        [np.where(turned_RQ1, pair_RQ2[..., ::-1], pair_RQ2), place(depth_S[start_RQ], index_RQ)[..., None]], axis=-1
+    )
+    begin_questions, end = size - 2, size - 2 + 3 * task.queries
+    flat = question_RQ3.reshape(len(label_RN), -1)
+    inputs_RL[:, begin_questions:end] = 1 + np.take_along_axis(label_RN, flat, axis=1)
+    targets_RL[:, begin_questions + 2 : end : 3] = 1 + np.take_along_axis(label_RN, right_RQ, axis=1)
 
 
 _GENERATORS = {"hops": _hops, "mano": _mano, "permutations": _permutations, "addition": _addition, "trees": _trees}

@@ -448,13 +448,13 @@ def test_systematic_generalization_with_more_loops_than_in_training() -> None:
 
 
 def breadth(recall: float, right: float = 1.0) -> Any:
-    """This recall at the root at levels 2 and 3, depth first 40%, and this share of right answers."""
+    """This recall at levels 2 and 3, depth first 40%, and this share of right answers."""
     claim = loaded("latent-breadth")
 
     def make(arm: str, seed: int, point: dict[str, Any]) -> Any:
-        bounds = {"depth_first": [1.0, 0.4, 0.4], "chance": [0.1, 0.2, 0.3], "last": [1.0, 0.3, 0.3]}
+        bounds = {"depth_first": [1.0, 0.4, 0.4], "chance": [0.1, 0.2, 0.3]}
         accuracy = {"difficulties": [1, 2, 3], "loops": [1, 2, 3], "accuracy": [[right] * 3] * 3}
-        taken = {"loops": [1, 2, 3], "root": [1.0, recall, recall], **bounds}
+        taken = {"loops": [1, 2, 3], "recall": [1.0, recall, recall], **bounds}
         return run(arm, seed, point, measured={"frontier": taken, "reasoning": accuracy})
 
     return claim, results(claim, all_runs(claim, make))

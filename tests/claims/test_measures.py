@@ -60,7 +60,7 @@ def test_a_run_of_two_steps_is_measured(name: str, tmp_path: Path, monkeypatch: 
         assert taken["facts"]["steps"] == [1, 2] and len(taken["facts"]["out"]) == 2
     if name == "latent-breadth":
         found = taken["frontier"]
-        assert found["chance"] == pytest.approx([2 / 30, 4 / 30, 8 / 30], rel=1e-4)
-        # One of four nodes, and three guesses among 29 of which three are right: (1 + 9 / 29) / 4.
-        assert found["depth_first"][1] == pytest.approx((1 + 9 / 29) / 4, rel=1e-4)
-        assert all(0 <= value <= 1 for value in found["root"] + found["last"])
+        assert found["chance"] == [0.5, 0.5, 0.5]
+        # One of four nodes, and three guesses among the other 7 of the level, of which three are right.
+        assert found["depth_first"][1] == pytest.approx((1 + 9 / 7) / 4, rel=1e-4)
+        assert all(0 <= value <= 1 for value in found["recall"])

@@ -12,15 +12,9 @@ ANSWERS = 0.75
 
 
 def values(results: Results, name: str, level: int) -> list[float]:
-    """A measured figure of every finished run at a level; `best` is the better of both positions."""
-    found = []
-    for run in results.of_arm(ARM):
-        if run.diverged is None:
-            taken = run.measured["frontier"]
-            place = taken["loops"].index(level)
-            names = ("root", "last") if name == "best" else (name,)
-            found.append(max(float(taken[one][place]) for one in names))
-    return found
+    """A measured figure of every finished run at a level."""
+    taken = [run.measured["frontier"] for run in results.of_arm(ARM) if run.diverged is None]
+    return [float(figures[name][figures["loops"].index(level)]) for figures in taken]
 
 
 def accuracy(results: Results, level: int) -> list[float]:
@@ -34,7 +28,7 @@ def judge(claim: Claim, results: Results) -> Judgement:
 
     Undecided if the models do not answer the questions: the state then shows nothing about how they are answered.
     """
-    recall = {level: mean(values(results, "best", level)) for level in LEVELS}
+    recall = {level: mean(values(results, "recall", level)) for level in LEVELS}
     bound = {level: mean(values(results, "depth_first", level)) for level in LEVELS}
     right = [mean(accuracy(results, level)) for level in LEVELS]
     learned = min(right) >= ANSWERS
@@ -44,7 +38,7 @@ def judge(claim: Claim, results: Results) -> Judgement:
         outcome = SUPPORTED
     else:
         outcome = CONDITIONS if all(recall[level] > bound[level] for level in LEVELS) else NOT_SUPPORTED
-    names = ("root", "last", "depth_first", "chance")
+    names = ("recall", "depth_first", "chance")
     rows = [
         [
             str(level),
@@ -53,7 +47,7 @@ def judge(claim: Claim, results: Results) -> Judgement:
         ]
         for level in (1, *LEVELS)
     ]
-    head = ["level and loops", "at the root", "at the last token", "depth first", "chance", "right answers"]
+    head = ["level and loops", "recall", "depth first", "chance", "right answers"]
     why = "Recall " + "; ".join(f"after {n} loops {recall[n]:.0%}, depth first {bound[n]:.0%}" for n in LEVELS) + "."
     if not learned:
         shares = " and ".join(f"{share:.0%}" for share in right)
@@ -65,7 +59,7 @@ def judge(claim: Claim, results: Results) -> Judgement:
 
 def panels(claim: Claim, results: Results) -> list[Panel]:
     """Recall by level."""
-    names = {"root": "at the root", "last": "last token", "depth_first": "depth first", "chance": "chance"}
+    names = {"recall": "state after t loops", "depth_first": "depth first", "chance": "chance"}
     lines = {
         text: [(level, 100 * mean(values(results, name, level))) for level in (1, *LEVELS)]
         for name, text in names.items()
