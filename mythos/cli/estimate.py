@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mythos.cli.common import command_parser, exit_status
-from mythos.cli.presets import counted
 from mythos.config.checking import Problems, apply_override
 from mythos.config.loading import config_from_dict, load_config, packaged_configs
 from mythos.config.presets import PRESETS, preset_config
@@ -88,6 +87,7 @@ def estimate(options: argparse.Namespace) -> dict[str, Any]:
     from mythos.distributed.ranks import check_fit
     from mythos.model.cache import cache_bytes_per_token
     from mythos.planning.budget import named_gpu, optimal_split, training_run
+    from mythos.planning.flops import count_parameters
     from mythos.planning.layout import choose_layout
     from mythos.planning.rank_state import rank_state
     from mythos.planning.search import Search
@@ -120,7 +120,7 @@ def estimate(options: argparse.Namespace) -> dict[str, Any]:
     run = training_run(tokens, executed, gpu.peak, options.gpus, utilisation, price)
     return {
         "config": options.config,
-        "parameters": asdict(counted(model)),
+        "parameters": asdict(count_parameters(model)),
         "sequence_length": length,
         "flops_per_token": flops,
         "layout": layout.sizes | {"why": layout.why},
@@ -258,13 +258,14 @@ def memory_per_gpu(config: Config, layout: Layout, state: RankState, capacity: i
 def read_config(name: str, overrides: Sequence[str], gpus: int, tokens: float | None) -> Config:
     """Load a configuration or build one for a preset, with a definite vocabulary and length of the run."""
     from mythos.planning.budget import sized
+    from mythos.planning.flops import count_parameters
 
     overridden = {override.partition("=")[0] for override in overrides}
     if tokens is not None and (lengths := overridden & {"train.steps", "train.tokens"}):
         raise MythosError(f"--tokens and {min(lengths)}: both set the length of the run; give one of them")
     if name in PRESETS:
         if tokens is None and not overridden & {"train.steps", "train.tokens"}:
-            tokens = float(TOKENS_PER_PARAMETER * counted(preset_config(name)).active)
+            tokens = float(TOKENS_PER_PARAMETER * count_parameters(preset_config(name)).active)
         config = preset_run(name, overrides, gpus, by_tokens=tokens is not None)
     elif not Path(name).exists() and not name.endswith((".yaml", ".yml")) and name not in packaged_configs():
         raise MythosError(

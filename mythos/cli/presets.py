@@ -4,8 +4,7 @@ import argparse
 
 from mythos.cli.common import command_parser, exit_status
 from mythos.config.presets import BPE_VOCAB_SIZE, PRESETS, preset_config
-from mythos.model.config import CORES, ModelConfig
-from mythos.planning.parameters import Parameters, parameters_by_formula
+from mythos.model.config import CORES
 from mythos.progress import aligned
 
 UNITS = (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3))
@@ -26,11 +25,13 @@ def main(arguments: list[str]) -> int:
 
 def preset_table() -> str:
     """Describe every preset in a line: dimensions, total parameters, and active parameters per token at one loop."""
+    from mythos.planning.flops import count_parameters  # imports torch, which takes seconds
+
     rows = [("preset", "total", "active", "dim", "layers", "attention", "core", "loops", "context", "vocab")]
     for name in PRESETS:
         config = preset_config(name)
         vocabulary = BPE_VOCAB_SIZE if config.vocab_size == "auto" else config.vocab_size
-        count = counted(config.model_copy(update={"vocab_size": vocabulary}))
+        count = count_parameters(config.model_copy(update={"vocab_size": vocabulary}))
         rows.append(
             (
                 name,
@@ -47,16 +48,6 @@ def preset_table() -> str:
         )
     note = f"active: per token at one loop; layers: prelude+core+coda; vocab auto is counted as {BPE_VOCAB_SIZE}."
     return f"{aligned(rows, left=len(rows[0]))}\n\n{note}"
-
-
-def counted(config: ModelConfig) -> Parameters:
-    """Count parameters by formula, or build a model that has registered parts for which there is none."""
-    parameters = parameters_by_formula(config)
-    if parameters is None:
-        from mythos.planning.flops import count_parameters
-
-        parameters = count_parameters(config)
-    return parameters
 
 
 def in_units(count: int) -> str:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mythos.model.registry import Contradiction, Registry, TrainingDepth, no_parameters
+from mythos.model.registry import Contradiction, Registry, TrainingDepth
 from mythos.section import (
     Count,
     CountOrZero,
@@ -25,8 +25,6 @@ VOCAB_MULTIPLE = 128
 
 GATE_INPUTS = 32
 """Leading dimensions of a layer's input that the gate of its value embedding reads, as in nanochat."""
-GATE_WIDTH = 64
-"""Hidden width of the halting gate."""
 
 Part = Literal["prelude", "core", "coda"]
 """The stacks of blocks."""
@@ -258,20 +256,6 @@ def _group_rules(config: ModelConfig) -> Iterator[Contradiction]:
         yield ("experts_per_token", "groups_per_token"), f"{values}; give fewer experts, or more groups per token"
 
 
-def _moe_parameters(config: ModelConfig) -> int:
-    hidden = config.n_experts * config.expert_dim + config.n_shared_experts * config.shared_expert_dim
-    return config.dim * config.n_experts + 3 * config.dim * hidden
-
-
-def _dense_parameters(config: ModelConfig) -> int | None:
-    formula = FEED_FORWARDS.entries[config.dense_ffn].parameters
-    return None if formula is None else formula(config)
-
-
-def _idle_experts(config: ModelConfig) -> int:
-    return (config.n_experts - config.experts_per_token) * 3 * config.dim * config.expert_dim
-
-
 def _dense_rules(config: ModelConfig) -> Iterator[Contradiction]:
     for name, only in (("router_loop", "none"), ("router_bias_per_loop", False), ("expert_groups", 1)):
         if getattr(config, name) != only:
@@ -286,29 +270,12 @@ def _gqa_rules(config: ModelConfig) -> Iterator[Contradiction]:
     yield from _even(config, "head_dim")
 
 
-def _gqa_parameters(config: ModelConfig) -> int:
-    heads = config.n_heads + config.n_kv_heads
-    projections = 2 * config.dim * config.head_dim * heads
-    return projections + config.qk_norm * 2 * config.head_dim + config.qk_bias * heads * config.head_dim
-
-
 def _mla_rules(config: ModelConfig) -> Iterator[Contradiction]:
     for name in ("value_embeddings", "qk_bias"):
         if getattr(config, name):
             rule = f"latent attention does not support {name}"
             yield ("attention", name), f"got mla and true; {rule}: set attention to gqa, or leave out {name}"
     yield from _even(config, "qk_rope_head_dim")
-
-
-def _mla_parameters(config: ModelConfig) -> int:
-    query_width = config.n_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
-    query = config.dim * query_width
-    if config.q_lora_rank:  # down, norm, up
-        query = config.dim * config.q_lora_rank + config.q_lora_rank + config.q_lora_rank * query_width
-    latent = config.dim * (config.kv_lora_rank + config.qk_rope_head_dim) + config.kv_lora_rank
-    expand = config.kv_lora_rank * config.n_heads * (config.qk_nope_head_dim + config.v_head_dim)
-    norms = config.qk_norm * (config.qk_nope_head_dim + 2 * config.qk_rope_head_dim)
-    return query + latent + expand + config.n_heads * config.v_head_dim * config.dim + norms
 
 
 def _fixed_depth_rules(config: ModelConfig) -> Iterator[Contradiction]:
@@ -377,65 +344,33 @@ def _earlier_loops_with_gradient(config: ModelConfig, depth: TrainingDepth) -> I
 
 
 # Name, class (imported at first use, because it imports torch), what the class requires of other fields, and facts.
-ATTENTIONS.add("gqa", "mythos.model.attention.gqa:GroupedQueryAttention", _gqa_rules, parameters=_gqa_parameters)
-ATTENTIONS.add("mla", "mythos.model.attention.mla:MultiHeadLatentAttention", _mla_rules, parameters=_mla_parameters)
+ATTENTIONS.add("gqa", "mythos.model.attention.gqa:GroupedQueryAttention", _gqa_rules)
+ATTENTIONS.add("mla", "mythos.model.attention.mla:MultiHeadLatentAttention", _mla_rules)
 
-CORES.add(
-    "moe",
-    "mythos.model.moe:MixtureCore",
-    _moe_rules,
-    parameters=_moe_parameters,
-    idle_parameters=_idle_experts,
-    training_rules=_several_experts,
-    summary=_experts,
-)
-CORES.add("dense", "mythos.model.moe:DenseCore", _dense_rules, parameters=_dense_parameters)
+CORES.add("moe", "mythos.model.moe:MixtureCore", _moe_rules, training_rules=_several_experts, summary=_experts)
+CORES.add("dense", "mythos.model.moe:DenseCore", _dense_rules)
 
-# Parameters that make the router of a layer depend on the loop, beside its matrix.
-ROUTERS.add("none", "mythos.model.moe:Router", parameters=no_parameters)
-ROUTERS.add("bias", "mythos.model.moe:LoopBiasRouter", parameters=lambda c: c.loops * c.n_experts)
-ROUTERS.add("embedding", "mythos.model.moe:LoopEmbeddingRouter", parameters=lambda c: c.loops * c.dim)
+ROUTERS.add("none", "mythos.model.moe:Router")
+ROUTERS.add("bias", "mythos.model.moe:LoopBiasRouter")
+ROUTERS.add("embedding", "mythos.model.moe:LoopEmbeddingRouter")
 
-# Parameters of the two norms of a core block.
-LOOP_NORMS.add("none", None, parameters=no_parameters)
-LOOP_NORMS.add("adaptive", "mythos.model.layers:LoopNorm", parameters=lambda c: 2 * 2 * c.loops * c.dim)
+LOOP_NORMS.add("none", None)
+LOOP_NORMS.add("adaptive", "mythos.model.layers:LoopNorm")
 
-FEED_FORWARDS.add("swiglu", "mythos.model.layers:SwiGLU", parameters=lambda c: 3 * c.dim * c.ffn_dim)
-FEED_FORWARDS.add("relu2", "mythos.model.layers:SquaredReLU", parameters=lambda c: 2 * c.dim * c.ffn_dim)
+FEED_FORWARDS.add("swiglu", "mythos.model.layers:SwiGLU")
+FEED_FORWARDS.add("relu2", "mythos.model.layers:SquaredReLU")
 
-INJECTIONS.add(
-    "lti",
-    "mythos.model.injection:LTIInjection",
-    parameters=lambda c: c.dim * c.dim + 2 * c.lanes * c.dim,
-    training_rules=_lanes_are_read_with_gradient,
-)
-INJECTIONS.add(
-    "orthogonal", "mythos.model.injection:OrthogonalInjection", parameters=lambda c: c.dim * c.dim + 2 * c.dim
-)
-INJECTIONS.add("linear", "mythos.model.injection:LinearInjection", parameters=lambda c: 2 * c.dim * c.dim)
-INJECTIONS.add("add", "mythos.model.injection:AddInjection", parameters=no_parameters)
-INJECTIONS.add(
-    "initial",
-    "mythos.model.injection:InitialInjection",
-    parameters=lambda c: c.dim,
-    training_rules=_first_loop_has_gradient,
-)
-INJECTIONS.add("none", None, _fixed_depth_rules, parameters=no_parameters)
+INJECTIONS.add("lti", "mythos.model.injection:LTIInjection", training_rules=_lanes_are_read_with_gradient)
+INJECTIONS.add("orthogonal", "mythos.model.injection:OrthogonalInjection")
+INJECTIONS.add("linear", "mythos.model.injection:LinearInjection")
+INJECTIONS.add("add", "mythos.model.injection:AddInjection")
+INJECTIONS.add("initial", "mythos.model.injection:InitialInjection", training_rules=_first_loop_has_gradient)
+INJECTIONS.add("none", None, _fixed_depth_rules)
 
-HALTING_RULES.add("none", None, parameters=no_parameters)
-HALTING_RULES.add("convergence", "mythos.model.halting:Convergence", parameters=no_parameters)
-HALTING_RULES.add("second_difference", "mythos.model.halting:SecondDifference", parameters=no_parameters)
+HALTING_RULES.add("none", None)
+HALTING_RULES.add("convergence", "mythos.model.halting:Convergence")
+HALTING_RULES.add("second_difference", "mythos.model.halting:SecondDifference")
+HALTING_RULES.add("gate", "mythos.model.halting:Gate", _trained_halting_rules, training_rules=_earlier_loops)
 HALTING_RULES.add(
-    "gate",
-    "mythos.model.halting:Gate",
-    _trained_halting_rules,
-    parameters=lambda c: GATE_WIDTH * (c.dim + 3) + 1,
-    training_rules=_earlier_loops,
-)
-HALTING_RULES.add(
-    "act",
-    "mythos.model.halting:Act",
-    _trained_halting_rules,
-    parameters=lambda c: c.dim + 1,
-    training_rules=_earlier_loops_with_gradient,
+    "act", "mythos.model.halting:Act", _trained_halting_rules, training_rules=_earlier_loops_with_gradient
 )

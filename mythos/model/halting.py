@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mythos.model.config import GATE_WIDTH, HALTING_RULES, ModelConfig
+from mythos.model.config import HALTING_RULES, ModelConfig
 from mythos.model.layers import Initializer, constant, truncated_normal, without_autocast, zeros
 from mythos.model.state import LoopState
 
+GATE_WIDTH = 64
+"""Hidden width of the halting gate."""
 GATE_START = 0.05
 """Loss in nats that an untrained gate predicts."""
 GATE_POSITIONS = 128

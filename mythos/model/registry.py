@@ -14,8 +14,6 @@ Contradiction = tuple[tuple[str, ...], str]
 """Names of fields whose values cannot be combined, and the message."""
 Rules = Callable[[Any], Iterator[Contradiction]]
 """Yields the contradictions of a `ModelConfig` that uses the entry."""
-Formula = Callable[[Any], int | None]
-"""A number of parameters of a `ModelConfig` that uses the entry; None if unknown."""
 
 
 class Setting(NamedTuple):
@@ -46,21 +44,12 @@ def no_rules(config: Any, depth: TrainingDepth | None = None) -> Iterator[Contra
     return iter(())
 
 
-def no_parameters(config: Any) -> int:
-    """Formula of an entry without parameters."""
-    return 0
-
-
 class Entry(NamedTuple):
     """One implementation, and what is known of it without importing torch."""
 
     source: type | str | None
     """The class; or "module:Class", imported at first use; or None: the part is left out of the model."""
     rules: Rules = no_rules
-    parameters: Formula | None = None
-    """Number of parameters of one instance. If None, a model is built to count them."""
-    idle_parameters: Callable[[Any], int] = no_parameters
-    """How many of them a token does not use."""
     training_rules: TrainingRules = no_rules
     summary: Callable[[Any], str] | None = None
     """Describes the part in a few words; if None, its name does."""

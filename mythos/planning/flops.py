@@ -12,7 +12,15 @@ from mythos.model.injection import Injection
 from mythos.model.lanes import StateLanes
 from mythos.model.moe import MixtureOfExperts, core_class
 from mythos.model.rdt import RecurrentDepthTransformer
-from mythos.planning.parameters import Parameters
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of parameters."""
+
+    total: int
+    active: int
+    """Parameters that one token uses in one loop: all except the routed experts it is not sent to."""
 
 
 def build_on_meta(config: ModelConfig) -> RecurrentDepthTransformer:

@@ -15,7 +15,6 @@ from mythos.planning.budget import mean_depths
 from mythos.planning.collectives import collectives
 from mythos.planning.flops import count_parameters, forward_flops
 from mythos.planning.layout import choose_layout, gib, shortage
-from mythos.planning.parameters import parameters_by_formula
 from mythos.planning.rank_state import (
     RankState,
     activations,
@@ -55,7 +54,7 @@ def plan(
             "--ranks and --machine-ranks must be at least 1, --device-memory above 0"
         )
     check_fit(config, ranks)
-    parameters = parameters_by_formula(config.model) or count_parameters(config.model)
+    parameters = count_parameters(config.model)
     local = min(machine_ranks, ranks)
     layout = choose_layout(config, ranks, local, device_memory)
     state = rank_state(config, layout)

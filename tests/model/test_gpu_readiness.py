@@ -38,7 +38,7 @@ from torch.utils._pytree import tree_leaves
 from mythos import trainer as trainer_module
 from mythos.config.presets import preset_config
 from mythos.distributed.parallel import ParallelModel
-from mythos.model.config import GATE_WIDTH
+from mythos.model.halting import GATE_WIDTH
 from mythos.model.ops import device_choice, grouped_experts
 from mythos.model.rdt import RecurrentDepthTransformer
 from mythos.trainer import StepResult, Trainer
