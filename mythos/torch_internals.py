@@ -81,20 +81,6 @@ def argument_names(operator: Any) -> list[str]:
     return [argument.name for argument in operator.default._schema.arguments]
 
 
-def raw_flop_formula(count: Callable[..., int]) -> Callable[..., int]:
-    """Mark a formula for FlopCounterMode's `custom_mapping` that takes an operator's arguments instead of their shapes.
-
-    The public `register_flop_formula(..., get_raw=True)` changes the counts of the whole process. In a torch that
-    ignores this marker the formula gets shapes, and fails on them.
-    """
-
-    def formula(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
-        return count(*args, **kwargs)
-
-    formula._get_raw = True  # type: ignore[attr-defined]
-    return formula
-
-
 # Updates of many tensors in one kernel, with which torch.optim is written; no public function does this. No fallback.
 foreach_copy_: Callable[..., None] = torch._foreach_copy_
 foreach_div_: Callable[..., None] = torch._foreach_div_

@@ -1,5 +1,6 @@
 """The matmuls of a step: their FLOPs, and how fast the machine runs the same matmuls alone."""
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,14 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mythos.model.ops.causal_attention
 import mythos.model.ops.grouped_experts  # noqa: F401 (defines operators)
-from mythos.torch_internals import (
-    FUSED_ATTENTION,
-    GROUPED_MM,
-    ONEDNN_LINEAR,
-    TorchDispatchMode,
-    argument_names,
-    raw_flop_formula,
-)
+from mythos.planning.fake_step import FLOP_FORMULAS
+from mythos.torch_internals import FUSED_ATTENTION, GROUPED_MM, ONEDNN_LINEAR, TorchDispatchMode, argument_names
 
 aten = torch.ops.aten
 
@@ -62,16 +57,16 @@ def executed_flops(work: Callable[[], object]) -> Flops:
             recomputed += again
             return flops + again
 
-        return raw_flop_formula(count)
+        return count
 
     # torch 2.13 does not count these, nor fused attention on a CPU, and it counts the masked half of causal attention.
-    formulas = {
-        **{operator: raw_flop_formula(lambda a, b, *args, **kwargs: product_flops(a, b)) for operator in GROUPED},
-        ONEDNN_LINEAR: raw_flop_formula(lambda a, b, *args: product_flops(a, b.T)),
-        aten.addmm_: raw_flop_formula(lambda total, a, b, **kwargs: product_flops(a, b)),
-        aten.baddbmm_: raw_flop_formula(lambda total, a, b, **kwargs: product_flops(a, b)),
+    formulas = FLOP_FORMULAS | {
+        GROUPED_MM: FLOP_FORMULAS[torch.ops.mythos.grouped_product],
+        # a (n, K) times the transpose of weight (M, K)
+        ONEDNN_LINEAR: lambda a, weight, *args, **kwargs: 2 * math.prod(a) * weight[0],
+        aten.baddbmm_: FLOP_FORMULAS[aten.addmm_],
+        **{operator: attention(operator) for operator in ATTENTION},
     }
-    formulas |= {operator: attention(operator) for operator in ATTENTION}
     counter = FlopCounterMode(display=False, custom_mapping=formulas)
     with counter:
         work()
@@ -80,25 +75,15 @@ def executed_flops(work: Callable[[], object]) -> Flops:
     return Flops(sum(counts.values()) - of_attention, of_attention, recomputed)
 
 
-def product_flops(a: Tensor, b: Tensor) -> int:
-    """FLOPs of a matmul, a batched matmul (two 3-dimensional tensors), or a grouped matmul.
-
-    A grouped matmul multiplies rows (N, K) by matrices (E, K, M), or, for the gradient of the matrices, (K, N) or its
-    transpose by (N, M). Each of the N rows belongs to one group.
-    """
-    if a.dim() == b.dim() == 3:
-        return 2 * a.shape[0] * a.shape[1] * a.shape[2] * b.shape[2]
-    return 2 * a.shape[-2] * a.shape[-1] * b.shape[-1]
-
-
 def attention_flops(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
     """FLOPs of a call of fused attention: those of the mathematics, and those of scores that are computed again.
 
-    A causal kernel skips blocks above the diagonal, so (S + 1) / 2 keys per query are counted.
+    `args` and `kwargs` are the operator's arguments, with shapes instead of tensors, as FlopCounterMode passes them. A
+    causal kernel skips blocks above the diagonal, so (S + 1) / 2 keys per query are counted.
     """
     names = argument_names(operator)
     arguments = dict(zip(names, args, strict=False)) | kwargs
-    query, key, value = (arguments[name].shape for name in ("query", "key", "value"))
+    query, key, value = (arguments[name] for name in ("query", "key", "value"))
     pairs = query[0] * query[1] * query[2] * key[2]
     if arguments.get("is_causal") or "is_causal" not in names:
         pairs = query[0] * query[1] * query[2] * (key[2] + 1) // 2
