@@ -17,7 +17,7 @@ from mythos import progress
 from mythos.config.loading import load_config
 from mythos.data.stream import Batch
 from mythos.errors import StandardError
-from mythos.progress import Console, Lines, duration, progress_bar, scaled
+from mythos.progress import Console, Lines, aligned, duration, progress_bar, scaled
 from tests.runs import documents, write_settings
 from tests.terminal import Terminal
 from tests.warm import WarmPopen
@@ -153,6 +153,15 @@ def test_scaled(number: float, text: str) -> None:
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_columns_of_words_and_numbers() -> None:
+    rows = [["what", "why", "number"], ["a", "so", "1,000"], ["longer", "because", "2"]]
+    assert aligned(rows, left=2).splitlines() == [
+        "what    why      number",
+        "a       so        1,000",
+        "longer  because       2",
+    ]
 
 
 SHOWN: dict[str, Any] = {

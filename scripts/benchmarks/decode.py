@@ -17,6 +17,7 @@ from mythos.gpu_check.timed_steps import Work
 from mythos.model.config import HALTING_RULES, ModelConfig
 from mythos.model.halting import HaltingRule, default_threshold, halting_rule
 from mythos.model.rdt import RecurrentDepthTransformer
+from mythos.progress import aligned
 from scripts.benchmarks import open_mythos
 from scripts.benchmarks.steps import configuration
 from scripts.benchmarks.timing import (
@@ -26,7 +27,6 @@ from scripts.benchmarks.timing import (
     in_turns,
     mebibytes,
     peak_memory,
-    print_table,
     resident_bytes,
 )
 
@@ -160,14 +160,13 @@ def table(
             "speed_ratio": ratio._asdict(),
             "cache_bytes": generations[name].cache_bytes,
         })  # fmt: skip
-    print_table(
+    rows = [
         [f"{loops} loops, {batch} rows", "tokens/CPU s", "tokens/s", "loops", "speed", "cache"],
-        [
-            [r["halting"], f"{r['tokens_per_cpu_second']:,.0f}", f"{r['tokens_per_second']:,.0f}", f"{r['loops']:.2f}",
-             f"{r['speed_ratio']['median']:.2f} x", f"{r['cache_bytes'] / 2**20:.1f} MiB"]
-            for r in results
-        ],
-    )  # fmt: skip
+        *([r["halting"], f"{r['tokens_per_cpu_second']:,.0f}", f"{r['tokens_per_second']:,.0f}", f"{r['loops']:.2f}",
+           f"{r['speed_ratio']['median']:.2f} x", f"{r['cache_bytes'] / 2**20:.1f} MiB"]
+          for r in results),
+    ]  # fmt: skip
+    print(aligned(rows, left=1))
     return results
 
 
@@ -186,14 +185,13 @@ def against(model: RecurrentDepthTransformer, loops: int, batch: int, options: a
     sizes = (config, batch, tokens, loops, options.dtype)
     memory = {name: in_fresh_process(memory_of_decoding, name, *sizes) for name in timings}
     ratios = {name: Ratio.of(timings["open-mythos"], times) for name, times in timings.items() if name != "open-mythos"}
-    print_table(
+    rows = [
         [f"{loops} loops, {batch} rows", "tokens/CPU s", "tokens/s", "peak memory"],
-        [
-            [name, f"{batch * tokens / times.median:,.0f}", f"{batch * tokens / times.wall:,.0f}",
-             mebibytes(memory[name].peak)]
-            for name, times in timings.items()
-        ],
-    )  # fmt: skip
+        *([name, f"{batch * tokens / times.median:,.0f}", f"{batch * tokens / times.wall:,.0f}",
+           mebibytes(memory[name].peak)]
+          for name, times in timings.items()),
+    ]  # fmt: skip
+    print(aligned(rows, left=1))
     print("\n".join(f"{name} is {ratio} times as fast" for name, ratio in ratios.items()) + "\n")
     return {
         "most_loops": loops,

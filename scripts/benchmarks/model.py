@@ -13,8 +13,9 @@ from torch.autograd.profiler_util import FunctionEvent
 from mythos.cli.common import check_least
 from mythos.errors import MythosError
 from mythos.gpu_check.timed_steps import Steps
+from mythos.progress import aligned
 from scripts.benchmarks.steps import configuration
-from scripts.benchmarks.timing import in_turns, print_table
+from scripts.benchmarks.timing import in_turns
 from scripts.benchmarks.train import describe
 
 MARK = "part: "
@@ -105,11 +106,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     parts, operators = added_up(cells, 0), added_up(cells, 1)
 
     print(f"a step takes {plain.median:.3f} CPU s ({plain.best:.3f} at best), divided as in a trace of it:")
-    print_table(
-        ["part", "CPU ms", "share", "mostly"],
-        [[part, f"{1000 * s:,.1f}", f"{s / plain.median:.1%}", mostly(cells, part)] for part, s in parts.items()],
-        words=["mostly"],
-    )
+    rows = [[part, f"{1000 * s:,.1f}", f"{s / plain.median:.1%}", mostly(cells, part)] for part, s in parts.items()]
+    print(aligned([["part", "CPU ms", "share", "mostly"], *rows], left=1))
     products = sum(operators.get(name, 0.0) for name in PRODUCTS)
     attention = sum(seconds for name, seconds in operators.items() if name.startswith(FUSED_ATTENTION))
     others = {
@@ -122,7 +120,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         f"everything else {sum(others.values()) / plain.median:.1%}:"
     )
     named = list(others.items())[: options.operators]
-    print_table(["operator", "CPU ms", "share"], [[n, f"{1000 * s:,.1f}", f"{s / plain.median:.1%}"] for n, s in named])
+    rows = [[name, f"{1000 * s:,.1f}", f"{s / plain.median:.1%}"] for name, s in named]
+    print(aligned([["operator", "CPU ms", "share"], *rows], left=1))
     return {
         "configuration": config.model_dump(mode="json"),
         "step": plain.record(),

@@ -12,8 +12,9 @@ import torch
 from mythos.cli.common import check_least, whole_numbers
 from mythos.errors import MythosError
 from mythos.gpu_check.timed_steps import Steps, Work
+from mythos.progress import aligned
 from scripts.benchmarks.steps import configuration
-from scripts.benchmarks.timing import Timings, in_turns, mebibytes, print_table
+from scripts.benchmarks.timing import Timings, in_turns, mebibytes
 
 AXES: dict[str, tuple[str, Callable[[int], list[str]]]] = {
     "loops": (
@@ -89,8 +90,7 @@ def along(axis: str, values: Sequence[int], options: argparse.Namespace) -> dict
         text += f", of the core alone {result['core']['slope']:.2f}"
         if None not in flat:
             text += f"; memory at a fixed backprop grows by a factor of {flat[-1] / flat[0]:.3f}"
-    print_table(header, rows)
-    print(f"{text}\n")
+    print(f"{aligned([header, *rows], left=1)}\n{text}\n")
     return result
 
 

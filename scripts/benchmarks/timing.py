@@ -1,24 +1,25 @@
-"""Shared by all benchmarks: pinning to cores, timing in turns, memory of a fresh process, tables and JSON."""
+"""Shared by all benchmarks: pinning to cores, timing in turns, memory of a fresh process, and JSON."""
 
 import gc
 import json
 import multiprocessing
 import os
 import platform
-import resource
+import re
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import psutil
 import torch
 
 from mythos.errors import MythosError
 from mythos.gpu_check.timed_steps import Seconds, Work, timed
 from mythos.progress import progress_bar
+from mythos.training import measurements
 
 T = TypeVar("T")
 
@@ -213,40 +214,23 @@ def peak_memory(device: torch.device, start: int, work: Work, runs: int = 3) -> 
 
 def resident_bytes() -> int:
     """Resident memory of this process now."""
-    return _status("VmRSS") or _greatest_size()
+    return psutil.Process().memory_info().rss
 
 
 def most_resident_bytes() -> int:
     """Peak of the resident memory of this process so far."""
     # Prefer /proc to getrusage, whose peak starts at the size of the parent process.
-    return _status("VmHWM") or _greatest_size()
-
-
-def _status(field: str) -> int:
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        status = Path("/proc/self/status").read_text()
     except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), 0)
-
-
-def _greatest_size() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        status = ""
+    peak = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
+    return int(peak[1]) * 1024 if peak else measurements.peak_memory(torch.device("cpu"))
 
 
 def mebibytes(size: int | None) -> str:
     """A size for tables; - if it is unknown."""
     return "-" if size is None else f"{size / 2**20:,.0f} MiB"
-
-
-def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], words: Sequence[str] = ()) -> None:
-    """Print a table; the first column and those named in `words` are left-aligned, others right-aligned."""
-    lines = [list(header), *map(list, rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    to_left = [place == 0 or title in words for place, title in enumerate(header)]
-    for line in lines:
-        cells = zip(line, widths, to_left, strict=True)
-        print("  ".join(text.ljust(width) if left else text.rjust(width) for text, width, left in cells).rstrip())
 
 
 def machine() -> dict[str, Any]:

@@ -6,8 +6,8 @@ from typing import Any
 
 from mythos.cli.common import check_least
 from mythos.planning.traffic import Traffic, compiled_pass_traffic, step_traffic
+from mythos.progress import aligned
 from scripts.benchmarks.steps import configuration
-from scripts.benchmarks.timing import print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,11 +30,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         f"{checkpointing} (compiled: none)"
     )
     rows = [
+        ["part", "pass", "products", "other kernels", "KB per token"],
         *_rows("embedding, prelude, coda, head, casts", counted.once),
         *_rows("a loop of the core", counted.loop),
         *_rows("a loop of the core, compiled", compiled),
     ]
-    print_table(["part", "pass", "products", "other kernels", "KB per token"], rows, words=["part", "pass"])
+    print(aligned(rows, left=2))
     return {
         "configuration": config.model_dump(mode="json"),
         "rows": options.rows,

@@ -12,6 +12,7 @@ from mythos.distributed.parallel import compiles
 from mythos.errors import MythosError
 from mythos.gpu_check.timed_steps import Steps, Work, timed
 from mythos.planning.flops import count_parameters
+from mythos.progress import aligned
 from scripts.benchmarks import open_mythos
 from scripts.benchmarks.products import Flops, Replay, executed_flops, record_products
 from scripts.benchmarks.steps import configuration, memory_of_steps
@@ -24,7 +25,6 @@ from scripts.benchmarks.timing import (
     in_fresh_process,
     in_turns,
     mebibytes,
-    print_table,
 )
 
 GPU_CALLS = 10
@@ -91,7 +91,12 @@ def alone(config: Config, modes: tuple[str, ...] | list[str], repeats: int) -> d
 
     needed = first.flops_needed
     rates = [flops[modes[0]].gemms / seconds for seconds in roofline]
-    rows, results = [], {}
+    second = "CPU s" if unit == "cpu" else "s"
+    rows = [[
+        "checkpointing", f"tokens/{second}", "by the clock", f"{second} a step (best)", "peak memory", "in tensors",
+        "GFLOP", "/ needed", "attention once", "utilisation",
+    ]]  # fmt: skip
+    results = {}
     for mode in modes:
         result = figures(first.tokens, timings[mode], needed, flops[mode], rates, memory[mode])
         results[mode] = result
@@ -101,11 +106,7 @@ def alone(config: Config, modes: tuple[str, ...] | list[str], repeats: int) -> d
             mebibytes(memory[mode].tensors), f"{flops[mode].total / 1e9:.2f}", f"{result['executed_over_needed']:.3f}",
             f"{result['without_recomputed_scores']:.3f}", f"{result['utilisation']:.1%}",
         ])  # fmt: skip
-    second = "CPU s" if unit == "cpu" else "s"
-    print_table(
-        ["checkpointing", f"tokens/{second}", "by the clock", f"{second} a step (best)", "peak memory", "in tensors",
-         "GFLOP", "/ needed", "attention once", "utilisation"], rows,
-    )  # fmt: skip
+    print(aligned(rows, left=1))
     share = sorted(seconds / cost for seconds, cost in zip(roofline, timings[modes[0]].costs, strict=True))
     rate = sorted(rates)[len(rates) // 2]
     start = "" if first.device.type == "cuda" else f" of peak memory {mebibytes(memory[modes[0]].start)} are imports;"
@@ -175,14 +176,13 @@ def against(config: Config, repeats: int) -> dict[str, Any]:
         "open-mythos": in_fresh_process(open_mythos.memory_of_steps, config),
     }
     ratio = Ratio.of(timings["open-mythos"], timings["mythos"])
-    print_table(
+    rows = [
         ["", "tokens/CPU s", "tokens/s", "CPU s a step (best)", "peak memory", "in tensors"],
-        [
-            [name, f"{tokens / times.median:,.0f}", f"{tokens / times.wall:,.0f}",
-             f"{times.median:.3f} ({times.best:.3f})", mebibytes(memory[name].peak), mebibytes(memory[name].tensors)]
-            for name, times in timings.items()
-        ],
-    )  # fmt: skip
+        *([name, f"{tokens / times.median:,.0f}", f"{tokens / times.wall:,.0f}",
+           f"{times.median:.3f} ({times.best:.3f})", mebibytes(memory[name].peak), mebibytes(memory[name].tensors)]
+          for name, times in timings.items()),
+    ]  # fmt: skip
+    print(aligned(rows, left=1))
     our_memory, their_memory = memory["mythos"], memory["open-mythos"]
     assert our_memory.tensors and their_memory.tensors
     resident, tensors = our_memory.peak / their_memory.peak, our_memory.tensors / their_memory.tensors

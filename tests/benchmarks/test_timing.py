@@ -100,15 +100,6 @@ def test_cores_that_are_not_there():
         timing.pin([4095])
 
 
-def test_a_table(capsys):
-    timing.print_table(["what", "number", "why"], [["a", "1,000", "so"], ["longer", "2", "because"]], words=["why"])
-    assert capsys.readouterr().out == (
-        "what    number  why\n"
-        "a        1,000  so\n"
-        "longer       2  because\n"
-    )  # fmt: skip
-
-
 def test_a_report_names_the_machine(tmp_path):
     path = tmp_path / "new" / "train.json"
     timing.check_writable(path)
