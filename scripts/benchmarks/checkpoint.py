@@ -32,74 +32,63 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Print and return all figures."""
+    """Time saving and loading, and the slowdown of small matmuls during a save; print and return all figures."""
     check_least(options, vocabulary=1)
     if options.directory is not None and not os.access(options.directory, os.W_OK):
         raise MythosError(f"--directory: got {options.directory}; give a folder that exists and can be written")
-    return CheckpointBenchmark(options).run()
-
-
-class CheckpointBenchmark:
-    """Times saving and loading, and the slowdown of a loop of small matmuls during a save."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
-        torch.set_num_threads(1)
-        model = RecurrentDepthTransformer(preset_config(options.preset, vocab_size=options.vocabulary)).initialize(0)
-        self.state = training_state(model, build_optimizer(model, OptimConfig()))
-        self.size = size = sum(tensor.nbytes for tensor in self.state.values())
-        count = sum(parameter.numel() for parameter in model.parameters())
-        print(f"{options.preset}: {count:,} parameters, with AdamW {size / 1e9:.2f} GB in {len(self.state)} tensors")
-
-    def run(self) -> dict[str, Any]:
-        """Save, load and find checkpoints, several times each."""
-        with tempfile.TemporaryDirectory(prefix="mythos-benchmark-", dir=self.options.directory) as directory:
-            waiting, background = (
-                Checkpoints(f"{directory}/{name}", Ranks(), keep=1, keep_every=0, asynchronous=name == "background")
-                for name in ("waiting", "background")
-            )
-            save = [wall_seconds(lambda: waiting.save(1, self.state, {})) for _ in range(SAVES)]
-            stall, whole, pace, longest = [], [], [], []
-            for _ in range(SAVES + 1):
-                alone = _matmuls(lambda started: time.perf_counter() - started < 1)
-                started = time.perf_counter()
-                stall.append(wall_seconds(lambda: background.save(1, self.state, {})))
-                beside = _matmuls(lambda _: background.saving)
-                background.wait()
-                whole.append(time.perf_counter() - started)
-                pace.append(beside[0] / alone[0])
-                longest.append(beside[1])
-            for tensor in self.state.values():
-                tensor.zero_()
-            newest = background.newest
-            assert newest is not None
-            load = [wall_seconds(lambda: background.load(newest, self.state)) for _ in range(SAVES)]
-            find = [wall_seconds(lambda: background.find("auto")) for _ in range(SAVES)]
-        first, later = stall[0], statistics.median(stall[1:])
-        share = later / statistics.median(save)
-        print(f"save and wait: {_seconds(save)}")
-        print(
-            f"save while training continues: training waits {later:.3f} s, {share:.1%} of that "
-            f"(the first save also allocates memory: {first:.3f} s); on disk after {_seconds(whole[1:])}"
+    torch.set_num_threads(1)
+    model = RecurrentDepthTransformer(preset_config(options.preset, vocab_size=options.vocabulary)).initialize(0)
+    state = training_state(model, build_optimizer(model, OptimConfig()))
+    size = sum(tensor.nbytes for tensor in state.values())
+    count = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{options.preset}: {count:,} parameters, with AdamW {size / 1e9:.2f} GB in {len(state)} tensors")
+    with tempfile.TemporaryDirectory(prefix="mythos-benchmark-", dir=options.directory) as directory:
+        waiting, background = (
+            Checkpoints(f"{directory}/{name}", Ranks(), keep=1, keep_every=0, asynchronous=name == "background")
+            for name in ("waiting", "background")
         )
-        print(
-            f"meanwhile: small matmuls on the same cores at {statistics.median(pace[1:]):.0%} of their speed, "
-            f"longest pause {1000 * max(longest[1:]):.0f} ms"
-        )
-        print(f"checksums at the start: {_seconds(find)}; load: {_seconds(load)}")
-        print(f"peak memory {most_resident_bytes() / 1e9:.2f} GB")
-        return {
-            "tensor_bytes": self.size,
-            "save_seconds": _record(save),
-            "stall_seconds": _record(stall[1:]),
-            "first_stall_seconds": first,
-            "on_disk_seconds": _record(whole[1:]),
-            "pace_of_products": statistics.median(pace[1:]),
-            "longest_pause_seconds": max(longest[1:]),
-            "find_seconds": _record(find),
-            "load_seconds": _record(load),
-            "peak_memory_bytes": most_resident_bytes(),
-        }
+        save = [wall_seconds(lambda: waiting.save(1, state, {})) for _ in range(SAVES)]
+        stall, whole, pace, longest = [], [], [], []
+        for _ in range(SAVES + 1):
+            alone = _matmuls(lambda started: time.perf_counter() - started < 1)
+            started = time.perf_counter()
+            stall.append(wall_seconds(lambda: background.save(1, state, {})))
+            beside = _matmuls(lambda _: background.saving)
+            background.wait()
+            whole.append(time.perf_counter() - started)
+            pace.append(beside[0] / alone[0])
+            longest.append(beside[1])
+        for tensor in state.values():
+            tensor.zero_()
+        newest = background.newest
+        assert newest is not None
+        load = [wall_seconds(lambda: background.load(newest, state)) for _ in range(SAVES)]
+        find = [wall_seconds(lambda: background.find("auto")) for _ in range(SAVES)]
+    first, later = stall[0], statistics.median(stall[1:])
+    share = later / statistics.median(save)
+    print(f"save and wait: {_seconds(save)}")
+    print(
+        f"save while training continues: training waits {later:.3f} s, {share:.1%} of that "
+        f"(the first save also allocates memory: {first:.3f} s); on disk after {_seconds(whole[1:])}"
+    )
+    print(
+        f"meanwhile: small matmuls on the same cores at {statistics.median(pace[1:]):.0%} of their speed, "
+        f"longest pause {1000 * max(longest[1:]):.0f} ms"
+    )
+    print(f"checksums at the start: {_seconds(find)}; load: {_seconds(load)}")
+    print(f"peak memory {most_resident_bytes() / 1e9:.2f} GB")
+    return {
+        "tensor_bytes": size,
+        "save_seconds": _record(save),
+        "stall_seconds": _record(stall[1:]),
+        "first_stall_seconds": first,
+        "on_disk_seconds": _record(whole[1:]),
+        "pace_of_products": statistics.median(pace[1:]),
+        "longest_pause_seconds": max(longest[1:]),
+        "find_seconds": _record(find),
+        "load_seconds": _record(load),
+        "peak_memory_bytes": most_resident_bytes(),
+    }
 
 
 def wall_seconds(work: Callable[[], object]) -> float:

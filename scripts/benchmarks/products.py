@@ -157,21 +157,15 @@ def record_products(work: Callable[[], object]) -> Counter[Product]:
     return recorder.products
 
 
-class Replay:
-    """Runs all matmuls of a step and nothing else.
+def replay_cost(products: Counter[Product], device: torch.device, clock: Callable[[Callable], float]) -> float:
+    """Seconds of all matmuls of a step and nothing else: no step can run its matmuls faster.
 
-    Operands are created just before, outside of the timing, so they are in cache as far as their size allows. No step
-    can run its matmuls faster.
+    Each counts with the better of two timings, times the number of its calls in the step. Operands are created just
+    before, outside of the timing, so they are in cache as far as their size allows.
     """
-
-    def __init__(self, products: Counter[Product], device: torch.device, clock: Callable[[Callable], float]) -> None:
-        self.products, self.device, self.clock = products, device, clock
-
-    def cost(self) -> float:
-        """Seconds of all matmuls: the better of two timings of each, times the number of its calls in the step."""
-        total = 0.0
-        for product, count in self.products.items():
-            work = product.prepare(self.device)
-            work()
-            total += count * min(self.clock(work), self.clock(work))
-        return total
+    total = 0.0
+    for product, count in products.items():
+        work = product.prepare(device)
+        work()
+        total += count * min(clock(work), clock(work))
+    return total

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -14,7 +15,7 @@ from mythos.gpu_check.timed_steps import Steps, Work, timed
 from mythos.planning.flops import count_parameters
 from mythos.progress import aligned
 from scripts.benchmarks import open_mythos
-from scripts.benchmarks.products import Flops, Replay, executed_flops, record_products
+from scripts.benchmarks.products import Flops, executed_flops, record_products, replay_cost
 from scripts.benchmarks.steps import configuration, memory_of_steps
 from scripts.benchmarks.timing import (
     WARM_UP,
@@ -81,10 +82,12 @@ def alone(config: Config, modes: tuple[str, ...] | list[str], repeats: int) -> d
         flops = {mode: uncompiled(steps, executed_flops) for mode, steps in all_steps.items()}
         products = uncompiled(first, record_products)
         unit = Timings(first.device).unit
-        replay = Replay(products, first.device, lambda work: product_seconds(work, first.device, unit))
+        clock = partial(product_seconds, device=first.device, unit=unit)
         roofline: list[float] = []
         # The matmuls take turns with the steps, so that both run under the same load.
-        works: dict[str, Work | OwnProcess] = {**all_steps, "products": lambda: roofline.append(replay.cost())}
+        works: dict[str, Work | OwnProcess] = {
+            **all_steps, "products": lambda: roofline.append(replay_cost(products, first.device, clock))
+        }  # fmt: skip
         timings = in_turns(works, repeats, first.device)
         del timings["products"], roofline[:WARM_UP]
     memory = {mode: in_fresh_process(memory_of_steps, with_mode(config, mode)) for mode in modes}

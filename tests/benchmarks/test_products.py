@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from mythos.gpu_check.timed_steps import Steps
-from scripts.benchmarks.products import Flops, Like, Replay, executed_flops, record_products
+from scripts.benchmarks.products import Flops, Like, executed_flops, record_products, replay_cost
 from tests.runs import tiny
 
 
@@ -104,5 +104,5 @@ def test_the_replay_takes_each_product_as_often_as_the_step_does(tmp_path):
         timed.append(shape)
         return 0.5 if len(timed) % 2 else 0.25  # the better of two counts
 
-    assert Replay(products, torch.device("cpu"), clock).cost() == 0.25 * products.total()
+    assert replay_cost(products, torch.device("cpu"), clock) == 0.25 * products.total()
     assert len(timed) == 2 * len(products)
