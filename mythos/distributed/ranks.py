@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from mythos.config.checking import flat_fields
 from mythos.config.sections import Config
 from mythos.distributed.host_memory import keep_freed_memory
 from mythos.errors import MythosError, short_reason
@@ -278,7 +279,7 @@ def check_fit(config: Config, size: int) -> None:
 
 def check_same_config(config: Config, ranks: Ranks) -> None:
     """Raise MythosError, on every rank, if configurations differ; it names the ranks and the first ten keys."""
-    everyone = ranks.gather(dict(_flat(config.model_dump(mode="json"))))
+    everyone = ranks.gather(dict(flat_fields(config.model_dump(mode="json"))))
     expected = everyone[0]
     lines = []
     for rank, values in enumerate(everyone):
@@ -290,13 +291,6 @@ def check_same_config(config: Config, ranks: Ranks) -> None:
             + "\n".join(lines[:10])
             + "\nStart every process with the same file and overrides."
         )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    pairs: list[tuple[str, Any]] = []
-    for key, value in values.items():
-        pairs += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
-    return pairs
 
 
 def choose_device(name: str, local_rank: int = 0, local_size: int = 1, *, option: str = "train.device") -> torch.device:

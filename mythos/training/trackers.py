@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mythos.config.checking import suggestion
+from mythos.config.checking import flat_fields, suggestion
 from mythos.config.sections import Config
 from mythos.errors import MythosError, import_optional, short_reason, without_credentials
 
@@ -131,7 +131,11 @@ def start_tracker(name: str, run_dir: Path, config: Config, start_step: int) -> 
     tracker = kind(config.run.name, *folder, **options)
     tracker.start()
     if start_step == 0 or name != "tensorboard":  # TensorBoard would show every resume as another run
-        tracker.store_init_configuration(_scalars(without_credentials(config.model_dump(mode="json"))))
+        fields = flat_fields(without_credentials(config.model_dump(mode="json")))
+        # Trackers take numbers and strings; other values are stored as JSON.
+        tracker.store_init_configuration(
+            {path: value if isinstance(value, int | float | str) else json.dumps(value) for path, value in fields}
+        )
     return tracker
 
 
@@ -148,14 +152,3 @@ def _arguments_without_credentials() -> Iterator[None]:
         yield
     finally:
         sys.argv = arguments
-
-
-def _scalars(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values by dotted path; values other than numbers and strings as JSON."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            flat |= _scalars(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, int | float | str) else json.dumps(value)
-    return flat
