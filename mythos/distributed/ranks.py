@@ -62,7 +62,10 @@ class Ranks:
         return votes.bool().tolist()
 
     def agreed(self, action: Callable[[], T]) -> T:
-        """Run an action on every rank. If it fails on any, all ranks raise MythosError instead of waiting for it."""
+        """Run an action on every rank. If it fails on any, all ranks raise MythosError instead of waiting for it.
+
+        The error has every rank's message; equal ones appear once.
+        """
         if self.group is None:
             return action()
         result, problem = None, None
@@ -72,16 +75,12 @@ class Ranks:
             problem = str(error)
         except OSError as error:
             problem = advise(error)
-        self.raise_any(problem)
-        return cast(T, result)
-
-    def raise_any(self, problem: str | None) -> None:
-        """Raise MythosError on all ranks if any rank has a problem; equal messages are given once."""
         problems = self.gather(problem)
         distinct = dict.fromkeys(text for text in problems if text is not None)
         if distinct:
             lines = [text if problems[0] == text else f"rank {problems.index(text)}: {text}" for text in distinct]
             raise MythosError("\n".join(lines))
+        return cast(T, result)
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
