@@ -1,7 +1,6 @@
 """The text of `mythos train --dry-run`: size, FLOPs, memory of a process, and collectives of a run before it starts."""
 
 import os
-from dataclasses import dataclass
 
 import torch
 
@@ -107,33 +106,15 @@ def _start_lines(config: Config) -> list[str]:
 
 
 def _training_line(config: Config) -> str:
-    cost = training_cost(config)
-    recomputed = f", {cost.executed:.3e} executed with what {cost.checkpointing} checkpointing computes again"
-    return (
-        f"FLOPs per token of training, at {cost.loops:.2f} loops and {cost.backprop:.2f} with gradient in the mean: "
-        f"{cost.needed:.3e} needed{recomputed if cost.executed > cost.needed else ''}"
-    )
-
-
-@dataclass(frozen=True)
-class TrainingCost:
     """FLOPs per token of training, mean over the run's steps and rows."""
-
-    loops: float
-    backprop: float
-    checkpointing: str
-    needed: float
-    executed: float
-    """`needed`, and what checkpointing computes again."""
-
-
-def training_cost(config: Config) -> TrainingCost:
-    """FLOPs per token of the configured run, at the depths of its schedule."""
-    length, checkpointing = config.data.sequence_length, config.parallel.activation_checkpointing
-    means = mean_depths(config)
-    needed = forward_flops(config.model, length).training_at(means.loops, means.backprop)
+    checkpointing, means = config.parallel.activation_checkpointing, mean_depths(config)
+    needed = forward_flops(config.model, config.data.sequence_length).training_at(means.loops, means.backprop)
     executed = executed_flops(config, means, checkpointing, config.parallel.shared > 1)
-    return TrainingCost(means.loops, means.backprop, checkpointing, needed, executed)
+    recomputed = f", {executed:.3e} executed with what {checkpointing} checkpointing computes again"
+    return (
+        f"FLOPs per token of training, at {means.loops:.2f} loops and {means.backprop:.2f} with gradient in the mean: "
+        f"{needed:.3e} needed{recomputed if executed > needed else ''}"
+    )
 
 
 def _mode(layout: Layout) -> str:
