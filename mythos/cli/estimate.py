@@ -86,7 +86,7 @@ def estimate(options: argparse.Namespace) -> dict[str, Any]:
     from mythos.distributed.parallel import compiles
     from mythos.distributed.ranks import check_fit
     from mythos.model.cache import cache_bytes_per_token
-    from mythos.planning.budget import named_gpu, optimal_split, training_run
+    from mythos.planning.budget import named_gpu, optimal_split
     from mythos.planning.flops import count_parameters
     from mythos.planning.layout import choose_layout
     from mythos.planning.rank_state import rank_state
@@ -117,7 +117,8 @@ def estimate(options: argparse.Namespace) -> dict[str, Any]:
         seconds_per_token, utilisation = asdict(time), executed / (gpu.peak * time.total)
     compiled = compiles(config, torch.device("cuda"))
     parts = "compiled" if layout.expert == 1 else "compiled but for the core"
-    run = training_run(tokens, executed, gpu.peak, options.gpus, utilisation, price)
+    tokens_per_second = options.gpus * gpu.peak * utilisation / executed
+    seconds = tokens / tokens_per_second
     return {
         "config": options.config,
         "parameters": asdict(count_parameters(model)),
@@ -140,7 +141,9 @@ def estimate(options: argparse.Namespace) -> dict[str, Any]:
             "dollars_per_hour": price,
             "tokens": tokens,
             "flops": tokens * needed,
-            **asdict(run),
+            "tokens_per_second": tokens_per_second,
+            "seconds": seconds,
+            "dollars": options.gpus * price * seconds / 3600,
         },
         "fastest": fastest_layout(search, found, gpu),
         "longest_context": longest_contexts(search, gpu),

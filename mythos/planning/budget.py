@@ -1,4 +1,4 @@
-"""Time and money of a run on GPUs, and how to split a budget of FLOPs between loops and tokens."""
+"""GPUs with their prices, mean depths of a run, and how to split a budget of FLOPs between loops and tokens."""
 
 from dataclasses import dataclass
 
@@ -57,26 +57,6 @@ def named_gpu(name: str) -> Gpu:
     if name.upper() not in GPUS:
         raise MythosError(f"--gpu: got {name}; known: {', '.join(GPUS)}")
     return GPUS[name.upper()]
-
-
-@dataclass(frozen=True)
-class Run:
-    """Duration and cost of a training run."""
-
-    tokens_per_second: float
-    seconds: float
-    dollars: float
-
-
-def training_run(tokens: float, executed: float, peak: float, gpus: int, utilisation: float, price: float = 0.0) -> Run:
-    """Duration and cost of training on `tokens` tokens.
-
-    `executed` is FLOPs per token, `peak` the FLOP/s of each GPU, `utilisation` the share of it that is reached, and
-    `price` US dollars per GPU and hour.
-    """
-    rate = gpus * peak * utilisation / executed
-    seconds = tokens / rate
-    return Run(rate, seconds, gpus * price * seconds / 3600)
 
 
 @dataclass(frozen=True)

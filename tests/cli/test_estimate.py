@@ -20,6 +20,8 @@ def test_page_and_json_of_a_preset(tmp_path: Path, capsys: pytest.CaptureFixture
     assert executed == flops["training_needed"]
     assert run["tokens_per_second"] == pytest.approx(4 * 0.25 * GPUS["A100"].peak / executed)
     assert run["tokens"] == pytest.approx(1e9, rel=1e-4)
+    assert run["seconds"] == pytest.approx(run["tokens"] * executed / (4 * 0.25 * 312e12))
+    assert run["dollars"] == pytest.approx(4 * 2 * run["seconds"] / 3600)
     assert run["seconds_per_token"] is None and "by --mfu" in text
     assert "25% of 312 TFLOP/s" in text and "$2 an hour" in text and f"{run['tokens_per_second']:,.0f} tokens/s" in text
     assert set(figures["memory"]["activations"]) == set(CHECKPOINTING)
