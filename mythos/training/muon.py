@@ -65,7 +65,7 @@ class Muon(FusedAdamW):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        super().__init__(groups, lr, betas, eps, weight_decay)
+        super().__init__(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
         self.dtype = dtype
         self.parts: dict[Tensor, int] = {p: group["parts"] for group in self._matrix_groups for p in group["params"]}
         for parameter in self.parts:

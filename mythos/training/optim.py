@@ -53,7 +53,7 @@ def build_optimizer(
     optimizer = (
         Muon(settings, dtype, ranks=ranks, lr=config.lr, betas=config.betas, eps=config.eps)
         if muon
-        else FusedAdamW(settings, config.lr, config.betas, config.eps)
+        else FusedAdamW(settings, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     )
     for parameter in (p for p in named.values() if p not in matrices):
         optimizer.state[parameter] = {
