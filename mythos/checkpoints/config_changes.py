@@ -9,6 +9,7 @@ from mythos.config.checking import Problems, flat_fields, shown, valid_values
 from mythos.config.inherited import RUN_FILE
 from mythos.config.loading import complete_stored_data, save_config
 from mythos.config.sections import Config
+from mythos.data.difficulty import hardest
 from mythos.files.local import write_whole
 from mythos.files.storage import step_name
 from mythos.training.depth_schedule import DepthSchedule
@@ -47,8 +48,7 @@ def config_changes(config: Config, saved: dict[str, Any]) -> list[Change]:
 def consequences(config: Config, saved: dict[str, Any], step: int, changes: list[Change]) -> list[str]:
     """Say in words which changes give the steps after `step` another meaning than the ones before; [] if none do.
 
-    The length of the schedule has a message of its own, `mythos.checkpoints.preflight.schedule_change`, and other data
-    is refused or read from its beginning by `data.on_mismatch`.
+    Other data is refused or read from its beginning by `data.on_mismatch`.
     """
     former = _former(saved)
     if former is None or step >= config.train_steps:
@@ -76,6 +76,15 @@ def consequences(config: Config, saved: dict[str, Any], step: int, changes: list
         lines.append("data order: sources are read in other shares from here, each continuing where it was")
     if fields & VALIDATION or "data.sequence_length" in fields:
         lines.append("validation: losses before and after are of different sequences and cannot be compared")
+    old, new = former.schedule_steps, config.schedule_steps
+    before, after = (_scheduled(config, step, steps) for steps in (old, new))
+    moved = [f"{what} from {value} to {after[what]}" for what, value in before.items() if value != after[what]]
+    if moved:
+        lines.append(
+            f"the schedule took {old:,} steps in the checkpoint and takes {new:,} here (train.steps, train.tokens or "
+            f"optim.schedule_steps): at step {step:,} this moves {', '.join(moved)}. "
+            f"Set optim.schedule_steps={old} to keep the old schedule; steps beyond it keep its last values"
+        )
     return lines
 
 
@@ -120,3 +129,16 @@ def _depths(config: Config, step: int, steps: int) -> str:
     if (mean, backprop) == (config.depth_mean, config.depth_backprop):
         return config.depth_summary
     return f"{config.depth_summary} (in the next step {mean:.3g}, and {backprop})"
+
+
+def _scheduled(config: Config, step: int, steps: int) -> dict[str, str]:
+    """Values of all schedules in a step if they take `steps` in all, by name, as text for people."""
+    depth = DepthSchedule(config.with_fields("optim", schedule_steps=steps))
+    values = {
+        "the learning rate": f"{learning_rate(config.optim, step, steps):.3g}",
+        "the mean depth": f"{depth.mean(step):.3g}",
+        "the loops with gradient": f"{depth.backprop(step)}",
+    }
+    if config.data.kind == "reasoning":
+        values["the highest difficulty"] = f"{hardest(config.data.task, step, steps)}"
+    return values

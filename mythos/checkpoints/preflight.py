@@ -1,6 +1,5 @@
 """Checks before a run: its directory, memory, and whether a checkpoint can be continued with its configuration."""
 
-import math
 import os
 import platform
 from pathlib import Path
@@ -11,12 +10,9 @@ from psutil import virtual_memory
 
 from mythos.checkpoints.config_changes import Change, consequences, former_file
 from mythos.config.sections import Config
-from mythos.data.difficulty import hardest
 from mythos.errors import MythosError
 from mythos.model.config import HALTING_RULES, ModelConfig, padded_vocab_size
 from mythos.model.halting import trained_module
-from mythos.training.depth_schedule import DepthSchedule
-from mythos.training.lr import learning_rate
 
 
 def prepare_directory(run_dir: Path) -> None:
@@ -84,8 +80,6 @@ def check_continued(
             "Restore this value to continue it, or give this run another run.name."
         )
     meaning = consequences(config, saved, step, changes)
-    if schedule := schedule_change(config, saved, step):
-        meaning.append(schedule)
     if not changes:
         return "\n".join(meaning) or None
     text = "\n".join([*(f"  {change}" for change in changes), *meaning])
@@ -123,45 +117,3 @@ def check_same_model(config: Config, saved: dict[str, Any], path: Path | str | N
             f"checkpoint {path} is of another model:\n{differences}\n"
             "Restore these values to continue it, or give this run another run.name."
         )
-
-
-def schedule_change(config: Config, saved: dict[str, Any], step: int) -> str | None:
-    """A warning that a schedule of another length than the checkpoint's changes values in the next step.
-
-    `saved` is the checkpoint's configuration as plain values. None if nothing changes or no step is left.
-    """
-    old, new = _schedule_steps(saved), config.schedule_steps
-    if old == new or step >= config.train_steps:
-        return None
-    before, after = (_scheduled(config, step, steps) for steps in (old, new))
-    moved = [f"{what} from {value} to {after[what]}" for what, value in before.items() if value != after[what]]
-    if not moved:
-        return None
-    changes = ", ".join(moved)
-    return (
-        f"the schedule took {old:,} steps in the checkpoint and takes {new:,} here (train.steps, train.tokens or "
-        f"optim.schedule_steps): at step {step:,} this moves {changes}. "
-        f"Set optim.schedule_steps={old} to keep the old schedule; steps beyond it keep its last values"
-    )
-
-
-def _schedule_steps(saved: dict[str, Any]) -> int:
-    """Length of a saved configuration's schedule; configurations of earlier versions have no optim.schedule_steps."""
-    train = saved["train"]
-    tokens_per_step = train["global_batch"] * saved["data"]["sequence_length"]
-    steps = saved["optim"].get("schedule_steps") or train["steps"]
-    return steps or math.ceil(train["tokens"] / tokens_per_step)
-
-
-def _scheduled(config: Config, step: int, steps: int) -> dict[str, str]:
-    """Values of all schedules in a step if they take `steps` in all, by name, as text for people."""
-    config = config.with_fields("optim", schedule_steps=steps)
-    depth = DepthSchedule(config)
-    values = {
-        "the learning rate": f"{learning_rate(config.optim, step, steps):.3g}",
-        "the mean depth": f"{depth.mean(step):.3g}",
-        "the loops with gradient": f"{depth.backprop(step)}",
-    }
-    if config.data.kind == "reasoning":
-        values["the highest difficulty"] = f"{hardest(config.data.task, step, steps)}"
-    return values
