@@ -79,6 +79,17 @@ class OpenedModel:
     corpora: Mapping[str, str] = field(default_factory=dict)
     """Hash of the text of each data source in training, by its name; empty if it is not known."""
 
+    def require_tokenizer(self) -> Tokenizer:
+        """The tokenizer. Raises MythosError if there is none."""
+        if self.tokenizer is not None:
+            return self.tokenizer
+        if self.run is not None and self.run.data.kind == "reasoning":
+            raise MythosError(f"{self.source} is of a reasoning run, which knows no text: use `mythos reasoning`")
+        raise MythosError(
+            f"{self.source}: there is no tokenizer beside it, so no text can be measured. Give the run directory, or "
+            "copy its folder tokenizer/ beside the folder that contains the checkpoint."
+        )
+
 
 @dataclass(frozen=True)
 class StoredModel:

@@ -19,7 +19,7 @@ from mythos.distributed.ranks import choose_device
 from mythos.errors import MythosError
 from mythos.evaluation.depth_sweep import adaptive_losses, batches_of, depth_sweep, sweep_rules
 from mythos.evaluation.reasoning import accuracy_map
-from mythos.evaluation.text import as_in_training, require_tokenizer, validation_data
+from mythos.evaluation.text import as_in_training, validation_data
 from mythos.evaluation.validation import right_rows
 from mythos.files.storage import step_of
 from mythos.model import IGNORE_INDEX
@@ -252,7 +252,7 @@ def spent(
     model, device = opened.model, opened.model.head_weight.device
     supported = () if model.config.injection == "none" else usable_rules(model)
     dtype, micro_batch = as_in_training(opened, device, None, None)
-    data, decode = validation_data(opened, None, sequences), require_tokenizer(opened).decode
+    data, decode = validation_data(opened, None, sequences), opened.require_tokenizer().decode
     taken = {}
     for rule in (rule for rule in rules if rule in supported):
         batches = []

@@ -94,7 +94,7 @@ def evaluate(options: argparse.Namespace, world: World) -> None:
     from mythos.evaluation.choices import choice_scores, encode_task, read_tasks
     from mythos.evaluation.continuations import score_requests
     from mythos.evaluation.results import choice_results, table, text_results
-    from mythos.evaluation.text import as_in_training, require_tokenizer, text_scores, validation_data
+    from mythos.evaluation.text import as_in_training, text_scores, validation_data
     from mythos.model.layers import autocast_to
 
     # Check all input before any long computation.
@@ -104,7 +104,7 @@ def evaluate(options: argparse.Namespace, world: World) -> None:
     opened = world.ranks.agreed(lambda: open_model(options.path, world.device))
     model = opened.model
     settings = depth_settings(opened, options)
-    tokenizer = require_tokenizer(opened)
+    tokenizer = opened.require_tokenizer()
     harness = world.in_turn(lambda: harness_tasks(harness_names, options.include_path)) if harness_names else None
     out = options.out or (run_directory(options.path) or Path()) / "evaluation"
     world.ranks.agreed(lambda: check_writable(out) if world.rank == 0 else None)

@@ -31,7 +31,6 @@ from mythos.evaluation.continuations import (
     score_requests,
 )
 from mythos.evaluation.results import Result
-from mythos.evaluation.text import require_tokenizer
 from mythos.generation.sampling import Sampling
 from mythos.generation.text import PieceStream
 from mythos.generation.tokens import generate
@@ -103,7 +102,7 @@ class HarnessModel(LM):
     ) -> None:
         super().__init__()
         self.model = opened.model
-        self.our_tokenizer = require_tokenizer(opened)  # the harness takes `tokenizer` for one of transformers'
+        self.our_tokenizer = opened.require_tokenizer()  # the harness takes `tokenizer` for one of transformers'
         self.settings = list(settings)
         self.world = world
         self.autocast = autocast

@@ -15,7 +15,6 @@ from mythos.data.corpus import open_corpora
 from mythos.data.pipeline import Data, open_data
 from mythos.data.source import Source, open_sources
 from mythos.data.tasks import TaskSet
-from mythos.data.tokenizer import Tokenizer
 from mythos.data.validation import ValidationSet
 from mythos.distributed.parallel import choose_dtype
 from mythos.distributed.ranks import World
@@ -63,7 +62,7 @@ def validation_data(opened: OpenedModel, files: str | None, sequences: int | Non
     data = run.data if run else DataConfig(sequence_length=min(opened.model.config.context_length, LENGTH))
     if files is not None:
         data = data.model_copy(update={"validation": ValidationConfig(path=files)})
-    tokenizer = require_tokenizer(opened)
+    tokenizer = opened.require_tokenizer()
     sources = {} if data.validation.path else open_sources(data, open_corpora(data), tokenizer)
     if os.environ.get("RANK", "0") == "0" and (changes := _text_changes(data, sources, opened.corpora)):
         logger.warning(
@@ -98,18 +97,6 @@ def as_in_training(
     train = opened.run.train if opened.run else None
     micro_batch = micro_batch or (train.micro_batch if train and train.micro_batch != "auto" else MICRO_BATCH)
     return choose_dtype(dtype or (train.dtype if train else "auto"), device), micro_batch
-
-
-def require_tokenizer(opened: OpenedModel) -> Tokenizer:
-    """The model's tokenizer. Raises MythosError if it has none."""
-    if opened.tokenizer is not None:
-        return opened.tokenizer
-    if opened.run is not None and opened.run.data.kind == "reasoning":
-        raise MythosError(f"{opened.source} is of a reasoning run, which knows no text: use `mythos reasoning`")
-    raise MythosError(
-        f"{opened.source}: there is no tokenizer beside it, so no text can be measured. Give the run directory, or "
-        "copy its folder tokenizer/ beside the folder that contains the checkpoint."
-    )
 
 
 class TextScores(NamedTuple):

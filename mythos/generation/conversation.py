@@ -5,7 +5,7 @@ from typing import Any
 
 from mythos.checkpoints.stored_model import OpenedModel
 from mythos.errors import MythosError
-from mythos.generation.text import Depth, Piece, TextGeneration, generate_text, tokenizer_of
+from mythos.generation.text import Depth, Piece, TextGeneration, generate_text
 
 
 class Conversation:
@@ -23,7 +23,7 @@ class Conversation:
 
     def __init__(self, opened: OpenedModel, tokens: int, *, seed: int = 0, **options: Any) -> None:
         self.opened, self.tokens, self.seed, self.options = opened, tokens, seed, options
-        self.tokenizer = tokenizer_of(opened)
+        self.tokenizer = opened.require_tokenizer()
         context = opened.model.config.context_length
         if tokens >= context:
             raise MythosError(f"--tokens: got {tokens}; give less than the model's context, {context} tokens")

@@ -254,7 +254,7 @@ def generate_text(
     Raises MythosError for a model without tokenizer, an empty prompt or stop string, a prompt longer than the context,
     numbers out of range, and a cache larger than the free memory.
     """
-    tokenizer, model = tokenizer_of(opened), opened.model
+    tokenizer, model = opened.require_tokenizer(), opened.model
     if "" in stops:
         raise MythosError("a stop string is empty: give at least one character")
     seeds = [seed + row for row in range(len(prompts))]
@@ -306,17 +306,6 @@ def generate_text(
     halting = depth.rule is not None or is_exclusive(model.config.halting)
     first_seconds = seconds if first_seconds is None else first_seconds
     return TextGeneration(rows, sum(map(len, ids)), first_seconds, seconds, cache_bytes, halting)
-
-
-def tokenizer_of(opened: OpenedModel) -> Tokenizer:
-    """The tokenizer of a model. Raises MythosError for one without text."""
-    if opened.tokenizer is not None:
-        return opened.tokenizer
-    if opened.run is not None and opened.run.data.kind == "reasoning":
-        raise MythosError(
-            f"{opened.source} is of a reasoning run, which has no text to continue: use `mythos reasoning`"
-        )
-    raise MythosError(f"{opened.source} has no tokenizer: it was not trained on text, or its folder was not copied")
 
 
 def check_counts(limits: int, prompts: int) -> None:

@@ -169,7 +169,7 @@ def test_a_model_without_text_is_refused(trained: Trainer, tmp_path: Path) -> No
     shutil.rmtree(tmp_path / "run" / "tokenizer")
     opened = open_model(tmp_path / "run")
     assert opened.tokenizer is None
-    with pytest.raises(MythosError, match="has no tokenizer"):
+    with pytest.raises(MythosError, match="there is no tokenizer beside it"):
         generate_text(opened, ["a"], 1, choose_depth(opened, [1]), sampling=Sampling())
     assert opened.run is not None
     data = opened.run.data.model_copy(update={"kind": "reasoning"})
