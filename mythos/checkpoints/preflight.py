@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from psutil import virtual_memory
 
 from mythos.checkpoints.config_changes import Change, consequences, former_file
 from mythos.config.sections import Config
+from mythos.distributed.layout import usable_bytes
 from mythos.errors import MythosError
 from mythos.model.config import HALTING_RULES, ModelConfig, padded_vocab_size
 from mythos.model.halting import trained_module
@@ -44,9 +44,7 @@ def check_memory(parameters: int, shards: int, device: torch.device) -> None:
     of processes that share one copy. Raises MythosError with both sizes.
     """
     needed = 8 * parameters // shards  # 4 bytes each for weight and gradient
-    available = (
-        torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else virtual_memory().total
-    )
+    available = usable_bytes(device, 1)
     if needed > available:
         raise MythosError(
             f"model: {parameters:,} parameters take {needed / 2**30:,.1f} GiB for weights and gradients a process, "

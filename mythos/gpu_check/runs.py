@@ -3,13 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mythos.checkpoints.preflight import resolve_vocabulary
 from mythos.config.loading import config_from_dict
 from mythos.config.presets import preset_config
 from mythos.config.sections import Config
-from mythos.distributed.layout import Layout
+from mythos.distributed.layout import Layout, usable_bytes
 from mythos.errors import MythosError
 from mythos.gpu_check.result import Result, Setting, not_run
 from mythos.planning.rank_state import activations, rank_state
@@ -123,7 +121,7 @@ def too_large(setting: Setting, planned: int) -> Result | None:
     """The result of a check whose step of `planned` bytes does not fit on the GPU; None if it fits."""
     if not setting.cuda:
         return None
-    memory = torch.cuda.get_device_properties(setting.device).total_memory
+    memory = usable_bytes(setting.device, 1)
     if planned <= 0.95 * memory:
         return None
     return not_run(f"does not fit: {planned / 2**30:.1f} GiB planned of {memory / 2**30:.1f}")

@@ -68,10 +68,10 @@ class DepthMeans:
     """Loops with gradient."""
 
 
-def mean_depths(config: Config, samples: int = 32) -> DepthMeans:
-    """Average the depths over `samples` steps spread evenly over the run."""
+def mean_depths(config: Config) -> DepthMeans:
+    """Average the depths over 32 steps spread evenly over the run."""
     schedule, steps = DepthSchedule(config), config.train_steps
-    plans = [schedule.plan(step) for step in sorted({i * steps // samples for i in range(samples)})]
+    plans = [schedule.plan(step) for step in sorted({i * steps // 32 for i in range(32)})]
     rows = [sum(plan.loops) / len(plan.loops) for plan in plans]
     return DepthMeans(sum(rows) / len(plans), sum(plan.mean_backprop for plan in plans) / len(plans))
 

@@ -32,11 +32,6 @@ class Exchange:
     bytes: int = 0
     """Bytes gathered or reduced, counted whole on one rank; for an all-to-all, bytes that rank 0 sends or receives."""
 
-    def add(self, times: int, size: int) -> None:
-        """Count `times` collectives of `size` bytes each."""
-        self.count += times
-        self.bytes += times * size
-
 
 Group = Literal["shard", "expert_shard", "shared_shard", "replicate", "expert", "shared", "world"]
 """Which ranks take part: those that share a copy of the model, the matrices of an expert, or one part of the shared

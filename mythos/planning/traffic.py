@@ -75,24 +75,18 @@ class StepTraffic:
         return StepTraffic(part(self.once, larger.once, smaller.once), part(self.loop, larger.loop, smaller.loop))
 
 
-def step_traffic(
-    config: ModelConfig,
-    length: int,
-    rows: int = 1,
-    checkpointing: str = "none",
-    dtype: torch.dtype = torch.bfloat16,
-) -> StepTraffic:
-    """Count the traffic of micro-batches of `rows` sequences of `length` tokens, matmuls in `dtype` under autocast.
+def step_traffic(config: ModelConfig, length: int, rows: int = 1, checkpointing: str = "none") -> StepTraffic:
+    """Count the traffic of micro-batches of `rows` sequences of `length` tokens, with bfloat16 matmuls under autocast.
 
     `checkpointing` is a mode of parallel.activation_checkpointing; what it computes again counts as backward. Some of
     the work grows with the weights and not with the tokens (casts, sums of weight gradients), so the bytes per token
     fall as the micro-batch grows.
     """
     shallow, deep = DEPTHS if config.injection != "none" else (1, 1)
-    first = _trace(config, Step(rows, length, shallow, shallow, checkpointing, dtype))
+    first = _trace(config, Step(rows, length, shallow, shallow, checkpointing, torch.bfloat16))
     if deep == shallow:
         return StepTraffic(first, NO_TRAFFIC)
-    last = _trace(config, Step(rows, length, deep, deep, checkpointing, dtype))
+    last = _trace(config, Step(rows, length, deep, deep, checkpointing, torch.bfloat16))
     loop = _combined(lambda a, b: (b - a) / (deep - shallow), first, last)
     return StepTraffic(_combined(lambda total, each: total - shallow * each, first, loop), loop)
 

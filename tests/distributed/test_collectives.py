@@ -99,7 +99,9 @@ class Recorder(TorchDispatchMode):
             if kind == "all-to-all" and not self.updating:
                 # What a rank sends, of both directions: how many rows it receives depends on the routing.
                 kind, size = EXPERT_EXCHANGE, args[1].numel() * args[1].itemsize
-            self.seen.setdefault(kind, Exchange()).add(1, size)
+            exchange = self.seen.setdefault(kind, Exchange())
+            exchange.count += 1
+            exchange.bytes += size
         return func(*args, **(kwargs or {}))
 
 

@@ -51,7 +51,9 @@ class Counter(TorchDispatchMode):
         if func.namespace == "c10d":
             kind = KINDS[func._schema.name.partition("::")[2]]
             sizes = [value.nbytes for value in tree_leaves(args) if isinstance(value, Tensor)]
-            self.seen.setdefault(kind, Exchange()).add(1, args[1].nbytes if kind == EXPERT_EXCHANGE else max(sizes))
+            exchange = self.seen.setdefault(kind, Exchange())
+            exchange.count += 1
+            exchange.bytes += args[1].nbytes if kind == EXPERT_EXCHANGE else max(sizes)
         return func(*args, **(kwargs or {}))
 
 
