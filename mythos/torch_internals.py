@@ -260,18 +260,6 @@ def count_ddp_buckets(parameters: Sequence[Tensor], bucket_bytes: int) -> int:
     return len(buckets)
 
 
-def fsdp_param_groups(module: nn.Module) -> list[Any]:
-    """The FSDPParamGroups of a module that `fully_shard` was applied to; only they know the padded sizes of shards.
-
-    Callers read mp_policy, mesh_info, post_forward_mesh_info and fsdp_params. torch 2.11 has at most one group per
-    module; later versions have a list.
-    """
-    state = module._get_fsdp_state()  # type: ignore[operator]
-    if hasattr(state, "_fsdp_param_groups"):
-        return list(state._fsdp_param_groups)
-    return [state._fsdp_param_group] if state._fsdp_param_group is not None else []
-
-
 def mesh_placements(mesh: DeviceMesh) -> Callable[[Any], Any]:
     """How a `shard_placement_fn` of `fully_shard` tells that a parameter is sharded over another mesh than its unit.
 

@@ -4,7 +4,6 @@ import ast
 import warnings
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -79,7 +78,7 @@ def test_private_names_of_libraries_are_used_in_one_module() -> None:
         if name not in own and name not in OTHERS and path.name != "torch_internals.py"
     ]
     assert not elsewhere, "private names; wrap those of torch in mythos/torch_internals.py"
-    assert {"_fsdp_param_groups", "_cdata"} <= {name for _, name in used(trees[ROOT / "mythos" / "torch_internals.py"])}
+    assert {"_inductor", "_cdata"} <= {name for _, name in used(trees[ROOT / "mythos" / "torch_internals.py"])}
 
 
 def test_every_way_to_a_private_name_is_seen() -> None:
@@ -195,15 +194,6 @@ def test_ddp_and_timeouts_take_what_this_torch_has(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(dist, "set_timeout", lambda *arguments: calls.append(arguments), raising=False)
     torch_internals.set_timeout(None, 5)
     assert calls == [(timedelta(seconds=5), None)]
-
-
-def test_fsdp_groups_of_old_and_new_states() -> None:
-    def module(**state: object) -> SimpleNamespace:
-        return SimpleNamespace(_get_fsdp_state=lambda: SimpleNamespace(**state))
-
-    assert torch_internals.fsdp_param_groups(module(_fsdp_param_groups=["a", "b"])) == ["a", "b"]
-    assert torch_internals.fsdp_param_groups(module(_fsdp_param_group="a")) == ["a"]
-    assert torch_internals.fsdp_param_groups(module(_fsdp_param_group=None)) == []
 
 
 def test_mesh_placements_exist_where_they_are_said_to() -> None:

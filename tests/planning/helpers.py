@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -20,7 +20,6 @@ from mythos.planning.collectives import fake_processes
 from mythos.planning.flops import build_on_meta
 from mythos.planning.layout import choose_layout
 from mythos.planning.rank_state import RankState, Unit, compute_dtype, holders, rank_state
-from mythos.torch_internals import fsdp_param_groups
 from mythos.training.optim import build_optimizer
 
 GIB = 2**30
@@ -99,6 +98,17 @@ def read_off(config: Config, layout: Layout) -> tuple[int, int, int, list[Unit]]
                 )
         whole = [p for p in parameters if not isinstance(p, DTensor)]
         return local(parameters), local(whole), local(states), units
+
+
+def fsdp_param_groups(module: nn.Module) -> list[Any]:
+    """The FSDPParamGroups of a module that `fully_shard` was applied to; only they know the padded sizes of shards.
+
+    torch 2.11 has at most one group per module; later versions have a list.
+    """
+    state = module._get_fsdp_state()  # type: ignore[operator]
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [state._fsdp_param_group] if state._fsdp_param_group is not None else []
 
 
 def kind_of(parameter: Any) -> Experts | None:
