@@ -29,11 +29,6 @@ class Injection(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
 
-    @staticmethod
-    def products(config: ModelConfig) -> tuple[int, int]:
-        """Multiply-adds for one token: once a forward pass, and in every pass of the loop."""
-        return 0, 0
-
     def maps_outside_loop(self) -> list[nn.Module]:
         """Linear maps that `forward` uses, which run once and not in every loop."""
         return []
@@ -98,11 +93,6 @@ class LTIInjection(Injection):
             "log_a": zeros,
             "weight": identity(),
         }
-
-    @staticmethod
-    def products(config: ModelConfig) -> tuple[int, int]:
-        """e B^T once."""
-        return config.dim * config.dim, 0
 
     def rates(self) -> tuple[Tensor, Tensor]:
         """Diagonal of A and step size Delta, (D,) float32 each; with lanes (K, D)."""
@@ -172,11 +162,6 @@ class LinearInjection(Injection):
         super().__init__(config)
         self.state = Linear(config.dim, config.dim, identity(START_DECAY))
         self.input = Linear(config.dim, config.dim, identity(-log(START_DECAY)))
-
-    @staticmethod
-    def products(config: ModelConfig) -> tuple[int, int]:
-        """W_e e once, W_h h in every pass."""
-        return config.dim * config.dim, config.dim * config.dim
 
     def maps_outside_loop(self) -> list[nn.Module]:
         """W_e."""

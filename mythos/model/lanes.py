@@ -34,11 +34,6 @@ class StateLanes(nn.Module):
         self.bias = nn.Parameter(torch.empty(2 * self.count))
         self.initializers: dict[str, Initializer] = {"weight": zeros, "bias": zeros}
 
-    @staticmethod
-    def products(config: ModelConfig) -> int:
-        """Multiply-adds of the gates in one pass, for one token."""
-        return 2 * config.lanes**2 * config.dim if config.lanes > 1 else 0
-
     def forward(self, lanes: Tensor) -> tuple[Tensor, Tensor]:
         """The core's input u (n, S, D), and the gates of `write_lanes` (n, S, K), from lanes (n, S, K, D) float32."""
         with without_autocast(lanes):

@@ -398,27 +398,13 @@ def modulated(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return torch.addcmul(shift, x, 1 + scale).to(autocast_dtype(x))
 
 
-class FeedForward(nn.Module):
-    """Base of the classes in the registry `FEED_FORWARDS`; constructed from width and hidden width."""
-
-    @staticmethod
-    def token_products(dim: int, hidden: int) -> int:
-        """Multiply-adds for one token."""
-        raise NotImplementedError
-
-
-class SwiGLU(FeedForward):
+class SwiGLU(nn.Module):
     """Gated feed-forward W_down(silu(W_gate x) * W_up x) (arXiv 2002.05202); gate and up share one matmul."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.gate_up = Linear(dim, 2 * hidden)
         self.down = Linear(hidden, dim, zeros)
-
-    @staticmethod
-    def token_products(dim: int, hidden: int) -> int:
-        """Multiply-adds of gate, up and down."""
-        return 3 * dim * hidden
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
@@ -429,7 +415,7 @@ class SwiGLU(FeedForward):
         return recomputable(gated, self.gate_up(x))
 
 
-class SquaredReLU(FeedForward):
+class SquaredReLU(nn.Module):
     """Feed-forward W_down(relu(W_up x)^2) (arXiv 2109.08668)."""
 
     def __init__(self, dim: int, hidden: int) -> None:
@@ -437,17 +423,12 @@ class SquaredReLU(FeedForward):
         self.up = Linear(dim, hidden)
         self.down = Linear(hidden, dim, zeros)
 
-    @staticmethod
-    def token_products(dim: int, hidden: int) -> int:
-        """Multiply-adds of up and down."""
-        return 2 * dim * hidden
-
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
         return self.down(recomputable(squared_relu, self.up(x)))
 
 
-def dense_feed_forward(config: ModelConfig) -> FeedForward:
+def dense_feed_forward(config: ModelConfig) -> nn.Module:
     """The feed-forward that `model.dense_ffn` names."""
     return FEED_FORWARDS[config.dense_ffn](config.dim, config.ffn_dim)
 

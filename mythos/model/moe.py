@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from mythos.model.config import CORES, FEED_FORWARDS, ROUTERS, ModelConfig
+from mythos.model.config import CORES, ROUTERS, ModelConfig
 from mythos.model.layers import (
     Initializer,
     SwiGLU,
@@ -264,11 +264,6 @@ class CoreFeedForward:
         """The feed-forward of one core block: (B, S, D) -> (B, S, D)."""
         raise NotImplementedError
 
-    @staticmethod
-    def token_products(config: ModelConfig) -> int:
-        """Multiply-adds for one token."""
-        raise NotImplementedError
-
 
 class MixtureCore(CoreFeedForward):
     """`core_ffn: moe`."""
@@ -280,12 +275,6 @@ class MixtureCore(CoreFeedForward):
         """A mixture of experts."""
         return MixtureOfExperts(config)
 
-    @staticmethod
-    def token_products(config: ModelConfig) -> int:
-        """Multiply-adds of the router, and of the routed and shared experts of one token."""
-        hidden = config.experts_per_token * config.expert_dim + config.n_shared_experts * config.shared_expert_dim
-        return config.dim * config.n_experts + 3 * config.dim * hidden
-
 
 class DenseCore(CoreFeedForward):
     """`core_ffn: dense`."""
@@ -294,11 +283,6 @@ class DenseCore(CoreFeedForward):
     def build(config: ModelConfig) -> nn.Module:
         """The feed-forward that `model.dense_ffn` names."""
         return dense_feed_forward(config)
-
-    @staticmethod
-    def token_products(config: ModelConfig) -> int:
-        """Multiply-adds of the dense feed-forward for one token."""
-        return FEED_FORWARDS[config.dense_ffn].token_products(config.dim, config.ffn_dim)
 
 
 def core_class(config: ModelConfig) -> type[CoreFeedForward]:

@@ -1,16 +1,15 @@
 """Parameters and FLOPs of a model, computed from its configuration."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
+from torch import nn
 
 from mythos.model.attention.base import attention_class
-from mythos.model.attention.value_embeddings import value_embedding_layers
-from mythos.model.config import FEED_FORWARDS, GATE_INPUTS, INJECTIONS, ModelConfig, loop_stages, padded_vocab_size
-from mythos.model.injection import Injection
-from mythos.model.lanes import StateLanes
-from mythos.model.moe import MixtureOfExperts, core_class
+from mythos.model.config import ModelConfig
+from mythos.model.moe import MixtureOfExperts
 from mythos.model.rdt import RecurrentDepthTransformer
 
 
@@ -70,21 +69,41 @@ class ForwardFlops:
 
 
 def forward_flops(config: ModelConfig, length: int) -> ForwardFlops:
-    """FLOPs per token in sequences of `length` tokens; of attention, the causal half is counted."""
-    dim, attention_type = config.dim, attention_class(config)
-    pairs = (length + 1) / 2  # keys that a query sees on average
-    attention = attention_type.token_products(config) + attention_type.pair_products(config) * pairs
-    dense = attention + FEED_FORWARDS[config.dense_ffn].token_products(dim, config.ffn_dim)
-    core = attention + core_class(config).token_products(config)
-    injection: type[Injection] | None = INJECTIONS[config.injection]
-    looped = injection is not None
-    inject_once, inject_loop = (0, 0) if injection is None else injection.products(config)
-    vocab = padded_vocab_size(config.vocab_size) if isinstance(config.vocab_size, int) else 0
-    stages = len(loop_stages(config))
-    once = (config.prelude_layers + config.coda_layers) * dense + stages * inject_once
-    once += looped * dim * dim + dim * vocab
-    loop = config.core_layers * core + stages * (inject_loop + StateLanes.products(config) + 2 * dim * config.lora_rank)
-    gated = [part for part, _ in value_embedding_layers(config)]
-    gate = min(GATE_INPUTS, dim) * config.n_kv_heads
-    once, loop = once + gate * (len(gated) - gated.count("core")), loop + gate * gated.count("core")
-    return ForwardFlops(2.0 * once, 2.0 * loop)
+    """FLOPs per token in sequences of `length` tokens; of attention, the causal half is counted.
+
+    Without those of a halting rule. `vocab_size: auto` counts as no head.
+    """
+    once, loop = matmul_weights(config)
+    pairs = attention_class(config).pair_products(config) * (length + 1) / 2  # keys that a query sees on average
+    layers = config.prelude_layers + config.coda_layers
+    return ForwardFlops(2.0 * (once + layers * pairs), 2.0 * (loop + config.core_layers * pairs))
+
+
+@cache
+def matmul_weights(config: ModelConfig) -> tuple[int, int]:
+    """Number of weights that a token is multiplied by once, and in one pass of the loop; of experts, its own.
+
+    These are the two-dimensional parameters called `weight`, without tables, and the experts' stacks.
+    """
+    model = build_on_meta(config)
+    recurrence, injection = model.recurrence, model.recurrence.injection
+    outside = [] if injection is None else [injection, *injection.maps_outside_loop()]
+
+    def weights(parts: Iterable[nn.Module | None]) -> int:
+        modules = {module for part in parts if part is not None for module in part.modules()}
+        return sum(_matmul_weights(module) for module in modules)
+
+    stages = len(recurrence.stages)  # each has passes of its own
+    once = weights([*model.prelude, model.readout, *model.coda]) + stages * sum(map(_matmul_weights, outside))
+    in_pass = weights([injection, recurrence.lanes, recurrence.adapter]) - sum(map(_matmul_weights, outside))
+    head = 0 if config.vocab_size == "auto" else model.head_weight.numel()
+    return once + head, weights(recurrence.blocks) + stages * in_pass
+
+
+def _matmul_weights(module: nn.Module) -> int:
+    """Those of a module itself, without its parts."""
+    if isinstance(module, MixtureOfExperts):
+        experts, chosen = len(module.gate_up), module.router.chosen
+        return (module.gate_up.numel() + module.down.numel()) // experts * chosen
+    weight = getattr(module, "weight", None)
+    return weight.numel() if isinstance(weight, nn.Parameter) and weight.ndim == 2 else 0

@@ -52,10 +52,6 @@ class TiedAttention(Attention):
         return config.head_dim
 
     @staticmethod
-    def token_products(config: ModelConfig) -> int:
-        return config.dim * config.head_dim * (2 * config.n_heads + 1)
-
-    @staticmethod
     def pair_products(config: ModelConfig) -> int:
         return 2 * config.n_heads * config.head_dim
 
@@ -161,10 +157,6 @@ class DoublingCore(CoreFeedForward):
     @staticmethod
     def build(config: ModelConfig) -> nn.Module:
         return Doubling()
-
-    @staticmethod
-    def token_products(config: ModelConfig) -> int:
-        return 0
 
 
 def test_a_registered_core_runs_and_is_planned(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:

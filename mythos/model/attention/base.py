@@ -30,11 +30,6 @@ class Attention(nn.Module):
         raise NotImplementedError
 
     @staticmethod
-    def token_products(config: ModelConfig) -> int:
-        """Multiply-adds of the projections for one token."""
-        raise NotImplementedError
-
-    @staticmethod
     def pair_products(config: ModelConfig) -> int:
         """Multiply-adds for one pair of query and key positions, all heads together."""
         raise NotImplementedError

@@ -53,11 +53,6 @@ class GroupedQueryAttention(Attention):
         return 2 * config.n_kv_heads * config.head_dim
 
     @staticmethod
-    def token_products(config: ModelConfig) -> int:
-        """Multiply-adds of query, key, value and output projections for one token."""
-        return 2 * config.dim * config.head_dim * (config.n_heads + config.n_kv_heads)
-
-    @staticmethod
     def pair_products(config: ModelConfig) -> int:
         """Multiply-adds of score and weighted value for one pair of positions."""
         return 2 * config.n_heads * config.head_dim

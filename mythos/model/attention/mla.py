@@ -49,16 +49,6 @@ class MultiHeadLatentAttention(Attention):
         return config.kv_lora_rank + config.qk_rope_head_dim
 
     @staticmethod
-    def token_products(config: ModelConfig) -> int:
-        """Multiply-adds of all projections for one token, with keys and values expanded."""
-        dim, heads, value = config.dim, config.n_heads, config.v_head_dim
-        query_dim = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
-        query = (dim + query_dim) * config.q_lora_rank if config.q_lora_rank else dim * query_dim
-        latent = dim * (config.kv_lora_rank + config.qk_rope_head_dim)
-        expand = config.kv_lora_rank * heads * (config.qk_nope_head_dim + value)
-        return query + latent + expand + heads * value * dim
-
-    @staticmethod
     def pair_products(config: ModelConfig) -> int:
         """Multiply-adds of score and weighted value for one pair of positions."""
         return config.n_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
