@@ -86,7 +86,7 @@ class OpenedModel:
         if self.run is not None and self.run.data.kind == "reasoning":
             raise MythosError(f"{self.source} is of a reasoning run, which knows no text: use `mythos reasoning`")
         raise MythosError(
-            f"{self.source}: there is no tokenizer beside it, so no text can be measured. Give the run directory, or "
+            f"{self.source}: there is no tokenizer beside it, so no text can be encoded. Give the run directory, or "
             "copy its folder tokenizer/ beside the folder that contains the checkpoint."
         )
 
