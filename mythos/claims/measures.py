@@ -193,15 +193,19 @@ def frontier(opened: OpenedModel, loops: list[int], sequences: int) -> dict[str,
         raise MythosError(f"{opened.source}: this is measured of runs on data.task.name trees")
     task, model = opened.run.data.task, opened.model
     data = task_set(task, [task.levels], sequences, task.length(task.levels), "claim")
-    states: list[torch.Tensor] = []
+    states: list[list[torch.Tensor]] = [[] for _ in range(max(loops))]
     device = model.head_weight.device
-    with torch.no_grad():
-        targets = data.targets.to(device)
-        model.read_depths(data.ids.to(device), targets, [max(loops)], observe=lambda after: states.append(after.state))
+    for ids, targets in zip(data.ids.split(256), data.targets.split(256), strict=True):
+        model.read_depths(
+            ids.to(device),
+            targets.to(device),
+            [max(loops)],
+            observe=lambda after: states[after.loop - 1].append(after.state[:, -1].cpu().double()),
+        )
     taken: dict[str, Any] = {"loops": loops, "recall": [], "depth_first": [], "chance": []}
     for count in loops:
         members_BN = level_members(data.ids, task.nodes, count)
-        taken["recall"].append(probe_recall(states[count - 1][:, -1].cpu().double(), members_BN))
+        taken["recall"].append(probe_recall(torch.cat(states[count - 1]), members_BN))
         size = task.branches**count
         taken["chance"].append(0.5)
         taken["depth_first"].append((1 + (size - 1) * (size - 1) / (2 * size - 1)) / size)
