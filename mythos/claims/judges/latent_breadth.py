@@ -61,7 +61,7 @@ def panels(claim: Claim, results: Results) -> list[Panel]:
     """Recall by level."""
     names = {"recall": "state after t loops", "depth_first": "depth first", "chance": "chance"}
     lines = {
-        text: [(level, 100 * mean(values(results, name, level))) for level in (1, *LEVELS)]
+        text: [(level, [100 * value for value in values(results, name, level)]) for level in (1, *LEVELS)]
         for name, text in names.items()
     }
     return [lines_panel("Nodes of a level found by the probe", "level and loops", "percent", lines, loops=True)]
