@@ -38,7 +38,7 @@ from mythos.claims.definition import load_claim
 from mythos.claims.measures import check_measures
 from mythos.claims.results import FILE
 from mythos.claims.verdict_page import PICTURE, VERDICT
-from mythos.cli import export, tokenize
+from mythos.cli import main, tokenize
 from mythos.config.data import DataConfig, FilterConfig
 from mythos.config.inherited import RUN_FILE, inherited_sections
 from mythos.config.loading import config_from_dict, load_config
@@ -264,7 +264,7 @@ def build_targets(folder: Path) -> list[Target]:
     """All targets; writes their valid files into a folder, which takes some seconds, and checks that they are read."""
     run = _run(folder / "trained")
     exported = folder / "export"
-    assert export.main([str(run), str(exported)]) == 0
+    assert main(["export", str(run), str(exported)]) == 0
     targets = [*_configurations(folder, exported), *_models(folder, run, exported), *_data(folder, run / "tokenizer")]
     targets += [*_reports(folder, run), *_claims(folder), *_files_of_the_package(folder), *_state(folder, run)]
     for target in targets:
@@ -432,7 +432,7 @@ def _seal_checkpoint(copy: Path) -> None:
 def _models(folder: Path, run: Path, exported: Path) -> list[Target]:
     [checkpoint] = (run / "checkpoints").glob("step-*")
     parts = folder / "parts"
-    assert export.main([str(run), str(parts), "--max-shard-size", "60KB"]) == 0
+    assert main(["export", str(run), str(parts), "--max-shard-size", "60KB"]) == 0
     foreign = folder / "foreign"
     foreign.mkdir()
     targets = []

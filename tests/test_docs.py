@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from mythos.cli import COMMANDS as COMMAND_NAMES
-from mythos.cli import command
+from mythos.cli import main as command_main
 from mythos.config.loading import describe, load_config, packaged_configs
 from mythos.config.sections import Config
 from mythos.errors import MythosError
@@ -139,7 +139,7 @@ def mythos(words: list[str]) -> set[str]:
     assert words[0] in COMMAND_NAMES, words[0]
     if words[0] == "configs":
         assert not words[1:] or words[1] in packaged_configs()
-    return accepted(command(words[0]).main, words[1:], words[0])
+    return accepted(command_main, words, words[0])
 
 
 def accepted(main: Callable[[list[str]], int], words: list[str], name: str) -> set[str]:

@@ -1,4 +1,4 @@
-"""The command `mythos`: one module per subcommand, with `parser()` and `main(arguments)`.
+"""The command `mythos`: one module per subcommand, with `parser()` and `run(options)`, or `main(arguments)`.
 
 The modules import torch and other slow packages only while a command runs, so that help and errors appear at once.
 """
@@ -72,7 +72,10 @@ def run(arguments: list[str]) -> int:
         return exit_status(lambda: print(overview()))
     name, *rest = arguments
     if name in COMMANDS:
-        return command(name).main(rest)
+        module = command(name)
+        if hasattr(module, "main"):  # a command with messages or exit statuses of its own
+            return module.main(rest)
+        return exit_status(lambda: module.run(module.parser().parse_intermixed_args(rest)))
     if name.startswith("-"):
         parser().parse_args(arguments)  # prints the version, or reports an unknown option
     hint = HINTS.get(name) or suggestion(name, list(COMMANDS))

@@ -8,7 +8,7 @@ them.
 import argparse
 from pathlib import Path
 
-from mythos.cli.common import command_parser, exit_status
+from mythos.cli.common import command_parser
 from mythos.config.model_paths import require_run
 from mythos.files.local import writing
 
@@ -19,11 +19,6 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run directories, or checkpoints step-* in them")
     parser.add_argument("--out", type=Path, default=Path("compare"), metavar="DIR", help="output folder (compare/)")
     return parser
-
-
-def main(arguments: list[str]) -> int:
-    """Run the command and return its exit status."""
-    return exit_status(lambda: run(parser().parse_args(arguments)))
 
 
 def run(options: argparse.Namespace) -> None:

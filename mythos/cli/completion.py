@@ -9,7 +9,7 @@ The script contains the commands and options of this version; completing does no
 
 import argparse
 
-from mythos.cli.common import command_parser, exit_status
+from mythos.cli.common import command_parser
 from mythos.config.loading import packaged_configs
 from mythos.errors import import_optional
 
@@ -27,9 +27,9 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str]) -> int:
-    """Run the command and return its exit status."""
-    return exit_status(lambda: print(script(parser().parse_args(arguments).shell)))
+def run(options: argparse.Namespace) -> None:
+    """Print the script. Raises MythosError like :func:`script`."""
+    print(script(options.shell))
 
 
 def script(shell: str) -> str:

@@ -7,7 +7,7 @@ import argparse
 import itertools
 import re
 
-from mythos.cli.common import command_parser, exit_status
+from mythos.cli.common import command_parser
 from mythos.config.checking import suggestion
 from mythos.config.loading import packaged_configs
 from mythos.errors import MythosError
@@ -20,17 +20,12 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str]) -> int:
-    """Run the command and return its exit status."""
-    return exit_status(lambda: run(parser().parse_args(arguments).config))
-
-
-def run(name: str | None) -> None:
+def run(options: argparse.Namespace) -> None:
     """Print the file of one configuration, or all names with their first sentences.
 
     Raises MythosError for an unknown name.
     """
-    known = packaged_configs()
+    known, name = packaged_configs(), options.config
     if name is None:
         width = max(map(len, known))
         for title, path in known.items():

@@ -19,7 +19,6 @@ from mythos.cli.common import (
     check_model_path,
     comma_separated,
     command_parser,
-    exit_status,
     positive_numbers,
     whole_numbers,
 )
@@ -64,11 +63,6 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--fewshot", type=int, metavar="N", help="examples before each question of harness tasks")
     add_measuring_options(parser, "evaluation")
     return parser
-
-
-def main(arguments: list[str]) -> int:
-    """Run the command and return its exit status."""
-    return exit_status(lambda: run(parser().parse_args(arguments)))
 
 
 def run(options: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ AutoModelForCausalLM opens the folder wherever mythos is installed and imported.
 
 import argparse
 
-from mythos.cli.common import add_writing_options, check_model_path, command_parser, exit_status
+from mythos.cli.common import add_writing_options, check_model_path, command_parser
 
 
 def parser() -> argparse.ArgumentParser:
@@ -21,11 +21,6 @@ def parser() -> argparse.ArgumentParser:
         help="also upload to this repository of the hub; a new one is created as private",
     )
     return parser
-
-
-def main(arguments: list[str]) -> int:
-    """Run the command and return its exit status."""
-    return exit_status(lambda: run(parser().parse_args(arguments)))
 
 
 def run(options: argparse.Namespace) -> None:

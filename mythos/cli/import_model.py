@@ -7,7 +7,7 @@ runs: weights are read from safetensors, or as plain tensors from torch files.
 
 import argparse
 
-from mythos.cli.common import add_writing_options, command_parser, exit_status
+from mythos.cli.common import add_writing_options, command_parser
 from mythos.cli.export import count_files
 
 
@@ -24,11 +24,6 @@ def parser() -> argparse.ArgumentParser:
     )
     add_writing_options(parser)
     return parser
-
-
-def main(arguments: list[str]) -> int:
-    """Run the command and return its exit status."""
-    return exit_status(lambda: run(parser().parse_args(arguments)))
 
 
 def run(options: argparse.Namespace) -> None:

@@ -19,7 +19,6 @@ from mythos.cli.common import (
     check_least,
     check_model_path,
     command_parser,
-    exit_status,
     whole_numbers,
 )
 from mythos.config.model_paths import run_directory
@@ -54,11 +53,6 @@ def parser() -> argparse.ArgumentParser:
     )
     add_device_option(parser)
     return parser
-
-
-def main(arguments: list[str]) -> int:
-    """Run the command and return its exit status."""
-    return exit_status(lambda: run(parser().parse_args(arguments)))
 
 
 def run(options: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mythos.cli.common import command_parser, exit_status
+from mythos.cli.common import command_parser
 from mythos.config.model_paths import require_run
 from mythos.errors import MythosError
 
@@ -33,11 +33,6 @@ def parser() -> argparse.ArgumentParser:
         "--every", type=float, metavar="SECONDS", help=f"time between two pages of --watch ({WATCH_SECONDS:g})"
     )
     return parser
-
-
-def main(arguments: list[str]) -> int:
-    """Run the command and return its exit status."""
-    return exit_status(lambda: run(parser().parse_args(arguments)))
 
 
 def run(options: argparse.Namespace) -> None:

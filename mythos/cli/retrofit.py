@@ -8,7 +8,7 @@ mythos train OUT/train.yaml. No code of the source runs.
 
 import argparse
 
-from mythos.cli.common import add_writing_options, command_parser, exit_status
+from mythos.cli.common import add_writing_options, command_parser
 from mythos.errors import MythosError
 
 
@@ -33,11 +33,6 @@ def parser() -> argparse.ArgumentParser:
     )
     add_writing_options(parser)
     return parser
-
-
-def main(arguments: list[str]) -> int:
-    """Run the command and return its exit status."""
-    return exit_status(lambda: run(parser().parse_args(arguments)))
 
 
 def run(options: argparse.Namespace) -> None:

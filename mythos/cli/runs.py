@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mythos.cli.common import command_parser, exit_status
+from mythos.cli.common import command_parser
 from mythos.errors import MythosError
 
 if TYPE_CHECKING:
@@ -29,11 +29,6 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--dir", type=Path, default=Path("runs"), metavar="DIR", help="folder of the runs (runs/)")
     parser.add_argument("--yes", "-y", action="store_true", help="delete without a question")
     return parser
-
-
-def main(arguments: list[str]) -> int:
-    """Run the command and return its exit status."""
-    return exit_status(lambda: run(parser().parse_intermixed_args(arguments)))
 
 
 def run(options: argparse.Namespace) -> None:

@@ -18,7 +18,6 @@ from mythos.cli.common import (
     check_model_path,
     comma_separated,
     command_parser,
-    exit_status,
     positive_numbers,
     whole_numbers,
 )
@@ -55,11 +54,6 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", metavar="GLOB", help="text files to measure on (the run's validation set)")
     add_measuring_options(parser, "sweep")
     return parser
-
-
-def main(arguments: list[str]) -> int:
-    """Run the command and return its exit status."""
-    return exit_status(lambda: run(parser().parse_args(arguments)))
 
 
 def run(options: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ import yaml
 
 from mythos.checkpoints.init_from import open_start
 from mythos.checkpoints.stored_model import open_model
-from mythos.cli import compare, export, generate, report, sweep, train
+from mythos.cli import generate, main, train
 from mythos.config.loading import config_from_dict, load_config
 from mythos.errors import MythosError
 from mythos.files.storage import MARKER, META
@@ -66,9 +66,9 @@ def test_a_run_that_training_refuses_is_opened_to_use_it(rule: str, tmp_path: Pa
     assert generate.main([folder, "--prompt", "The", "--tokens", "2"]) == 0
     assert open_run(folder).config == opened.run
     if rule == "initial":  # the other commands open models and records by the same two functions
-        assert report.main([folder]) == 0 and compare.main([folder, folder, "--out", str(tmp_path / "both")]) == 0
-        assert sweep.main([folder, "--loops", "1,2", "--sequences", "4"]) == 0
-        assert export.main([folder, str(tmp_path / "export")]) == 0
+        assert main(["report", folder]) == 0 and main(["compare", folder, folder, "--out", str(tmp_path / "both")]) == 0
+        assert main(["sweep", folder, "--loops", "1,2", "--sequences", "4"]) == 0
+        assert main(["export", folder, str(tmp_path / "export")]) == 0
     capsys.readouterr()
 
     # To train is another matter: a dry run, resuming, and a new run of the same configuration.

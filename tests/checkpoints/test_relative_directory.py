@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from mythos.checkpoints.stored_model import open_model
-from mythos.cli import runs, train
+from mythos.cli import main, train
 from mythos.config.loading import load_config
 from mythos.errors import MythosError
 from mythos.reports.recorded import open_run
@@ -68,7 +68,7 @@ def test_a_directory_that_cannot_be_known_is_asked_for(started: Path, capsys: py
     with pytest.raises(MythosError, match=r"the run has no complete checkpoint yet in saved, its checkpoint\.dir"):
         open_model(run)
     assert open_run(run).last("loss") is not None
-    assert runs.main(["--dir", "."]) == 0 and "stopped" in capsys.readouterr().out
+    assert main(["runs", "--dir", "."]) == 0 and "stopped" in capsys.readouterr().out
     assert train.main([str(run), "train.steps=2", f"checkpoint.dir={started / 'saved'}"]) == 0
     records = read_metrics(run / "metrics.jsonl")
     assert [record["resumed_from"] for record in records if "resumed_from" in record] == [1]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mythos.cli import COMMANDS, command
+from mythos.cli import COMMANDS, main
 from mythos.cli.common import check_least, exit_status, positive_numbers, quiet_without_reader, whole_numbers
 from mythos.errors import MythosError
 from mythos.files.local import writing
@@ -103,7 +103,7 @@ sys.exit(main(["{tmp_path}"]))
 def test_arguments_that_are_no_text_are_refused(name: str, argument: str, capsys: pytest.CaptureFixture[str]) -> None:
     """By every command, as a path and as an option's value."""
     with pytest.raises(SystemExit) as caught:
-        command(name).main([argument])
+        main([name, argument])
     assert caught.value.code == 2
     message = capsys.readouterr().err
     assert f"argument {argument!a}: allowed: text in UTF-8" in message
@@ -151,6 +151,6 @@ def test_numbers_that_nothing_can_be_done_with(
     monkeypatch.chdir(tmp_path)
     Path("quickstart").mkdir()
     Path("quickstart/config.yaml").touch()
-    assert command(name).main(["quickstart", *arguments]) == 1
+    assert main([name, "quickstart", *arguments]) == 1
     message = capsys.readouterr().err
     assert message.startswith("error: ") and says in message and message.count("\n") == 1

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mythos.cli.estimate import main
+from mythos.cli import main
 from mythos.planning.budget import GPUS
 from mythos.planning.fake_step import CHECKPOINTING
 
@@ -13,7 +13,7 @@ from mythos.planning.fake_step import CHECKPOINTING
 def test_page_and_json_of_a_preset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "out.json"
     shipped = ["mythos_nano", "--gpu", "a100", "--gpus", "4"]  # whose traces come with the package
-    assert main([*shipped, "--tokens", "1e9", "--mfu", "0.25", "--price", "2", "--json", str(path)]) == 0
+    assert main(["estimate", *shipped, "--tokens", "1e9", "--mfu", "0.25", "--price", "2", "--json", str(path)]) == 0
     text, figures = capsys.readouterr().out, json.loads(path.read_text())
     run, flops = figures["run"], figures["flops_per_token"]
     executed = flops["training_executed"]["none"]
@@ -40,7 +40,7 @@ def test_utilisation_comes_from_the_traffic_of_the_configuration(
     small += ["--tokens", "1e9", "--json", str(tmp_path / "out.json")]
     shares = {}
     for compiled in ("true", "false"):
-        assert main([*small, f"train.compile={compiled}"]) == 0
+        assert main(["estimate", *small, f"train.compile={compiled}"]) == 0
         text, run = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())["run"]
         assert "from a model of a step's traffic" in text and "not measured" in text
         time = run["seconds_per_token"]
@@ -68,5 +68,5 @@ def test_utilisation_comes_from_the_traffic_of_the_configuration(
     ],
 )
 def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(arguments) == 1
+    assert main(["estimate", *arguments]) == 1
     assert message in capsys.readouterr().err

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from mythos.cli import evaluate, export, sweep
+from mythos.cli import main
 from mythos.errors import MythosError
 from mythos.evaluation.continuations import DepthSetting
 from mythos.evaluation.results import COLUMNS, Result, append_to_table, file_name, save, table
@@ -74,7 +74,7 @@ def test_a_run(trained: Trainer, capsys: pytest.CaptureFixture[str], caplog: pyt
     """Questions as the trainer scored them, bits per byte as it validated and as the depth sweep measures them."""
     arguments = ["--tasks", str(trained.run_dir.parent / "local.jsonl"), "--loops", "3,1,auto"]
     corpus = str(trained.run_dir.parent / "corpus.jsonl")
-    assert evaluate.main([str(trained.run_dir), *arguments, "--exit-threshold", "1.5,0.001"]) == 0
+    assert main(["evaluate", str(trained.run_dir), *arguments, "--exit-threshold", "1.5,0.001"]) == 0
     stem = trained.run_dir / "evaluation" / "step-00000004_local_loops-3+1+convergence-1.5+convergence-0.001"
     printed = capsys.readouterr().out
     sheet = stem.with_name("results.csv")
@@ -89,7 +89,7 @@ def test_a_run(trained: Trainer, capsys: pytest.CaptureFixture[str], caplog: pyt
     assert [line["threshold"] for line in lines[4:]] == ["1.5", "1.5", "0.001", "0.001"]
     assert [float(line["mean_loops"]) for line in lines[4:]] == [1.0, 1.0, 2.0, 2.0]
 
-    assert evaluate.main([str(trained.run_dir), "--loops", "1,2,auto", "--out", str(stem.parent / "text")]) == 0
+    assert main(["evaluate", str(trained.run_dir), "--loops", "1,2,auto", "--out", str(stem.parent / "text")]) == 0
     text = scores(stem.parent / "text" / "step-00000004_validation_loops-1+2+convergence-0.13.json")
     assert {key[0] for key in text} == {"validation"}
     assert text["validation", "bits_per_byte", 2, None]["value"] == pytest.approx(record["val/bits_per_byte"])
@@ -99,30 +99,30 @@ def test_a_run(trained: Trainer, capsys: pytest.CaptureFixture[str], caplog: pyt
     assert halted["mean_loops"] == pytest.approx(record["val/auto_loops"])
 
     options = ["--data", corpus, "--loops", "2", "--out", str(stem.parent / "other")]
-    assert evaluate.main([str(trained.run_dir), *options, "--limit", "3"]) == 0
+    assert main(["evaluate", str(trained.run_dir), *options, "--limit", "3"]) == 0
     [document] = (stem.parent / "other").glob("step-00000004_*-corpus.jsonl_loops-2_limit-3.json")
     other = scores(document)
     assert other[corpus, "bits_per_byte", 2, None]["samples"] == 3
     options[-1] = str(stem.parent / "sweep")
-    assert sweep.main([str(trained.run_dir), *options, "--sequences", "3", "--rules", "none"]) == 0
+    assert main(["sweep", str(trained.run_dir), *options, "--sequences", "3", "--rules", "none"]) == 0
     measured = json.loads((stem.parent / "sweep" / "step-00000004.json").read_text())["loops"][-1]
     assert other[corpus, "bits_per_byte", 2, None]["value"] == pytest.approx(measured["bits_per_byte"])
 
 
 def test_an_export_gives_the_scores_of_its_checkpoint(trained: Trainer, tmp_path: Path, capsys: Any) -> None:
-    assert export.main([str(trained.run_dir), str(tmp_path / "export")]) == 0
+    assert main(["export", str(trained.run_dir), str(tmp_path / "export")]) == 0
     arguments = ["--tasks", str(questions(tmp_path)), "--data", str(trained.run_dir.parent / "corpus.jsonl")]
     arguments += ["--limit", "2"]
     values = []
     for path in (tmp_path / "export", saved(trained, 4)):
         out = tmp_path / f"{path.name}-scores"
-        assert evaluate.main([str(path), *arguments, "--out", str(out)]) == 0
+        assert main(["evaluate", str(path), *arguments, "--out", str(out)]) == 0
         [document] = out.glob("step-00000004_*.json")
         content = json.loads(document.read_text())
         values.append([r["value"] for r in content["results"] if r["task"] == "local"])
     assert values[0] == values[1] and len(values[0]) == 6, "by default 1, the mean and auto"
     capsys.readouterr()
-    assert evaluate.main([str(tmp_path / "export")]) == 1
+    assert main(["evaluate", str(tmp_path / "export")]) == 1
     assert "an exported model knows no data" in capsys.readouterr().err
 
 
@@ -147,13 +147,13 @@ def test_bad_options(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
-    assert evaluate.main([str(trained.run_dir), *options]) == 1
+    assert main(["evaluate", str(trained.run_dir), *options]) == 1
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_harness_that_is_not_installed(trained: Trainer, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mythos.evaluation.harness", None)  # as where its first import fails
-    assert evaluate.main([str(trained.run_dir), "--tasks", "hellaswag"]) == 1
+    assert main(["evaluate", str(trained.run_dir), "--tasks", "hellaswag"]) == 1
     message = capsys.readouterr().err
     assert "'hellaswag' is no .jsonl file" in message and "pip install 'mythos-rdt[eval]'" in message
 
@@ -163,7 +163,7 @@ def test_a_checkpoint_without_its_tokenizer(trained: Trainer, tmp_path: Path, ca
     shutil.copytree(saved(trained, 4), "alone/step-00000004")
     (trained.run_dir / "tokenizer").rename(trained.run_dir / "elsewhere")
     try:
-        assert evaluate.main(["alone/step-00000004"]) == 1
+        assert main(["evaluate", "alone/step-00000004"]) == 1
     finally:
         (trained.run_dir / "elsewhere").rename(trained.run_dir / "tokenizer")
     assert "there is no tokenizer beside it" in capsys.readouterr().err and not Path("evaluation").exists()
@@ -215,7 +215,7 @@ def test_every_call_keeps_its_results(trained: Trainer, tmp_path: Path) -> None:
     """Three calls: of one depth, of another, and of the first again."""
     arguments = [str(trained.run_dir), "--tasks", str(questions(tmp_path)), "--out", str(tmp_path / "out")]
     for loops in ("1", "2", "1"):
-        assert evaluate.main([*arguments, "--loops", loops]) == 0
+        assert main(["evaluate", *arguments, "--loops", loops]) == 0
     stems = ["step-00000004_local_loops-1", "step-00000004_local_loops-1-2", "step-00000004_local_loops-2"]
     files = {path.name: path for path in (tmp_path / "out").iterdir()}
     assert files.keys() == {"results.csv", *(f"{stem}.json" for stem in stems)}, "a single depth is no picture"

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from mythos.cli import evaluate, sweep, train
+from mythos.cli import main, train
 from mythos.config.data import DataConfig
 from mythos.config.loading import load_config
 from mythos.data import embedded
@@ -153,14 +153,14 @@ def test_other_text_is_said_wherever_it_is_measured_or_trained_on(
 ) -> None:
     run = str(tmp_path / "run")
     assert load_config(run).data.revision == REVISION
-    measure = [(evaluate.main, ["--loops", "1", "--limit", "2"]), (sweep.main, ["--loops", "1", "--sequences", "2"])]
-    for command, arguments in measure:
-        assert command([run, *arguments]) == 0
+    measure = [["evaluate", run, "--loops", "1", "--limit", "2"], ["sweep", run, "--loops", "1", "--sequences", "2"]]
+    for arguments in measure:
+        assert main(arguments) == 0
         assert "other text" not in caplog.text
     now = other_text()
-    for command, arguments in measure:
+    for arguments in measure:
         caplog.clear()
-        assert command([run, *arguments]) == 0
+        assert main(arguments) == 0
         (record,) = [one for one in caplog.records if "other text" in one.getMessage()]
         assert record.levelno == logging.WARNING
         assert f"its hash was {REVISION} and is {now}. The figures cannot be compared" in record.getMessage()
@@ -195,7 +195,7 @@ def test_a_run_of_before_opens_and_its_text_is_said_to_differ(
     assert meta["config"]["data"]["revision"] is None
     meta["data"]["sources"]["corpus"]["corpus"] = "0" * 32
     rewrite(step, meta)
-    assert sweep.main([str(run), "--loops", "1", "--sequences", "2"]) == 0
+    assert main(["sweep", str(run), "--loops", "1", "--sequences", "2"]) == 0
     (record,) = [one for one in caplog.records if "other text" in one.getMessage()]
     was = f"its hash was {'0' * 32} (text of installed packages) and is {REVISION}."
     assert was in record.getMessage()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mythos.cli import evaluate
+from mythos.cli import main
 from mythos.trainer import Trainer
 from tests.cli.test_evaluate import questions
 from tests.distributed.pool import RankPool
@@ -49,9 +49,9 @@ def test_the_script(pool: RankPool, single: tuple[Path, dict[str, float]]) -> No
     values: list[Any] = []
     for ranks in (1, 2):
         out = directory / f"out-{ranks}"
-        arguments = [str(directory / "single"), "--tasks", str(directory / "local.jsonl"), "--data"]
+        arguments = ["evaluate", str(directory / "single"), "--tasks", str(directory / "local.jsonl"), "--data"]
         arguments += [str(directory / "corpus.jsonl"), "--limit", "7", "--out", str(out), *OPTIONS]
-        statuses = pool.run(evaluate.main, arguments, ranks=ranks) if ranks > 1 else [evaluate.main(arguments)]
+        statuses = pool.run(main, arguments, ranks=ranks) if ranks > 1 else [main(arguments)]
         assert statuses == [0] * ranks
         values.append(json.loads(next(out.glob("step-00000003_*.json")).read_text())["results"])
     assert len(values[0]) == 12
@@ -69,13 +69,14 @@ def test_tasks_of_the_harness(pool: RankPool, single: tuple[Path, dict[str, floa
     for ranks in (1, 2):
         out = directory / f"harness-{ranks}"
         arguments = [
+            "evaluate",
             str(directory / "single"),
             "--tasks",
             "local_multiple_choice,local_generate_until",
             "--include-path",
         ]
         arguments += [str(directory / "tasks"), "--out", str(out), *OPTIONS]
-        statuses = pool.run(evaluate.main, arguments, ranks=ranks) if ranks > 1 else [evaluate.main(arguments)]
+        statuses = pool.run(main, arguments, ranks=ranks) if ranks > 1 else [main(arguments)]
         assert statuses == [0] * ranks
         values.append(json.loads(next(out.glob("step-00000003_*.json")).read_text())["results"])
     assert len(values[0]) == 9
@@ -85,5 +86,5 @@ def test_tasks_of_the_harness(pool: RankPool, single: tuple[Path, dict[str, floa
 
 def test_all_ranks_report_what_cannot_be_scored(pool: RankPool, single: tuple[Path, dict[str, float]]) -> None:
     directory, _ = single
-    arguments = [str(directory / "single"), "--tasks", "nothing.jsonl"]
-    assert pool.run(evaluate.main, arguments, ranks=2) == [1, 1]
+    arguments = ["evaluate", str(directory / "single"), "--tasks", "nothing.jsonl"]
+    assert pool.run(main, arguments, ranks=2) == [1, 1]

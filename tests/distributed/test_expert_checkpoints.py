@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mythos.checkpoints.stored_model import open_model, tensors_of
-from mythos.cli import sweep
+from mythos.cli import main
 from mythos.hf.export import export_model
 from mythos.trainer import Trainer
 from tests.distributed.pool import RankPool
@@ -110,7 +110,7 @@ def test_the_same_layout_rounds_alike(pool: RankPool, hops: tuple[Path, dict[str
 @pytest.mark.parametrize("layout", ["ep 2 x fsdp 2", "ep 2 x replicate 2, shared 2"])
 def test_all_ranks_validate_as_one_process_measures(hops: tuple[Path, dict[str, Hop]], layout: str) -> None:
     done = hops[1][layout]
-    assert sweep.main([str(done.path), "--loops", "1", "--rules", "none"]) == 0
+    assert main(["sweep", str(done.path), "--loops", "1", "--rules", "none"]) == 0
     (measured,) = done.path.parents[1].glob("sweep/*.json")
     assert json.loads(measured.read_text())["loops"][0]["loss"] == pytest.approx(done.validated, rel=1e-5)
 

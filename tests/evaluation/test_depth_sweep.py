@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from mythos.cli import sweep as script
+from mythos.cli import main
+from mythos.cli.sweep import report
 from mythos.data.tasks import TaskSet
 from mythos.data.validation import ValidationSet
 from mythos.distributed.ranks import Ranks, World
@@ -205,7 +206,7 @@ def test_a_reasoning_task():
     assert sweep.halting[0].loss == pytest.approx(expected, rel=1e-5)
     assert sweep.loops[3].bits_per_byte is sweep.halting[0].bits_per_byte is None
     assert sweep.sequence_length == LENGTH
-    assert "bits" in script.report(sweep)
+    assert "bits" in report(sweep)
 
 
 def test_dense_and_fixed_cores():
@@ -399,7 +400,7 @@ def trained(tmp_path_factory, no_plots) -> Path:
 
 def test_command_line_on_a_run(trained, capsys):
     """The losses equal those of the trainer's validation."""
-    assert script.main([str(trained)]) == 0
+    assert main(["sweep", str(trained)]) == 0
     printed = capsys.readouterr().out
     stem = trained / "sweep" / "step-00000004"
     assert all(f"{stem}.{kind}" in printed and stem.with_suffix(f".{kind}").exists() for kind in ("json", "csv", "png"))
@@ -429,7 +430,7 @@ def test_command_line_on_a_checkpoint_and_other_text(trained, tmp_path):
         "2",
     ]
     checkpoint = next((trained / "checkpoints").glob("step-*"))
-    assert script.main([str(checkpoint), *options, "--data", str(texts), "--out", str(tmp_path / "out")]) == 0
+    assert main(["sweep", str(checkpoint), *options, "--data", str(texts), "--out", str(tmp_path / "out")]) == 0
     content = json.loads((tmp_path / "out" / "step-00000004.json").read_text())
     assert (content["sequences"], content["fit"], len(content["loops"])) == (3, None, 2)
     assert [(p["rule"], p["threshold"], len(p["exits"])) for p in content["halting"]] == [
@@ -440,10 +441,10 @@ def test_command_line_on_a_checkpoint_and_other_text(trained, tmp_path):
 
 def test_command_line_on_an_exported_model(trained, tmp_path, capsys):
     export_model(trained, tmp_path / "exported")
-    assert script.main([str(tmp_path / "exported")]) == 1
+    assert main(["sweep", str(tmp_path / "exported")]) == 1
     assert "--data" in capsys.readouterr().err
     options = ["--data", str(trained.parent / "corpus.jsonl"), "--sequences", "2", "--loops", "1", "--rules", "none"]
-    assert script.main([str(tmp_path / "exported"), *options, "--out", str(tmp_path)]) == 0
+    assert main(["sweep", str(tmp_path / "exported"), *options, "--out", str(tmp_path)]) == 0
     content = json.loads((tmp_path / "step-00000004.json").read_text())
     assert (content["sequences"], content["sequence_length"], content["halting"]) == (2, 64, [])
 
@@ -475,31 +476,31 @@ def test_bad_options(trained, tmp_path, capsys, monkeypatch, options, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("README.md", "short.txt"):
         Path(name).write_text("The end.\n")
-    assert script.main([str(trained), *options]) == 1
+    assert main(["sweep", str(trained), *options]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: --") and message in error and "data.validation" not in error
 
 
 def test_bad_path(tmp_path, capsys):
-    assert script.main([str(tmp_path)]) == 1
+    assert main(["sweep", str(tmp_path)]) == 1
     assert str(tmp_path) in capsys.readouterr().err
 
 
 def test_what_cannot_be_written(trained, tmp_path, capsys):
     (tmp_path / "file").touch()
     arguments = ["--loops", "1", "--rules", "none", "--sequences", "1", "--out", str(tmp_path / "file")]
-    assert script.main([str(trained), *arguments]) == 1
+    assert main(["sweep", str(trained), *arguments]) == 1
     assert f"error: {tmp_path / 'file'} cannot be written: " in capsys.readouterr().err
 
 
 def test_a_checkpoint_beside_no_run(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(next((trained / "checkpoints").glob("step-*")), tmp_path / "alone" / "step-00000004")
-    assert script.main(["alone/step-00000004", "--loops", "1", "--rules", "none", "--sequences", "1"]) == 0
+    assert main(["sweep", "alone/step-00000004", "--loops", "1", "--rules", "none", "--sequences", "1"]) == 0
     first = tmp_path / "sweep" / "step-00000004.json"
     before = first.read_bytes()
     # A second sweep of that step does not replace the first.
-    assert script.main(["alone/step-00000004", "--loops", "2", "--rules", "none", "--sequences", "1"]) == 0
+    assert main(["sweep", "alone/step-00000004", "--loops", "2", "--rules", "none", "--sequences", "1"]) == 0
     assert first.read_bytes() == before and len(list(first.parent.iterdir())) == 6
     second = json.loads(first.with_stem("step-00000004-2").read_text())
     assert [loop["loops"] for loop in second["loops"] if loop["loss"] is not None] == [2]

@@ -16,7 +16,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 from mythos.checkpoints.stored_model import OpenedModel, open_model
-from mythos.cli import evaluate, export
+from mythos.cli import main
 from mythos.evaluation import harness
 from mythos.evaluation.choices import choice_scores, encode_task, read_tasks
 from mythos.evaluation.continuations import DepthSetting, score_requests
@@ -36,7 +36,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, no_plots: None) -> Path:
     folder = tmp_path_factory.mktemp("harness")
     nano = {"preset": "mythos_nano", "loops": 2, "context_length": 48}
     trainer = run(tiny(folder, model=nano, train__steps=2, optim__lr=0.01, depth__backprop=1, depth__curriculum={}))
-    assert export.main([str(trainer.run_dir), str(folder / "model")]) == 0
+    assert main(["export", str(trainer.run_dir), str(folder / "model")]) == 0
     words = documents()[7].split()
     lines = [
         {"query": f"{' '.join(words[n : n + 3 + 40 * (n == 5)])}{' ' * (n == 4)}", "gold": n % 3}
@@ -67,7 +67,7 @@ def test_a_local_task_at_several_depths(exported: Path, opened: OpenedModel, tmp
     tasks = "local_multiple_choice,local_loglikelihood_rolling,local_generate_until"
     arguments = ["--tasks", f"{tasks},{exported / 'questions.jsonl'}", "--include-path", str(exported / "tasks")]
     arguments += ["--loops", "1,4,8,auto", "--halting", "convergence", "--exit-threshold", "0.5"]
-    assert evaluate.main([str(exported / "model"), *arguments, "--out", str(tmp_path)]) == 0
+    assert main(["evaluate", str(exported / "model"), *arguments, "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     content = json.loads(next(tmp_path.glob("step-00000002_*.json")).read_text())
     results = {
@@ -91,7 +91,7 @@ def test_a_local_task_at_several_depths(exported: Path, opened: OpenedModel, tmp
 
 def test_a_local_task_limited(exported: Path, tmp_path: Path) -> None:
     arguments = ["--tasks", "local_multiple_choice", "--include-path", str(exported / "tasks"), "--limit", "4"]
-    assert evaluate.main([str(exported / "model"), *arguments, "--loops", "1", "--out", str(tmp_path)]) == 0
+    assert main(["evaluate", str(exported / "model"), *arguments, "--loops", "1", "--out", str(tmp_path)]) == 0
     content = json.loads(next(tmp_path.glob("step-00000002_*.json")).read_text())
     assert {result["samples"] for result in content["results"]} == {4}
     [task] = read_tasks([str(exported / "questions.jsonl")], what="--tasks", limit=4)
@@ -261,6 +261,6 @@ def test_tasks_that_cannot_be_had(exported: Path, capsys: Any, monkeypatch: pyte
         ("local_multiple_choice", exported / "nothing", "is not a folder"),
     ):
         arguments = ["--tasks", name, "--include-path", str(folder), "--out", str(exported / "out")]
-        assert evaluate.main([str(exported / "model"), *arguments]) == 1
+        assert main(["evaluate", str(exported / "model"), *arguments]) == 1
         assert message in capsys.readouterr().err
         assert not (exported / "out").exists()

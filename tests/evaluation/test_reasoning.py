@@ -12,8 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mythos.cli.reasoning import main as report
-from mythos.cli.sweep import main as depth_sweep
+from mythos.cli import main
 from mythos.config.data import TaskConfig
 from mythos.config.loading import config_from_dict
 from mythos.config.sections import Config
@@ -316,7 +315,7 @@ def test_report_of_a_looped_and_a_fixed_run(
     run(tiny(tmp_path / "fixed", train__steps=1, **fixed))
     capsys.readouterr()
     runs = [str(tmp_path / name / "run") for name in ("looped", "fixed")]
-    assert report([*runs, "--sequences", "64", "--difficulties", "1,2,6"]) == 0
+    assert main(["reasoning", *runs, "--sequences", "64", "--difficulties", "1,2,6"]) == 0
     printed = capsys.readouterr().out
     assert "with as many loops as steps: 1: " in printed and "side-by-side.png" in printed
     looped, own = (json.loads((Path(path) / "reasoning" / "step-00000001.json").read_text()) for path in runs)
@@ -325,7 +324,7 @@ def test_report_of_a_looped_and_a_fixed_run(
     assert (tmp_path / "looped" / "run" / "reasoning" / "side-by-side.png").is_file()
     # Both have the name run, as directory and as run.name.
     out = tmp_path / "out"
-    assert report([*runs, "--sequences", "8", "--difficulties", "1", "--out", str(out)]) == 0
+    assert main(["reasoning", *runs, "--sequences", "8", "--difficulties", "1", "--out", str(out)]) == 0
     stems = ("run", "run-2")
     assert {file.name for file in out.iterdir()} == {
         "side-by-side.png",
@@ -333,26 +332,26 @@ def test_report_of_a_looped_and_a_fixed_run(
     }
     assert [json.loads((out / f"{stem}.json").read_text())["name"] for stem in stems] == list(stems)
     (tmp_path / "file").touch()
-    assert report([runs[0], "--sequences", "8", "--difficulties", "1", "--out", str(tmp_path / "file")]) == 1
+    assert main(["reasoning", runs[0], "--sequences", "8", "--difficulties", "1", "--out", str(tmp_path / "file")]) == 1
     assert f"error: {tmp_path / 'file'} cannot be written: " in capsys.readouterr().err
     # Without a run directory, the files do not go two folders above the checkpoint.
     monkeypatch.chdir(out)
     shutil.copytree(Path(runs[0]) / "checkpoints" / "step-00000001", out / "a" / "b" / "step-00000001")
-    assert report(["a/b/step-00000001", "--sequences", "8", "--difficulties", "1"]) == 0
+    assert main(["reasoning", "a/b/step-00000001", "--sequences", "8", "--difficulties", "1"]) == 0
     assert {file.name for file in (out / "reasoning").iterdir()} == {"a.png", "a.csv", "a.json"}
     # Further measurements do not replace the first.
     before = {file: file.read_bytes() for file in out.iterdir() if file.is_file()}
-    assert report([*runs, "--sequences", "8", "--difficulties", "2", "--out", str(out)]) == 0
+    assert main(["reasoning", *runs, "--sequences", "8", "--difficulties", "2", "--out", str(out)]) == 0
     assert {file: file.read_bytes() for file in before} == before
     new = {file.name for file in out.iterdir() if file.is_file()} - {file.name for file in before}
     assert new == {"side-by-side-2.png"} | {
         f"run{end}.{kind}" for end in ("-3", "-2-2") for kind in ("png", "csv", "json")
     }
     capsys.readouterr()
-    assert depth_sweep([runs[0]]) == 1
+    assert main(["sweep", runs[0]]) == 1
     assert "`mythos reasoning`" in capsys.readouterr().err
     for option in ("--loops", "--most"):
-        assert depth_sweep([runs[1], option, "2"]) == 1
+        assert main(["sweep", runs[1], option, "2"]) == 1
         assert f"error: {option}: got 2; a fixed-depth model" in capsys.readouterr().err
 
 
@@ -366,9 +365,9 @@ def test_report_refuses_what_it_cannot_ask(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "config.yaml").touch()
-    assert report([str(tmp_path), "--device", "cuda"]) == 1
+    assert main(["reasoning", str(tmp_path), "--device", "cuda"]) == 1
     assert capsys.readouterr().err == "error: --device is cuda, but torch finds no CUDA GPU: set --device=auto or cpu\n"
-    assert report([str(tmp_path / "nothing")]) == 1
+    assert main(["reasoning", str(tmp_path / "nothing")]) == 1
     assert "error: " in capsys.readouterr().err
     bad = (
         ("--loops", "0", "'0'"),
@@ -377,11 +376,11 @@ def test_report_refuses_what_it_cannot_ask(
         ("--sequences", "0", "0"),
     )
     for option, value, message in bad:
-        assert report([str(tmp_path), option, value]) == 1
+        assert main(["reasoning", str(tmp_path), option, value]) == 1
         error = capsys.readouterr().err
         assert error.startswith(f"error: {option}: got {message}; give ") and error.count("\n") == 1
     task = {"symbols": 4, "difficulty": [1, 3], "tell": "number"}
     run(tiny(tmp_path, train__steps=1, data__task=task, data__sequence_length=6))
     capsys.readouterr()
-    assert report([str(tmp_path / "run"), "--difficulties", "65", "--sequences", "8"]) == 1
+    assert main(["reasoning", str(tmp_path / "run"), "--difficulties", "65", "--sequences", "8"]) == 1
     assert "up to 64" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
 from mythos.checkpoints.stored_model import StoredModel, open_model
-from mythos.cli import export as export_command
+from mythos.cli import main
 from mythos.errors import MythosError
 from mythos.generation.sampling import Sampling
 from mythos.generation.tokens import generate
@@ -174,7 +174,7 @@ def test_bfloat16_and_an_export_of_an_export(trained: Trainer, exported: Path, t
     assert all(torch.equal(opened[name.removeprefix("model.")], tensor.float()) for name, tensor in tensors.items())
 
     (tmp_path / "again").mkdir()  # an empty folder is allowed
-    assert export_command.main([str(exported), str(tmp_path / "again")]) == 0
+    assert main(["export", str(exported), str(tmp_path / "again")]) == 0
     again = load_file(tmp_path / "again" / "model.safetensors")
     assert again.keys() == tensors.keys() and all(torch.equal(again[f"model.{name}"], x) for name, x in whole.items())
     assert (tmp_path / "again" / "README.md").read_text() == (exported / "README.md").read_text()
@@ -242,7 +242,7 @@ def test_an_export_that_fails_leaves_nothing(
         export_model(trained.run_dir, tmp_path / "new", max_shard_size="big")
     with pytest.raises(MythosError, match="step-00000003 is no complete checkpoint"):
         export_model(saved(trained, 3), tmp_path / "new")
-    assert export_command.main([str(full), str(tmp_path / "new")]) == 1
+    assert main(["export", str(full), str(tmp_path / "new")]) == 1
     assert "full: it is not a model. Give a run directory" in capsys.readouterr().err
 
     shutil.copytree(saved(trained, 4), tmp_path / "cut" / "step-00000004")
@@ -306,7 +306,7 @@ def test_push(
     api.create_repo.return_value = "https://hub/somebody/small"
     monkeypatch.setattr(export, "HfApi", lambda: api)
     folder = tmp_path / "out"
-    assert export_command.main([str(trained.run_dir), str(folder), "--push", "somebody/small"]) == 0
+    assert main(["export", str(trained.run_dir), str(folder), "--push", "somebody/small"]) == 0
     api.create_repo.assert_called_once_with("somebody/small", private=True, exist_ok=True)
     [call] = api.upload_folder.call_args_list
     assert call.kwargs["repo_id"] == "somebody/small" and Path(call.kwargs["folder_path"]) == folder
@@ -315,7 +315,7 @@ def test_push(
 
     api.upload_folder.side_effect = RuntimeError("401 Unauthorized\nmore")
     shutil.rmtree(folder)
-    assert export_command.main([str(trained.run_dir), str(folder), "--push", "somebody/small"]) == 1
+    assert main(["export", str(trained.run_dir), str(folder), "--push", "somebody/small"]) == 1
     error = capsys.readouterr().err
     assert "out is exported, but the upload to somebody/small failed: 401 Unauthorized. Log in by" in error
     assert (folder / "config.json").is_file()

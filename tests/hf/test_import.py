@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mythos.checkpoints.stored_model import open_model
-from mythos.cli import import_model as import_command
+from mythos.cli import main
 from mythos.config.presets import preset_config
 from mythos.errors import MythosError
 from mythos.generation.sampling import Sampling
@@ -358,7 +358,7 @@ def test_what_is_refused_leaves_nothing(
     spoil, message = REFUSED[case]
     spoil(parcae)
     before = sorted(path.name for path in parcae.iterdir())
-    assert import_command.main([str(parcae), str(tmp_path / "out")]) == 1
+    assert main(["import", str(parcae), str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
     assert re.match("error: .*\n$", error) and message in error
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
@@ -401,7 +401,7 @@ def test_failing_half_way_leaves_nothing(parcae: Path, tmp_path: Path, monkeypat
 
 
 def test_command_tells_what_it_did(parcae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert import_command.main([str(parcae), str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
+    assert main(["import", str(parcae), str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
     printed = capsys.readouterr().out
     assert "parcae, 1 file of weights" in printed and "without a tokenizer" in printed
     opened = open_model(tmp_path / "out").model

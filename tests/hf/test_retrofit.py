@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from mythos.checkpoints.stored_model import open_model
-from mythos.cli import retrofit
+from mythos.cli import main
 from mythos.config.loading import load_config
 from mythos.errors import MythosError
 from mythos.hf.retrofit import DECAY
@@ -88,7 +88,7 @@ IDS = torch.randint(0, SIZES["vocab_size"], (2, 40), generator=torch.Generator()
 def test_all_layers_at_one_loop_are_the_dense_model(tmp_path: Path, kind: Any, config: Any, changes: Any) -> None:
     model = dense(kind, config, **changes)
     source = published(tmp_path / "dense", model)
-    assert retrofit.main([str(source), str(tmp_path / "looped"), *ALL]) == 0
+    assert main(["retrofit", str(source), str(tmp_path / "looped"), *ALL]) == 0
     with torch.no_grad():
         expected = model(IDS).logits
     torch.testing.assert_close(logits_at_one_loop(tmp_path / "looped", IDS), expected, rtol=1e-4, atol=1e-4)
@@ -112,7 +112,7 @@ def test_left_out_layers_are_a_dense_model_without_them(
         "--coda",
         str(kept[3]) if kept[3:] else "none",
     ]
-    assert retrofit.main([str(source), str(tmp_path / "looped"), *parts]) == 0
+    assert main(["retrofit", str(source), str(tmp_path / "looped"), *parts]) == 0
     printed = capsys.readouterr().out
     assert "left out: layers " + ", ".join(str(n) for n in range(6) if n not in kept) in printed
     fewer = dense(num_hidden_layers=len(kept))
@@ -140,7 +140,7 @@ def test_its_own_configuration_trains_it_on(tmp_path: Path) -> None:
     folder = tmp_path / "it's: looped"
     aside = str(tmp_path / "dense" / "aside")
     arguments = [str(tmp_path / "dense"), str(folder), *ALL, "--loops", "2", "--tokenizer", aside]
-    assert retrofit.main(arguments) == 0
+    assert main(["retrofit", *arguments]) == 0
     small = settings(tmp_path)
     overrides = ["train.steps=2", "train.global_batch=8", "train.micro_batch=4", "train.device=cpu", "eval.samples=0"]
     overrides += [
@@ -230,12 +230,12 @@ def test_errors_write_nothing(
         without(source, spoil)
     elif spoil:
         (source / spoil).unlink()
-    assert retrofit.main([str(source), str(out), *arguments]) == 1
+    assert main(["retrofit", str(source), str(out), *arguments]) == 1
     assert says in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "out"][: 1 + (spoil == "out")]
 
 
 def test_biases_of_qwen2_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = published(tmp_path / "dense", dense(Qwen2ForCausalLM, Qwen2Config))
-    assert retrofit.main([str(source), str(tmp_path / "out"), *ALL]) == 1
+    assert main(["retrofit", str(source), str(tmp_path / "out"), *ALL]) == 1
     assert "model_type 'qwen2'; known: llama, mistral, qwen3" in capsys.readouterr().err

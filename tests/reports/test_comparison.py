@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from mythos.cli.compare import main
+from mythos.cli import main
 from mythos.config.loading import load_config
 from mythos.planning.flops import count_parameters, forward_flops
 from mythos.reports.comparison import compare
@@ -65,7 +65,7 @@ def flops_of(folder: str) -> list[float]:
 
 
 def test_runs_of_one_vocabulary(folders, tmp_path, capsys):
-    assert main([*folders, "--out", str(tmp_path / "out")]) == 0
+    assert main(["compare", *folders, "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert "vocabularies" not in printed and str(tmp_path / "out" / "compare.png") in printed
     assert "not validated on the same sequences: they differ in data.path" in printed
@@ -135,7 +135,7 @@ def test_runs_of_different_vocabularies_are_compared_by_bytes(folders, tmp_path,
                 last = [record for record in lines_of(folder) if "val/loss" in record][-1]
                 expected = [0.4 * last[f"val/loss@{loops}"] for loops in (1, 3, 6)]
                 assert list(line.get_ydata()) == pytest.approx(expected, rel=1e-12)
-    assert main([*folders, "--out", str(tmp_path / "out")]) == 0
+    assert main(["compare", *folders, "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert "different vocabularies" in printed and "bits per byte are compared" in printed
     assert "loss" not in printed.splitlines()[0] and "bits/byte" in printed.splitlines()[0]
@@ -168,7 +168,7 @@ def test_the_page_has_table_curves_and_differences(folders):
 def test_a_comparison_of_other_runs_is_kept(folders, tmp_path):
     out = tmp_path / "out"
     for runs in (folders, folders[:1], folders, folders[:1]):
-        assert main([*runs, "--out", str(out)]) == 0
+        assert main(["compare", *runs, "--out", str(out)]) == 0
     names = {f"{stem}.{kind}" for stem in ("compare", "compare-2") for kind in ("csv", "png", "html")}
     assert {path.name for path in out.iterdir()} == names
     for stem, runs in (("compare", folders), ("compare-2", folders[:1])):
@@ -176,7 +176,7 @@ def test_a_comparison_of_other_runs_is_kept(folders, tmp_path):
             assert [row["directory"] for row in csv.DictReader(file)] == runs
     (out / "compare.csv").write_text("run,parameters\n_a$b,1\nrun,2\n")  # as an earlier version wrote it
     (out / "compare-3.png").write_text("mine")
-    assert main([*folders, "--out", str(out)]) == 0
+    assert main(["compare", *folders, "--out", str(out)]) == 0
     assert (out / "compare.csv").read_text().endswith("run,2\n") and (out / "compare-4.html").exists()
     assert (out / "compare-3.png").read_text() == "mine" and not (out / "compare-3.csv").exists()
 
@@ -201,7 +201,7 @@ def test_runs_on_a_task(tmp_path):
 
 def test_what_cannot_be_compared(folders, tmp_path, capsys):
     def refused(*arguments: str) -> str:
-        assert main([*arguments, "--out", str(tmp_path / "out")]) == 1
+        assert main(["compare", *arguments, "--out", str(tmp_path / "out")]) == 1
         assert not (tmp_path / "out").exists()
         return capsys.readouterr().err
 
@@ -212,7 +212,7 @@ def test_what_cannot_be_compared(folders, tmp_path, capsys):
     (Path(folders[1]) / "metrics.jsonl").unlink()
     assert "metrics.jsonl is missing" in refused(*folders)
     (tmp_path / "file").write_text("")
-    assert main([folders[0], "--out", str(tmp_path / "file")]) == 1
+    assert main(["compare", folders[0], "--out", str(tmp_path / "file")]) == 1
     assert "cannot be written" in capsys.readouterr().err
 
 

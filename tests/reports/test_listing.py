@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mythos.cli.runs import main
+from mythos.cli import main
 from mythos.distributed.run_lock import LOCK_FILE, RunLock, is_locked
 from mythos.reports.listing import shown_size, size_on_disk
 from tests.reports.handmade import records, write_run
@@ -38,7 +38,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def listed(capsys: pytest.CaptureFixture[str]) -> dict[str, list[str]]:
-    assert main([]) == 0
+    assert main(["runs"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     return {line[0]: line[1:] for line in lines[1:]}
 
@@ -65,16 +65,17 @@ def test_damaged_records_do_not_end_the_list(tmp_path: Path, capsys: pytest.Capt
         directory = write_run(tmp_path / name, records(1), train__steps=3)
         with (directory / "metrics.jsonl").open("a") as file:
             file.write(f'nonsense\n{{"step": 2, "loss": NaN, "time": {time}}}\n')
-    assert main(["--dir", str(tmp_path)]) == 0
+    assert main(["runs", "--dir", str(tmp_path)]) == 0
     captured = capsys.readouterr()
     assert [line.split()[:4] for line in captured.out.splitlines()[1:]] == [[n, "stopped", "2/3", "nan"] for n in "ab"]
     assert captured.err.count("metrics.jsonl: line 2 has not JSON") == 2
-    assert main(["rm", "--yes", "x", "--dir", str(tmp_path)]) == 1 and main(["rm", "x", "--dir", "none"]) == 1
+    assert main(["runs", "rm", "--yes", "x", "--dir", str(tmp_path)]) == 1
+    assert main(["runs", "rm", "x", "--dir", "none"]) == 1
 
 
 def test_a_name_sends_no_commands_to_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path / "a\x1b[2Jb", records(1), train__steps=3)
-    assert main(["--dir", str(tmp_path)]) == 0
+    assert main(["runs", "--dir", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "\x1b" not in out and out.splitlines()[1].startswith("a\N{REPLACEMENT CHARACTER}[2Jb ")
 
@@ -85,11 +86,11 @@ def test_sizes_in_words() -> None:
 
 
 def test_no_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--dir", str(tmp_path)]) == 0
+    assert main(["runs", "--dir", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"no runs below {tmp_path}\n"
-    assert main(["rm", "a", "--dir", str(tmp_path)]) == 1
+    assert main(["runs", "rm", "a", "--dir", str(tmp_path)]) == 1
     assert "there is none at all; give the folder of the runs with --dir" in capsys.readouterr().err
-    assert main(["--dir", str(tmp_path / "none")]) == 1
+    assert main(["runs", "--dir", str(tmp_path / "none")]) == 1
     assert "is not a folder; give the folder of your runs with --dir" in capsys.readouterr().err
 
 
@@ -108,7 +109,7 @@ def test_the_question(
     runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, answer: str, gone: bool
 ) -> None:
     monkeypatch.setattr("sys.stdin", Terminal(answer))
-    assert main(["rm", "halfway", "runs/group/now", "runs/halfway/"]) == 0
+    assert main(["runs", "rm", "halfway", "runs/group/now", "runs/halfway/"]) == 0
     printed = capsys.readouterr().out
     assert "Delete these runs (" in printed and ("nothing is deleted" in printed) is not gone
     for name in ("halfway", "group/now"):
@@ -119,13 +120,13 @@ def test_the_question(
 
 def test_yes_needs_no_terminal(runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
-    assert main(["rm", "done"]) == 1
+    assert main(["runs", "rm", "done"]) == 1
     assert "there is no terminal to ask at; give --yes" in capsys.readouterr().err and (runs / "done").exists()
     outside = Path("precious")
     outside.mkdir()
     (outside / "file").touch()
     (runs / "done" / "link").symlink_to(outside.absolute(), target_is_directory=True)
-    assert main(["rm", "--yes", "done"]) == 0
+    assert main(["runs", "rm", "--yes", "done"]) == 0
     assert not (runs / "done").exists() and (outside / "file").exists()
 
 
@@ -153,18 +154,18 @@ def test_what_is_not_deleted(runs: Path, capsys: pytest.CaptureFixture[str]) -> 
     with RunLock(runs / "unsaved"):
         before = sorted(Path().rglob("*"))
         for name, message in refused.items():
-            assert main(["rm", "--yes", "done", name]) == 1, name
+            assert main(["runs", "rm", "--yes", "done", name]) == 1, name
             assert message in capsys.readouterr().err, name
     assert sorted(Path().rglob("*")) == before, "all names are checked before the first run is deleted"
-    assert main(["rm", "--yes"]) == 1 and main(["list", "done"]) == 1
+    assert main(["runs", "rm", "--yes"]) == 1 and main(["runs", "list", "done"]) == 1
 
 
 def test_checkpoints_elsewhere_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = tmp_path / "scratch" / "step-00000001"
     place.mkdir(parents=True)
     write_run(tmp_path / "runs" / "a", records(1), checkpoint__dir=str(place.parent))
-    assert main(["rm", "--yes", "a", "--dir", str(tmp_path / "runs")]) == 0
+    assert main(["runs", "rm", "--yes", "a", "--dir", str(tmp_path / "runs")]) == 0
     assert f"its checkpoints in {place.parent} stay" in capsys.readouterr().out and place.exists()
     write_run(tmp_path / "runs" / "b", records(1), checkpoint__dir="s3://key:secret@bucket/b")
-    assert main(["rm", "--yes", "b", "--dir", str(tmp_path / "runs")]) == 0
+    assert main(["runs", "rm", "--yes", "b", "--dir", str(tmp_path / "runs")]) == 0
     assert "its checkpoints in s3://***@bucket/b stay" in capsys.readouterr().out

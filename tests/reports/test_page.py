@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mythos.checkpoints.stored_model import open_model
-from mythos.cli import evaluate, report, sweep
+from mythos.cli import main, report
 from mythos.config.loading import load_config
 from mythos.distributed.run_lock import RunLock
 from mythos.errors import MythosError
@@ -51,12 +51,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     changes["eval__prompts"] = ["The river", "<b>Page"]
     for steps in (4, 6):
         run(tiny(directory, train__steps=steps, **changes))
-    assert sweep.main([str(directory / "run"), "--loops", "1,2,3,6", "--rules", "convergence"]) == 0
+    assert main(["sweep", str(directory / "run"), "--loops", "1,2,3,6", "--rules", "convergence"]) == 0
     return directory / "run"
 
 
 def test_a_real_run(trained, capsys):
-    assert report.main([str(trained)]) == 0
+    assert main(["report", str(trained)]) == 0
     path = trained / "report.html"
     assert capsys.readouterr().out == f"{path}\n"
     page, lines = Page(path.read_text(encoding="utf-8")), lines_of(trained)
@@ -396,7 +396,7 @@ def test_stored_evaluations_are_shown(trained, tmp_path):
     directory = write_run(tmp_path / "run", records(3))
     folder = directory / "evaluation"
     for arguments in (["--loops", "1,3"], ["--loops", "3,auto", "--exit-threshold", "0.2", "--limit", "2"]):
-        assert evaluate.main([str(trained), "--out", str(folder), *arguments]) == 0
+        assert main(["evaluate", str(trained), "--out", str(folder), *arguments]) == 0
     (folder / "step-00000002_mine.json").write_text(json.dumps({"results": [{"task": NASTY}]}))
     (folder / "notes.json").write_text("mine")
     page = page_of(directory)
@@ -451,7 +451,7 @@ def test_watching_a_run(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(report.time, "sleep", sleep)
     with lock:
-        assert report.main([str(directory), "--watch", "--every", "2"]) == 0
+        assert main(["report", str(directory), "--watch", "--every", "2"]) == 0
     assert seen[:2] == [None, None]
     assert [view.headline["steps"] for view in seen[2:]] == ["3 of 100", "5 of 100"]
     assert all('<meta http-equiv="refresh" content="2">' in view.raw for view in seen[2:])
@@ -461,10 +461,10 @@ def test_watching_a_run(tmp_path, monkeypatch, capsys):
     assert [line.startswith("waiting: ") for line in printed] == [True, True, False, False]
     assert printed[2] == str(page)
 
-    assert report.main([str(directory), "--watch"]) == 0, "a run that does not train gets one page"
-    assert report.main([str(tmp_path / "none"), "--watch"]) == 1
+    assert main(["report", str(directory), "--watch"]) == 0, "a run that does not train gets one page"
+    assert main(["report", str(tmp_path / "none"), "--watch"]) == 1
     for arguments, message in ((["--every", "5"], "only with --watch"), (["--watch", "--every", "0"], "give 1 to")):
-        assert report.main([str(directory), *arguments]) == 1
+        assert main(["report", str(directory), *arguments]) == 1
         assert message in capsys.readouterr().err
 
 
@@ -472,16 +472,16 @@ def test_a_page_replaces_pages_only(tmp_path, capsys):
     directory = write_run(tmp_path / "run", records(3))
     out = tmp_path / "page.html"
     for _ in range(2):
-        assert report.main([str(directory), "--out", str(out)]) == 0
+        assert main(["report", str(directory), "--out", str(out)]) == 0
     out.write_text("<p>My notes</p>")
-    assert report.main([str(directory), "--out", str(out)]) == 1
+    assert main(["report", str(directory), "--out", str(out)]) == 1
     assert "page.html exists and is no page of `mythos report`" in capsys.readouterr().err
     assert out.read_text() == "<p>My notes</p>"
 
 
 def test_runs_that_are_none(tmp_path, capsys):
     def refused(*arguments: object) -> str:
-        assert report.main([str(argument) for argument in arguments]) == 1
+        assert main(["report", *map(str, arguments)]) == 1
         return capsys.readouterr().err
 
     assert "no such file or folder. Give a run directory" in refused(tmp_path / "none")
@@ -499,7 +499,7 @@ def test_runs_that_are_none(tmp_path, capsys):
     assert "did you mean name?" in refused(directory)
     whole = write_run(tmp_path / "whole", records(2))
     assert "cannot be written" in refused(whole, "--out", tmp_path / "no" / "folder.html")
-    assert report.main([str(whole), "--out", str(tmp_path / "page.html")]) == 0
+    assert main(["report", str(whole), "--out", str(tmp_path / "page.html")]) == 0
     assert not (whole / "report.html").exists() and (tmp_path / "page.html").exists()
 
 
@@ -510,7 +510,7 @@ def test_damaged_records_are_left_out(tmp_path, capsys, caplog):
     lines = file.read_bytes().splitlines()
     file.write_bytes(b"\n".join([lines[0], b"[1]", b"\xff", b'{"step": 2}', *lines[1:], bytes(50)]))
     for directory in (sound, damaged):
-        assert report.main([str(directory)]) == 0
+        assert main(["report", str(directory)]) == 0
     assert "line 2 has no number for step" in caplog.text and "3 others" in caplog.text
     expected, recovered = (open_run(directory) for directory in (sound, damaged))
     assert recovered.records == expected.records
