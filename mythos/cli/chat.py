@@ -51,7 +51,6 @@ Ctrl-C stops the model, Ctrl-D leaves."""
 
 
 def parser() -> argparse.ArgumentParser:
-    """Build the parser of the command."""
     parser = command_parser("chat", __doc__, epilog=EXAMPLES, usage="%(prog)s PATH [--loops N|auto] [options]")
     parser.add_argument("path", metavar="PATH", help="run directory, checkpoint step-XXXXXXXX, or exported folder")
     add_length_options(parser.add_argument_group("length of a turn"), tokens=64)
@@ -62,7 +61,6 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command and return its exit status."""
     options = parser().parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model may write characters that the terminal's encoding lacks

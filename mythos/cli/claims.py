@@ -22,7 +22,6 @@ STOPPED = "\nstopped; the same command continues"
 
 
 def parser() -> argparse.ArgumentParser:
-    """Build the parser of the command."""
     parser = command_parser("claims", __doc__)
     parser.add_argument("name", metavar="NAME", help="a claim, or: list = show all claims, check = recompute results")
     parser.add_argument(
@@ -44,7 +43,6 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command and return its exit status."""
     options = parser().parse_args(arguments)
     return exit_status(lambda: run(options), interrupted=STOPPED)
 

@@ -14,7 +14,6 @@ from mythos.files.local import writing
 
 
 def parser() -> argparse.ArgumentParser:
-    """Build the parser of the command."""
     parser = command_parser("compare", __doc__)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run directories, or checkpoints step-* in them")
     parser.add_argument("--out", type=Path, default=Path("compare"), metavar="DIR", help="output folder (compare/)")

@@ -21,7 +21,6 @@ FOLDERS = ("DIR", "FOLDER", "RUN")
 
 
 def parser() -> argparse.ArgumentParser:
-    """Build the parser of the command."""
     parser = command_parser("completion", __doc__)
     parser.add_argument("shell", choices=SHELLS, help="the shell")
     return parser

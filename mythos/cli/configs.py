@@ -14,7 +14,6 @@ from mythos.errors import MythosError
 
 
 def parser() -> argparse.ArgumentParser:
-    """Build the parser of the command."""
     parser = command_parser("configs", __doc__)
     parser.add_argument("config", nargs="?", metavar="NAME", help="configuration to print (default: list all)")
     return parser

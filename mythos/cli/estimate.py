@@ -56,7 +56,6 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command and return its exit status."""
     return exit_status(lambda: run(parser().parse_intermixed_args(arguments)))
 
 

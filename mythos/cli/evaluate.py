@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Build the parser of the command."""
     parser = command_parser("evaluate", __doc__)
     parser.add_argument("path", metavar="MODEL", help="run directory, checkpoint step-*, or exported folder")
     parser.add_argument(

@@ -10,7 +10,6 @@ from mythos.cli.common import add_writing_options, check_model_path, command_par
 
 
 def parser() -> argparse.ArgumentParser:
-    """Build the parser of the command."""
     parser = command_parser("export", __doc__)
     parser.add_argument("path", metavar="RUN_OR_CHECKPOINT", help="run directory, checkpoint step-XXXXXXXX, or export")
     parser.add_argument("folder", metavar="FOLDER", help="new or empty output folder")

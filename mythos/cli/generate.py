@@ -45,7 +45,6 @@ Text goes to standard output, everything else to standard error.
 
 
 def parser() -> argparse.ArgumentParser:
-    """Build the parser of the command."""
     parser = command_parser(
         "generate", __doc__, epilog=EXAMPLES, usage="%(prog)s PATH [--prompt TEXT] [--loops N|auto] [options]"
     )
@@ -152,7 +151,6 @@ def add_computation_options(group: TakesArguments) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command and return its exit status."""
     options = parser().parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model may write characters that the terminal's encoding lacks

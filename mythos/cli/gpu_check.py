@@ -16,7 +16,6 @@ MINUTES = 8.0
 
 
 def parser() -> argparse.ArgumentParser:
-    """Build the parser of the command."""
     parser = command_parser("gpu-check", __doc__)
     parser.add_argument(
         "--out", type=Path, metavar="DIR", default=Path("gpu-check"), help="folder of the report (%(default)s)"
@@ -27,7 +26,6 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command and return its exit status."""
     options = parser().parse_args(arguments)
     unexpected = False
 

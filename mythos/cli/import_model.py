@@ -12,7 +12,6 @@ from mythos.cli.export import count_files
 
 
 def parser() -> argparse.ArgumentParser:
-    """Build the parser of the command."""
     parser = command_parser("import", __doc__)
     parser.add_argument("source", metavar="SOURCE", help="folder, or OWNER/NAME on the hub (SandyResearch/parcae-140m)")
     parser.add_argument("folder", metavar="FOLDER", help="new or empty output folder")

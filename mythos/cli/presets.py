@@ -11,14 +11,12 @@ UNITS = (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3))
 
 
 def parser() -> argparse.ArgumentParser:
-    """Build the parser of the command."""
     return command_parser(
         "presets", f"{__doc__}\n\nSet one as model.preset; `mythos estimate` computes the cost of its training."
     )
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command and return its exit status."""
     parser().parse_args(arguments)
     return exit_status(lambda: print(preset_table()))
 

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Build the parser of the command."""
     parser = command_parser("reasoning", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory, or a checkpoint step-* in one")
     parser.add_argument(

@@ -24,7 +24,6 @@ LONGEST_SECONDS = 86_400.0
 
 
 def parser() -> argparse.ArgumentParser:
-    """Build the parser of the command."""
     parser = command_parser("report", __doc__)
     parser.add_argument("run", metavar="RUN", help="run directory, or a checkpoint step-* in one")
     parser.add_argument("--out", type=Path, metavar="FILE", help="page to write (report.html in the run directory)")

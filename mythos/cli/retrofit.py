@@ -13,7 +13,6 @@ from mythos.errors import MythosError
 
 
 def parser() -> argparse.ArgumentParser:
-    """Build the parser of the command."""
     parser = command_parser("retrofit", __doc__)
     parser.add_argument("source", metavar="SOURCE", help="folder, or OWNER/NAME on the hub")
     parser.add_argument("folder", metavar="OUT", help="new or empty output folder")

@@ -52,7 +52,6 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command and return its exit status."""
     command = parser()
     options = command.parse_intermixed_args(arguments)
     if options.workers < 1:

@@ -12,7 +12,6 @@ MEASURED_DOCUMENTS = 1000
 
 
 def parser() -> argparse.ArgumentParser:
-    """Build the parser of the command."""
     parser = command_parser("tokenizer", __doc__)
     add_corpus_options(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="output folder")
@@ -20,7 +19,6 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command and return its exit status."""
     command = parser()
     options = command.parse_intermixed_args(arguments)
     config = corpus_config(command, options)

@@ -62,7 +62,6 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command and return its exit status."""
     set_up_process()
     if launch_status() is not LaunchStatus.RUNNING:  # torchrun has started this process once more
         return exit_status_of_ended_launch()
