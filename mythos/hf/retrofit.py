@@ -46,16 +46,12 @@ LOOPS = 4
 TRAIN_FILE = "train.yaml"
 
 DEFAULTS = {
-    "attention_bias": False,
-    "hidden_act": "silu",
     "max_position_embeddings": 2048,
-    "mlp_bias": False,
     "rms_norm_eps": 1e-6,
     "rope_theta": 10_000.0,
     "tie_word_embeddings": False,
-    "use_sliding_window": False,
 }
-"""Defaults of `LlamaConfig` and similar classes; other fields default to None."""
+"""Defaults of `LlamaConfig` and similar classes; other fields default to None, or to what REQUIRED allows."""
 REQUIRED = {"attention_bias": False, "hidden_act": "silu", "mlp_bias": False, "use_sliding_window": False}
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 NORMED = {"llama": False, "mistral": False, "qwen3": True}

@@ -74,11 +74,14 @@ def option(values: Values, defaults: Values, name: str) -> Any:
 
 
 def setting_problems(values: Values, defaults: Values, required: Values) -> Iterator[str]:
-    """One problem for every value that differs from the required one; a tuple lists several allowed values."""
+    """One problem for every value that differs from the required one; a tuple lists several allowed values.
+
+    A default that is allowed need not be in `defaults`: a name in neither `values` nor `defaults` is no problem.
+    """
     for name, allowed in required.items():
         value = option(values, defaults, name)
         choices = allowed if isinstance(allowed, tuple) else (allowed,)
-        if value not in choices:
+        if (name in values or name in defaults) and value not in choices:
             yield f"{name}: got {value!r}; allowed: {' or '.join(map(repr, choices))}"
 
 

@@ -36,29 +36,21 @@ from mythos.hf.importers.architecture import (
 from mythos.model.config import ModelConfig
 
 DEFAULTS = {
-    "bias": False,
-    "block_class_name": "SandwichBlock",
     "block_size": 4096,
-    "injection_type": "linear",
     "intermediate_size": 17920,
     "mean_recurrence": 32,
-    "mlp_class_name": "GatedMLP",
     "n_embd": 5280,
     "n_heads": 55,
     "n_layers_in_coda": 2,
     "n_layers_in_prelude": 2,
     "n_layers_in_recurrent_block": 4,
-    "nonlin_name": "SiLU",
-    "norm_class_name": "RMSNorm_llama",
     "norm_eps": 1e-6,
     "qk_bias": True,
     "rope_base": 50_000,
-    "state_init": "like-init",
-    "test_time_noise": 0,
     "tie_embeddings": True,
     "vocab_size": 65536,
 }
-"""Defaults of `RavenConfig`; other fields default to None."""
+"""Defaults of `RavenConfig`; other fields default to None, or to what REQUIRED allows."""
 
 REQUIRED = {
     "bias": False,

@@ -34,14 +34,12 @@ from mythos.hf.importers.architecture import (
 )
 
 DEFAULTS = {
-    "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
     "rope_theta": 1_000_000.0,
     "tie_word_embeddings": False,
     "total_ut_steps": 4,
-    "use_sliding_window": False,
 }
-"""Defaults of `OuroConfig`; other fields default to None."""
+"""Defaults of `OuroConfig`; other fields default to None, or to what REQUIRED allows."""
 
 REQUIRED = {
     "attention_bias": (None, False),

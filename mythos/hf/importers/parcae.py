@@ -52,15 +52,9 @@ from mythos.model.config import ModelConfig
 from mythos.model.injection import DT_BOUNDS, LOG_A_BOUNDS
 
 DEFAULTS = {
-    "bias": False,
-    "block_class_name": "TransformerPreNormBlock",
     "block_size": 4096,
-    "init_strategy": "scaled",
-    "injection_type": "diagonal",
     "mean_backprop_depth": 8,
     "mean_recurrence": 32,
-    "mlp_class_name": "BaseMLP",
-    "mup_model_scaling_factor": 1,
     "n_embd": 4096,
     "n_layers_in_coda": 1,
     "n_layers_in_prelude": 1,
@@ -70,7 +64,6 @@ DEFAULTS = {
     "norm_eps": 1e-5,
     "num_attention_heads": 32,
     "prelude_norm": False,
-    "qk_bias": False,
     "qk_norm": False,
     "recurrent_embedding_dimension": 1024,
     "recurrent_intermediation_embedding_dimension": 3520,
@@ -78,7 +71,7 @@ DEFAULTS = {
     "tie_embeddings": False,
     "vocab_size": 50254,
 }
-"""Defaults of `ParcaeConfig`; other fields default to None."""
+"""Defaults of `ParcaeConfig`; other fields default to None, or to what REQUIRED allows."""
 
 REQUIRED = {
     "bias": False,
@@ -154,8 +147,7 @@ def parcae_config(values: Values) -> ModelConfig:
     }
     problems = list(setting_problems(values, DEFAULTS, REQUIRED | same_as_rest))
     rope = values.get("rope_settings") or {}
-    plain_rope = {"use_rope": True, "rope_condense_ratio": 1}
-    problems += setting_problems(rope, plain_rope, plain_rope)
+    problems += setting_problems(rope, {}, {"use_rope": True, "rope_condense_ratio": 1})
     tables, gates = value_embedding_layers(values)
     if tables & gates not in (tables, set()):
         layers = sorted(tables & gates)
