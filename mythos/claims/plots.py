@@ -15,7 +15,6 @@ from mythos.reports.style import (
     Panel,
     describe,
     fit_range,
-    log_scale,
     loop_axis,
     mark_training,
     name_lines,
@@ -40,7 +39,6 @@ def lines_panel(
     *,
     loops: bool = False,
     log_x: bool = False,
-    log_y: bool = False,
     trained: float | None = None,
     level: tuple[float, str] | None = None,
     y_range: tuple[float, float] | None = None,
@@ -58,7 +56,6 @@ def lines_panel(
         lines: points by the name of the arm.
         loops: the x axis is one of loop counts, on which `trained` is marked.
         log_x: the x axis is logarithmic.
-        log_y: the y axis is logarithmic, if the values differ enough.
         trained: mean loops in training.
         level: y and name of a horizontal line.
         y_range: natural limits of y, which values may exceed.
@@ -85,10 +82,7 @@ def lines_panel(
             logarithmic(axes, places)
         if level is not None:
             mark_level(axes, *level)
-        if log_y:
-            log_scale(axes)
-        else:
-            fit_range(axes, None, *(y_range or ()))
+        fit_range(axes, None, *(y_range or ()))
         if trained is not None:
             mark_training(axes, trained)
         name_lines(axes)

@@ -55,11 +55,6 @@ class RunResult:
         return run_name(self.arm, self.point, self.seed)
 
     @property
-    def place(self) -> str:
-        """Arm and values as text."""
-        return place_name(self.arm, self.point)
-
-    @property
     def swept(self) -> dict[int, float]:
         """Loss by number of loops of the measured sweep, at the depths that it has read out."""
         return {one["loops"]: one["loss"] for one in self.measured["sweep"]["loops"] if one["loss"] is not None}

@@ -18,9 +18,6 @@ from mythos.files.text import MOST_NESTED, read_text, unusable_text
 from mythos.model.registry import Registry
 from mythos.section import Section
 
-Contradiction = tuple[tuple[str, ...], str]
-"""Dotted paths of fields, and why their values cannot be used together."""
-
 PLAIN_TEXT = "text without the character NUL and without halves of surrogate pairs"
 MOST_PROBLEMS = 50
 """Problems listed in one message."""

@@ -5,7 +5,7 @@ A rule yields the paths and an explanation of values that cannot be used togethe
 
 from collections.abc import Iterator
 
-from mythos.config.checking import Contradiction, shown
+from mythos.config.checking import shown
 from mythos.config.data import (
     FACT_FIELDS,
     TREE_FIELDS,
@@ -16,6 +16,7 @@ from mythos.config.data import (
 )
 from mythos.config.sections import Config
 from mythos.model.config import padded_vocab_size
+from mythos.model.registry import Contradiction
 
 # --- sources
 

@@ -7,12 +7,12 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mythos.config.checking import Contradiction, shown
+from mythos.config.checking import shown
 from mythos.config.data import TaskConfig
 from mythos.config.data_rules import source_contradictions, task_contradictions
 from mythos.config.sections import Config, CurriculumConfig, DepthConfig, OptimConfig
 from mythos.model.config import model_contradictions, model_training_contradictions, padded_vocab_size
-from mythos.model.registry import Setting, TrainingDepth
+from mythos.model.registry import Contradiction, Setting, TrainingDepth
 
 
 def contradictions(config: Config) -> Iterator[Contradiction]:

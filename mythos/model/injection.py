@@ -100,10 +100,6 @@ class LTIInjection(Injection):
         delta = F.softplus(_Bounded.apply(self.dt, *DT_BOUNDS))
         return torch.exp(-delta * _Bounded.apply(self.log_a, *LOG_A_BOUNDS).exp()), delta
 
-    def delta(self) -> Tensor:
-        """Step size Delta, (D,) float32; with lanes (K, D)."""
-        return self.rates()[1]
-
     def decay(self) -> Tensor:
         """Diagonal of A, (D,) float32, with lanes (K, D); its largest entry is rho(A)."""
         return self.rates()[0]

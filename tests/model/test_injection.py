@@ -72,7 +72,7 @@ def test_injection_starts_where_the_design_says(small, injection):
     model = RecurrentDepthTransformer(small(injection=injection)).initialize(0)
     injection = model.recurrence.injection
     torch.testing.assert_close(injection.decay(), torch.full((32,), math.sqrt(0.2)))
-    torch.testing.assert_close(injection.delta(), torch.full((32,), -math.log(math.sqrt(0.2))))
+    torch.testing.assert_close(injection.rates()[1], torch.full((32,), -math.log(math.sqrt(0.2))))
     assert torch.equal(injection.weight, torch.eye(32))
 
 
@@ -136,7 +136,7 @@ def test_parameters_outside_their_bounds_can_be_trained_back(small, dt, log_a):
         ((decay - 0.5).square() + (delta - 1).square()).sum().backward()
         optimizer.step()
     torch.testing.assert_close(injection.decay(), torch.full((4,), 0.5), atol=0.01, rtol=0)
-    torch.testing.assert_close(injection.delta(), torch.full((4,), 1.0), atol=0.01, rtol=0)
+    torch.testing.assert_close(injection.rates()[1], torch.full((4,), 1.0), atol=0.01, rtol=0)
 
 
 @pytest.mark.parametrize(("dt", "log_a"), [(7.0, 3.0), (7.0, -7.0), (-7.0, 3.0), (-7.0, -7.0)])

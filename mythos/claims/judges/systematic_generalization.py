@@ -4,6 +4,7 @@ from mythos.claims.definition import Claim
 from mythos.claims.judgement import CONDITIONS, NOT_SUPPORTED, SUPPORTED, Judgement, Table, mean, spread
 from mythos.claims.plots import Panel, lines_panel
 from mythos.claims.results import Results, RunResult
+from mythos.generation.depth_view import in_loops
 
 LOOPED, ONE = "loops-4", "loops-1"
 SPLITS = {"train": "of training", "in": "in distribution", "out": "out of distribution"}
@@ -38,7 +39,7 @@ def judge(claim: Claim, results: Results) -> Judgement:
         own, most = trained_loops(results, arm), max(at_loops, default=0)
         if at_loops and all(more > less for more, less in zip(at_loops[most], at_loops[own], strict=True)):
             why += (
-                f" The model trained with {counted(own)} answers {mean(at_loops[most]):.0%} out of distribution when "
+                f" The model trained with {in_loops(own)} answers {mean(at_loops[most]):.0%} out of distribution when "
                 f"it runs with {most}, and {mean(at_loops[own]):.0%} with {own}: more on every seed."
             )
     depths = sorted({loops for at_loops in with_loops.values() for loops in at_loops})
@@ -46,14 +47,9 @@ def judge(claim: Claim, results: Results) -> Judgement:
         [f"`{arm}`", *(spread(at_loops.get(loops, []), ".2f") for loops in depths)]
         for arm, at_loops in with_loops.items()
     ]
-    head = ["arm", *(f"run with {counted(loops)}" for loops in depths)]
+    head = ["arm", *(f"run with {in_loops(loops)}" for loops in depths)]
     title = "Right answers out of distribution at the end, by loops at the test, means over seeds (range)"
     return Judgement(outcome, number, why, [*tables, Table(title, head, rows)])
-
-
-def counted(loops: int) -> str:
-    """A number of loops as text."""
-    return f"{loops} loop{'s' * (loops != 1)}"
 
 
 def trained_loops(results: Results, arm: str) -> int:
@@ -83,7 +79,7 @@ def panels(claim: Claim, results: Results) -> list[Panel]:
                 for step, value in accuracies(run, split) if run.diverged is None else ():
                     by_step.setdefault(step, []).append(100 * value)
             lines[name] = list(by_step.items())
-        title = f"Two-hop questions, trained with {counted(trained_loops(results, arm))}"
+        title = f"Two-hop questions, trained with {in_loops(trained_loops(results, arm))}"
         panel = lines_panel(title, "training step", "percent right", lines, y_range=(0, 105))
         found.append(panel._replace(height=3.0))
     return found
