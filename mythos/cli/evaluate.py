@@ -86,6 +86,7 @@ def evaluate(options: argparse.Namespace, world: World) -> None:
     from mythos.data.tasks import TaskSet
     from mythos.evaluation.choices import choice_scores, encode_task, read_tasks
     from mythos.evaluation.continuations import score_requests
+    from mythos.evaluation.execution import Execution
     from mythos.evaluation.results import choice_results, table, text_results
     from mythos.evaluation.text import as_in_training, text_scores, validation_data
     from mythos.model.layers import autocast_to
@@ -102,24 +103,24 @@ def evaluate(options: argparse.Namespace, world: World) -> None:
     out = options.out or (run_directory(options.path) or Path()) / "evaluation"
     world.ranks.agreed(lambda: check_writable(out) if world.rank == 0 else None)
     dtype, micro_batch = as_in_training(opened, world.device, options.dtype, options.micro_batch)
-    common: dict[str, Any] = {"micro_batch": micro_batch, "world": world, "autocast": autocast_to(dtype, world.device)}
+    execution = Execution(micro_batch, world, autocast_to(dtype, world.device), progress=world.rank == 0)
 
     results: list[Result] = []
     data_name = options.data or (None if options.tasks else "validation")
     if data_name is not None:
         data = world.in_turn(lambda: validation_data(opened, options.data, options.limit))
         assert not isinstance(data, TaskSet)  # a run on a task has no tokenizer, so require_tokenizer raised
-        for setting, scores in zip(settings, text_scores(model, data, settings, **common), strict=True):
+        for setting, scores in zip(settings, text_scores(model, data, settings, execution), strict=True):
             results += text_results(data_name, scores, setting, len(data.ids))
     for task in choices:
         encoded = encode_task(task, tokenizer, model.config.context_length)
-        likelihoods = score_requests(model, encoded.requests, settings, progress=world.rank == 0, **common)
+        likelihoods = score_requests(model, encoded.requests, settings, execution)
         for setting, of_setting in zip(settings, likelihoods, strict=True):
             results += choice_results(task, choice_scores(task, of_setting), setting)
     if harness is not None:
         from mythos.evaluation.harness import HarnessModel, run_tasks
 
-        harness_model = HarnessModel(opened, settings, progress=world.rank == 0, **common)
+        harness_model = HarnessModel(opened, settings, execution)
         results += run_tasks(harness_model, harness, limit=options.limit, fewshot=options.fewshot)
     if world.rank == 0:
         about = {"source": opened.source, "step": opened.step, "dtype": str(dtype).removeprefix("torch.")}

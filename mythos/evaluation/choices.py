@@ -3,17 +3,16 @@
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mythos.data.tokenizer import Tokenizer
-from mythos.distributed.ranks import World
 from mythos.errors import MythosError
 from mythos.evaluation.continuations import DepthSetting, Request, Score, encode_requests, score_requests
+from mythos.evaluation.execution import Execution
 from mythos.files.text import parse_json, read_text, unusable_text
 from mythos.model.rdt import RecurrentDepthTransformer
 
@@ -155,23 +154,18 @@ def choice_scores(task: ChoiceTask, scores: Sequence[Score]) -> ChoiceScores:
 def choice_metrics(
     model: RecurrentDepthTransformer,
     tasks: Sequence[EncodedTask],
+    execution: Execution,
     *,
     depths: Sequence[int],
-    micro_batch: int,
-    world: World,
-    autocast: AbstractContextManager[Any],
-    check: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """For metrics.jsonl: `val/<task>_acc@<loops>` and `val/<task>_acc_norm@<loops>` at each of `depths`.
 
-    Collective: the questions are divided over the ranks, and all get the result. See `score_requests` for `check`.
+    Collective: the questions are divided over the ranks, and all get the result.
     """
     settings = [DepthSetting(loops) for loops in depths]
     metrics = {}
     for encoded in tasks:
-        by_setting = score_requests(
-            model, encoded.requests, settings, micro_batch=micro_batch, world=world, autocast=autocast, check=check
-        )
+        by_setting = score_requests(model, encoded.requests, settings, execution)
         for setting, scores in zip(settings, by_setting, strict=True):
             accuracies = choice_scores(encoded.task, scores)
             metrics[f"val/{encoded.task.name}_acc@{setting.loops}"] = accuracies.acc

@@ -1,7 +1,6 @@
 """Log-likelihoods of continuations of prompts, at several depths at once."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,8 +10,8 @@ from torch import Tensor
 
 from mythos.config.checking import shown
 from mythos.data.tokenizer import Tokenizer
-from mythos.distributed.ranks import World
 from mythos.errors import MythosError
+from mythos.evaluation.execution import Execution
 from mythos.evaluation.validation import right_rows
 from mythos.model import IGNORE_INDEX
 from mythos.model.cache import DecodeCache
@@ -155,31 +154,28 @@ def score_requests(
     model: RecurrentDepthTransformer,
     requests: Sequence[Request],
     settings: Sequence[DepthSetting],
-    *,
-    micro_batch: int,
-    world: World,
-    autocast: AbstractContextManager[Any],
-    progress: bool = False,
-    check: Callable[[], None] = lambda: None,
+    execution: Execution,
 ) -> list[list[Score]]:
     """The scores of all requests, in their order, for each setting.
 
     One run of the deepest setting gives the scores of all settings without a rule; each setting with a rule is a
     separate run, and needs the whole model on every rank. Collective: requests of similar length form batches, which
     are divided over the ranks. The batches do not depend on the number of ranks, and all ranks get the whole result.
-    `check` is called before every batch, equally often on every rank; an exception from it ends the scoring.
     """
+    world, micro_batch = execution.world, execution.micro_batch
     order = sorted(range(len(requests)), key=lambda index: -sum(map(len, requests[index])))
     batches = [order[start : start + micro_batch] for start in range(0, len(order), micro_batch)]
     mine = range(world.rank, len(batches), world.size)
     by_request: dict[int, list[Score]] = {}
     bar: Any
     with (
-        autocast,
-        progress_bar(total=len(batches), unit="batch", desc="scoring", disable=not progress, leave=False) as bar,
+        execution.autocast,
+        progress_bar(
+            total=len(batches), unit="batch", desc="scoring", disable=not execution.progress, leave=False
+        ) as bar,
     ):
         for turn in range(-(-len(batches) // world.size)):
-            check()
+            execution.check()
             # A rank without a batch left repeats the first one, uncounted: under FSDP the others wait for it.
             batch = batches[mine[turn] if turn < len(mine) else 0]
             scores = score_batch(model, [requests[index] for index in batch], settings)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from mythos.data.tasks import TaskSet
 from mythos.data.validation import ValidationSet
-from mythos.distributed.ranks import World
 from mythos.errors import MythosError, short_reason
+from mythos.evaluation.execution import Execution
 from mythos.files.text import from_plain, read_json
 from mythos.model import IGNORE_INDEX
 from mythos.model.attention.context import document_starts
@@ -382,32 +382,29 @@ def document_groups(documents: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]
 def adaptive_metrics(
     model: RecurrentDepthTransformer,
     data: ValidationSet | TaskSet,
+    execution: Execution,
     *,
     most: int,
-    micro_batch: int,
-    world: World,
-    autocast: AbstractContextManager[Any],
-    check: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """The default halting rule on validation data, for metrics.jsonl; empty without a rule or with a single loop.
 
     Returns `val/auto_loss` in nats, `val/auto_loops`, the mean loops of a position, and `val/auto_saved`, the share of
     `most` loops that was not run. Collective: the rows are divided over the ranks, and all get the result; each needs
-    the whole model. `check` is called before every micro-batch, equally often on every rank; an exception from it ends
-    the measurement.
+    the whole model.
     """
     rule = halting_rule(model)
     if rule is None or most == 1:
         return {}
+    world, micro_batch = execution.world, execution.micro_batch
     batches = batches_of(data, micro_batch, world.device, range(world.rank, len(data.ids), world.size))
 
     def checked() -> Iterator[Rows]:
         # Rank 0 has the most rows. A rank without rows left continues to call `check`, which is collective.
         for _ in range(0, -(-len(data.ids) // world.size), micro_batch):
-            check()
+            execution.check()
             yield from islice(batches, 1)
 
-    with autocast:
+    with execution.autocast:
         sums = world.sum(adaptive_sums(model, checked(), rule, most))
     measures = halting_measures(sums, text_bytes(data))
     return {"val/auto_loss": measures.loss, "val/auto_loops": measures.loops, "val/auto_saved": measures.saved}

@@ -8,7 +8,6 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from mythos.checkpoints.stored_model import OpenedModel
-from mythos.distributed.ranks import World
 from mythos.errors import MythosError, short_reason
 from mythos.evaluation.continuations import (
     DepthSetting,
@@ -30,6 +28,7 @@ from mythos.evaluation.continuations import (
     least_prompt,
     score_requests,
 )
+from mythos.evaluation.execution import Execution
 from mythos.evaluation.results import Result
 from mythos.generation.sampling import Sampling
 from mythos.generation.text import PieceStream
@@ -90,24 +89,12 @@ class HarnessModel(LM):
     answers and believes that it is alone.
     """
 
-    def __init__(
-        self,
-        opened: OpenedModel,
-        settings: Sequence[DepthSetting],
-        *,
-        micro_batch: int,
-        world: World,
-        autocast: AbstractContextManager[Any],
-        progress: bool = False,
-    ) -> None:
+    def __init__(self, opened: OpenedModel, settings: Sequence[DepthSetting], execution: Execution) -> None:
         super().__init__()
         self.model = opened.model
         self.our_tokenizer = opened.require_tokenizer()  # the harness takes `tokenizer` for one of transformers'
         self.settings = list(settings)
-        self.world = world
-        self.autocast = autocast
-        self.micro_batch = micro_batch
-        self.progress = progress
+        self.execution, self.world = execution, execution.world
         self.setting = self.settings[0]
         self.loops: list[float] = []
         """Mean loops of each request since `begin`."""
@@ -168,10 +155,10 @@ class HarnessModel(LM):
         for index, (_, options) in enumerate(arguments):
             same_options.setdefault(json.dumps(options, sort_keys=True), []).append(index)
         prompts = self._prompts(arguments)
-        batches = []
+        batches, size = [], self.execution.micro_batch
         for indices in same_options.values():
             indices.sort(key=lambda index: -len(prompts[index]))
-            batches += [indices[start : start + self.micro_batch] for start in range(0, len(indices), self.micro_batch)]
+            batches += [indices[start : start + size] for start in range(0, len(indices), size)]
         answers: dict[int, tuple[str, float]] = {}
         for batch in batches[self.world.rank :: self.world.size]:
             generated = self._generate([prompts[index] for index in batch], arguments[batch[0]][1], batch)
@@ -217,7 +204,7 @@ class HarnessModel(LM):
             streams[row].push(token, loops)
             return streams[row].stopped
 
-        with self.autocast:
+        with self.execution.autocast:
             rows = generate(
                 self.model,
                 prompts,
@@ -239,15 +226,7 @@ class HarnessModel(LM):
 
     def _score(self, requests: Sequence[Request]) -> list[list[Score]]:
         """For each request its scores at all settings. Raises ValueError if any is NaN."""
-        by_setting = score_requests(
-            self.model,
-            requests,
-            self.settings,
-            micro_batch=self.micro_batch,
-            world=self.world,
-            autocast=self.autocast,
-            progress=self.progress,
-        )
+        by_setting = score_requests(self.model, requests, self.settings, self.execution)
         if any(math.isnan(score.log_likelihood) for scores in by_setting for score in scores):
             raise ValueError("the model's likelihoods are not finite: it has diverged; take an earlier checkpoint")
         return [list(scores) for scores in zip(*by_setting, strict=True)]

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 from mythos.config.sections import Config
 from mythos.data.tasks import TaskSet
@@ -14,6 +13,7 @@ from mythos.distributed.parallel import ParallelModel
 from mythos.distributed.stop import StopRequests
 from mythos.evaluation.choices import EncodedTask, choice_metrics
 from mythos.evaluation.depth_sweep import adaptive_metrics, fit_metrics
+from mythos.evaluation.execution import Execution
 from mythos.evaluation.reasoning import task_metrics
 from mythos.evaluation.validation import validation_metrics
 from mythos.generation.sampling import Sampling
@@ -40,25 +40,20 @@ class Measurement:
     def measure(self) -> dict[str, float]:
         """Validation loss and scores of tasks at several depths. Raises Interrupted."""
         config, model, depths = self.config, self.parallel.model, self.config.eval.loops
-        common: dict[str, Any] = {
-            "micro_batch": self.micro_batch,
-            "world": self.parallel.world,
-            "autocast": self.parallel.autocast,
-            "check": self.check,
-        }
+        execution = Execution(self.micro_batch, self.parallel.world, self.parallel.autocast, check=self.check)
         follows = config.depth.follow == "difficulty"
         mean_loops = round(config.depth_mean)
         if isinstance(self.data, TaskSet):
             main_depth = None if follows else mean_loops
-            metrics = task_metrics(model, self.data, depths=depths, main_depth=main_depth, **common)
+            metrics = task_metrics(model, self.data, execution, depths=depths, main_depth=main_depth)
         else:
-            metrics = validation_metrics(model, self.data, depths=depths, main_depth=mean_loops, **common)
+            metrics = validation_metrics(model, self.data, execution, depths=depths, main_depth=mean_loops)
         if not follows:  # a fit needs one depth for all sequences
             metrics |= fit_metrics(losses_by_depth(metrics))
         # With halting, ranks run different numbers of passes: impossible if they share the model's parameters.
         if not follows and not self.parallel.layout.sharded:
-            metrics |= adaptive_metrics(model, self.data, most=mean_loops, **common)
-        return metrics | choice_metrics(model, self.tasks, depths=depths, **common)
+            metrics |= adaptive_metrics(model, self.data, execution, most=mean_loops)
+        return metrics | choice_metrics(model, self.tasks, execution, depths=depths)
 
     def samples(self) -> list[str]:
         """Continuations of eval.prompts, on the ranks that generate: rank 0, or all under FSDP. Raises Interrupted."""

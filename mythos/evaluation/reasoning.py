@@ -2,11 +2,9 @@
 
 import csv
 import json
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +12,8 @@ from torch import Tensor
 
 from mythos.config.data import TaskConfig
 from mythos.data.tasks import TaskSet, task_set
-from mythos.distributed.ranks import World
 from mythos.errors import MythosError, short_reason
+from mythos.evaluation.execution import Execution
 from mythos.evaluation.validation import right_rows
 from mythos.files.text import from_plain, read_json
 from mythos.model import IGNORE_INDEX
@@ -30,22 +28,19 @@ BATCH = 256
 def task_metrics(
     model: RecurrentDepthTransformer,
     data: TaskSet,
+    execution: Execution,
     *,
     depths: Sequence[int],
     main_depth: int | None,
-    micro_batch: int,
-    world: World,
-    autocast: AbstractContextManager[Any],
-    check: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Mean loss of the answers in nats per token, and the share of sequences with every answer token right.
 
     Returns `val/loss@<loops>` and `val/accuracy@<loops>` for each of `depths`, and `val/loss` and `val/accuracy` at
     `main_depth` loops; if that is None, with as many loops as each sequence's difficulty. Collective: the rows are
     divided over the ranks, and all get the result. They must be ordered hardest first, and their number at each
-    difficulty must be a multiple of the number of ranks. `check` is called before every pass, equally often on every
-    rank; an exception from it ends the measurement.
+    difficulty must be a multiple of the number of ranks.
     """
+    world, micro_batch = execution.world, execution.micro_batch
     depths = sorted({*depths, *([] if main_depth is None else [main_depth])})
     # None: as many loops as the difficulty of each sequence.
     passes: list[int | None] = [*depths, *([None] if main_depth is None else [])]
@@ -55,10 +50,10 @@ def task_metrics(
         chosen = list(mine[start : start + micro_batch])
         ids, targets = data.ids[chosen].to(world.device), data.targets[chosen].to(world.device)
         for number, depth in enumerate(passes):
-            check()
+            execution.check()
             # All ranks run the same loops, as FSDP requires: their rows have the same difficulties.
             loops = data.difficulties[chosen].tolist() if depth is None else depth
-            with torch.no_grad(), autocast:
+            with torch.no_grad(), execution.autocast:
                 logits = model(ids, loops=loops).logits
             losses = F.cross_entropy(
                 logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"

@@ -3,8 +3,7 @@
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -17,10 +16,10 @@ from mythos.data.source import Source, open_sources
 from mythos.data.tasks import TaskSet
 from mythos.data.validation import ValidationSet
 from mythos.distributed.parallel import choose_dtype
-from mythos.distributed.ranks import World
 from mythos.errors import MythosError
 from mythos.evaluation.continuations import DepthSetting
 from mythos.evaluation.depth_sweep import adaptive_sums, batches_of, halting_measures, prediction, text_bytes
+from mythos.evaluation.execution import Execution
 from mythos.evaluation.validation import validation_metrics
 from mythos.model.halting import halting_rule
 from mythos.model.rdt import RecurrentDepthTransformer
@@ -112,20 +111,14 @@ def text_scores(
     model: RecurrentDepthTransformer,
     data: ValidationSet,
     settings: Sequence[DepthSetting],
-    *,
-    micro_batch: int,
-    world: World,
-    autocast: AbstractContextManager[Any],
+    execution: Execution,
 ) -> list[TextScores]:
     """Measure the same sequences at each setting. Collective: ranks share the rows, and all get the result."""
-    size, tokens = text_bytes(data), data.ids[:, 1:].numel()
+    size, tokens, world = text_bytes(data), data.ids[:, 1:].numel(), execution.world
     depths = sorted({setting.loops for setting in settings if setting.rule is None})
     losses: dict[int, float] = {}
     if depths:
-        metrics = validation_metrics(
-            model, data, depths=depths, main_depth=depths[-1], micro_batch=micro_batch, world=world, autocast=autocast
-        )
-        losses = losses_by_depth(metrics)
+        losses = losses_by_depth(validation_metrics(model, data, execution, depths=depths, main_depth=depths[-1]))
     scores = []
     for setting in settings:
         if setting.rule is None:
@@ -134,8 +127,8 @@ def text_scores(
         else:
             rule = halting_rule(model, setting.rule, setting.threshold)
             rows = range(world.rank, len(data.ids), world.size)
-            with autocast:
-                mine = batches_of(data, micro_batch, world.device, rows)
+            with execution.autocast:
+                mine = batches_of(data, execution.micro_batch, world.device, rows)
                 sums = world.sum(adaptive_sums(model, mine, rule, setting.loops))
             measures = halting_measures(sums, size)
             perplexity, bits, loops = measures.perplexity, measures.bits_per_byte, measures.loops

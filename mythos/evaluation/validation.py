@@ -1,15 +1,13 @@
 """Validation loss by depth, and rows with all targets right."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from math import log
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mythos.data.validation import ValidationSet
-from mythos.distributed.ranks import World
+from mythos.evaluation.execution import Execution
 from mythos.model import IGNORE_INDEX
 from mythos.model.rdt import RecurrentDepthTransformer
 
@@ -17,35 +15,31 @@ from mythos.model.rdt import RecurrentDepthTransformer
 def validation_metrics(
     model: RecurrentDepthTransformer,
     data: ValidationSet,
+    execution: Execution,
     *,
     depths: Sequence[int],
     main_depth: int,
-    micro_batch: int,
-    world: World,
-    autocast: AbstractContextManager[Any],
-    check: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Mean loss in nats per token after each of `depths` loops, with the same loops at every position.
 
     Returns `val/loss@<loops>` for each depth and, at `main_depth` (always measured), `val/loss`, `val/bits_per_byte`,
     `val/state_delta` and, for routed cores, `moe/depth_overlap`. Collective: the rows are divided over the ranks, and
-    all get the result. `check` is called before every micro-batch, equally often on every rank; an exception from it
-    ends the measurement.
+    all get the result.
     """
     depths = sorted({*depths, main_depth})
-    device = world.device
+    world, micro_batch, device = execution.world, execution.micro_batch, execution.world.device
     # Sums over rows: the loss by depth, then state_delta and depth_overlap at the main depth.
     sums = torch.zeros(len(depths) + 2, dtype=torch.float64, device=device)
     mine = range(world.rank, len(data.ids), world.size)
     routed = False
     for start in range(0, -(-len(data.ids) // world.size), micro_batch):
-        check()
+        execution.check()
         chosen = list(mine[start : start + micro_batch])
         # A rank without rows left repeats row 0, uncounted: under FSDP the others wait for it.
         counted, chosen = len(chosen), chosen or [0]
         rows = data.ids[chosen].to(device)
         documents = None if data.document_ids is None else data.document_ids[chosen].to(device)
-        with autocast:
+        with execution.autocast:
             readouts = model.read_depths(rows[:, :-1], rows[:, 1:], depths, documents)
         main = readouts[depths.index(main_depth)]
         routed = main.depth_overlap is not None

@@ -13,6 +13,7 @@ from mythos.errors import MythosError
 from mythos.evaluation import choices
 from mythos.evaluation.choices import ChoiceTask, Question, choice_metrics, choice_scores, encode_task, read_tasks
 from mythos.evaluation.continuations import DepthSetting, Score, choose_settings, encode_requests, score_requests
+from mythos.evaluation.execution import Execution
 from mythos.model.halting import default_threshold
 from mythos.model.rdt import RecurrentDepthTransformer
 from tests.evaluation.test_depth_sweep import build
@@ -42,10 +43,9 @@ def model() -> RecurrentDepthTransformer:
 
 
 def score(
-    model: RecurrentDepthTransformer, requests: Any, settings: Any = SETTINGS, **changes: Any
+    model: RecurrentDepthTransformer, requests: Any, settings: Any = SETTINGS, micro_batch: int = 3
 ) -> list[list[Score]]:
-    options: dict[str, Any] = {"micro_batch": 3, "world": ALONE, "autocast": contextlib.nullcontext(), **changes}
-    return score_requests(model, requests, settings, **options)
+    return score_requests(model, requests, settings, Execution(micro_batch, ALONE, contextlib.nullcontext()))
 
 
 def slowly(model: RecurrentDepthTransformer, tokenizer: Tokenizer, context: str, text: str, loops: int) -> Score:
@@ -204,14 +204,8 @@ def test_accuracy_equals_a_loop_over_choices(model, tokenizer, caplog):
 
     more = [Question(pick(3), [pick(1), pick(2), pick(4)], n % 3) for n in range(12)]
     task = ChoiceTask("local", [*QUESTIONS, *more])
-    metrics = choice_metrics(
-        model,
-        [encode_task(task, tokenizer, CONTEXT)],
-        depths=[1, 4],
-        micro_batch=5,
-        world=ALONE,
-        autocast=contextlib.nullcontext(),
-    )
+    execution = Execution(5, ALONE, contextlib.nullcontext())
+    metrics = choice_metrics(model, [encode_task(task, tokenizer, CONTEXT)], execution, depths=[1, 4])
     assert "local: 4 of 48 prompts do not fit in the context of 24 tokens and lose their beginning" in caplog.text
     expected = {}
     for loops in (1, 4):

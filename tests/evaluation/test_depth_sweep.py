@@ -33,6 +33,7 @@ from mythos.evaluation.depth_sweep import (
     sweep_depths,
     sweep_rules,
 )
+from mythos.evaluation.execution import Execution
 from mythos.hf.export import export_model
 from mythos.model import IGNORE_INDEX
 from mythos.model.cache import DecodeCache
@@ -317,12 +318,12 @@ def test_metrics_are_the_default_point():
     point = measure(model, rows, rules=[default_rule(model)]).halting[0]
     assert point.default
     world = World(torch.device("cpu"), Ranks(), Ranks())
-    options: dict[str, Any] = {"most": 4, "micro_batch": 3, "world": world, "autocast": contextlib.nullcontext()}
-    metrics = adaptive_metrics(model, rows, **options)
+    execution = Execution(3, world, contextlib.nullcontext())
+    metrics = adaptive_metrics(model, rows, execution, most=4)
     assert metrics == pytest.approx(
         {"val/auto_loss": point.loss, "val/auto_loops": point.loops, "val/auto_saved": point.saved}, rel=1e-5
     )
-    assert adaptive_metrics(build(halting="none"), rows, **options) == {}
+    assert adaptive_metrics(build(halting="none"), rows, execution, most=4) == {}
 
 
 # Files and the command line

@@ -20,6 +20,7 @@ from mythos.cli import main
 from mythos.evaluation import harness
 from mythos.evaluation.choices import choice_scores, encode_task, read_tasks
 from mythos.evaluation.continuations import DepthSetting, score_requests
+from mythos.evaluation.execution import Execution
 from mythos.evaluation.harness import HarnessModel
 from mythos.generation.sampling import Sampling
 from tests.evaluation.local_tasks import write_tasks
@@ -55,7 +56,7 @@ def opened(exported: Path) -> OpenedModel:
 
 
 def adapter(opened: OpenedModel, settings: list[DepthSetting]) -> HarnessModel:
-    return HarnessModel(opened, settings, micro_batch=4, world=ALONE, autocast=contextlib.nullcontext())
+    return HarnessModel(opened, settings, Execution(4, ALONE, contextlib.nullcontext()))
 
 
 def instances(kind: str, arguments: list[tuple[Any, ...]]) -> list[Instance]:
@@ -101,9 +102,8 @@ def test_a_local_task_limited(exported: Path, tmp_path: Path) -> None:
 def own(opened: OpenedModel, task: Any, setting: DepthSetting) -> Any:
     assert opened.tokenizer is not None
     encoded = encode_task(task, opened.tokenizer, opened.model.config.context_length)
-    [scores] = score_requests(
-        opened.model, encoded.requests, [setting], micro_batch=2, world=ALONE, autocast=contextlib.nullcontext()
-    )
+    execution = Execution(2, ALONE, contextlib.nullcontext())
+    [scores] = score_requests(opened.model, encoded.requests, [setting], execution)
     return choice_scores(task, scores)
 
 

@@ -19,6 +19,7 @@ from mythos.config.sections import Config
 from mythos.data.tasks import TaskSet, task_set
 from mythos.distributed.ranks import Ranks, World
 from mythos.errors import MythosError
+from mythos.evaluation.execution import Execution
 from mythos.evaluation.reasoning import AccuracyMap, accuracy_map, task_metrics, usual_difficulties
 from mythos.model.config import ModelConfig
 from mythos.model.rdt import RecurrentDepthTransformer
@@ -107,8 +108,8 @@ def test_metrics_equal_sequences_run_alone(task: TaskConfig) -> None:
     model = build()
     data = task_set(task, [3, 2, 1], 8, 7, "validation")
     world = World(torch.device("cpu"), Ranks(), Ranks())
-    options: dict[str, Any] = {"micro_batch": 7, "world": world, "autocast": contextlib.nullcontext()}
-    following = task_metrics(model, data, depths=[1, 4], main_depth=None, **options)
+    execution = Execution(7, world, contextlib.nullcontext())
+    following = task_metrics(model, data, execution, depths=[1, 4], main_depth=None)
     named = {"": lambda difficulty: difficulty, "@1": lambda _: 1, "@4": lambda _: 4}
     assert set(following) == {f"val/{what}{at}" for what in ("loss", "accuracy") for at in named}
     for at, loops in named.items():
@@ -116,7 +117,7 @@ def test_metrics_equal_sequences_run_alone(task: TaskConfig) -> None:
         assert following[f"val/loss{at}"] == pytest.approx(loss, rel=1e-5)
         assert following[f"val/accuracy{at}"] == accuracy
     assert len({round(following[f"val/loss{at}"], 4) for at in named}) == 3, "depths must differ"
-    fixed = task_metrics(model, data, depths=[1, 4], main_depth=2, **options)
+    fixed = task_metrics(model, data, execution, depths=[1, 4], main_depth=2)
     assert fixed["val/loss"] == fixed["val/loss@2"] == pytest.approx(alone(model, data, lambda _: 2)[0], rel=1e-5)
     assert fixed["val/loss@4"] == following["val/loss@4"]
 

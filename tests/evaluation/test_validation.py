@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mythos.data.validation import ValidationSet
 from mythos.distributed.ranks import Ranks, World
+from mythos.evaluation.execution import Execution
 from mythos.evaluation.validation import validation_metrics
 from mythos.model.config import ModelConfig
 from mythos.model.rdt import RecurrentDepthTransformer
@@ -40,9 +41,7 @@ def data(masked: bool) -> ValidationSet:
 
 def measure(model: RecurrentDepthTransformer, rows: ValidationSet, micro_batch: int = 2, **changes: Any) -> dict:
     options: dict[str, Any] = {"depths": [1, 4], "main_depth": 3, **changes}
-    return validation_metrics(
-        model, rows, micro_batch=micro_batch, world=ALONE, autocast=contextlib.nullcontext(), **options
-    )
+    return validation_metrics(model, rows, Execution(micro_batch, ALONE, contextlib.nullcontext()), **options)
 
 
 @pytest.mark.parametrize("masked", [False, True])
