@@ -1,7 +1,7 @@
 """Halting: rules that decide after each pass which positions stop, and the modules that are trained for them."""
 
 from math import inf, log
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from mythos.model.config import HALTING_RULES, ModelConfig
 from mythos.model.layers import Initializer, constant, truncated_normal, without_autocast, zeros
 from mythos.model.state import LoopState
+
+if TYPE_CHECKING:
+    from mythos.model.rdt import RecurrentDepthTransformer
 
 GATE_WIDTH = 64
 """Hidden width of the halting gate."""
@@ -21,23 +24,11 @@ ACT_EPSILON = 0.01
 """With act a position halts once its probabilities add up to 1 minus this (arXiv 1603.08983)."""
 
 
-class HaltingRule(Protocol):
-    """Decides after each pass which positions stop. Its memory of a position moves with the position."""
+class HaltingRule:
+    """Base of the classes in the registry `HALTING_RULES`: decides after each pass which positions stop.
 
-    def __call__(self, loop: int, before: Tensor, after: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return which of n positions stop after pass `loop` (from 1), (n,) bool, and the new memory, (n, ...).
-
-        before and after are the states (n, D) float32; memory is that of the pass before, None in the first pass.
-        """
-        ...
-
-    def result(self, state: Tensor, memory: Tensor | None) -> Tensor:
-        """The state to read out, (n, D), for positions that stop with state (n, D)."""
-        ...
-
-
-class RegisteredRule:
-    """Base of the classes in the registry `HALTING_RULES`; implements `HaltingRule` together with `__call__`."""
+    Its memory of a position moves with the position.
+    """
 
     default_threshold: ClassVar[float]
     highest_threshold: ClassVar[float] = inf
@@ -55,20 +46,23 @@ class RegisteredRule:
         return None
 
     @classmethod
-    def of(cls, module: Any, threshold: float) -> "RegisteredRule":
+    def of(cls, module: Any, threshold: float) -> "HaltingRule":
         """The rule at an exit threshold; `module` is the model's, of type `trained_module`."""
         return cls(threshold)
 
     def __call__(self, loop: int, before: Tensor, after: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """See `HaltingRule`."""
+        """Return which of n positions stop after pass `loop` (from 1), (n,) bool, and the new memory, (n, ...).
+
+        before and after are the states (n, D) float32; memory is that of the pass before, None in the first pass.
+        """
         raise NotImplementedError
 
     def result(self, state: Tensor, memory: Tensor | None) -> Tensor:
-        """The last state, (n, D)."""
+        """The state to read out, (n, D), for positions that stop with state (n, D): by default that state."""
         return state
 
 
-class Convergence(RegisteredRule):
+class Convergence(HaltingRule):
     """Stop when the state changes little: ||h_t - h_{t-1}|| < threshold * ||h_t||. Needs no training."""
 
     default_threshold = 0.13
@@ -78,7 +72,7 @@ class Convergence(RegisteredRule):
         return (after - before).norm(dim=-1) < self.threshold * after.norm(dim=-1), None
 
 
-class SecondDifference(RegisteredRule):
+class SecondDifference(HaltingRule):
     """Stop when the change itself changes little, relative to the state (arXiv 2509.23314).
 
     ||(h_t - h_{t-1}) - (h_{t-1} - h_{t-2})|| < threshold * ||h_t||, from the second pass on. Needs no training.
@@ -133,7 +127,7 @@ class HaltingGate(nn.Module):
         return ((predicted_log.exp() - divergence * predicted_log) * weight).sum()
 
 
-class Gate(RegisteredRule):
+class Gate(HaltingRule):
     """Stop when the model's gate predicts a loss below `threshold` nats."""
 
     default_threshold = 0.005
@@ -180,7 +174,7 @@ class ActHalting(nn.Module):
             return torch.sigmoid(F.rms_norm(state, state.shape[-1:]) @ self.weight + self.bias)
 
 
-class Act(RegisteredRule):
+class Act(HaltingRule):
     """Adaptive computation time: stop when the halting probabilities add up to `threshold` or more."""
 
     default_threshold = 1 - ACT_EPSILON
@@ -254,7 +248,7 @@ class Pondering:
         return self._sums[2]
 
 
-def rule_class(name: str) -> type[RegisteredRule] | None:
+def rule_class(name: str) -> type[HaltingRule] | None:
     """The class of a halting rule, None for `none`."""
     return HALTING_RULES[name]
 
@@ -288,21 +282,9 @@ def default_threshold(name: str) -> float:
     return rule.default_threshold
 
 
-class HaltingModel(Protocol):
-    """What `halting_rule` reads of a model."""
-
-    @property
-    def config(self) -> ModelConfig:
-        """The model's configuration."""
-        ...
-
-    @property
-    def halting(self) -> nn.Module | None:
-        """The module trained for the configured rule."""
-        ...
-
-
-def halting_rule(model: HaltingModel, name: str | None = None, threshold: float | None = None) -> HaltingRule | None:
+def halting_rule(
+    model: "RecurrentDepthTransformer", name: str | None = None, threshold: float | None = None
+) -> HaltingRule | None:
     """The rule `name` (default: the model's) at an exit threshold (default: the rule's); None for `none`.
 
     Raises ValueError for an unknown name, a rule that the model was not trained for, or a threshold that is not above 0
@@ -331,7 +313,7 @@ def halting_rule(model: HaltingModel, name: str | None = None, threshold: float 
     return rule.of(model.halting, threshold)
 
 
-def usable_rules(model: HaltingModel) -> list[str]:
+def usable_rules(model: "RecurrentDepthTransformer") -> list[str]:
     """Names of the rules that a model can use: those without training, and the one that it was trained for."""
     own = model.config.halting
     if is_exclusive(own):

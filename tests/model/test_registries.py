@@ -19,7 +19,7 @@ from mythos.model.attention.context import AttentionContext, attend
 from mythos.model.cache import DecodeCache, cache_bytes_per_token
 from mythos.model.config import ATTENTIONS, CORES, HALTING_RULES, INJECTIONS, ModelConfig
 from mythos.model.decoding import CachedContext
-from mythos.model.halting import RegisteredRule, halting_rule
+from mythos.model.halting import HaltingRule, halting_rule
 from mythos.model.layers import Linear, zeros
 from mythos.model.moe import CoreFeedForward
 from mythos.model.rdt import RecurrentDepthTransformer
@@ -190,7 +190,7 @@ def test_rules_of_training_hold_for_training_only(tmp_path: Path, monkeypatch: p
     assert config_from_dict(settings(tmp_path, model__injection="third", depth__mean=3)).depth_mean == 3
 
 
-class Halfway(RegisteredRule):
+class Halfway(HaltingRule):
     """Stop after `threshold` loops."""
 
     default_threshold = 2.0
