@@ -39,26 +39,13 @@ class Router(nn.Module):
     float32: tuple[str, ...] = ("weight",)
     bias: Tensor
 
-    def __init__(
-        self, dim: int, experts: int, chosen: int, bias_loops: int = 0, groups: int = 1, chosen_groups: int = 1
-    ) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.chosen, self.groups, self.chosen_groups = chosen, groups, chosen_groups
-        self.weight = nn.Parameter(torch.empty(experts, dim))
-        self.initializers: dict[str, Initializer] = {"weight": truncated_normal(dim)}
-        self.register_buffer("bias", torch.zeros((bias_loops, experts) if bias_loops else experts))
-
-    @classmethod
-    def build(cls, config: ModelConfig) -> "Router":
-        """The router of one core block."""
-        bias_loops = config.loops if config.router_bias_per_loop else 0
-        groups = config.expert_groups, config.groups_per_token
-        router = cls(config.dim, config.n_experts, config.experts_per_token, bias_loops, *groups)
-        router.add_loop_parameters(config)
-        return router
-
-    def add_loop_parameters(self, config: ModelConfig) -> None:
-        """Add what makes the affinities depend on the loop: nothing."""
+        experts, self.chosen = config.n_experts, config.experts_per_token
+        self.groups, self.chosen_groups = config.expert_groups, config.groups_per_token
+        self.weight = nn.Parameter(torch.empty(experts, config.dim))
+        self.initializers: dict[str, Initializer] = {"weight": truncated_normal(config.dim)}
+        self.register_buffer("bias", torch.zeros((config.loops, experts) if config.router_bias_per_loop else experts))
 
     def logits(self, x: Tensor, loop: Tensor | None) -> Tensor:
         """x W^T, (N, E) float32."""
@@ -111,9 +98,9 @@ class LoopBiasRouter(Router):
 
     float32 = ("weight", "loop_bias")
 
-    def add_loop_parameters(self, config: ModelConfig) -> None:
-        """Add the bias, (loops, E)."""
-        self.loop_bias = nn.Parameter(torch.empty(config.loops, config.n_experts))
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.loop_bias = nn.Parameter(torch.empty(config.loops, config.n_experts))  # (T, E)
         self.initializers["loop_bias"] = noise(config.router_loop_start)
 
     def logits(self, x: Tensor, loop: Tensor | None) -> Tensor:
@@ -130,9 +117,9 @@ class LoopEmbeddingRouter(Router):
 
     float32 = ("weight", "loop_embedding")
 
-    def add_loop_parameters(self, config: ModelConfig) -> None:
-        """Add the embedding, (loops, D)."""
-        self.loop_embedding = nn.Parameter(torch.empty(config.loops, config.dim))
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.loop_embedding = nn.Parameter(torch.empty(config.loops, config.dim))  # (T, D)
         self.initializers["loop_embedding"] = noise(config.router_loop_start)
 
     def logits(self, x: Tensor, loop: Tensor | None) -> Tensor:
@@ -156,8 +143,7 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         dim, hidden, experts = config.dim, config.expert_dim, config.n_experts
-        router: type[Router] = ROUTERS[config.router_loop]
-        self.router = router.build(config)
+        self.router: Router = ROUTERS[config.router_loop](config)
         self.gate_up = nn.Parameter(torch.empty(experts, dim, 2 * hidden))
         self.down = nn.Parameter(torch.empty(experts, hidden, dim))
         self.initializers: dict[str, Initializer] = {"gate_up": truncated_normal(dim), "down": zeros}

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mythos.model.config import ModelConfig
 from mythos.model.moe import MixtureOfExperts, Router
 from tests.model.conftest import scrambled
 
@@ -85,7 +86,11 @@ def test_expert_without_tokens_gets_zero_gradient_and_harms_nothing(small):
 def test_experts_lie_in_the_chosen_groups():
     """Whatever the bias; and of as many groups as there are, routing is the same as without groups."""
     x = torch.randn(200, 16, generator=torch.Generator().manual_seed(3))
-    plain, all_groups, two, one = (Router(16, 16, 4, 0, *groups) for groups in ((1, 1), (4, 4), (4, 2), (8, 2)))
+    fields = {"dim": 16, "n_experts": 16, "experts_per_token": 4}
+    plain, all_groups, two, one = (
+        Router(ModelConfig(**fields, expert_groups=groups, groups_per_token=chosen))
+        for groups, chosen in ((1, 1), (4, 4), (4, 2), (8, 2))
+    )
     for router in (plain, all_groups, two, one):
         scrambled(router)
         router.bias.copy_(torch.linspace(-1.2, -0.8, 16))  # biased affinities are negative
@@ -99,7 +104,7 @@ def test_experts_lie_in_the_chosen_groups():
 
 
 def test_gates_ignore_the_bias_and_sum_to_one():
-    router = scrambled(Router(16, 6, 2))
+    router = scrambled(Router(ModelConfig(dim=16, n_experts=6, experts_per_token=2)))
     x = torch.randn(20, 16, generator=torch.Generator().manual_seed(3))
     router.bias[4] = 5.0  # every token is sent there, whatever its affinity
     gates, experts = router(x)
@@ -110,7 +115,7 @@ def test_gates_ignore_the_bias_and_sum_to_one():
 
 
 def test_bias_moves_against_the_load_and_balances():
-    router = scrambled(Router(16, 6, 2))
+    router = scrambled(Router(ModelConfig(dim=16, n_experts=6, experts_per_token=2)))
     x = torch.randn(512, 16, generator=torch.Generator().manual_seed(4)) + 0.5
     before = torch.bincount(router(x)[1].flatten(), minlength=6)
     router.rebalance(before, 0.01)

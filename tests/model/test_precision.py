@@ -27,7 +27,7 @@ def lti(config: ModelConfig) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
 
 
 def router(config: ModelConfig) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-    module = Router(DIM, 4, 2)
+    module = Router(config)
     return module, lambda x: module(x.flatten(0, 1))[0]
 
 
@@ -62,7 +62,7 @@ def lanes(config: ModelConfig) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
 
 def loop_router(name: str) -> Callable[[ModelConfig], tuple[nn.Module, Callable[[Tensor], Tensor]]]:
     def build(config: ModelConfig) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-        module = ROUTERS[name].build(config)
+        module = ROUTERS[name](config)
         return module, lambda x: module(x.flatten(0, 1), SLOTS)[0]
 
     return build

@@ -14,7 +14,7 @@ from mythos.checkpoints.stored_model import open_model
 from mythos.config.loading import config_from_dict
 from mythos.errors import MythosError
 from mythos.hf.export import export_model
-from mythos.model.attention.base import Attention
+from mythos.model.attention.base import Attention, build_attention
 from mythos.model.attention.context import AttentionContext, attend
 from mythos.model.cache import DecodeCache, cache_bytes_per_token
 from mythos.model.config import ATTENTIONS, CORES, HALTING_RULES, INJECTIONS, ModelConfig
@@ -123,7 +123,7 @@ def test_configurations_accept_registered_names_only(tied: str, tmp_path: Path) 
     with pytest.raises(ValueError, match="Input should be 'gqa', 'mla' or 'tied'"):
         ModelConfig(attention="tide")
     with pytest.raises(ValueError, match="TiedAttention does not support value embeddings"):
-        TiedAttention.build(ModelConfig(attention=tied), value_embedding=True)
+        build_attention(ModelConfig(attention=tied), value_embedding=True)
 
 
 def test_a_name_is_registered_once() -> None:

@@ -28,7 +28,7 @@ def check_rows(experts: int, chosen: int, groups: tuple[int, int], ranks: int) -
     """A row to each rank that holds any of a token's experts."""
     shape = {"n_experts": experts, "experts_per_token": chosen}
     config = preset_config("mythos_nano", **shape, expert_groups=groups[0], groups_per_token=groups[1])
-    router, tokens = Router.build(config), 4000
+    router, tokens = Router(config), 4000
     generator = torch.Generator().manual_seed(0)
     # Independent logits: the router's matrix is the unit matrix.
     router.weight = torch.nn.Parameter(torch.eye(experts))

@@ -1,5 +1,7 @@
 """What every attention provides: the module, and what a configuration of it costs."""
 
+from typing import ClassVar
+
 from torch import nn
 
 from mythos.model.config import ATTENTIONS, ModelConfig
@@ -12,12 +14,8 @@ class Attention(nn.Module):
     a `CachedContext` to (N, 1, D). The static methods describe the costs of a configuration before a module is built.
     """
 
-    @classmethod
-    def build(cls, config: ModelConfig, value_embedding: bool = False) -> "Attention":
-        """The module of one layer. Raises ValueError for a value embedding, unless a subclass supports it."""
-        if value_embedding:
-            raise ValueError(f"model.value_embeddings: {cls.__name__} does not support value embeddings")
-        return cls(config)
+    value_embeddings: ClassVar[bool] = False
+    """Whether the constructor accepts `value_embedding=True`."""
 
     @staticmethod
     def rotary_width(config: ModelConfig) -> int:
@@ -41,5 +39,10 @@ def attention_class(config: ModelConfig) -> type[Attention]:
 
 
 def build_attention(config: ModelConfig, value_embedding: bool = False) -> Attention:
-    """The attention module of a layer, with a value embedding or without."""
-    return attention_class(config).build(config, value_embedding)
+    """The attention module of a layer. Raises ValueError for a value embedding that the attention does not support."""
+    attention = attention_class(config)
+    if not value_embedding:
+        return attention(config)
+    if not attention.value_embeddings:
+        raise ValueError(f"model.value_embeddings: {attention.__name__} does not support value embeddings")
+    return attention(config, value_embedding=True)

@@ -17,6 +17,8 @@ class GroupedQueryAttention(Attention):
     With a value embedding the values are v + 2 sigmoid(W x_{:32}) * row of the token, with one gate for each head.
     """
 
+    value_embeddings = True
+
     def __init__(self, config: ModelConfig, value_embedding: bool = False) -> None:
         super().__init__()
         dim, self.head_dim = config.dim, config.head_dim
@@ -36,11 +38,6 @@ class GroupedQueryAttention(Attention):
         # In bfloat16, as FSDP2 gathers matrices, gradients of all loops would be summed in bfloat16.
         self.float32: tuple[str, ...] = tuple(self.initializers)
         self.value_gate = Linear(min(GATE_INPUTS, dim), self.kv_heads, zeros) if value_embedding else None
-
-    @classmethod
-    def build(cls, config: ModelConfig, value_embedding: bool = False) -> "GroupedQueryAttention":
-        """The module of one layer, with a value embedding or without."""
-        return cls(config, value_embedding)
 
     @staticmethod
     def rotary_width(config: ModelConfig) -> int:
