@@ -3,15 +3,18 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mythos.claims.definition import ENOUGH_SEEDS, Claim, Overrides, place_name, points, run_name
 from mythos.errors import MythosError, short_reason
 from mythos.files.local import write_whole, writing
 from mythos.files.text import from_plain, read_json
+
+Key = TypeVar("Key")
+Item = TypeVar("Item")
 
 FOLDER = Path("results/claims")
 FILE = "results.json"
@@ -84,13 +87,15 @@ class Results:
         """The runs of an arm."""
         return [run for run in self.runs.values() if run.arm == arm]
 
+    def finished(self, arm: str) -> list[RunResult]:
+        """The runs of an arm that did not diverge."""
+        return [run for run in self.of_arm(arm) if run.diverged is None]
+
     def seeds(self, claim: Claim) -> int:
         """Number of seeds that every arm and grid point has; 0 if one has no run at all."""
         places = [place_name(arm, point) for arm in claim.arms for point in points(claim.grid)]
-        seeds: dict[str, set[int]] = {place: set() for place in places}
-        for run in self.chosen(claim):
-            seeds.setdefault(claim.place_of(run.arm, run.point), set()).add(run.seed)
-        return min((len(seeds[place]) for place in places), default=ENOUGH_SEEDS)
+        seeds = grouped((claim.place_of(run.arm, run.point), run.seed) for run in self.chosen(claim))
+        return min((len(set(seeds.get(place, ()))) for place in places), default=ENOUGH_SEEDS)
 
     def best(self, claim: Claim) -> dict[str, Overrides]:
         """Values of the tuning grid with the lowest validation loss of seed 0, by arm and grid point.
@@ -100,10 +105,7 @@ class Results:
         if not claim.tune:
             return {}
         values = math.prod(map(len, claim.tune.values()))
-        tuned: dict[str, list[RunResult]] = {}
-        for run in self.runs.values():
-            if run.seed == 0:
-                tuned.setdefault(claim.place_of(run.arm, run.point), []).append(run)
+        tuned = grouped((claim.place_of(run.arm, run.point), run) for run in self.runs.values() if run.seed == 0)
         return {
             place: {path: min(runs, key=final_loss).point[path] for path in claim.tune}
             for place, runs in tuned.items()
@@ -135,6 +137,14 @@ class Results:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(folder / FILE, self.dump())
+
+
+def grouped(pairs: Iterable[tuple[Key, Item]]) -> dict[Key, list[Item]]:
+    """The second items of pairs by their first, in their order."""
+    groups: dict[Key, list[Item]] = {}
+    for key, item in pairs:
+        groups.setdefault(key, []).append(item)
+    return groups
 
 
 def final_loss(run: RunResult) -> float:

@@ -32,7 +32,7 @@ def judge(claim: Claim, results: Results) -> Judgement:
     harms = {arm: mean([harm(run) for run in results.of_arm(arm)]) for arm in claim.arms}
     limit = claim.thresholds["harm"]
     outcome = SUPPORTED if harms[OURS] <= limit else CONDITIONS if harms[ALSO] <= limit else NOT_SUPPORTED
-    runs = {arm: [run for run in results.of_arm(arm) if run.diverged is None] for arm in claim.arms}
+    runs = {arm: results.finished(arm) for arm in claim.arms}
     depths = sorted({loops for found in runs.values() for run in found for loops in perplexities(run)})
     rows = [
         [
@@ -66,7 +66,7 @@ def halted(claim: Claim, results: Results) -> Table:
     """Loops and loss when each position halts by the rule that the model was trained for, by limit of the loops."""
     rows = []
     for arm in claim.arms:
-        runs = [run for run in results.of_arm(arm) if run.diverged is None]
+        runs = results.finished(arm)
         for points in zip(*(run.measured["sweep"]["halting"] for run in runs), strict=True):
             most = points[0]["most"]
             against = [expm1(point["loss"] - run.swept[most]) for point, run in zip(points, runs, strict=True)]
@@ -81,7 +81,7 @@ def panels(claim: Claim, results: Results) -> list[Panel]:
     """Perplexity by loops above the lowest of its arm: at all depths, and enlarged from the training mean on."""
     arms: dict[str, list[tuple[int, list[float]]]] = {}
     for arm in claim.arms:
-        runs = [perplexities(run) for run in results.of_arm(arm) if run.diverged is None]
+        runs = [perplexities(run) for run in results.finished(arm)]
         depths = sorted(runs[0]) if runs else []
         arms[arm] = [(n, [100 * (run[n] / min(run.values()) - 1) for run in runs]) for n in depths]
     lines = alike_joined(arms)

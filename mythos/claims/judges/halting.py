@@ -7,7 +7,7 @@ from typing import NamedTuple
 from mythos.claims.definition import Claim
 from mythos.claims.judgement import CONDITIONS, NOT_SUPPORTED, SUPPORTED, Judgement, Table, mean, spread
 from mythos.claims.plots import Panel, lines_panel
-from mythos.claims.results import Results, RunResult
+from mythos.claims.results import Results, RunResult, grouped
 
 BASE = "none"
 TRAINED = ("gate", "act")
@@ -50,16 +50,16 @@ def frontier(results: Results, claim: Claim) -> dict[str, list[Place]]:
                 if arm == (point["rule"] if point["rule"] in TRAINED else BASE):
                     seeds = found.setdefault((point["rule"], point["threshold"]), {})
                     seeds[run.seed] = (point["loops"], point["loss"])
-    rules: dict[str, list[Place]] = {}
+    places = []
     for (rule, threshold), seeds in found.items():
         losses = {seed: loss for seed, (_, loss) in seeds.items()}
-        rules.setdefault(rule, []).append(Place(threshold, mean([loops for loops, _ in seeds.values()]), losses))
-    return {rule: sorted(places, key=lambda place: place.loops) for rule, places in rules.items()}
+        places.append((rule, Place(threshold, mean([loops for loops, _ in seeds.values()]), losses)))
+    return {rule: sorted(of_rule, key=lambda place: place.loops) for rule, of_rule in grouped(places).items()}
 
 
 def fixed(results: Results) -> list[Place]:
     """The places where all positions get the same number of loops, of the arm without a rule."""
-    runs = [run for run in results.of_arm(BASE) if run.diverged is None]
+    runs = results.finished(BASE)
     return [Place(None, count, {run.seed: run.swept[count] for run in runs}) for count in runs[0].swept]
 
 

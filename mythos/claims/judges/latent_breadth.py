@@ -19,7 +19,7 @@ def values(results: Results, name: str, level: int) -> list[float]:
 
 def accuracy(results: Results, level: int) -> list[float]:
     """Right answers at a level, with as many loops."""
-    runs = [run.measured["reasoning"] for run in results.of_arm(ARM) if run.diverged is None]
+    runs = [run.measured["reasoning"] for run in results.finished(ARM)]
     return [taken["accuracy"][taken["difficulties"].index(level)][taken["loops"].index(level)] for taken in runs]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from mythos.claims.definition import Claim
 from mythos.claims.judgement import CONDITIONS, NOT_SUPPORTED, SUPPORTED, Judgement, Table, mean, spread
 from mythos.claims.plots import Panel, lines_panel
-from mythos.claims.results import Results, final_loss
+from mythos.claims.results import Results, final_loss, grouped
 from mythos.claims.scaling_fits import LoopRun, loop_worth, worth_interval
 from mythos.config.sections import Config
 from mythos.planning.flops import build_on_meta
@@ -36,13 +36,12 @@ def block_parameters(config: Config) -> tuple[int, int]:
 
 def cells(claim: Claim, results: Results, sizes: Sizes, kind: str, steps: int | None = None) -> list[list[LoopRun]]:
     """The runs that are fitted for a number of lanes: one list for each arm and number of steps (all, or this one)."""
-    found: dict[tuple[str, int], list[LoopRun]] = {}
-    for run in results.chosen(claim):
-        fits = run.arm.split("-")[0] in (UNLOOPED, kind) and steps in (None, run.point[STEPS])
-        if fits and final_loss(run) < inf:
-            entry = LoopRun(*sizes[run.arm], run.mean_loops, run.tokens, final_loss(run))
-            found.setdefault((run.arm, run.point[STEPS]), []).append(entry)
-    return list(found.values())
+    pairs = (
+        ((run.arm, run.point[STEPS]), LoopRun(*sizes[run.arm], run.mean_loops, run.tokens, final_loss(run)))
+        for run in results.chosen(claim)
+        if run.arm.split("-")[0] in (UNLOOPED, kind) and steps in (None, run.point[STEPS]) and final_loss(run) < inf
+    )
+    return list(grouped(pairs).values())
 
 
 def judge(claim: Claim, results: Results) -> Judgement:

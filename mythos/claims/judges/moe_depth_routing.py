@@ -3,7 +3,7 @@
 from mythos.claims.definition import Claim
 from mythos.claims.judgement import CONDITIONS, NOT_SUPPORTED, SUPPORTED, Judgement, Table, mean, spread, upper_bound
 from mythos.claims.plots import Panel, lines_panel
-from mythos.claims.results import Results, RunResult, final_loss
+from mythos.claims.results import Results, RunResult, final_loss, grouped
 
 BASE, TOLD = "default", ("router-bias", "router-embedding")
 RECORDED = "moe/depth_overlap"
@@ -36,12 +36,8 @@ def in_training(results: Results, arm: str) -> dict[int, list[float]]:
     Validations record that of the training mean's last loop alone, where `overlap` is the mean over loops. Empty for a
     dense core.
     """
-    shares: dict[int, list[float]] = {}
-    for run in results.of_arm(arm):
-        for record in run.validations:
-            if run.diverged is None and record.get(RECORDED) is not None:
-                shares.setdefault(record["step"], []).append(record[RECORDED])
-    return shares
+    records = [record for run in results.finished(arm) for record in run.validations]
+    return grouped((one["step"], one[RECORDED]) for one in records if one.get(RECORDED) is not None)
 
 
 def judge(claim: Claim, results: Results) -> Judgement:
@@ -98,10 +94,7 @@ def panels(claim: Claim, results: Results) -> list[Panel]:
     """Overlap by loop after training, and that of the last loop during training."""
     after, during = {}, {}
     for arm in claim.arms:
-        by_loop: dict[int, list[float]] = {}
-        for run in results.of_arm(arm):
-            for loop, share in overlap_by_loop(run):
-                by_loop.setdefault(loop, []).append(share)
+        by_loop = grouped(share for run in results.of_arm(arm) for share in overlap_by_loop(run))
         if by_loop:
             after[arm], during[arm] = list(by_loop.items()), list(in_training(results, arm).items())
     loops, level = results.of_arm(BASE)[0].mean_loops, (claim.thresholds["overlap"], "claimed at most")

@@ -1,12 +1,12 @@
 """Perplexity of looped and fixed-depth models at equal parameters, FLOPs and effective depth, by number of tokens."""
 
 import itertools
-from math import exp, inf, log
+from math import exp, log
 
 from mythos.claims.definition import Claim
 from mythos.claims.judgement import CONDITIONS, NOT_SUPPORTED, SUPPORTED, Judgement, Table, mean, spread
 from mythos.claims.plots import Panel, lines_panel
-from mythos.claims.results import Results, RunResult, final_loss
+from mythos.claims.results import Results, RunResult, final_loss, grouped
 
 STEPS = "train.steps"
 LOOPED, EQUAL, DEEP = "looped", "parameters", "depth"
@@ -16,9 +16,8 @@ MOE = "-moe"
 
 def perplexities(claim: Claim, results: Results) -> dict[str, dict[int, list[float]]]:
     """Perplexities of the chosen runs by arm and number of training steps."""
-    found: dict[str, dict[int, list[float]]] = {arm: {} for arm in claim.arms}
-    for run in results.chosen(claim):
-        found[run.arm].setdefault(run.point[STEPS], []).append(exp(final_loss(run)) if final_loss(run) < inf else inf)
+    runs = grouped((run.arm, run) for run in results.chosen(claim))
+    found = {arm: grouped((run.point[STEPS], exp(final_loss(run))) for run in runs.get(arm, ())) for arm in claim.arms}
     return {arm: dict(sorted(values.items())) for arm, values in found.items()}
 
 

@@ -5,7 +5,7 @@ import math
 from mythos.claims.definition import Claim
 from mythos.claims.judgement import CONDITIONS, NOT_SUPPORTED, SUPPORTED, Judgement, Table, mean, spread
 from mythos.claims.plots import lines_panel
-from mythos.claims.results import Results, RunResult
+from mythos.claims.results import Results, RunResult, grouped
 from mythos.reports.style import Panel
 
 RATE = "optim.lr"
@@ -25,10 +25,7 @@ def losses(run: RunResult) -> tuple[float, float]:
 
 def by_rate(results: Results, arm: str) -> dict[float, list[RunResult]]:
     """The runs of an arm by learning rate, lowest first."""
-    rates: dict[float, list[RunResult]] = {}
-    for run in results.of_arm(arm):
-        rates.setdefault(float(run.point[RATE]), []).append(run)
-    return dict(sorted(rates.items()))
+    return dict(sorted(grouped((float(run.point[RATE]), run) for run in results.of_arm(arm)).items()))
 
 
 def mean_loss(runs: list[RunResult]) -> float:

@@ -3,7 +3,7 @@
 from mythos.claims.definition import Claim
 from mythos.claims.judgement import CONDITIONS, NOT_SUPPORTED, SUPPORTED, Judgement, Table, mean, spread
 from mythos.claims.plots import Panel, lines_panel
-from mythos.claims.results import Results, RunResult
+from mythos.claims.results import Results, RunResult, grouped
 from mythos.generation.depth_view import in_loops
 
 LOOPED, ONE = "loops-4", "loops-1"
@@ -59,13 +59,8 @@ def trained_loops(results: Results, arm: str) -> int:
 
 def out_by_loops(results: Results, arm: str) -> dict[int, list[float]]:
     """Accuracies out of distribution at the end of training by loops at the test, of the runs that finished."""
-    found: dict[int, list[float]] = {}
-    for run in results.of_arm(arm):
-        if run.diverged is None:
-            facts = run.measured["facts"]
-            for loops, accuracy in zip(facts["loops"], facts["out"][-1], strict=True):
-                found.setdefault(loops, []).append(accuracy)
-    return found
+    taken = [run.measured["facts"] for run in results.finished(arm)]
+    return grouped(pair for facts in taken for pair in zip(facts["loops"], facts["out"][-1], strict=True))
 
 
 def panels(claim: Claim, results: Results) -> list[Panel]:
@@ -74,11 +69,8 @@ def panels(claim: Claim, results: Results) -> list[Panel]:
     for arm in claim.arms:
         lines = {}
         for split, name in SPLITS.items():
-            by_step: dict[int, list[float]] = {}
-            for run in results.of_arm(arm):
-                for step, value in accuracies(run, split) if run.diverged is None else ():
-                    by_step.setdefault(step, []).append(100 * value)
-            lines[name] = list(by_step.items())
+            pairs = [pair for run in results.finished(arm) for pair in accuracies(run, split)]
+            lines[name] = list(grouped((step, 100 * value) for step, value in pairs).items())
         title = f"Two-hop questions, trained with {in_loops(trained_loops(results, arm))}"
         panel = lines_panel(title, "training step", "percent right", lines, y_range=(0, 105))
         found.append(panel._replace(height=3.0))
