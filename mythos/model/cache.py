@@ -61,34 +61,22 @@ class DecodeCache:
         self.cache_loops = cache_loops
         self.loops = min(loops, cache_loops or loops)
         width = attention_class(config).entry_width(config)
-        self._entries: Tensor | None = torch.empty(
-            cache_slots(config, self.loops), rows, 0, width, dtype=dtype, device=device
-        )
+        self.entries = torch.empty(cache_slots(config, self.loops), rows, 0, width, dtype=dtype, device=device)
+        """(slots, rows, capacity, entry width): prelude, coda, the core's layers of loop 0, those of loop 1, ..."""
         self._owner: object = None
         """The model whose entries these are."""
 
     @property
     def bytes(self) -> int:
         """Bytes allocated."""
-        return 0 if self._entries is None else self._entries.nbytes
-
-    @property
-    def entries(self) -> Tensor:
-        """(slots, rows, capacity, entry width): prelude, coda, the core's layers of loop 0, those of loop 1, ...
-
-        Raises ValueError after a reset.
-        """
-        if self._entries is None:
-            raise ValueError("this cache was reset and its entries are gone: make a new DecodeCache")
-        return self._entries
+        return self.entries.nbytes
 
     def admit(self, model: object, config: ModelConfig, rows: int) -> None:
         """Check that `model` may continue these rows: a cache has entries of one model only.
 
-        Raises ValueError if the cache has entries of another model, was made for another configuration or number of
-        rows, or was reset.
+        Raises ValueError if the cache has entries of another model, or was made for another configuration or number of
+        rows.
         """
-        _ = self.entries
         if self.config != config or (any(self.lengths) and self._owner is not model):
             raise ValueError(
                 "this cache holds the keys and values of another model: make a new DecodeCache for this one"
@@ -113,7 +101,7 @@ class DecodeCache:
             layers = self.config.core_layers
             grown[slots:] = grown[slots - layers : slots].repeat(deepest - self.loops, 1, 1, 1)
             self.loops = deepest
-        self._entries = grown
+        self.entries = grown
 
     def slot(self, part: Part, layer: int, loop: int) -> int:
         """Index of a layer's entries in the first dimension of `entries`."""
@@ -160,10 +148,5 @@ class DecodeCache:
         """
         if not rows or min(rows) < 0 or max(rows) >= len(self.lengths):
             raise ValueError(f"cannot select rows {list(rows)} of a cache of {len(self.lengths)} rows")
-        self._entries = self.entries[:, list(rows)]
+        self.entries = self.entries[:, list(rows)]
         self.lengths = [self.lengths[row] for row in rows]
-
-    def reset(self) -> None:
-        """Free the memory. The cache cannot be used afterwards."""
-        self._entries = None
-        self.lengths = [0] * len(self.lengths)

@@ -71,8 +71,6 @@ def test_bytes_are_those_of_the_formula(
     built.extend(random_ids(2, 1), cache, loops=7)
     assert cache.loops == 7
     assert cache.bytes == 2 * 20 * cache_bytes_per_token(built.config, 7, dtype)
-    cache.reset()
-    assert cache.bytes == 0
 
 
 def test_mythos_3b_takes_16_kib_a_token() -> None:
@@ -217,17 +215,6 @@ def test_bfloat16_entries_of_a_float32_model(model: Build, attention: str) -> No
 def test_sizes_below_one(small: Callable[..., ModelConfig], name: str, size: int) -> None:
     with pytest.raises(ValueError, match=f"{name}: got {size}; allowed: at least 1"):
         DecodeCache(small(), **{"rows": 1, "loops": 1, name: size})
-
-
-def test_nothing_is_held_after_a_reset(model: Build) -> None:
-    built = model()
-    cache = new(built)
-    built.extend(random_ids(2, 3), cache)
-    cache.reset()
-    assert cache.lengths == [0, 0]
-    for use in (lambda: cache.reserve(3, 1), lambda: cache.select([0]), lambda: built.extend(random_ids(2, 1), cache)):
-        with pytest.raises(ValueError, match="this cache was reset"):
-            use()
 
 
 def test_model_that_failed_does_not_own_the_cache(model: Build) -> None:
