@@ -316,7 +316,6 @@ class RecurrentDepthTransformer(nn.Module):
         mask: Tensor | None = None,
         loops: int | Sequence[int] | None = None,
         halting: HaltingRule | None = None,
-        minimum: int = 1,
         logits: Literal["last", "all"] = "last",
         compiled: bool = False,
     ) -> Extension:
@@ -330,7 +329,6 @@ class RecurrentDepthTransformer(nn.Module):
             mask: (B, S) bool, True at tokens, False at padding on either side. A row without tokens costs nothing.
             loops: most passes, one number for all rows or one per row; default config.loops.
             halting: rule that may stop a position earlier; a model of act always halts by act.
-            minimum: passes before which `halting` stops no position.
             logits: return those of each row's last token, or of all.
             compiled: run calls that continue every row by one token, with equal loops and without halting, as one graph
                 of torch.compile: for each number of loops one graph for a single row, and two for more rows (of equal
@@ -349,15 +347,13 @@ class RecurrentDepthTransformer(nn.Module):
         self.check_loops(sorted(limits, reverse=True), rows)
         if halting is None and isinstance(self.halting, ActHalting):
             halting = halting_rule(self)  # the model is trained to read out act's average of the states only
-        if minimum < 1:
-            raise ValueError(f"minimum: got {minimum}; allowed: at least 1")
 
         tokens = pack_tokens(ids, mask, cache.lengths, limits)
         self.check_tokens(tokens)
         if not len(tokens.ids):
             shape = (rows, self.vocabulary) if logits == "last" else (rows, length, self.vocabulary)
             return Extension(torch.zeros(shape, device=ids.device), torch.zeros_like(ids))
-        hidden, loops_run = self.run_tokens(tokens, cache, halting, minimum, compiled)
+        hidden, loops_run = self.run_tokens(tokens, cache, halting, compiled)
         places, places_count = tokens.places, rows * length
         if logits == "last":
             places, places_count = tokens.rows, rows
@@ -382,7 +378,7 @@ class RecurrentDepthTransformer(nn.Module):
             )
 
     def run_tokens(
-        self, tokens: PackedTokens, cache: DecodeCache, halting: HaltingRule | None, minimum: int, compiled: bool
+        self, tokens: PackedTokens, cache: DecodeCache, halting: HaltingRule | None, compiled: bool
     ) -> tuple[Tensor, Tensor]:
         """Hidden states (N, D) of packed tokens, and the loops that each ran, (N,) int64; arguments as in `extend`."""
         span = max(tokens.lengths)
@@ -402,22 +398,17 @@ class RecurrentDepthTransformer(nn.Module):
         # Without this stance blocks that training compiled would be compiled anew for the shapes of every call.
         with torch.compiler.set_stance(stance):
             limits = tokens.limits[0] if equal_limits else tokens.limits
-            return run(self, tokens.ids, context, limits, halting, minimum)
+            return run(self, tokens.ids, context, limits, halting)
 
     def run_packed(
-        self,
-        tokens: Tensor,
-        context: CachedContext,
-        loops: int | Sequence[int],
-        halting: HaltingRule | None,
-        minimum: int,
+        self, tokens: Tensor, context: CachedContext, loops: int | Sequence[int], halting: HaltingRule | None
     ) -> tuple[Tensor, Tensor]:
         """From token ids (N,) to hidden states (N, D) and the loops run, (N,) int64; one graph when compiled."""
         ids = tokens.unsqueeze(1)
         if self.value_embeddings is not None:
             context = context._replace(values=self.value_embeddings(ids))
         e = self.encode(ids, context)
-        state, loops_run = self.recurrence.extend(e, context, loops, halting, minimum)
+        state, loops_run = self.recurrence.extend(e, context, loops, halting)
         return self.decode(state, context).squeeze(1), loops_run
 
     def check_loops(self, loops: int | Sequence[int] | None, rows: int) -> list[int]:

@@ -235,12 +235,7 @@ class Recurrence(nn.Module):
         return state if self.lanes is None else state.unsqueeze(-2).repeat_interleave(self.lanes.count, dim=-2)
 
     def extend(
-        self,
-        e: Tensor,
-        context: CachedContext,
-        loops: int | Sequence[int],
-        halting: HaltingRule | None,
-        minimum: int,
+        self, e: Tensor, context: CachedContext, loops: int | Sequence[int], halting: HaltingRule | None
     ) -> tuple[Tensor, Tensor]:
         """Run packed positions until `halting` stops them or for their number of loops, and write them to the cache.
 
@@ -251,22 +246,16 @@ class Recurrence(nn.Module):
         whose positions have all stopped goes on to compute for the others. Returns h_T (N, 1, D) float32, and the
         passes of each position, (N,) int64.
         """
-        state, passes = self.extend_stage(self.stages[0], e, context, loops, halting, minimum)
+        state, passes = self.extend_stage(self.stages[0], e, context, loops, halting)
         for number, stage in enumerate(self.stages[1:], start=1):
             e = self.stage_input(number, state)
-            state, more = self.extend_stage(stage, e, context, loops, halting, minimum)
+            state, more = self.extend_stage(stage, e, context, loops, halting)
             passes = passes + more
         stages = len(self.stages)
         return state, passes if stages == 1 else (passes + stages - 1) // stages
 
     def extend_stage(
-        self,
-        stage: Stage,
-        e: Tensor,
-        context: CachedContext,
-        loops: int | Sequence[int],
-        halting: HaltingRule | None,
-        minimum: int,
+        self, stage: Stage, e: Tensor, context: CachedContext, loops: int | Sequence[int], halting: HaltingRule | None
     ) -> tuple[Tensor, Tensor]:
         """Run one stage; arguments and results as in `extend`."""
         blocks = self.stage_blocks(stage)
@@ -301,8 +290,7 @@ class Recurrence(nn.Module):
             stop = limits[running] <= done if done in depths else None
             if halting is not None:
                 rule_stops, memory = halting(done, before[:, 0], output[:, 0], memory)
-                if done >= minimum:
-                    stop = rule_stops if stop is None else stop | rule_stops
+                stop = rule_stops if stop is None else stop | rule_stops
             if stop is None:
                 continue  # no position can stop here: do not wait for the device
             stopped = stop.nonzero().squeeze(1)

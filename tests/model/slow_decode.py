@@ -28,7 +28,6 @@ class SlowRow:
     model: RecurrentDepthTransformer
     stops: Callable[[States], bool] = lambda states: False
     reads: Callable[[States], Tensor] = lambda states: states[-1]
-    minimum: int = 1
     cache_loops: int | None = None
     kept: dict[tuple[str, int], list[list[tuple[Tensor, Tensor]]]] = field(default_factory=dict)
     """Of each layer and position, keys (H, d) and values (H, v) of every loop it ran."""
@@ -60,7 +59,7 @@ class SlowRow:
                 else:
                     shown = self.core(states[-1], e, loop, layers)
                 states.append(shown)
-                if loop >= self.minimum and self.stops(states):
+                if self.stops(states):
                     break
             x = self.reads(states)
             passes += len(states) - 1

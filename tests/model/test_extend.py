@@ -198,15 +198,6 @@ def test_rules_stop_each_position_where_it_stops_alone(
     rows.match(built, stops=stops)
 
 
-def test_minimum_of_loops(model: Build) -> None:
-    built, rng = model(), random.Random(4)
-    cache, rows = DecodeCache(built.config, 2, loops=8), Rows(2)
-    for pieces in random_calls(rng, 2, 4):
-        rows.extend(built, cache, pieces, [8, 3], [False, True], halting=Erratic(), minimum=4)
-    assert 4 in rows.loops[0] and rows.depths() <= {3, 4, 5, 6, 7, 8} and set(rows.loops[1]) == {3}
-    rows.match(built, stops=erratic, minimum=4)
-
-
 def test_memory_of_a_rule_travels_with_its_position_and_its_result_is_read_out(model: Build) -> None:
     built, rng = model(), random.Random(5)
     cache, rows = DecodeCache(built.config, 3, loops=4), Rows(3)
@@ -367,7 +358,6 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"loops": [2, 0]}, "every row needs at least 1"),
     ({"loops": [2]}, "1 loop counts for 2 rows"),
     ({"loops": [2, 2, 2]}, "3 loop counts for 2 rows"),
-    ({"minimum": 0}, "minimum: got 0; allowed: at least 1"),
     ({"ids": torch.tensor([[1, 2], [3, 128]])}, "token ids 1 to 128: the model knows 0 to 127"),
     ({"ids": torch.tensor([[1, 2], [-1, 3]])}, "token ids -1 to 3: the model knows 0 to 127"),
     ({"mask": torch.ones(2, 3, dtype=torch.bool)}, r"got torch.bool of shape \(2, 3\) for ids of shape \(2, 2\)"),
