@@ -23,50 +23,39 @@ def is_finished(planned: PlannedRun) -> bool:
 
 
 def collect(claim: Claim, planned: PlannedRun, diverged: int | None = None) -> RunResult:
-    """Facts and measurements of a run that has ended; one that diverged at step `diverged` is not measured."""
-    if diverged is not None:
-        return collect_diverged(planned, diverged)
-    recorded = open_run(planned.config.run_dir)
-    model = recorded.config.model
+    """Facts and measurements of a run that has ended.
+
+    One that diverged at step `diverged` is not measured, and may have no records.
+    """
+    config = planned.config
+    if diverged is None:
+        run = open_run(config.run_dir)
+        tokens, flops, in_core = run.last("tokens"), run.flops[-1], core_flops(run)
+        skipped, validations = run.last("skipped_steps") or 0, run.validations
+        measured = measure_run(config.run_dir, claim.measure)
+    else:
+        run = RecordedRun(config.run_dir, config, read_metrics(config.run_dir / METRICS_FILE))
+        flops, in_core = diverged / config.train_steps * run_flops(config), 0.0
+        tokens, skipped, validations, measured = diverged * config.tokens_per_step, config.train.skip_limit, [], {}
+    model = sized(run.config).model
     return RunResult(
         arm=planned.arm,
         point=planned.point,
         seed=planned.seed,
         parameters=count_parameters(model).total,
-        tokens=recorded.last("tokens"),
-        flops=rounded(recorded.flops[-1]),
-        core_flops=rounded(core_flops(recorded)),
-        mean_loops=1 if model.injection == "none" else round(recorded.config.depth_mean),
-        seconds=rounded(training_seconds(recorded.records)),
-        diverged=None,
-        skipped=recorded.last("skipped_steps") or 0,
-        largest=rounded(largest_values(recorded)),
+        tokens=tokens,
+        flops=rounded(flops),
+        core_flops=rounded(in_core),
+        mean_loops=1 if model.injection == "none" else round(run.config.depth_mean),
+        seconds=rounded(training_seconds(run.records)),
+        diverged=diverged,
+        skipped=skipped,
+        largest=rounded(largest_values(run)),
         validations=[
             rounded({key: value for key, value in record.items() if key not in TIMES and not key.startswith("data/")})
-            for record in recorded.validations
+            for record in validations
         ],
-        measured=rounded(measure_run(planned.config.run_dir, claim.measure)),
-    )
-
-
-def collect_diverged(planned: PlannedRun, step: int) -> RunResult:
-    """Facts of a run that diverged at a step: of its records there may be none."""
-    config = planned.config
-    run = RecordedRun(config.run_dir, config, read_metrics(config.run_dir / METRICS_FILE))
-    return RunResult(
-        arm=planned.arm,
-        point=planned.point,
-        seed=planned.seed,
-        parameters=count_parameters(sized(config).model).total,
-        tokens=step * config.tokens_per_step,
-        flops=rounded(step / config.train_steps * run_flops(config)),
-        core_flops=0.0,
-        mean_loops=round(config.depth_mean),
-        seconds=rounded(training_seconds(run.records)),
-        diverged=step,
-        skipped=config.train.skip_limit,
-        largest=rounded(largest_values(run)),
-        validations=[],
+        measured=rounded(measured),
     )
 
 
