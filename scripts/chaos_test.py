@@ -488,6 +488,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--faults", type=int, default=60, help="how many (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of kinds, moments and targets (%(default)s)")
     parser.add_argument("--kinds", default=",".join(KINDS), help="only these, separated by commas (%(default)s)")
+    parser.add_argument("--experts", action="store_true", help="only layouts whose processes divide the experts")
     parser.add_argument("--folder", type=Path, help="an empty directory for runs and logs, kept if something fails")
     options = parser.parse_args(arguments)
     kinds = options.kinds.split(",")
@@ -501,11 +502,12 @@ def main(arguments: list[str] | None = None) -> int:
     begun = time.monotonic()
     draw = random.Random(options.seed)
     order = deck(draw, kinds)
+    layouts = [layout for layout in LAYOUTS if layout.expert > 1 or not options.experts]
     runs: list[tuple[Layout, Chaos]] = []
     try:
         count = -(-options.faults // FAULTS_OF_A_RUN)
         for number in range(count):
-            layout = LAYOUTS[number % len(LAYOUTS)]
+            layout = layouts[number % len(layouts)]
             share = options.faults // count + (number < options.faults % count)
             faults = draw_faults(draw, order, share, layout.processes)
             runs.append(
