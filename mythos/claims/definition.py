@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from mythos.config.checking import PLAIN_TEXT, Problems, apply_override, read_yaml, shortened, shown, suggestion
-from mythos.config.loading import config_from_dict
+from mythos.config.checking import PLAIN_TEXT, Problems, read_yaml, shortened, shown, suggestion
+from mythos.config.loading import config_from_dict, overridden
 from mythos.config.sections import Config
 from mythos.errors import MythosError
 from mythos.files.text import unusable_text
@@ -197,18 +197,16 @@ class Claim:
                 f"claim {self.name}, size {self.size}: {shortened(name)} cannot name a run's folder: arms and values "
                 f"of a grid must have no / and at most {MOST_NAME} characters together; set long values in arms"
             )
-        values: dict[str, Any] = dict(self.definition.base)
         run: Overrides = {"run.name": f"{self.name}-{name}", "run.dir": str(directory / name), "run.seed": seed}
         if data is not None:
             run |= {"data.kind": "files", "data.path": data}
-        problems = Problems(f"claim {self.name}, size {self.size}, arm {arm}", Config)
-        for path, value in {**self.at_size.set, **overrides, **run}.items():
-            values = apply_override(values, f"{path}={json.dumps(value)}", problems)
-        problems.raise_any()
+        source, fields = f"claim {self.name}, size {self.size}, arm {arm}", {**self.at_size.set, **overrides, **run}
+        assignments = [f"{path}={json.dumps(value)}" for path, value in fields.items()]
+        values = overridden(dict(self.definition.base), assignments, source)
         try:
             return built(json.dumps(values))
         except MythosError as error:
-            raise MythosError(f"claim {self.name}, size {self.size}, arm {arm}: {error}") from error
+            raise MythosError(f"{source}: {error}") from error
 
 
 @cache

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from mythos.config.checking import Problems, apply_override, shortened, shown
-from mythos.config.loading import config_from_dict, load_config
+from mythos.config.checking import shortened, shown
+from mythos.config.loading import config_from_dict, load_config, overridden
 from mythos.config.model_paths import require_model
 from mythos.config.sections import Config
 from mythos.errors import MythosError, log_messages
@@ -162,12 +162,8 @@ def corpus_config(command: argparse.ArgumentParser, options: argparse.Namespace)
             config = load_config(options.config, options.overrides)
         else:
             files = {"kind": "files", "path": options.path, "text_column": options.text_column}
-            data: dict[str, Any] = {"data": files if options.path else {"kind": "embedded"}}
-            problems = Problems(command.prog, Config)
-            for override in options.overrides:
-                data = apply_override(data, override, problems)
-            problems.raise_any()
-            config = config_from_dict(data, to_train=False)
+            data = {"data": files if options.path else {"kind": "embedded"}}
+            config = config_from_dict(overridden(data, options.overrides, command.prog), to_train=False)
         size = options.vocab_size
         return config if size is None else config.with_fields("tokenizer", vocab_size=size)
 

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,15 @@ def config_from_dict(data: Mapping[str, Any], *, to_train: bool = True) -> Confi
     Raises MythosError with one line per problem.
     """
     return _build(dict(data), Problems("configuration", Config), to_train)
+
+
+def overridden(data: dict[str, Any], overrides: Iterable[str], source: str) -> dict[str, Any]:
+    """`data` with every ``key.path=value`` applied. Raises MythosError, which begins with `source`, for wrong ones."""
+    problems = Problems(source, Config)
+    for override in overrides:
+        data = apply_override(data, override, problems)
+    problems.raise_any()
+    return data
 
 
 def dump_config(config: Config) -> str:

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from mythos.checkpoints.preflight import resolve_vocabulary
-from mythos.config.checking import Problems, apply_override, suggestion
-from mythos.config.loading import config_from_dict, load_config, packaged_configs
+from mythos.config.checking import suggestion
+from mythos.config.loading import config_from_dict, load_config, overridden, packaged_configs
 from mythos.config.presets import PRESETS
 from mythos.config.sections import Config
 from mythos.errors import MythosError
@@ -80,11 +80,7 @@ def configuration(name: str, overrides: Sequence[str] = ()) -> Config:
             data[section] = {**values, **data.get(section, {})}
         if name in PRESETS:
             del data["tokenizer"]
-        problems = Problems(name, Config)
-        for override in overrides:
-            data = apply_override(data, override, problems)
-        problems.raise_any()
-        config = config_from_dict(data)
+        config = config_from_dict(overridden(data, overrides, name))
     elif name.endswith((".yaml", ".yml")) or Path(name).is_file() or name in packaged_configs():
         config = load_config(name, overrides)
     else:
