@@ -15,9 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mythos.cli.common import command_parser, exit_status
-from mythos.config.checking import Problems, apply_override
-from mythos.config.loading import config_from_dict, load_config, packaged_configs
+from mythos.cli.common import command_parser
+from mythos.config.loading import config_from_dict, load_config, overridden, packaged_configs
 from mythos.config.presets import PRESETS, preset_config
 from mythos.config.sections import Config
 from mythos.errors import MythosError
@@ -53,10 +52,6 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--flops", type=float, metavar="C", help="budget to split (default: that of the run)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to this file")
     return parser
-
-
-def main(arguments: list[str]) -> int:
-    return exit_status(lambda: run(parser().parse_intermixed_args(arguments)))
 
 
 def run(options: argparse.Namespace) -> None:
@@ -262,11 +257,11 @@ def read_config(name: str, overrides: Sequence[str], gpus: int, tokens: float | 
     from mythos.planning.budget import sized
     from mythos.planning.flops import count_parameters
 
-    overridden = {override.partition("=")[0] for override in overrides}
-    if tokens is not None and (lengths := overridden & {"train.steps", "train.tokens"}):
+    paths = {override.partition("=")[0] for override in overrides}
+    if tokens is not None and (lengths := paths & {"train.steps", "train.tokens"}):
         raise MythosError(f"--tokens and {min(lengths)}: both set the length of the run; give one of them")
     if name in PRESETS:
-        if tokens is None and not overridden & {"train.steps", "train.tokens"}:
+        if tokens is None and not paths & {"train.steps", "train.tokens"}:
             tokens = float(TOKENS_PER_PARAMETER * count_parameters(preset_config(name)).active)
         config = preset_run(name, overrides, gpus, by_tokens=tokens is not None)
     elif not Path(name).exists() and not name.endswith((".yaml", ".yml")) and name not in packaged_configs():
@@ -288,12 +283,9 @@ def preset_run(name: str, overrides: Sequence[str], gpus: int, by_tokens: bool) 
         "data": {"streams": batch, "sequence_length": min(preset_config(name).context_length, LONGEST)},
         "train": {"global_batch": batch, "micro_batch": 1, "steps": 1},
     }
-    problems = Problems(name, Config)
-    for override in overrides:
-        data = apply_override(data, override, problems)
-    problems.raise_any()
-    overridden = {override.partition("=")[0] for override in overrides}
-    if by_tokens or ("train.tokens" in overridden and "train.steps" not in overridden):
+    data = overridden(data, overrides, name)
+    paths = {override.partition("=")[0] for override in overrides}
+    if by_tokens or ("train.tokens" in paths and "train.steps" not in paths):
         data["train"].pop("steps", None)
         data["train"].setdefault("tokens", 1)
     return config_from_dict(data)
