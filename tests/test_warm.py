@@ -118,6 +118,20 @@ def test_a_program_sees_its_own_settings_of_the_hub() -> None:
         assert process.communicate(timeout=60)[0] == f"{endpoint}\n"
 
 
+def test_classes_derive_from_those_of_the_hubs_libraries_that_are_imported_again() -> None:
+    """lm-evaluation-harness sets a variable of the hub when it is imported."""
+    program = """from transformers import PreTrainedConfig
+from mythos.hf import MythosConfig
+print(issubclass(MythosConfig, PreTrainedConfig))"""
+    process = WarmPopen(
+        [sys.executable, "-c", program],
+        env=os.environ | {"HF_XET_HIGH_PERFORMANCE": "another"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.communicate(timeout=60)[0] == "True\n"
+
+
 def test_a_warm_program_starts_others_warm_if_asked() -> None:
     program = """import subprocess, sys
 inner = "import sys; print('torch' in sys.modules)"

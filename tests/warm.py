@@ -210,10 +210,14 @@ def reopen_streams(encoding: str | None) -> None:
 
 
 def forget_hub(before: Mapping[str, str], after: Mapping[str, str]) -> None:
-    """Let the hub's libraries be imported again if their settings change, which they read when they are imported."""
+    """Let the hub's libraries be imported again if their settings change, which they read when they are imported.
+
+    So are the classes that derive from theirs, in `mythos.hf`.
+    """
     if any(before.get(name) != after.get(name) for name in before.keys() | after.keys() if name.startswith("HF_")):
-        for name in [name for name in sys.modules if name.partition(".")[0] in ("huggingface_hub", "transformers")]:
-            del sys.modules[name]
+        for name in list(sys.modules):
+            if name.partition(".")[0] in ("huggingface_hub", "transformers") or f"{name}.".startswith("mythos.hf."):
+                del sys.modules[name]
 
 
 def become(request: dict[str, Any]) -> None:
