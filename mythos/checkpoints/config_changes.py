@@ -77,7 +77,7 @@ def consequences(config: Config, saved: dict[str, Any], step: int, changes: list
     if fields & VALIDATION or "data.sequence_length" in fields:
         lines.append("validation: losses before and after are of different sequences and cannot be compared")
     old, new = former.schedule_steps, config.schedule_steps
-    before, after = (_scheduled(config, step, steps) for steps in (old, new))
+    before, after = ({}, {}) if old == new else (_scheduled(config, step, steps) for steps in (old, new))
     moved = [f"{what} from {value} to {after[what]}" for what, value in before.items() if value != after[what]]
     if moved:
         lines.append(

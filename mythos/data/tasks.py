@@ -259,7 +259,8 @@ def _trees(task: TaskConfig, draws: Draws, difficulty: int, inputs_RL: np.ndarra
     below = np.arange(1, half)
     child, parent = (np.concatenate([places, half + places]) for places in (below, (below - 1) // children))
     edges = 1 + size + label_RN[:, parent] * size + label_RN[:, child]
-    inputs_RL[:, : size - 2] = np.take_along_axis(edges, draws.permutations(size - 2), axis=1)
+    start = len(child)  # of the questions
+    inputs_RL[:, :start] = np.take_along_axis(edges, draws.permutations(start), axis=1)
 
     depth_S = np.repeat(np.arange(task.levels), 2 * children ** np.arange(task.levels))
     index_S = np.arange(len(depth_S)) - 2 * begin[depth_S]  # in both trees' part of the level
@@ -282,10 +283,9 @@ def _trees(task: TaskConfig, draws: Draws, difficulty: int, inputs_RL: np.ndarra
     question_RQ3 = np.concatenate(
         [np.where(turned_RQ1, pair_RQ2[..., ::-1], pair_RQ2), place(depth_S[start_RQ], index_RQ)[..., None]], axis=-1
     )
-    begin_questions, end = size - 2, size - 2 + 3 * task.queries
-    flat = question_RQ3.reshape(len(label_RN), -1)
-    inputs_RL[:, begin_questions:end] = 1 + np.take_along_axis(label_RN, flat, axis=1)
-    targets_RL[:, begin_questions + 2 : end : 3] = 1 + np.take_along_axis(label_RN, right_RQ, axis=1)
+    end = start + 3 * task.queries
+    inputs_RL[:, start:end] = 1 + np.take_along_axis(label_RN, question_RQ3.reshape(len(label_RN), -1), axis=1)
+    targets_RL[:, start + 2 : end : 3] = 1 + np.take_along_axis(label_RN, right_RQ, axis=1)
 
 
 _GENERATORS = {"hops": _hops, "mano": _mano, "permutations": _permutations, "addition": _addition, "trees": _trees}

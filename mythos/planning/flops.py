@@ -88,14 +88,15 @@ def matmul_weights(config: ModelConfig) -> tuple[int, int]:
     model = build_on_meta(config)
     recurrence, injection = model.recurrence, model.recurrence.injection
     outside = [] if injection is None else [injection, *injection.maps_outside_loop()]
+    before_loop = sum(map(_matmul_weights, outside))
 
     def weights(parts: Iterable[nn.Module | None]) -> int:
         modules = {module for part in parts if part is not None for module in part.modules()}
         return sum(_matmul_weights(module) for module in modules)
 
     stages = len(recurrence.stages)  # each has passes of its own
-    once = weights([*model.prelude, model.readout, *model.coda]) + stages * sum(map(_matmul_weights, outside))
-    in_pass = weights([injection, recurrence.lanes, recurrence.adapter]) - sum(map(_matmul_weights, outside))
+    once = weights([*model.prelude, model.readout, *model.coda]) + stages * before_loop
+    in_pass = weights([injection, recurrence.lanes, recurrence.adapter]) - before_loop
     head = 0 if config.vocab_size == "auto" else model.head_weight.numel()
     return once + head, weights(recurrence.blocks) + stages * in_pass
 
