@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from mythos.config.presets import PRESETS, preset_config
 from mythos.config.sections import DepthConfig, OptimConfig
 from mythos.errors import MythosError
 from mythos.files.local import replacing
@@ -137,18 +138,29 @@ def varying_fields(architectures: list[dict[str, Any]]) -> set[tuple[str, str]]:
 def described(architecture: dict[str, Any], varying: set[tuple[str, str]]) -> str:
     """The varying fields that differ from their defaults, and those of the optimizer in any case.
 
-    Without a loop, fields that only a loop has are left out.
+    A preset's name stands for its fields. Without a loop, fields that only a loop has are left out.
     """
-    looped = architecture["model"].get("injection") != "none"
-    differing = [
+    looped, preset = architecture["model"].get("injection") != "none", preset_of(architecture["model"])
+    differing = [f"`{preset}`"] if preset else []
+    differing += [
         f"`{section}.{name}={json.dumps(value)}`".replace('"', "")
         for section, fields in architecture.items()
         for name, value in fields.items()
         if (section, name) in varying
+        and not (preset and section == "model")
         and (section == "optim" or value != DEFAULTS[section].model_fields[name].default)
         and (looped or section == "optim" or name not in ONLY_LOOPED)
     ]
     return " ".join(differing if looped else ["not looped", *differing]) or "(the defaults)"
+
+
+def preset_of(model: dict[str, Any]) -> str | None:
+    """The preset that has all these fields, whatever its vocabulary."""
+    for name in PRESETS:
+        fields = preset_config(name).model_dump(include=FIELDS["model"], mode="json")
+        if fields | {"vocab_size": model.get("vocab_size")} == model:
+            return name
+    return None
 
 
 def perplexity(run: dict[str, Any], loops: int) -> float | None:

@@ -1,5 +1,6 @@
 """scripts/study.py: results of runs, and their table."""
 
+import copy
 import json
 from math import log
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from mythos.config.presets import preset_config
 from scripts.study import main, table
 
 
@@ -45,6 +47,20 @@ def test_blocks_without_a_loop_are_named_so() -> None:
         results[name]["mean_loops"] = 1.0
     names = [line.split(" | ")[0] for line in table(results).splitlines()[2:]]
     assert names == ["| not looped", "| not looped `model.block_norm=sandwich`", "| `model.lanes=2`"]
+
+
+def test_a_preset_is_named_instead_of_its_fields() -> None:
+    results = {}
+    for name in ("few_visits_nano_2", "moe_nano_flops"):
+        results[name] = one(0, {1: 50.0, 2: 40.0})
+        fields = preset_config(name, vocab_size=77).model_dump(mode="json", exclude={"preset"})
+        results[name]["architecture"]["model"] = fields
+    changed = copy.deepcopy(results["few_visits_nano_2"])
+    changed["architecture"]["model"]["lanes"] = 2
+    names = {line.split(" | ")[0] for line in table(results).splitlines()[2:]}
+    assert names == {"| `few_visits_nano_2`", "| not looped `moe_nano_flops`"}
+    names = {line.split(" | ")[0] for line in table({**results, "changed": changed}).splitlines()[2:]}
+    assert len(names) == 3 and any("`model.lanes=2`" in name and "few_visits" not in name for name in names)
 
 
 def test_a_ramp_of_the_depth_is_a_line_of_its_own() -> None:
