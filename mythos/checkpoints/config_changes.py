@@ -18,6 +18,8 @@ from mythos.training.lr import learning_rate
 NOT_COMPARED = {"run.name", "run.dir", "run.resume", "run.on_change", "checkpoint.dir"}
 """Fields that say where a run and its checkpoints are and how it continues, not how it trains."""
 LEARNING_RATE = {f"optim.{name}" for name in ("lr", "schedule", "warmup", "decay", "min_lr")}
+SCHEDULED_BY = ("train.", "optim.", "depth.", "data.", "eval.", "model.loops", "model.injection")
+"""Fields from which :func:`consequences` computes what it says, or sections of them."""
 VALIDATION = {"eval.batches", "data.validation.path", "data.validation.fraction"}
 ABSENT = object()
 
@@ -36,10 +38,10 @@ class Change(NamedTuple):
 
 def config_changes(config: Config, saved: dict[str, Any]) -> list[Change]:
     """Compare every field with a checkpoint's configuration, given as plain values."""
-    former = _former(saved)
-    saved = saved if former is None else former.model_dump(mode="json")
-    here = config.model_dump(mode="json")
-    before, after = ({key: v for key, v in flat_fields(values) if v != {}} for values in (saved, here))
+    former, refused = _former(saved)
+    values = (former.model_dump(mode="json"), config.model_dump(mode="json"))
+    before, after = ({key: v for key, v in flat_fields(sections) if v != {}} for sections in values)
+    before |= refused
     pairs = ((field, before.get(field, ABSENT), after.get(field, ABSENT)) for field in [*after, *before])
     differing = {field: Change(field, old, new) for field, old, new in pairs if old != new}
     return [change for field, change in differing.items() if field not in NOT_COMPARED]
@@ -50,9 +52,14 @@ def consequences(config: Config, saved: dict[str, Any], step: int, changes: list
 
     Other data is refused or read from its beginning by `data.on_mismatch`.
     """
-    former = _former(saved)
-    if former is None or step >= config.train_steps:
+    former, refused = _former(saved)
+    if step >= config.train_steps:
         return []
+    if unknown := [field for field in refused if field.startswith(SCHEDULED_BY)]:
+        return [
+            f"{', '.join(unknown)}: this version does not accept the checkpoint's value, so it cannot say what the "
+            f"differences mean for the learning rate, the depths and the data after step {step:,}"
+        ]
     fields = {change.field for change in changes}
     lines = []
     if former.tokens_per_step != config.tokens_per_step or "train.global_batch" in fields:
@@ -104,15 +111,20 @@ def former_file(step: int) -> str:
     return f"config.{step_name(step)}.yaml"
 
 
-def _former(saved: dict[str, Any]) -> Config | None:
-    """A checkpoint's configuration; fields that its version did not know get the values that they had.
+def _former(saved: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
+    """A checkpoint's configuration, and by dotted path the values in it that this version does not accept.
 
-    None if this version does not accept a value.
+    In the configuration these have their defaults, as have fields that the checkpoint's version did not know.
     """
     problems = Problems("", Config)
     values = valid_values(Config, saved, problems)
     complete_stored_data(values.get("data", {}))
-    return None if problems.lines else Config.model_validate(values)
+    refused = {
+        field: value
+        for field, value in flat_fields(saved)
+        if any(f"{field}.".startswith(f"{path}.") for path in problems.paths)
+    }
+    return Config.model_validate(values), refused
 
 
 def _batch(config: Config) -> str:

@@ -75,7 +75,10 @@ def run(arguments: list[str]) -> int:
         module = command(name)
         if hasattr(module, "main"):  # a command with messages or exit statuses of its own
             return module.main(rest)
-        return exit_status(lambda: module.run(module.parser().parse_intermixed_args(rest)))
+        reader = module.parser()
+        # Options may stand between positional arguments. Mixed so, Python 3.11 forgets that what follows "--" is none.
+        parse = reader.parse_args if "--" in rest else reader.parse_intermixed_args
+        return exit_status(lambda: module.run(parse(rest)))
     if name.startswith("-"):
         parser().parse_args(arguments)  # prints the version, or reports an unknown option
     hint = HINTS.get(name) or suggestion(name, list(COMMANDS))

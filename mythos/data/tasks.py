@@ -24,6 +24,9 @@ from mythos.data.stream import Batch, Streams
 from mythos.errors import MythosError
 from mythos.model import IGNORE_INDEX
 
+FORMS = {"trees": 2}
+"""Number of the form of a task's text, for tasks whose text has changed. Checkpoints of another form are refused."""
+
 
 class Sequences(NamedTuple):
     """Sequences of a task.
@@ -373,6 +376,8 @@ class TaskStreams(Streams):
             "sequence_length": sequence_length,
             "seed": seed,
         }
+        if form := FORMS.get(task.name):
+            self.identity["form"] = form
 
     def next_ids(self, slots: int) -> tuple[np.ndarray, np.ndarray]:
         """Consume a step: int32 inputs and targets (rows, 2, L), and int64 rows (rows,)."""

@@ -7,8 +7,10 @@ from functools import cache
 import torch
 from torch import nn
 
+from mythos.errors import MythosError
 from mythos.model.attention.base import attention_class
 from mythos.model.config import ModelConfig
+from mythos.model.layers import is_loop_table
 from mythos.model.moe import MixtureOfExperts
 from mythos.model.rdt import RecurrentDepthTransformer
 
@@ -101,10 +103,24 @@ def matmul_weights(config: ModelConfig) -> tuple[int, int]:
     return once + head, weights(recurrence.blocks) + stages * in_pass
 
 
+ELEMENTWISE = {"scale", "log_a", "dt"}
+"""Parameters of the loop's parts that are multiplied element by element, although some have two dimensions."""
+
+
 def _matmul_weights(module: nn.Module) -> int:
-    """Those of a module itself, without its parts."""
+    """Those of a module itself, without its parts. Raises MythosError for a parameter that cannot be counted."""
     if isinstance(module, MixtureOfExperts):
         experts, chosen = len(module.gate_up), module.router.chosen
         return (module.gate_up.numel() + module.down.numel()) // experts * chosen
-    weight = getattr(module, "weight", None)
-    return weight.numel() if isinstance(weight, nn.Parameter) and weight.ndim == 2 else 0
+    if (stated := getattr(module, "matmul_weights", None)) is not None:
+        return stated
+    matrices = {name: parameter for name, parameter in module.named_parameters(recurse=False) if parameter.ndim > 1}
+    tables = ELEMENTWISE | set(filter(is_loop_table, matrices))
+    if unknown := matrices.keys() - tables - {"weight"}:
+        raise MythosError(
+            f"{type(module).__name__}: the FLOPs of {', '.join(sorted(unknown))} cannot be counted. Call a matrix that "
+            "every token is multiplied by `weight`, in a module of its own (mythos.model.layers.Linear), and a table "
+            "with a row per loop `loop_...`; or give the module an attribute `matmul_weights`, the number of weights "
+            "that a token is multiplied by"
+        )
+    return matrices["weight"].numel() if "weight" in matrices else 0

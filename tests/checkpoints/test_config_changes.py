@@ -160,10 +160,26 @@ def test_a_resume_looks_for_differences_once(tmp_path, monkeypatch):
 def test_values_that_this_version_refuses_are_still_compared(tmp_path):
     saved = tiny(tmp_path, **STEPS).model_dump(mode="json")
     saved["depth"]["sampling"] = "zipf"
-    config = tiny(tmp_path, **STEPS)
+    del saved["log"]["every"]
+    config = tiny(tmp_path, **STEPS | {"log__every": 10, "train__steps": 2000})
     changes = config_changes(config, saved)
-    assert [str(change) for change in changes] == ['depth.sampling "zipf" -> "poisson"']
-    assert consequences(config, saved, 10, changes) == []
+    assert {str(change) for change in changes} == {'depth.sampling "zipf" -> "poisson"', "train.steps 1000 -> 2000"}
+    (line,) = consequences(config, saved, 10, changes)
+    assert line.startswith("depth.sampling: this version does not accept the checkpoint's value, so it cannot say")
+    assert line.endswith("after step 10") and consequences(config, saved, 2000, changes) == []
+
+
+def test_a_moved_schedule_is_named_beside_fields_that_this_version_does_not_know(tmp_path):
+    """A field of another version that no schedule depends on hides nothing."""
+    saved = tiny(tmp_path, **STEPS).model_dump(mode="json")
+    known = tiny(tmp_path, **STEPS | {"train__steps": 2000})
+    expected = consequences(known, saved, 500, config_changes(known, saved))
+    saved["model"]["windows"], saved["novel"] = 3, {"a": {"b": 1}}
+    changes = config_changes(known, saved)
+    texts = {str(change) for change in changes}
+    assert texts == {"train.steps 1000 -> 2000", "model.windows 3 -> absent", "novel.a.b 1 -> absent"}
+    lines = consequences(known, saved, 500, changes)
+    assert lines == expected and lines[0].startswith("the schedule took 1,000 steps in the checkpoint and takes 2,000")
 
 
 def test_a_change_can_be_refused(tmp_path):

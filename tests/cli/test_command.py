@@ -70,6 +70,15 @@ def test_help_and_errors_come_without_torch():
     assert misspelt.stdout == "False 1\n" and "did you mean" in misspelt.stderr
 
 
+def test_options_stand_anywhere_and_what_follows_two_dashes_is_none(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words in (["sweep", "--", "-run"], ["sweep", "--loops", "2", "--", "-run"]):
+        assert main(words) == 1
+        assert capsys.readouterr().err.startswith("error: -run: no such file or folder")
+    assert main(["compare", "one", "--out", "here", "two"]) == 1
+    assert capsys.readouterr().err.startswith("error: one: no such file or folder")
+
+
 WRONG_PATHS = """
 import contextlib, io, json, sys
 from mythos.cli import main

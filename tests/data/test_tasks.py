@@ -1,5 +1,6 @@
 """Reasoning tasks against solvers that work on one sequence at a time, and their streams as data of a run."""
 
+import hashlib
 import json
 import operator
 from collections import Counter
@@ -357,6 +358,37 @@ def test_a_saved_position_continues_at_any_world_size() -> None:
 def test_a_position_in_another_task_is_refused(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(MythosError, match=named):
         streams(**changes).load_state_dict(streams().state_dict())
+
+
+def test_a_position_in_a_former_text_of_the_task_is_refused() -> None:
+    task = TaskConfig(name="trees", difficulty=(1, 2))
+    now = streams(task=task, sequence_length=task.length(2))
+    state = now.state_dict()
+    del state["form"]
+    with pytest.raises(MythosError, match="another task: form was None, is 2"):
+        now.load_state_dict(state)
+    assert "form" not in streams().state_dict(), "the text of hops has never changed"
+
+
+@pytest.mark.parametrize(
+    ("name", "ask", "text"),
+    [
+        ("hops", "end", "894b16bba27050fb"),
+        ("mano", "end", "80b1d465ce7612c8"),
+        ("permutations", "end", "d01982bfa6f83bbc"),
+        ("permutations", "windows", "b79381e3f2954867"),
+        ("addition", "end", "77486b6e70419d14"),
+        ("addition", "windows", "fdcdee9b908dfed5"),
+        ("trees", "end", "da9297bb768a06fd"),
+        ("facts", "end", "90be1f31071f6f46"),
+    ],
+)
+def test_a_changed_text_has_another_form(name: str, ask: str, text: str) -> None:
+    """Where this fails on purpose, raise the task's number in FORMS: runs must not continue in another text."""
+    task = TaskConfig(name=name, ask=ask, difficulty=(1, 2))
+    sequences = make_sequences(task, np.arange(8, dtype=np.uint64), 2, task.length(2) + 3)
+    made = np.stack(sequences).astype("<i4").tobytes()
+    assert hashlib.blake2b(made, digest_size=8).hexdigest() == text
 
 
 def test_a_position_of_other_streams_is_refused() -> None:

@@ -176,6 +176,31 @@ def test_a_registered_core_runs_and_is_planned(small: Any, monkeypatch: pytest.M
     assert count.total == count.active
 
 
+def test_weights_that_the_plan_cannot_count_are_refused(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left out, they would make every figure of speed too high."""
+
+    class Mixing(Doubling):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.mix = nn.Parameter(torch.empty(width, width))
+
+    class MixingCore(CoreFeedForward):
+        @staticmethod
+        def build(config: ModelConfig) -> nn.Module:
+            return Mixing(config.dim)
+
+    monkeypatch.setattr(CORES, "entries", dict(CORES.entries))
+    for name, core in (("doubling", DoublingCore), ("mixing", MixingCore)):
+        CORES.add(name, core, summary=lambda config: "")
+    none = forward_flops(small(core_ffn="doubling"), 64)
+    config = small(core_ffn="mixing")
+    with pytest.raises(MythosError, match="Mixing: the FLOPs of mix cannot be counted"):
+        forward_flops(config, 64)
+    monkeypatch.setattr(Mixing, "matmul_weights", config.dim**2, raising=False)
+    counted = forward_flops(config, 64)
+    assert counted.once == none.once and counted.loop - none.loop == 2 * config.core_layers * config.dim**2
+
+
 def test_rules_of_training_hold_for_training_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def three_loops(config: ModelConfig, depth: TrainingDepth) -> Iterator[Contradiction]:
         if depth.mean.loops < 3:
