@@ -35,7 +35,7 @@ from mythos.evaluation.choices import ChoiceTask, EncodedTask, encode_task, read
 from mythos.evaluation.in_training import Interrupted, Measurement, write_samples
 from mythos.model.rdt import RDTOutput, RecurrentDepthTransformer
 from mythos.model.state import initial_state
-from mythos.planning.flops import forward_flops
+from mythos.planning.flops import ForwardFlops, forward_flops
 from mythos.planning.layout import agree_on_layout
 from mythos.progress import Console
 from mythos.reports.plots import draw_plots
@@ -102,6 +102,7 @@ class Trainer:
         self.prepare_data(config, questions, meta)
 
         self.model: RecurrentDepthTransformer
+        self.flops: ForwardFlops
         self.layout: Layout
         self.parallel: ParallelModel
         self.optimizer: FusedAdamW
@@ -173,6 +174,7 @@ class Trainer:
         seed_generators(config.run.seed)  # mythos does not draw from global generators, but code that users add may
         with torch.device("meta"):
             self.model = RecurrentDepthTransformer(config.model)
+        self.flops = forward_flops(config.model, config.data.sequence_length)  # refuses parts that it cannot count
         self.layout = layout = agree_on_layout(config, self.world)
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self.ranks.agreed(lambda: check_memory(parameters, layout.shard, self.device))
@@ -483,8 +485,7 @@ class Trainer:
         metrics = {"tokens_per_second": self.config.tokens_per_step / seconds, "time": time.time()}
         peak = peak_flops(self.device, self.parallel.dtype)
         if peak is not None:
-            flops = forward_flops(self.config.model, self.config.data.sequence_length)
-            needed = flops.training(plan.loops, plan.backprop) * self.config.tokens_per_step
+            needed = self.flops.training(plan.loops, plan.backprop) * self.config.tokens_per_step
             metrics["mfu"] = needed / seconds / (peak * self.world.size)
         return metrics
 

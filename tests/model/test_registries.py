@@ -176,8 +176,10 @@ def test_a_registered_core_runs_and_is_planned(small: Any, monkeypatch: pytest.M
     assert count.total == count.active
 
 
-def test_weights_that_the_plan_cannot_count_are_refused(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Left out, they would make every figure of speed too high."""
+def test_weights_whose_flops_cannot_be_counted_are_refused(
+    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left out, they would make every figure of speed wrong."""
 
     class Mixing(Doubling):
         def __init__(self, width: int) -> None:
@@ -196,6 +198,8 @@ def test_weights_that_the_plan_cannot_count_are_refused(small: Any, monkeypatch:
     config = small(core_ffn="mixing")
     with pytest.raises(MythosError, match="Mixing: the FLOPs of mix cannot be counted"):
         forward_flops(config, 64)
+    with pytest.raises(MythosError, match="Mixing: the FLOPs of mix"):
+        run(config_from_dict(settings(tmp_path, model__core_ffn="mixing")))
     monkeypatch.setattr(Mixing, "matmul_weights", config.dim**2, raising=False)
     counted = forward_flops(config, 64)
     assert counted.once == none.once and counted.loop - none.loop == 2 * config.core_layers * config.dim**2

@@ -62,11 +62,12 @@ def test_peak_flops(monkeypatch, name, device, dtype, expected):
 def test_throughput(tmp_path, monkeypatch):
     """Utilisation counts every pass forward, twice that backward where gradient flows, and no recomputation."""
     config, world = tiny(tmp_path, model__vocab_size=384), SimpleNamespace(size=2)
-    trainer = SimpleNamespace(config=config, device=None, world=world, parallel=SimpleNamespace(dtype=None))
+    flops = forward_flops(config.model, 32)
+    parallel = SimpleNamespace(dtype=None)
+    trainer = SimpleNamespace(config=config, flops=flops, device=None, world=world, parallel=parallel)
     monkeypatch.setattr("mythos.trainer.peak_flops", lambda *_: 1e9)
     plan = DepthPlan((4, 2, 1, 1), 2)
     metrics = Trainer.throughput(trainer, plan, 0.5)
-    flops = forward_flops(trainer.config.model, 32)
     passes = (4 + 2 + 1 + 1) / 4 + 2 * (2 + 2 + 1 + 1) / 4
     needed = (3 * flops.once + passes * flops.loop) * 8 * 32
     assert metrics["tokens_per_second"] == 8 * 32 / 0.5
