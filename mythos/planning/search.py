@@ -142,20 +142,18 @@ class Search:
         levels = 1 if "shared" in self.fixed else SHARED_LEVELS
         return [*product(self.values("wrap", ("loop", "block")), range(levels))]
 
-    def settings(self, gpus: int, wrap: str, level: int, copies: bool = True) -> Iterator[tuple[Config, RankState]]:
+    def settings(self, gpus: int, wrap: str, level: int) -> Iterator[tuple[Config, RankState]]:
         """Configurations whose `parallel` has modes, sizes and `wrap`; and their training states.
 
-        `level` is the place of parallel.shared among the values to try; layouts that have fewer are left out. Without
-        `copies` only the layouts that divide the model among all GPUs, unless the mode is fixed.
+        `level` is the place of parallel.shared among the values to try; layouts that have fewer are left out.
         """
         whole = self.config.with_fields("parallel", expert=1)
         counts = self.values("expert", tuple(sorted({1, *expert_counts(whole)})))
         if gpus == 1:
             layouts: list[dict[str, Any]] = [{"mode": "single", "expert": 1}]
         else:
-            copies = copies or not self.fixed.isdisjoint({"mode", "shard", "replicate"})
-            layouts = [{"mode": "ddp", "expert": 1}] if copies and 1 in counts else []
-            shards = [n for n in range(2, gpus) if copies and gpus % n == 0]
+            layouts = [{"mode": "ddp", "expert": 1}] if 1 in counts else []
+            shards = [n for n in range(2, gpus) if gpus % n == 0]
             for expert in (n for n in counts if gpus % n == 0):
                 sizes = [n for n in shards if n % expert == 0 and _is_power_of_2(n // expert)]
                 layouts += [{"mode": "hsdp", "shard": shard, "expert": expert} for shard in sizes]
@@ -184,10 +182,16 @@ class Search:
         sizes: tuple[Any, ...] = tuple(2**power for power in range(rows.bit_length()))
         if "micro_batch" in self.fixed:
             sizes = (self.config.train.micro_batch,)
-        for config, state in self.settings(self.gpus, wrap, level):
-            for size, mode in product(sizes, self.values("activation_checkpointing", CHECKPOINTING)):
+        yield from self.combined(self.gpus, wrap, level, sizes, self.values("activation_checkpointing", CHECKPOINTING))
+
+    def combined(
+        self, gpus: int, wrap: str, level: int, sizes: Sequence[Any], modes: Sequence[str]
+    ) -> Iterator[Candidate]:
+        """All layouts of `settings` with these values of train.micro_batch and of activation checkpointing."""
+        for config, state in self.settings(gpus, wrap, level):
+            for size, mode in product(sizes, modes):
                 sized = config.with_fields("train", micro_batch=size)
-                several = state.layout.sharded and micro_batches(sized, self.gpus) > 1
+                several = state.layout.sharded and micro_batches(sized, gpus) > 1
                 for reduce in self.values("reduce", ("micro_batch", "step") if several else ("micro_batch",)):
                     yield Candidate(sized.with_fields("parallel", activation_checkpointing=mode, reduce=reduce), state)
 
@@ -293,15 +297,11 @@ class Search:
         gpus = self.gpus if gpus is None else gpus
         best: Least | None = None
         smallest: list[Candidate] = []
-        mode, *_ = self.values("activation_checkpointing", ("all",))
-        reduce, *_ = self.values("reduce", ("micro_batch",))
+        modes = self.values("activation_checkpointing", ("all",))
         rows = self.config.train.micro_batch if "micro_batch" in self.fixed else 1
         for wrap, each in self.ways:
-            if level is not None and each != level:
-                continue
-            for config, state in self.settings(gpus, wrap, each, copies=False):
-                one = config.with_fields("parallel", activation_checkpointing=mode, reduce=reduce)
-                smallest.append(Candidate(one.with_fields("train", micro_batch=rows), state))
+            if level is None or each == level:
+                smallest += self.combined(gpus, wrap, each, (rows,), modes)
         for candidate in sorted(smallest, key=lambda each: each.held):
             if best is None or self._fits(candidate, best.needed - 1, smallest):
                 best = Least(candidate, candidate.held, self.trace(candidate))

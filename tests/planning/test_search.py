@@ -120,6 +120,23 @@ def test_least_memory_and_the_fewest_gpus() -> None:
             assert nearest.needed <= needed(candidate)
 
 
+def test_least_memory_where_only_copies_can_divide_the_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """12 ranks that share one copy leave 3 for a weight of an expert, which has no multiple of 3 rows."""
+    monkeypatch.setattr(searches, "activations", lambda config, *_: Activations(0, config.data.sequence_length * 1000))
+    search = Search(preset("mythos_10b"), 12, 8)
+    every = [candidate for wrap in ("loop", "block") for candidate in search.candidates(wrap)]
+    assert {each.layout.expert for each in every if each.layout.mode == "fsdp"} == {1}
+    least = search.least()
+    assert least is not None and least.candidate.layout.mode == "hsdp" and least.candidate.layout.expert == 4
+    assert least.held == min(each.held for each in every)
+    found = search.fastest(GPUS["H100"])
+    (longest,) = search.longest_contexts([80 * GIB])
+    assert found is not None and longest.tokens == 8192, "what fits has a length"
+    fewer = Search(preset("mythos_10b"), 6, 8)
+    enough = fewer.fewest_gpus(80 * GIB)
+    assert fewer.fastest(GPUS["H100"]) is None and enough is not None and enough.candidate.layout.size == 12
+
+
 def test_500b_fits_only_with_divided_shared_experts() -> None:
     """Else the shared experts of its core, 3 x 12,288 x 64 x 23,040 weights, and their gradient are gathered whole."""
     shared = 3 * 12_288 * 64 * 23_040
