@@ -193,6 +193,8 @@ def test_truncated_gradient_matches_unrolled_loop(model, loops, backprop, change
         {"injection": "initial", "block_norm": "peri", "prelude_norm": False},
         {"injection": "orthogonal", "loop_over": "layer"},
         {"lanes": 3},
+        {"router_loop": "embedding", "router_bias_per_loop": True, "loop_norm": "adaptive", "residual_scale": 0.25},
+        {"router_loop": "bias"},
     ],
     ids=str,
 )

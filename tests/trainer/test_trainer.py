@@ -394,8 +394,17 @@ def test_bfloat16_run(tmp_path, monkeypatch):
             "model__injection": "orthogonal",
             "depth": {"sampling": "fixed", "backprop": 3},
         },
+        {
+            "model__prelude_layers": 0,
+            "model__coda_layers": 0,
+            "model__router_loop": "embedding",
+            "model__router_bias_per_loop": True,
+            "model__loop_norm": "adaptive",
+            "model__residual_scale": 0.25,
+            "depth": {"sampling": "fixed", "backprop": 3},
+        },
     ],
-    ids=["dense", "moe-bfloat16", "layer by layer"],
+    ids=["dense", "moe-bfloat16", "layer by layer", "passes that differ"],
 )
 def test_compiled_model(tmp_path, monkeypatch, changes):
     """Traced and differentiated ahead of time; the code generator itself takes a minute on a CPU and is left out."""

@@ -37,7 +37,8 @@ def judge(claim: Claim, results: Results) -> Judgement:
     titles = {
         "rows": "Bytes of a token in bfloat16, all layers and loops; decoding allocates what is computed unless both "
         "are given",
-        "beside": "The same of our small sizes, which were not published and decide nothing",
+        "beside": "The same of our other sizes with latent attention, which were not published and decide nothing. Of "
+        "few_visits and moe sizes grouped-query is one key and value head for all query heads",
     }
     by_kind = {title: bytes_by_preset(results, kind) for kind, title in titles.items()}
     tables = [Table(title, head, [line(*one) for one in found.items()]) for title, found in by_kind.items() if found]
