@@ -355,16 +355,22 @@ def scaling(loops: float, tokens_shift: float = 0.0) -> Any:
 def test_scaling() -> None:
     verdict = judge(*scaling(0.4))
     laws = verdict.tables[1].rows
-    assert len(laws) == 12 and all(law[2:] == ["0.741", "0.30"] for law in laws)  # 0.741 = exp(-0.3)
+    assert len(laws) == 15 and all(law[2:] == ["0.741", "0.30"] for law in laws)  # 0.741 = exp(-0.3)
     assert verdict.outcome == SUPPORTED and verdict.number == "loops ~ C^0.40, tokens ~ C^0.78"
     assert judge(*scaling(0.2)).outcome == CONDITIONS
     assert judge(*scaling(-0.2)).outcome == NOT_SUPPORTED
-    assert "say little" not in verdict.why
-    # Best loops 4, 4 / 3^1.2 and 4 / 9^1.2: the last two lie below the fewest that were run.
+    assert "budgets" not in verdict.why
+
+
+def test_scaling_at_the_edges_of_what_was_run() -> None:
+    # Best loops 4, 4 / 3^1.2 and 4 / 9^1.2: the last lies below one loop, which is then the best there is.
     falling = judge(*scaling(-1.2))
-    assert "At 2 of 3 budgets" in falling.why
-    # The mean over seeds at 2 loops: 4 - 0.2 log 9 + 0.1 log(2 / (4 / 9^1.2))^2.
-    assert falling.tables[0].rows[-1][3] == f"{4 - 0.2 * log(9) + 0.1 * log(2 / (4 * 9**-1.2)) ** 2:.3f}"
+    assert falling.outcome == NOT_SUPPORTED and falling.why.endswith(" At 1 of 3 budgets one loop is best.")
+    # The mean over seeds at 1 loop: 4 - 0.2 log 9 + 0.1 log(1 / (4 / 9^1.2))^2.
+    assert falling.tables[0].rows[-1][3] == f"{4 - 0.2 * log(9) + 0.1 * log(1 / (4 * 9**-1.2)) ** 2:.3f}"
+    # Best loops 4, 4 x 3 and 4 x 9: the last lies above the most that were run, and could be any.
+    rising = judge(*scaling(1.0))
+    assert rising.outcome == UNDECIDED and "At 1 of 3 budgets the lowest loss is at the fewest or most" in rising.why
 
 
 def worth(one: float, two: float) -> Any:

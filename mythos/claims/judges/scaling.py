@@ -3,7 +3,7 @@
 import math
 
 from mythos.claims.definition import Claim
-from mythos.claims.judgement import CONDITIONS, NOT_SUPPORTED, SUPPORTED, Judgement, Table, mean
+from mythos.claims.judgement import CONDITIONS, NOT_SUPPORTED, SUPPORTED, UNDECIDED, Judgement, Table, mean
 from mythos.claims.plots import Panel, lines_panel
 from mythos.claims.results import Results
 from mythos.claims.scaling_fits import Point, budgets, exponents, isoflop
@@ -26,6 +26,8 @@ def judge(claim: Claim, results: Results) -> Judgement:
     agree = [name for name, one in fitted.items() if one.low <= claim.thresholds[name] <= one.high]
     outcome = SUPPORTED if len(agree) == len(fitted) else CONDITIONS if fitted["loops"].low > 0 else NOT_SUPPORTED
     best = [isoflop(group) for group in budgets(points)]
+    # Fewer loops than one there are not: the lowest loss there is a result, at any other edge of the runs it is none.
+    edges = [one for one in best if not one.inside and one.loops > 1]
     rows = [
         [f"{one.flops:.2e}", f"{one.loops:.2f}", f"{one.tokens:,.0f}", f"{one.loss:.3f}", "yes" if one.inside else "no"]
         for one in best
@@ -35,11 +37,14 @@ def judge(claim: Claim, results: Results) -> Judgement:
         f"Best loops grow with exponent {fitted['loops']}, published {claim.thresholds['loops']:g}; best tokens with "
         f"{fitted['tokens']}, published {claim.thresholds['tokens']:g}."
     )
-    if edges := sum(not one.inside for one in best):
+    if edges:
+        outcome = UNDECIDED
         why += (
-            f" At {edges} of {len(best)} budgets the lowest loss is at the fewest or most loops that were run, so the "
-            "exponents say little."
+            f" At {len(edges)} of {len(best)} budgets the lowest loss is at the fewest or most loops that were run, so "
+            "the exponents say little."
         )
+    if at_one := sum(not one.inside and one.loops == 1 for one in best):
+        why += f" At {at_one} of {len(best)} budgets one loop is best."
     number = f"loops ~ C^{fitted['loops'].value:z.2f}, tokens ~ C^{fitted['tokens'].value:z.2f}"
     return Judgement(outcome, number, why, [Table("Lowest points of the isoFLOP parabolas", head, rows), laws(results)])
 
