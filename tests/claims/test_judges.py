@@ -286,9 +286,9 @@ def efficiency(looped: tuple[float, float, float], deep: float = 50.0) -> Any:
     for arm in claim.arms:
         for count, value in zip(steps, looped, strict=True):
             perplexity = value if arm == "looped" else deep if arm == "depth" else 60.0
-            for seed, rate in ((0, 0.003), (0, 0.006), (0, 0.012), (1, 0.006), (2, 0.006)):
+            for seed, rate in ((0, 0.006), (0, 0.012), (0, 0.024), (1, 0.012), (2, 0.012)):
                 point = {"train.steps": count, "optim.lr": rate}
-                loss = log(perplexity) + (0.0 if rate == 0.006 else 0.5)
+                loss = log(perplexity) + (0.0 if rate == 0.012 else 0.5)
                 runs.append(run(arm, seed, point, loss, tokens=count * 1024, parameters=102_400))
     return claim, results(claim, runs)
 
