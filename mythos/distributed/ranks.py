@@ -265,8 +265,8 @@ def check_fit(config: Config, size: int) -> None:
         processes = "1 process" if size == 1 else f"{size} processes"
         problems.append(
             f"parallel.expert: got {expert} and {processes}; the first must divide the number of processes. Start a "
-            f"multiple of {expert} (to plan one, --dry-run --ranks {expert}), or set parallel.expert to a divisor of both "
-            "that number and model.n_experts"
+            f"multiple of {expert} (to plan one, --dry-run --ranks {expert}), or set parallel.expert to a divisor of "
+            "both that number and model.n_experts"
         )
     if expert > 1 and not has_mesh_placements():
         problems.append(
