@@ -12,6 +12,7 @@ from mythos.distributed.layout import Layout, check_expert_ranks, memory_of_devi
 from mythos.distributed.parallel import choose_dtype
 from mythos.distributed.ranks import World
 from mythos.errors import MythosError
+from mythos.planning.fake_step import CHECKPOINTING
 from mythos.planning.rank_state import activations, rank_state, working_memory
 from mythos.torch_internals import has_mesh_placements
 
@@ -186,34 +187,35 @@ def _warn_of_torch() -> None:
 
 
 def shortage(config: Config, ranks: int, machine_ranks: int, device_memory: int) -> str:
-    """Say that a configuration does not fit, and what would fit on devices of `device_memory` bytes."""
+    """Say that a configuration does not fit, and what would fit on devices of `device_memory` bytes.
+
+    Settings that compute least are tried first: activation checkpointing as configured, then of loops, then of all.
+    """
     least: list[tuple[int, int]] = []  # bytes of what is gathered and reduced, and of activations
     alone: list[int] = []  # bytes of activations that do not fit alone
-    counts = [count for count in expert_counts(config) if count % config.parallel.shared == 0]
-    ways = [config.with_fields("parallel", expert=expert) for expert in counts]
-    # Dividing the shared experts computes more, so it comes last, and with most expert ranks, which takes least memory.
-    ways += [ways[-1].with_fields("parallel", shared=count) for count in shared_counts(ways[-1], machine_ranks)[1:]]
-    for divided in ways:
-        expert, shared = divided.parallel.expert, divided.parallel.shared
-        size = max(2, ranks, expert)
-        step = activations(divided, Layout("fsdp", 1, size - size % expert, "", expert=expert, shared=shared)).peak
-        if step >= device_memory:
-            alone.append(step)
-            continue
-        fit = find_fit(divided, ranks, machine_ranks, device_memory - step)
-        if isinstance(fit, Fit):
-            overrides = [
-                f"parallel.{name}={'null' if value is None else str(value).lower()}"
-                for name, value in fit.parallel
-                if value != getattr(config.parallel, name)
-            ]
-            where = "" if fit.ranks == ranks else f" on {fit.ranks:,} processes"
-            return f"does not fit; {' '.join(overrides)}{where} would, with {gib(fit.needed + step)} GiB"
-        least.append((fit, step))
+    modes = CHECKPOINTING[CHECKPOINTING.index(config.parallel.activation_checkpointing) :]
+    for mode in dict.fromkeys((modes[0], *(mode for mode in modes if mode in ("loop", "all")))):
+        for divided in divisions(config.with_fields("parallel", activation_checkpointing=mode), machine_ranks):
+            expert, shared = divided.parallel.expert, divided.parallel.shared
+            size = max(2, ranks, expert)
+            step = activations(divided, Layout("fsdp", 1, size - size % expert, "", expert=expert, shared=shared)).peak
+            if step >= device_memory:
+                alone.append(step)
+                continue
+            fit = find_fit(divided, ranks, machine_ranks, device_memory - step)
+            if isinstance(fit, Fit):
+                overrides = [
+                    f"parallel.{name}={'null' if value is None else str(value).lower()}"
+                    for name, value in fit.parallel
+                    if value != getattr(config.parallel, name)
+                ]
+                where = "" if fit.ranks == ranks else f" on {fit.ranks:,} processes"
+                return f"does not fit; {' '.join(overrides)}{where} would, with {gib(fit.needed + step)} GiB"
+            least.append((fit, step))
     if not least:
         return (
-            f"does not fit, for activations alone take {gib(min(alone))} GiB: lower train.micro_batch or "
-            "data.sequence_length, or set parallel.activation_checkpointing=all"
+            f"does not fit, for activations alone take {gib(min(alone))} GiB, whatever is recomputed: lower "
+            "train.micro_batch or data.sequence_length"
         )
     working, step = min(least, key=sum)
     return (
@@ -221,6 +223,17 @@ def shortage(config: Config, ranks: int, machine_ranks: int, device_memory: int)
         f"unit it gathers and reduces, and {gib(step)} for activations. Lower train.micro_batch or "
         "data.sequence_length, or use devices of more memory."
     )
+
+
+def divisions(config: Config, machine_ranks: int) -> list[Config]:
+    """The configuration with every value to try of parallel.expert, and then of parallel.shared.
+
+    Dividing the shared experts computes more, so it comes last, and with most expert ranks, which takes least memory.
+    """
+    counts = [count for count in expert_counts(config) if count % config.parallel.shared == 0]
+    ways = [config.with_fields("parallel", expert=expert) for expert in counts]
+    most = ways[-1]
+    return ways + [most.with_fields("parallel", shared=count) for count in shared_counts(most, machine_ranks)[1:]]
 
 
 def gib(size: int) -> str:

@@ -82,7 +82,11 @@ def test_activations_count_against_the_memory(tmp_path: Path) -> None:
         assert parts == pytest.approx(table["in all, of 80"], abs=0.003)
     assert 0 < loop[kept] < none[kept] / 2
     text = plan(tiny(tmp_path, **long), device_memory=16 * 2**20)
-    assert re.search(r"does not fit, for activations alone take [\d.]+ GiB: lower train\.micro_batch", text)
+    assert re.search(r"does not fit, for activations alone take [\d.]+ GiB, whatever is recomputed: lower train", text)
+    whole = "in all, of 80"  # between the two, only recomputation helps
+    long |= {"train__global_batch": 64, "train__micro_batch": 2}
+    text = plan(tiny(tmp_path, **long), device_memory=int((loop[whole] + none[whole]) / 2 * 2**30))
+    assert re.search(r"does not fit; .*parallel\.activation_checkpointing=loop.* would, with [\d.]+ GiB", text)
 
 
 def test_a_context_of_a_million_tokens_is_planned() -> None:
