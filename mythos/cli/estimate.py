@@ -312,6 +312,8 @@ def page(figures: dict[str, Any]) -> str:
     layout, parameters = figures["layout"], figures["parameters"]
     state = {name: memory[name] for name in ("parameters", "gradients", "optimizer", "gathering") if memory[name]}
     executed = flops["training_executed"]
+    configured = memory["activations"][figures["checkpointing"]]
+    room = "" if configured["fits"] else f", if each had {configured['total'] / GIB:,.1f} GiB of memory"
     lines = [
         figures["config"],
         "",
@@ -338,7 +340,7 @@ def page(figures: dict[str, Any]) -> str:
             f"{size:,} at {depth} loop{'s' * (depth > 1)}" for depth, size in figures["cache_bytes_per_token"].items()
         ),
         "",
-        f"{run['tokens']:,} tokens ({run['flops']:.3e} FLOPs) on {run['gpus']:,} {run['gpu']}",
+        f"{run['tokens']:,} tokens ({run['flops']:.3e} FLOPs) on {run['gpus']:,} {run['gpu']}{room}",
         f"  {run['tokens_per_second']:,.0f} tokens/s, {duration(run['seconds'])}, "
         f"{run['gpus'] * run['seconds'] / 3600:,.1f} GPU hours, ${run['dollars']:,.2f}",
         f"  assumed: {run['utilisation']:.0%} of {run['peak_flops'] / 1e12:,.0f} TFLOP/s, dense bfloat16, for all "

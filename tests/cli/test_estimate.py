@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from mythos.cli import main
+from mythos.cli.estimate import page
 from mythos.planning.budget import GPUS
 from mythos.planning.fake_step import CHECKPOINTING
 
@@ -30,6 +31,10 @@ def test_page_and_json_of_a_preset(tmp_path: Path, capsys: pytest.CaptureFixture
     assert f"fastest of {fastest['tried']:,} layouts on 4 A100" in text and " ".join(fastest["overrides"]) in text
     assert figures["longest_context"]["tokens"] == {"80": 1024, "141": 1024}, "the model's context"
     assert "of a context of 1,024: 1,024 on 80 GiB, 1,024 on 141 GiB" in text
+    assert " FLOPs) on 4 A100\n" in text
+    figures["cache_bytes_per_token"] = {}  # JSON made text of its keys
+    figures["memory"]["activations"]["none"] |= {"fits": False, "total": 108.25 * 2**30}
+    assert " FLOPs) on 4 A100, if each had 108.2 GiB of memory\n" in page(figures), "a speed that it cannot have"
 
 
 def test_utilisation_comes_from_the_traffic_of_the_configuration(
