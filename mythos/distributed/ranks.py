@@ -258,15 +258,16 @@ def check_fit(config: Config, size: int) -> None:
         fitting = [n for n in range(1, streams + 1) if streams % n == 0]
         nearest = sorted(sorted(fitting, key=lambda n: abs(n - size))[:3])
         problems.append(
-            f"data.streams: {streams} is not a multiple of the {size} processes. Use a number of processes that "
-            f"divides it (nearest: {', '.join(map(str, nearest))}); changing data.streams starts another run."
+            f"data.streams: {streams} is not a multiple of the {size} processes. Use a number of processes (in "
+            f"plans --ranks or --gpus) that divides it (nearest: {', '.join(map(str, nearest))}); changing "
+            "data.streams starts another run."
         )
     if size % expert:
         processes = "1 process" if size == 1 else f"{size} processes"
         problems.append(
             f"parallel.expert: got {expert} and {processes}; the first must divide the number of processes. Start a "
-            f"multiple of {expert} (to plan one, --dry-run --ranks {expert}), or set parallel.expert to a divisor of "
-            "both that number and model.n_experts"
+            f"multiple of {expert} (in plans --ranks or --gpus), or set parallel.expert to a divisor of both that "
+            "number and model.n_experts"
         )
     if expert > 1 and not has_mesh_placements():
         problems.append(

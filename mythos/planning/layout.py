@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -187,31 +188,26 @@ def _warn_of_torch() -> None:
 
 
 def shortage(config: Config, ranks: int, machine_ranks: int, device_memory: int) -> str:
-    """Say that a configuration does not fit, and what would fit on devices of `device_memory` bytes.
-
-    Settings that compute least are tried first: activation checkpointing as configured, then of loops, then of all.
-    """
+    """Say that a configuration does not fit, and what would fit on devices of `device_memory` bytes."""
     least: list[tuple[int, int]] = []  # bytes of what is gathered and reduced, and of activations
     alone: list[int] = []  # bytes of activations that do not fit alone
-    modes = CHECKPOINTING[CHECKPOINTING.index(config.parallel.activation_checkpointing) :]
-    for mode in dict.fromkeys((modes[0], *(mode for mode in modes if mode in ("loop", "all")))):
-        for divided in divisions(config.with_fields("parallel", activation_checkpointing=mode), machine_ranks):
-            expert, shared = divided.parallel.expert, divided.parallel.shared
-            size = max(2, ranks, expert)
-            step = activations(divided, Layout("fsdp", 1, size - size % expert, "", expert=expert, shared=shared)).peak
-            if step >= device_memory:
-                alone.append(step)
-                continue
-            fit = find_fit(divided, ranks, machine_ranks, device_memory - step)
-            if isinstance(fit, Fit):
-                overrides = [
-                    f"parallel.{name}={'null' if value is None else str(value).lower()}"
-                    for name, value in fit.parallel
-                    if value != getattr(config.parallel, name)
-                ]
-                where = "" if fit.ranks == ranks else f" on {fit.ranks:,} processes"
-                return f"does not fit; {' '.join(overrides)}{where} would, with {gib(fit.needed + step)} GiB"
-            least.append((fit, step))
+    for changed in smaller(config, machine_ranks):
+        expert, shared = changed.parallel.expert, changed.parallel.shared
+        size = max(2, ranks, expert)
+        step = activations(changed, Layout("fsdp", 1, size - size % expert, "", expert=expert, shared=shared)).peak
+        if step >= device_memory:
+            alone.append(step)
+            continue
+        fit = find_fit(changed, ranks, machine_ranks, device_memory - step)
+        if isinstance(fit, Fit):
+            overrides = [
+                f"parallel.{name}={'null' if value is None else str(value).lower()}"
+                for name, value in fit.parallel
+                if value != getattr(config.parallel, name)
+            ]
+            where = "" if fit.ranks == ranks else f" on {fit.ranks:,} processes"
+            return f"does not fit; {' '.join(overrides)}{where} would, with {gib(fit.needed + step)} GiB"
+        least.append((fit, step))
     if not least:
         return (
             f"does not fit, for activations alone take {gib(min(alone))} GiB, whatever is recomputed: lower "
@@ -225,15 +221,22 @@ def shortage(config: Config, ranks: int, machine_ranks: int, device_memory: int)
     )
 
 
-def divisions(config: Config, machine_ranks: int) -> list[Config]:
-    """The configuration with every value to try of parallel.expert, and then of parallel.shared.
+def smaller(config: Config, machine_ranks: int) -> Iterator[Config]:
+    """The configuration, and with settings that need less memory; those that compute least come first.
 
-    Dividing the shared experts computes more, so it comes last, and with most expert ranks, which takes least memory.
+    Activation checkpointing as configured, then of loops, then of all; for each, values of parallel.expert, and with
+    the most of these, which takes least memory, of parallel.shared.
     """
-    counts = [count for count in expert_counts(config) if count % config.parallel.shared == 0]
-    ways = [config.with_fields("parallel", expert=expert) for expert in counts]
-    most = ways[-1]
-    return ways + [most.with_fields("parallel", shared=count) for count in shared_counts(most, machine_ranks)[1:]]
+    configured = config.parallel.activation_checkpointing
+    for mode in CHECKPOINTING[CHECKPOINTING.index(configured) :]:
+        if mode not in (configured, "loop", "all"):
+            continue
+        recomputing = config.with_fields("parallel", activation_checkpointing=mode)
+        counts = [count for count in expert_counts(config) if count % config.parallel.shared == 0]
+        ways = [recomputing.with_fields("parallel", expert=expert) for expert in counts]
+        yield from ways
+        for count in shared_counts(ways[-1], machine_ranks)[1:]:
+            yield ways[-1].with_fields("parallel", shared=count)
 
 
 def gib(size: int) -> str:

@@ -26,8 +26,6 @@ def judge(claim: Claim, results: Results) -> Judgement:
     agree = [name for name, one in fitted.items() if one.low <= claim.thresholds[name] <= one.high]
     outcome = SUPPORTED if len(agree) == len(fitted) else CONDITIONS if fitted["loops"].low > 0 else NOT_SUPPORTED
     best = [isoflop(group) for group in budgets(points)]
-    # Fewer loops than one there are not: the lowest loss there is a result, at any other edge of the runs it is none.
-    edges = [one for one in best if not one.inside and one.loops > 1]
     rows = [
         [f"{one.flops:.2e}", f"{one.loops:.2f}", f"{one.tokens:,.0f}", f"{one.loss:.3f}", "yes" if one.inside else "no"]
         for one in best
@@ -37,13 +35,16 @@ def judge(claim: Claim, results: Results) -> Judgement:
         f"Best loops grow with exponent {fitted['loops']}, published {claim.thresholds['loops']:g}; best tokens with "
         f"{fitted['tokens']}, published {claim.thresholds['tokens']:g}."
     )
-    if edges:
+    edges = [one.loops for one in best if not one.inside]
+    at_one = edges.count(1)
+    # Fewer loops than one there are not: the lowest loss there is a result, at any other edge of the runs it is none.
+    if others := len(edges) - at_one:
         outcome = UNDECIDED
         why += (
-            f" At {len(edges)} of {len(best)} budgets the lowest loss is at the fewest or most loops that were run, so "
+            f" At {others} of {len(best)} budgets the lowest loss is at the fewest or most loops that were run, so "
             "the exponents say little."
         )
-    if at_one := sum(not one.inside and one.loops == 1 for one in best):
+    if at_one:
         why += f" At {at_one} of {len(best)} budgets one loop is best."
     number = f"loops ~ C^{fitted['loops'].value:z.2f}, tokens ~ C^{fitted['tokens'].value:z.2f}"
     return Judgement(outcome, number, why, [Table("Lowest points of the isoFLOP parabolas", head, rows), laws(results)])
