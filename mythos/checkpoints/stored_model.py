@@ -57,7 +57,15 @@ TRANSFORMERS_KEYS = {
 }
 """Keys that transformers adds to a config.json by itself."""
 
-HEADER = {"model_type", "mean_loops", "step", "versions", "auto_map"} | TRANSFORMERS_KEYS
+HEADER = {
+    "auto_map",
+    "mask_documents",
+    "mean_loops",
+    "model_type",
+    "sequence_length",
+    "step",
+    "versions",
+} | TRANSFORMERS_KEYS
 """Keys of an exported config.json beside the fields of the model."""
 
 
@@ -78,6 +86,10 @@ class OpenedModel:
     """Path or URL of the weights, for people and files of results: without credentials."""
     corpora: Mapping[str, str] = field(default_factory=dict)
     """Hash of the text of each data source in training, by its name; empty if it is not known."""
+    sequence_length: int | None = None
+    """Tokens of a sequence in training; None for exports of earlier versions, and models of other projects."""
+    mask_documents: bool = False
+    """Whether a token saw those of its own document only (`data.mask_documents`)."""
 
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer. Raises MythosError if there is none."""
@@ -106,6 +118,8 @@ class StoredModel:
     run: Config | None
     source: str
     corpora: Mapping[str, str] = field(default_factory=dict)
+    sequence_length: int | None = None
+    mask_documents: bool = False
 
 
 def open_model(path: str | Path, device: torch.device | str = "cpu") -> OpenedModel:
@@ -121,7 +135,17 @@ def open_model(path: str | Path, device: torch.device | str = "cpu") -> OpenedMo
         stored.read(tensors_of(model))
         tokenizer = None if stored.tokenizer is None else Tokenizer.load(stored.tokenizer)
         source = without_credentials(stored.source)
-        return OpenedModel(model, tokenizer, stored.mean_loops, stored.step, stored.run, source, stored.corpora)
+        return OpenedModel(
+            model,
+            tokenizer,
+            stored.mean_loops,
+            stored.step,
+            stored.run,
+            source,
+            stored.corpora,
+            stored.sequence_length,
+            stored.mask_documents,
+        )
 
 
 @contextlib.contextmanager
@@ -198,8 +222,18 @@ def _stored_checkpoint(path: Path | str, run_dir: Path | None) -> Iterator[Store
             read_tensors(path, copy, {PREFIX + name: tensor for name, tensor in tensors.items()}, no_dist=True)
 
         model = _fitting_model(str(path), run.model, model_shapes)
-        mean_loops = round(run.depth_mean)
-        yield StoredModel(model, read, tokenizer, mean_loops, meta["step"], run, str(path), _corpora(meta))
+        yield StoredModel(
+            model,
+            read,
+            tokenizer,
+            round(run.depth_mean),
+            meta["step"],
+            run,
+            str(path),
+            _corpora(meta),
+            run.data.sequence_length,
+            run.data.mask_documents,
+        )
 
 
 def _corpora(meta: dict[str, Any]) -> dict[str, str]:
@@ -222,8 +256,13 @@ def _stored_export(folder: Path) -> Iterator[StoredModel]:
             )
         config = ModelConfig.model_validate({key: value for key, value in values.items() if key not in HEADER})
         mean_loops, step = (int(values[name]) for name in ("mean_loops", "step"))
+        length, masked = values.get("sequence_length"), values.get("mask_documents", False)
         if config.vocab_size == "auto" or not (1 <= mean_loops <= MOST_LOOPS and 0 <= step <= MOST):
             raise ValueError(f"vocab_size is {config.vocab_size}, mean_loops {mean_loops}, step {step}")
+        if length is not None and not (type(length) is int and 1 <= length <= config.context_length):
+            raise ValueError(f"sequence_length is {length!r}, context_length {config.context_length}")
+        if type(masked) is not bool:
+            raise ValueError(f"mask_documents is {masked!r}")
         problems = [f"{', '.join(names)}: {message}" for names, message in model_contradictions(config)]
         if problems or unusable_text(config.preset):
             raise ValueError("; ".join(problems) or f"preset is {config.preset!a}")
@@ -258,7 +297,8 @@ def _stored_export(folder: Path) -> Iterator[StoredModel]:
 
         tokenizer = folder if (folder / TOKENIZER_FILE).is_file() else None
         model = _fitting_model(str(folder), config, shapes)
-        yield StoredModel(model, read, tokenizer, mean_loops, step, None, str(folder))
+        source = str(folder)
+        yield StoredModel(model, read, tokenizer, mean_loops, step, None, source, {}, length, masked)
 
 
 def indexed_files(index: Path, advice: str) -> list[Path]:

@@ -156,6 +156,8 @@ class Chat:
             return
         print(flush=True)
         print(f"({generation.ending()}; {generation.loops_summary()})", file=sys.stderr)
+        if generation.untrained:
+            print(f"({generation.beyond_training()})", file=sys.stderr)
         if left_out := self.conversation.left_out:
             print(f"(the context is full; tokens left out at the beginning: {left_out:,})", file=sys.stderr)
 

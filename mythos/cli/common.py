@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from mythos.config.checking import shortened, shown
 from mythos.config.loading import config_from_dict, load_config, overridden
-from mythos.config.model_paths import require_model
+from mythos.config.model_paths import require_model, run_directory
 from mythos.config.sections import Config
 from mythos.errors import MythosError, log_messages
 from mythos.files.local import is_full
@@ -175,10 +175,27 @@ def add_measuring_options(parser: argparse.ArgumentParser, folder: str) -> None:
 
     `mythos.evaluation.text.as_in_training` supplies dtype and micro-batch if they are not set.
     """
-    parser.add_argument("--out", type=Path, metavar="DIR", help=f"output folder ({folder}/ in the run directory)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help=f"output folder ({folder}/ in the run directory; without one {folder}/NAME/)",
+    )
     parser.add_argument("--micro-batch", type=int, metavar="N", help="sequences per forward pass (as in training)")
     add_device_option(parser)
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], help="dtype of matmuls (as in training)")
+
+
+def measuring_folder(options: argparse.Namespace, folder: str) -> Path:
+    """The folder that --out names, or `folder` in the model's run directory.
+
+    For a model without one, such as an export, a folder of its name: exports are uploaded whole, so nothing is written
+    into them.
+    """
+    if options.out is not None:
+        return Path(options.out)
+    run = run_directory(options.path)
+    return Path(folder, Path(os.path.abspath(options.path)).name) if run is None else run / folder
 
 
 def add_writing_options(parser: argparse.ArgumentParser) -> None:

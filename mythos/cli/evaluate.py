@@ -19,10 +19,10 @@ from mythos.cli.common import (
     check_model_path,
     comma_separated,
     command_parser,
+    measuring_folder,
     positive_numbers,
     whole_numbers,
 )
-from mythos.config.model_paths import run_directory
 from mythos.errors import MythosError
 from mythos.files.local import unused_stem, writing
 
@@ -100,7 +100,7 @@ def evaluate(options: argparse.Namespace, world: World) -> None:
     settings = depth_settings(opened, options)
     tokenizer = opened.require_tokenizer()
     harness = world.in_turn(lambda: harness_tasks(harness_names, options.include_path)) if harness_names else None
-    out = options.out or (run_directory(options.path) or Path()) / "evaluation"
+    out = measuring_folder(options, "evaluation")
     world.ranks.agreed(lambda: check_writable(out) if world.rank == 0 else None)
     dtype, micro_batch = as_in_training(opened, world.device, options.dtype, options.micro_batch)
     execution = Execution(micro_batch, world, autocast_to(dtype, world.device), progress=world.rank == 0)

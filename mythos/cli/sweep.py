@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import math
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mythos.cli.common import (
@@ -18,10 +17,10 @@ from mythos.cli.common import (
     check_model_path,
     comma_separated,
     command_parser,
+    measuring_folder,
     positive_numbers,
     whole_numbers,
 )
-from mythos.config.model_paths import run_directory
 from mythos.errors import MythosError
 from mythos.files.local import unused_stem, writing
 
@@ -82,7 +81,7 @@ def run(options: argparse.Namespace) -> None:
         if fixed and most > 1:
             raise MythosError(f"{option}: got {most}; a fixed-depth model (model.injection: none) runs its core once")
     rules = chosen_rules(opened, options.rules, options.thresholds)
-    out = options.out or (run_directory(options.path) or Path()) / "sweep"
+    out = measuring_folder(options, "sweep")
     data = validation_data(opened, options.data, options.sequences)
     dtype, micro_batch = as_in_training(opened, device, options.dtype, options.micro_batch)
     sweep = depth_sweep(

@@ -28,7 +28,8 @@ from mythos.training.metrics import losses_by_depth
 logger = logging.getLogger(__name__)
 
 SEQUENCES, LENGTH = 64, 1024
-"""Number of sequences and maximum tokens of each, for a model without a run configuration."""
+"""Number of sequences, for a model without a run configuration, and maximum tokens of each, if those of its training
+are not known."""
 MICRO_BATCH = 8
 """Sequences computed at once, for a model without a run configuration."""
 
@@ -58,7 +59,8 @@ def validation_data(opened: OpenedModel, files: str | None, sequences: int | Non
             raise MythosError("--data: the run was trained on a reasoning task, which generates its data; leave it out")
         # At least one sequence from every stream.
         return open_data(run, None, {}).validation(max(sequences, run.data.streams))
-    data = run.data if run else DataConfig(sequence_length=min(opened.model.config.context_length, LENGTH))
+    length = opened.sequence_length or min(opened.model.config.context_length, LENGTH)
+    data = run.data if run else DataConfig(sequence_length=length, mask_documents=opened.mask_documents)
     if files is not None:
         data = data.model_copy(update={"validation": ValidationConfig(path=files)})
     tokenizer = opened.require_tokenizer()

@@ -144,6 +144,10 @@ class TextGeneration:
     cache_bytes: int
     halting: bool = False
     """Whether tokens could stop before their last loop."""
+    untrained: int = 0
+    """Generated tokens at positions beyond the sequences of training."""
+    sequence_length: int | None = None
+    """Tokens of a sequence in training; None if it is not known."""
 
     @property
     def tokens(self) -> int:
@@ -171,11 +175,19 @@ class TextGeneration:
         return count / max(seconds, 1e-9)
 
     def summary(self) -> str:
-        """Two lines: speed and ends; loops and memory."""
-        return (
+        """Speed and ends; loops and memory; tokens beyond the sequences of training, if there are any."""
+        lines = [
             f"{self.tokens} tokens at {self.tokens_per_second:.1f} tokens/s, after {self.prompt_tokens} prompt tokens "
-            f"in {self.first_seconds:.2f} s; {self.ending()}\n"
-            f"{self.loops_summary()}; cache {in_mib(self.cache_bytes)}"
+            f"in {self.first_seconds:.2f} s; {self.ending()}",
+            f"{self.loops_summary()}; cache {in_mib(self.cache_bytes)}",
+        ]
+        return "\n".join(lines + [self.beyond_training()] * (self.untrained > 0))
+
+    def beyond_training(self) -> str:
+        """How many tokens lie beyond the sequences of training."""
+        return (
+            f"{self.untrained} of the {self.tokens} tokens lie beyond {self.sequence_length}, the length of the "
+            "training sequences: the model has not learned to use such long contexts"
         )
 
     def ending(self) -> str:
@@ -305,7 +317,12 @@ def generate_text(
             on_piece(index, piece)
     halting = depth.rule is not None or is_exclusive(model.config.halting)
     first_seconds = seconds if first_seconds is None else first_seconds
-    return TextGeneration(rows, sum(map(len, ids)), first_seconds, seconds, cache_bytes, halting)
+    untrained, length = 0, opened.sequence_length
+    if length is not None:
+        room = [max(0, length - len(prompt)) for prompt in ids]
+        untrained = sum(max(0, len(row.loops) - left) for row, left in zip(rows, room, strict=True))
+    prompt_tokens = sum(map(len, ids))
+    return TextGeneration(rows, prompt_tokens, first_seconds, seconds, cache_bytes, halting, untrained, length)
 
 
 def check_counts(limits: int, prompts: int) -> None:

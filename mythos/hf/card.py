@@ -42,11 +42,13 @@ def _description(stored: StoredModel) -> str:
     depth = f"Loops are chosen at inference; training ran {stored.mean_loops} on average."
     describe = CORES.entries[config.core_ffn].summary
     core = config.attention if describe is None else f"{config.attention}, {describe(config)}"
+    length = stored.sequence_length
+    trained = "" if length is None else f" (training sequences had {length:,})"
     layers = f"{config.prelude_layers} before the loop, {config.core_layers} in it ({core}), {config.coda_layers} after"
     return (
         f"A recurrent-depth transformer of {parameters.total:,} parameters{active}, {config.dim} wide. "
         f"Layers: {layers}. {depth} "
-        f"The context is {config.context_length:,} tokens, the vocabulary {config.vocab_size:,}."
+        f"The context is {config.context_length:,} tokens{trained}, the vocabulary {config.vocab_size:,}."
     )
 
 

@@ -39,6 +39,9 @@ class MythosConfig(PreTrainedConfig):
 
     Args:
         mean_loops: default number of loops of a forward pass: the mean of training (default: `loops`).
+        sequence_length: tokens of a sequence in pretraining; None if it is not known.
+        mask_documents: whether a token saw those of its own document only in pretraining. The model does not mask them
+            by itself: give each document a row, or `position_ids` that start again at 0.
         step: optimizer steps of pretraining.
         versions: package versions that the weights were exported with.
         kwargs: any field of `mythos.model.config.ModelConfig`, under its name or transformers' (see `attribute_map`);
@@ -64,6 +67,8 @@ class MythosConfig(PreTrainedConfig):
         self,
         *,
         mean_loops: int | None = None,
+        sequence_length: int | None = None,
+        mask_documents: bool = False,
         step: int = 0,
         versions: dict[str, str] | None = None,
         **kwargs: Any,
@@ -73,6 +78,8 @@ class MythosConfig(PreTrainedConfig):
         for name, field in ModelConfig.model_fields.items():
             setattr(self, name, values.pop(name, defaults.get(name, field.default)))
         self.mean_loops = self.loops if mean_loops is None else mean_loops
+        self.sequence_length = sequence_length
+        self.mask_documents = mask_documents
         self.step = step
         self.versions = versions or {}
         super().__init__(**values)
@@ -134,6 +141,11 @@ class MythosConfig(PreTrainedConfig):
                 )
         if not isinstance(self.mean_loops, int) or self.mean_loops < 1:
             problems.append(f"mean_loops: got {self.mean_loops!r}; allowed: a whole number, at least 1")
+        length, context = self.sequence_length, self.context_length
+        if length is not None and not (isinstance(length, int) and isinstance(context, int) and 1 <= length <= context):
+            problems.append(
+                f"sequence_length: got {length!r}; allowed: a whole number from 1 to context_length, or None"
+            )
         if problems:
             raise ValueError("this is no valid configuration of a mythos model: " + "; ".join(problems))
         return section

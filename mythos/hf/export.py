@@ -205,6 +205,8 @@ def _config(stored: StoredModel, dtype: torch.dtype) -> MythosConfig:
     return MythosConfig(
         **stored.model.config.model_dump(),
         mean_loops=stored.mean_loops,
+        sequence_length=stored.sequence_length,
+        mask_documents=stored.mask_documents,
         step=stored.step,
         versions=installed_versions(PACKAGES),
         architectures=[MythosForCausalLM.__name__],

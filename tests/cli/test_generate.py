@@ -212,6 +212,23 @@ def test_impossible_options_are_reported_before_a_model_is_loaded(
     assert len(err.splitlines()) == 1
 
 
+def test_tokens_beyond_the_length_of_training_are_counted(
+    generate: Callable[..., tuple[int, str, str]], opened: OpenedModel
+) -> None:
+    assert opened.tokenizer is not None and opened.sequence_length == 32
+    prompts = ["The river", "The garden crosses the river " * 9]
+    lengths = [len(ids) for ids in opened.tokenizer.encode_batch(prompts)]
+    assert lengths[0] + 6 <= 32 < lengths[1], lengths
+    arguments = [argument for prompt in prompts for argument in ("--prompt", prompt)]
+    options = ("--tokens", "6", "--loops", "1", "--repetition-penalty", "1")
+    assert "beyond" not in generate(*arguments[:2], *options)[2]
+    err = generate(*arguments, *options)[2]
+    assert "\n6 of the 12 tokens lie beyond 32, the length of the training sequences" in err
+    within = 32 - lengths[0]
+    err = generate(*arguments[:2], "--tokens", str(within + 2), "--loops", "1")[2]
+    assert f"\n2 of the {within + 2} tokens lie beyond 32" in err
+
+
 def test_far_more_loops_than_trained_are_warned_of(generate: Callable[..., tuple[int, str, str]]) -> None:
     arguments = ("--prompt", "The", "--tokens", "1", "--loops")
     assert "warning" not in generate(*arguments, "16")[2]

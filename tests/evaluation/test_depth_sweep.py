@@ -440,14 +440,21 @@ def test_command_line_on_a_checkpoint_and_other_text(trained, tmp_path):
     ]
 
 
-def test_command_line_on_an_exported_model(trained, tmp_path, capsys):
+def test_command_line_on_an_exported_model(trained, tmp_path, capsys, monkeypatch):
     export_model(trained, tmp_path / "exported")
     assert main(["sweep", str(tmp_path / "exported")]) == 1
     assert "--data" in capsys.readouterr().err
     options = ["--data", str(trained.parent / "corpus.jsonl"), "--sequences", "2", "--loops", "1", "--rules", "none"]
-    assert main(["sweep", str(tmp_path / "exported"), *options, "--out", str(tmp_path)]) == 0
-    content = json.loads((tmp_path / "step-00000004.json").read_text())
-    assert (content["sequences"], content["sequence_length"], content["halting"]) == (2, 64, [])
+    options += ["--dtype", "float32"]  # that of training, which an export does not know
+    monkeypatch.chdir(tmp_path)
+    assert main(["sweep", str(tmp_path / "exported"), *options]) == 0
+    assert main(["sweep", str(trained), *options, "--out", str(tmp_path)]) == 0
+    of_export, of_run = (
+        json.loads((folder / "step-00000004.json").read_text())
+        for folder in (tmp_path / "sweep" / "exported", tmp_path)
+    )
+    assert (of_export["sequences"], of_export["sequence_length"], of_export["halting"]) == (2, 32, [])
+    assert of_export["loops"] == of_run["loops"], "sequences as long, and masked, as in training"
 
 
 @pytest.mark.parametrize(
@@ -498,7 +505,7 @@ def test_a_checkpoint_beside_no_run(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(next((trained / "checkpoints").glob("step-*")), tmp_path / "alone" / "step-00000004")
     assert main(["sweep", "alone/step-00000004", "--loops", "1", "--rules", "none", "--sequences", "1"]) == 0
-    first = tmp_path / "sweep" / "step-00000004.json"
+    first = tmp_path / "sweep" / "step-00000004" / "step-00000004.json"
     before = first.read_bytes()
     # A second sweep of that step does not replace the first.
     assert main(["sweep", "alone/step-00000004", "--loops", "2", "--rules", "none", "--sequences", "1"]) == 0

@@ -61,6 +61,7 @@ def test_run_checkpoint_export_and_transformers_agree_to_the_bit(trained: Traine
     opened = open_model(exported)
     assert opened.model.config == trained.config.model and opened.run is None and not opened.model.training
     assert (opened.step, opened.mean_loops, opened.source) == (4, 2, str(exported))
+    assert opened.sequence_length == trained.config.data.sequence_length == 32
     assert opened.tokenizer is not None and opened.tokenizer.fingerprint == trained.tokenizer.fingerprint
 
 
@@ -201,11 +202,12 @@ def test_exports_of_earlier_versions_are_opened(trained: Trainer, exported: Path
     weights = load_file(folder / "model.safetensors")
     save_file({name.removeprefix("model."): tensor for name, tensor in weights.items()}, folder / "model.safetensors")
     values = json.loads((folder / "config.json").read_text())
-    for key in ("architectures", "dtype", "transformers_version"):
+    for key in ("architectures", "dtype", "transformers_version", "sequence_length"):
         del values[key]
     (folder / "config.json").write_text(json.dumps(values))
     (folder / "generation_config.json").unlink()
     opened, loaded = open_model(folder), AutoModelForCausalLM.from_pretrained(folder)
+    assert opened.sequence_length is None
     for name, tensor in trained.model.state_dict().items():
         assert torch.equal(opened.model.state_dict()[name], tensor)
         assert torch.equal(loaded.state_dict()[f"model.{name}"], tensor)
@@ -269,6 +271,8 @@ def test_damage_is_detected(trained: Trainer, exported: Path, tmp_path: Path) ->
     for changes, message in [
         ({"model_type": "llama"}, "model_type is 'llama'; only models of type 'mythos'"),
         ({"dim": "wide"}, "cannot be read as the configuration of a model: dim: "),
+        ({"sequence_length": 65}, "sequence_length is 65, context_length 64"),
+        ({"mask_documents": 1}, "mask_documents is 1"),
         ({"depth_of_field": 3}, "depth_of_field: Extra inputs are not permitted"),
         ({"ffn_dim": 64}, r"does not fit its own configuration: .* tensors differ"),
     ]:
